@@ -1,0 +1,1 @@
+"""Metrics and named protocols for generated images."""

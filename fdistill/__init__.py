@@ -1,0 +1,58 @@
+"""fdistill: pretrained diffusion checkpoints into one-step generators by f-divergence distillation (arXiv 2502.15681)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fdistill.adapters import load_teacher as load_teacher
+    from fdistill.config import DistillConfig as DistillConfig
+    from fdistill.config import load_config as load_config
+    from fdistill.denoiser import Denoiser as Denoiser
+    from fdistill.discriminator import Discriminator as Discriminator
+    from fdistill.divergence import Divergence as Divergence
+    from fdistill.divergence import get_divergence as get_divergence
+    from fdistill.generation import generate as generate
+    from fdistill.generator import OneStepGenerator as OneStepGenerator
+    from fdistill.losses import matching_loss as matching_loss
+    from fdistill.pipeline import load_student as load_student
+    from fdistill.ratio import DensityRatio as DensityRatio
+    from fdistill.step import Networks as Networks
+    from fdistill.step import critic_step as critic_step
+    from fdistill.step import generator_step as generator_step
+    from fdistill.train import distill as distill
+
+# Imported on first use: `import fdistill` and `fdistill --help` then cost no second of torch and diffusers.
+_WHERE = {
+    "Denoiser": "denoiser",
+    "DensityRatio": "ratio",
+    "Discriminator": "discriminator",
+    "DistillConfig": "config",
+    "Divergence": "divergence",
+    "Networks": "step",
+    "OneStepGenerator": "generator",
+    "critic_step": "step",
+    "distill": "train",
+    "generate": "generation",
+    "generator_step": "step",
+    "get_divergence": "divergence",
+    "load_config": "config",
+    "load_student": "pipeline",
+    "load_teacher": "adapters",
+    "matching_loss": "losses",
+}
+
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'fdistill' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"fdistill.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,259 @@
+"""The typed description of a distillation: defaults < YAML file < key=value overrides. Imports no torch.
+
+YAML is read by the 1.2 rules, so `1e-5` is a number and `no` is a word.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML, YAMLError
+
+from fdistill.errors import ConfigError, did_you_mean
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class OptimizerConfig(_Section):
+    """AdamW of one role; gradients are clipped to a global norm before every update."""
+
+    lr: Positive = 1e-4
+    beta1: Decay = 0.0
+    beta2: Decay = 0.999
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
+    grad_clip: Positive = 10.0
+
+
+class FakeScoreConfig(OptimizerConfig):
+    """The fake-score network: keeps learning to denoise what the student makes."""
+
+    weighting: Literal["edm", "inverse-sigma2", "min-snr", "uniform"] = "edm"
+    min_snr_gamma: Positive = 5.0
+
+
+class DiscriminatorConfig(OptimizerConfig):
+    """Heads on features of the fake-score network ("fake") or of the teacher."""
+
+    source: Literal["fake", "teacher"] = "fake"
+    features: list[str] = Field(default=["mid"], min_length=1)
+    gan_weight: NonNegative = Field(default=1e-2, description="of the discriminator's loss in the critic's")
+    r1_weight: NonNegative = Field(default=0.0, description="gamma of the R1 penalty on noised data; 0 is off")
+
+
+class GeneratorConfig(OptimizerConfig):
+    """The student."""
+
+    gan_weight: NonNegative = Field(default=1e-3, description="of the GAN term beside distribution matching")
+
+
+class LevelsConfig(_Section):
+    """How training levels are drawn. low and high cut `uniform` (over t) or `karras` (over the Karras grid)."""
+
+    sampler: Literal["karras", "uniform", "lognormal"] = "karras"
+    low: Fraction = 0.0
+    high: Fraction = 1.0
+    rho: Positive = 7.0
+    mean: float = -1.2
+    std: Positive = 1.2
+
+    @model_validator(mode="after")
+    def _ordered(self) -> LevelsConfig:
+        if self.low >= self.high:
+            raise ValueError(f"expected low < high, got {self.low} and {self.high}")
+        return self
+
+
+class RatioConfig(_Section):
+    """The density ratio and its two-stage normalisation."""
+
+    lower: Annotated[float, Field(gt=0, le=1)] = 0.1
+    upper: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 20.0
+    num_bins: Count = 10
+    bin_edges: Literal["log-sigma", "linear"] = "log-sigma"
+    momentum: Decay = 0.0
+    warmup: CountOrZero = Field(default=50, description="iterations in which weights ramp from 1 to h / mean(h)")
+
+
+class EMAConfig(_Section):
+    """Averages of the student's weights, one for each decay per iteration; `export` is the one that becomes the student."""
+
+    decays: list[Decay] = Field(default=[0.98], min_length=1)
+    export: Decay = 0.98
+
+    @model_validator(mode="after")
+    def _exported(self) -> EMAConfig:
+        if self.export not in self.decays:
+            raise ValueError(f"export: got {self.export}, expected one of decays {self.decays}")
+        return self
+
+
+class LogConfig(_Section):
+    """What a run writes, and how often in iterations. 0 turns samples or intermediate checkpoints off."""
+
+    every: Count = 10
+    samples_every: CountOrZero = 100
+    checkpoint_every: CountOrZero = 100
+    keep_checkpoints: Count = 2
+    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+
+
+class DistillConfig(_Section):
+    """One distillation.
+
+    An iteration is `critic_steps` updates of the critic (fake score and discriminator) followed by one update of the student;
+    every count of iterations in this file means that.
+    """
+
+    teacher: str = Field(default="digits", description="an embedded teacher, a pipeline folder, or a hub id")
+    data: str = Field(default="digits", description="an embedded data set")
+    divergence: str = "jensen-shannon"
+    student_level: Positive | None = Field(default=None, description="level the student starts from; null is the teacher's t_max")
+    iterations: Count = 400
+    batch_size: Count = Field(default=128, description="over all processes")
+    critic_steps: Count = 2
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    precision: Literal["fp32", "bf16"] = "fp32"
+    generator: GeneratorConfig = GeneratorConfig()
+    fake_score: FakeScoreConfig = FakeScoreConfig()
+    discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    matching_levels: LevelsConfig = LevelsConfig(low=0.02, high=0.98)
+    critic_levels: LevelsConfig = LevelsConfig()
+    ratio: RatioConfig = RatioConfig()
+    ema: EMAConfig = EMAConfig()
+    log: LogConfig = LogConfig()
+
+
+#: Settings that may change when a run is resumed; all others define the run.
+RESUMABLE = ("iterations", "device", "log")
+
+
+def config_path(name_or_path: str) -> Path:
+    """A config file by path, or by the name of one that comes with the package.
+
+    Raises:
+        ConfigError: neither exists; the message has the nearest name.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    folders = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
+    known = {found.stem: found for folder in folders if folder.is_dir() for found in sorted(folder.glob("*.yaml"))}
+    if name_or_path in known:
+        return known[name_or_path]
+    raise ConfigError(f"config {name_or_path!r}: no such file, and no config of that name; {did_you_mean(name_or_path, known)}")
+
+
+def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> DistillConfig:
+    """Defaults < YAML file < overrides.
+
+    Args:
+        name_or_path: a YAML file, or the name of an embedded config; None for the defaults alone.
+        overrides: "section.key=value" strings, the value being YAML (`1e-5`, `[0.98, 0.999]`), or a mapping of dotted keys.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest one), a wrong type or range, or YAML that cannot be read.
+    """
+    values: dict[str, Any] = {}
+    if name_or_path is not None:
+        path = config_path(name_or_path)
+        values = _parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    if isinstance(overrides, Mapping):
+        pairs = list(overrides.items())
+    else:
+        pairs = []
+        for text in overrides:
+            key, separator, value = text.partition("=")
+            if not separator or not key:
+                raise ConfigError(f"override {text!r}: expected key=value, as in divergence=forward-kl or generator.lr=1e-5")
+            pairs.append((key, _parse_yaml(value, f"override {text!r}")))
+    for key, value in pairs:
+        _set(values, key, value)
+    return validate(values)
+
+
+def validate(values: Mapping[str, Any]) -> DistillConfig:
+    """A config from nested plain values; raises ConfigError for each thing that is wrong, all in one message."""
+    try:
+        return DistillConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("config: " + "\n".join(_explain(problem) for problem in error.errors())) from error
+
+
+def dump_config(config: DistillConfig) -> str:
+    """The config as YAML that `load_config` reads back to the same config."""
+    stream = io.StringIO()
+    YAML().dump(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def changed_keys(old: DistillConfig, new: DistillConfig) -> list[str]:
+    """Dotted keys, with both values, in which two configs describe different runs."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key.split(".")[0] not in RESUMABLE
+    ]
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {dotted!r}: {parent!r} is not a section")
+        values = child
+    values[last] = value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _explain(problem: Any) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        section: type[BaseModel] = DistillConfig
+        for part in location[:-1]:
+            annotation = section.model_fields[part].annotation
+            assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+            section = annotation
+        return f"{key}: no such setting; {did_you_mean(location[-1], section.model_fields)}"
+    if problem["type"] == "literal_error":
+        context = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{key}: got {problem['input']!r}; {did_you_mean(str(problem['input']), context)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"

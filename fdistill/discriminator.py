@@ -1,0 +1,52 @@
+"""Discriminator heads on tapped features of the fake-score network or of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fdistill.denoiser import Denoiser, Features
+from fdistill.errors import ArgumentError, did_you_mean
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    groups = next(n for n in range(min(32, channels), 0, -1) if channels % n == 0)
+    return nn.GroupNorm(groups, channels)
+
+
+def _head(channels: int, height: int, width: int) -> nn.Sequential:
+    """[B, C, H, W] -> [B, 1, 1, 1]: halve down to 4 pixels or fewer, then one convolution over what is left (DMD2's head)."""
+    layers: list[nn.Module] = []
+    while min(height, width) > 4:
+        layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), _group_norm(channels), nn.SiLU()]
+        height, width = height // 2, width // 2
+    layers += [nn.Conv2d(channels, channels, (height, width)), _group_norm(channels), nn.SiLU()]
+    return nn.Sequential(*layers, nn.Conv2d(channels, 1, 1))
+
+
+class Discriminator(nn.Module):
+    """One head for each tapped feature.
+
+    At its optimum a logit is log(p_teacher / p_student) at the noised sample. It is not told the noise level or the condition:
+    the features are.
+
+    Args:
+        denoiser: the network whose features are tapped (its shapes are read, the network is not kept).
+        features: names out of `denoiser.feature_shapes`, at least one.
+    """
+
+    def __init__(self, denoiser: Denoiser, features: Sequence[str]):
+        super().__init__()
+        if not features:
+            raise ArgumentError(f"features: expected at least one of {', '.join(denoiser.feature_shapes)}")
+        for name in features:
+            if name not in denoiser.feature_shapes:
+                raise ArgumentError(f"features: got {name!r}; {did_you_mean(name, denoiser.feature_shapes)}")
+        self.features = tuple(features)
+        self.heads = nn.ModuleDict({name: _head(*denoiser.feature_shapes[name]) for name in features})
+
+    def forward(self, features: Mapping[str, Tensor] | Features) -> Tensor:
+        """{name: [B, C, H, W]} -> logits [B, H], one column a head."""
+        return torch.cat([self.heads[name](features[name]).flatten(1) for name in self.features], dim=1)

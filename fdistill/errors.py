@@ -1,0 +1,39 @@
+"""One exception family. Every message says what was wrong, where, and what was expected."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FDistillError(Exception):
+    """Base of every error that a user can cause and can mend."""
+
+
+class ConfigError(FDistillError, ValueError):
+    """A setting is unknown, of the wrong type, or out of range."""
+
+
+class ArgumentError(FDistillError, ValueError):
+    """A function was called with tensors or values it cannot work on."""
+
+
+class CheckpointError(FDistillError):
+    """A teacher, student or training checkpoint is missing, truncated or of another architecture."""
+
+
+class OutputError(FDistillError):
+    """An output path cannot be written, or belongs to something else."""
+
+
+class NonFiniteError(FDistillError):
+    """A loss or gradient became NaN or infinite; training stopped before it could be saved."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """A sentence with the nearest valid choice, or with all of them when none is near."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    if near:
+        return f"did you mean {near[0]!r}? (known: {', '.join(known)})"
+    return f"known: {', '.join(known)}"

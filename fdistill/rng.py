@@ -1,0 +1,51 @@
+"""Random draws that depend on the seed and the sample alone: not on batch splits, process counts, or earlier runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) outside torch.distributed."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def normal(generator: torch.Generator, batch: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal [batch, *shape] float32 on the generator's device: this process's rows of one global draw.
+
+    Every process must hold a generator in the same state and ask for as many rows. Drawing the global batch everywhere
+    costs little beside a network evaluation, and makes N processes see the samples that one would.
+    """
+    rank, processes = world()
+    draw = torch.randn(processes * batch, *shape, generator=generator, device=generator.device)
+    return draw[rank * batch : (rank + 1) * batch]
+
+
+def uniform(generator: torch.Generator, batch: int) -> Tensor:
+    """Uniform [0, 1) [batch] float32; shared between processes as in `normal`."""
+    rank, processes = world()
+    return torch.rand(processes * batch, generator=generator, device=generator.device)[rank * batch : (rank + 1) * batch]
+
+
+def iteration_seed(seed: int, iteration: int) -> int:
+    """A seed for one training iteration, so that a resumed run needs no stored random state."""
+    return int(np.random.SeedSequence([seed, iteration]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def indexed_normal(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
+    """Standard normal [len(indices), *shape] float32 on the CPU; row k depends on (seed, indices[k]) alone.
+
+    One Philox stream a sample (Salmon et al. 2011), keyed by seed and index, so no two samples share numbers.
+    """
+    rows = [
+        np.random.Generator(np.random.Philox(key=[seed, index])).standard_normal(tuple(shape), dtype=np.float32)
+        for index in indices
+    ]
+    return torch.from_numpy(np.stack(rows))

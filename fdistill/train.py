@@ -1,0 +1,302 @@
+"""The loop of `distill`: critic and student updates, EMA, records, samples, checkpoints, export."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from torch import Tensor
+from tqdm import tqdm
+
+from fdistill import __version__, rng
+from fdistill.build import Distillation, build
+from fdistill.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fdistill.config import DistillConfig, changed_keys, dump_config, load_config
+from fdistill.data import EpochOrder
+from fdistill.devices import autocast, start
+from fdistill.distributed import average_gradients
+from fdistill.errors import ConfigError, FDistillError, NonFiniteError, OutputError
+from fdistill.files import atomic_file, writing
+from fdistill.images import to_uint8, to_unit
+from fdistill.journal import Journal, append_record, read_records, scalars, truncate_records
+from fdistill.noise import noise_to_signal
+from fdistill.pipeline import save_student
+from fdistill.report import save_curves, save_grid
+from fdistill.sampler import heun_sample
+from fdistill.step import StepResult, critic_step, generator_step
+
+_GRID = 80
+
+
+def distill(
+    config: str | Path | DistillConfig = "digits",
+    *,
+    output: str | Path,
+    resume: bool = False,
+    **overrides: Any,
+) -> Path:
+    """Distils a teacher into a one-step student.
+
+    Args:
+        config: the name of an embedded config, a YAML file, or a DistillConfig.
+        output: the run folder: config.yaml, metrics.jsonl, samples/, checkpoints/, student/. Must not exist or be empty.
+        resume: go on from the newest checkpoint in `output`, or start if there is none.
+        **overrides: settings over the config's, such as divergence="forward-kl"; dotted ones as **{"generator.lr": 1e-5}.
+
+    Returns:
+        The student: a folder for `fdistill.load_student` and for `diffusers.DiffusionPipeline.from_pretrained`.
+
+    Raises:
+        ConfigError, CheckpointError, OutputError: before anything is written.
+        NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
+    """
+    if not isinstance(config, DistillConfig):
+        config = load_config(str(config), overrides)
+    elif overrides:
+        raise ConfigError("distill: overrides go with the name or path of a config, not with a DistillConfig")
+    folder = Path(output)
+    state, device = start(config.device)
+    if config.batch_size % state.num_processes:
+        raise ConfigError(f"batch_size: {config.batch_size} does not divide among {state.num_processes} processes")
+    check_output(folder, config, resume)
+    run = build(config, device)
+    if state.is_main_process:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / "config.yaml") as temporary:
+            temporary.write_text(dump_config(config), encoding="utf-8")
+    found = checkpoints(folder / "checkpoints")
+    if found:
+        tensors, meta = load_checkpoint(found[-1])
+        run.load_state(tensors, f"checkpoint {found[-1]}")
+        run.iteration = int(meta["iteration"])
+    if state.is_main_process:
+        truncate_records(folder / "metrics.jsonl", run.iteration)
+    state.wait_for_everyone()
+    _train(run, config, folder, device, main=state.is_main_process)
+    student = folder / "student"
+    if state.is_main_process:
+        with run.ema.applied(config.ema.export):
+            save_student(run.networks.generator, student, teacher_folder=run.teacher_folder, card=_card(config, run))
+    state.wait_for_everyone()
+    return student
+
+
+def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
+    """Raises OutputError or ConfigError unless `folder` is free, or is this very run to be resumed."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"output {folder}: is a file; expected a folder that is empty or does not exist")
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return
+    if not (folder / "config.yaml").is_file():
+        raise OutputError(f"output {folder}: not empty, and not a run (no config.yaml); choose another folder")
+    if not resume:
+        raise OutputError(f"output {folder}: holds a run already; add --resume to go on with it, or choose another folder")
+    changed = changed_keys(load_config(str(folder / "config.yaml")), config)
+    if changed:
+        raise ConfigError(
+            f"output {folder}: that run has other settings ({'; '.join(changed)}); "
+            "resume with its own settings, or choose another folder"
+        )
+
+
+def describe(config: DistillConfig) -> str:
+    """What a run would do: the text of `--dry-run`. Loads the teacher and builds all networks, writes nothing."""
+    state, device = start(config.device)
+    run = build(config, device)
+    millions = {name: sum(p.numel() for p in run.role(name).parameters()) / 1e6 for name in run.optimizers}
+    lines = [
+        f"teacher        {config.teacher} ({run.teacher_folder.name}), samples {run.networks.teacher.sample_shape}, "
+        f"{run.networks.teacher.num_classes or 'no'} classes",
+        f"student        one evaluation from level {run.networks.generator.level:g}",
+        f"divergence     {run.divergence.name}, heads on {config.discriminator.source} features "
+        f"{', '.join(config.discriminator.features)}",
+        "parameters     " + ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
+        f"iterations     {config.iterations}, each {config.critic_steps} critic updates and then 1 student update "
+        f"of {config.batch_size} samples",
+        f"device         {device}, {config.precision}, {state.num_processes} process(es)",
+    ]
+    return dump_config(config) + "\n" + "\n".join(lines)
+
+
+def _card(config: DistillConfig, run: Distillation) -> dict[str, Any]:
+    return {
+        "teacher": config.teacher,
+        "divergence": run.divergence.name,
+        "iterations": run.iteration,
+        "batch_size": config.batch_size,
+        "critic_steps": config.critic_steps,
+        "ema_decay": config.ema.export,
+        "seed": config.seed,
+        "num_classes": run.networks.generator.num_classes,
+        "fdistill_version": __version__,
+    }
+
+
+def _train(run: Distillation, config: DistillConfig, folder: Path, device: torch.device, *, main: bool) -> None:
+    networks, schedule = run.networks, run.networks.teacher.schedule
+    order = EpochOrder(len(run.data.images), config.batch_size, config.seed)
+    generator = torch.Generator(device)
+    local = config.batch_size // _world_size()
+    journal = Journal(
+        lambda t: run.ratio.bin_index(noise_to_signal(schedule, t) if run.ratio.bin_edges == "log-sigma" else t),
+        run.ratio.num_bins,
+    )
+
+    def batch(number: int) -> tuple[Tensor, Tensor | None]:
+        rows = order.rows(number)[_rank() * local : (_rank() + 1) * local]
+        labels = run.data.labels[rows].to(device) if networks.teacher.num_classes else None
+        return to_unit(run.data.images[rows].to(device)), labels
+
+    def update(result: StepResult, roles: Mapping[str, float]) -> None:
+        result.loss.backward()
+        norms = {}
+        for role, clip in roles.items():
+            parameters = list(run.role(role).parameters())
+            average_gradients(parameters)
+            norms[role] = torch.nn.utils.clip_grad_norm_(parameters, clip)
+            run.optimizers[role].step()
+            run.optimizers[role].zero_grad()
+        journal.add(result.logs, norms)
+
+    start_of_run, done_before = time.perf_counter(), run.iteration
+    with (
+        _trackers(config, folder, run.iteration, main) as trackers,
+        tqdm(
+            total=config.iterations * config.batch_size,
+            initial=run.iteration * config.batch_size,
+            desc="distil",
+            unit="img",
+            unit_scale=True,
+            disable=not main,
+            mininterval=1.0,
+        ) as bar,
+    ):
+        if run.iteration == 0 and main:
+            _save_teacher_grid(run, config, folder, device)
+            _save_student_grid(run, config, folder, device)
+        while run.iteration < config.iterations:
+            seed = rng.iteration_seed(config.seed, run.iteration)
+            generator.manual_seed(seed)
+            torch.manual_seed(seed)
+            for k in range(config.critic_steps):
+                real_x0, labels = batch(run.iteration * config.critic_steps + k)
+                with autocast(device, config.precision):
+                    result = critic_step(
+                        networks,
+                        real_x0,
+                        labels,
+                        generator,
+                        levels=run.critic_levels,
+                        weighting=config.fake_score.weighting,
+                        min_snr_gamma=config.fake_score.min_snr_gamma,
+                        gan_weight=config.discriminator.gan_weight,
+                        r1_weight=config.discriminator.r1_weight,
+                    )
+                update(result, {"fake_score": config.fake_score.grad_clip, "discriminator": config.discriminator.grad_clip})
+            with autocast(device, config.precision):
+                result = generator_step(
+                    networks,
+                    labels,
+                    generator,
+                    ratio=run.ratio,
+                    divergence=run.divergence,
+                    batch_size=local,
+                    levels=run.matching_levels,
+                    ratio_ramp=min(1.0, run.iteration / config.ratio.warmup) if config.ratio.warmup else 1.0,
+                    gan_weight=config.generator.gan_weight,
+                )
+            update(result, {"generator": config.generator.grad_clip})
+            run.ema.update()
+            run.iteration += 1
+            bar.update(config.batch_size)
+
+            last = run.iteration == config.iterations
+            due = _due(run.iteration, config.log.checkpoint_every) or last
+            if _due(run.iteration, config.log.every) or due:
+                try:
+                    record = journal.record()
+                except NonFiniteError as error:
+                    raise _stopped(error, run.iteration, folder) from error
+                seconds = time.perf_counter() - start_of_run
+                record = {
+                    "iteration": run.iteration,
+                    "images_per_second": (run.iteration - done_before) * config.batch_size / seconds,
+                    "seconds": seconds,
+                    **record,
+                }
+                if main:
+                    append_record(folder / "metrics.jsonl", record)
+                    for tracker in trackers:
+                        tracker.log(scalars(record), step=run.iteration)
+            if main and (_due(run.iteration, config.log.samples_every) or last):
+                _save_student_grid(run, config, folder, device)
+            if main and due:
+                meta = {"fdistill_version": __version__, "torch_version": torch.__version__}
+                save_checkpoint(folder / "checkpoints", run.iteration, run.state(), meta, config.log.keep_checkpoints)
+    if main:
+        save_curves(read_records(folder / "metrics.jsonl"), folder / "curves.png")
+
+
+def _due(iteration: int, every: int) -> bool:
+    return every > 0 and iteration % every == 0
+
+
+def _rank() -> int:
+    return rng.world()[0]
+
+
+def _world_size() -> int:
+    return rng.world()[1]
+
+
+def _stopped(error: NonFiniteError, iteration: int, folder: Path) -> FDistillError:
+    good = checkpoints(folder / "checkpoints")
+    kept = f"the last good checkpoint is {good[-1]}" if good else "there was no checkpoint yet"
+    return NonFiniteError(
+        f"stopped at iteration {iteration}: {error}; {kept}; lower the learning rate of that role or its grad_clip and run again"
+    )
+
+
+@contextmanager
+def _trackers(config: DistillConfig, folder: Path, iteration: int, main: bool) -> Iterator[list[GeneralTracker]]:
+    """The configured tracker, started; none on other processes."""
+    trackers: list[GeneralTracker] = []
+    if main and config.log.tracker == "tensorboard":
+        trackers.append(TensorBoardTracker("", folder / "tensorboard", purge_step=iteration + 1 if iteration else None))
+    elif main and config.log.tracker == "wandb":
+        try:
+            trackers.append(WandBTracker("fdistill", dir=str(folder)))
+        except ImportError as error:
+            raise ConfigError("log.tracker: 'wandb' needs `pip install wandb`; expected tensorboard or none without it") from error
+    for tracker in trackers:
+        tracker.start()
+    try:
+        yield trackers
+    finally:
+        for tracker in trackers:
+            tracker.finish()
+
+
+def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    shape, classes = run.networks.generator.sample_shape, run.networks.generator.num_classes
+    noise = rng.indexed_normal(config.seed, range(_GRID), shape).to(device)
+    return noise, torch.arange(_GRID, device=device) % classes if classes else None
+
+
+def _save_teacher_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
+    noise, labels = _grid_inputs(run, config, device)
+    save_grid(to_uint8(heun_sample(run.networks.teacher, noise, labels)), folder / "samples" / "teacher.png")
+
+
+@torch.no_grad()
+def _save_student_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
+    noise, labels = _grid_inputs(run, config, device)
+    with run.ema.applied(config.ema.export):
+        samples = to_uint8(run.networks.generator(noise, labels))
+    save_grid(samples, folder / "samples" / f"{run.iteration:06d}.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 
 import torch
 from safetensors.torch import load_file
@@ -52,11 +51,6 @@ def load_digit_features() -> DigitFeatures:
 def weights_sha256() -> str:
     """Hash of the embedded weights file, for the provenance of scores."""
     return hashlib.sha256((DIGITS_FEATURES / "model.safetensors").read_bytes()).hexdigest()
-
-
-def card() -> dict[str, object]:
-    """config.json beside the weights: held-out accuracy and how they were trained."""
-    return json.loads((DIGITS_FEATURES / "config.json").read_text())
 
 
 @torch.no_grad()

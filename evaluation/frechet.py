@@ -19,7 +19,9 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
     if features.ndim != 2 or reference.ndim != 2 or features.shape[1] != reference.shape[1]:
-        raise ArgumentError(f"features: expected [N, D] and [M, D], got {tuple(features.shape)} and {tuple(reference.shape)}")
+        raise ArgumentError(
+            f"features: expected [N, D] and [M, D], got {tuple(features.shape)} and {tuple(reference.shape)}"
+        )
     for name, values in (("features", features), ("reference", reference)):
         if len(values) <= values.shape[1]:
             raise ArgumentError(

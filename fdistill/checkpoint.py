@@ -29,7 +29,10 @@ def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], me
     path = folder / f"{iteration:06d}"
     with atomic_folder(path) as temporary:
         try:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary / "state.safetensors")
+            save_file(
+                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+                temporary / "state.safetensors",
+            )
         except SafetensorError as error:
             raise OSError(str(error)) from error
         (temporary / "state.json").write_text(json.dumps({"iteration": iteration, **meta}, indent=2) + "\n")
@@ -86,4 +89,6 @@ def load_exactly(module: torch.nn.Module, tensors: dict[str, Tensor], what: str)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{what}: weights do not fit this architecture: {' '.join(str(error).split())[:400]}") from error
+        raise CheckpointError(
+            f"{what}: weights do not fit this architecture: {' '.join(str(error).split())[:400]}"
+        ) from error

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from fdistill.errors import ConfigError, did_you_mean
 
@@ -77,6 +78,13 @@ class LevelsConfig(_Section):
         return self
 
 
+class MatchingLevelsConfig(LevelsConfig):
+    """Levels at which scores are compared: the ends, where they say least, are left out (DMD2)."""
+
+    low: Fraction = 0.02
+    high: Fraction = 0.98
+
+
 class RatioConfig(_Section):
     """The density ratio and its two-stage normalisation."""
 
@@ -121,7 +129,9 @@ class DistillConfig(_Section):
     teacher: str = Field(default="digits", description="an embedded teacher, a pipeline folder, or a hub id")
     data: str = Field(default="digits", description="an embedded data set")
     divergence: str = "jensen-shannon"
-    student_level: Positive | None = Field(default=None, description="level the student starts from; null is the teacher's t_max")
+    student_level: Positive | None = Field(
+        default=None, description="level the student starts from; null is the teacher's t_max"
+    )
     iterations: Count = 400
     batch_size: Count = Field(default=128, description="over all processes")
     critic_steps: Count = 2
@@ -131,7 +141,7 @@ class DistillConfig(_Section):
     generator: GeneratorConfig = GeneratorConfig()
     fake_score: FakeScoreConfig = FakeScoreConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
-    matching_levels: LevelsConfig = LevelsConfig(low=0.02, high=0.98)
+    matching_levels: MatchingLevelsConfig = MatchingLevelsConfig()
     critic_levels: LevelsConfig = LevelsConfig()
     ratio: RatioConfig = RatioConfig()
     ema: EMAConfig = EMAConfig()
@@ -155,7 +165,9 @@ def config_path(name_or_path: str) -> Path:
     known = {found.stem: found for folder in folders if folder.is_dir() for found in sorted(folder.glob("*.yaml"))}
     if name_or_path in known:
         return known[name_or_path]
-    raise ConfigError(f"config {name_or_path!r}: no such file, and no config of that name; {did_you_mean(name_or_path, known)}")
+    raise ConfigError(
+        f"config {name_or_path!r}: no such file, and no config of that name; {did_you_mean(name_or_path, known)}"
+    )
 
 
 def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> DistillConfig:
@@ -181,7 +193,9 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
         for text in overrides:
             key, separator, value = text.partition("=")
             if not separator or not key:
-                raise ConfigError(f"override {text!r}: expected key=value, as in divergence=forward-kl or generator.lr=1e-5")
+                raise ConfigError(
+                    f"override {text!r}: expected key=value, as in divergence=forward-kl or generator.lr=1e-5"
+                )
             pairs.append((key, _parse_yaml(value, f"override {text!r}")))
     for key, value in pairs:
         _set(values, key, value)
@@ -247,7 +261,8 @@ def _explain(problem: Any) -> str:
         section: type[BaseModel] = DistillConfig
         for part in location[:-1]:
             annotation = section.model_fields[part].annotation
-            assert isinstance(annotation, type) and issubclass(annotation, BaseModel)
+            assert isinstance(annotation, type)
+            assert issubclass(annotation, BaseModel)
             section = annotation
         return f"{key}: no such setting; {did_you_mean(location[-1], section.model_fields)}"
     if problem["type"] == "literal_error":

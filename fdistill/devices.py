@@ -22,8 +22,11 @@ def start(device: str) -> tuple[PartialState, torch.device]:
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device != "auto" and not available.get(device, False):
         have = ", ".join(name for name, there in available.items() if there)
-        raise ConfigError(f"device: {device!r} is not available to torch {torch.__version__} on this machine; expected one of: auto, {have}")
-    state = PartialState(cpu=device == "cpu" or device == "auto" and not (available["cuda"] or available["mps"]))
+        raise ConfigError(
+            f"device: {device!r} is not available to torch {torch.__version__} here; expected auto, {have}"
+        )
+    no_accelerator = not (available["cuda"] or available["mps"])
+    state = PartialState(cpu=device == "cpu" or (device == "auto" and no_accelerator))
     chosen: torch.device = state.device
     return state, torch.device("cpu") if device == "cpu" else chosen
 

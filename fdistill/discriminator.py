@@ -12,7 +12,9 @@ from fdistill.errors import ArgumentError, did_you_mean
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    groups = next(n for n in range(min(32, channels), 0, -1) if channels % n == 0)
+    """At most 32 groups, of at least 16 channels: on a single pixel a smaller group would be normalised to almost nothing."""
+    most = max(1, min(32, channels // 16))
+    groups = next(n for n in range(most, 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels)
 
 

@@ -48,4 +48,6 @@ def average_gradients(parameters: Iterable[Parameter]) -> None:
     dist.all_reduce(flat)
     flat /= dist.get_world_size()
     pieces = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(gradients, [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)])
+    torch._foreach_copy_(
+        gradients, [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
+    )

@@ -98,10 +98,10 @@ def get_divergence(name: str) -> Divergence:
         try:
             return alpha_divergence(float(family[1]))
         except ValueError as error:
-            raise ArgumentError(f"divergence {name!r}: expected a finite number in the brackets, as in 'alpha(0.5)'") from error
+            raise ArgumentError(
+                f"divergence {name!r}: expected a finite number in the brackets, as in 'alpha(0.5)'"
+            ) from error
     resolved = ALIASES.get(name, name)
     if resolved not in DIVERGENCES:
-        raise ArgumentError(
-            f"divergence: got {name!r}; {did_you_mean(name, [*DIVERGENCES, *ALIASES, 'alpha(0.5)'])}"
-        )
+        raise ArgumentError(f"divergence: got {name!r}; {did_you_mean(name, [*DIVERGENCES, *ALIASES, 'alpha(0.5)'])}")
     return DIVERGENCES[resolved]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,15 +23,20 @@ def writing(path: Path) -> Iterator[None]:
         raise _explained(path, error) from error
 
 
+def partial_path(path: Path) -> Path:
+    """Where `atomic_file` and `atomic_folder` write before they rename."""
+    return path.with_name(f".{path.name}.partial")
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to; renamed to `path` when the block ends, removed when it fails."""
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = partial_path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            os.replace(temporary, path)
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -40,7 +44,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; takes the place of `path` when the block ends, removed when it fails."""
-    temporary, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
+    temporary, old = partial_path(path), path.with_name(f".{path.name}.old")
     with writing(path):
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -48,8 +52,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         try:
             yield temporary
             if path.exists():
-                os.replace(path, old)
-            os.replace(temporary, path)
+                path.replace(old)
+            temporary.replace(path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(old, ignore_errors=True)

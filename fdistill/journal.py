@@ -49,7 +49,10 @@ class Journal:
             NonFiniteError: something was NaN or infinite; names the role, the quantity and the noise level of the first such sample.
         """
         samples = {
-            name: (gather_rows(torch.cat([e.value for e in entries])).cpu(), gather_rows(torch.cat([e.t for e in entries])).cpu())
+            name: (
+                gather_rows(torch.cat([e.value for e in entries])).cpu(),
+                gather_rows(torch.cat([e.t for e in entries])).cpu(),
+            )
             for name, entries in self._samples.items()
         }
         norms = {role: torch.stack(values).cpu() for role, values in self._norms.items()}
@@ -67,7 +70,9 @@ class Journal:
         return record
 
     def _accuracy(self, samples: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        pairs = [samples[name] for name in ("discriminator/accuracy_real", "discriminator/accuracy_fake") if name in samples]
+        pairs = [
+            samples[name] for name in ("discriminator/accuracy_real", "discriminator/accuracy_fake") if name in samples
+        ]
         if not pairs:
             return {}
         correct, t = (torch.cat(column) for column in zip(*pairs, strict=True))
@@ -89,7 +94,9 @@ def _refuse_non_finite(samples: Mapping[str, tuple[Tensor, Tensor]], norms: Mapp
             )
     for role, norms_of_role in norms.items():
         if not bool(torch.isfinite(norms_of_role).all()):
-            raise NonFiniteError(f"{role}: the gradient became {norms_of_role.max().item()} while its losses were finite")
+            raise NonFiniteError(
+                f"{role}: the gradient became {norms_of_role.max().item()} while its losses were finite"
+            )
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:

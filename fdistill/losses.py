@@ -16,7 +16,10 @@ class _Matching(torch.autograd.Function):
     """Carries the gradient that the forward pass has already computed."""
 
     @staticmethod
-    def forward(ctx: Any, x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
+    def forward(
+        ctx: Any, x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, weight: Tensor, eps: float, backend: str
+    ) -> Tensor:
+        loss: Tensor
         loss, gradient = kernels.select("matching", backend, x0)(x0, teacher_x0, fake_x0, weight, eps)
         ctx.save_for_backward(gradient)
         ctx.like = (x0.shape, x0.dtype)
@@ -77,7 +80,9 @@ def matching_loss(
     return loss
 
 
-def denoising_weight(name: str, alpha: Tensor, sigma: Tensor, *, sigma_data: float = 0.5, min_snr_gamma: float = 5.0) -> Tensor:
+def denoising_weight(
+    name: str, alpha: Tensor, sigma: Tensor, *, sigma_data: float = 0.5, min_snr_gamma: float = 5.0
+) -> Tensor:
     """Weight [B] of the squared x0-error at noise levels with coefficients alpha, sigma [B].
 
     With s = sigma / alpha: "edm" 1 / s^2 + 1 / sigma_data^2 (arXiv 2206.00364, table 1); "inverse-sigma2" 1 / s^2, the eps-error;
@@ -92,7 +97,9 @@ def denoising_weight(name: str, alpha: Tensor, sigma: Tensor, *, sigma_data: flo
         return snr.clamp(max=min_snr_gamma)
     if name == "uniform":
         return torch.ones_like(snr)
-    raise ArgumentError(f"weighting: got {name!r}; {did_you_mean(name, ('edm', 'inverse-sigma2', 'min-snr', 'uniform'))}")
+    raise ArgumentError(
+        f"weighting: got {name!r}; {did_you_mean(name, ('edm', 'inverse-sigma2', 'min-snr', 'uniform'))}"
+    )
 
 
 def denoising_loss(prediction: Tensor, x0: Tensor, weight: Tensor) -> Tensor:

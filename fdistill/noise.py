@@ -108,7 +108,10 @@ class VPSchedule:
     def _tables(self, like: Tensor) -> tuple[Tensor, Tensor]:
         key = (like.device, like.dtype)
         if key not in self._on_device:
-            self._on_device[key] = (self._alphas.to(like.dtype).to(like.device), self._sigmas.to(like.dtype).to(like.device))
+            self._on_device[key] = (
+                self._alphas.to(like.dtype).to(like.device),
+                self._sigmas.to(like.dtype).to(like.device),
+            )
         return self._on_device[key]
 
     def _chord(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,7 +151,14 @@ def vp_schedule_from_config(config: Mapping[str, Any]) -> VPSchedule:
     """
     from diffusers import DDPMScheduler
 
-    known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
+    known = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+    )
     wanted = {key: config[key] for key in known if config.get(key) is not None}
     try:
         table = DDPMScheduler(**wanted).alphas_cumprod
@@ -212,7 +222,9 @@ def uniform_levels(schedule: NoiseSchedule, u: Tensor, *, low: float = 0.0, high
     return schedule.t_min + (schedule.t_max - schedule.t_min) * (low + (high - low) * u)
 
 
-def karras_levels(schedule: NoiseSchedule, u: Tensor, *, rho: float = 7.0, low: float = 0.0, high: float = 1.0) -> Tensor:
+def karras_levels(
+    schedule: NoiseSchedule, u: Tensor, *, rho: float = 7.0, low: float = 0.0, high: float = 1.0
+) -> Tensor:
     """Uniform over the Karras grid of noise-to-signal ratios (arXiv 2206.00364, eq. 5); the usual choice for EDM teachers.
 
     low and high cut the grid, counted from the least noisy end (DMD2 leaves out 2 % at either end).

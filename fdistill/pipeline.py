@@ -50,9 +50,13 @@ def load_student(path: str | Path, device: torch.device | str = "cpu") -> OneSte
     if is_student(folder / "student"):
         folder = folder / "student"
     if not folder.is_dir():
-        raise CheckpointError(f"student {str(path)!r}: no such folder; expected what `fdistill distill` wrote to OUTPUT/student")
+        raise CheckpointError(
+            f"student {str(path)!r}: no such folder; expected what `fdistill distill` wrote to OUTPUT/student"
+        )
     if not is_student(folder):
-        raise CheckpointError(f"student {str(path)!r}: no {STUDENT_FILE} in it; expected what `fdistill distill` wrote to OUTPUT/student")
+        raise CheckpointError(
+            f"student {str(path)!r}: no {STUDENT_FILE} in it; expected what `fdistill distill` wrote to OUTPUT/student"
+        )
     try:
         level = float(json.loads((folder / STUDENT_FILE).read_text())["level"])
     except (OSError, ValueError, KeyError, TypeError) as error:

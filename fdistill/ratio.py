@@ -63,7 +63,9 @@ class DensityRatio:
         if bin_edges not in ("log-sigma", "linear"):
             raise ArgumentError(f"bin_edges: got {bin_edges!r}; {did_you_mean(bin_edges, ('log-sigma', 'linear'))}")
         if not sigma_min < sigma_max < math.inf or (bin_edges == "log-sigma" and sigma_min <= 0):
-            raise ArgumentError(f"sigma_min, sigma_max: expected an increasing finite range, got {sigma_min} and {sigma_max}")
+            raise ArgumentError(
+                f"sigma_min, sigma_max: expected an increasing finite range, got {sigma_min} and {sigma_max}"
+            )
         self.lower, self.upper = float(lower), float(upper)
         self.num_bins = num_bins
         self.bin_edges = bin_edges

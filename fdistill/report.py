@@ -65,7 +65,12 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     for axes, (title, names) in zip(panels, _PANELS, strict=False):
         for name in names:
             if any(name in record for record in records):
-                label = name.removeprefix("generator/").replace("fake_score/", "fake score ").replace("/", " ").replace("_", " ")
+                label = (
+                    name.removeprefix("generator/")
+                    .replace("fake_score/", "fake score ")
+                    .replace("/", " ")
+                    .replace("_", " ")
+                )
                 axes.plot(iterations, [record.get(name, np.nan) for record in records], label=label)
         axes.set_title(title)
         axes.set_xlabel("iteration")
@@ -78,7 +83,9 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     last = figure.axes[5]
     if any(rows):
         table = np.array([[np.nan if v is None else v for v in row] for row in rows if row], dtype=float).T
-        shown = last.imshow(table, aspect="auto", origin="lower", vmin=0.5, vmax=1, extent=(0, iterations[-1], 0, len(table)))
+        shown = last.imshow(
+            table, aspect="auto", origin="lower", vmin=0.5, vmax=1, extent=(0, iterations[-1], 0, len(table))
+        )
         figure.colorbar(shown, ax=last)
     last.set_title("discriminator accuracy per noise bin (low to high)")
     last.set_xlabel("iteration")

@@ -31,7 +31,9 @@ def normal(generator: torch.Generator, batch: int, shape: Sequence[int]) -> Tens
 def uniform(generator: torch.Generator, batch: int) -> Tensor:
     """Uniform [0, 1) [batch] float32; shared between processes as in `normal`."""
     rank, processes = world()
-    return torch.rand(processes * batch, generator=generator, device=generator.device)[rank * batch : (rank + 1) * batch]
+    return torch.rand(processes * batch, generator=generator, device=generator.device)[
+        rank * batch : (rank + 1) * batch
+    ]
 
 
 def iteration_seed(seed: int, iteration: int) -> int:

@@ -113,7 +113,9 @@ def critic_step(
         fake_x0 = networks.generator(rng.normal(generator, batch, shape), condition)
         t = levels(schedule, rng.uniform(generator, batch))
         x_t = add_noise(schedule, fake_x0, rng.normal(generator, batch, shape), t)
-        prediction, features = networks.fake_score.denoise_with_features(x_t, t, condition, networks.taps(networks.fake_score))
+        prediction, features = networks.fake_score.denoise_with_features(
+            x_t, t, condition, networks.taps(networks.fake_score)
+        )
         weight = denoising_weight(
             weighting,
             schedule.alpha(t),
@@ -132,7 +134,9 @@ def critic_step(
             features = tapped.features(x_t, t, condition, discriminator.features)
         fake_logits = discriminator(features)
         t_real = levels(schedule, rng.uniform(generator, batch))
-        real_x_t = add_noise(schedule, real_x0, rng.normal(generator, batch, shape), t_real).requires_grad_(r1_weight > 0)
+        real_x_t = add_noise(schedule, real_x0, rng.normal(generator, batch, shape), t_real).requires_grad_(
+            r1_weight > 0
+        )
         # The fused attention kernels have no second derivative, which R1 needs.
         with sdpa_kernel(SDPBackend.MATH) if r1_weight else nullcontext():
             real_logits = discriminator(tapped.features(real_x_t, t_real, condition, discriminator.features))

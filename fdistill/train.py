@@ -96,7 +96,9 @@ def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
     if not (folder / "config.yaml").is_file():
         raise OutputError(f"output {folder}: not empty, and not a run (no config.yaml); choose another folder")
     if not resume:
-        raise OutputError(f"output {folder}: holds a run already; add --resume to go on with it, or choose another folder")
+        raise OutputError(
+            f"output {folder}: holds a run already; add --resume to go on with it, or choose another folder"
+        )
     changed = changed_keys(load_config(str(folder / "config.yaml")), config)
     if changed:
         raise ConfigError(
@@ -198,7 +200,9 @@ def _train(run: Distillation, config: DistillConfig, folder: Path, device: torch
                         gan_weight=config.discriminator.gan_weight,
                         r1_weight=config.discriminator.r1_weight,
                     )
-                update(result, {"fake_score": config.fake_score.grad_clip, "discriminator": config.discriminator.grad_clip})
+                update(
+                    result, {"fake_score": config.fake_score.grad_clip, "discriminator": config.discriminator.grad_clip}
+                )
             with autocast(device, config.precision):
                 result = generator_step(
                     networks,
@@ -273,7 +277,9 @@ def _trackers(config: DistillConfig, folder: Path, iteration: int, main: bool) -
         try:
             trackers.append(WandBTracker("fdistill", dir=str(folder)))
         except ImportError as error:
-            raise ConfigError("log.tracker: 'wandb' needs `pip install wandb`; expected tensorboard or none without it") from error
+            raise ConfigError(
+                "log.tracker: 'wandb' needs `pip install wandb`; expected tensorboard or none without it"
+            ) from error
     for tracker in trackers:
         tracker.start()
     try:

@@ -1,6 +1,6 @@
 """Train the digit feature network (fdistill/assets/digits-features): a minute on 2 cores, fixed seed.
 
-    python scripts/train_digit_features.py [OUTPUT_DIR]
+python scripts/train_digit_features.py [OUTPUT_DIR]
 """
 
 import json

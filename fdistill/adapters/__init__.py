@@ -58,7 +58,9 @@ def family(folder: Path) -> ModuleType:
     try:
         name = str(json.loads(config.read_text()).get("_class_name"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: not a pipeline folder this version can read; expected {config.relative_to(folder)}") from error
+        raise CheckpointError(
+            f"{folder}: not a pipeline folder this version can read; expected {config.relative_to(folder)}"
+        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{config}: cannot be read ({error})") from error
     if name not in FAMILIES:

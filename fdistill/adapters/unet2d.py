@@ -33,8 +33,13 @@ from fdistill.noise import (
 class Parametrisation(Protocol):
     """What the network is fed at level t, and what its raw output means."""
 
-    schedule: NoiseSchedule
-    sigma_data: float
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """Levels the network was trained at."""
+
+    @property
+    def sigma_data(self) -> float:
+        """Standard deviation of the data."""
 
     def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(scaled x_t, timestep the network is told)."""
@@ -98,7 +103,9 @@ def parametrisation_from_scheduler(config: Mapping[str, Any]) -> Parametrisation
         return EDMPreconditioning(schedule, float(config["sigma_data"]), boundary=sigma_min, time_scale=250.0)
     if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
         if config.get("prediction_type", "epsilon") != "epsilon":
-            raise CheckpointError(f"{name}: prediction_type {config['prediction_type']!r} is not supported; expected 'epsilon'")
+            raise CheckpointError(
+                f"{name}: prediction_type {config['prediction_type']!r} is not supported; expected 'epsilon'"
+            )
         schedule = EDMSchedule(float(config["sigma_min"]), float(config["sigma_max"]))
         return EDMPreconditioning(schedule, float(config["sigma_data"]), boundary=0.0, time_scale=0.25)
     if name == "FlowMatchEulerDiscreteScheduler":
@@ -114,8 +121,15 @@ def parametrisation_from_scheduler(config: Mapping[str, Any]) -> Parametrisation
                 "expected 'v_prediction' or 'sample'"
             )
         return DirectPrediction(vp, _PREDICTION_TYPES[kind])
-    supported = ("CMStochasticIterativeScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler", "DDPMScheduler")
-    raise CheckpointError(f"scheduler {name!r} is not supported; {did_you_mean(name, supported)} and other DDPM-style ones")
+    supported = (
+        "CMStochasticIterativeScheduler",
+        "EDMEulerScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "DDPMScheduler",
+    )
+    raise CheckpointError(
+        f"scheduler {name!r} is not supported; {did_you_mean(name, supported)} and other DDPM-style ones"
+    )
 
 
 class UNet2DDenoiser(Denoiser):
@@ -229,9 +243,15 @@ def load(folder: Path) -> UNet2DDenoiser:
             f"{folder / 'unet'}: cannot load the weights ({' '.join(str(error).split())[:400]}); "
             "expected a complete diffusion_pytorch_model.safetensors that fits config.json"
         ) from error
-    wrong = {key: names for key, names in info.items() if names and key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    wrong = {
+        key: names
+        for key, names in info.items()
+        if names and key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     if wrong:
-        listed = "; ".join(f"{len(names)} {key.replace('_', ' ')} such as {list(names)[0]}" for key, names in wrong.items())
+        listed = "; ".join(
+            f"{len(names)} {key.replace('_', ' ')} such as {next(iter(names))}" for key, names in wrong.items()
+        )
         raise CheckpointError(f"{folder / 'unet'}: the weights do not fit config.json: {listed}")
     return UNet2DDenoiser(unet, parametrisation_from_scheduler(scheduler))
 
@@ -253,7 +273,8 @@ def export(denoiser: Denoiser, level: float, folder: Path) -> None:
     one-step student is once sigma_max is the student's level.
     """
     check_exportable(denoiser)
-    assert isinstance(denoiser, UNet2DDenoiser) and isinstance(denoiser.parametrisation, EDMPreconditioning)
+    assert isinstance(denoiser, UNet2DDenoiser)
+    assert isinstance(denoiser.parametrisation, EDMPreconditioning)
     form = denoiser.parametrisation
     scheduler = CMStochasticIterativeScheduler(sigma_min=form.boundary, sigma_max=level, sigma_data=form.sigma_data)
     ConsistencyModelPipeline(unet=denoiser.unet, scheduler=scheduler).save_pretrained(folder)

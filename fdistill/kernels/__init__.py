@@ -28,9 +28,14 @@ def select(operation: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
         raise ArgumentError(f"backend: got {backend!r}; {did_you_mean(backend, ('auto', 'triton', 'reference'))}")
     fused = importlib.util.find_spec(f"{__name__}.triton") is not None
     if backend == "triton" and not fused:
-        raise ArgumentError(f"backend: no fused kernel for {operation!r} in this version; expected 'auto' or 'reference'")
+        raise ArgumentError(
+            f"backend: no fused kernel for {operation!r} in this version; expected 'auto' or 'reference'"
+        )
     if backend == "triton" and tensor.device.type != "cuda":
-        raise ArgumentError(f"backend: 'triton' needs CUDA tensors, got {tensor.device.type}; expected 'auto' or 'reference'")
+        raise ArgumentError(
+            f"backend: 'triton' needs CUDA tensors, got {tensor.device.type}; expected 'auto' or 'reference'"
+        )
     chosen = "triton" if fused and backend != "reference" and tensor.device.type == "cuda" else "reference"
     module = importlib.import_module(f"{__name__}.{chosen}.{operation}")
-    return getattr(module, operation)
+    implementation: Callable[..., Any] = getattr(module, operation)
+    return implementation

@@ -1,0 +1,16 @@
+"""Named protocols: what is measured, on how many samples, against which reference, with which extractor. A file each."""
+
+from __future__ import annotations
+
+from evaluation.protocols.digits import DIGITS
+from evaluation.protocols.protocol import Protocol
+from fdistill.errors import ArgumentError, did_you_mean
+
+PROTOCOLS: dict[str, Protocol] = {"digits": DIGITS}
+
+
+def get_protocol(name: str) -> Protocol:
+    """A protocol by name; raises ArgumentError with the nearest one."""
+    if name not in PROTOCOLS:
+        raise ArgumentError(f"protocol: got {name!r}; {did_you_mean(name, PROTOCOLS)}")
+    return PROTOCOLS[name]

@@ -1,0 +1,168 @@
+"""The `fdistill` command."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fdistill import __version__
+from fdistill.errors import ArgumentError, ConfigError, FDistillError
+
+app = typer.Typer(
+    name="fdistill",
+    help="Pretrained diffusion checkpoints into one-step generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Steps = Annotated[
+    int, typer.Option("--steps", help="Heun steps of a teacher: 2 x steps - 1 evaluations an image. A student takes 1.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fdistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def distill(
+    output: Annotated[Path, typer.Option(help="The run folder; must not exist or be empty.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="A config's name or YAML file (default: digits), then settings over it.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and what would be done; write nothing.")
+    ] = False,
+) -> None:
+    """Distil a teacher into a one-step student.
+
+    Example: fdistill distill digits divergence=forward-kl generator.lr=1e-4 --output runs/forward-kl
+    """
+    names = [argument for argument in arguments or [] if "=" not in argument]
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    if len(names) > 1:
+        raise ConfigError(f"expected one CONFIG and key=value settings, got {' '.join(names)}")
+
+    from fdistill.config import load_config
+
+    config = load_config(names[0] if names else "digits", overrides)
+
+    from fdistill import train
+
+    if dry_run:
+        train.check_output(output, config, resume)
+        typer.echo(train.describe(config))
+        return
+    student = train.distill(config, output=output, resume=resume)
+    typer.echo(f"student: {student}")
+
+
+@app.command()
+def generate(
+    student: Annotated[
+        str, typer.Argument(help="A student or run folder; or a teacher: an embedded name, a folder or a hub id.")
+    ],
+    num_images: Annotated[int, typer.Option(help="How many.")],
+    output: Annotated[
+        Path, typer.Option(help="A folder for 000000.png ... and manifest.json; must not exist or be empty.")
+    ],
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per evaluation.")] = 256,
+    class_labels: Annotated[str | None, typer.Option(help="Classes to draw in turn, as 0,1,2; all by default.")] = None,
+    steps: Steps = 18,
+    device: Device = "auto",
+) -> None:
+    """Generate images: one evaluation each from a student, many from a teacher.
+
+    Example: fdistill generate runs/digits --num-images 100 --seed 0 --class-labels 3,7 --output images
+    """
+    try:
+        labels = [int(label) for label in class_labels.split(",")] if class_labels else None
+    except ValueError as error:
+        raise ArgumentError(
+            f"class-labels: got {class_labels!r}, expected whole numbers and commas, as in 0,1,2"
+        ) from error
+
+    from fdistill.generation import generate as run
+
+    folder = run(
+        student,
+        num_images=num_images,
+        output=output,
+        seed=seed,
+        batch_size=batch_size,
+        class_labels=labels,
+        num_steps=steps,
+        device=device,
+    )
+    typer.echo(f"images: {folder}")
+
+
+@app.command()
+def evaluate(
+    samples: Annotated[
+        str, typer.Argument(metavar="SAMPLES_OR_STUDENT", help="A folder of PNG files, a student, or a teacher.")
+    ],
+    reference: Annotated[str | None, typer.Option(help="A data set's name or a folder of PNG files.")] = None,
+    protocol: Annotated[str, typer.Option(help="How to measure; its name is written beside the scores.")] = "digits",
+    metrics: Annotated[str | None, typer.Option(help="Some of the protocol's metrics, as fd_digits,recall.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for scores and provenance.")] = None,
+    seed: Annotated[int, typer.Option(help="For samples drawn from a checkpoint.")] = 0,
+    steps: Steps = 18,
+    device: Device = "auto",
+) -> None:
+    """Score generated images by a named protocol.
+
+    Example: fdistill evaluate runs/digits --reference digits --output scores.json
+    """
+    from evaluation.evaluate import evaluate as run
+
+    result = run(
+        samples,
+        reference=reference,
+        protocol=protocol,
+        metrics=metrics.split(",") if metrics else None,
+        output=output,
+        seed=seed,
+        num_steps=steps,
+        device=device,
+    )
+    for name, value in result["metrics"].items():
+        typer.echo(f"{name:<18} {value:.4f}")
+
+
+def main() -> None:
+    """Runs the command; an error a user can mend is one message and exit status 1."""
+    try:
+        app()
+    except FDistillError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

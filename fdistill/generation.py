@@ -1,0 +1,183 @@
+"""Images from a student in one evaluation each, or from a teacher with its sampler: in memory, or as a folder of PNG files."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fdistill import __version__
+from fdistill.adapters import load_teacher, resolve_checkpoint
+from fdistill.denoiser import Denoiser
+from fdistill.devices import start
+from fdistill.errors import ArgumentError, OutputError
+from fdistill.files import atomic_folder, partial_path
+from fdistill.generator import OneStepGenerator
+from fdistill.images import to_uint8
+from fdistill.pipeline import is_student, load_student
+from fdistill.report import to_pil
+from fdistill.rng import indexed_normal
+from fdistill.sampler import evaluations, heun_sample
+
+
+@dataclass(frozen=True)
+class Source:
+    """Something that makes images: a student, or a teacher with `num_steps` of Heun's method."""
+
+    name: str
+    model: OneStepGenerator | Denoiser
+    num_steps: int | None
+
+    @property
+    def evaluations_per_image(self) -> int:
+        return 1 if self.num_steps is None else evaluations(self.num_steps)
+
+    @torch.no_grad()
+    def sample(self, seed: int, indices: Sequence[int], labels: Tensor | None, device: torch.device) -> Tensor:
+        """Images uint8 [len(indices), C, H, W] on the CPU; labels [len(indices)]. Each depends on (seed, index, label) alone."""
+        noise = indexed_normal(seed, indices, self.model.sample_shape).to(device)
+        labels = None if labels is None else labels.to(device)
+        if isinstance(self.model, OneStepGenerator):
+            return to_uint8(self.model(noise, labels)).cpu()
+        assert self.num_steps is not None
+        return to_uint8(heun_sample(self.model, noise, labels, self.num_steps)).cpu()
+
+
+def open_source(checkpoint: str | Path, num_steps: int, device: torch.device) -> Source:
+    """A student folder (or a run that has one), or any teacher that `load_teacher` takes.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    path = Path(checkpoint)
+    if is_student(path) or is_student(path / "student"):
+        return Source(str(checkpoint), load_student(path, device), None)
+    if num_steps < 1:
+        raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
+    resolve_checkpoint(checkpoint)
+    return Source(str(checkpoint), load_teacher(checkpoint, device), num_steps)
+
+
+def labels_of(source: Source, count: int, class_labels: Sequence[int] | None) -> Tensor | None:
+    """Labels int64 [count]: the given classes in turn, all classes by default; None for an unconditional model.
+
+    Raises:
+        ArgumentError: a class the model does not have, or classes asked of an unconditional model.
+    """
+    classes = source.model.num_classes
+    if classes is None:
+        if class_labels:
+            raise ArgumentError(f"class_labels: {source.name} is unconditional; expected none")
+        return None
+    chosen = list(range(classes)) if not class_labels else list(class_labels)
+    for label in chosen:
+        if not 0 <= label < classes:
+            raise ArgumentError(f"class_labels: got {label}, expected 0 to {classes - 1}")
+    return torch.tensor(chosen)[torch.arange(count) % len(chosen)]
+
+
+def check_counts(num_images: int, batch_size: int, seed: int) -> None:
+    """Raises ArgumentError unless there is something to generate."""
+    if num_images < 1:
+        raise ArgumentError(f"num_images: expected at least 1, got {num_images}")
+    if batch_size < 1:
+        raise ArgumentError(f"batch_size: expected at least 1, got {batch_size}")
+    if not 0 <= seed < 2**64:
+        raise ArgumentError(f"seed: expected 0 to 2^64 - 1, got {seed}")
+
+
+def batches(
+    source: Source,
+    seed: int,
+    indices: range,
+    labels: Tensor | None,
+    batch_size: int,
+    device: torch.device,
+    *,
+    progress: bool,
+) -> Iterator[tuple[range, Tensor]]:
+    """(indices, images) in order, under a progress bar with images/s."""
+    with tqdm(total=len(indices), desc="generate", unit="img", disable=not progress, mininterval=0.5) as bar:
+        for first in range(0, len(indices), batch_size):
+            part = indices[first : first + batch_size]
+            yield part, source.sample(seed, part, None if labels is None else labels[part.start : part.stop], device)
+            bar.update(len(part))
+
+
+def generate(
+    checkpoint: str | Path,
+    *,
+    num_images: int,
+    output: str | Path,
+    seed: int = 0,
+    batch_size: int = 256,
+    class_labels: Sequence[int] | None = None,
+    num_steps: int = 18,
+    device: str = "auto",
+) -> Path:
+    """Writes output/000000.png ... and output/manifest.json, all or nothing.
+
+    Image i depends on (seed, i) and its label alone, up to the float rounding of the device: not on batch size or the number of
+    processes.
+
+    Args:
+        checkpoint: a student folder, a run folder, or a teacher (an embedded name, a folder or a hub id).
+        num_images: at least 1.
+        output: a folder that is empty or does not exist.
+        seed: in [0, 2^64).
+        batch_size: images per evaluation and process.
+        class_labels: classes to draw, in turn; all by default.
+        num_steps: of Heun's method, for a teacher: 2 num_steps - 1 evaluations an image. A student always takes one.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Returns:
+        The output folder.
+
+    Raises:
+        ArgumentError, CheckpointError, OutputError: before anything is written; a full disk later on leaves nothing behind.
+    """
+    check_counts(num_images, batch_size, seed)
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputError(f"output {folder}: exists and is not an empty folder; choose another")
+    state, chosen_device = start(device)
+    source = open_source(checkpoint, num_steps, chosen_device)
+    labels = labels_of(source, num_images, class_labels)
+    share = -(-num_images // state.num_processes)
+    mine = range(num_images)[state.process_index * share : (state.process_index + 1) * share]
+    main = state.is_main_process
+    with atomic_folder(folder) if main else nullcontext(partial_path(folder)) as temporary:
+        state.wait_for_everyone()
+        seconds = 0.0
+        before = time.perf_counter()
+        for part, images in batches(source, seed, mine, labels, batch_size, chosen_device, progress=main):
+            seconds += time.perf_counter() - before
+            for index, image in zip(part, images, strict=True):
+                to_pil(image).save(temporary / f"{index:06d}.png")
+            before = time.perf_counter()
+        state.wait_for_everyone()
+        if main:
+            manifest = {
+                "checkpoint": source.name,
+                "kind": "teacher" if source.num_steps else "student",
+                "evaluations_per_image": source.evaluations_per_image,
+                "num_images": num_images,
+                "seed": seed,
+                "labels": None if labels is None else labels.tolist(),
+                "guidance": None,
+                "batch_size": batch_size,
+                "processes": state.num_processes,
+                "device": str(chosen_device),
+                "images_per_second": len(mine) * state.num_processes / max(seconds, 1e-9),
+                "fdistill_version": __version__,
+                "torch_version": torch.__version__,
+            }
+            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return folder

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_unet
+from torch import nn
+
+from fdistill.adapters.unet2d import DirectPrediction, UNet2DDenoiser
+from fdistill.discriminator import Discriminator
+from fdistill.errors import ArgumentError
+from fdistill.losses import gan_discriminator_loss
+from fdistill.noise import FlowSchedule
+
+
+def denoiser(**changes: object) -> UNet2DDenoiser:
+    return UNet2DDenoiser(tiny_unet(**changes), DirectPrediction(FlowSchedule(), "flow"))
+
+
+def test_one_logit_a_head_at_every_size() -> None:
+    source = denoiser(sample_size=24)
+    discriminator = Discriminator(source, ["down0", "mid"])
+    features = {name: torch.randn(5, *shape) for name, shape in source.feature_shapes.items()}
+    assert source.feature_shapes == {"down0": (8, 24, 24), "down1": (16, 12, 12), "mid": (16, 12, 12)}
+    assert discriminator(features).shape == (5, 2)
+
+
+@pytest.mark.parametrize("channels", [(8, 16), (32, 64), (24, 40)])
+def test_heads_learn_to_tell_two_feature_distributions_apart(channels: tuple[int, int]) -> None:
+    """A head whose last group norm had one or two values a group would output a constant, or a sign."""
+    torch.manual_seed(0)
+    source = denoiser(block_out_channels=channels, norm_num_groups=4)
+    head = Discriminator(source, ["mid"])
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-3)
+    shape = source.feature_shapes["mid"]
+
+    def draw() -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(64, *shape), torch.randn(64, *shape) * 1.3 + 0.2
+
+    for _ in range(150):
+        real, fake = draw()
+        loss = gan_discriminator_loss(head({"mid": real}), real=True) + gan_discriminator_loss(head({"mid": fake}), real=False)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    real, fake = draw()
+    accuracy = torch.cat([head({"mid": real}) > 0, head({"mid": fake}) < 0]).float().mean()
+    assert accuracy > 0.85
+
+
+def test_group_norms_are_dmd2s_at_its_width() -> None:
+    source = denoiser(block_out_channels=(32, 768), norm_num_groups=32)
+    norms = [layer for layer in Discriminator(source, ["mid"]).modules() if isinstance(layer, nn.GroupNorm)]
+    assert [norm.num_groups for norm in norms] == [32]
+
+
+def test_unknown_features_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="did you mean 'mid'"):
+        Discriminator(denoiser(), ["middle"])
+    with pytest.raises(ArgumentError, match="at least one"):
+        Discriminator(denoiser(), [])

@@ -1,0 +1,97 @@
+"""Imports go strictly downward, without cycles, and evaluation is called from the command line and the loop alone."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+LAYERS = [
+    {"errors", "files", "config", "assets"},
+    {"noise", "divergence", "rng", "distributed", "images"},
+    {"kernels"},
+    {"denoiser", "generator", "discriminator", "ratio", "losses", "ema", "sampler"},
+    {"adapters", "step", "data", "checkpoint", "pipeline", "devices"},
+    {"build", "journal", "report", "generation", "train", "cli", "__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules a file imports anywhere in it, TYPE_CHECKING blocks apart."""
+    found: set[str] = set()
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = sorted((ROOT / "fdistill").rglob("*.py"))
+NAMES = {module_name(path): path for path in FILES}
+
+
+def unit(module: str) -> str:
+    """fdistill.kernels.reference.matching -> kernels: the thing that has a layer."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_downward(path: Path) -> None:
+    own = unit(module_name(path))
+    assert own in LEVEL, f"{path} has no layer: name it in LAYERS"
+    for imported in imports(path) & NAMES.keys():
+        other = unit(imported)
+        if other in (own, "__init__"):
+            continue
+        assert LEVEL[other] <= LEVEL[own], f"{own} (layer {LEVEL[own]}) imports {other} (layer {LEVEL[other]})"
+
+
+def test_there_is_no_import_cycle() -> None:
+    graph = {name: (imports(path) & NAMES.keys()) - {name, "fdistill"} for name, path in NAMES.items()}
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, " -> ".join((*trail, name))
+        if name not in done:
+            for other in graph[name]:
+                visit(other, (*trail, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_only_the_command_line_and_the_loop_call_evaluation() -> None:
+    callers = {module_name(p) for p in FILES if any(name.split(".")[0] == "evaluation" for name in imports(p))}
+    assert callers <= {"fdistill.cli", "fdistill.train"}
+
+
+def test_config_and_errors_do_without_torch() -> None:
+    for name in ("fdistill.config", "fdistill.errors", "fdistill.files", "fdistill.cli"):
+        top_level = {
+            alias.name
+            for node in ast.parse(NAMES[name].read_text()).body
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        assert "torch" not in top_level

@@ -58,7 +58,8 @@ def evaluate(
         seed, num_steps, device: as in `fdistill.generate`, where `samples` is a checkpoint.
 
     Returns:
-        {"metrics": {name: number}, "provenance": {...}}; a score of another sample count than the protocol's is named "name@count".
+        {"metrics": {name: number}, "provenance": {...}}; a score of another sample count than the protocol's is named
+        "name@count".
 
     Raises:
         ArgumentError, CheckpointError: samples, reference, protocol or metric that cannot be used.
@@ -75,7 +76,8 @@ def evaluate(
     for what, images in ((str(samples), made.images), (reference_name, real)):
         if tuple(images.shape[1:]) != chosen.sample_shape:
             raise ArgumentError(
-                f"{what}: images of {tuple(images.shape[1:])} (C, H, W); protocol {protocol!r} expected {chosen.sample_shape}"
+                f"{what}: images of {tuple(images.shape[1:])} (C, H, W); "
+                f"protocol {protocol!r} expected {chosen.sample_shape}"
             )
     missing = [name for name in wanted if name in chosen.needs_labels and made.labels is None]
     if missing and metrics:
@@ -111,7 +113,8 @@ def _reference(protocol: Protocol, reference: str | Path | None) -> tuple[Tensor
         return protocol.load_reference(), protocol.reference
     if not Path(reference).is_dir():
         raise ArgumentError(
-            f"reference {str(reference)!r}: no such folder, and protocol {protocol.name!r} knows only {protocol.reference!r} by name"
+            f"reference {str(reference)!r}: no such folder; expected one of .png files, or {protocol.reference!r}, "
+            f"the data of protocol {protocol.name!r}"
         )
     return read_images(Path(reference)), str(reference)
 
@@ -121,7 +124,7 @@ def _read(folder: Path) -> Samples:
     labels = manifest.get("labels")
     if labels is not None and len(labels) != len(images):
         raise ArgumentError(
-            f"{folder}: {len(images)} images, but its manifest lists {len(labels)}; generate the samples again"
+            f"{folder}: {len(images)} images, but its manifest lists {len(labels)} labels; generate the samples again"
         )
     provenance = {"samples": str(folder), **{key: manifest.get(key) for key in _MANIFEST_KEYS}}
     return Samples(images, None if labels is None else torch.tensor(labels), provenance)

@@ -1,4 +1,4 @@
-"""Frechet distance between two feature sets, by torch-fidelity's statistics (eigenvalues in float64, no matrix square root)."""
+"""Frechet distance between two feature sets, by torch-fidelity's float64 statistics (no matrix square root)."""
 
 from __future__ import annotations
 

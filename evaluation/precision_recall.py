@@ -8,7 +8,7 @@ from fdistill.errors import ArgumentError
 
 
 def precision_recall(features: Tensor, reference: Tensor, neighbours: int = 3) -> tuple[float, float]:
-    """(share of generated samples inside the real manifold, share of real ones inside the generated manifold), both in [0, 1].
+    """(share of generated samples inside the real manifold, share of real ones inside the generated one), in [0, 1].
 
     A set's manifold is the union of balls around its samples, each reaching its k-th nearest neighbour
     (Kynkaanniemi et al. 2019, arXiv 1904.06991).

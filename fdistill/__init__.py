@@ -1,4 +1,4 @@
-"""fdistill: pretrained diffusion checkpoints into one-step generators by f-divergence distillation (arXiv 2502.15681)."""
+"""fdistill: diffusion checkpoints into one-step generators by f-divergence distillation (arXiv 2502.15681)."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         raise ConfigError(f"config: {error}") from error
     if config.discriminator.gan_weight == 0 and divergence.name != "reverse-kl":
         raise ConfigError(
-            f"config: divergence {divergence.name!r} weights by a density ratio that only a trained discriminator knows; "
-            "expected discriminator.gan_weight > 0, or divergence=reverse-kl"
+            f"config: divergence {divergence.name!r} weights by a density ratio that only a trained discriminator "
+            "knows; expected discriminator.gan_weight > 0, or divergence=reverse-kl"
         )
     teacher_folder = resolve_checkpoint(config.teacher)
     teacher = load_teacher(config.teacher, device)
@@ -136,11 +136,12 @@ def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
 def _check_data(config: DistillConfig, sample_shape: tuple[int, ...], num_classes: int | None, data: ImageSet) -> None:
     if tuple(data.images.shape[1:]) != tuple(sample_shape):
         raise ConfigError(
-            f"data {config.data!r} has images of shape {tuple(data.images.shape[1:])} (C, H, W), but teacher {config.teacher!r} makes "
-            f"{tuple(sample_shape)}; expected data like the teacher's"
+            f"data {config.data!r} has images of shape {tuple(data.images.shape[1:])} (C, H, W), but teacher "
+            f"{config.teacher!r} makes {tuple(sample_shape)}; expected data like the teacher's"
         )
     highest = int(data.labels.max())
     if num_classes is not None and highest >= num_classes:
         raise ConfigError(
-            f"data {config.data!r} has class {highest}, but teacher {config.teacher!r} knows 0 to {num_classes - 1} only"
+            f"data {config.data!r} has class {highest}, but teacher {config.teacher!r} knows 0 to {num_classes - 1}; "
+            "expected data like the teacher's"
         )

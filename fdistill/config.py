@@ -97,7 +97,7 @@ class RatioConfig(_Section):
 
 
 class EMAConfig(_Section):
-    """Averages of the student's weights, one for each decay per iteration; `export` is the one that becomes the student."""
+    """Averages of the student's weights, one for each decay (per iteration); the exported student is one of them."""
 
     decays: list[Decay] = Field(default=[0.98], min_length=1)
     export: Decay = 0.98
@@ -122,8 +122,8 @@ class LogConfig(_Section):
 class DistillConfig(_Section):
     """One distillation.
 
-    An iteration is `critic_steps` updates of the critic (fake score and discriminator) followed by one update of the student;
-    every count of iterations in this file means that.
+    An iteration is `critic_steps` updates of the critic (fake score and discriminator) followed by one update of the
+    student; every count of iterations in this file means that.
     """
 
     teacher: str = Field(default="digits", description="an embedded teacher, a pipeline folder, or a hub id")
@@ -175,7 +175,8 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
 
     Args:
         name_or_path: a YAML file, or the name of an embedded config; None for the defaults alone.
-        overrides: "section.key=value" strings, the value being YAML (`1e-5`, `[0.98, 0.999]`), or a mapping of dotted keys.
+        overrides: "section.key=value" strings, the value being YAML (`1e-5`, `[0.98, 0.999]`), or a mapping of dotted
+            keys.
 
     Raises:
         ConfigError: an unknown key (with the nearest one), a wrong type or range, or YAML that cannot be read.

@@ -36,7 +36,8 @@ class Denoiser(nn.Module, ABC):
     ) -> tuple[Tensor | None, Features]:
         """What adapters implement: the x0-prediction in float32 (None unless `x0`) and the named features.
 
-        With `x0_grad` False the part of the network that only x0 depends on runs without autograd and keeps no activations.
+        With `x0_grad` False the part of the network that only x0 depends on runs without autograd and keeps no
+        activations.
         """
 
     def denoise(

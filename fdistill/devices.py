@@ -32,5 +32,5 @@ def start(device: str) -> tuple[PartialState, torch.device]:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Networks compute in bfloat16 inside the block if precision is "bf16"; weights, losses and statistics stay float32."""
+    """With precision "bf16" networks compute in bfloat16 inside the block; weights and losses stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -12,14 +12,14 @@ from fdistill.errors import ArgumentError, did_you_mean
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of at least 16 channels: on a single pixel a smaller group would be normalised to almost nothing."""
+    """At most 32 groups, of at least 16 channels: on one pixel a smaller group is normalised to almost nothing."""
     most = max(1, min(32, channels // 16))
     groups = next(n for n in range(most, 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels)
 
 
 def _head(channels: int, height: int, width: int) -> nn.Sequential:
-    """[B, C, H, W] -> [B, 1, 1, 1]: halve down to 4 pixels or fewer, then one convolution over what is left (DMD2's head)."""
+    """[B, C, H, W] -> [B, 1, 1, 1]: halve to 4 pixels or fewer, then one convolution over what is left (DMD2)."""
     layers: list[nn.Module] = []
     while min(height, width) > 4:
         layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), _group_norm(channels), nn.SiLU()]
@@ -31,8 +31,8 @@ def _head(channels: int, height: int, width: int) -> nn.Sequential:
 class Discriminator(nn.Module):
     """One head for each tapped feature.
 
-    At its optimum a logit is log(p_teacher / p_student) at the noised sample. It is not told the noise level or the condition:
-    the features are.
+    At its optimum a logit is log(p_teacher / p_student) at the noised sample. It is not told the noise level or the
+    condition: the features are.
 
     Args:
         denoiser: the network whose features are tapped (its shapes are read, the network is not kept).

@@ -39,8 +39,8 @@ def _box_cox(r: Tensor, power: float) -> Tensor:
 def alpha_divergence(a: float) -> Divergence:
     """The alpha family, f(r) = (r^a - 1 - a (r - 1)) / (a (a - 1)), h(r) = r^a; a any real number.
 
-    The limits are a = 0: -log r + r - 1 (reverse KL) and a = 1: r log r - r + 1 (forward KL). The linear term changes no
-    divergence and keeps f continuous in a.
+    The limits are a = 0: -log r + r - 1 (reverse KL) and a = 1: r log r - r + 1 (forward KL). The linear term changes
+    no divergence and keeps f continuous in a.
 
     Raises:
         ArgumentError: a is infinite or NaN.

@@ -15,7 +15,8 @@ class EMA:
     """Shadow copies of `module`'s parameters and buffers, one set for each decay; they start as copies.
 
     Args:
-        decays: each in [0, 1); after every `update`, shadow = decay * shadow + (1 - decay) * parameter. Integer buffers are copied.
+        decays: each in [0, 1); after every `update`, shadow = decay * shadow + (1 - decay) * parameter. Integer
+            buffers are copied.
     """
 
     def __init__(self, module: nn.Module, decays: Sequence[float]):

@@ -16,7 +16,7 @@ def _explained(path: Path, error: OSError) -> OutputError:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError inside the block (full disk, missing rights, no such folder) into an OutputError that names `path`."""
+    """Turns an OSError inside the block (full disk, missing rights) into an OutputError that names `path`."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Images from a student in one evaluation each, or from a teacher with its sampler: in memory, or as a folder of PNG files."""
+"""Images from a student in one evaluation each, or from a teacher with its sampler; in memory or as PNG files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Source:
 
     @torch.no_grad()
     def sample(self, seed: int, indices: Sequence[int], labels: Tensor | None, device: torch.device) -> Tensor:
-        """Images uint8 [len(indices), C, H, W] on the CPU; labels [len(indices)]. Each depends on (seed, index, label) alone."""
+        """Images uint8 [N, C, H, W] on the CPU for N indices and labels; each depends on (seed, index, label)."""
         noise = indexed_normal(seed, indices, self.model.sample_shape).to(device)
         labels = None if labels is None else labels.to(device)
         if isinstance(self.model, OneStepGenerator):
@@ -124,8 +124,8 @@ def generate(
 ) -> Path:
     """Writes output/000000.png ... and output/manifest.json, all or nothing.
 
-    Image i depends on (seed, i) and its label alone, up to the float rounding of the device: not on batch size or the number of
-    processes.
+    Image i depends on (seed, i) and its label alone, up to the float rounding of the device: not on batch size or the
+    number of processes.
 
     Args:
         checkpoint: a student folder, a run folder, or a teacher (an embedded name, a folder or a hub id).
@@ -141,7 +141,8 @@ def generate(
         The output folder.
 
     Raises:
-        ArgumentError, CheckpointError, OutputError: before anything is written; a full disk later on leaves nothing behind.
+        ArgumentError, CheckpointError, OutputError: before anything is written; a full disk later on leaves nothing
+            behind.
     """
     check_counts(num_images, batch_size, seed)
     folder = Path(output)

@@ -36,7 +36,7 @@ class OneStepGenerator(nn.Module):
         return self.denoiser.num_classes
 
     def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        """noise [B, C, H, W] standard normal, condition [B] labels or None -> x0 [B, C, H, W] float32, nominally in [-1, 1]."""
+        """Standard normal noise [B, C, H, W], labels [B] or None -> x0 [B, C, H, W] float32, nominally in [-1, 1]."""
         t = noise.new_full((len(noise),), self.level)
         x_t = expand(self.denoiser.schedule.sigma(t), noise) * noise
         return cast(Tensor, self.denoiser(x_t, t, condition))

@@ -46,7 +46,8 @@ class Journal:
         """Means since the last record, and starts anew.
 
         Raises:
-            NonFiniteError: something was NaN or infinite; names the role, the quantity and the noise level of the first such sample.
+            NonFiniteError: something was NaN or infinite; names the role, the quantity and the noise level of the
+                first such sample.
         """
         samples = {
             name: (

@@ -1,4 +1,4 @@
-"""One pure function per loss: per-sample values [B] in float32, targets detached inside, reduction left to the caller."""
+"""One pure function per loss: per-sample values [B], targets detached inside, reduction left to the caller."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def matching_loss(
 ) -> Tensor:
     """Distribution matching: moves the student's x0 along weight * (teacher_x0 - fake_x0).
 
-    d/dx0 of loss.sum() = weight * (fake_x0 - teacher_x0) / (mean|x0 - teacher_x0| + eps) / numel_per_sample. The difference of
-    x0-predictions is sigma^2 / alpha times that of the scores; the normaliser is DMD's (arXiv 2311.18828, eq. 8), the weight
-    h(r) is f-distill's (arXiv 2502.15681, theorem 1). The value, mean(gradient^2) / 2, says how far the student is pushed; it is
-    not a distance that has to fall.
+    d/dx0 of loss.sum() = weight * (fake_x0 - teacher_x0) / (mean|x0 - teacher_x0| + eps) / numel_per_sample. The
+    difference of x0-predictions is sigma^2 / alpha times that of the scores; the normaliser is DMD's (arXiv
+    2311.18828, eq. 8), the weight h(r) is f-distill's (arXiv 2502.15681, theorem 1). The value, mean(gradient^2) / 2,
+    says how far the student is pushed; it is not a distance that has to fall.
 
     Args:
         x0: [B, ...] student samples; the only argument that receives a gradient.
@@ -85,8 +85,8 @@ def denoising_weight(
 ) -> Tensor:
     """Weight [B] of the squared x0-error at noise levels with coefficients alpha, sigma [B].
 
-    With s = sigma / alpha: "edm" 1 / s^2 + 1 / sigma_data^2 (arXiv 2206.00364, table 1); "inverse-sigma2" 1 / s^2, the eps-error;
-    "min-snr" min(1 / s^2, gamma) (arXiv 2303.09556, eq. 6); "uniform" 1.
+    With s = sigma / alpha: "edm" 1 / s^2 + 1 / sigma_data^2 (arXiv 2206.00364, table 1); "inverse-sigma2" 1 / s^2, the
+    eps-error; "min-snr" min(1 / s^2, gamma) (arXiv 2303.09556, eq. 6); "uniform" 1.
     """
     snr = (alpha / sigma).square()
     if name == "edm":
@@ -121,7 +121,8 @@ def gan_discriminator_loss(logits: Tensor, *, real: bool) -> Tensor:
 
 
 def r1_penalty(real_logits: Tensor, x_t: Tensor) -> Tensor:
-    """||d logit / d x_t||^2 per sample, of the mean logit over heads (Mescheder et al. 2018, arXiv 1801.04406, eq. 9, without gamma / 2).
+    """||d logit / d x_t||^2 per sample, of the mean logit over heads (Mescheder et al. 2018, arXiv 1801.04406, eq. 9,
+    without gamma / 2).
 
     Args:
         real_logits: [B] or [B, H], computed from x_t with autograd.

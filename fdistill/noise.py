@@ -86,8 +86,8 @@ class FlowSchedule:
 class VPSchedule:
     """Discrete variance preserving: t = timestep in [0, T - 1], alpha^2 + sigma^2 = 1 (Ho et al. 2020).
 
-    Between two timesteps (alpha, sigma) runs along the chord between the table's points, scaled back to the unit circle:
-    exact at the timesteps, and finite where alpha = 0 (zero terminal SNR, Lin et al. 2023, arXiv 2305.08891).
+    Between two timesteps (alpha, sigma) runs along the chord between the table's points, scaled back to the unit
+    circle: exact at the timesteps, and finite where alpha = 0 (zero terminal SNR, Lin et al. 2023, arXiv 2305.08891).
 
     Args:
         alphas_cumprod: [T] cumulative products of 1 - beta, in [0, 1], strictly decreasing.
@@ -134,7 +134,8 @@ class VPSchedule:
         ratio = noise_to_signal.clamp(sigmas[0] / alphas[0], sigmas[-1] / alphas[-1])
         right = torch.searchsorted(sigmas / alphas, ratio.contiguous()).clamp(1, len(alphas) - 1)
         left = right - 1
-        # On the chord sigma = ratio * alpha is linear in the fraction; divided by the ratio it stays finite at infinity.
+        # On the chord sigma = ratio * alpha is linear in the fraction; divided by the ratio it stays finite at
+        # infinity.
         start = sigmas[left] / ratio - alphas[left]
         end = sigmas[right] / ratio - alphas[right]
         return left + (start / (start - end)).clamp(0, 1)
@@ -185,7 +186,8 @@ def to_x0(prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: P
     """A network's prediction at x_t = alpha x0 + sigma eps, turned into an x0-prediction.
 
     prediction, x_t [B, ...]; alpha, sigma [B]. Kinds: "x0"; "eps" (the noise; not defined where alpha = 0);
-    "v" = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv 2202.00512); "flow" = eps - x0 (the velocity dx/dt of rectified flow).
+    "v" = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv 2202.00512); "flow" = eps - x0 (the velocity dx/dt of
+    rectified flow).
     """
     alpha, sigma = expand(alpha, x_t), expand(sigma, x_t)
     if kind == "x0":
@@ -225,7 +227,8 @@ def uniform_levels(schedule: NoiseSchedule, u: Tensor, *, low: float = 0.0, high
 def karras_levels(
     schedule: NoiseSchedule, u: Tensor, *, rho: float = 7.0, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    """Uniform over the Karras grid of noise-to-signal ratios (arXiv 2206.00364, eq. 5); the usual choice for EDM teachers.
+    """Uniform over the Karras grid of noise-to-signal ratios (arXiv 2206.00364, eq. 5); the usual choice for EDM
+    teachers.
 
     low and high cut the grid, counted from the least noisy end (DMD2 leaves out 2 % at either end).
     """

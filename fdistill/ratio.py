@@ -1,4 +1,4 @@
-"""From discriminator logits to the weight h(r) of the score difference, normalised in two stages (f-distill, section 3)."""
+"""From discriminator logits to the weight h(r) of the score difference, normalised in two stages."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ class RatioWeight:
 class DensityRatio:
     """log(p_teacher / p_student) logits -> weights.
 
-    In order: mean over heads, clamp to +-10, exp, clamp to [lower, upper]; r / (running mean of r in its noise bin), since
-    E_student[r] = 1 at every level; h(r); h / mean(h) over all processes. Bins start at 1, an empty bin keeps its value, and
-    bin = momentum * bin + (1 - momentum) * mean.
+    In order: mean over heads, clamp to +-10, exp, clamp to [lower, upper]; r / (running mean of r in its noise bin),
+    since E_student[r] = 1 at every level; h(r); h / mean(h) over all processes. Bins start at 1, an empty bin keeps its
+    value, and bin = momentum * bin + (1 - momentum) * mean.
 
     Args:
         lower, upper: bounds of the ratio, 0 < lower <= 1 <= upper.
         num_bins: noise bins.
-        bin_edges: "log-sigma": equal width in the log of the noise-to-signal ratio over [sigma_min, sigma_max], so that every bin
-            is used; "linear": equal width in the level itself, as published (for EDM two thirds of the draws then share a bin).
+        bin_edges: "log-sigma": equal width in the log of the noise-to-signal ratio over [sigma_min, sigma_max], so
+            that every bin is used; "linear": equal width in the level itself, as published (for EDM two thirds of the
+            draws then share a bin).
         momentum: in [0, 1); 0 uses the batch alone.
-        sigma_min, sigma_max: range that the bins cover, in the unit that `weight` is given; what lies outside joins the end bins.
+        sigma_min, sigma_max: range that the bins cover, in the unit that `weight` is given; what lies outside joins
+            the end bins.
 
     Attributes:
         bins: [num_bins] float32 running means; state that a checkpoint must keep.
@@ -104,7 +106,8 @@ class DensityRatio:
         return RatioWeight(weight=h * (count / total), h=h, clamped=(raw != ratio).float())
 
     def weight(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence) -> Tensor:
-        """Weights of the score difference: [B] float32, without gradient, mean 1 over the global batch. Updates the bins.
+        """Weights of the score difference: [B] float32, without gradient, mean 1 over the global batch. Updates the
+        bins.
 
         Args:
             logits: [B] or [B, H], log(p_teacher / p_student) at the student's noised samples.

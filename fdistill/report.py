@@ -23,7 +23,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:
-    """images uint8 [N, C, H, W] -> one PNG, row by row, small images enlarged by a whole factor and framed by a thin line."""
+    """images uint8 [N, C, H, W] -> one PNG, row by row; small images are enlarged by a whole factor and framed."""
     rows = -(-len(images) // columns)
     scale = max(1, _GRID_WIDTH // (columns * (images.shape[3] + 1)))
     cells = np.repeat(np.repeat(images.cpu().numpy(), scale, axis=2), scale, axis=3)

@@ -51,7 +51,8 @@ def heun_sample(denoiser: Denoiser, noise: Tensor, condition: Tensor | None = No
         x0_next = denoiser.run(x_next, t_next, condition, (), x0=True, x0_grad=False)[0]
         assert x0_next is not None
         eps_next = (x_next - alpha_next * x0_next) / sigma_next
-        # Trapezoid rule in x / alpha over the noise-to-signal ratio; from an infinite ratio the Euler step is all there is.
+        # Trapezoid rule in x / alpha over the noise-to-signal ratio; from an infinite ratio the Euler step is all
+        # there is.
         step = sigma_next / alpha_next - sigma / alpha
         correction = alpha_next * step * (eps_next - eps) / 2
         x = x_next + torch.where(torch.isfinite(step), correction, torch.zeros_like(correction))

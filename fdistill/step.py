@@ -1,7 +1,7 @@
 """The two updates of f-distill as plain functions: a batch in, a loss to call backward on out.
 
-Devices, optimisers, logging and files belong to the caller. Each loss reaches the parameters of its own role only: the other
-networks are frozen while the step's graph is built, so a plain `loss.backward()` is right.
+Devices, optimisers, logging and files belong to the caller. Each loss reaches the parameters of its own role only: the
+other networks are frozen while the step's graph is built, so a plain `loss.backward()` is right.
 """
 
 from __future__ import annotations
@@ -89,14 +89,15 @@ def critic_step(
     gan_weight: float = 1e-2,
     r1_weight: float = 0.0,
 ) -> StepResult:
-    """One update of the critic: the fake-score network learns to denoise what the student makes now, and the discriminator to
-    tell noised data from noised student samples.
+    """One update of the critic: the fake-score network learns to denoise what the student makes now, and the
+    discriminator to tell noised data from noised student samples.
 
     loss = mean(lambda(t) |fake_score(x_t) - x0|^2) + gan_weight (mean softplus(l_fake) + mean softplus(-l_real)
            + r1_weight / 2 mean |d l_real / d x_t|^2)
 
-    It reaches the fake-score network and the discriminator. Where the heads sit on the fake-score network, the GAN loss trains that
-    network as well (DMD2, arXiv 2405.14867); where they sit on the teacher, the heads alone. Real samples have levels of their own.
+    It reaches the fake-score network and the discriminator. Where the heads sit on the fake-score network, the GAN
+    loss trains that network as well (DMD2, arXiv 2405.14867); where they sit on the teacher, the heads alone. Real
+    samples have levels of their own.
 
     Args:
         networks: the roles.
@@ -171,8 +172,8 @@ def generator_step(
 
     loss = mean(matching_loss(x0, teacher_x0, fake_x0, weight=h)) + gan_weight mean softplus(-l_fake)
 
-    It reaches the student alone. Logits are read at the same (x_t, t) as the score difference; where the heads sit on the network that
-    is evaluated there anyway, they cost no evaluation of their own.
+    It reaches the student alone. Logits are read at the same (x_t, t) as the score difference; where the heads sit on
+    the network that is evaluated there anyway, they cost no evaluation of their own.
 
     Args:
         networks: the roles.
@@ -182,7 +183,8 @@ def generator_step(
         divergence: a name that `get_divergence` knows, or a Divergence.
         batch_size: B.
         levels: (schedule, uniform draws [B]) -> t [B].
-        ratio_ramp: in [0, 1]: the weight is 1 + ratio_ramp (h - 1), for the time in which the discriminator is untrained.
+        ratio_ramp: in [0, 1]: the weight is 1 + ratio_ramp (h - 1), for the time in which the discriminator is
+            untrained.
         gan_weight: 0 leaves the term out.
         backend: of `matching_loss`.
     """

@@ -44,9 +44,10 @@ def distill(
 
     Args:
         config: the name of an embedded config, a YAML file, or a DistillConfig.
-        output: the run folder: config.yaml, metrics.jsonl, samples/, checkpoints/, student/. Must not exist or be empty.
+        output: the run folder: config.yaml, metrics.jsonl, samples/, checkpoints/, student/. Must not exist or be
+            empty.
         resume: go on from the newest checkpoint in `output`, or start if there is none.
-        **overrides: settings over the config's, such as divergence="forward-kl"; dotted ones as **{"generator.lr": 1e-5}.
+        **overrides: settings over the config's: divergence="forward-kl"; dotted ones as **{"generator.lr": 1e-5}.
 
     Returns:
         The student: a folder for `fdistill.load_student` and for `diffusers.DiffusionPipeline.from_pretrained`.
@@ -263,7 +264,7 @@ def _stopped(error: NonFiniteError, iteration: int, folder: Path) -> FDistillErr
     good = checkpoints(folder / "checkpoints")
     kept = f"the last good checkpoint is {good[-1]}" if good else "there was no checkpoint yet"
     return NonFiniteError(
-        f"stopped at iteration {iteration}: {error}; {kept}; lower the learning rate of that role or its grad_clip and run again"
+        f"stopped at iteration {iteration}: {error}; {kept}; lower that role's lr or grad_clip and run again"
     )
 
 

@@ -1,4 +1,4 @@
-"""Write fdistill/assets/digits/digits.npz from scikit-learn's copy of the UCI digits (needs `pip install scikit-learn`)."""
+"""Write fdistill/assets/digits/digits.npz from scikit-learn's copy of the UCI digits (`pip install scikit-learn`)."""
 
 import numpy as np
 from sklearn.datasets import load_digits

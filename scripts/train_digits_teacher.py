@@ -2,8 +2,9 @@
 
     python scripts/train_digits_teacher.py [OUTPUT_DIR] [--iterations N]
 
-A class-conditional UNet2DModel with the preconditioning of EDM in the form of consistency models, so that plain diffusers can
-run a student of it. Prints the Frechet distance in digit features of 1,797 samples at 35 evaluations each.
+A class-conditional UNet2DModel with the preconditioning of EDM in the form of consistency models, so that plain
+diffusers can run a student of it. Prints the Frechet distance in digit features of 1,797 samples at 35 evaluations
+each.
 """
 
 import argparse
@@ -87,10 +88,22 @@ def score(denoiser: UNet2DDenoiser) -> tuple[float, float, float]:
     return distance, (classes == labels).double().mean().item(), len(images) / seconds
 
 
+@torch.no_grad()
+def nearest_neighbours(denoiser: UNet2DDenoiser) -> tuple[float, float]:
+    """Median distance of 400 samples to their nearest training image, and of training images to the nearest other.
+
+    Euclidean, over pixels in [-1, 1]. A teacher that memorises has the first number below the second.
+    """
+    x = to_unit(load_digits()[0]).flatten(1)
+    samples = heun_sample(denoiser, torch.randn(400, 1, 8, 8), torch.arange(400) % 10, HEUN_STEPS).clamp(-1, 1)
+    among = torch.cdist(x, x).fill_diagonal_(math.inf)
+    return torch.cdist(samples.flatten(1), x).amin(1).median().item(), among.amin(1).median().item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", nargs="?", type=Path, default=EMBEDDED_TEACHERS["digits"])
-    parser.add_argument("--iterations", type=int, default=5000)
+    parser.add_argument("--iterations", type=int, default=1500)
     arguments = parser.parse_args()
 
     torch.manual_seed(SEED)
@@ -102,17 +115,22 @@ def main() -> None:
     denoiser.eval()
     torch.manual_seed(SEED)
     distance, accuracy, speed = score(denoiser)
+    to_training, among_training = nearest_neighbours(denoiser)
     ConsistencyModelPipeline(unet=denoiser.unet, scheduler=scheduler).save_pretrained(arguments.output)
     result = {
         "fd_digits": round(distance, 4),
         "class_accuracy": round(accuracy, 4),
         "evaluations_per_sample": evaluations(HEUN_STEPS),
         "samples": 1797,
+        "nearest_training_image": round(to_training, 2),
+        "nearest_among_training_images": round(among_training, 2),
         "iterations": arguments.iterations,
         "batch_size": BATCH,
         "training_minutes": round(minutes, 1),
         "parameters": sum(p.numel() for p in denoiser.parameters()),
     }
+    for path in arguments.output.rglob("*.safetensors"):
+        path.chmod(0o644)
     (arguments.output / "training.json").write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
     print(f"{speed:.0f} images/s at {evaluations(HEUN_STEPS)} evaluations")

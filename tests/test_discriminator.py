@@ -38,7 +38,9 @@ def test_heads_learn_to_tell_two_feature_distributions_apart(channels: tuple[int
 
     for _ in range(150):
         real, fake = draw()
-        loss = gan_discriminator_loss(head({"mid": real}), real=True) + gan_discriminator_loss(head({"mid": fake}), real=False)
+        loss = gan_discriminator_loss(head({"mid": real}), real=True) + gan_discriminator_loss(
+            head({"mid": fake}), real=False
+        )
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()

@@ -58,7 +58,15 @@ def launch(arguments: list[str], processes: int = 2) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(processes),
+        "--master-port",
+        str(port),
+    ]
     done = subprocess.run(
         [*command, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
@@ -118,12 +126,14 @@ def test_two_processes_train_as_one(tiny_teacher: Path, tmp_path: Path) -> None:
     ]
     for processes in (1, 2):
         output = tmp_path / str(processes)
-        launch(["-m", "fdistill.cli", "distill", "digits", *settings, "--output", str(output)], processes)
+        launch(["-m", "fdistill", "distill", "digits", *settings, "--output", str(output)], processes)
     one, two = (load_file(checkpoints(tmp_path / n / "checkpoints")[-1] / "state.safetensors") for n in ("1", "2"))
     assert one.keys() == two.keys()
     for name, value in one.items():
         if name.startswith(("generator.", "fake_score.", "discriminator.", "ema.", "ratio.")):
-            torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+            torch.testing.assert_close(
+                two[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
     from fdistill.journal import read_records
 
     first, second = (read_records(tmp_path / n / "metrics.jsonl") for n in ("1", "2"))
@@ -137,8 +147,19 @@ def test_two_processes_generate_the_same_images(tiny_teacher: Path, tmp_path: Pa
     from PIL import Image, ImageChops
 
     for processes in (1, 2):
-        arguments = ["generate", str(tiny_teacher), "--num-images", "7", "--steps", "2", "--device", "cpu", "--seed", "3"]
-        launch(["-m", "fdistill.cli", *arguments, "--output", str(tmp_path / str(processes))], processes)
+        arguments = [
+            "generate",
+            str(tiny_teacher),
+            "--num-images",
+            "7",
+            "--steps",
+            "2",
+            "--device",
+            "cpu",
+            "--seed",
+            "3",
+        ]
+        launch(["-m", "fdistill", *arguments, "--output", str(tmp_path / str(processes))], processes)
     names = sorted(path.name for path in (tmp_path / "1").glob("*.png"))
     assert names == [f"{i:06d}.png" for i in range(7)] == sorted(path.name for path in (tmp_path / "2").glob("*.png"))
     for name in names:

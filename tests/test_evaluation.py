@@ -94,7 +94,16 @@ def test_real_digits_score_as_they_should(tmp_path: Path) -> None:
     assert (scores["precision"], scores["recall"]) == (1.0, 1.0)
     assert scores["class_accuracy"] > 0.98
     assert json.loads((tmp_path / "scores.json").read_text()) == result
-    for key in ("protocol", "extractor", "extractor_sha256", "reference", "reference_sha256", "resize", "dtype", "seed"):
+    for key in (
+        "protocol",
+        "extractor",
+        "extractor_sha256",
+        "reference",
+        "reference_sha256",
+        "resize",
+        "dtype",
+        "seed",
+    ):
         assert result["provenance"][key] is not None, key
     assert result["provenance"]["num_samples"] == 1797
     assert result["provenance"]["seed"] == 5

@@ -61,7 +61,7 @@ def test_a_run_folder_stands_for_its_student(student: Path) -> None:
 
 
 def test_what_is_not_a_student_is_refused(tiny_teacher: Path, tmp_path: Path, student: Path) -> None:
-    with pytest.raises(CheckpointError, match="no fdistill_student.json"):
+    with pytest.raises(CheckpointError, match=r"no fdistill_student\.json"):
         load_student(tiny_teacher)
     with pytest.raises(CheckpointError, match="no such folder"):
         load_student(tmp_path / "nowhere")

@@ -22,12 +22,16 @@ from fdistill.errors import CheckpointError, OutputError
 from fdistill.files import atomic_file, atomic_folder
 
 
+def fails_half_way(path: Path) -> None:
+    path.write_text("half")
+    raise RuntimeError
+
+
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
     with pytest.raises(RuntimeError), atomic_file(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+        fails_half_way(temporary)
     assert path.read_text() == "old"
     with atomic_file(path) as temporary:
         temporary.write_text("new")
@@ -42,8 +46,7 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
             (temporary / name).write_text(name)
     assert [p.name for p in path.iterdir()] == ["second"]
     with pytest.raises(RuntimeError), atomic_folder(path) as temporary:
-        (temporary / "third").write_text("half")
-        raise RuntimeError
+        fails_half_way(temporary / "third")
     assert [p.name for p in path.iterdir()] == ["second"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
 

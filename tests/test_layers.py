@@ -15,7 +15,7 @@ LAYERS = [
     {"kernels"},
     {"denoiser", "generator", "discriminator", "ratio", "losses", "ema", "sampler"},
     {"adapters", "step", "data", "checkpoint", "pipeline", "devices"},
-    {"build", "journal", "report", "generation", "train", "cli", "__init__"},
+    {"build", "journal", "report", "generation", "train", "cli", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -26,7 +26,9 @@ def samples(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple
     return x0, teacher, fake, weight.to(torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-def expected_gradient(x0: torch.Tensor, teacher: torch.Tensor, fake: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def expected_gradient(
+    x0: torch.Tensor, teacher: torch.Tensor, fake: torch.Tensor, weight: torch.Tensor
+) -> torch.Tensor:
     """The contract's formula, one sample at a time in float64."""
     rows = [
         w * (f - t) / ((x - t).abs().mean() + 1e-6) / x.numel()
@@ -111,7 +113,11 @@ def test_matching_takes_non_contiguous_and_channels_last() -> None:
     ],
 )
 def test_matching_refuses_what_does_not_fit(changed: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = {"x0": torch.zeros(2, 3), "teacher_x0": torch.zeros(2, 3), "fake_x0": torch.zeros(2, 3)}
+    arguments: dict[str, object] = {
+        "x0": torch.zeros(2, 3),
+        "teacher_x0": torch.zeros(2, 3),
+        "fake_x0": torch.zeros(2, 3),
+    }
     with pytest.raises(ArgumentError, match=message):
         matching_loss(**(arguments | changed))  # type: ignore[arg-type]
 
@@ -124,7 +130,9 @@ def test_denoising_weights() -> None:
         denoising_weight("edm", alpha, sigma, sigma_data=0.7), (sigma**2 + 0.7**2) / (sigma * 0.7) ** 2
     )
     torch.testing.assert_close(denoising_weight("inverse-sigma2", alpha, sigma), 1 / sigma**2)
-    torch.testing.assert_close(denoising_weight("min-snr", alpha, sigma, min_snr_gamma=3.0), (1 / sigma**2).clamp(max=3))
+    torch.testing.assert_close(
+        denoising_weight("min-snr", alpha, sigma, min_snr_gamma=3.0), (1 / sigma**2).clamp(max=3)
+    )
     torch.testing.assert_close(denoising_weight("uniform", alpha, sigma), torch.ones(4, dtype=torch.float64))
     # Where nothing of the signal is left (flow at t = 1) every weight is finite.
     t = torch.tensor([1.0])

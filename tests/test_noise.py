@@ -53,7 +53,7 @@ def test_predictions_round_trip_at_both_ends(name: str, kind: Prediction, dtype:
     x_t = add_noise(schedule, x0, noise, t)
     a, s = alpha.reshape(-1, 1, 1, 1), sigma.reshape(-1, 1, 1, 1)
     truth = {"x0": x0, "eps": noise, "v": a * noise - s * x0, "flow": noise - x0}[kind]
-    size = 4 * (a + s)  # of x_t, whose rounding is all that may be lost, divided by the coefficient that each formula divides by
+    size = 4 * (a + s)  # of x_t: all that may be lost is its rounding, over the coefficient a formula divides by
     back = to_x0(truth, x_t, alpha, sigma, kind)
     assert ((back - x0).abs() <= rounding * size * (1 / a if kind == "eps" else 1)).all()
     forth = from_x0(x0, x_t, alpha, sigma, kind)

@@ -12,12 +12,23 @@ from fdistill.errors import ArgumentError
 
 
 def closed_form(
-    logits: np.ndarray, sigma: np.ndarray, name: str, bins: np.ndarray, *, edges: str, momentum: float, span: tuple[float, float]
+    logits: np.ndarray,
+    sigma: np.ndarray,
+    name: str,
+    bins: np.ndarray,
+    *,
+    edges: str,
+    momentum: float,
+    span: tuple[float, float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """The published order of operations in float64 numpy, one sample at a time."""
     low, high = span
     ratio = np.clip(np.exp(np.clip(logits.reshape(len(logits), -1).mean(1), -10, 10)), 0.1, 20)
-    position = (np.log(sigma) - math.log(low)) / (math.log(high) - math.log(low)) if edges == "log-sigma" else (sigma - low) / (high - low)
+    position = (
+        (np.log(sigma) - math.log(low)) / (math.log(high) - math.log(low))
+        if edges == "log-sigma"
+        else (sigma - low) / (high - low)
+    )
     index = [min(len(bins) - 1, max(0, math.floor(p * len(bins)))) for p in position]
     new = bins.copy()
     for k in set(index):

@@ -17,7 +17,8 @@ SCHEDULES: dict[str, NoiseSchedule] = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_samples_of_a_gaussian_are_that_gaussian(name: str) -> None:
-    """The probability-flow ODE of Gaussian data is linear: x0 = mean + std * noise where the schedule ends in pure noise."""
+    """The probability-flow ODE of Gaussian data is linear: x0 = mean + std * noise where the schedule ends in pure
+    noise."""
     torch.manual_seed(0)
     schedule = SCHEDULES[name]
     denoiser = GaussianDenoiser(0.4, 0.6, schedule, size=2)
@@ -41,7 +42,9 @@ def test_heun_is_second_order() -> None:
 def test_levels_are_the_karras_grid_and_cost_two_evaluations_each_but_one() -> None:
     levels = sampling_levels(GaussianDenoiser(0, 1), 18)
     i = torch.arange(18)
-    torch.testing.assert_close(levels, (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        levels, (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7, rtol=1e-5, atol=1e-7
+    )
     assert evaluations(18) == 35
 
 

@@ -57,10 +57,14 @@ class ExactLogRatio(nn.Module):
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("schedule", [EDMSchedule(), FlowSchedule()], ids=["edm", "flow"])
 def test_generator_gradient_is_h_times_the_score_difference(name: str, schedule: NoiseSchedule) -> None:
-    """Teacher N(0.3, 0.8^2), student N(b, a^2) with exact scores and exact density ratio, against float64 written out by hand."""
+    """Teacher N(0.3, 0.8^2), student N(b, a^2) with exact scores and exact density ratio, against float64 written out
+    by hand."""
     size, batch = 3, 256
     p, q = (0.3, 0.8), (-0.2, 0.6)
-    teacher, fake = GaussianDenoiser(*p, schedule=schedule, size=size), GaussianDenoiser(*q, schedule=schedule, size=size)
+    teacher, fake = (
+        GaussianDenoiser(*p, schedule=schedule, size=size),
+        GaussianDenoiser(*q, schedule=schedule, size=size),
+    )
     student = LinearGenerator(a=q[1], b=q[0], size=size)
     networks = Networks(teacher, fake, student, ExactLogRatio(p, q, schedule), fake)  # type: ignore[arg-type]
     levels = karras_levels if isinstance(schedule, EDMSchedule) else uniform_levels
@@ -113,7 +117,13 @@ def test_a_student_equal_to_the_teacher_is_not_moved() -> None:
     student = LinearGenerator(0.8, 0.3, 2)
     networks = Networks(teacher, fake, student, ExactLogRatio((0.3, 0.8), (0.3, 0.8), teacher.schedule), fake)  # type: ignore[arg-type]
     result = generator_step(
-        networks, None, torch.Generator().manual_seed(0), ratio=DensityRatio(), divergence="js", batch_size=64, gan_weight=0.0
+        networks,
+        None,
+        torch.Generator().manual_seed(0),
+        ratio=DensityRatio(),
+        divergence="js",
+        batch_size=64,
+        gan_weight=0.0,
     )
     result.loss.backward()
     assert student.a.grad == 0
@@ -230,7 +240,9 @@ def test_where_heads_sit_on_the_fake_score_network_its_gan_loss_trains_it() -> N
             torch.Generator().manual_seed(0),
             gan_weight=1.0,
         ).loss.backward()
-        gradients[source] = torch.cat([p.grad.flatten() for p in networks.fake_score.parameters() if p.grad is not None])
+        gradients[source] = torch.cat(
+            [p.grad.flatten() for p in networks.fake_score.parameters() if p.grad is not None]
+        )
     assert not torch.allclose(gradients["fake"], gradients["teacher"])
 
 
@@ -238,7 +250,8 @@ def test_r1_is_in_the_critic_loss() -> None:
     networks = real_networks("fake")
     arguments = (networks, torch.rand(6, 1, 8, 8) * 2 - 1, torch.arange(6) % 10)
     losses = [
-        critic_step(*arguments, torch.Generator().manual_seed(0), gan_weight=0.5, r1_weight=gamma) for gamma in (0.0, 2.0)
+        critic_step(*arguments, torch.Generator().manual_seed(0), gan_weight=0.5, r1_weight=gamma)
+        for gamma in (0.0, 2.0)
     ]
     penalty = losses[1].logs["discriminator/r1"].value.mean()
     torch.testing.assert_close(losses[1].loss - losses[0].loss, 0.5 * 2.0 / 2 * penalty, rtol=1e-3, atol=1e-6)

@@ -51,7 +51,12 @@ def test_run_folder(tiny_teacher: Path, tmp_path: Path) -> None:
     }
     resolved = load_config(str(folder / "config.yaml"))
     assert (resolved.batch_size, resolved.ema.decays, resolved.divergence) == (8, [0.5, 0.9], "jensen-shannon")
-    assert sorted(p.name for p in (folder / "samples").iterdir()) == ["000000.png", "000002.png", "000004.png", "teacher.png"]
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == [
+        "000000.png",
+        "000002.png",
+        "000004.png",
+        "teacher.png",
+    ]
     assert [path.name for path in checkpoints(folder / "checkpoints")] == ["000002", "000004"]
     assert any((folder / "tensorboard").iterdir())
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -78,7 +83,8 @@ def test_run_folder(tiny_teacher: Path, tmp_path: Path) -> None:
 
 
 def test_the_exported_weights_are_the_ema(tiny_teacher: Path, tmp_path: Path) -> None:
-    """decay 0.5 over two iterations: a half of the last weights, a quarter of each earlier pair; not the raw weights."""
+    """decay 0.5 over two iterations: a half of the last weights, a quarter of each earlier pair; not the raw
+    weights."""
     student = run(tiny_teacher, tmp_path / "run", iterations=2, **{"ema.decays": [0.5, 0.0], "ema.export": 0.5})
     state = load_file(checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.safetensors")
     exported = weights(student)
@@ -100,7 +106,9 @@ def test_the_exported_weights_are_the_ema(tiny_teacher: Path, tmp_path: Path) ->
     ids=["teacher-features", "no-gan", "r1", "bf16", "published-bins"],
 )
 def test_options_run(tiny_teacher: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    student = run(tiny_teacher, tmp_path / "run", iterations=2, **{"log.samples_every": 0, "log.tracker": "none", **changes})
+    student = run(
+        tiny_teacher, tmp_path / "run", iterations=2, **{"log.samples_every": 0, "log.tracker": "none", **changes}
+    )
     assert all(torch.isfinite(value).all() for value in weights(student).values())
 
 
@@ -116,8 +124,14 @@ def test_resumed_equals_uninterrupted_bit_by_bit(tiny_teacher: Path, tmp_path: P
 
 
 def test_killed_and_resumed_equals_uninterrupted(tiny_teacher: Path, tmp_path: Path) -> None:
-    settings = [f"teacher={tiny_teacher}", "batch_size=8", "iterations=24", "log.samples_every=0", "log.checkpoint_every=3"]
-    command = [sys.executable, "-m", "fdistill.cli", "distill", "digits", *settings]
+    settings = [
+        f"teacher={tiny_teacher}",
+        "batch_size=8",
+        "iterations=24",
+        "log.samples_every=0",
+        "log.checkpoint_every=3",
+    ]
+    command = [sys.executable, "-m", "fdistill", "distill", "digits", *settings]
     folder = tmp_path / "killed"
     with subprocess.Popen([*command, "--output", str(folder)], stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 120

@@ -187,7 +187,7 @@ def test_names_that_lead_to_no_teacher_say_so(tiny_teacher: Path, tmp_path: Path
         load_teacher(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="hub gave no model"):
         load_teacher("nobody/no-such-model")
-    with pytest.raises(CheckpointError, match="expected unet/config.json"):
+    with pytest.raises(CheckpointError, match=r"expected unet/config\.json"):
         load_teacher(tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):

@@ -1,4 +1,4 @@
-"""Named protocols: what is measured, on how many samples, against which reference, with which extractor. A file each."""
+"""Named protocols, a file each: what is measured, on how many samples, against what, with which extractor."""
 
 from __future__ import annotations
 

@@ -43,8 +43,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=_DOWNLOADED, etag_timeout=5))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"checkpoint {str(name)!r}: no such folder, and the hub gave no model of that id ({type(error).__name__}); check the id, "
-            "or download the folder elsewhere and pass its path"
+            f"checkpoint {str(name)!r}: no such folder, and the hub gave no model of that id ({type(error).__name__}); "
+            "check the id, or download the folder elsewhere and pass its path"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """diffusers UNet2DModel pipelines (pixel space, class-conditional or not) as denoisers.
 
-The scheduler beside the network says what the network predicts: EDM or consistency-model preconditioning, eps / v / x0 of a
-DDPM-style schedule, or the velocity of a rectified flow.
+The scheduler beside the network says what the network predicts: EDM or consistency-model preconditioning, eps / v / x0
+of a DDPM-style schedule, or the velocity of a rectified flow.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def parametrisation_from_scheduler(config: Mapping[str, Any]) -> Parametrisation
         vp = vp_schedule_from_config(config)
         if kind == "epsilon" and config.get("rescale_betas_zero_snr"):
             raise CheckpointError(
-                f"{name}: rescale_betas_zero_snr with prediction_type 'epsilon' leaves x0 undefined at the last timestep; "
-                "expected 'v_prediction' or 'sample'"
+                f"{name}: rescale_betas_zero_snr with prediction_type 'epsilon' leaves x0 undefined at the last "
+                "timestep; expected 'v_prediction' or 'sample'"
             )
         return DirectPrediction(vp, _PREDICTION_TYPES[kind])
     supported = (
@@ -133,15 +133,15 @@ def parametrisation_from_scheduler(config: Mapping[str, Any]) -> Parametrisation
 
 
 class UNet2DDenoiser(Denoiser):
-    """A UNet2DModel and its parametrisation. Features: "down0", "down1", ... (last block of each resolution) and "mid"."""
+    """A UNet2DModel and its parametrisation. Features: "down0", "down1", ... (last of each resolution) and "mid"."""
 
     def __init__(self, unet: UNet2DModel, parametrisation: Parametrisation):
         super().__init__()
         config: Any = unet.config
         if config.out_channels != config.in_channels:
             raise CheckpointError(
-                f"UNet2DModel with {config.in_channels} input and {config.out_channels} output channels: expected as many "
-                "outputs as inputs (learned variances are not supported)"
+                f"UNet2DModel with {config.in_channels} input and {config.out_channels} output channels: expected as "
+                "many outputs as inputs (learned variances are not supported)"
             )
         size = config.sample_size
         if not isinstance(size, int):
@@ -170,8 +170,8 @@ class UNet2DDenoiser(Denoiser):
             raw = self._decode(skip, hidden, residuals, embedding, timestep)
             return self.parametrisation.x0(raw.float(), x_t, t), tapped
 
-    # _encode and _decode walk UNet2DModel's own blocks in the order of its forward, so that features can be read without hooks
-    # and the decoder can be left out; test_unet2d holds them to the model's output bit by bit.
+    # _encode and _decode walk UNet2DModel's own blocks in the order of its forward, so that features can be read
+    # without hooks and the decoder can be left out; test_unet2d holds them to the model's output bit by bit.
     def _encode(
         self, sample: Tensor, timestep: Tensor, labels: Tensor | None, features: Sequence[str]
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor, Features]:
@@ -269,8 +269,8 @@ def check_exportable(denoiser: Denoiser) -> None:
 def export(denoiser: Denoiser, level: float, folder: Path) -> None:
     """Writes a one-step student as a ConsistencyModelPipeline folder: plain diffusers runs it, at `level`, in one step.
 
-    A consistency model's pipeline starts from sigma_max * noise and takes D(x, sigma_max) as its sample, which is what a
-    one-step student is once sigma_max is the student's level.
+    A consistency model's pipeline starts from sigma_max * noise and takes D(x, sigma_max) as its sample, which is what
+    a one-step student is once sigma_max is the student's level.
     """
     check_exportable(denoiser)
     assert isinstance(denoiser, UNet2DDenoiser)

@@ -30,7 +30,8 @@ def load_data(name: str) -> ImageSet:
 
 
 class EpochOrder:
-    """Every item once per epoch, in an order that depends on (seed, epoch) alone, so any batch can be found without its predecessors.
+    """Every item once per epoch, in an order that depends on (seed, epoch) alone, so any batch can be found without
+    its predecessors.
 
     Args:
         items: size of the data set.

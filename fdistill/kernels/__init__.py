@@ -1,7 +1,8 @@
 """Operations of a step that are not a network, by backend.
 
-`reference/<op>.py` is plain torch and runs everywhere; a fused `triton/<op>.py` has the same basename and signature. "auto" takes
-the fused kernel where there is one that can run, and the reference elsewhere; naming a backend that cannot run is an error.
+`reference/<op>.py` is plain torch and runs everywhere; a fused `triton/<op>.py` has the same basename and signature.
+"auto" takes the fused kernel where there is one that can run, and the reference elsewhere; naming a backend that
+cannot run is an error.
 """
 
 from __future__ import annotations

@@ -21,10 +21,20 @@ from evaluation.samples import read_images, read_manifest
 from fdistill import __version__
 from fdistill.devices import start
 from fdistill.errors import ArgumentError, did_you_mean
-from fdistill.files import atomic_file
-from fdistill.generation import batches, labels_of, open_source
+from fdistill.files import atomic_file, check_file
+from fdistill.generation import batches, check_counts, counted_evaluations, labels_of, open_source
+from fdistill.pipeline import is_student
 
-_MANIFEST_KEYS = ("checkpoint", "kind", "seed", "guidance", "evaluations_per_image", "images_per_second", "device")
+_MANIFEST_KEYS = (
+    "checkpoint",
+    "checkpoint_sha256",
+    "kind",
+    "seed",
+    "guidance",
+    "evaluations_per_image",
+    "images_per_second",
+    "device",
+)
 
 
 @dataclass(frozen=True)
@@ -58,8 +68,8 @@ def evaluate(
         seed, num_steps, device: as in `fdistill.generate`, where `samples` is a checkpoint.
 
     Returns:
-        {"metrics": {name: number}, "provenance": {...}}; a score of another sample count than the protocol's is named
-        "name@count".
+        {"metrics": {name: number}, "provenance": {...}}. A score of another sample count or against another reference
+        than the protocol's says so in its name: "fd_digits@500", "fd_digits vs folder".
 
     Raises:
         ArgumentError, CheckpointError: samples, reference, protocol or metric that cannot be used.
@@ -72,7 +82,11 @@ def evaluate(
             raise ArgumentError(f"metrics: protocol {protocol!r} has no {name!r}; {did_you_mean(name, chosen.metrics)}")
     real, reference_name = _reference(chosen, reference)
     folder = Path(samples)
-    made = _read(folder) if any(folder.glob("*.png")) else _generate(samples, chosen, seed, num_steps, device)
+    if output is not None:
+        check_file(Path(output))
+    # A run folder has pictures of its own, so what is a student is asked for samples before files are looked for.
+    a_folder_of_images = not is_student(folder) and not is_student(folder / "student") and any(folder.glob("*.png"))
+    made = _read(folder) if a_folder_of_images else _generate(samples, chosen, seed, num_steps, device)
     for what, images in ((str(samples), made.images), (reference_name, real)):
         if tuple(images.shape[1:]) != chosen.sample_shape:
             raise ArgumentError(
@@ -87,6 +101,7 @@ def evaluate(
     scores = chosen.score(made.images, made.labels, real, tuple(name for name in wanted if name not in missing))
     count = len(made.images)
     suffix = "" if count == chosen.num_samples else f"@{count}"
+    suffix += "" if reference_name == chosen.reference else f" vs {Path(reference_name).name}"
     result = {
         "metrics": {name + suffix: value for name, value in scores.items()},
         "provenance": {
@@ -122,27 +137,34 @@ def _reference(protocol: Protocol, reference: str | Path | None) -> tuple[Tensor
 def _read(folder: Path) -> Samples:
     images, manifest = read_images(folder), read_manifest(folder)
     labels = manifest.get("labels")
-    if labels is not None and len(labels) != len(images):
+    if labels is not None and not (
+        isinstance(labels, list) and len(labels) == len(images) and all(type(label) is int for label in labels)
+    ):
         raise ArgumentError(
-            f"{folder}: {len(images)} images, but its manifest lists {len(labels)} labels; generate the samples again"
+            f"{folder}: expected {len(images)} whole numbers as labels in manifest.json, one for each image; "
+            "generate the samples again"
         )
     provenance = {"samples": str(folder), **{key: manifest.get(key) for key in _MANIFEST_KEYS}}
     return Samples(images, None if labels is None else torch.tensor(labels), provenance)
 
 
 def _generate(checkpoint: str | Path, protocol: Protocol, seed: int, num_steps: int, device: str) -> Samples:
+    check_counts(protocol.num_samples, 1, seed)
     _, chosen_device = start(device)
     source = open_source(checkpoint, num_steps, chosen_device)
     count = protocol.num_samples
     labels = labels_of(source, count, None)
-    images = [part for _, part in batches(source, seed, range(count), labels, 256, chosen_device, progress=True)]
+    with counted_evaluations(source.denoiser) as evaluations:
+        images = [part for _, part in batches(source, seed, range(count), labels, 256, chosen_device, progress=True)]
+        evaluations.images = count
     provenance = {
         "samples": "generated",
         "checkpoint": str(checkpoint),
+        "checkpoint_sha256": source.weights_sha256,
         "kind": "teacher" if source.num_steps else "student",
         "seed": seed,
         "guidance": None,
-        "evaluations_per_image": source.evaluations_per_image,
+        "evaluations_per_image": evaluations.per_image,
         "device": str(chosen_device),
     }
     return Samples(torch.cat(images), labels, provenance)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fdistill.errors import ArgumentError
+from fdistill.files import read_json_object
 
 MANIFEST = "manifest.json"
 
@@ -36,7 +36,7 @@ def read_images(folder: Path) -> Tensor:
         except (OSError, UnidentifiedImageError) as error:
             raise ArgumentError(f"{path}: cannot be read as an image ({error})") from error
         arrays.append(array if array.ndim == 3 else array[..., None])
-        if array.shape != np.asarray(arrays[0]).shape and arrays[-1].shape != arrays[0].shape:
+        if arrays[-1].shape != arrays[0].shape:
             raise ArgumentError(
                 f"{path}: {arrays[-1].shape} (H, W, C), but {paths[0].name} is {arrays[0].shape}; expected one size"
             )
@@ -49,7 +49,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return read_json_object(path)
     except ValueError as error:
-        raise ArgumentError(f"{path}: not JSON ({error}); generate the samples again") from error
-    return manifest
+        raise ArgumentError(f"{path}: {error}; generate the samples again") from error

@@ -17,9 +17,9 @@ from fdistill.data import ImageSet, load_data
 from fdistill.discriminator import Discriminator
 from fdistill.divergence import Divergence, get_divergence
 from fdistill.ema import EMA
-from fdistill.errors import ArgumentError, ConfigError
+from fdistill.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
 from fdistill.generator import OneStepGenerator
-from fdistill.noise import LEVEL_SAMPLERS, noise_to_signal
+from fdistill.noise import LEVEL_SAMPLERS, noise_to_signal_range
 from fdistill.ratio import DensityRatio
 from fdistill.step import LevelDraw, Networks
 
@@ -53,8 +53,20 @@ class Distillation:
             tensors.update({f"optimizer.{name}.{key}": value for key, value in optimizer_tensors(optimizer).items()})
         return tensors
 
+    def check_finite(self) -> None:
+        """Raises NonFiniteError if an update has broken a role's weights, so that they are not saved."""
+        for name in self.optimizers:
+            if not all(bool(torch.isfinite(parameter).all()) for parameter in self.role(name).parameters()):
+                raise NonFiniteError(f"{name}: its weights became NaN or infinite in the last update")
+
     def load_state(self, tensors: dict[str, Tensor], what: str) -> None:
         """Restores `state`; raises CheckpointError where it does not fit these networks."""
+        missing = {name for name in self.state() if not name.startswith("optimizer.")} - tensors.keys()
+        if missing or not any(name.startswith("optimizer.generator.") for name in tensors):
+            raise CheckpointError(
+                f"{what}: incomplete, {sorted(missing)[:1] or 'the optimiser state'} is missing; "
+                "delete that folder to resume from the one before it"
+            )
         for name, optimizer in self.optimizers.items():
             load_exactly(self.role(name), take(tensors, name), f"{what}, {name}")
             load_optimizer_tensors(optimizer, take(tensors, f"optimizer.{name}"))
@@ -73,13 +85,19 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         divergence = get_divergence(config.divergence)
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
-    if config.discriminator.gan_weight == 0 and divergence.name != "reverse-kl":
-        raise ConfigError(
-            f"config: divergence {divergence.name!r} weights by a density ratio that only a trained discriminator "
-            "knows; expected discriminator.gan_weight > 0, or divergence=reverse-kl"
-        )
+    if config.discriminator.gan_weight == 0:
+        if divergence.name != "reverse-kl":
+            raise ConfigError(
+                f"config: divergence {divergence.name!r} weights by a density ratio that only a trained discriminator "
+                "knows; expected discriminator.gan_weight > 0, or divergence=reverse-kl"
+            )
+        if config.generator.gan_weight > 0:
+            raise ConfigError(
+                "config: generator.gan_weight follows a discriminator that discriminator.gan_weight=0 leaves "
+                "untrained; expected generator.gan_weight=0 as well"
+            )
     teacher_folder = resolve_checkpoint(config.teacher)
-    teacher = load_teacher(config.teacher, device)
+    teacher = load_teacher(teacher_folder, device)
     family(teacher_folder).check_exportable(teacher)
     data = load_data(config.data)
     _check_data(config, teacher.sample_shape, teacher.num_classes, data)
@@ -91,11 +109,10 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         fake_score = copy.deepcopy(teacher).requires_grad_(True).train()
         tapped = fake_score if config.discriminator.source == "fake" else teacher
         discriminator = Discriminator(tapped, config.discriminator.features).to(device)
-        ends = torch.tensor([teacher.schedule.t_min, teacher.schedule.t_max])
-        span = ends if config.ratio.bin_edges == "linear" else noise_to_signal(teacher.schedule, ends).clamp(1e-3, 1e3)
-        ratio = DensityRatio(
-            **config.ratio.model_dump(exclude={"warmup"}), sigma_min=float(span[0]), sigma_max=float(span[1])
-        )
+        low, high = (teacher.schedule.t_min, teacher.schedule.t_max)
+        if config.ratio.bin_edges == "log-sigma":
+            low, high = noise_to_signal_range(teacher.schedule)
+        ratio = DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
     networks = Networks(teacher, fake_score, generator, discriminator, tapped)

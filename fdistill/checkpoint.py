@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fdistill.errors import CheckpointError
-from fdistill.files import atomic_folder
+from fdistill.files import atomic_folder, read_json_object, writing
 
 _FOLDER = re.compile(r"\d{6,}")
 
@@ -36,8 +36,9 @@ def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], me
         except SafetensorError as error:
             raise OSError(str(error)) from error
         (temporary / "state.json").write_text(json.dumps({"iteration": iteration, **meta}, indent=2) + "\n")
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    with writing(folder):
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
     return path
 
 
@@ -56,11 +57,12 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CheckpointError: a file is missing, truncated or not what it should be.
     """
     try:
-        meta = json.loads((path / "state.json").read_text())
+        meta = read_json_object(path / "state.json")
+        meta["iteration"] = int(meta["iteration"])
         return load_file(path / "state.safetensors"), meta
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"checkpoint {path} cannot be read ({error}); delete that folder to resume from the one before it"
+            f"checkpoint {path} cannot be read ({error!r}); delete that folder to resume from the one before it"
         ) from error
 
 

@@ -101,7 +101,7 @@ def generate(
     Example: fdistill generate runs/digits --num-images 100 --seed 0 --class-labels 3,7 --output images
     """
     try:
-        labels = [int(label) for label in class_labels.split(",")] if class_labels else None
+        labels = [int(label) for label in class_labels.split(",")] if class_labels is not None else None
     except ValueError as error:
         raise ArgumentError(
             f"class-labels: got {class_labels!r}, expected whole numbers and commas, as in 0,1,2"
@@ -145,7 +145,7 @@ def evaluate(
         samples,
         reference=reference,
         protocol=protocol,
-        metrics=metrics.split(",") if metrics else None,
+        metrics=metrics.split(",") if metrics is not None else None,
         output=output,
         seed=seed,
         num_steps=steps,
@@ -161,6 +161,12 @@ def main() -> None:
         app()
     except FDistillError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.secho(
+            f"error: {where}{error.strerror or error}; check that it exists and may be used", fg="red", err=True
+        )
         raise SystemExit(1) from None
 
 

@@ -25,7 +25,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
 
 class OptimizerConfig(_Section):
@@ -68,7 +68,7 @@ class LevelsConfig(_Section):
     low: Fraction = 0.0
     high: Fraction = 1.0
     rho: Positive = 7.0
-    mean: float = -1.2
+    mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
     std: Positive = 1.2
 
     @model_validator(mode="after")
@@ -110,7 +110,7 @@ class EMAConfig(_Section):
 
 
 class LogConfig(_Section):
-    """What a run writes, and how often in iterations. 0 turns samples or intermediate checkpoints off."""
+    """What a run writes, and how often in iterations. 0 turns sample grids, or intermediate checkpoints, off."""
 
     every: Count = 10
     samples_every: CountOrZero = 100
@@ -161,8 +161,10 @@ def config_path(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    folders = [Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"]
-    known = {found.stem: found for folder in folders if folder.is_dir() for found in sorted(folder.glob("*.yaml"))}
+    # In an installed package configs/ lies inside it; in a checkout, beside it.
+    packaged, checkout = Path(__file__).parent / "configs", Path(__file__).parent.parent / "configs"
+    folder = packaged if packaged.is_dir() else checkout
+    known = {found.stem: found for found in sorted(folder.glob("*.yaml"))}
     if name_or_path in known:
         return known[name_or_path]
     raise ConfigError(
@@ -184,7 +186,11 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
     values: dict[str, Any] = {}
     if name_or_path is not None:
         path = config_path(name_or_path)
-        values = _parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"config {path}: cannot be read as UTF-8 text ({error})") from error
+        values = _parse_yaml(text, str(path)) or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     if isinstance(overrides, Mapping):
@@ -242,7 +248,12 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
         if not isinstance(child, dict):
             raise ConfigError(f"override {dotted!r}: {parent!r} is not a section")
         values = child
-    values[last] = value
+    old = values.get(last)
+    if isinstance(old, dict) and isinstance(value, Mapping):
+        for key, inner in value.items():  # a section given as a mapping changes what it names, and nothing else
+            _set(old, str(key), inner)
+    else:
+        values[last] = str(value) if isinstance(value, Path) else value
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -61,9 +61,7 @@ class Denoiser(nn.Module, ABC):
         Returns:
             x0 [B, C, H, W] float32; with features, (x0, {name: [B, *feature_shapes[name]]}).
         """
-        self._check_features(features)
-        x0, tapped = self.run(x_t, t, condition, features, x0=True, x0_grad=x0_grad)
-        assert x0 is not None
+        x0, tapped = self.denoise_with_features(x_t, t, condition, features, x0_grad=x0_grad)
         return (x0, tapped) if features else x0
 
     forward = denoise

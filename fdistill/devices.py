@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from fdistill.errors import ConfigError
 
@@ -19,16 +20,20 @@ def start(device: str) -> tuple[PartialState, torch.device]:
     Raises:
         ConfigError: a device this machine does not have.
     """
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if device != "auto" and not available.get(device, False):
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, there in available.items() if there) if device == "auto" else device
+    if not available.get(kind, False):
         have = ", ".join(name for name, there in available.items() if there)
         raise ConfigError(
             f"device: {device!r} is not available to torch {torch.__version__} here; expected auto, {have}"
         )
-    no_accelerator = not (available["cuda"] or available["mps"])
-    state = PartialState(cpu=device == "cpu" or (device == "auto" and no_accelerator))
-    chosen: torch.device = state.device
-    return state, torch.device("cpu") if device == "cpu" else chosen
+    state = PartialState(cpu=kind == "cpu")
+    return state, torch.device(kind, state.local_process_index) if kind == "cuda" else torch.device(kind)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without waiting for the copy where the device is a CUDA one."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from fdistill.errors import OutputError
-
-
-def _explained(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write {path}: {error.strerror or error}; free some space or choose another output path")
 
 
 @contextmanager
@@ -20,7 +18,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _explained(path, error) from error
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another output path"
+        ) from error
 
 
 def partial_path(path: Path) -> Path:
@@ -28,9 +28,34 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
+def check_file(path: Path) -> None:
+    """Raises OutputError unless `path` can name a file to write."""
+    with writing(path):
+        if not path.name or path.is_dir():
+            raise OutputError(f"output {path}: is a folder; expected the name of a file")
+
+
+def claim_folder(path: Path) -> Path:
+    """The absolute path of a folder that does not exist; an empty one is removed.
+
+    Raises:
+        OutputError: something is there already, or an empty folder that cannot be replaced.
+    """
+    with writing(path):
+        path = path.resolve()
+        if path == Path.cwd().resolve():
+            raise OutputError(f"output {path}: is the current folder; expected a folder that does not exist yet")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"output {path}: exists and is not an empty folder; choose another")
+        if path.is_dir():
+            path.rmdir()
+    return path
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary path to write to; renamed to `path` when the block ends, removed when it fails."""
+    check_file(path)
     temporary = partial_path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,17 +68,36 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder to fill; takes the place of `path` when the block ends, removed when it fails."""
+    """A temporary folder to fill; takes the place of `path` when the block ends, removed when it fails.
+
+    An old folder at `path` is set aside until the new one has its name: if this fails or is killed in between, the old
+    one comes back, at the latest with the next call.
+    """
     temporary, old = partial_path(path), path.with_name(f".{path.name}.old")
     with writing(path):
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.replace(path)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             yield temporary
             if path.exists():
                 path.replace(old)
-            temporary.replace(path)
+            try:
+                temporary.replace(path)
+            except OSError:
+                if old.exists():
+                    old.replace(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object; ValueError if it does not, OSError if it cannot be read."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value

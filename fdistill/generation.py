@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,27 +19,33 @@ from fdistill import __version__
 from fdistill.adapters import load_teacher, resolve_checkpoint
 from fdistill.denoiser import Denoiser
 from fdistill.devices import start
-from fdistill.errors import ArgumentError, OutputError
-from fdistill.files import atomic_folder, partial_path
+from fdistill.errors import ArgumentError
+from fdistill.files import atomic_folder, claim_folder, partial_path, writing
 from fdistill.generator import OneStepGenerator
 from fdistill.images import to_uint8
 from fdistill.pipeline import is_student, load_student
 from fdistill.report import to_pil
 from fdistill.rng import indexed_normal
-from fdistill.sampler import evaluations, heun_sample
+from fdistill.sampler import heun_sample
 
 
 @dataclass(frozen=True)
 class Source:
-    """Something that makes images: a student, or a teacher with `num_steps` of Heun's method."""
+    """Something that makes images: a student, or a teacher with `num_steps` of Heun's method.
+
+    Attributes:
+        weights_sha256: hash of the network's weight files.
+    """
 
     name: str
     model: OneStepGenerator | Denoiser
     num_steps: int | None
+    weights_sha256: str
 
     @property
-    def evaluations_per_image(self) -> int:
-        return 1 if self.num_steps is None else evaluations(self.num_steps)
+    def denoiser(self) -> Denoiser:
+        """The network that is evaluated."""
+        return self.model.denoiser if isinstance(self.model, OneStepGenerator) else self.model
 
     @torch.no_grad()
     def sample(self, seed: int, indices: Sequence[int], labels: Tensor | None, device: torch.device) -> Tensor:
@@ -50,6 +58,34 @@ class Source:
         return to_uint8(heun_sample(self.model, noise, labels, self.num_steps)).cpu()
 
 
+@dataclass
+class Evaluations:
+    """Network evaluations, and the images they were spent on, as counted while it ran."""
+
+    network: int = 0
+    images: int = 0
+
+    @property
+    def per_image(self) -> float:
+        return self.network / max(1, self.images)
+
+
+@contextmanager
+def counted_evaluations(denoiser: Denoiser) -> Iterator[Evaluations]:
+    """Counts the samples the network is evaluated on inside the block; the images are the caller's to count."""
+    counted, run = Evaluations(), denoiser.run
+
+    def counting(x_t: Tensor, *arguments: Any, **options: Any) -> Any:
+        counted.network += len(x_t)
+        return run(x_t, *arguments, **options)
+
+    denoiser.run = counting  # type: ignore[method-assign]
+    try:
+        yield counted
+    finally:
+        del denoiser.run
+
+
 def open_source(checkpoint: str | Path, num_steps: int, device: torch.device) -> Source:
     """A student folder (or a run that has one), or any teacher that `load_teacher` takes.
 
@@ -57,12 +93,20 @@ def open_source(checkpoint: str | Path, num_steps: int, device: torch.device) ->
         CheckpointError: neither.
     """
     path = Path(checkpoint)
-    if is_student(path) or is_student(path / "student"):
-        return Source(str(checkpoint), load_student(path, device), None)
+    for folder in (path, path / "student"):
+        if is_student(folder):
+            return Source(str(checkpoint), load_student(folder, device), None, _weights_sha256(folder))
     if num_steps < 1:
         raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
-    resolve_checkpoint(checkpoint)
-    return Source(str(checkpoint), load_teacher(checkpoint, device), num_steps)
+    folder = resolve_checkpoint(checkpoint)
+    return Source(str(checkpoint), load_teacher(folder, device), num_steps, _weights_sha256(folder))
+
+
+def _weights_sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def labels_of(source: Source, count: int, class_labels: Sequence[int] | None) -> Tensor | None:
@@ -145,21 +189,24 @@ def generate(
             behind.
     """
     check_counts(num_images, batch_size, seed)
-    folder = Path(output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise OutputError(f"output {folder}: exists and is not an empty folder; choose another")
     state, chosen_device = start(device)
     source = open_source(checkpoint, num_steps, chosen_device)
     labels = labels_of(source, num_images, class_labels)
+    folder = claim_folder(Path(output)) if state.is_main_process else Path(output).resolve()
     share = -(-num_images // state.num_processes)
     mine = range(num_images)[state.process_index * share : (state.process_index + 1) * share]
     main = state.is_main_process
-    with atomic_folder(folder) if main else nullcontext(partial_path(folder)) as temporary:
+    with (
+        writing(folder),
+        atomic_folder(folder) if main else nullcontext(partial_path(folder)) as temporary,
+        counted_evaluations(source.denoiser) as counted,
+    ):
         state.wait_for_everyone()
         seconds = 0.0
         before = time.perf_counter()
         for part, images in batches(source, seed, mine, labels, batch_size, chosen_device, progress=main):
             seconds += time.perf_counter() - before
+            counted.images += len(part)
             for index, image in zip(part, images, strict=True):
                 to_pil(image).save(temporary / f"{index:06d}.png")
             before = time.perf_counter()
@@ -167,8 +214,9 @@ def generate(
         if main:
             manifest = {
                 "checkpoint": source.name,
+                "checkpoint_sha256": source.weights_sha256,
                 "kind": "teacher" if source.num_steps else "student",
-                "evaluations_per_image": source.evaluations_per_image,
+                "evaluations_per_image": counted.per_image,
                 "num_images": num_images,
                 "seed": seed,
                 "labels": None if labels is None else labels.tolist(),
@@ -176,7 +224,7 @@ def generate(
                 "batch_size": batch_size,
                 "processes": state.num_processes,
                 "device": str(chosen_device),
-                "images_per_second": len(mine) * state.num_processes / max(seconds, 1e-9),
+                "images_per_second": num_images / max(seconds, 1e-9),  # the main process has the largest share
                 "fdistill_version": __version__,
                 "torch_version": torch.__version__,
             }

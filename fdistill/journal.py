@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +32,33 @@ class Journal:
 
     def __init__(self, bin_index: Callable[[Tensor], Tensor], num_bins: int):
         self._bin_index, self._num_bins = bin_index, num_bins
-        self._samples: dict[str, list[PerSample]] = {}
-        self._norms: dict[str, list[Tensor]] = {}
+        self._steps: list[tuple[Mapping[str, PerSample], Mapping[str, Tensor]]] = []
 
     def add(self, logs: Mapping[str, PerSample], grad_norms: Mapping[str, Tensor]) -> None:
         """The logs of one step, named "role/quantity", and the gradient norm of each role it updated."""
-        for name, entry in logs.items():
-            self._samples.setdefault(name, []).append(entry)
-        for role, norm in grad_norms.items():
-            self._norms.setdefault(role, []).append(norm)
+        self._steps.append((logs, grad_norms))
 
     def record(self) -> dict[str, Any]:
         """Means since the last record, and starts anew.
 
         Raises:
             NonFiniteError: something was NaN or infinite; names the role, the quantity and the noise level of the
-                first such sample.
+                first step in which that was so, since one broken role soon breaks the others.
         """
-        samples = {
-            name: (
-                gather_rows(torch.cat([e.value for e in entries])).cpu(),
-                gather_rows(torch.cat([e.t for e in entries])).cpu(),
-            )
-            for name, entries in self._samples.items()
-        }
-        norms = {role: torch.stack(values).cpu() for role, values in self._norms.items()}
-        self._samples, self._norms = {}, {}
-        _refuse_non_finite(samples, norms)
+        steps, self._steps = self._steps, []
+        samples, norms = _collected(steps)
+        values = [value for value, _ in samples.values()] + list(norms.values())
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            for step in steps:
+                _refuse_non_finite(*_collected([step]))
 
         record: dict[str, Any] = {}
         for name, (value, _) in samples.items():
             record[name] = value.mean().item()
             if name in _SPREAD:
                 record[f"{name}_min"], record[f"{name}_max"] = value.min().item(), value.max().item()
-        for role, values in norms.items():
-            record[f"{role}/grad_norm"] = values.mean().item()
+        for role, of_role in norms.items():
+            record[f"{role}/grad_norm"] = of_role.mean().item()
         record.update(self._accuracy(samples))
         return record
 
@@ -84,6 +76,27 @@ class Journal:
         return {"discriminator/accuracy": correct.mean().item(), "discriminator/accuracy_per_bin": per_bin}
 
 
+def _collected(
+    steps: Sequence[tuple[Mapping[str, PerSample], Mapping[str, Tensor]]],
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """({name: (values, levels) of all steps and processes}, {role: gradient norms}), on the CPU."""
+    samples: dict[str, list[PerSample]] = {}
+    norms: dict[str, list[Tensor]] = {}
+    for logs, grad_norms in steps:
+        for name, entry in logs.items():
+            samples.setdefault(name, []).append(entry)
+        for role, norm in grad_norms.items():
+            norms.setdefault(role, []).append(norm)
+    gathered = {
+        name: (
+            gather_rows(torch.cat([entry.value for entry in entries])).cpu(),
+            gather_rows(torch.cat([entry.t for entry in entries])).cpu(),
+        )
+        for name, entries in samples.items()
+    }
+    return gathered, {role: torch.stack(values).cpu() for role, values in norms.items()}
+
+
 def _refuse_non_finite(samples: Mapping[str, tuple[Tensor, Tensor]], norms: Mapping[str, Tensor]) -> None:
     for name, (value, t) in samples.items():
         bad = (~torch.isfinite(value)).nonzero()
@@ -91,13 +104,11 @@ def _refuse_non_finite(samples: Mapping[str, tuple[Tensor, Tensor]], norms: Mapp
             role, _, quantity = name.partition("/")
             raise NonFiniteError(
                 f"{role}: {quantity} became {value[bad[0, 0]].item()} at noise level t = {t[bad[0, 0]].item():.4g} "
-                f"({len(bad)} of {len(value)} samples since the last record)"
+                f"({len(bad)} of {len(value)} samples)"
             )
-    for role, norms_of_role in norms.items():
-        if not bool(torch.isfinite(norms_of_role).all()):
-            raise NonFiniteError(
-                f"{role}: the gradient became {norms_of_role.max().item()} while its losses were finite"
-            )
+    for role, of_role in norms.items():
+        if not bool(torch.isfinite(of_role).all()):
+            raise NonFiniteError(f"{role}: the gradient became {of_role.max().item()} while its losses were finite")
 
 
 def append_record(path: Path, record: Mapping[str, Any]) -> None:

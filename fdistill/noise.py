@@ -44,6 +44,13 @@ def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return schedule.sigma(t) / schedule.alpha(t)
 
 
+def noise_to_signal_range(schedule: NoiseSchedule) -> tuple[float, float]:
+    """The ratio at t_min and t_max, cut to [0.001, 1000] so that it can be spaced; computed on the CPU."""
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+    low, high = noise_to_signal(schedule, ends).clamp(1e-3, 1e3).tolist()
+    return low, high
+
+
 class EDMSchedule:
     """Variance exploding: t = sigma, alpha = 1 (Karras et al. 2022, arXiv 2206.00364)."""
 
@@ -232,15 +239,15 @@ def karras_levels(
 
     low and high cut the grid, counted from the least noisy end (DMD2 leaves out 2 % at either end).
     """
-    bounds = noise_to_signal(schedule, torch.tensor([schedule.t_min, schedule.t_max], dtype=u.dtype, device=u.device))
-    smallest, largest = bounds.clamp(1e-3, 1e3) ** (1 / rho)
+    smallest, largest = (bound ** (1 / rho) for bound in noise_to_signal_range(schedule))
     return schedule.level((smallest + (low + (high - low) * u) * (largest - smallest)) ** rho)
 
 
 def lognormal_levels(schedule: NoiseSchedule, u: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
     """Log of the noise-to-signal ratio normal with `mean` and `std` (arXiv 2206.00364, table 1)."""
     tiny = torch.finfo(u.dtype).eps
-    return schedule.level(torch.exp(mean + std * torch.special.ndtri(u.clamp(tiny, 1 - tiny))))
+    standard_normal = math.sqrt(2) * torch.erfinv(2 * u.clamp(tiny, 1 - tiny) - 1)
+    return schedule.level(torch.exp(mean + std * standard_normal))
 
 
 LEVEL_SAMPLERS: dict[str, Callable[..., Tensor]] = {

@@ -10,7 +10,7 @@ import torch
 
 from fdistill.adapters import family
 from fdistill.errors import CheckpointError
-from fdistill.files import atomic_folder
+from fdistill.files import atomic_folder, read_json_object
 from fdistill.generator import OneStepGenerator
 
 STUDENT_FILE = "fdistill_student.json"
@@ -58,7 +58,7 @@ def load_student(path: str | Path, device: torch.device | str = "cpu") -> OneSte
             f"student {str(path)!r}: no {STUDENT_FILE} in it; expected what `fdistill distill` wrote to OUTPUT/student"
         )
     try:
-        level = float(json.loads((folder / STUDENT_FILE).read_text())["level"])
+        level = float(read_json_object(folder / STUDENT_FILE)["level"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STUDENT_FILE}: cannot be read ({error!r})") from error
     generator = OneStepGenerator(family(folder).load(folder), level)

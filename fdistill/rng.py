@@ -36,9 +36,9 @@ def uniform(generator: torch.Generator, batch: int) -> Tensor:
     ]
 
 
-def iteration_seed(seed: int, iteration: int) -> int:
-    """A seed for one training iteration, so that a resumed run needs no stored random state."""
-    return int(np.random.SeedSequence([seed, iteration]).generate_state(1, np.uint64)[0] >> 1)
+def derived_seed(seed: int, *stream: int) -> int:
+    """A seed in [0, 2^63) for one stream of a run, such as (kind, iteration): no random state has to be stored."""
+    return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def indexed_normal(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -47,7 +47,9 @@ def indexed_normal(seed: int, indices: Sequence[int], shape: Sequence[int]) -> T
     One Philox stream a sample (Salmon et al. 2011), keyed by seed and index, so no two samples share numbers.
     """
     rows = [
-        np.random.Generator(np.random.Philox(key=[seed, index])).standard_normal(tuple(shape), dtype=np.float32)
+        np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64))).standard_normal(
+            tuple(shape), dtype=np.float32
+        )
         for index in indices
     ]
     return torch.from_numpy(np.stack(rows))

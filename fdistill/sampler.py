@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fdistill.denoiser import Denoiser
-from fdistill.noise import expand, noise_to_signal
+from fdistill.noise import expand, noise_to_signal_range
 
 
 def evaluations(num_steps: int) -> int:
@@ -17,11 +17,9 @@ def evaluations(num_steps: int) -> int:
 def sampling_levels(denoiser: Denoiser, num_steps: int, rho: float = 7.0) -> Tensor:
     """[num_steps] float32 levels from t_max down to t_min, on the Karras grid of noise-to-signal ratios (eq. 5)."""
     schedule = denoiser.schedule
-    ends = torch.tensor([schedule.t_max, schedule.t_min])
-    # An infinite ratio (alpha = 0) cannot be spaced; the grid is cut at 1000 and then starts at t_max itself.
-    largest, smallest = noise_to_signal(schedule, ends).clamp(1e-3, 1e3) ** (1 / rho)
-    levels = schedule.level(torch.linspace(float(largest), float(smallest), num_steps) ** rho)
-    levels[0] = schedule.t_max
+    smallest, largest = (bound ** (1 / rho) for bound in noise_to_signal_range(schedule))
+    levels = schedule.level(torch.linspace(largest, smallest, num_steps) ** rho)
+    levels[0] = schedule.t_max  # where the ratio is infinite, the grid is cut short of it
     return levels
 
 
@@ -40,16 +38,14 @@ def heun_sample(denoiser: Denoiser, noise: Tensor, condition: Tensor | None = No
     for i in range(num_steps):
         t = levels[i].expand(batch)
         alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
-        x0 = denoiser.run(x, t, condition, (), x0=True, x0_grad=False)[0]
-        assert x0 is not None
+        x0, _ = denoiser.denoise_with_features(x, t, condition, ())
         if i == num_steps - 1:
             return x0
         eps = (x - alpha * x0) / sigma
         t_next = levels[i + 1].expand(batch)
         alpha_next, sigma_next = expand(schedule.alpha(t_next), x), expand(schedule.sigma(t_next), x)
         x_next = alpha_next * x0 + sigma_next * eps
-        x0_next = denoiser.run(x_next, t_next, condition, (), x0=True, x0_grad=False)[0]
-        assert x0_next is not None
+        x0_next, _ = denoiser.denoise_with_features(x_next, t_next, condition, ())
         eps_next = (x_next - alpha_next * x0_next) / sigma_next
         # Trapezoid rule in x / alpha over the noise-to-signal ratio; from an infinite ratio the Euler step is all
         # there is.

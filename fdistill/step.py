@@ -110,8 +110,9 @@ def critic_step(
     """
     batch, shape = len(real_x0), real_x0.shape[1:]
     schedule = networks.teacher.schedule
-    with frozen(networks.generator, networks.teacher):
+    with torch.no_grad():
         fake_x0 = networks.generator(rng.normal(generator, batch, shape), condition)
+    with frozen(networks.teacher):
         t = levels(schedule, rng.uniform(generator, batch))
         x_t = add_noise(schedule, fake_x0, rng.normal(generator, batch, shape), t)
         prediction, features = networks.fake_score.denoise_with_features(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from fdistill.build import Distillation, build
 from fdistill.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fdistill.config import DistillConfig, changed_keys, dump_config, load_config
 from fdistill.data import EpochOrder
-from fdistill.devices import autocast, start
+from fdistill.devices import autocast, start, upload
 from fdistill.distributed import average_gradients
 from fdistill.errors import ConfigError, FDistillError, NonFiniteError, OutputError
 from fdistill.files import atomic_file, writing
@@ -31,6 +32,7 @@ from fdistill.sampler import heun_sample
 from fdistill.step import StepResult, critic_step, generator_step
 
 _GRID = 80
+_ITERATION, _DROPOUT = 2, 3  # streams of a run's random numbers, beside the data's
 
 
 def distill(
@@ -65,18 +67,22 @@ def distill(
     if config.batch_size % state.num_processes:
         raise ConfigError(f"batch_size: {config.batch_size} does not divide among {state.num_processes} processes")
     check_output(folder, config, resume)
+    state.wait_for_everyone()  # before the main process writes into what the others are still checking
     run = build(config, device)
+    found = checkpoints(folder / "checkpoints")
+    if found:
+        tensors, meta = load_checkpoint(found[-1])
+        run.load_state(tensors, f"checkpoint {found[-1]}")
+        run.iteration = meta["iteration"]
+        if run.iteration > config.iterations:
+            raise ConfigError(
+                f"iterations: got {config.iterations}, but {folder} is at iteration {run.iteration} already"
+            )
     if state.is_main_process:
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / "config.yaml") as temporary:
             temporary.write_text(dump_config(config), encoding="utf-8")
-    found = checkpoints(folder / "checkpoints")
-    if found:
-        tensors, meta = load_checkpoint(found[-1])
-        run.load_state(tensors, f"checkpoint {found[-1]}")
-        run.iteration = int(meta["iteration"])
-    if state.is_main_process:
         truncate_records(folder / "metrics.jsonl", run.iteration)
     state.wait_for_everyone()
     _train(run, config, folder, device, main=state.is_main_process)
@@ -90,10 +96,13 @@ def distill(
 
 def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
     """Raises OutputError or ConfigError unless `folder` is free, or is this very run to be resumed."""
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"output {folder}: is a file; expected a folder that is empty or does not exist")
-    if not folder.is_dir() or not any(folder.iterdir()):
-        return
+    if config.log.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("log.tracker: 'wandb' needs `pip install wandb`; expected tensorboard or none without it")
+    with writing(folder):
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"output {folder}: is a file; expected a folder that is empty or does not exist")
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return
     if not (folder / "config.yaml").is_file():
         raise OutputError(f"output {folder}: not empty, and not a run (no config.yaml); choose another folder")
     if not resume:
@@ -145,16 +154,17 @@ def _train(run: Distillation, config: DistillConfig, folder: Path, device: torch
     networks, schedule = run.networks, run.networks.teacher.schedule
     order = EpochOrder(len(run.data.images), config.batch_size, config.seed)
     generator = torch.Generator(device)
-    local = config.batch_size // _world_size()
+    rank, processes = rng.world()
+    local = config.batch_size // processes
     journal = Journal(
         lambda t: run.ratio.bin_index(noise_to_signal(schedule, t) if run.ratio.bin_edges == "log-sigma" else t),
         run.ratio.num_bins,
     )
 
     def batch(number: int) -> tuple[Tensor, Tensor | None]:
-        rows = order.rows(number)[_rank() * local : (_rank() + 1) * local]
-        labels = run.data.labels[rows].to(device) if networks.teacher.num_classes else None
-        return to_unit(run.data.images[rows].to(device)), labels
+        rows = order.rows(number)[rank * local : (rank + 1) * local]
+        labels = upload(run.data.labels[rows], device) if networks.teacher.num_classes else None
+        return to_unit(upload(run.data.images[rows], device)), labels
 
     def update(result: StepResult, roles: Mapping[str, float]) -> None:
         result.loss.backward()
@@ -180,13 +190,13 @@ def _train(run: Distillation, config: DistillConfig, folder: Path, device: torch
             mininterval=1.0,
         ) as bar,
     ):
-        if run.iteration == 0 and main:
+        if run.iteration == 0 and main and config.log.samples_every:
             _save_teacher_grid(run, config, folder, device)
             _save_student_grid(run, config, folder, device)
         while run.iteration < config.iterations:
-            seed = rng.iteration_seed(config.seed, run.iteration)
-            generator.manual_seed(seed)
-            torch.manual_seed(seed)
+            generator.manual_seed(rng.derived_seed(config.seed, _ITERATION, run.iteration))
+            # For dropout, which must differ between processes.
+            torch.manual_seed(rng.derived_seed(config.seed, _DROPOUT, run.iteration, rank))
             for k in range(config.critic_steps):
                 real_x0, labels = batch(run.iteration * config.critic_steps + k)
                 with autocast(device, config.precision):
@@ -226,6 +236,8 @@ def _train(run: Distillation, config: DistillConfig, folder: Path, device: torch
             if _due(run.iteration, config.log.every) or due:
                 try:
                     record = journal.record()
+                    if due:
+                        run.check_finite()
                 except NonFiniteError as error:
                     raise _stopped(error, run.iteration, folder) from error
                 seconds = time.perf_counter() - start_of_run
@@ -239,7 +251,7 @@ def _train(run: Distillation, config: DistillConfig, folder: Path, device: torch
                     append_record(folder / "metrics.jsonl", record)
                     for tracker in trackers:
                         tracker.log(scalars(record), step=run.iteration)
-            if main and (_due(run.iteration, config.log.samples_every) or last):
+            if main and config.log.samples_every and (_due(run.iteration, config.log.samples_every) or last):
                 _save_student_grid(run, config, folder, device)
             if main and due:
                 meta = {"fdistill_version": __version__, "torch_version": torch.__version__}
@@ -250,14 +262,6 @@ def _train(run: Distillation, config: DistillConfig, folder: Path, device: torch
 
 def _due(iteration: int, every: int) -> bool:
     return every > 0 and iteration % every == 0
-
-
-def _rank() -> int:
-    return rng.world()[0]
-
-
-def _world_size() -> int:
-    return rng.world()[1]
 
 
 def _stopped(error: NonFiniteError, iteration: int, folder: Path) -> FDistillError:
@@ -275,19 +279,15 @@ def _trackers(config: DistillConfig, folder: Path, iteration: int, main: bool) -
     if main and config.log.tracker == "tensorboard":
         trackers.append(TensorBoardTracker("", folder / "tensorboard", purge_step=iteration + 1 if iteration else None))
     elif main and config.log.tracker == "wandb":
-        try:
-            trackers.append(WandBTracker("fdistill", dir=str(folder)))
-        except ImportError as error:
-            raise ConfigError(
-                "log.tracker: 'wandb' needs `pip install wandb`; expected tensorboard or none without it"
-            ) from error
-    for tracker in trackers:
-        tracker.start()
-    try:
-        yield trackers
-    finally:
+        trackers.append(WandBTracker("fdistill", dir=str(folder)))
+    with writing(folder):
         for tracker in trackers:
-            tracker.finish()
+            tracker.start()
+        try:
+            yield trackers
+        finally:
+            for tracker in trackers:
+                tracker.finish()
 
 
 def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -304,6 +304,8 @@ def _save_teacher_grid(run: Distillation, config: DistillConfig, folder: Path, d
 @torch.no_grad()
 def _save_student_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
     noise, labels = _grid_inputs(run, config, device)
+    student = run.networks.generator
     with run.ema.applied(config.ema.export):
-        samples = to_uint8(run.networks.generator(noise, labels))
+        samples = to_uint8(student.eval()(noise, labels))
+    student.train()
     save_grid(samples, folder / "samples" / f"{run.iteration:06d}.png")

@@ -10,7 +10,14 @@ python="${PYTHON:-python3}"
 # A new environment or a changed pyproject.toml means an install; otherwise this takes no time.
 stamp=".venv/.installed"
 if [ ! -f "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
-    [ -x .venv/bin/python ] || { echo "== making .venv with $("$python" --version)"; "$python" -m venv .venv; }
+    if [ ! -x .venv/bin/pip ]; then
+        echo "== making .venv with $("$python" --version)"
+        "$python" -m venv --clear .venv || {
+            rm -rf .venv
+            echo "error: $python cannot make virtual environments; install its venv module (Debian: python3-venv)" >&2
+            exit 1
+        }
+    fi
     echo "== installing fdistill and its dependencies into .venv (torch is several GB; about two minutes)"
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
     touch "$stamp"

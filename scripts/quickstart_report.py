@@ -35,13 +35,12 @@ def main() -> int:
     teacher, student = (scores[who]["metrics"] for who in ("teacher", "student"))
     nfe = {who: scores[who]["provenance"]["evaluations_per_image"] for who in scores}
     speed = {who: scores[who]["provenance"]["images_per_second"] for who in scores}
-    panels = [
-        (
-            f"{who}: {nfe[who]} evaluation(s) an image, fd_digits {result['metrics']['fd_digits']:.2f}",
-            run / f"{who}.png",
+    panels = []
+    for who, result in scores.items():
+        evaluations = f"{nfe[who]} evaluation{'' if nfe[who] == 1 else 's'}"
+        panels.append(
+            (f"{who}: {evaluations} an image, fd_digits {result['metrics']['fd_digits']:.2f}", run / f"{who}.png")
         )
-        for who, result in scores.items()
-    ]
     save_side_by_side(panels, run / "comparison.png")
 
     print(f"{'':24}{'teacher':>12}{'student':>12}")

@@ -33,6 +33,13 @@ def test_file_then_overrides(tmp_path: Path) -> None:
     assert config.teacher == "digits"
 
 
+def test_a_section_given_as_a_mapping_changes_what_it_names_alone() -> None:
+    config = load_config("digits", ["generator={gan_weight: 2e-3}"])
+    assert config.generator.gan_weight == 2e-3
+    assert config.generator.lr == load_config("digits").generator.lr == 2e-4
+    assert load_config("digits", {"teacher": Path("some") / "folder"}).teacher == "some/folder"
+
+
 def test_every_config_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
     for path in sorted((Path(__file__).parent.parent / "configs").glob("*.yaml")):
         config = load_config(str(path))
@@ -52,7 +59,10 @@ def test_every_config_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
         ("generator.lr=.inf", r"generator\.lr"),
         ("generator.lr=fast", "got 'fast'"),
         ("iterations=0", "greater than or equal to 1"),
-        ("batch_size=1.5", "fractional part"),
+        ("batch_size=1.5", "valid integer"),
+        ("iterations=true", "iterations: got True"),
+        ("generator.lr=true", "generator.lr: got True"),
+        ("matching_levels.mean=.nan", "finite"),
         ("precision=fp8", "precision: got 'fp8'"),
         ("log.tracker=tensorbord", "did you mean 'tensorboard'"),
         ("discriminator.source=faek", "did you mean 'fake'"),
@@ -88,4 +98,4 @@ def test_unknown_configs_are_refused(tmp_path: Path) -> None:
 def test_what_may_change_on_resume() -> None:
     old = load_config("digits")
     assert changed_keys(old, load_config("digits", ["iterations=9", "log.every=1", "device=cpu"])) == []
-    assert changed_keys(old, load_config("digits", ["generator.lr=1e-5"])) == ["generator.lr: 0.0001 -> 1e-05"]
+    assert changed_keys(old, load_config("digits", ["generator.lr=1e-5"])) == ["generator.lr: 0.0002 -> 1e-05"]

@@ -46,6 +46,9 @@ def test_indexed_noise_depends_on_seed_and_index_alone() -> None:
     together = rng.indexed_normal(7, range(20), (2, 3))
     assert torch.equal(rng.indexed_normal(7, [13], (2, 3))[0], together[13])
     assert torch.equal(rng.indexed_normal(7, [19, 4], (2, 3)), together[[19, 4]])
+    # Large seeds keep all their bits.
+    draws = [rng.indexed_normal(seed, [0], (4,)) for seed in (0, 1, 2**63, 2**63 + 1, 2**64 - 1)]
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 5
     # The trap of seed + index: image 1 of seed 0 must not be image 0 of seed 1.
     assert not torch.equal(rng.indexed_normal(8, [12], (2, 3))[0], together[13])
 
@@ -57,8 +60,8 @@ def test_indexed_noise_is_standard_normal() -> None:
     assert torch.corrcoef(noise)[0, 1:].abs().max() < 0.6
 
 
-def test_iteration_seeds_differ() -> None:
-    seeds = {rng.iteration_seed(seed, iteration) for seed in range(30) for iteration in range(30)}
+def test_derived_seeds_differ() -> None:
+    seeds = {rng.derived_seed(seed, stream, step) for seed in range(10) for stream in range(3) for step in range(30)}
     assert len(seeds) == 900
     assert all(0 <= seed < 2**63 for seed in seeds)
 

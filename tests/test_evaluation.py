@@ -14,6 +14,7 @@ from evaluation.evaluate import evaluate
 from evaluation.frechet import frechet_distance
 from evaluation.precision_recall import precision_recall
 from evaluation.samples import read_images
+from fdistill import distill
 from fdistill.assets import DIGITS_FEATURES
 from fdistill.data.digits import load_digits
 from fdistill.errors import ArgumentError, CheckpointError, OutputError
@@ -110,8 +111,9 @@ def test_real_digits_score_as_they_should(tmp_path: Path) -> None:
     assert {"fdistill", "torch", "torch-fidelity", "numpy", "python"} <= result["provenance"]["versions"].keys()
     shuffled = torch.randperm(1797)
     again = evaluate(write(tmp_path / "shuffled", images[shuffled]), reference=folder)
-    assert abs(again["metrics"]["fd_digits"]) < 1e-6
-    assert "class_accuracy" not in again["metrics"]
+    assert abs(again["metrics"]["fd_digits vs real"]) < 1e-6
+    # Without labels no class accuracy; against another reference, the names say so.
+    assert set(again["metrics"]) == {"fd_digits vs real", "precision vs real", "recall vs real"}
 
 
 def test_another_sample_count_is_in_the_name(tmp_path: Path) -> None:
@@ -136,6 +138,25 @@ def test_a_checkpoint_is_sampled_as_the_protocol_wants(tiny_teacher: Path) -> No
     assert result["metrics"]["class_accuracy"] < 0.5
 
 
+def test_a_run_folder_is_sampled_though_it_holds_pictures(tiny_teacher: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    distill("digits", output=run, teacher=str(tiny_teacher), batch_size=8, iterations=1)
+    assert list(run.glob("*.png"))
+    result = evaluate(run, metrics=["class_accuracy"])
+    assert result["provenance"]["kind"] == "student"
+    assert result["provenance"]["evaluations_per_image"] == 1
+    assert result["provenance"]["checkpoint_sha256"]
+    assert evaluate(run / "student", metrics=["class_accuracy"])["metrics"] == result["metrics"]
+
+
+@pytest.mark.parametrize("manifest", ["[]", "no", '{"labels": 3}', '{"labels": ["1"]}', '{"labels": [1.5]}'])
+def test_manifests_that_make_no_sense_are_refused(manifest: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "images", load_digits()[0][:1])
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(ArgumentError, match=r"manifest\.json"):
+        evaluate(folder)
+
+
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
     images, _ = load_digits()
     folder = write(tmp_path / "images", images[:100])
@@ -143,6 +164,8 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         evaluate(folder, metrics=["fd_digit"])
     with pytest.raises(ArgumentError, match="protocol: got 'digit'"):
         evaluate(folder, protocol="digit")
+    with pytest.raises(ArgumentError, match="seed"):
+        evaluate("digits", seed=-1)
     with pytest.raises(ArgumentError, match="needs labels"):
         evaluate(folder, metrics=["class_accuracy"])
     with pytest.raises(ArgumentError, match="no such folder"):

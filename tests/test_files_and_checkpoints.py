@@ -19,7 +19,7 @@ from fdistill.checkpoint import (
     take,
 )
 from fdistill.errors import CheckpointError, OutputError
-from fdistill.files import atomic_file, atomic_folder
+from fdistill.files import atomic_file, atomic_folder, check_file, claim_folder
 
 
 def fails_half_way(path: Path) -> None:
@@ -49,6 +49,43 @@ def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
         fails_half_way(temporary / "third")
     assert [p.name for p in path.iterdir()] == ["second"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_the_old_folder_survives_a_rename_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder"
+    with atomic_folder(path) as temporary:
+        (temporary / "first").write_text("")
+    replace = Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(OutputError, match="Input/output error"), atomic_folder(path) as temporary:
+        (temporary / "second").write_text("")
+    monkeypatch.undo()
+    assert [p.name for p in path.iterdir()] == ["first"]
+    # Killed between the two renames: the next call puts the old folder back first.
+    path.replace(tmp_path / ".folder.old")
+    with pytest.raises(RuntimeError), atomic_folder(path) as temporary:
+        fails_half_way(temporary / "third")
+    assert [p.name for p in path.iterdir()] == ["first"]
+
+
+def test_claimed_folders_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    assert claim_folder(tmp_path / "link") == tmp_path / "empty"
+    assert not (tmp_path / "empty").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputError, match="current folder"):
+        claim_folder(Path())
+    for path in (Path(), Path("/")):
+        with pytest.raises(OutputError, match="is a folder"):
+            check_file(path)
 
 
 def test_unwritable_paths_are_an_output_error(tmp_path: Path) -> None:

@@ -41,11 +41,21 @@ def test_a_nan_names_role_quantity_and_noise_level() -> None:
     own = journal()
     value = torch.tensor([1.0, math.nan, 1.0])
     own.add({"fake_score/denoising": PerSample(value, torch.tensor([0.1, 2.5, 1.0]))}, {})
-    with pytest.raises(NonFiniteError, match=r"fake_score: denoising became nan at noise level t = 2.5 \(1 of 3"):
+    with pytest.raises(NonFiniteError, match=r"fake_score: denoising became nan at noise level t = 2\.5 \(1 of 3"):
         own.record()
     own = journal()
     own.add({}, {"generator": torch.tensor(math.inf)})
     with pytest.raises(NonFiniteError, match="generator: the gradient became inf"):
+        own.record()
+
+
+def test_the_first_role_to_break_is_named_not_those_it_broke() -> None:
+    own, t = journal(), torch.ones(2)
+    good, bad = torch.zeros(2), torch.full((2,), math.nan)
+    own.add({"fake_score/denoising": PerSample(good, t)}, {"fake_score": torch.tensor(1.0)})
+    own.add({"generator/matching": PerSample(bad, 4 * t)}, {"generator": torch.tensor(math.nan)})
+    own.add({"fake_score/denoising": PerSample(bad, t)}, {"fake_score": torch.tensor(math.nan)})
+    with pytest.raises(NonFiniteError, match="generator: matching became nan at noise level t = 4 "):
         own.record()
 
 

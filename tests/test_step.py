@@ -16,7 +16,14 @@ from fdistill.adapters.unet2d import DirectPrediction, EDMPreconditioning, UNet2
 from fdistill.discriminator import Discriminator
 from fdistill.divergence import get_divergence
 from fdistill.generator import OneStepGenerator
-from fdistill.noise import EDMSchedule, FlowSchedule, NoiseSchedule, add_noise, karras_levels, uniform_levels
+from fdistill.noise import (
+    EDMSchedule,
+    FlowSchedule,
+    NoiseSchedule,
+    karras_levels,
+    uniform_levels,
+    vp_schedule_from_config,
+)
 from fdistill.ratio import DensityRatio
 from fdistill.step import Networks, critic_step, frozen, generator_step
 
@@ -294,13 +301,24 @@ def test_frozen_restores_what_was_trainable() -> None:
     assert not module.bias.requires_grad
 
 
-def test_flow_and_vp_teachers_run_through_both_steps() -> None:
-    """Schedules that end in pure noise give finite losses at their very ends."""
+ZERO_SNR = {"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [DirectPrediction(FlowSchedule(), "flow", 1000.0), DirectPrediction(vp_schedule_from_config(ZERO_SNR), "v")],
+    ids=["flow", "zero-terminal-snr"],
+)
+def test_levels_of_pure_noise_give_finite_losses_and_gradients(form: DirectPrediction) -> None:
     torch.manual_seed(0)
-    teacher = UNet2DDenoiser(tiny_unet(num_class_embeds=None), DirectPrediction(FlowSchedule(), "flow", 1000.0))
+    teacher = UNet2DDenoiser(tiny_unet(num_class_embeds=None), form)
     teacher.requires_grad_(False)
     fake = copy.deepcopy(teacher).requires_grad_(True)
-    student = OneStepGenerator(copy.deepcopy(teacher).requires_grad_(True), 1.0)
+    for (
+        parameter
+    ) in fake.parameters():  # or there would be no score difference, and x_t does not depend on the student here
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    student = OneStepGenerator(copy.deepcopy(teacher).requires_grad_(True), form.schedule.t_max)
     networks = Networks(teacher, fake, student, Discriminator(fake, ["mid"]), fake)
 
     def end(schedule: NoiseSchedule, u: Tensor) -> Tensor:
@@ -310,6 +328,9 @@ def test_flow_and_vp_teachers_run_through_both_steps() -> None:
     update = generator_step(
         networks, None, torch.Generator(), ratio=DensityRatio(), divergence="js", batch_size=4, levels=end
     )
-    assert torch.isfinite(critic.loss)
-    assert torch.isfinite(update.loss)
-    assert add_noise(teacher.schedule, torch.ones(1, 1), torch.zeros(1, 1), torch.ones(1)).item() == 0
+    critic.loss.backward()
+    update.loss.backward()
+    for module in (fake, student, networks.discriminator):
+        assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in module.parameters())
+    assert moved(fake)
+    assert moved(student)

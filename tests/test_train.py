@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fdistill import distill, load_student
 from fdistill.checkpoint import checkpoints
@@ -98,7 +98,7 @@ def test_the_exported_weights_are_the_ema(tiny_teacher: Path, tmp_path: Path) ->
     "changes",
     [
         {"divergence": "forward-kl", "discriminator.source": "teacher"},
-        {"divergence": "rkl", "discriminator.gan_weight": 0, "generator.gan_weight": 0},
+        {"divergence": "rkl", "discriminator.gan_weight": 0.0, "generator.gan_weight": 0.0},
         {"divergence": "alpha(0.5)", "discriminator.r1_weight": 1.0, "discriminator.features": ["down0", "mid"]},
         {"precision": "bf16", "fake_score.weighting": "min-snr", "critic_levels.sampler": "lognormal"},
         {"ratio.bin_edges": "linear", "ratio.momentum": 0.5, "critic_steps": 1, "student_level": None},
@@ -154,7 +154,7 @@ def test_output_folders_that_are_not_free_are_refused(tiny_teacher: Path, tmp_pa
     run(tiny_teacher, tmp_path / "run", iterations=1)
     with pytest.raises(OutputError, match="--resume"):
         run(tiny_teacher, tmp_path / "run", iterations=2)
-    with pytest.raises(ConfigError, match=r"generator\.lr: 0\.0001 -> 0\.5"):
+    with pytest.raises(ConfigError, match=r"generator\.lr: 0\.0002 -> 0\.5"):
         run(tiny_teacher, tmp_path / "run", iterations=2, resume=True, **{"generator.lr": 0.5})
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("")
@@ -181,6 +181,8 @@ def test_a_truncated_training_checkpoint_is_refused(tiny_teacher: Path, tmp_path
     [
         ({"divergence": "jensen"}, ConfigError, "did you mean 'jensen-shannon'"),
         ({"divergence": "js", "discriminator.gan_weight": 0}, ConfigError, "expected discriminator.gan_weight > 0"),
+        ({"divergence": "rkl", "discriminator.gan_weight": 0}, ConfigError, "expected generator.gan_weight=0"),
+        ({"log.tracker": "wandb"}, ConfigError, "pip install wandb"),
         ({"discriminator.features": ["middle"]}, ConfigError, "did you mean 'mid'"),
         ({"student_level": 81}, ConfigError, r"level: expected a number in \(0.002, 80\]"),
         ({"data": "digitts"}, ConfigError, "did you mean 'digits'"),
@@ -218,16 +220,79 @@ def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_teacher: Pa
     with pytest.raises(NonFiniteError) as caught:
         run(tiny_teacher, tmp_path / "run", iterations=50, resume=True, **{"generator.lr": 1e30})
     message = str(caught.value)
-    assert "fake_score" in message
-    assert "noise level t = " in message
+    # The student's weights are 1e30 but finite; what becomes NaN first is the fake score's loss on its samples.
+    assert "stopped at iteration 2: fake_score: denoising became nan at noise level t = " in message
     assert f"last good checkpoint is {good[-1]}" in message
     assert checkpoints(tmp_path / "run" / "checkpoints") == good
     assert (good[-1] / "state.safetensors").read_bytes() == before
 
 
+def test_weights_an_update_has_broken_are_not_saved(tiny_teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="generator: its weights became NaN or infinite"):
+        run(tiny_teacher, tmp_path / "run", iterations=1, **{"generator.lr": 1e308})
+    assert checkpoints(tmp_path / "run" / "checkpoints") == []
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_no_samples_when_they_are_off(tiny_teacher: Path, tmp_path: Path) -> None:
+    run(tiny_teacher, tmp_path / "run", iterations=1, **{"log.samples_every": 0})
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+FULL_DISK = """
+import resource, sys
+from fdistill.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))  # the kernel refuses larger files
+sys.argv = ["fdistill", "distill", "digits", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_full_disk_is_one_message(tiny_teacher: Path, tmp_path: Path) -> None:
+    settings = [
+        f"teacher={tiny_teacher}",
+        "batch_size=8",
+        "iterations=2",
+        "log.samples_every=0",
+        "log.checkpoint_every=1",
+    ]
+    command = [sys.executable, "-c", FULL_DISK, *settings, "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "error: cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_incomplete_training_checkpoints_are_refused_before_anything_changes(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    run(tiny_teacher, tmp_path / "run")
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    config = (tmp_path / "run" / "config.yaml").read_bytes()
+    state = (newest / "state.safetensors").read_bytes()
+    for keep in (lambda name: name != "ratio.bins", lambda name: not name.startswith("optimizer.generator.")):
+        tensors = {name: value for name, value in load_file(newest / "state.safetensors").items() if keep(name)}
+        save_file(tensors, newest / "state.safetensors")
+        with pytest.raises(CheckpointError, match="incomplete"):
+            run(tiny_teacher, tmp_path / "run", resume=True, iterations=6)
+        (newest / "state.safetensors").write_bytes(state)
+    for text in ("[]", "{}", "no"):
+        (newest / "state.json").write_text(text)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            run(tiny_teacher, tmp_path / "run", resume=True, iterations=6)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == config
+
+
+def test_a_run_is_not_shortened_by_resuming_it(tiny_teacher: Path, tmp_path: Path) -> None:
+    run(tiny_teacher, tmp_path / "run")
+    with pytest.raises(ConfigError, match="at iteration 4 already"):
+        run(tiny_teacher, tmp_path / "run", resume=True, iterations=3)
+
+
 def test_dry_run_says_what_would_be_done(tiny_teacher: Path) -> None:
     text = describe(load_config("digits", [f"teacher={tiny_teacher}", "divergence=js"]))
     assert "jensen-shannon, heads on fake features mid" in text
-    assert "400, each 2 critic updates and then 1 student update of 128 samples" in text
+    assert "350, each 2 critic updates and then 1 student update of 128 samples" in text
     assert "one evaluation from level 2.5" in text
-    assert "learning" not in text

@@ -133,6 +133,12 @@ def test_schedulers_it_cannot_read_are_refused(config: dict[str, object], messag
         parametrisation_from_scheduler(config)
 
 
+def test_a_class_conditional_network_wants_labels() -> None:
+    denoiser = with_scheduler(tiny_unet(), EDMEulerScheduler())
+    with pytest.raises(ArgumentError, match=r"class labels \[B\] in \[0, 10\)"):
+        denoiser.denoise(torch.zeros(1, 1, 8, 8), torch.ones(1))
+
+
 def test_learned_variances_are_refused() -> None:
     with pytest.raises(CheckpointError, match="learned variances"):
         with_scheduler(tiny_unet(out_channels=2), DDPMScheduler())
@@ -173,6 +179,17 @@ def test_broken_checkpoints_say_what_is_wrong(tiny_teacher: Path, tmp_path: Path
     (other / "unet" / "config.json").write_text(json.dumps(config | {"block_out_channels": [8, 32]}))
     with pytest.raises(CheckpointError, match="cannot load the weights"):
         load(other)
+
+    texts = ("[]", '{"_class_name": "CMStochasticIterativeScheduler"}', '{"beta_schedule": 3}', "no")
+    for number, text in enumerate(texts):
+        odd = copied(tiny_teacher, tmp_path / f"odd-{number}")
+        (odd / "scheduler" / "scheduler_config.json").write_text(text)
+        with pytest.raises(CheckpointError):
+            load(odd)
+    odd = copied(tiny_teacher, tmp_path / "odd")
+    (odd / "unet" / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="JSON object"):
+        load_teacher(odd)
 
     no_scheduler = copied(tiny_teacher, tmp_path / "no-scheduler")
     shutil.rmtree(no_scheduler / "scheduler")

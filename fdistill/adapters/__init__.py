@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +11,7 @@ from fdistill.adapters import unet2d
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.denoiser import Denoiser
 from fdistill.errors import CheckpointError, did_you_mean
+from fdistill.files import read_json_object
 
 #: Network class in the folder's config -> the adapter that loads and exports it.
 FAMILIES: dict[str, ModuleType] = {"UNet2DModel": unet2d}
@@ -56,7 +56,7 @@ def family(folder: Path) -> ModuleType:
     """
     config = folder / "unet" / "config.json"
     try:
-        name = str(json.loads(config.read_text()).get("_class_name"))
+        name = str(read_json_object(config).get("_class_name"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{folder}: not a pipeline folder this version can read; expected {config.relative_to(folder)}"

@@ -6,9 +6,9 @@ of a DDPM-style schedule, or the velocity of a rectified flow.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from fdistill.denoiser import Denoiser, Features
-from fdistill.errors import CheckpointError, did_you_mean
+from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.files import read_json_object
 from fdistill.noise import (
     EDMSchedule,
     FlowSchedule,
@@ -163,18 +164,18 @@ class UNet2DDenoiser(Denoiser):
         self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str], *, x0: bool, x0_grad: bool
     ) -> tuple[Tensor | None, Features]:
         network_input, timestep = self.parametrisation.network_input(x_t, t)
-        skip, hidden, residuals, embedding, tapped = self._encode(network_input, timestep, condition, features)
+        hidden, residuals, embedding, tapped = self._encode(network_input, timestep, condition, features)
         if not x0:
             return None, tapped
         with nullcontext() if x0_grad else torch.no_grad():
-            raw = self._decode(skip, hidden, residuals, embedding, timestep)
+            raw = self._decode(hidden, residuals, embedding, timestep)
             return self.parametrisation.x0(raw.float(), x_t, t), tapped
 
     # _encode and _decode walk UNet2DModel's own blocks in the order of its forward, so that features can be read
     # without hooks and the decoder can be left out; test_unet2d holds them to the model's output bit by bit.
     def _encode(
         self, sample: Tensor, timestep: Tensor, labels: Tensor | None, features: Sequence[str]
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Tensor, Features]:
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Features]:
         unet: Any = self.unet
         config = unet.config
         if config.center_input_sample:
@@ -182,7 +183,7 @@ class UNet2DDenoiser(Denoiser):
         embedding = unet.time_embedding(unet.time_proj(timestep).to(unet.dtype))
         if unet.class_embedding is not None:
             if labels is None:
-                raise CheckpointError(f"condition: this network wants class labels [B] in [0, {self.num_classes})")
+                raise ArgumentError(f"condition: this network wants class labels [B] in [0, {self.num_classes})")
             if config.class_embed_type == "timestep":
                 labels = unet.time_proj(labels)
             embedding = embedding + unet.class_embedding(labels).to(unet.dtype)
@@ -202,13 +203,11 @@ class UNet2DDenoiser(Denoiser):
             hidden = unet.mid_block(hidden, embedding)
             if "mid" in features:
                 tapped["mid"] = hidden
-        return skip, hidden, residuals, embedding, tapped
+        return hidden, residuals, embedding, tapped
 
-    def _decode(
-        self, skip: Tensor | None, hidden: Tensor, residuals: tuple[Tensor, ...], embedding: Tensor, timestep: Tensor
-    ) -> Tensor:
+    def _decode(self, hidden: Tensor, residuals: tuple[Tensor, ...], embedding: Tensor, timestep: Tensor) -> Tensor:
         unet: Any = self.unet
-        skip = None
+        skip: Tensor | None = None
         for block in unet.up_blocks:
             count = len(block.resnets)
             residuals, block_residuals = residuals[:-count], residuals[-count:]
@@ -224,6 +223,17 @@ class UNet2DDenoiser(Denoiser):
         return hidden
 
 
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """What diffusers would log while it loads is said once, in the error that `load` raises."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
 def load(folder: Path) -> UNet2DDenoiser:
     """The denoiser in a pipeline folder with `unet/` (a UNet2DModel, safetensors) and `scheduler/`.
 
@@ -231,13 +241,16 @@ def load(folder: Path) -> UNet2DDenoiser:
         CheckpointError: a file is missing, truncated, or does not fit the architecture its config names.
     """
     try:
-        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: cannot read scheduler/scheduler_config.json ({error})") from error
-    try:
-        unet, info = UNet2DModel.from_pretrained(
-            folder / "unet", use_safetensors=True, local_files_only=True, output_loading_info=True
+        parametrisation = parametrisation_from_scheduler(
+            read_json_object(folder / "scheduler" / "scheduler_config.json")
         )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder}: cannot use scheduler/scheduler_config.json ({error!r})") from error
+    try:
+        with _quiet_diffusers():
+            unet, info = UNet2DModel.from_pretrained(
+                folder / "unet", use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder / 'unet'}: cannot load the weights ({' '.join(str(error).split())[:400]}); "
@@ -253,7 +266,7 @@ def load(folder: Path) -> UNet2DDenoiser:
             f"{len(names)} {key.replace('_', ' ')} such as {next(iter(names))}" for key, names in wrong.items()
         )
         raise CheckpointError(f"{folder / 'unet'}: the weights do not fit config.json: {listed}")
-    return UNet2DDenoiser(unet, parametrisation_from_scheduler(scheduler))
+    return UNet2DDenoiser(unet, parametrisation)
 
 
 def check_exportable(denoiser: Denoiser) -> None:

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from fdistill.data.digits import load_digits
 from fdistill.errors import ConfigError, did_you_mean
-from fdistill.rng import iteration_seed
+from fdistill.rng import derived_seed
 
 SOURCES = {"digits": load_digits}
+
+_SHUFFLE = 1  # stream of a run's random numbers
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class EpochOrder:
 
     def _order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(iteration_seed(self.seed, epoch))
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, _SHUFFLE, epoch))
             self._epoch, self._permutation = epoch, torch.randperm(self.items, generator=generator)
         return self._permutation
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor
@@ -17,6 +18,12 @@ from torch import Tensor
 from fdistill.errors import ArgumentError, did_you_mean
 
 Backend = Literal["auto", "triton", "reference"]
+
+
+@cache
+def _is_fused(operation: str) -> bool:
+    needed = ("triton", f"{__name__}.triton", f"{__name__}.triton.{operation}")
+    return all(importlib.util.find_spec(name) is not None for name in needed)
 
 
 def select(operation: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
@@ -27,7 +34,7 @@ def select(operation: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
     """
     if backend not in ("auto", "triton", "reference"):
         raise ArgumentError(f"backend: got {backend!r}; {did_you_mean(backend, ('auto', 'triton', 'reference'))}")
-    fused = importlib.util.find_spec(f"{__name__}.triton") is not None
+    fused = _is_fused(operation)
     if backend == "triton" and not fused:
         raise ArgumentError(
             f"backend: no fused kernel for {operation!r} in this version; expected 'auto' or 'reference'"

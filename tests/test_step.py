@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -251,6 +252,29 @@ def test_where_heads_sit_on_the_fake_score_network_its_gan_loss_trains_it() -> N
             [p.grad.flatten() for p in networks.fake_score.parameters() if p.grad is not None]
         )
     assert not torch.allclose(gradients["fake"], gradients["teacher"])
+
+
+class ConstantLogit(nn.Module):
+    features = ("mid",)
+
+    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
+        return torch.full((len(features["mid"]), 1), 2.0)
+
+
+def test_the_critic_raises_real_logits_and_lowers_fake_ones() -> None:
+    networks = dataclasses.replace(real_networks("fake"), discriminator=ConstantLogit())  # type: ignore[arg-type]
+    result = critic_step(
+        networks, torch.zeros(6, 1, 8, 8), torch.arange(6), torch.Generator().manual_seed(0), gan_weight=10.0
+    )
+    softplus = torch.nn.functional.softplus
+    torch.testing.assert_close(result.logs["discriminator/gan_real"].value, softplus(torch.full((6,), -2.0)))
+    torch.testing.assert_close(result.logs["discriminator/gan_fake"].value, softplus(torch.full((6,), 2.0)))
+    assert result.logs["discriminator/accuracy_real"].value.tolist() == [1.0] * 6
+    assert result.logs["discriminator/accuracy_fake"].value.tolist() == [0.0] * 6
+    expected = result.logs["fake_score/denoising"].value.mean() + 10 * (
+        softplus(torch.tensor(-2.0)) + softplus(torch.tensor(2.0))
+    )
+    torch.testing.assert_close(result.loss.detach(), expected)
 
 
 def test_r1_is_in_the_critic_loss() -> None:

@@ -229,4 +229,4 @@ def generate(
                 "torch_version": torch.__version__,
             }
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return folder
+    return Path(output)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fdistill.files import atomic_file
@@ -34,16 +34,19 @@ def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:
 
 
 def save_side_by_side(panels: Sequence[tuple[str, Path]], path: Path) -> None:
-    """Titled pictures beside one another in one PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.2 * len(panels), 5.6), layout="constrained")
-    for axes, (title, picture) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        axes.imshow(np.asarray(Image.open(picture)), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-        axes.set_title(title, fontsize=12)
-        axes.axis("off")
+    """Titled greyscale or RGB pictures beside one another in one PNG, pixel for pixel."""
+    title_height, gap = 40, 20
+    pictures = [Image.open(picture).convert("RGB") for _, picture in panels]
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (width, title_height + max(picture.height for picture in pictures)), "white")
+    draw, left = ImageDraw.Draw(canvas), 0
+    for (title, _), picture in zip(panels, pictures, strict=True):
+        middle = (left + picture.width // 2, title_height // 2)
+        draw.text(middle, title, fill="black", font=ImageFont.load_default(20), anchor="mm")
+        canvas.paste(picture, (left, title_height))
+        left += picture.width + gap
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        canvas.save(temporary, format="PNG")
 
 
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -65,12 +68,8 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     for axes, (title, names) in zip(panels, _PANELS, strict=False):
         for name in names:
             if any(name in record for record in records):
-                label = (
-                    name.removeprefix("generator/")
-                    .replace("fake_score/", "fake score ")
-                    .replace("/", " ")
-                    .replace("_", " ")
-                )
+                label = name.replace("generator/grad", "student grad").removeprefix("generator/")
+                label = label.replace("/", " ").replace("_", " ")
                 axes.plot(iterations, [record.get(name, np.nan) for record in records], label=label)
         axes.set_title(title)
         axes.set_xlabel("iteration")

@@ -37,14 +37,14 @@ def main() -> int:
     speed = {who: scores[who]["provenance"]["images_per_second"] for who in scores}
     panels = []
     for who, result in scores.items():
-        evaluations = f"{nfe[who]} evaluation{'' if nfe[who] == 1 else 's'}"
+        evaluations = f"{nfe[who]:g} evaluation{'' if nfe[who] == 1 else 's'}"
         panels.append(
             (f"{who}: {evaluations} an image, fd_digits {result['metrics']['fd_digits']:.2f}", run / f"{who}.png")
         )
     save_side_by_side(panels, run / "comparison.png")
 
     print(f"{'':24}{'teacher':>12}{'student':>12}")
-    print(f"{'evaluations an image':24}{nfe['teacher']:>12}{nfe['student']:>12}")
+    print(f"{'evaluations an image':24}{nfe['teacher']:>12g}{nfe['student']:>12g}")
     print(f"{'images/s':24}{speed['teacher']:>12.0f}{speed['student']:>12.0f}")
     for name in teacher:
         print(f"{name:24}{teacher[name]:>12.3f}{student[name]:>12.3f}")
@@ -62,7 +62,7 @@ def main() -> int:
             f"{student['class_accuracy']:.3f}",
             student["class_accuracy"] >= ACCURACY,
         ),
-        ("one evaluation an image", str(nfe["student"]), nfe["student"] == 1),
+        ("one evaluation an image", f"{nfe['student']:g}", nfe["student"] == 1),
     ]
     if arguments.seconds is not None:
         took = f"{arguments.seconds // 60} min {arguments.seconds % 60:02d} s"

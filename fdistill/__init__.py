@@ -14,19 +14,35 @@ if TYPE_CHECKING:
     from fdistill.denoiser import Denoiser as Denoiser
     from fdistill.discriminator import Discriminator as Discriminator
     from fdistill.divergence import Divergence as Divergence
+    from fdistill.divergence import divergence_from as divergence_from
     from fdistill.divergence import get_divergence as get_divergence
     from fdistill.generation import generate as generate
+    from fdistill.generator import FewStepGenerator as FewStepGenerator
     from fdistill.generator import OneStepGenerator as OneStepGenerator
     from fdistill.losses import matching_loss as matching_loss
+    from fdistill.losses import score_difference_loss as score_difference_loss
     from fdistill.pipeline import load_student as load_student
     from fdistill.ratio import DensityRatio as DensityRatio
     from fdistill.step import Networks as Networks
     from fdistill.step import critic_step as critic_step
+    from fdistill.step import diffratio_step as diffratio_step
     from fdistill.step import generator_step as generator_step
+    from fdistill.step import ratio_critic_step as ratio_critic_step
+    from fdistill.step import sid_step as sid_step
+    from fdistill.step import sim_step as sim_step
+    from fdistill.step import uni_instruct_step as uni_instruct_step
     from fdistill.train import distill as distill
 
 # Imported on first use: `import fdistill` and `fdistill --help` then cost no second of torch and diffusers.
 _WHERE = {
+    "score_difference_loss": "losses",
+    "divergence_from": "divergence",
+    "uni_instruct_step": "step",
+    "sim_step": "step",
+    "sid_step": "step",
+    "ratio_critic_step": "step",
+    "diffratio_step": "step",
+    "FewStepGenerator": "generator",
     "Denoiser": "denoiser",
     "DensityRatio": "ratio",
     "Discriminator": "discriminator",

@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from fdistill.adapters import family, load_teacher, resolve_checkpoint
 from fdistill.checkpoint import load_exactly, load_optimizer_tensors, optimizer_tensors, take
 from fdistill.config import DistillConfig, LevelsConfig, OptimizerConfig
-from fdistill.data import ImageSet, load_data
-from fdistill.discriminator import Discriminator
+from fdistill.data import TEACHER_SAMPLES, ImageSet, load_data
+from fdistill.data.teacher_samples import TeacherSamples, teacher_samples
+from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, get_divergence
 from fdistill.ema import EMA
 from fdistill.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
-from fdistill.generator import OneStepGenerator
+from fdistill.generator import Generator, student_generator
+from fdistill.images import to_uint8
+from fdistill.lora import lora_copy
+from fdistill.methods import METHODS
 from fdistill.noise import LEVEL_SAMPLERS, noise_to_signal_range
 from fdistill.ratio import DensityRatio
-from fdistill.step import LevelDraw, Networks
+from fdistill.step import (
+    LevelDraw,
+    Networks,
+    StepResult,
+    critic_step,
+    diffratio_step,
+    generator_step,
+    ratio_critic_step,
+    sid_step,
+    sim_step,
+    uni_instruct_step,
+)
+
+Update = Callable[..., StepResult]
 
 
 @dataclass
@@ -29,14 +49,14 @@ class Distillation:
     """Everything one run holds in memory."""
 
     teacher_folder: Path
-    data: ImageSet
     divergence: Divergence
     networks: Networks
+    student: Generator
     optimizers: dict[str, torch.optim.AdamW]
     ema: EMA
     ratio: DensityRatio
-    critic_levels: LevelDraw
-    matching_levels: LevelDraw
+    critic_update: Update
+    student_update: Update
     iteration: int = 0
 
     def role(self, name: str) -> nn.Module:
@@ -82,11 +102,12 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         CheckpointError: the teacher cannot be read, or no student of it could be exported.
     """
     try:
-        divergence = get_divergence(config.divergence)
+        divergence = get_divergence(config.divergence or "reverse-kl")
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
-    if config.discriminator.gan_weight == 0:
-        if divergence.name != "reverse-kl":
+    adversarial = config.discriminator.gan_weight > 0
+    if not adversarial:
+        if divergence.needs_ratio:
             raise ConfigError(
                 f"config: divergence {divergence.name!r} weights by a density ratio that only a trained discriminator "
                 "knows; expected discriminator.gan_weight > 0, or divergence=reverse-kl"
@@ -96,41 +117,137 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
                 "config: generator.gan_weight follows a discriminator that discriminator.gan_weight=0 leaves "
                 "untrained; expected generator.gan_weight=0 as well"
             )
+        if METHODS[config.method].objective == "diffratio":
+            raise ConfigError("config: method=diffratio has nothing but its classifier; discriminator.gan_weight > 0")
+    elif config.data is None:
+        raise ConfigError(
+            f"data: got null, but method={config.method} shows real images to a discriminator; expected a data set, or "
+            "teacher-samples"
+        )
     teacher_folder = resolve_checkpoint(config.teacher)
     teacher = load_teacher(teacher_folder, device)
     family(teacher_folder).check_exportable(teacher)
-    data = load_data(config.data)
-    _check_data(config, teacher.sample_shape, teacher.num_classes, data)
 
     torch.manual_seed(config.seed)
     try:
-        level = teacher.schedule.t_max if config.student_level is None else config.student_level
-        generator = OneStepGenerator(copy.deepcopy(teacher).requires_grad_(True).train(), level)
-        fake_score = copy.deepcopy(teacher).requires_grad_(True).train()
+        levels = config.student_levels or (teacher.schedule.t_max,)
+        generator = student_generator(copy.deepcopy(teacher).requires_grad_(True).train(), levels)
+        if config.fake_score.lora_rank:
+            fake_score = lora_copy(teacher, config.fake_score.lora_rank).train()
+        else:
+            fake_score = copy.deepcopy(teacher).requires_grad_(True).train()
         tapped = fake_score if config.discriminator.source == "fake" else teacher
-        discriminator = Discriminator(tapped, config.discriminator.features).to(device)
+        discriminator: Discriminator | ChannelMean | None = None
+        if adversarial:
+            head = Discriminator if config.discriminator.head == "convolutional" else ChannelMean
+            discriminator = head(tapped, config.discriminator.features).to(device)
         low, high = (teacher.schedule.t_min, teacher.schedule.t_max)
         if config.ratio.bin_edges == "log-sigma":
             low, high = noise_to_signal_range(teacher.schedule)
         ratio = DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
-    networks = Networks(teacher, fake_score, generator, discriminator, tapped)
+    networks = Networks(teacher, fake_score, generator, discriminator, tapped if discriminator is not None else None)
+    optimizers = {
+        name: _optimizer(module, getattr(config, name))
+        for name, module in (("generator", generator), ("fake_score", fake_score), ("discriminator", discriminator))
+        if module is not None and any(parameter.requires_grad for parameter in module.parameters())
+    }
     return Distillation(
         teacher_folder=teacher_folder,
-        data=data,
         divergence=divergence,
         networks=networks,
-        optimizers={
-            "generator": _optimizer(generator, config.generator),
-            "fake_score": _optimizer(fake_score, config.fake_score),
-            "discriminator": _optimizer(discriminator, config.discriminator),
-        },
+        student=generator,
+        optimizers=optimizers,
         ema=EMA(generator, config.ema.decays),
         ratio=ratio,
-        critic_levels=level_draw(config.critic_levels),
-        matching_levels=level_draw(config.matching_levels),
+        critic_update=_critic_update(config, networks),
+        student_update=_student_update(config, networks, divergence, ratio),
     )
+
+
+def _critic_update(config: DistillConfig, networks: Networks) -> Update:
+    levels = level_draw(config.critic_levels)
+    if METHODS[config.method].objective == "diffratio":
+        return partial(ratio_critic_step, networks, levels=levels, r1_weight=config.discriminator.r1_weight)
+    return partial(
+        critic_step,
+        networks,
+        levels=levels,
+        weighting=config.fake_score.weighting,
+        min_snr_gamma=config.fake_score.min_snr_gamma,
+        gan_weight=config.discriminator.gan_weight,
+        gan_weighting=config.discriminator.gan_weighting,
+        r1_weight=config.discriminator.r1_weight,
+    )
+
+
+def _student_update(config: DistillConfig, networks: Networks, divergence: Divergence, ratio: DensityRatio) -> Update:
+    objective, generator = METHODS[config.method].objective, config.generator
+    common: dict[str, Any] = {"levels": level_draw(config.matching_levels)}
+    if objective == "diffratio":
+        return partial(diffratio_step, networks, **common, weighting=generator.weighting)
+    if objective == "sim":
+        assert config.objective.huber_c is not None
+        return partial(sim_step, networks, **common, huber_c=config.objective.huber_c)
+    if objective == "sid":
+        assert config.objective.alpha is not None
+        return partial(sid_step, networks, **common, alpha=config.objective.alpha, gan_weight=generator.gan_weight)
+    common.update(divergence=divergence, ratio=ratio, gan_weight=generator.gan_weight)
+    if objective == "uni-instruct":
+        return partial(uni_instruct_step, networks, **common, detach_weight=config.objective.detach_weight)
+    return partial(
+        generator_step,
+        networks,
+        **common,
+        weighting=generator.weighting,
+        regression_weight=config.regression.weight,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads: images with labels, and teacher pairs for a method that regresses on them."""
+
+    images: ImageSet
+    pairs: TeacherSamples | None
+
+
+def training_data(config: DistillConfig, run: Distillation, device: torch.device) -> TrainingData:
+    """Loads, or makes and caches, what a config names.
+
+    Raises:
+        ConfigError: an unknown data set, or one that does not fit the teacher.
+        OutputError: teacher samples cannot be cached.
+    """
+    teacher = run.networks.teacher
+
+    def samples(count: int, start_level: float) -> TeacherSamples:
+        with PartialState().main_process_first():  # which makes them; the others find them in the cache
+            return teacher_samples(
+                teacher,
+                run.teacher_folder,
+                count=count,
+                num_steps=config.teacher_samples.num_steps,
+                start_level=start_level,
+                device=device,
+                progress=PartialState().is_main_process,
+            )
+
+    if config.data == TEACHER_SAMPLES:
+        made = samples(config.teacher_samples.count, teacher.schedule.t_max)
+        data = ImageSet(to_uint8(made.x0), made.labels)
+    elif config.data is None:
+        # Nothing reads the images; the labels, all classes alike, are what the student is asked for.
+        classes = teacher.num_classes or 1
+        data = ImageSet(torch.zeros(classes, *teacher.sample_shape, dtype=torch.uint8), torch.arange(classes))
+    else:
+        data = load_data(config.data)
+        _check_data(config, teacher.sample_shape, teacher.num_classes, data)
+    pairs = None
+    if METHODS[config.method].objective == "matching" and config.regression.weight:
+        pairs = samples(config.regression.pairs, run.student.levels[0])
+    return TrainingData(data, pairs)
 
 
 def level_draw(config: LevelsConfig) -> LevelDraw:
@@ -141,7 +258,7 @@ def level_draw(config: LevelsConfig) -> LevelDraw:
 
 def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        module.parameters(),
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,

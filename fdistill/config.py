@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fdistill.errors import ConfigError, did_you_mean
+from fdistill.methods import METHODS, OWN_SETTINGS, Method
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -26,6 +28,9 @@ CountOrZero = Annotated[int, Field(ge=0)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
+
+
+Weighting = Literal["edm", "inverse-sigma2", "min-snr", "uniform"]
 
 
 class OptimizerConfig(_Section):
@@ -42,8 +47,9 @@ class OptimizerConfig(_Section):
 class FakeScoreConfig(OptimizerConfig):
     """The fake-score network: keeps learning to denoise what the student makes."""
 
-    weighting: Literal["edm", "inverse-sigma2", "min-snr", "uniform"] = "edm"
+    weighting: Weighting = "edm"
     min_snr_gamma: Positive = 5.0
+    lora_rank: CountOrZero = Field(default=0, description="train adapters of this rank on a shared teacher; 0 is all")
 
 
 class DiscriminatorConfig(OptimizerConfig):
@@ -51,7 +57,9 @@ class DiscriminatorConfig(OptimizerConfig):
 
     source: Literal["fake", "teacher"] = "fake"
     features: list[str] = Field(default=["mid"], min_length=1)
+    head: Literal["convolutional", "channel-mean"] = "convolutional"
     gan_weight: NonNegative = Field(default=1e-2, description="of the discriminator's loss in the critic's")
+    gan_weighting: Weighting = "uniform"
     r1_weight: NonNegative = Field(default=0.0, description="gamma of the R1 penalty on noised data; 0 is off")
 
 
@@ -59,6 +67,31 @@ class GeneratorConfig(OptimizerConfig):
     """The student."""
 
     gan_weight: NonNegative = Field(default=1e-3, description="of the GAN term beside distribution matching")
+    weighting: Literal["normalised", "uniform", "vsd"] = Field(
+        default="normalised", description="of the score difference over samples and noise levels"
+    )
+
+
+class ObjectiveConfig(_Section):
+    """What only some methods have: SiD's alpha, SIM's pseudo-Huber constant, Uni-Instruct's biased variant."""
+
+    alpha: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    huber_c: Positive | None = None
+    detach_weight: bool = False
+
+
+class RegressionConfig(_Section):
+    """DMD's regression on pairs of noise and what the teacher's ODE makes of it from the student's level."""
+
+    weight: NonNegative = 0.0
+    pairs: CountOrZero = 2000
+
+
+class TeacherSamplesConfig(_Section):
+    """Samples of the teacher's own sampler (Heun, 2 num_steps - 1 evaluations), made once and cached."""
+
+    count: Count = Field(default=2000, description="with data=teacher-samples, how many stand in for data")
+    num_steps: Count = 18
 
 
 class LevelsConfig(_Section):
@@ -126,11 +159,17 @@ class DistillConfig(_Section):
     student; every count of iterations in this file means that.
     """
 
+    method: str = Field(default="f-distill", description="a published method; its settings come before this file's")
     teacher: str = Field(default="digits", description="an embedded teacher, a pipeline folder, or a hub id")
-    data: str = Field(default="digits", description="an embedded data set")
-    divergence: str = "jensen-shannon"
-    student_level: Positive | None = Field(
-        default=None, description="level the student starts from; null is the teacher's t_max"
+    data: str | None = Field(
+        default="digits",
+        description="an embedded data set; teacher-samples; or null where no method reads real images",
+    )
+    divergence: str | None = Field(
+        default=None, description="a name, alpha(a), or module:function; null is the method's own"
+    )
+    student_level: Positive | list[Positive] | None = Field(
+        default=None, description="level the student starts from, or its 1, 2 or 4 falling levels; null is t_max"
     )
     iterations: Count = 400
     batch_size: Count = Field(default=128, description="over all processes")
@@ -141,11 +180,85 @@ class DistillConfig(_Section):
     generator: GeneratorConfig = GeneratorConfig()
     fake_score: FakeScoreConfig = FakeScoreConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    regression: RegressionConfig = RegressionConfig()
+    teacher_samples: TeacherSamplesConfig = TeacherSamplesConfig()
     matching_levels: MatchingLevelsConfig = MatchingLevelsConfig()
     critic_levels: LevelsConfig = LevelsConfig()
     ratio: RatioConfig = RatioConfig()
     ema: EMAConfig = EMAConfig()
     log: LogConfig = LogConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_settings(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        name = values.get("method", cls.model_fields["method"].default)
+        if name not in METHODS:
+            raise ValueError(f"method: got {name!r}; {did_you_mean(str(name), METHODS)}")
+        merged = _merge({"divergence": METHODS[name].divergence, **METHODS[name].settings}, values)
+        if merged["divergence"] is None:
+            merged["divergence"] = METHODS[name].divergence
+        return merged
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> DistillConfig:
+        _check_method(self, METHODS[self.method])
+        return self
+
+    @property
+    def student_levels(self) -> tuple[float, ...] | None:
+        """`student_level` as a tuple; None for the teacher's t_max."""
+        level = self.student_level
+        return tuple(level) if isinstance(level, list) else None if level is None else (level,)
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        inner = merged.get(key)
+        merged[key] = _merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _check_method(config: DistillConfig, method: Method) -> None:
+    """Raises ValueError where a setting asks for what the method does not have, or lacks what it needs."""
+    name = config.method
+    for key, (owners, unused) in OWN_SETTINGS.items():
+        section, _, setting = key.partition(".")
+        value = getattr(getattr(config, section), setting)
+        if name not in owners and value != unused:
+            raise ValueError(f"{key}: got {value!r}, which method={name} does not read; it is for {', '.join(owners)}")
+        if name in owners and value in (None, 0.0) and unused is not False and value == unused:
+            raise ValueError(f"{key}: method={name} needs it; expected a number")
+    if name == "dmd" and not config.regression.pairs:
+        raise ValueError("regression.pairs: method=dmd regresses on teacher pairs; expected a number above 0")
+    if method.divergence is None and config.divergence is not None:
+        choosing = ", ".join(other for other, entry in METHODS.items() if entry.divergence)
+        raise ValueError(f"divergence: method={name} has no choice of it; expected null, or method={choosing}")
+    if not method.discriminator:
+        for role in ("generator", "discriminator"):
+            weight = getattr(config, role).gan_weight
+            if weight > 0:
+                adversarial = {"sid": "sida", "dmd": "dmd2"}.get(name, "f-distill")
+                raise ValueError(
+                    f"{role}.gan_weight: got {weight}, but method={name} has no discriminator; expected 0, "
+                    f"or method={adversarial}"
+                )
+        if config.discriminator.r1_weight > 0:
+            raise ValueError(f"discriminator.r1_weight: method={name} has no discriminator; expected 0")
+    if config.discriminator.head == "channel-mean" and config.discriminator.source != "fake":
+        raise ValueError("discriminator.source: the channel-mean head has no weights to train; expected fake")
+    levels = config.student_levels or ()
+    if isinstance(config.student_level, list):
+        if len(levels) not in (1, 2, 4) or any(a <= b for a, b in pairwise(levels)):
+            raise ValueError(f"student_level: got {list(levels)}; expected 1, 2 or 4 falling levels, as in [80.0, 2.5]")
+        if len(levels) > 1 and not method.few_step:
+            able = " or ".join(other for other, entry in METHODS.items() if entry.few_step)
+            raise ValueError(
+                f"student_level: method={name} trains one-step students; expected one level, or method={able}"
+            )
 
 
 #: Settings that may change when a run is resumed; all others define the run.

@@ -52,3 +52,26 @@ class Discriminator(nn.Module):
     def forward(self, features: Mapping[str, Tensor] | Features) -> Tensor:
         """{name: [B, C, H, W]} -> logits [B, H], one column a head."""
         return torch.cat([self.heads[name](features[name]).flatten(1) for name in self.features], dim=1)
+
+
+class ChannelMean(nn.Module):
+    """A discriminator without parameters of its own: the mean over channels of one tapped feature, a logit for each
+    pixel of it (SiDA, arXiv 2410.14919). What it learns, the tapped network learns.
+
+    Args:
+        denoiser: the network whose feature is tapped; it has to be one that is trained.
+        features: the feature's name, alone in a sequence.
+    """
+
+    def __init__(self, denoiser: Denoiser, features: Sequence[str]):
+        super().__init__()
+        if len(features) != 1 or features[0] not in denoiser.feature_shapes:
+            raise ArgumentError(
+                f"features: expected one of {', '.join(denoiser.feature_shapes)} for the channel-mean head, "
+                f"got {list(features)}"
+            )
+        self.features = tuple(features)
+
+    def forward(self, features: Mapping[str, Tensor] | Features) -> Tensor:
+        """{name: [B, C, H, W]} -> logits [B, H * W]."""
+        return features[self.features[0]].mean(1).flatten(1)

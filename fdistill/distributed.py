@@ -23,6 +23,14 @@ def sum_over_processes(value: Tensor) -> Tensor:
     return total
 
 
+def global_mean(value: Tensor) -> Tensor:
+    """The mean of [B] over all processes, B being whatever it is on each; 0-d, without gradient."""
+    value = value.detach()
+    total, count = sum_over_processes(torch.stack([value.sum(), torch.full_like(value.sum(), len(value))]))
+    mean: Tensor = total / count
+    return mean
+
+
 def gather_rows(value: Tensor) -> Tensor:
     """[B, ...] of every process -> [processes * B, ...], in rank order; B must be the same everywhere."""
     if not _active():

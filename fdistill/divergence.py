@@ -6,10 +6,12 @@ h(r) = r^2 f''(r) (f-distill, arXiv 2502.15681, theorem 1).
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -29,6 +31,28 @@ class Divergence:
     name: str
     f: Function
     weight: Function
+
+    def weight_slope(self, r: Tensor) -> Tensor:
+        """r h'(r), like r; differentiable in r."""
+        return r * _derivative(self.weight, r)
+
+    @property
+    def needs_ratio(self) -> bool:
+        """Whether h depends on r at all; it does not for reverse KL."""
+        r = torch.logspace(-1, 1, 5, dtype=torch.float64)
+        return bool((self.weight(r) != self.weight(torch.ones_like(r))).any())
+
+
+def _derivative(function: Function, r: Tensor) -> Tensor:
+    """Of an elementwise function, at r; differentiable in r if r is."""
+    with torch.enable_grad():
+        at = r if r.requires_grad else r.detach().requires_grad_(True)
+        value = function(at)
+        if not value.requires_grad:
+            return torch.zeros_like(r)
+        (slope,) = torch.autograd.grad(value.sum(), at, create_graph=True, allow_unused=True)
+    slope = torch.zeros_like(r) if slope is None else slope
+    return slope if r.requires_grad else slope.detach()
 
 
 def _box_cox(r: Tensor, power: float) -> Tensor:
@@ -54,6 +78,65 @@ def alpha_divergence(a: float) -> Divergence:
     else:
         f = lambda r: (r * _box_cox(r, a - 1) - (r - 1)) / a  # noqa: E731
     return Divergence(f"alpha({a:g})", f, lambda r: r**a)
+
+
+#: Ratios at which `divergence_from` examines a function: far beyond what training meets.
+_EXAMINED = torch.logspace(-4, 4, 161, dtype=torch.float64)
+
+
+@cache
+def divergence_from(f: Function, name: str | None = None) -> Divergence:
+    """A divergence of one's own, from f alone: h(r) = r^2 f''(r) by automatic differentiation, in float64 where the
+    device has it. Examined once, then remembered.
+
+    Args:
+        f: elementwise on float tensors, twice differentiable by torch, convex on (0, inf), f(1) = 0.
+        name: what logs and cards call it; the function's own name by default.
+
+    Raises:
+        ArgumentError: f is not elementwise or not finite, f(1) is not 0, or f is not convex; with the point that
+            shows it.
+    """
+    label = name or str(getattr(f, "__name__", "custom"))
+
+    def weight(r: Tensor) -> Tensor:
+        wide = r if r.device.type == "mps" else r.double()
+
+        second = _derivative(lambda at: _derivative(f, at), wide)
+        return (wide.square() * second).to(r.dtype)
+
+    r = torch.cat([_EXAMINED, torch.ones(1, dtype=torch.float64)])
+    try:
+        values = f(r)
+        if not isinstance(values, Tensor) or values.shape != r.shape:
+            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+            raise ArgumentError(f"divergence {label!r}: f must be elementwise; {tuple(r.shape)} ratios gave {got}")
+        h = weight(r)
+    except (TypeError, RuntimeError) as error:
+        raise ArgumentError(
+            f"divergence {label!r}: f must take a float tensor of ratios and be differentiable by torch; on {len(r)} "
+            f"ratios it raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        ) from error
+    chords = f(_EXAMINED).diff() / _EXAMINED.diff()
+    kink = torch.cat([torch.zeros(1), -chords.diff(), torch.zeros(2)])  # > 0 where the slope falls
+    for what, wrong, shown in (
+        ("f must be finite on (0, inf)", ~torch.isfinite(values), values),
+        ("f'' must be finite on (0, inf)", ~torch.isfinite(h), h / r**2),
+        # f'' is a difference of terms as large as f: rounding is measured against it.
+        ("f must be convex, f'' >= 0", h < -1e-9 * (1 + values.abs()), h / r**2),
+        ("f must be convex, its slope must not fall", kink > 1e-9 * (1 + values.abs() / r), -kink),
+    ):
+        if bool(wrong.any()):
+            at = int(wrong.nonzero()[0])
+            raise ArgumentError(f"divergence {label!r}: {what}; at r = {r[at].item():.4g} it is {shown[at].item():.4g}")
+    if abs(values[-1].item()) > 1e-9:
+        raise ArgumentError(f"divergence {label!r}: expected f(1) = 0, got f(1) = {values[-1].item():.4g}")
+    if not bool((h > 0).any()):
+        raise ArgumentError(
+            f"divergence {label!r}: f'' = 0 at every ratio from 1e-4 to 1e4, so no student is preferred to another; "
+            "expected a curved f"
+        )
+    return Divergence(label, f, weight)
 
 
 _TABLE = [
@@ -84,15 +167,26 @@ ALIASES = {
     "pearson": "pearson-chi2",
 }
 
+_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _ALPHA = re.compile(r"alpha\(\s*([^)]*?)\s*\)")
 
 
 def get_divergence(name: str) -> Divergence:
-    """A divergence by name: a key of `DIVERGENCES`, of `ALIASES`, or "alpha(a)" with a real number a.
+    """A divergence by name: a key of `DIVERGENCES`, of `ALIASES`, "alpha(a)" with a real number a, or "module:function"
+    for an f of one's own (`divergence_from`), imported from where Python finds modules.
 
     Raises:
-        ArgumentError: no divergence of that name; the message has the nearest one.
+        ArgumentError: no divergence of that name, with the nearest one; or a function that is none.
     """
+    if _FUNCTION.fullmatch(name):
+        module, _, attribute = name.partition(":")
+        try:
+            f = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise ArgumentError(
+                f"divergence {name!r}: {error}; expected module:function that Python can import"
+            ) from error
+        return divergence_from(f, name)
     family = _ALPHA.fullmatch(name)
     if family:
         try:

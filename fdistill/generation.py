@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -20,8 +19,8 @@ from fdistill.adapters import load_teacher, resolve_checkpoint
 from fdistill.denoiser import Denoiser
 from fdistill.devices import start
 from fdistill.errors import ArgumentError
-from fdistill.files import atomic_folder, claim_folder, partial_path, writing
-from fdistill.generator import OneStepGenerator
+from fdistill.files import atomic_folder, claim_folder, partial_path, weights_sha256, writing
+from fdistill.generator import Generator, noise_shape
 from fdistill.images import to_uint8
 from fdistill.pipeline import is_student, load_student
 from fdistill.report import to_pil
@@ -38,24 +37,25 @@ class Source:
     """
 
     name: str
-    model: OneStepGenerator | Denoiser
+    model: Generator | Denoiser
     num_steps: int | None
     weights_sha256: str
 
     @property
     def denoiser(self) -> Denoiser:
         """The network that is evaluated."""
-        return self.model.denoiser if isinstance(self.model, OneStepGenerator) else self.model
+        return self.model if isinstance(self.model, Denoiser) else self.model.denoiser
 
     @torch.no_grad()
     def sample(self, seed: int, indices: Sequence[int], labels: Tensor | None, device: torch.device) -> Tensor:
         """Images uint8 [N, C, H, W] on the CPU for N indices and labels; each depends on (seed, index, label)."""
-        noise = indexed_normal(seed, indices, self.model.sample_shape).to(device)
         labels = None if labels is None else labels.to(device)
-        if isinstance(self.model, OneStepGenerator):
-            return to_uint8(self.model(noise, labels)).cpu()
-        assert self.num_steps is not None
-        return to_uint8(heun_sample(self.model, noise, labels, self.num_steps)).cpu()
+        if isinstance(self.model, Denoiser):
+            assert self.num_steps is not None
+            noise = indexed_normal(seed, indices, self.model.sample_shape).to(device)
+            return to_uint8(heun_sample(self.model, noise, labels, self.num_steps)).cpu()
+        noise = indexed_normal(seed, indices, noise_shape(self.model)).to(device)
+        return to_uint8(self.model(noise, labels)).cpu()
 
 
 @dataclass
@@ -95,18 +95,11 @@ def open_source(checkpoint: str | Path, num_steps: int, device: torch.device) ->
     path = Path(checkpoint)
     for folder in (path, path / "student"):
         if is_student(folder):
-            return Source(str(checkpoint), load_student(folder, device), None, _weights_sha256(folder))
+            return Source(str(checkpoint), load_student(folder, device), None, weights_sha256(folder))
     if num_steps < 1:
         raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
     folder = resolve_checkpoint(checkpoint)
-    return Source(str(checkpoint), load_teacher(folder, device), num_steps, _weights_sha256(folder))
-
-
-def _weights_sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+    return Source(str(checkpoint), load_teacher(folder, device), num_steps, weights_sha256(folder))
 
 
 def labels_of(source: Source, count: int, class_labels: Sequence[int] | None) -> Tensor | None:

@@ -11,13 +11,13 @@ import torch
 from fdistill.adapters import family
 from fdistill.errors import CheckpointError
 from fdistill.files import atomic_folder, read_json_object
-from fdistill.generator import OneStepGenerator
+from fdistill.generator import Generator, student_generator
 
 STUDENT_FILE = "fdistill_student.json"
 
 
-def save_student(generator: OneStepGenerator, folder: Path, *, teacher_folder: Path, card: dict[str, Any]) -> None:
-    """Writes a folder that `DiffusionPipeline.from_pretrained` runs in one step without importing fdistill.
+def save_student(generator: Generator, folder: Path, *, teacher_folder: Path, card: dict[str, Any]) -> None:
+    """Writes a folder that `DiffusionPipeline.from_pretrained` runs without importing fdistill.
 
     Args:
         generator: the student, holding the weights to export.
@@ -26,8 +26,10 @@ def save_student(generator: OneStepGenerator, folder: Path, *, teacher_folder: P
         card: JSON values for the model card: teacher, divergence, iterations, ...
     """
     with atomic_folder(folder) as temporary:
-        family(teacher_folder).export(generator.denoiser, generator.level, temporary)
-        student = {"level": generator.level, **card}
+        timesteps = family(teacher_folder).export(generator.denoiser, generator.levels, temporary)
+        if len(generator.levels) > 1:
+            card = {**card, "pipeline_timesteps": timesteps}
+        student = {"levels": list(generator.levels), **card}
         (temporary / STUDENT_FILE).write_text(json.dumps(student, indent=2) + "\n")
         (temporary / "README.md").write_text(_model_card(generator, card))
 
@@ -37,8 +39,9 @@ def is_student(folder: Path) -> bool:
     return (folder / STUDENT_FILE).is_file()
 
 
-def load_student(path: str | Path, device: torch.device | str = "cpu") -> OneStepGenerator:
-    """An exported student as (noise, condition) -> x0, frozen, in eval mode, float32.
+def load_student(path: str | Path, device: torch.device | str = "cpu") -> Generator:
+    """An exported student as (noise, condition) -> x0, frozen, in eval mode, float32: a `OneStepGenerator`, or a
+    `FewStepGenerator` if it was trained for more steps.
 
     Args:
         path: a student folder, or a run folder that has one.
@@ -58,33 +61,37 @@ def load_student(path: str | Path, device: torch.device | str = "cpu") -> OneSte
             f"student {str(path)!r}: no {STUDENT_FILE} in it; expected what `fdistill distill` wrote to OUTPUT/student"
         )
     try:
-        level = float(read_json_object(folder / STUDENT_FILE)["level"])
+        levels = [float(level) for level in read_json_object(folder / STUDENT_FILE)["levels"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STUDENT_FILE}: cannot be read ({error!r})") from error
-    generator = OneStepGenerator(family(folder).load(folder), level)
+    generator = student_generator(family(folder).load(folder), levels)
     return generator.eval().requires_grad_(False).to(device)
 
 
-def _model_card(generator: OneStepGenerator, card: dict[str, Any]) -> str:
+def _model_card(generator: Generator, card: dict[str, Any]) -> str:
     labels = ", class_labels=[3] * 16" if generator.num_classes else ""
     rows = "\n".join(f"| {key} | {value} |" for key, value in card.items())
+    steps = len(generator.levels)
+    call = "num_inference_steps=1"
+    if steps > 1:
+        call = f"num_inference_steps=None, timesteps={card['pipeline_timesteps']}"
     return f"""---
 library_name: diffusers
 tags: [one-step, distillation, fdistill]
 ---
-# One-step student of `{card.get("teacher")}`
+# {steps}-step student of `{card.get("teacher")}`
 
-One network evaluation an image, no guidance.
+Network evaluations an image: {steps}. No guidance.
 
 ```python
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
-images = pipeline(batch_size=16{labels}, num_inference_steps=1).images
+images = pipeline(batch_size=16{labels}, {call}).images
 ```
 
 | setting | value |
 |---|---|
-| level (sigma) the student starts from | {generator.level:g} |
+| levels (sigma) the student is used at | {", ".join(f"{level:g}" for level in generator.levels)} |
 {rows}
 """

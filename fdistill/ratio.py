@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fdistill.distributed import sum_over_processes
+from fdistill.distributed import global_mean, sum_over_processes
 from fdistill.divergence import Divergence, get_divergence
 from fdistill.errors import ArgumentError, did_you_mean
 
@@ -83,27 +83,33 @@ class DensityRatio:
         # Clamped before the cast: the integer of an infinity is undefined.
         return ((value - low) / (high - low) * self.num_bins).clamp(0, self.num_bins - 1).long()
 
-    def evaluate(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence) -> RatioWeight:
-        """`weight`, with what is worth logging beside it. Updates the bins."""
-        if isinstance(divergence, str):
-            divergence = get_divergence(divergence)
+    def ratio(self, logits: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised ratios [B] float32, differentiable in the logits where they are not clamped, and 1.0 where they
+        are. Updates the bins. Arguments as in `weight`.
+        """
         if logits.ndim not in (1, 2) or sigma.shape != logits.shape[:1]:
             raise ArgumentError(
                 f"logits, sigma: expected [B] or [B, H] and [B], got {tuple(logits.shape)} and {tuple(sigma.shape)}"
             )
         self.bins = self.bins.to(logits.device)
-        raw = logits.detach().float().reshape(len(logits), -1).mean(1).clamp(-_LOGIT_BOUND, _LOGIT_BOUND).exp()
+        raw = logits.float().reshape(len(logits), -1).mean(1).clamp(-_LOGIT_BOUND, _LOGIT_BOUND).exp()
         ratio = raw.clamp(self.lower, self.upper)
         index = self.bin_index(sigma)
         sums = torch.zeros(2, self.num_bins, device=ratio.device)
-        sums[0].index_add_(0, index, ratio)
+        sums[0].index_add_(0, index, ratio.detach())
         sums[1].index_add_(0, index, torch.ones_like(ratio))
         total, count = sum_over_processes(sums)
         updated = self.momentum * self.bins + (1 - self.momentum) * total / count.clamp(min=1)
         self.bins = torch.where(count > 0, updated, self.bins)
-        h = divergence.weight(ratio / self.bins[index])
-        total, count = sum_over_processes(torch.stack([h.sum(), torch.full_like(h.sum(), len(h))]))
-        return RatioWeight(weight=h * (count / total), h=h, clamped=(raw != ratio).float())
+        return ratio / self.bins[index], (raw != ratio).float()
+
+    def evaluate(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence) -> RatioWeight:
+        """`weight`, with what is worth logging beside it. Updates the bins."""
+        if isinstance(divergence, str):
+            divergence = get_divergence(divergence)
+        ratio, clamped = self.ratio(logits.detach(), sigma)
+        h = divergence.weight(ratio)
+        return RatioWeight(weight=h / global_mean(h), h=h, clamped=clamped)
 
     def weight(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence) -> Tensor:
         """Weights of the score difference: [B] float32, without gradient, mean 1 over the global batch. Updates the

@@ -50,7 +50,7 @@ def save_side_by_side(panels: Sequence[tuple[str, Path]], path: Path) -> None:
 
 
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("student", ("generator/matching", "generator/gan")),
+    ("student", ("generator/matching", "generator/implicit", "generator/regression", "generator/gan")),
     ("critic", ("fake_score/denoising", "discriminator/gan_real", "discriminator/gan_fake")),
     ("gradient norms before clipping", ("generator/grad_norm", "fake_score/grad_norm", "discriminator/grad_norm")),
     ("h(r)", ("generator/h_min", "generator/h", "generator/h_max")),
@@ -73,11 +73,14 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
                 axes.plot(iterations, [record.get(name, np.nan) for record in records], label=label)
         axes.set_title(title)
         axes.set_xlabel("iteration")
-        axes.legend(fontsize=8)
+        if axes.lines:
+            axes.legend(fontsize=8)
         if title.startswith("discriminator"):
             axes.set_ylim(0, 1)
-        else:
+        elif title != "student":  # SiD's objective may be negative
             axes.set_yscale("log")
+        else:
+            axes.set_yscale("symlog", linthresh=1e-3)
     rows = [record.get("discriminator/accuracy_per_bin") for record in records]
     last = figure.axes[5]
     if any(rows):

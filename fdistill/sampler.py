@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fdistill.denoiser import Denoiser
-from fdistill.noise import expand, noise_to_signal_range
+from fdistill.noise import expand, noise_to_signal, noise_to_signal_range
 
 
 def evaluations(num_steps: int) -> int:
@@ -14,25 +14,37 @@ def evaluations(num_steps: int) -> int:
     return 2 * num_steps - 1
 
 
-def sampling_levels(denoiser: Denoiser, num_steps: int, rho: float = 7.0) -> Tensor:
-    """[num_steps] float32 levels from t_max down to t_min, on the Karras grid of noise-to-signal ratios (eq. 5)."""
+def sampling_levels(denoiser: Denoiser, num_steps: int, rho: float = 7.0, start_level: float | None = None) -> Tensor:
+    """[num_steps] float32 levels from start_level (t_max by default) down to t_min, on the Karras grid of
+    noise-to-signal ratios (eq. 5).
+    """
     schedule = denoiser.schedule
-    smallest, largest = (bound ** (1 / rho) for bound in noise_to_signal_range(schedule))
-    levels = schedule.level(torch.linspace(largest, smallest, num_steps) ** rho)
-    levels[0] = schedule.t_max  # where the ratio is infinite, the grid is cut short of it
+    smallest, largest = noise_to_signal_range(schedule)
+    start = schedule.t_max if start_level is None else start_level
+    if start < schedule.t_max:
+        largest = noise_to_signal(schedule, torch.tensor(start, dtype=torch.float64)).item()
+    levels = schedule.level(torch.linspace(largest ** (1 / rho), smallest ** (1 / rho), num_steps) ** rho)
+    levels[0] = start  # where the ratio is infinite, the grid is cut short of it
     return levels
 
 
 @torch.no_grad()
-def heun_sample(denoiser: Denoiser, noise: Tensor, condition: Tensor | None = None, num_steps: int = 18) -> Tensor:
+def heun_sample(
+    denoiser: Denoiser,
+    noise: Tensor,
+    condition: Tensor | None = None,
+    num_steps: int = 18,
+    start_level: float | None = None,
+) -> Tensor:
     """Samples x0 [B, C, H, W] from standard normal noise [B, C, H, W].
 
     Args:
         condition: class labels [B], or None.
         num_steps: grid points; costs 2 num_steps - 1 evaluations a sample.
+        start_level: where sigma(start_level) * noise is taken for a noisy sample; t_max by default.
     """
     schedule = denoiser.schedule
-    levels = sampling_levels(denoiser, num_steps).to(noise.device)
+    levels = sampling_levels(denoiser, num_steps, start_level=start_level).to(noise.device)
     batch = len(noise)
     x = expand(schedule.sigma(levels[:1]), noise) * noise
     for i in range(num_steps):

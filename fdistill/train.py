@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdistill import __version__, rng
-from fdistill.build import Distillation, build
+from fdistill.build import Distillation, TrainingData, build, training_data
 from fdistill.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fdistill.config import DistillConfig, changed_keys, dump_config, load_config
 from fdistill.data import EpochOrder
@@ -23,16 +23,18 @@ from fdistill.devices import autocast, start, upload
 from fdistill.distributed import average_gradients
 from fdistill.errors import ConfigError, FDistillError, NonFiniteError, OutputError
 from fdistill.files import atomic_file, writing
+from fdistill.generator import noise_shape
 from fdistill.images import to_uint8, to_unit
 from fdistill.journal import Journal, append_record, read_records, scalars, truncate_records
+from fdistill.methods import METHODS
 from fdistill.noise import noise_to_signal
 from fdistill.pipeline import save_student
 from fdistill.report import save_curves, save_grid
 from fdistill.sampler import heun_sample
-from fdistill.step import StepResult, critic_step, generator_step
+from fdistill.step import Pairs, StepResult
 
 _GRID = 80
-_ITERATION, _DROPOUT = 2, 3  # streams of a run's random numbers, beside the data's
+_ITERATION, _DROPOUT, _STUDENT_STEP = 2, 3, 4  # streams of a run's random numbers, beside the data's
 
 
 def distill(
@@ -69,6 +71,7 @@ def distill(
     check_output(folder, config, resume)
     state.wait_for_everyone()  # before the main process writes into what the others are still checking
     run = build(config, device)
+    data = training_data(config, run, device)
     found = checkpoints(folder / "checkpoints")
     if found:
         tensors, meta = load_checkpoint(found[-1])
@@ -85,11 +88,11 @@ def distill(
             temporary.write_text(dump_config(config), encoding="utf-8")
         truncate_records(folder / "metrics.jsonl", run.iteration)
     state.wait_for_everyone()
-    _train(run, config, folder, device, main=state.is_main_process)
+    _train(run, data, config, folder, device, main=state.is_main_process)
     student = folder / "student"
     if state.is_main_process:
         with run.ema.applied(config.ema.export):
-            save_student(run.networks.generator, student, teacher_folder=run.teacher_folder, card=_card(config, run))
+            save_student(run.student, student, teacher_folder=run.teacher_folder, card=_card(config, run))
     state.wait_for_everyone()
     return student
 
@@ -121,14 +124,23 @@ def describe(config: DistillConfig) -> str:
     """What a run would do: the text of `--dry-run`. Loads the teacher and builds all networks, writes nothing."""
     state, device = start(config.device)
     run = build(config, device)
-    millions = {name: sum(p.numel() for p in run.role(name).parameters()) / 1e6 for name in run.optimizers}
+    millions = {
+        name: sum(p.numel() for p in run.role(name).parameters() if p.requires_grad) / 1e6 for name in run.optimizers
+    }
+    levels = run.student.levels
+    evaluations = "one evaluation from level" if len(levels) == 1 else f"{len(levels)} evaluations at levels"
+    discriminator = "none"
+    if run.networks.discriminator is not None:
+        on = f"{config.discriminator.source} features {', '.join(config.discriminator.features)}"
+        discriminator = f"{config.discriminator.head} heads on {on}"
     lines = [
+        f"method         {config.method}: {METHODS[config.method].summary}",
         f"teacher        {config.teacher} ({run.teacher_folder.name}), samples {run.networks.teacher.sample_shape}, "
         f"{run.networks.teacher.num_classes or 'no'} classes",
-        f"student        one evaluation from level {run.networks.generator.level:g}",
-        f"divergence     {run.divergence.name}, heads on {config.discriminator.source} features "
-        f"{', '.join(config.discriminator.features)}",
-        "parameters     " + ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
+        f"student        {evaluations} {', '.join(f'{level:g}' for level in levels)}",
+        f"divergence     {(config.divergence and run.divergence.name) or 'the method has its own'}",
+        f"discriminator  {discriminator}",
+        "trained        " + ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
         f"iterations     {config.iterations}, each {config.critic_steps} critic updates and then 1 student update "
         f"of {config.batch_size} samples",
         f"device         {device}, {config.precision}, {state.num_processes} process(es)",
@@ -139,20 +151,23 @@ def describe(config: DistillConfig) -> str:
 def _card(config: DistillConfig, run: Distillation) -> dict[str, Any]:
     return {
         "teacher": config.teacher,
-        "divergence": run.divergence.name,
+        "method": config.method,
+        "divergence": config.divergence and run.divergence.name,
         "iterations": run.iteration,
         "batch_size": config.batch_size,
         "critic_steps": config.critic_steps,
         "ema_decay": config.ema.export,
         "seed": config.seed,
-        "num_classes": run.networks.generator.num_classes,
+        "num_classes": run.student.num_classes,
         "fdistill_version": __version__,
     }
 
 
-def _train(run: Distillation, config: DistillConfig, folder: Path, device: torch.device, *, main: bool) -> None:
-    networks, schedule = run.networks, run.networks.teacher.schedule
-    order = EpochOrder(len(run.data.images), config.batch_size, config.seed)
+def _train(
+    run: Distillation, data: TrainingData, config: DistillConfig, folder: Path, device: torch.device, *, main: bool
+) -> None:
+    networks, schedule, student = run.networks, run.networks.teacher.schedule, run.student
+    order = EpochOrder(len(data.images.images), config.batch_size, config.seed)
     generator = torch.Generator(device)
     rank, processes = rng.world()
     local = config.batch_size // processes
@@ -163,20 +178,46 @@ def _train(run: Distillation, config: DistillConfig, folder: Path, device: torch
 
     def batch(number: int) -> tuple[Tensor, Tensor | None]:
         rows = order.rows(number)[rank * local : (rank + 1) * local]
-        labels = upload(run.data.labels[rows], device) if networks.teacher.num_classes else None
-        return to_unit(upload(run.data.images[rows], device)), labels
+        labels = upload(data.images.labels[rows], device) if networks.teacher.num_classes else None
+        return to_unit(upload(data.images.images[rows], device)), labels
+
+    def options(phase: int) -> dict[str, int]:
+        """Which of a few-step student's steps makes the samples: the same for a whole batch, a host's draw."""
+        if len(student.levels) == 1:
+            return {}
+        return {
+            "student_steps": 1
+            + rng.derived_seed(config.seed, _STUDENT_STEP, run.iteration, phase) % len(student.levels)
+        }
+
+    pair_order = EpochOrder(len(data.pairs.x0), config.batch_size, config.seed) if data.pairs else None
+
+    def pairs() -> dict[str, Pairs]:
+        if data.pairs is None or pair_order is None:
+            return {}
+        rows = pair_order.rows(run.iteration)[rank * local : (rank + 1) * local]
+        labels = upload(data.pairs.labels[rows], device) if networks.teacher.num_classes else None
+        return {"pairs": Pairs(upload(data.pairs.noise(rows), device), upload(data.pairs.x0[rows], device), labels)}
+
+    def ramp() -> dict[str, float]:
+        if not (run.divergence.needs_ratio and config.ratio.warmup):
+            return {}
+        return {"ratio_ramp": min(1.0, run.iteration / config.ratio.warmup)}
 
     def update(result: StepResult, roles: Mapping[str, float]) -> None:
         result.loss.backward()
         norms = {}
         for role, clip in roles.items():
-            parameters = list(run.role(role).parameters())
+            parameters = [p for p in run.role(role).parameters() if p.requires_grad]
             average_gradients(parameters)
             norms[role] = torch.nn.utils.clip_grad_norm_(parameters, clip)
             run.optimizers[role].step()
             run.optimizers[role].zero_grad()
         journal.add(result.logs, norms)
 
+    critic_clips: dict[str, float] = {
+        role: getattr(config, role).grad_clip for role in ("fake_score", "discriminator") if role in run.optimizers
+    }
     start_of_run, done_before = time.perf_counter(), run.iteration
     with (
         _trackers(config, folder, run.iteration, main) as trackers,
@@ -200,31 +241,11 @@ def _train(run: Distillation, config: DistillConfig, folder: Path, device: torch
             for k in range(config.critic_steps):
                 real_x0, labels = batch(run.iteration * config.critic_steps + k)
                 with autocast(device, config.precision):
-                    result = critic_step(
-                        networks,
-                        real_x0,
-                        labels,
-                        generator,
-                        levels=run.critic_levels,
-                        weighting=config.fake_score.weighting,
-                        min_snr_gamma=config.fake_score.min_snr_gamma,
-                        gan_weight=config.discriminator.gan_weight,
-                        r1_weight=config.discriminator.r1_weight,
-                    )
-                update(
-                    result, {"fake_score": config.fake_score.grad_clip, "discriminator": config.discriminator.grad_clip}
-                )
+                    result = run.critic_update(real_x0, labels, generator, **options(k))
+                update(result, critic_clips)
             with autocast(device, config.precision):
-                result = generator_step(
-                    networks,
-                    labels,
-                    generator,
-                    ratio=run.ratio,
-                    divergence=run.divergence,
-                    batch_size=local,
-                    levels=run.matching_levels,
-                    ratio_ramp=min(1.0, run.iteration / config.ratio.warmup) if config.ratio.warmup else 1.0,
-                    gan_weight=config.generator.gan_weight,
+                result = run.student_update(
+                    labels, generator, batch_size=local, **ramp(), **pairs(), **options(config.critic_steps)
                 )
             update(result, {"generator": config.generator.grad_clip})
             run.ema.update()
@@ -291,20 +312,21 @@ def _trackers(config: DistillConfig, folder: Path, iteration: int, main: bool) -
 
 
 def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    shape, classes = run.networks.generator.sample_shape, run.networks.generator.num_classes
-    noise = rng.indexed_normal(config.seed, range(_GRID), shape).to(device)
+    classes = run.networks.teacher.num_classes
+    noise = rng.indexed_normal(config.seed, range(_GRID), noise_shape(run.student)).to(device)
     return noise, torch.arange(_GRID, device=device) % classes if classes else None
 
 
 def _save_teacher_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
     noise, labels = _grid_inputs(run, config, device)
+    noise = noise.reshape(_GRID, -1, *run.networks.teacher.sample_shape)[:, 0]
     save_grid(to_uint8(heun_sample(run.networks.teacher, noise, labels)), folder / "samples" / "teacher.png")
 
 
 @torch.no_grad()
 def _save_student_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
     noise, labels = _grid_inputs(run, config, device)
-    student = run.networks.generator
+    student = run.student
     with run.ema.applied(config.ema.export):
         samples = to_uint8(student.eval()(noise, labels))
     student.train()

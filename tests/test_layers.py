@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"errors", "files", "config", "assets"},
+    {"errors", "files", "config", "methods", "assets"},
     {"noise", "divergence", "rng", "distributed", "images"},
     {"kernels"},
     {"denoiser", "generator", "discriminator", "ratio", "losses", "ema", "sampler"},
-    {"adapters", "step", "data", "checkpoint", "pipeline", "devices"},
+    {"adapters", "lora", "step", "data", "checkpoint", "pipeline", "devices"},
     {"build", "journal", "report", "generation", "train", "cli", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -88,7 +88,7 @@ def test_only_the_command_line_and_the_loop_call_evaluation() -> None:
     assert callers <= {"fdistill.cli", "fdistill.train"}
 
 
-@pytest.mark.parametrize("name", ["fdistill.config", "fdistill.errors", "fdistill.files", "fdistill.cli"])
+@pytest.mark.parametrize("name", [f"fdistill.{unit}" for unit in ("config", "methods", "errors", "files", "cli")])
 def test_config_errors_and_command_line_import_without_torch(name: str) -> None:
     code = f"import sys, {name}\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -279,15 +279,27 @@ def check_exportable(denoiser: Denoiser) -> None:
         )
 
 
-def export(denoiser: Denoiser, level: float, folder: Path) -> None:
-    """Writes a one-step student as a ConsistencyModelPipeline folder: plain diffusers runs it, at `level`, in one step.
+def export(denoiser: Denoiser, levels: Sequence[float], folder: Path) -> list[int]:
+    """Writes a student as a ConsistencyModelPipeline folder: plain diffusers runs it, in one step at the only level, or
+    at several with the returned `timesteps`.
 
     A consistency model's pipeline starts from sigma_max * noise and takes D(x, sigma_max) as its sample, which is what
-    a one-step student is once sigma_max is the student's level.
+    a one-step student is once sigma_max is the student's level. Further levels are points of its Karras grid, made
+    fine enough to hold any level to five digits.
     """
     check_exportable(denoiser)
     assert isinstance(denoiser, UNet2DDenoiser)
     assert isinstance(denoiser.parametrisation, EDMPreconditioning)
-    form = denoiser.parametrisation
-    scheduler = CMStochasticIterativeScheduler(sigma_min=form.boundary, sigma_max=level, sigma_data=form.sigma_data)
+    form, rho = denoiser.parametrisation, 7.0
+    points = 40 if len(levels) == 1 else 1_000_001
+    top, bottom = levels[0] ** (1 / rho), form.boundary ** (1 / rho)
+    timesteps = [round((top - level ** (1 / rho)) / (top - bottom) * (points - 1)) for level in reversed(levels)]
+    scheduler = CMStochasticIterativeScheduler(
+        num_train_timesteps=points,
+        sigma_min=form.boundary,
+        sigma_max=levels[0],
+        sigma_data=form.sigma_data,
+        rho=rho,
+    )
     ConsistencyModelPipeline(unet=denoiser.unet, scheduler=scheduler).save_pretrained(folder)
+    return timesteps

@@ -12,6 +12,7 @@ from fdistill.errors import ConfigError, did_you_mean
 from fdistill.rng import derived_seed
 
 SOURCES = {"digits": load_digits}
+TEACHER_SAMPLES = "teacher-samples"  # data=teacher-samples: see data/teacher_samples.py
 
 _SHUFFLE = 1  # stream of a run's random numbers
 
@@ -27,7 +28,7 @@ class ImageSet:
 def load_data(name: str) -> ImageSet:
     """An embedded data set by name; raises ConfigError with the nearest one."""
     if name not in SOURCES:
-        raise ConfigError(f"data: got {name!r}; {did_you_mean(name, SOURCES)}")
+        raise ConfigError(f"data: got {name!r}; {did_you_mean(name, [*SOURCES, TEACHER_SAMPLES])}")
     return ImageSet(*SOURCES[name]())
 
 

@@ -1,0 +1,127 @@
+"""One update of the critic: the fake-score network, and the discriminator where the method has one."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fdistill import rng
+from fdistill.losses import denoising_loss, denoising_weight, gan_discriminator_loss, r1_penalty
+from fdistill.noise import add_noise, karras_levels
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen
+
+
+def critic_step(
+    networks: Networks,
+    real_x0: Tensor,
+    condition: Tensor | None,
+    generator: torch.Generator,
+    *,
+    levels: LevelDraw = karras_levels,
+    weighting: str = "edm",
+    min_snr_gamma: float = 5.0,
+    gan_weight: float = 1e-2,
+    gan_weighting: str = "uniform",
+    r1_weight: float = 0.0,
+    student_steps: int | None = None,
+) -> StepResult:
+    """One update of the critic: the fake-score network learns to denoise what the student makes now, and the
+    discriminator to tell noised data from noised student samples.
+
+    loss = mean(lambda(t) |fake_score(x_t) - x0|^2) + gan_weight (mean softplus(l_fake) + mean softplus(-l_real)
+           + r1_weight / 2 mean |d l_real / d x_t|^2)
+
+    It reaches the fake-score network and the discriminator. Where the heads sit on the fake-score network, the GAN
+    loss trains that network as well (DMD2, arXiv 2405.14867); where they sit on the teacher, the heads alone. Real
+    samples have levels of their own.
+
+    Args:
+        networks: the roles.
+        real_x0: [B, C, H, W] data in [-1, 1]; without a GAN term only its shape is used.
+        condition: [B] class labels of the data, also those the student is asked for; None if unconditional.
+        generator: source of all randomness; its device is where the networks live.
+        levels: (schedule, uniform draws [B]) -> t [B].
+        weighting, min_snr_gamma: see `denoising_weight`.
+        gan_weight, r1_weight: 0 leaves the term out.
+        gan_weighting: weight of the GAN losses over noise levels, one of those of `denoising_weight`; SiDA's is "edm".
+        student_steps: how many of its steps a `FewStepGenerator` takes.
+    """
+    batch, shape = len(real_x0), real_x0.shape[1:]
+    schedule = networks.teacher.schedule
+
+    def level_weight(name: str, t: Tensor) -> Tensor:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        return denoising_weight(name, alpha, sigma, sigma_data=networks.teacher.sigma_data, min_snr_gamma=min_snr_gamma)
+
+    with torch.no_grad():
+        fake_x0 = networks.draw_samples(generator, batch, condition, student_steps)
+    with frozen(networks.teacher):
+        t = levels(schedule, rng.uniform(generator, batch))
+        x_t = add_noise(schedule, fake_x0, rng.normal(generator, batch, shape), t)
+        taps = networks.taps(networks.fake_score) if gan_weight else ()
+        prediction, features = networks.fake_score.denoise_with_features(x_t, t, condition, taps)
+        denoising = denoising_loss(prediction, fake_x0, level_weight(weighting, t))
+        loss = denoising.mean()
+        logs = {"fake_score/denoising": PerSample(denoising.detach(), t)}
+        if not gan_weight:
+            return StepResult(loss, logs)
+
+        discriminator, tapped = networks.tapped_discriminator()
+        if tapped is networks.teacher:
+            features = tapped.features(x_t, t, condition, discriminator.features)
+        gan = discriminator_losses(
+            networks, real_x0, condition, generator, discriminator(features), t, levels=levels, r1_weight=r1_weight
+        )
+        gan_loss = (level_weight(gan_weighting, gan.t_real) * gan.real).mean()
+        gan_loss = gan_loss + (level_weight(gan_weighting, t) * gan.fake).mean() + gan.penalty
+        return StepResult(loss + gan_weight * gan_loss, {**logs, **gan.logs})
+
+
+class DiscriminatorLosses(NamedTuple):
+    """Per-sample losses [B] of real and fake samples, the R1 term (0-d), levels of the real ones, and logs."""
+
+    real: Tensor
+    fake: Tensor
+    penalty: Tensor
+    t_real: Tensor
+    logs: dict[str, PerSample]
+
+
+def discriminator_losses(
+    networks: Networks,
+    real_x0: Tensor,
+    condition: Tensor | None,
+    generator: torch.Generator,
+    fake_logits: Tensor,
+    t_fake: Tensor,
+    *,
+    levels: LevelDraw,
+    r1_weight: float,
+) -> DiscriminatorLosses:
+    """What the discriminator minimises, given its logits [B, H] on fake samples at levels t_fake [B]."""
+    batch, schedule = len(real_x0), networks.teacher.schedule
+    discriminator, tapped = networks.tapped_discriminator()
+    t_real = levels(schedule, rng.uniform(generator, batch))
+    real_x_t = add_noise(schedule, real_x0, rng.normal(generator, batch, real_x0.shape[1:]), t_real)
+    real_x_t.requires_grad_(r1_weight > 0)
+    # The fused attention kernels have no second derivative, which R1 needs.
+    with sdpa_kernel(SDPBackend.MATH) if r1_weight else nullcontext():
+        real_logits = discriminator(tapped.features(real_x_t, t_real, condition, discriminator.features))
+    real = gan_discriminator_loss(real_logits, real=True)
+    fake = gan_discriminator_loss(fake_logits, real=False)
+    logs = {
+        "discriminator/gan_real": PerSample(real.detach(), t_real),
+        "discriminator/gan_fake": PerSample(fake.detach(), t_fake),
+        "discriminator/accuracy_real": PerSample((real_logits.detach().mean(1) > 0).float(), t_real),
+        "discriminator/accuracy_fake": PerSample((fake_logits.detach().mean(1) < 0).float(), t_fake),
+    }
+    penalty = torch.zeros((), device=real_x0.device)
+    if r1_weight:
+        per_sample = r1_penalty(real_logits, real_x_t)
+        penalty = r1_weight / 2 * per_sample.mean()
+        logs["discriminator/r1"] = PerSample(per_sample.detach(), t_real)
+    return DiscriminatorLosses(real, fake, penalty, t_real, logs)

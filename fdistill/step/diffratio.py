@@ -1,0 +1,86 @@
+"""DiffRatio: both updates from a classifier of student against data over noise levels alone.
+
+No score network is evaluated: a classifier c(x_t, t) = log(p_t / q_t) has the score difference as its gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdistill import rng
+from fdistill.losses import score_difference_loss, score_difference_weight
+from fdistill.noise import add_noise, karras_levels
+from fdistill.step.critic import discriminator_losses
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen
+
+
+def ratio_critic_step(
+    networks: Networks,
+    real_x0: Tensor,
+    condition: Tensor | None,
+    generator: torch.Generator,
+    *,
+    levels: LevelDraw = karras_levels,
+    r1_weight: float = 0.0,
+) -> StepResult:
+    """One update of the classifier: logistic regression of noised data against noised student samples.
+
+    loss = mean softplus(-l_real) + mean softplus(l_fake) + r1_weight / 2 mean |d l_real / d x_t|^2
+
+    It reaches `networks.discriminator` and the part of `networks.tapped` below the tapped features.
+
+    Args:
+        networks: the roles; `tapped` is trained, and its decoder is never evaluated.
+        real_x0: [B, C, H, W] data in [-1, 1].
+        condition: [B] class labels of the data, also those the student is asked for; None if unconditional.
+        generator: source of all randomness.
+        levels: (schedule, uniform draws [B]) -> t [B].
+        r1_weight: 0 leaves the term out.
+    """
+    batch, schedule = len(real_x0), networks.teacher.schedule
+    discriminator, tapped = networks.tapped_discriminator()
+    with torch.no_grad():
+        fake_x0 = networks.draw_samples(generator, batch, condition, None)
+    t = levels(schedule, rng.uniform(generator, batch))
+    x_t = add_noise(schedule, fake_x0, rng.normal(generator, batch, real_x0.shape[1:]), t)
+    logits = discriminator(tapped.features(x_t, t, condition, discriminator.features))
+    losses = discriminator_losses(
+        networks, real_x0, condition, generator, logits, t, levels=levels, r1_weight=r1_weight
+    )
+    return StepResult(losses.real.mean() + losses.fake.mean() + losses.penalty, losses.logs)
+
+
+def diffratio_step(
+    networks: Networks,
+    condition: Tensor | None,
+    generator: torch.Generator,
+    *,
+    batch_size: int,
+    levels: LevelDraw = karras_levels,
+    weighting: str = "vsd",
+) -> StepResult:
+    """One update of the student along the gradient of the classifier's logit, which stands for s_teacher - s_fake.
+
+    In units of x0 the difference is sigma^2 / alpha d l / d x_t; loss = mean(`score_difference_loss`). It reaches the
+    student alone.
+
+    Args:
+        weighting: of the difference over noise levels, see `score_difference_weight`.
+
+    Others as in `ratio_critic_step`.
+    """
+    schedule = networks.teacher.schedule
+    discriminator, tapped = networks.tapped_discriminator()
+    x0 = networks.draw_samples(generator, batch_size, condition, None)
+    t = levels(schedule, rng.uniform(generator, batch_size))
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    noise = rng.normal(generator, batch_size, x0.shape[1:])
+    with frozen(tapped, discriminator):
+        x_t = add_noise(schedule, x0.detach(), noise, t).requires_grad_(True)
+        logits = discriminator(tapped.features(x_t, t, condition, discriminator.features)).float().mean(1)
+        (slope,) = torch.autograd.grad(logits.sum(), x_t)
+    weight = sigma.square() / alpha.clamp(min=1e-3) * score_difference_weight(weighting, alpha, sigma)
+    matching = score_difference_loss(x0, slope, torch.zeros_like(slope), weight)
+    logs = {"generator/matching": PerSample(matching.detach(), t), "generator/logit": PerSample(logits.detach(), t)}
+    return StepResult(matching.mean(), logs)

@@ -1,0 +1,169 @@
+"""Updates of the student whose gradient passes through both score networks: SiD, SiDA, SIM, Uni-Instruct.
+
+The evaluations of teacher and fake score keep their graphs, so a step needs about twice the memory of
+`matching.generator_step`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdistill import rng
+from fdistill.distributed import global_mean
+from fdistill.divergence import Divergence, get_divergence
+from fdistill.errors import ArgumentError
+from fdistill.losses import gan_generator_loss, sample_normaliser, sid_loss, sim_loss, uni_instruct_loss
+from fdistill.noise import add_noise, karras_levels, noise_to_signal
+from fdistill.ratio import DensityRatio
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen
+
+
+class _Evaluated(NamedTuple):
+    x0: Tensor
+    t: Tensor
+    teacher_x0: Tensor
+    fake_x0: Tensor
+    logits: Tensor | None
+
+
+def _evaluate(
+    networks: Networks,
+    condition: Tensor | None,
+    generator: torch.Generator,
+    batch_size: int,
+    levels: LevelDraw,
+    *,
+    read_logits: bool,
+) -> _Evaluated:
+    schedule = networks.teacher.schedule
+    x0 = networks.draw_samples(generator, batch_size, condition, None)
+    t = levels(schedule, rng.uniform(generator, batch_size))
+    noise = rng.normal(generator, batch_size, x0.shape[1:])
+    with frozen(networks.teacher, networks.fake_score, networks.discriminator):
+        x_t = add_noise(schedule, x0, noise, t)
+        predictions, features = [], {}
+        for network in (networks.teacher, networks.fake_score):
+            taps = networks.taps(network) if read_logits else ()
+            prediction, tapped = network.denoise_with_features(x_t, t, condition, taps)
+            predictions.append(prediction)
+            features.update(tapped)
+        logits = networks.tapped_discriminator()[0](features) if read_logits else None
+    return _Evaluated(x0, t, predictions[0], predictions[1], logits)
+
+
+def _result(
+    evaluated: _Evaluated, objective: Tensor, normaliser: Tensor, gan_weight: float, logs: dict[str, PerSample]
+) -> StepResult:
+    t = evaluated.t
+    logs["generator/implicit"] = PerSample((objective / normaliser).detach(), t)
+    if gan_weight and evaluated.logits is not None:
+        gan = gan_generator_loss(evaluated.logits)
+        objective = objective + gan_weight * gan
+        logs["generator/gan"] = PerSample(gan.detach(), t)
+    return StepResult((objective / normaliser).mean(), logs)
+
+
+def sid_step(
+    networks: Networks,
+    condition: Tensor | None,
+    generator: torch.Generator,
+    *,
+    batch_size: int,
+    levels: LevelDraw = karras_levels,
+    alpha: float = 1.0,
+    gan_weight: float = 0.0,
+) -> StepResult:
+    """One update of the student by score identity distillation.
+
+    loss = mean((`sid_loss` + gan_weight softplus(-l_fake)) / mean|x0 - teacher_x0|)
+
+    SiD (arXiv 2404.04057) has no GAN term, SiDA (arXiv 2410.14919) has one and alpha = 1. It reaches the student
+    alone.
+
+    Args:
+        networks: the roles; a discriminator for SiDA.
+        condition: [B] class labels, or None.
+        generator: source of all randomness.
+        batch_size: B.
+        levels: (schedule, uniform draws [B]) -> t [B].
+        alpha: see `sid_loss`.
+        gan_weight: 0 leaves the term out.
+    """
+    evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=gan_weight > 0)
+    x0, _, teacher_x0, fake_x0, _ = evaluated
+    objective = sid_loss(x0, teacher_x0, fake_x0, alpha=alpha)
+    return _result(evaluated, objective, sample_normaliser(x0, teacher_x0), gan_weight, {})
+
+
+def sim_step(
+    networks: Networks,
+    condition: Tensor | None,
+    generator: torch.Generator,
+    *,
+    batch_size: int,
+    levels: LevelDraw = karras_levels,
+    huber_c: float = 0.03,
+) -> StepResult:
+    """One update of the student by score implicit matching (arXiv 2410.16794): loss = mean(`sim_loss`), which reaches
+    the student alone. Arguments as in `sid_step`.
+    """
+    evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=False)
+    x0, t, teacher_x0, fake_x0, _ = evaluated
+    objective = sim_loss(x0, teacher_x0, fake_x0, huber_c=huber_c)
+    return _result(evaluated, objective, torch.ones_like(t), 0.0, {})
+
+
+def uni_instruct_step(
+    networks: Networks,
+    condition: Tensor | None,
+    generator: torch.Generator,
+    *,
+    batch_size: int,
+    divergence: str | Divergence,
+    ratio: DensityRatio | None = None,
+    levels: LevelDraw = karras_levels,
+    ratio_ramp: float = 1.0,
+    gan_weight: float = 0.0,
+    detach_weight: bool = False,
+) -> StepResult:
+    """One update of the student by the expanded f-divergence (Uni-Instruct, arXiv 2505.20755).
+
+    loss = mean((`uni_instruct_loss` / mean(h) + gan_weight softplus(-l_fake)) / mean|x0 - teacher_x0|)
+
+    The density ratio is that of the discriminator, sample by sample, and the gradient passes through it. It reaches
+    the student alone.
+
+    Args:
+        divergence: a name that `get_divergence` knows, or a Divergence.
+        ratio: turns logits into ratios; its bins are updated. Needed unless h is constant.
+        ratio_ramp: in [0, 1]: from reverse KL (0) to the divergence (1), in which the loss is linear.
+        detach_weight: no gradient through the ratio: cheaper, and biased unless h is constant.
+
+    Others as in `sid_step`.
+
+    Raises:
+        ArgumentError: a divergence that needs a ratio, without one.
+    """
+    if isinstance(divergence, str):
+        divergence = get_divergence(divergence)
+    if divergence.needs_ratio and ratio is None:
+        raise ArgumentError(f"ratio: divergence {divergence.name!r} weighs by a density ratio; expected a DensityRatio")
+    read = gan_weight > 0 or divergence.needs_ratio
+    evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=read)
+    x0, t, teacher_x0, fake_x0, logits = evaluated
+    h, slope = torch.ones_like(t), torch.zeros_like(t)
+    logs = {}
+    if ratio is not None and logits is not None and divergence.needs_ratio:
+        sigma = noise_to_signal(networks.teacher.schedule, t) if ratio.bin_edges == "log-sigma" else t
+        r, clamped = ratio.ratio(logits.detach() if detach_weight else logits, sigma)
+        h, slope = divergence.weight(r), divergence.weight_slope(r)
+        mean = global_mean(h)
+        logs["generator/h"] = PerSample(h.detach(), t)
+        logs["generator/weight"] = PerSample((h / mean).detach(), t)
+        logs["generator/clamped_ratios"] = PerSample(clamped, t)
+        h, slope = 1 + ratio_ramp * (h / mean - 1), ratio_ramp * slope / mean
+    objective = uni_instruct_loss(x0, teacher_x0, fake_x0, h, slope)
+    return _result(evaluated, objective, sample_normaliser(x0, teacher_x0), gan_weight, logs)

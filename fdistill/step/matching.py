@@ -1,0 +1,129 @@
+"""Updates of the student along a score difference that carries no gradient itself: f-distill, DMD, DMD2,
+Diff-Instruct, VSD.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdistill import rng
+from fdistill.divergence import Divergence, get_divergence
+from fdistill.errors import ArgumentError
+from fdistill.losses import (
+    gan_generator_loss,
+    matching_loss,
+    regression_loss,
+    score_difference_loss,
+    score_difference_weight,
+)
+from fdistill.noise import add_noise, karras_levels, noise_to_signal
+from fdistill.ratio import DensityRatio
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen
+
+
+class Pairs(NamedTuple):
+    """Noise [B, C, H, W], what the teacher's deterministic sampler made of it, and the condition it was given."""
+
+    noise: Tensor
+    x0: Tensor
+    condition: Tensor | None
+
+
+def generator_step(
+    networks: Networks,
+    condition: Tensor | None,
+    generator: torch.Generator,
+    *,
+    batch_size: int,
+    divergence: str | Divergence = "reverse-kl",
+    ratio: DensityRatio | None = None,
+    levels: LevelDraw = karras_levels,
+    weighting: str = "normalised",
+    ratio_ramp: float = 1.0,
+    gan_weight: float = 1e-3,
+    pairs: Pairs | None = None,
+    regression_weight: float = 0.25,
+    student_steps: int | None = None,
+    backend: str = "auto",
+) -> StepResult:
+    """One update of the student along h(r) (score_teacher - score_fake), plus the GAN and the regression term.
+
+    loss = mean(matching_loss(x0, teacher_x0, fake_x0, weight=h)) + gan_weight mean softplus(-l_fake)
+           + regression_weight mean |student(z) - teacher's ODE(z)|^2
+
+    It reaches the student alone. Logits are read at the same (x_t, t) as the score difference; where the heads sit on
+    the network that is evaluated there anyway, they cost no evaluation of their own.
+
+    Args:
+        networks: the roles.
+        condition: [B] class labels, or None.
+        generator: source of all randomness.
+        batch_size: B.
+        divergence: a name that `get_divergence` knows, or a Divergence; with reverse KL h = 1 and no ratio is read.
+        ratio: turns logits into weights; its bins are updated. Needed unless h is constant.
+        levels: (schedule, uniform draws [B]) -> t [B].
+        weighting: "normalised" is DMD's, by mean|x0 - teacher_x0| (`matching_loss`); others are those of
+            `score_difference_weight`.
+        ratio_ramp: in [0, 1]: the weight is 1 + ratio_ramp (h - 1), for the time in which the discriminator is
+            untrained.
+        gan_weight: 0 leaves the term out.
+        pairs: for the regression term (DMD, arXiv 2311.18828); None leaves it out.
+        regression_weight: of that term.
+        student_steps: how many of its steps a `FewStepGenerator` takes.
+        backend: of `matching_loss`.
+
+    Raises:
+        ArgumentError: a divergence that needs a ratio, without one.
+    """
+    if isinstance(divergence, str):
+        divergence = get_divergence(divergence)
+    if divergence.needs_ratio and ratio is None:
+        raise ArgumentError(f"ratio: divergence {divergence.name!r} weighs by a density ratio; expected a DensityRatio")
+    read = gan_weight > 0 or divergence.needs_ratio
+    schedule = networks.teacher.schedule
+    x0 = networks.draw_samples(generator, batch_size, condition, student_steps)
+    t = levels(schedule, rng.uniform(generator, batch_size))
+    noise = rng.normal(generator, batch_size, x0.shape[1:])
+    with frozen(networks.teacher, networks.fake_score, networks.discriminator):
+        x_t = add_noise(schedule, x0, noise, t)
+        # Without a GAN term nothing needs a gradient in x_t, and no network keeps activations.
+        if not gan_weight:
+            x_t = x_t.detach()
+        predictions, features = {}, {}
+        for network in (networks.teacher, networks.fake_score):
+            taps = networks.taps(network) if read else ()
+            predictions[network], tapped = network.denoise_with_features(
+                x_t if taps else x_t.detach(), t, condition, taps, x0_grad=False
+            )
+            features.update(tapped)
+        logits = networks.tapped_discriminator()[0](features) if read else None
+
+    weight = torch.ones_like(t)
+    logs = {}
+    if ratio is not None and logits is not None and divergence.needs_ratio:
+        sigma = noise_to_signal(schedule, t) if ratio.bin_edges == "log-sigma" else t
+        result = ratio.evaluate(logits, sigma, divergence)
+        weight = 1 + ratio_ramp * (result.weight - 1)
+        logs["generator/h"] = PerSample(result.h, t)
+        logs["generator/weight"] = PerSample(weight, t)
+        logs["generator/clamped_ratios"] = PerSample(result.clamped, t)
+    teacher_x0, fake_x0 = predictions[networks.teacher], predictions[networks.fake_score]
+    if weighting == "normalised":
+        matching = matching_loss(x0, teacher_x0, fake_x0, weight=weight, backend=backend)
+    else:
+        weight = weight * score_difference_weight(weighting, schedule.alpha(t), schedule.sigma(t))
+        matching = score_difference_loss(x0, teacher_x0, fake_x0, weight)
+    loss = matching.mean()
+    logs["generator/matching"] = PerSample(matching.detach(), t)
+    if gan_weight and logits is not None:
+        gan = gan_generator_loss(logits)
+        loss = loss + gan_weight * gan.mean()
+        logs["generator/gan"] = PerSample(gan.detach(), t)
+    if pairs is not None:
+        regression = regression_loss(networks.generator(pairs.noise, pairs.condition), pairs.x0)
+        loss = loss + regression_weight * regression.mean()
+        logs["generator/regression"] = PerSample(regression.detach(), torch.full_like(regression, schedule.t_max))
+    return StepResult(loss, logs)

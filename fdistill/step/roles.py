@@ -1,0 +1,84 @@
+"""Who takes part in a step, what a step returns, and what all steps share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fdistill import rng
+from fdistill.denoiser import Denoiser
+from fdistill.discriminator import ChannelMean, Discriminator
+from fdistill.errors import ArgumentError
+from fdistill.noise import NoiseSchedule
+
+LevelDraw = Callable[[NoiseSchedule, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The roles of a distillation.
+
+    Attributes:
+        generator: (noise, condition) -> x0, with a `sample_shape` (C, H, W): a `OneStepGenerator`, a
+            `FewStepGenerator`, or any differentiable module, such as an image or a field seen under random views.
+        discriminator: None for methods that have none.
+        tapped: the network that the discriminator reads: `fake_score` or `teacher`; None without one.
+    """
+
+    teacher: Denoiser
+    fake_score: Denoiser
+    generator: nn.Module
+    discriminator: Discriminator | ChannelMean | None = None
+    tapped: Denoiser | None = None
+
+    def taps(self, network: Denoiser) -> tuple[str, ...]:
+        """The features to ask of `network`."""
+        return self.discriminator.features if self.discriminator is not None and network is self.tapped else ()
+
+    def tapped_discriminator(self) -> tuple[Discriminator | ChannelMean, Denoiser]:
+        """The discriminator and the network it reads; ArgumentError if there is none."""
+        if self.discriminator is None or self.tapped is None:
+            raise ArgumentError("networks: this step reads a density ratio; expected a discriminator and `tapped`")
+        return self.discriminator, self.tapped
+
+    def draw_samples(
+        self, generator: torch.Generator, batch: int, condition: Tensor | None, student_steps: int | None
+    ) -> Tensor:
+        """[batch, C, H, W] student samples, after `student_steps` steps of a `FewStepGenerator`."""
+        shape: tuple[int, ...] = self.generator.sample_shape  # type: ignore[assignment]
+        noise = rng.normal(generator, batch, shape if student_steps is None else (student_steps, *shape))
+        x0: Tensor = self.generator(noise, condition)
+        return x0
+
+
+class PerSample(NamedTuple):
+    """A logged quantity [B] and the level t [B] at which each sample had it."""
+
+    value: Tensor
+    t: Tensor
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss` is the scalar to call backward on; `logs` are detached and stay on the device."""
+
+    loss: Tensor
+    logs: dict[str, PerSample]
+
+
+@contextmanager
+def frozen(*modules: nn.Module | None) -> Iterator[None]:
+    """The modules' parameters take part in the block as constants; gradients still flow through to their inputs."""
+    parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

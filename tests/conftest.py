@@ -56,6 +56,11 @@ def tiny_unet(**changes: object) -> UNet2DModel:
     return UNet2DModel(**(settings | changes)).eval()
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An untrained teacher of 20 k parameters as a pipeline folder, fast enough for whole runs."""

@@ -45,7 +45,8 @@ def test_plain_diffusers_draws_the_trainers_sample(student: Path, tmp_path: Path
 def test_the_folder_says_what_it_is(student: Path) -> None:
     assert is_student(student)
     facts = json.loads((student / "fdistill_student.json").read_text())
-    assert facts["level"] == 2.5
+    assert facts["levels"] == [2.5]
+    assert facts["method"] == "f-distill"
     assert facts["divergence"] == "jensen-shannon"
     assert facts["iterations"] == 2
     card = (student / "README.md").read_text()

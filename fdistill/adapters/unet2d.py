@@ -300,6 +300,7 @@ def export(denoiser: Denoiser, levels: Sequence[float], folder: Path) -> list[in
         sigma_max=levels[0],
         sigma_data=form.sigma_data,
         rho=rho,
+        clip_denoised=False,  # a few-step student's intermediate samples are not clipped in training
     )
     ConsistencyModelPipeline(unet=denoiser.unet, scheduler=scheduler).save_pretrained(folder)
     return timesteps

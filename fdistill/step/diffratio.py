@@ -78,7 +78,8 @@ def diffratio_step(
     noise = rng.normal(generator, batch_size, x0.shape[1:])
     with frozen(tapped, discriminator):
         x_t = add_noise(schedule, x0.detach(), noise, t).requires_grad_(True)
-        logits = discriminator(tapped.features(x_t, t, condition, discriminator.features)).float().mean(1)
+        logits = discriminator(tapped.features(x_t, t, condition, discriminator.features)).float()
+        logits = logits.reshape(batch_size, -1).mean(1)
         (slope,) = torch.autograd.grad(logits.sum(), x_t)
     weight = sigma.square() / alpha.clamp(min=1e-3) * score_difference_weight(weighting, alpha, sigma)
     matching = score_difference_loss(x0, slope, torch.zeros_like(slope), weight)

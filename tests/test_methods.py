@@ -1,0 +1,393 @@
+"""Every method as a whole: it trains, pays for nothing it does not use, and refuses what it lacks."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GaussianDenoiser
+from safetensors.torch import load_file
+from test_step import ExactLogRatio, LinearGenerator
+from torch import Tensor
+
+from fdistill import distill, load_student
+from fdistill.build import build
+from fdistill.config import DistillConfig, dump_config, load_config
+from fdistill.denoiser import Denoiser
+from fdistill.errors import ArgumentError, ConfigError
+from fdistill.journal import read_records
+from fdistill.methods import METHODS
+from fdistill.noise import EDMSchedule, karras_levels
+from fdistill.ratio import DensityRatio
+from fdistill.step import Networks, Pairs, diffratio_step, generator_step, uni_instruct_step
+from fdistill.train import describe
+
+QUICK = {"batch_size": 8, "iterations": 2, "log.every": 1, "log.samples_every": 0, "log.tracker": "none"}
+SMALL = {"regression.pairs": 16, "teacher_samples.count": 16, "teacher_samples.num_steps": 3}
+
+ROLES = {
+    "f-distill": {"generator", "fake_score", "discriminator"},
+    "dmd2": {"generator", "fake_score", "discriminator"},
+    "dmd": {"generator", "fake_score"},
+    "diff-instruct": {"generator", "fake_score"},
+    "vsd": {"generator", "fake_score"},
+    "sim": {"generator", "fake_score"},
+    "sid": {"generator", "fake_score"},
+    "sida": {"generator", "fake_score"},
+    "uni-instruct": {"generator", "fake_score", "discriminator"},
+    "diffratio": {"generator", "fake_score", "discriminator"},
+}
+
+
+def run(teacher: Path, output: Path, **settings: object) -> Path:
+    overrides: dict[str, Any] = {"teacher": str(teacher), **QUICK, **SMALL, **settings}
+    return distill("digits", output=output, **overrides)
+
+
+def built(teacher: Path, **settings: object) -> Any:
+    config = load_config("digits", {"teacher": str(teacher), **QUICK, **SMALL, **settings})
+    return build(config, torch.device("cpu"))
+
+
+def weights(student: Path) -> dict[str, Tensor]:
+    return load_file(student / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_table_of_this_file_names_every_method() -> None:
+    assert ROLES.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_trains_from_its_name_alone(tiny_teacher: Path, tmp_path: Path, method: str) -> None:
+    student = run(tiny_teacher, tmp_path / "run", method=method)
+    trained, start = weights(student), weights(tiny_teacher)
+    assert all(torch.isfinite(value).all() for value in trained.values())
+    assert any(not torch.equal(trained[name], start[name]) for name in start)
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert {key.split("/")[0] for key in records[-1] if key.endswith("grad_norm")} == ROLES[method]
+    assert all(records[-1][f"{role}/grad_norm"] > 0 for role in ("generator", "fake_score"))
+    assert load_config(str(tmp_path / "run" / "config.yaml")).method == method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_resolved_config_reads_back(method: str, tmp_path: Path) -> None:
+    config = load_config("digits", {"method": method})
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(str(tmp_path / "config.yaml")) == config
+
+
+def test_the_files_settings_come_over_the_methods(tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("method: sid\nobjective: {alpha: 0.7}\n")
+    config = load_config(str(tmp_path / "own.yaml"))
+    assert config.objective.alpha == 0.7
+    assert config.critic_steps == 1
+    assert load_config(str(tmp_path / "own.yaml"), ["objective.alpha=0.9"]).objective.alpha == 0.9
+    assert DistillConfig(method="sid").objective.alpha == 1.2
+    assert DistillConfig().divergence == "jensen-shannon"
+
+
+def test_reverse_kl_and_dmd2_without_the_gan_are_one(tiny_teacher: Path, tmp_path: Path) -> None:
+    no_gan = {"generator.gan_weight": 0.0, "discriminator.gan_weight": 0.0, "iterations": 3}
+    first = run(tiny_teacher, tmp_path / "f", divergence="reverse-kl", **no_gan)
+    second = run(tiny_teacher, tmp_path / "dmd2", method="dmd2", **no_gan)
+    one, two = weights(first), weights(second)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+class _Seen:
+    """Evaluations of denoisers: which network, on what input, and whether weight gradients were on."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int, bool]] = []
+
+
+@contextmanager
+def recorded(*networks: Denoiser) -> Iterator[_Seen]:
+    seen = _Seen()
+    for network in networks:
+        inner = network.run
+
+        def run_recorded(x_t: Tensor, *rest: Any, inner: Any = inner, network: Denoiser = network, **kw: Any) -> Any:
+            trainable = any(p.requires_grad for p in network.parameters())
+            seen.calls.append(
+                (id(network), hash(x_t.detach().numpy().tobytes()), trainable and torch.is_grad_enabled())
+            )
+            return inner(x_t, *rest, **kw)
+
+        network.run = run_recorded  # type: ignore[method-assign]
+    yield seen
+
+
+EVALUATIONS = {  # (critic, student): student itself, teacher, fake score on fakes, tapped network on reals
+    "f-distill": (3, 3),
+    "dmd2": (3, 3),
+    "dmd": (2, 4),
+    "diff-instruct": (2, 3),
+    "vsd": (2, 3),
+    "sim": (2, 3),
+    "sid": (2, 3),
+    "sida": (3, 3),
+    "uni-instruct": (3, 3),
+    "diffratio": (3, 2),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_no_network_is_evaluated_twice_on_one_input_and_no_frozen_weight_gets_a_gradient(
+    tiny_teacher: Path, method: str
+) -> None:
+    made = built(tiny_teacher, method=method)
+    networks, labels = made.networks, torch.arange(8) % 10
+    real = torch.rand(8, 1, 8, 8) * 2 - 1
+    pairs = {"pairs": Pairs(torch.randn(8, 1, 8, 8), real, labels)} if method == "dmd" else {}
+    denoisers = (networks.teacher, networks.fake_score, made.student.denoiser)
+    updates = (
+        (lambda: made.critic_update(real, labels, torch.Generator().manual_seed(0)), ("fake_score", "discriminator")),
+        (
+            lambda: made.student_update(labels, torch.Generator().manual_seed(0), batch_size=8, **pairs),
+            ("generator",),
+        ),
+    )
+    for (update, trained), expected in zip(updates, EVALUATIONS[method], strict=True):
+        with recorded(*denoisers) as seen:
+            update().loss.backward()
+        assert len(seen.calls) == expected
+        assert len({call[:2] for call in seen.calls}) == expected, "one network, one input, twice"
+        own = {id(getattr(networks, role)) for role in trained} | {
+            id(made.student.denoiser) for r in trained if r == "generator"
+        }
+        for network, _, with_weight_gradients in seen.calls:
+            assert with_weight_gradients == (network in own)
+        for role in ("teacher", "generator", "fake_score", "discriminator"):
+            module = getattr(networks, role)
+            if module is not None and role not in trained:
+                assert all(p.grad is None for p in module.parameters()), role
+        for role in trained:
+            if getattr(networks, role) is not None:
+                for p in getattr(networks, role).parameters():
+                    p.grad = None
+
+
+def saved_bytes(update: Any) -> int:
+    """Of distinct tensors that autograd keeps for the backward pass, weights apart."""
+    kept: dict[int, int] = {}
+
+    def pack(value: Tensor) -> Tensor:
+        if not isinstance(value, torch.nn.Parameter):
+            kept[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+        result = update()
+    assert result is not None
+    return sum(kept.values())
+
+
+def test_evaluations_that_need_no_gradient_keep_no_activations(tiny_teacher: Path) -> None:
+    """Diff-Instruct keeps what the student alone keeps; SiD, whose gradient passes through both networks, far more."""
+    labels, noise = torch.arange(8) % 10, torch.randn(8, 1, 8, 8)
+
+    def step(method: str) -> int:
+        made = built(tiny_teacher, method=method)
+        return saved_bytes(lambda: made.student_update(labels, torch.Generator().manual_seed(0), batch_size=8).loss)
+
+    student = built(tiny_teacher, method="diff-instruct").student
+    alone = saved_bytes(lambda: student(noise, labels))
+    assert step("diff-instruct") < 1.02 * alone
+    assert step("f-distill") < 1.7 * alone  # and the encoder of the tapped network, for the GAN term
+    assert step("sid") > 2.5 * alone
+
+
+def test_diffratio_with_the_exact_ratio_is_diff_instruct_with_exact_scores() -> None:
+    p, q, schedule = (0.3, 0.8), (-0.2, 0.6), EDMSchedule()
+    gradients = []
+    for step in (diffratio_step, generator_step):
+        teacher, fake = GaussianDenoiser(*p, size=3), GaussianDenoiser(*q, size=3)
+        student = LinearGenerator(a=q[1], b=q[0], size=3)
+        networks = Networks(teacher, fake, student, ExactLogRatio(p, q, schedule), fake)  # type: ignore[arg-type]
+        rest: dict[str, Any] = {} if step is diffratio_step else {"gan_weight": 0.0}
+        step(
+            networks,
+            None,
+            torch.Generator().manual_seed(0),
+            batch_size=64,
+            weighting="vsd",
+            levels=lambda schedule, u: karras_levels(schedule, u, low=0.1, high=0.7),
+            **rest,
+        ).loss.backward()
+        gradients.append(torch.stack([student.a.grad, student.b.grad]))  # type: ignore[list-item]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+
+
+def test_dmds_regression_is_the_mean_square_of_its_pairs(tiny_teacher: Path) -> None:
+    made = built(tiny_teacher, method="dmd")
+    labels, noise, x0 = torch.arange(8) % 10, torch.randn(8, 1, 8, 8), torch.randn(8, 1, 8, 8)
+    torch.manual_seed(0)
+    losses = [
+        made.student_update(labels, torch.Generator().manual_seed(0), batch_size=8, **pairs).loss
+        for pairs in ({}, {"pairs": Pairs(noise, x0, labels)})
+    ]
+    expected = 0.25 * (made.student(noise, labels) - x0).square().mean()
+    torch.testing.assert_close(losses[1] - losses[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_uni_instructs_gradient_passes_through_the_ratio(tiny_teacher: Path) -> None:
+    gradients = []
+    for detach in (False, True):
+        made = built(tiny_teacher, method="uni-instruct", **{"objective.detach_weight": detach})
+        for parameter in made.networks.fake_score.parameters():
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(0)
+        made.student_update(torch.arange(8), torch.Generator().manual_seed(0), batch_size=8).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in made.student.parameters() if p.grad is not None]))
+    assert not torch.allclose(gradients[0], gradients[1], rtol=1e-3)
+
+
+def test_steps_that_need_a_ratio_say_so() -> None:
+    networks = Networks(GaussianDenoiser(0, 1), GaussianDenoiser(0, 1), LinearGenerator(1.0, 0.0, 1))
+    for step in (generator_step, uni_instruct_step):
+        with pytest.raises(ArgumentError, match=r"'jensen-shannon' weighs by a density ratio; expected a DensityRatio"):
+            step(networks, None, torch.Generator(), batch_size=2, divergence="js")
+        with pytest.raises(ArgumentError, match="expected a discriminator"):
+            step(networks, None, torch.Generator(), batch_size=2, divergence="js", ratio=DensityRatio())
+
+
+def test_no_discriminator_is_built_where_none_is_used(tiny_teacher: Path) -> None:
+    for method, roles in ROLES.items():
+        assert built(tiny_teacher, method=method).optimizers.keys() == roles
+    assert built(tiny_teacher, method="sida").networks.discriminator is not None
+    assert built(tiny_teacher, method="sid").networks.discriminator is None
+
+
+def square_half(r: Tensor) -> Tensor:
+    return (r - 1) ** 2 / 2
+
+
+def test_a_divergence_of_ones_own_by_module_and_function(tiny_teacher: Path, tmp_path: Path) -> None:
+    student = run(tiny_teacher, tmp_path / "run", divergence="test_methods:square_half")
+    twin = run(tiny_teacher, tmp_path / "twin", divergence="alpha(2)")  # h = r^2, as here
+    one, two = weights(student), weights(twin)
+    assert all(torch.allclose(one[name], two[name], rtol=1e-4, atol=1e-6) for name in one)
+    with pytest.raises(ConfigError, match="module:function"):
+        run(tiny_teacher, tmp_path / "none", divergence="test_methods:nothing")
+
+
+@pytest.mark.parametrize("method", ["f-distill", "dmd2", "sida", "uni-instruct", "diffratio"])
+def test_data_free(tiny_teacher: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With teacher samples for data, the data set is not even loaded; the samples are made once."""
+    monkeypatch.setattr("fdistill.build.load_data", lambda name: pytest.fail(f"loaded {name}"))
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "cache"))
+    run(tiny_teacher, tmp_path / "run", method=method, data="teacher-samples")
+    monkeypatch.setattr("fdistill.data.teacher_samples.heun_sample", lambda *a, **k: pytest.fail("made again"))
+    run(tiny_teacher, tmp_path / "again", method=method, data="teacher-samples")
+    one, two = weights(tmp_path / "run" / "student"), weights(tmp_path / "again" / "student")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Path) -> None:
+    for method in ("sid", "sim", "dmd", "diff-instruct", "vsd"):
+        run(tiny_teacher, tmp_path / method, method=method, data=None, iterations=1)
+    with pytest.raises(ConfigError, match=r"data: got null.*expected a data set, or teacher-samples"):
+        run(tiny_teacher, tmp_path / "f", data=None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "sidd"}, "did you mean 'sid'"),
+        (
+            {"divergence": "js", "discriminator.gan_weight": 0.0, "generator.gan_weight": 0.0},
+            "discriminator.gan_weight > 0",
+        ),
+        ({"divergence": "alpha(0.5)", "discriminator.gan_weight": 0.0}, "discriminator.gan_weight > 0"),
+        ({"method": "dmd", "regression.pairs": 0}, "regression.pairs: method=dmd regresses"),
+        ({"method": "dmd", "regression.weight": 0.0}, "regression.weight: method=dmd needs it"),
+        ({"method": "sid", "generator.gan_weight": 1e-3}, "has no discriminator; expected 0, or method=sida"),
+        ({"method": "sid", "discriminator.gan_weight": 1e-2}, "has no discriminator; expected 0, or method=sida"),
+        ({"method": "sid", "discriminator.r1_weight": 1.0}, "discriminator.r1_weight: method=sid"),
+        ({"method": "sid", "objective.alpha": None}, "objective.alpha: method=sid needs it"),
+        ({"method": "sid", "divergence": "js"}, "divergence: method=sid has no choice.*f-distill, uni-instruct"),
+        (
+            {"objective.alpha": 1.0},
+            "objective.alpha: got 1.0, which method=f-distill does not read; it is for sid, sida",
+        ),
+        ({"regression.weight": 1.0}, "it is for dmd"),
+        ({"method": "sid", "student_level": [2.5, 0.5]}, "expected one level, or method=f-distill or dmd2"),
+        ({"student_level": [2.5, 0.5, 0.1]}, "expected 1, 2 or 4 falling levels"),
+        ({"student_level": [0.5, 2.5]}, "expected 1, 2 or 4 falling levels"),
+        ({"student_level": []}, "expected 1, 2 or 4 falling levels"),
+        ({"student_level": [90.0, 2.5]}, r"levels: expected falling numbers in \(0.002, 80\]"),
+        ({"discriminator.head": "channel-mean", "discriminator.source": "teacher"}, "expected fake"),
+        ({"discriminator.head": "channel-mean", "discriminator.features": ["mid", "down0"]}, "expected one of"),
+        ({"method": "diffratio", "discriminator.gan_weight": 0.0}, "nothing but its classifier"),
+        ({"divergence": "alpha(inf)"}, "finite number"),
+        ({"divergence": "alpha(nan)"}, "finite number"),
+    ],
+)
+def test_what_a_method_lacks_is_said(
+    tiny_teacher: Path, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tiny_teacher, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_names_the_method_and_makes_no_samples(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdistill.build.teacher_samples", lambda *a, **k: pytest.fail("made samples"))
+    text = describe(load_config("digits", {"teacher": str(tiny_teacher), "method": "dmd"}))
+    assert "method         dmd: reverse KL with regression on the teacher's own ODE pairs" in text
+    assert "discriminator  none" in text
+    text = describe(load_config("digits", {"teacher": str(tiny_teacher), "student_level": [2.5, 0.5]}))
+    assert "2 evaluations at levels 2.5, 0.5" in text
+
+
+def test_a_lora_critic_shares_its_base_and_trains_its_adapters_alone(tiny_teacher: Path, tmp_path: Path) -> None:
+    made = built(tiny_teacher, method="vsd", **{"fake_score.lora_rank": 4})
+    teacher, fake = made.networks.teacher, made.networks.fake_score
+    own = {p.data_ptr() for p in teacher.parameters()}
+    adapters = [p for p in fake.parameters() if p.requires_grad]
+    assert {p.data_ptr() for p in fake.parameters() if not p.requires_grad} == own
+    assert sum(p.numel() for p in adapters) < 2 * sum(p.numel() for p in teacher.parameters())
+    x_t, t, labels = torch.randn(4, 1, 8, 8), torch.full((4,), 0.7), torch.arange(4)
+    torch.testing.assert_close(fake(x_t, t, labels), teacher(x_t, t, labels), rtol=0, atol=0)
+    before = copy.deepcopy(dict(teacher.named_parameters()))
+    run(tiny_teacher, tmp_path / "run", method="vsd", **{"fake_score.lora_rank": 4})
+    made.critic_update(torch.zeros(4, 1, 8, 8), labels, torch.Generator().manual_seed(0)).loss.backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in adapters)
+    made.optimizers["fake_score"].step()
+    assert not torch.equal(fake(x_t, t, labels), teacher(x_t, t, labels))
+    assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_without_peft_lora_says_what_to_install(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fdistill.lora.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'fdistill\[lora\]'"):
+        built(tiny_teacher, method="vsd")
+
+
+@pytest.mark.parametrize("method", ["f-distill", "dmd2"])
+@pytest.mark.parametrize("levels", [[2.5], [2.5, 0.5], [80.0, 5.0, 1.0, 0.3]])
+def test_students_of_a_few_steps_train_and_load(
+    tiny_teacher: Path, tmp_path: Path, method: str, levels: list[float]
+) -> None:
+    run(tiny_teacher, tmp_path / "run", method=method, student_level=levels, **{"log.samples_every": 1})
+    student = load_student(tmp_path / "run")
+    assert list(student.levels) == levels
+    noise = torch.randn(3, *([len(levels)] if len(levels) > 1 else []), 1, 8, 8)
+    assert student(noise, torch.arange(3)).shape == (3, 1, 8, 8)
+
+
+def test_resumed_few_step_runs_equal_uninterrupted_ones(tiny_teacher: Path, tmp_path: Path) -> None:
+    settings = {"student_level": [2.5, 0.5], "log.checkpoint_every": 2}
+    straight = run(tiny_teacher, tmp_path / "straight", iterations=4, **settings)
+    run(tiny_teacher, tmp_path / "resumed", iterations=2, **settings)
+    overrides: dict[str, Any] = {"teacher": str(tiny_teacher), **QUICK, **SMALL, **settings, "iterations": 4}
+    resumed = distill("digits", output=tmp_path / "resumed", resume=True, **overrides)
+    one, two = weights(straight), weights(resumed)
+    assert all(torch.equal(one[name], two[name]) for name in one)

@@ -40,7 +40,7 @@ class Divergence:
     def needs_ratio(self) -> bool:
         """Whether h depends on r at all; it does not for reverse KL."""
         r = torch.logspace(-1, 1, 5, dtype=torch.float64)
-        return bool((self.weight(r) != self.weight(torch.ones_like(r))).any())
+        return not torch.allclose(self.weight(r), self.weight(torch.ones_like(r)), rtol=1e-9, atol=0)
 
 
 def _derivative(function: Function, r: Tensor) -> Tensor:
@@ -107,16 +107,17 @@ def divergence_from(f: Function, name: str | None = None) -> Divergence:
 
     r = torch.cat([_EXAMINED, torch.ones(1, dtype=torch.float64)])
     try:
-        values = f(r)
-        if not isinstance(values, Tensor) or values.shape != r.shape:
-            got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-            raise ArgumentError(f"divergence {label!r}: f must be elementwise; {tuple(r.shape)} ratios gave {got}")
-        h = weight(r)
-    except (TypeError, RuntimeError) as error:
+        values, h = f(r), None
+        if isinstance(values, Tensor) and values.shape == r.shape:
+            h = weight(r)
+    except (TypeError, RuntimeError, ValueError) as error:
         raise ArgumentError(
             f"divergence {label!r}: f must take a float tensor of ratios and be differentiable by torch; on {len(r)} "
             f"ratios it raised {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         ) from error
+    if h is None:
+        got = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ArgumentError(f"divergence {label!r}: f must be elementwise; {tuple(r.shape)} ratios gave {got}")
     chords = f(_EXAMINED).diff() / _EXAMINED.diff()
     kink = torch.cat([torch.zeros(1), -chords.diff(), torch.zeros(2)])  # > 0 where the slope falls
     for what, wrong, shown in (

@@ -10,10 +10,10 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from evaluation.digit_features import DigitFeatures, load_digit_features
-from fdistill import DensityRatio, Denoiser, Discriminator, Networks, critic_step, generator_step, load_teacher, rng
+from fdistill import Denoiser, DensityRatio, Discriminator, Networks, critic_step, generator_step, load_teacher, rng
 from fdistill.data import load_data
 from fdistill.files import atomic_file
 from fdistill.images import to_unit
@@ -34,28 +34,27 @@ from fdistill.sampler import heun_sample
 
 SIZE, SHIFT, ANGLE = 8, 1.0, math.radians(10)  # pixels, largest shift in pixels, largest rotation
 FREQUENCIES, FREQUENCY_STD, HIDDEN = 32, 0.7, 64
-VIEWS, CRITIC_STEPS, RANK = 16, 1, 8  # views of one field in a batch, critic updates per field update
+VIEWS, RANK = 16, 8  # views of one field in a batch, rank of the adapters
 FIELD_RATE, FAKE_RATE, HEADS_RATE = 4e-3, 3e-3, 1e-3
 LEVELS = partial(karras_levels, low=0.02, high=0.65)
 CRITIC_LEVELS = partial(karras_levels, low=0.0, high=0.7)
 WEIGHTING = "vsd"
+REAL, TEACHER = "real digits", "teacher, 35 evaluations"
 
 
-@dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """How fields are guided. `together`: the fields of all seeds are one distribution, with one fake score."""
 
-    title: str
     divergence: str | None  #: None: the fake score is that of a point, as in SDS
     together: bool = False
 
 
 METHODS = {
-    "sds": Method("SDS", None),
-    "vsd": Method("VSD", "reverse-kl"),
-    "fkl": Method("forward KL", "forward-kl"),
-    "vsd-together": Method("VSD, together", "reverse-kl", together=True),
-    "fkl-together": Method("forward KL, together", "forward-kl", together=True),
+    "sds": Method(None),
+    "vsd": Method("reverse-kl"),
+    "forward-kl": Method("forward-kl"),
+    "vsd-together": Method("reverse-kl", together=True),
+    "forward-kl-together": Method("forward-kl", together=True),
 }
 
 
@@ -108,7 +107,8 @@ class Fields(nn.Module):
     @torch.no_grad()
     def upright(self) -> Tensor:
         """[count, 1, 8, 8]: each field without shift and rotation."""
-        return self(torch.zeros(self.count, *self.sample_shape, device=self.weights[0].device))
+        x0: Tensor = self(torch.zeros(self.count, *self.sample_shape))
+        return x0
 
 
 def sds_loss(networks: Networks, condition: Tensor, generator: torch.Generator) -> Tensor:
@@ -133,10 +133,18 @@ def adam(module: nn.Module, rate: float) -> torch.optim.Adam:
     return torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=rate, betas=(0.9, 0.99))
 
 
+def update(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in optimizers:
+        optimizer.step()
+
+
 def guide(
     teacher: Denoiser, method: Method, label: int, count: int, seed: int, iterations: int
 ) -> tuple[Tensor, dict[str, float]]:
-    """(upright views [count, 1, 8, 8] of `count` fields guided as one distribution, means of the logs over the second half)."""
+    """(upright views [count, 1, 8, 8] of fields guided as one distribution, means of logs over the second half)."""
     generator = torch.Generator().manual_seed(rng.derived_seed(seed, label))
     torch.manual_seed(seed)  # adapters and heads
     fields = Fields(count, generator)
@@ -144,40 +152,23 @@ def guide(
     weighed = method.divergence == "forward-kl"
     heads = Discriminator(fake_score, ["mid"]) if weighed else None
     networks = Networks(teacher, fake_score, fields, heads, fake_score if weighed else None)
-    data = load_data("digits")
+    data, ratio = load_data("digits"), DensityRatio()
     reals = to_unit(data.images[data.labels == label])
     condition = torch.full((VIEWS * count,), label)
-    ratio = DensityRatio()
     optimizer = adam(fields, FIELD_RATE)
     critics = [adam(fake_score, FAKE_RATE)] if method.divergence else []
     critics += [adam(heads, HEADS_RATE)] if heads is not None else []
+    gan_weight = 1e-2 if weighed else 0.0
     logged: dict[str, list[float]] = {}
-
-    def update(loss: Tensor, *optimizers: torch.optim.Optimizer) -> None:
-        for each in optimizers:
-            each.zero_grad()
-        loss.backward()
-        for each in optimizers:
-            each.step()
-
     for step in range(iterations):
         progress = step / iterations
-        for group in optimizer.param_groups:
-            group["lr"] = FIELD_RATE * (0.5 + 0.5 * math.cos(math.pi * progress))
+        optimizer.param_groups[0]["lr"] = FIELD_RATE * (0.5 + 0.5 * math.cos(math.pi * progress))
         if method.divergence is None:
             update(sds_loss(networks, condition, generator).mean(), optimizer)
             continue
-        for _ in range(CRITIC_STEPS):
-            rows = torch.randint(len(reals), (len(condition),), generator=generator)
-            result = critic_step(
-                networks,
-                moved(reals[rows], generator),
-                condition,
-                generator,
-                levels=CRITIC_LEVELS,
-                gan_weight=1e-2 if weighed else 0.0,
-            )
-            update(result.loss, *critics)
+        x0 = moved(reals[torch.randint(len(reals), (len(condition),), generator=generator)], generator)
+        critic = critic_step(networks, x0, condition, generator, levels=CRITIC_LEVELS, gan_weight=gan_weight)
+        update(critic.loss, *critics)
         result = generator_step(
             networks,
             condition,
@@ -191,11 +182,9 @@ def guide(
             gan_weight=0.0,
         )
         update(result.loss, optimizer)
-        if 2 * step >= iterations:
-            for name, log in result.logs.items():
-                logged.setdefault(name, []).append(log.value.mean().item())
-            if weighed:
-                logged.setdefault("weight_std", []).append(result.logs["generator/weight"].value.std().item())
+        if weighed and 2 * step >= iterations:
+            logged.setdefault("clamped_ratios", []).append(result.logs["generator/clamped_ratios"].value.mean().item())
+            logged.setdefault("weight_std", []).append(result.logs["generator/weight"].value.std().item())
     return fields.upright(), {name: mean(values) for name, values in logged.items()}
 
 
@@ -227,18 +216,15 @@ def save_figure(pictures: dict[str, list[Tensor]], classes: list[int], path: Pat
     """One panel a class: rows are methods, columns are seeds."""
     from matplotlib.figure import Figure
 
-    columns = min(2, len(classes))
-    figure = Figure(figsize=(7 * columns, 5 * -(-len(classes) // columns)), layout="constrained")
-    panels = figure.subplots(-(-len(classes) // columns), columns, squeeze=False).flat
-    for k, axes in enumerate(panels):
-        axes.set_visible(k < len(classes))
-        if k < len(classes):
-            cells = np.stack([images[k].clamp(-1, 1).numpy() for images in pictures.values()])
-            cells = np.pad(cells, ((0, 0), (0, 0), (0, 0), (1, 0), (1, 0)))
-            axes.imshow(rearrange(cells, "m n 1 h w -> (m h) (n w)"), cmap="gray", vmin=-1, vmax=1)
-            axes.set_title(f"class {classes[k]}")
-            axes.set_xticks([])
-            axes.set_yticks([9 * row + 4.5 for row in range(len(pictures))], list(pictures))
+    figure = Figure(figsize=(2 + 4.5 * len(classes), 4), layout="constrained")
+    for k, axes in enumerate(figure.subplots(1, len(classes), squeeze=False)[0]):
+        cells = np.stack([images[k].clamp(-1, 1).numpy() for images in pictures.values()])
+        cells = np.pad(cells, ((0, 0), (0, 0), (0, 0), (1, 0), (1, 0)))
+        axes.imshow(rearrange(cells, "m n 1 h w -> (m h) (n w)"), cmap="gray", vmin=-1, vmax=1)
+        axes.set_title(f"class {classes[k]}")
+        axes.set_xticks([])
+        axes.set_yticks([9 * row + 4.5 for row in range(len(pictures))], list(pictures))
+        axes.tick_params(left=False, labelleft=k == 0)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
 
@@ -261,41 +247,36 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(1)
     teacher, network, data = load_teacher("digits"), load_digit_features(), load_data("digits")
-    titles = ["real digits", "teacher, 35 evaluations", *(METHODS[name].title for name in names)]
-    pictures: dict[str, list[Tensor]] = {title: [] for title in titles}
-    rows: dict[str, list[dict[str, float]]] = {title: [] for title in titles}
-    logs: dict[str, list[dict[str, float]]] = {METHODS[name].title: [] for name in names}
-    seconds = dict.fromkeys(logs, 0.0)
+    rows = [REAL, TEACHER, *names]
+    pictures: dict[str, list[Tensor]] = {row: [] for row in rows}
+    scored: dict[str, list[dict[str, float]]] = {row: [] for row in rows}
+    logs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    seconds = dict.fromkeys(names, 0.0)
     for label in classes:
         generator = torch.Generator().manual_seed(label)
         reals = to_unit(data.images[data.labels == label])
         reals = reals[torch.randperm(len(reals), generator=generator)]
         noise = rng.normal(generator, options.seeds, teacher.sample_shape)
-        pictures["real digits"].append(reals[: options.seeds])
-        pictures["teacher, 35 evaluations"].append(heun_sample(teacher, noise, torch.full((options.seeds,), label)))
+        pictures[REAL].append(reals[: options.seeds])
+        pictures[TEACHER].append(heun_sample(teacher, noise, torch.full((options.seeds,), label)))
         for name in tqdm(names, desc=f"class {label}", unit="method"):
-            title, start = METHODS[name].title, time.perf_counter()
+            start = time.perf_counter()
             images, log = seeds_of(teacher, METHODS[name], label, options.seeds, options.iterations)
-            seconds[title] += time.perf_counter() - start
-            pictures[title].append(images)
-            logs[title].append(log)
-        for title in titles:
-            rows[title].append(scores(network, pictures[title][-1], label, reals[options.seeds :]))
+            seconds[name] += time.perf_counter() - start
+            pictures[name].append(images)
+            logs[name].append(log)
+        for row in rows:
+            scored[row].append(scores(network, pictures[row][-1], label, reals[options.seeds :]))
 
     options.output.mkdir(parents=True, exist_ok=True)
     save_figure(pictures, classes, options.output / "fields.png")
-    settings = {
-        "seeds": options.seeds,
-        "iterations": options.iterations,
-        "classes": classes,
-        "torch": torch.__version__,
-    }
-    result = {"settings": settings, "seconds": seconds, "scores": rows, "logs": logs}
+    settings = {key: value for key, value in vars(options).items() if key != "output"}
+    result = {"settings": settings, "torch": torch.__version__, "seconds": seconds, "scores": scored, "logs": logs}
     with atomic_file(options.output / "fields.json") as temporary:
         temporary.write_text(json.dumps(result, indent=1) + "\n")
-    print("| | " + " | ".join(rows["real digits"][0]) + " |\n" + "|---" * (len(rows["real digits"][0]) + 1) + "|")
-    for title, values in rows.items():
-        print(f"| {title} | " + " | ".join(cell([value[key] for value in values]) for key in values[0]) + " |")
+    print("| | " + " | ".join(scored[REAL][0]) + " |\n" + "|---" * (len(scored[REAL][0]) + 1) + "|")
+    for row, values in scored.items():
+        print(f"| {row} | " + " | ".join(cell([value[key] for value in values]) for key in values[0]) + " |")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python scripts/study_modes.py OUTPUT_DIR [--divergences rkl,sf,sh,js,kl,jf,neyman,pearson] [--seeds 0,1,2,3,4]
 
-Teacher: the closed-form posterior mean of the mixture at every noise level. Student, fake score and discriminator: small
-MLPs, all new. Nothing but the divergence differs between runs of one seed. Writes modes.json and modes.png, and prints
-the table.
+Teacher: the closed-form posterior mean of the mixture at every noise level. Student, fake score and discriminator:
+small MLPs, all new. Nothing but the divergence differs between runs of one seed. Writes modes.json and modes.png, and
+prints the table.
 """
 
 import argparse
@@ -29,10 +29,9 @@ from fdistill.ratio import DensityRatio
 from fdistill.step import Networks, critic_step, generator_step
 
 SHAPE = (2, 1, 1)
-SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, MODE_STD = 0.02, 5.0, 0.7, 0.05
-WIDTH, FREQUENCIES = 128, (1.0, 2.0, 4.0)
-BATCH, CRITIC_STEPS, CRITIC_ONLY = 512, 2, 100
-STUDENT_RATE, CRITIC_RATE, BETAS = 1e-3, 2e-3, (0.5, 0.99)
+SIGMA_MIN, SIGMA_MAX, SIGMA_DATA, MODE_STD = 0.02, 1.0, 0.7, 0.05
+WIDTH, FREQUENCIES, NOISE_FREQUENCIES = 128, (1.0, 2.0, 4.0), (1.0, 2.0, 4.0, 8.0)
+BATCH, CRITIC_ONLY, STUDENT_RATE, CRITIC_RATE, BETAS = 512, 100, 2e-3, 2e-3, (0.5, 0.99)
 SAMPLES, RADIUS, FOUND_SHARE = 20_000, 3.0, 0.2
 SCORES = ("modes_found", "weight_error", "precision")
 
@@ -40,8 +39,8 @@ SCORES = ("modes_found", "weight_error", "precision")
 class MixtureDenoiser(Denoiser):
     """The exact x0-prediction of data sum_k weights[k] N(means[k], std^2 I), under EDM's schedule.
 
-    Its one feature, "point", is (x_t, sigma) embedded for an MLP: a discriminator that reads it shares no parameter with
-    any other network.
+    Its one feature, "point", is (x_t, sigma) embedded for an MLP: a discriminator that reads it shares no parameter
+    with any other network.
 
     Args:
         means: [K, 2].
@@ -107,10 +106,10 @@ class Student(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = mlp(2, 2)
+        self.mlp = mlp(2 + 4 * len(NOISE_FREQUENCIES), 2)
 
     def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        x0: Tensor = self.mlp(noise.flatten(1)).reshape(noise.shape)
+        x0: Tensor = self.mlp(waves(noise.flatten(1), NOISE_FREQUENCIES)).reshape(noise.shape)
         return x0
 
 
@@ -138,8 +137,12 @@ def mlp(inputs: int, outputs: int) -> nn.Sequential:
 def embed(x: Tensor, sigma: Tensor) -> Tensor:
     """Points [B, 2] at levels [B] -> [B, C]: scaled to unit variance, some waves of them, and log sigma."""
     scaled = x / (sigma.square() + SIGMA_DATA**2).sqrt()[:, None]
-    waves = [wave(frequency * scaled) for frequency in FREQUENCIES for wave in (torch.sin, torch.cos)]
-    return torch.cat([scaled, *waves, sigma.log()[:, None] / 2], dim=1)
+    return torch.cat([waves(scaled, FREQUENCIES), sigma.log()[:, None] / 2], dim=1)
+
+
+def waves(x: Tensor, frequencies: Sequence[float]) -> Tensor:
+    """[B, 2] and its sines and cosines: without them an MLP this small has no edges sharp enough for separate modes."""
+    return torch.cat([x, *(wave(frequency * x) for frequency in frequencies for wave in (torch.sin, torch.cos))], dim=1)
 
 
 def mixtures() -> dict[str, MixtureDenoiser]:
@@ -159,10 +162,9 @@ def train(teacher: MixtureDenoiser, divergence: str, seed: int, iterations: int)
     generator = torch.Generator().manual_seed(rng.derived_seed(seed, 0))
     networks = Networks(teacher, MLPDenoiser(), Student(), PointDiscriminator(teacher), teacher)  # type: ignore[arg-type]
     assert networks.discriminator is not None
-    critic = torch.optim.Adam(
-        [*networks.fake_score.parameters(), *networks.discriminator.parameters()], CRITIC_RATE, BETAS
-    )
-    student = torch.optim.Adam(networks.generator.parameters(), STUDENT_RATE, BETAS)
+    parameters = [*networks.fake_score.parameters(), *networks.discriminator.parameters()]
+    critic = torch.optim.Adam(parameters, CRITIC_RATE, BETAS, fused=True)
+    student = torch.optim.Adam(networks.generator.parameters(), STUDENT_RATE, BETAS, fused=True)
     falling = torch.optim.lr_scheduler.LinearLR(student, 1.0, 0.0, iterations)
     ratio = DensityRatio(sigma_min=SIGMA_MIN, sigma_max=SIGMA_MAX)
     clamped, start = [], time.perf_counter()
@@ -175,8 +177,7 @@ def train(teacher: MixtureDenoiser, divergence: str, seed: int, iterations: int)
     for _ in range(min(CRITIC_ONLY, iterations)):
         update_critic()
     for iteration in range(iterations):
-        for _ in range(CRITIC_STEPS):
-            update_critic()
+        update_critic()
         result = generator_step(
             networks, None, generator, batch_size=BATCH, divergence=divergence, ratio=ratio, gan_weight=0.0
         )
@@ -214,7 +215,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         return f"{mean(values):.{digits}f}{spread}"
 
     rows = ["| mixture | divergence | modes found | weight error | precision |", "|---|---|---|---|---|"]
-    for mixture, name in dict.fromkeys((run["mixture"], run["divergence"]) for run in runs):
+    for mixture, name in sorted(dict.fromkeys((run["mixture"], run["divergence"]) for run in runs), key=lambda k: k[0]):
         mine = [run for run in runs if (run["mixture"], run["divergence"]) == (mixture, name)]
         cells = [cell([run[key] for run in mine], 1 if key == "modes_found" else 3) for key in SCORES]
         rows.append(f"| {mixture} | {name} | " + " | ".join(cells) + " |")
@@ -222,17 +223,22 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def draw(panels: dict[tuple[str, str], tuple[Tensor, int]], teachers: dict[str, MixtureDenoiser], path: Path) -> None:
-    """Samples of one seed: a row a mixture, a column a divergence; panels maps (mixture, name) to (x0, modes found)."""
+    """Samples of one seed, a block of rows for each mixture; panels maps (mixture, name) to (x0, modes found)."""
     names = list(dict.fromkeys(name for _, name in panels))
-    figure = Figure(figsize=(2.4 * len(names), 2.75 * len(teachers)), layout="constrained")
-    axes = figure.subplots(len(teachers), len(names), squeeze=False)
+    columns = min(5, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(2.2 * columns, 2.6 * rows * len(teachers)), layout="constrained")
+    axes = figure.subplots(rows * len(teachers), columns, squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
     for (mixture, name), (x0, found) in panels.items():
         means = teachers[mixture].means
-        ax = axes[list(teachers).index(mixture), names.index(name)]
+        ax = axes.flat[list(teachers).index(mixture) * rows * columns + names.index(name)]
+        ax.set_axis_on()
         ax.scatter(*means.T, s=60, facecolors="none", edgecolors="0.6", linewidths=0.6)
         ax.scatter(*x0.flatten(1)[:3000].T, s=1, linewidths=0, color="black" if name == "exact" else "tab:blue")
         ax.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), aspect="equal", xticks=[], yticks=[])
-        ax.set_title(f"{name}\n{found} of {len(means)} modes", fontsize=9)
+        ax.set_title(f"{mixture}, {name}\n{found} of {len(means)} modes", fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -257,7 +263,7 @@ def main() -> None:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "runs": runs,
     }
-    jobs = [(mixture, name, seed) for mixture in teachers for name in ("exact", *names) for seed in seeds]
+    jobs = [(mixture, name, seed) for name in ("exact", *names) for mixture in teachers for seed in seeds]
     for mixture, name, seed in tqdm(jobs, unit="run"):
         teacher, draws = teachers[mixture], torch.Generator().manual_seed(rng.derived_seed(seed, 1))
         log: dict[str, float] = {}
@@ -270,7 +276,8 @@ def main() -> None:
         runs.append({"mixture": mixture, "divergence": name, "seed": seed, **score(x0, teacher), **log})
         panels.setdefault((mixture, name), (x0, runs[-1]["modes_found"]))
         (arguments.output / "modes.json").write_text(json.dumps(result, indent=1) + "\n")
-    draw(panels, teachers, arguments.output / "modes.png")
+        if seed == seeds[-1]:
+            draw(panels, teachers, arguments.output / "modes.png")
     print(table(runs))
 
 

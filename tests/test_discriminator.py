@@ -6,7 +6,7 @@ from conftest import tiny_unet
 from torch import nn
 
 from fdistill.adapters.unet2d import DirectPrediction, UNet2DDenoiser
-from fdistill.discriminator import Discriminator
+from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.errors import ArgumentError
 from fdistill.losses import gan_discriminator_loss
 from fdistill.noise import FlowSchedule
@@ -60,3 +60,16 @@ def test_unknown_features_are_refused() -> None:
         Discriminator(denoiser(), ["middle"])
     with pytest.raises(ArgumentError, match="at least one"):
         Discriminator(denoiser(), [])
+
+
+def test_channel_mean_is_a_map_of_logits_without_parameters() -> None:
+    source = denoiser()
+    head = ChannelMean(source, ["mid"])
+    feature = torch.randn(5, *source.feature_shapes["mid"])
+    logits = head({"mid": feature})
+    assert not list(head.parameters())
+    assert logits.shape == (5, 16)
+    torch.testing.assert_close(logits[2, 6], feature[2, :, 1, 2].mean())
+    for features in ([], ["mid", "down0"], ["middle"]):
+        with pytest.raises(ArgumentError, match="expected one of down0, down1, mid"):
+            ChannelMean(source, features)

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import MixtureSameFamily, Normal
 
-from fdistill.divergence import ALIASES, DIVERGENCES, Divergence, alpha_divergence, get_divergence
+from fdistill.divergence import ALIASES, DIVERGENCES, Divergence, alpha_divergence, divergence_from, get_divergence
 from fdistill.errors import ArgumentError
 
 ALPHAS = [-1.5, -1e-7, 0.0, 1e-7, 0.3, 0.5, 1 - 1e-7, 1.0, 1 + 1e-7, 2.0, 3.0]
@@ -133,3 +134,54 @@ def test_a_divergence_of_ones_own_needs_no_registry() -> None:
     own = Divergence("half-chi2", lambda r: (r - 1) ** 2 / 2, lambda r: r**2)
     assert own.weight(torch.tensor([2.0])).item() == 4.0
     assert math.isclose(own.f(torch.tensor([3.0])).item(), 2.0)
+
+
+@pytest.mark.parametrize("name", [*DIVERGENCES, "alpha(0.5)", "alpha(-1)"])
+def test_a_weight_from_f_alone_is_the_closed_form(name: str) -> None:
+    known = get_divergence(name)
+    own = divergence_from(known.f, name)
+    r = torch.logspace(-2, 2, 41)
+    torch.testing.assert_close(own.weight(r), known.weight(r), rtol=1e-5, atol=0)
+    assert own.weight(r).dtype == torch.float32
+    torch.testing.assert_close(own.weight_slope(r), known.weight_slope(r), rtol=1e-4, atol=1e-5)
+    assert own.needs_ratio == known.needs_ratio == (name != "reverse-kl")
+    assert divergence_from(known.f, name) is own
+
+
+def test_the_slope_of_a_weight_is_differentiable() -> None:
+    r = torch.linspace(0.2, 3, 7, dtype=torch.float64, requires_grad=True)
+    slope = get_divergence("js").weight_slope(r)  # r / (1 + r)^2
+    torch.testing.assert_close(slope, r / (1 + r) ** 2)
+    (second,) = torch.autograd.grad(slope.sum(), r)
+    torch.testing.assert_close(second, (1 - r) / (1 + r) ** 3)
+    with torch.no_grad():
+        torch.testing.assert_close(get_divergence("js").weight_slope(r), r / (1 + r) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("f", "message"),
+    [
+        (lambda r: -torch.log(r) + 0.5, r"expected f\(1\) = 0, got f\(1\) = 0.5"),
+        (lambda r: torch.log(r), r"must be convex.*at r = 0.0001 it is"),
+        (lambda r: (r - 1) ** 3, r"must be convex.*at r = 0.0001 it is -5.999"),
+        (lambda r: (r - 1) ** 2 - 3 * (r - 2).clamp(min=0), r"slope must not fall; at r = 1\.9"),
+        (lambda r: r - 1, "f'' = 0 at every ratio"),
+        (lambda r: 1 / (r - 1), "must be finite.*at r = 1 it is inf"),
+        (lambda r: torch.sqrt(r - 0.5) - 0.5**0.5, "must be finite.*at r = 0.0001 it is nan"),
+        (lambda r: (r - 1).square().sum(), "must be elementwise; .* gave \\(\\)"),
+        (lambda r: 0.0, "must be elementwise; .* gave float"),
+        (lambda r: r @ r, "must be elementwise"),
+        (lambda: 1, "raised TypeError"),
+    ],
+)
+def test_functions_that_are_no_divergence_are_refused_with_the_point(f: Any, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        divergence_from(f, "own")
+
+
+def test_functions_that_cannot_be_imported_are_refused() -> None:
+    for name in ("no_such_module:f", "math:nothing"):
+        with pytest.raises(ArgumentError, match="expected module:function that Python can import"):
+            get_divergence(name)
+    with pytest.raises(ArgumentError, match="raised TypeError"):
+        get_divergence("math:sqrt")

@@ -13,6 +13,8 @@ from fdistill.losses import (
     gan_generator_loss,
     matching_loss,
     r1_penalty,
+    score_difference_loss,
+    score_difference_weight,
 )
 from fdistill.noise import EDMSchedule, FlowSchedule
 
@@ -199,3 +201,22 @@ def test_r1_of_a_quadratic_discriminator() -> None:
     penalty.sum().backward()
     assert scale.grad is not None
     assert math.isclose(scale.grad.item(), 32 * 0.7 * x.detach().square().sum().item(), rel_tol=1e-6)
+
+
+def test_score_difference_weights() -> None:
+    alpha, sigma = torch.tensor([1.0, 0.8, 0.6]), torch.tensor([2.0, 0.6, 0.8])
+    assert score_difference_weight("uniform", alpha, sigma).tolist() == [1.0] * 3
+    # sigma^2 (eps_p - eps_q) of a variance-preserving model: alpha sigma times the difference of x0-predictions.
+    torch.testing.assert_close(score_difference_weight("vsd", alpha, sigma), torch.tensor([2 / 5, 0.48, 0.48]))
+    with pytest.raises(ArgumentError, match="did you mean 'uniform'"):
+        score_difference_weight("unifrom", alpha, sigma)
+
+
+def test_score_difference_gradient_and_value() -> None:
+    x0, teacher_x0, fake_x0, weight = samples((5, 1, 2, 3))
+    x0.requires_grad_(True)
+    loss = score_difference_loss(x0, teacher_x0, fake_x0, weight)
+    (2.5 * loss).sum().backward()
+    g = weight[:, None, None, None] * (fake_x0 - teacher_x0)
+    torch.testing.assert_close(x0.grad, 2.5 * g / 6)
+    torch.testing.assert_close(loss, g.square().flatten(1).mean(1) / 2)

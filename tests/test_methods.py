@@ -192,13 +192,14 @@ def test_evaluations_that_need_no_gradient_keep_no_activations(tiny_teacher: Pat
     """Diff-Instruct keeps what the student alone keeps; SiD, whose gradient passes through both networks, far more."""
     labels, noise = torch.arange(8) % 10, torch.randn(8, 1, 8, 8)
 
-    def step(method: str) -> int:
-        made = built(tiny_teacher, method=method)
+    def step(method: str, **settings: float) -> int:
+        made = built(tiny_teacher, method=method, **settings)
         return saved_bytes(lambda: made.student_update(labels, torch.Generator().manual_seed(0), batch_size=8).loss)
 
     student = built(tiny_teacher, method="diff-instruct").student
     alone = saved_bytes(lambda: student(noise, labels))
     assert step("diff-instruct") < 1.02 * alone
+    assert step("f-distill", **{"generator.gan_weight": 0.0}) < 1.02 * alone
     assert step("f-distill") < 1.7 * alone  # and the encoder of the tapped network, for the GAN term
     assert step("sid") > 2.5 * alone
 

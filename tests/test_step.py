@@ -26,7 +26,7 @@ from fdistill.noise import (
     vp_schedule_from_config,
 )
 from fdistill.ratio import DensityRatio
-from fdistill.step import Networks, critic_step, frozen, generator_step
+from fdistill.step import Networks, critic_step, frozen, generator_step, sid_step, sim_step, uni_instruct_step
 
 DIVERGENCES = ["rkl", "sf", "js", "sh", "kl", "jf", "neyman", "pearson", "alpha(0.3)"]
 
@@ -358,3 +358,59 @@ def test_levels_of_pure_noise_give_finite_losses_and_gradients(form: DirectPredi
         assert all(p.grad is None or bool(torch.isfinite(p.grad).all()) for p in module.parameters())
     assert moved(fake)
     assert moved(student)
+
+
+@pytest.mark.parametrize("name", ["sid", "sida", "sim", "kl", "js"])
+def test_implicit_steps_are_their_formulas(name: str) -> None:
+    """Losses of whole steps against the same formulas written out, on the same draws and exact networks."""
+    p, q, schedule, batch = (0.3, 0.8), (-0.2, 0.6), EDMSchedule(), 64
+    teacher, fake = GaussianDenoiser(*p, size=3), GaussianDenoiser(*q, size=3)
+    ratio_network = ExactLogRatio(p, q, schedule)
+    networks = Networks(teacher, fake, LinearGenerator(a=q[1], b=q[0], size=3), ratio_network, fake)  # type: ignore[arg-type]
+    common: dict[str, Any] = {"batch_size": batch, "levels": karras_levels}
+    draws = torch.Generator().manual_seed(3)
+    if name in ("sid", "sida"):
+        weight = 0.5 if name == "sida" else 0.0
+        result = sid_step(networks, None, draws, alpha=1.2, gan_weight=weight, **common)
+    elif name == "sim":
+        result = sim_step(networks, None, draws, huber_c=0.1, **common)
+    else:
+        result = uni_instruct_step(
+            networks, None, draws, divergence=name, ratio=DensityRatio(), ratio_ramp=0.5, **common
+        )
+
+    draws = torch.Generator().manual_seed(3)
+    x0 = q[1] * rng.normal(draws, batch, (1, 1, 3)) + q[0]
+    t = karras_levels(schedule, rng.uniform(draws, batch))
+    x_t = x0 + t[:, None, None, None] * rng.normal(draws, batch, (1, 1, 3))
+    fake_x0, teacher_x0 = fake(x_t, t), teacher(x_t, t)
+    x0, x_t, fake_x0, teacher_x0 = (v.flatten(1).detach() for v in (x0, x_t, fake_x0, teacher_x0))
+    inner = ((teacher_x0 - fake_x0) * (fake_x0 - x0)).mean(1)
+    square = (teacher_x0 - fake_x0).square().mean(1)
+    normaliser = (x0 - teacher_x0).abs().mean(1) + 1e-6
+    logits = ratio_network({"x_t": x_t, "t": t})
+    if name == "sim":
+        expected = inner / (square + 0.01).sqrt()
+    elif name in ("sid", "sida"):
+        gan = torch.nn.functional.softplus(-logits) if name == "sida" else 0.0
+        expected = (inner + (1 - 1.2) * square + 0.5 * gan) / normaliser
+    else:
+        r, _ = DensityRatio().ratio(logits, t)
+        h = {"kl": r, "js": r / (1 + r)}[name]
+        rest = {"kl": torch.zeros_like(r), "js": (r / (1 + r)) ** 2}[name]  # h - r h'
+        # Halfway from reverse KL, where both are 1, to the divergence with its mean weight of 1.
+        h, rest = 0.5 + 0.5 * h / h.mean(), 0.5 + 0.5 * rest / h.mean()
+        expected = (h * inner + rest / 2 * square) / normaliser
+    torch.testing.assert_close(result.loss.detach(), expected.mean(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_critics_gan_losses_are_weighted_at_their_own_levels() -> None:
+    networks = dataclasses.replace(real_networks("fake"), discriminator=ConstantLogit())  # type: ignore[arg-type]
+    arguments = (networks, torch.zeros(6, 1, 8, 8), torch.arange(6))
+    result = critic_step(*arguments, torch.Generator().manual_seed(0), gan_weight=10.0, gan_weighting="edm")
+    weighted = torch.zeros(())
+    for name in ("gan_real", "gan_fake"):
+        value, t = result.logs[f"discriminator/{name}"]
+        weighted = weighted + ((1 / t**2 + 1 / networks.teacher.sigma_data**2) * value).mean()
+    expected = result.logs["fake_score/denoising"].value.mean() + 10 * weighted
+    torch.testing.assert_close(result.loss.detach(), expected)

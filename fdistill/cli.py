@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -69,6 +70,7 @@ def distill(
 
     from fdistill.config import load_config
 
+    sys.path.append(str(Path.cwd()))  # where divergence=module:function is looked for last, as with `python -m`
     config = load_config(names[0] if names else "digits", overrides)
 
     from fdistill import train

@@ -220,13 +220,13 @@ def save_figure(pictures: dict[str, list[Tensor]], classes: list[int], path: Pat
     for k, axes in enumerate(figure.subplots(1, len(classes), squeeze=False)[0]):
         cells = np.stack([images[k].clamp(-1, 1).numpy() for images in pictures.values()])
         cells = np.pad(cells, ((0, 0), (0, 0), (0, 0), (1, 0), (1, 0)))
-        axes.imshow(rearrange(cells, "m n 1 h w -> (m h) (n w)"), cmap="gray", vmin=-1, vmax=1)
+        axes.imshow(rearrange(cells, "m n 1 h w -> (m h) (n w)"), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axes.set_title(f"class {classes[k]}")
         axes.set_xticks([])
         axes.set_yticks([9 * row + 4.5 for row in range(len(pictures))], list(pictures))
         axes.tick_params(left=False, labelleft=k == 0)
     with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=80)
+        figure.savefig(temporary, format="png", dpi=120)
 
 
 def cell(values: list[float]) -> str:

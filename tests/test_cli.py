@@ -84,3 +84,27 @@ def test_errors_are_one_message_and_status_one(arguments: list[str], message: st
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not any(tmp_path.iterdir())
+
+
+def test_a_divergence_from_a_file_in_the_current_folder(tiny_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def f(r):\n    return (r - 1) ** 2\n\ndef g(r):\n    return -((r - 1) ** 2)\n")
+    command = Path(sys.executable).with_name("fdistill")
+    for function, code, said in (("f", 0, "divergence     mine:f"), ("g", 1, "must be convex")):
+        done = subprocess.run(
+            [
+                command,
+                "distill",
+                "digits",
+                f"teacher={tiny_teacher}",
+                f"divergence=mine:{function}",
+                "--output",
+                "run",
+                "--dry-run",
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code
+        assert said in done.stdout + done.stderr

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -107,12 +108,27 @@ def test_collectives_draws_and_ratio(tmp_path: Path) -> None:
         torch.testing.assert_close(result["gradient"], weight.grad / 2)
 
 
-def test_two_processes_train_as_one(tiny_teacher: Path, tmp_path: Path) -> None:
+SAMPLES = ["teacher_samples.count=32", "teacher_samples.num_steps=3", "regression.pairs=32"]
+
+
+@pytest.mark.parametrize(
+    ("iterations", "method"),
+    [
+        (20, []),
+        (4, ["method=uni-instruct", "data=teacher-samples", *SAMPLES]),
+        (4, ["method=dmd", *SAMPLES]),
+        (4, ["method=dmd2", "student_level=[2.5,0.5]"]),
+    ],
+    ids=["f-distill", "uni-instruct-data-free", "dmd", "dmd2-two-steps"],
+)
+def test_two_processes_train_as_one(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iterations: int, method: list[str]
+) -> None:
     settings = [
         f"teacher={tiny_teacher}",
         "batch_size=16",
-        "iterations=20",
-        "log.every=5",
+        f"iterations={iterations}",
+        f"log.every={iterations // 4}",
         "log.samples_every=0",
         "log.tracker=none",
         "device=cpu",
@@ -123,9 +139,11 @@ def test_two_processes_train_as_one(tiny_teacher: Path, tmp_path: Path) -> None:
         "generator.eps=1e-4",
         "fake_score.eps=1e-4",
         "discriminator.eps=1e-4",
+        *method,
     ]
     for processes in (1, 2):
         output = tmp_path / str(processes)
+        monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / f"cache{processes}"))
         launch(["-m", "fdistill", "distill", "digits", *settings, "--output", str(output)], processes)
     one, two = (load_file(checkpoints(tmp_path / n / "checkpoints")[-1] / "state.safetensors") for n in ("1", "2"))
     assert one.keys() == two.keys()

@@ -392,3 +392,14 @@ def test_resumed_few_step_runs_equal_uninterrupted_ones(tiny_teacher: Path, tmp_
     resumed = distill("digits", output=tmp_path / "resumed", resume=True, **overrides)
     one, two = weights(straight), weights(resumed)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_a_config_and_a_page(method: str) -> None:
+    root = Path(__file__).parent.parent
+    name = "digits" if method == "f-distill" else f"digits-{method}"
+    assert load_config(name).method == method
+    page = (root / "docs" / "methods" / f"{method}.md").read_text()
+    assert f"`method={method}`" in page
+    assert f"fdistill distill {name} " in page
+    assert f"]({method}.md)" in (root / "docs" / "methods" / "README.md").read_text()

@@ -34,6 +34,9 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     **{f"f-distill {alias}": ("digits", [f"divergence={alias}"]) for alias in ALIASES},
     **{name: (f"digits-{name}", []) for name in METHODS if name not in ("f-distill", "uni-instruct")},
     **{f"uni-instruct {alias}": (_UNI, [f"divergence={alias}"]) for alias in ("kl", "rkl", "jf", "js", "pearson")},
+}
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    "f-distill js": ("digits", []),
     "uni-instruct kl, weight detached": (_UNI, ["objective.detach_weight=true"]),
     "f-distill js, teacher samples for data": ("digits", ["data=teacher-samples"]),
     "f-distill js, 2 steps": ("digits", ["student_level=[2.5,0.6]"]),
@@ -42,7 +45,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 
 
 def distil(row: str, iterations: int, output: Path, extra: list[str]) -> None:
-    config, overrides = ROWS[row]
+    config, overrides = (VARIANTS | ROWS)[row]
     settings = [*overrides, f"iterations={iterations}", *QUIET, *extra]
     command = [sys.executable, "-m", "fdistill", "distill", config, *settings, "--output", str(output)]
     subprocess.run(command, check=True, capture_output=True, text=True)
@@ -83,13 +86,15 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--only", help="rows whose name contains one of these, as in sid,kl")
+    parser.add_argument("--variants", action="store_true", help="data-free, few-step and detached variants instead")
     arguments = parser.parse_intermixed_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    rows = [row for row in ROWS if not arguments.only or any(part in row for part in arguments.only.split(","))]
+    known = VARIANTS if arguments.variants else ROWS
+    rows = [row for row in known if not arguments.only or any(part in row for part in arguments.only.split(","))]
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
     for row in rows:
-        load_config(ROWS[row][0], [*ROWS[row][1], *arguments.overrides])  # a mistake shows before anything is timed
+        load_config(known[row][0], [*known[row][1], *arguments.overrides])  # a mistake shows before anything is timed
 
     plan = output / "iterations.json"
     iterations: dict[str, int] = json.loads(plan.read_text()) if plan.is_file() else {}
@@ -104,13 +109,17 @@ def main() -> None:
         folder = output / run_name(row, seed)
         if not is_student(folder / "student"):
             distil(row, iterations[row], folder, [f"seed={seed}", *arguments.overrides])
+        if not (folder / "scores.json").is_file():
+            command = [sys.executable, "-m", "fdistill", "evaluate", str(folder), "--seed", str(seed)]
+            subprocess.run([*command, "--output", str(folder / "scores.json")], check=True, capture_output=True)
             print(f"done: {folder.name}", flush=True)
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(train, [(seed, row) for seed in seeds for row in rows]))
     scores = {"teacher": [evaluate("digits", seed=seed)["metrics"] for seed in seeds]}
     for row in rows:
-        scores[row] = [evaluate(output / run_name(row, seed), seed=seed)["metrics"] for seed in seeds]
+        files = [output / run_name(row, seed) / "scores.json" for seed in seeds]
+        scores[row] = [json.loads(file.read_text())["metrics"] for file in files]
     result = {"seconds": arguments.seconds, "seeds": seeds, "iterations": iterations, "scores": scores}
     (output / "scores.json").write_text(json.dumps(result, indent=2) + "\n")
     print(table(scores, iterations))

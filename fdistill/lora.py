@@ -17,7 +17,7 @@ def lora_copy(denoiser: Denoiser, rank: int) -> Denoiser:
     The frozen weights are shared, not copied: two networks in the memory of one and its adapters.
 
     Args:
-        denoiser: a frozen network.
+        denoiser: a frozen network; the copy is in the same train or eval mode.
         rank: of the adapters, which start at zero.
 
     Raises:

@@ -59,37 +59,43 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Curves over iterations of everything a run logs, and the discriminator's accuracy per noise bin, as one PNG."""
+    """Curves over iterations of everything a run logs, and the discriminator's accuracy per noise bin, as one PNG.
+
+    What a method does not have gets no panel.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    panels = figure.subplots(2, 3).flat
+    logged = {name for record in records for name in record}
+    panels = [(title, [name for name in names if name in logged]) for title, names in _PANELS]
+    panels = [(title, names) for title, names in panels if names]
+    rows = [record.get("discriminator/accuracy_per_bin") for record in records]
+    count = len(panels) + any(rows)
+    height, width = (1, count) if count <= 3 else (2, -(-count // 2))
+    figure = Figure(figsize=(5 * width, 4 * height), layout="constrained")
+    figure.subplots(height, width)
+    for axes in figure.axes[count:]:
+        axes.remove()
     iterations = [record["iteration"] for record in records]
-    for axes, (title, names) in zip(panels, _PANELS, strict=False):
+    for axes, (title, names) in zip(figure.axes, panels, strict=False):
         for name in names:
-            if any(name in record for record in records):
-                label = name.replace("generator/grad", "student grad").removeprefix("generator/")
-                label = label.replace("/", " ").replace("_", " ")
-                axes.plot(iterations, [record.get(name, np.nan) for record in records], label=label)
+            label = name.replace("generator/grad", "student grad").removeprefix("generator/")
+            label = label.replace("/", " ").replace("_", " ")
+            axes.plot(iterations, [record.get(name, np.nan) for record in records], label=label)
         axes.set_title(title)
         axes.set_xlabel("iteration")
-        if axes.lines:
-            axes.legend(fontsize=8)
+        axes.legend(fontsize=8)
         if title.startswith("discriminator"):
             axes.set_ylim(0, 1)
-        elif title != "student":  # SiD's objective may be negative
-            axes.set_yscale("log")
-        else:
-            axes.set_yscale("symlog", linthresh=1e-3)
-    rows = [record.get("discriminator/accuracy_per_bin") for record in records]
-    last = figure.axes[5]
+        elif all(record.get(name, 1.0) > 0 for record in records for name in names):
+            axes.set_yscale("log")  # an implicit objective may be negative, and stays linear
     if any(rows):
+        last = figure.axes[len(panels)]
         table = np.array([[np.nan if v is None else v for v in row] for row in rows if row], dtype=float).T
         shown = last.imshow(
             table, aspect="auto", origin="lower", vmin=0.5, vmax=1, extent=(0, iterations[-1], 0, len(table))
         )
         figure.colorbar(shown, ax=last)
-    last.set_title("discriminator accuracy per noise bin (low to high)")
-    last.set_xlabel("iteration")
+        last.set_title("discriminator accuracy per noise bin (low to high)")
+        last.set_xlabel("iteration")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)

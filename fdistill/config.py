@@ -16,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fdistill.errors import ConfigError, did_you_mean
-from fdistill.methods import METHODS, OWN_SETTINGS, Method
+from fdistill.methods import METHODS, OWN_SETTINGS, REQUIRED_SETTINGS, Method
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -225,13 +225,18 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 def _check_method(config: DistillConfig, method: Method) -> None:
     """Raises ValueError where a setting asks for what the method does not have, or lacks what it needs."""
     name = config.method
-    for key, (owners, unused) in OWN_SETTINGS.items():
+    for key, (owners, unset) in OWN_SETTINGS.items():
         section, _, setting = key.partition(".")
         value = getattr(getattr(config, section), setting)
-        if name not in owners and value != unused:
+        if name not in owners and value != unset:
             raise ValueError(f"{key}: got {value!r}, which method={name} does not read; it is for {', '.join(owners)}")
-        if name in owners and value in (None, 0.0) and unused is not False and value == unused:
+        if name in owners and value == unset and key in REQUIRED_SETTINGS:
             raise ValueError(f"{key}: method={name} needs it; expected a number")
+    if method.objective == "diffratio" and (config.generator.weighting == "normalised" or config.generator.gan_weight):
+        raise ValueError(
+            f"generator: method={name} evaluates no teacher to normalise by, and its classifier is all it follows; "
+            "expected weighting=vsd or uniform, and gan_weight=0"
+        )
     if name == "dmd" and not config.regression.pairs:
         raise ValueError("regression.pairs: method=dmd regresses on teacher pairs; expected a number above 0")
     if method.divergence is None and config.divergence is not None:

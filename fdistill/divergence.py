@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ class Divergence:
         """r h'(r), like r; differentiable in r."""
         return r * _derivative(self.weight, r)
 
-    @property
+    @cached_property
     def needs_ratio(self) -> bool:
         """Whether h depends on r at all; it does not for reverse KL."""
         r = torch.logspace(-1, 1, 5, dtype=torch.float64)

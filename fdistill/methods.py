@@ -115,10 +115,16 @@ METHODS: dict[str, Method] = {
     ),
 }
 
-#: Settings that only some methods read, with the value that means "not used".
+#: Settings that only some methods read, with the value that means "not set".
 OWN_SETTINGS: dict[str, tuple[tuple[str, ...], Any]] = {
+    "generator.weighting": (
+        tuple(name for name, method in METHODS.items() if method.objective in ("matching", "diffratio")),
+        "normalised",
+    ),
     "objective.alpha": (("sid", "sida"), None),
     "objective.huber_c": (("sim",), None),
     "objective.detach_weight": (("uni-instruct",), False),
     "regression.weight": (("dmd",), 0.0),
 }
+#: Those of them without which the method is none.
+REQUIRED_SETTINGS = ("objective.alpha", "objective.huber_c", "regression.weight")

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from fdistill.config import DistillConfig as DistillConfig
     from fdistill.config import load_config as load_config
     from fdistill.denoiser import Denoiser as Denoiser
+    from fdistill.discriminator import ChannelMean as ChannelMean
     from fdistill.discriminator import Discriminator as Discriminator
     from fdistill.divergence import Divergence as Divergence
     from fdistill.divergence import divergence_from as divergence_from
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
     from fdistill.generation import generate as generate
     from fdistill.generator import FewStepGenerator as FewStepGenerator
     from fdistill.generator import OneStepGenerator as OneStepGenerator
+    from fdistill.lora import lora_copy as lora_copy
     from fdistill.losses import matching_loss as matching_loss
     from fdistill.losses import score_difference_loss as score_difference_loss
+    from fdistill.losses import score_difference_weight as score_difference_weight
     from fdistill.pipeline import load_student as load_student
     from fdistill.ratio import DensityRatio as DensityRatio
     from fdistill.step import Networks as Networks
+    from fdistill.step import Pairs as Pairs
     from fdistill.step import critic_step as critic_step
     from fdistill.step import diffratio_step as diffratio_step
     from fdistill.step import generator_step as generator_step
@@ -35,30 +39,34 @@ if TYPE_CHECKING:
 
 # Imported on first use: `import fdistill` and `fdistill --help` then cost no second of torch and diffusers.
 _WHERE = {
-    "score_difference_loss": "losses",
-    "divergence_from": "divergence",
-    "uni_instruct_step": "step",
-    "sim_step": "step",
-    "sid_step": "step",
-    "ratio_critic_step": "step",
-    "diffratio_step": "step",
-    "FewStepGenerator": "generator",
+    "ChannelMean": "discriminator",
+    "critic_step": "step",
     "Denoiser": "denoiser",
     "DensityRatio": "ratio",
+    "diffratio_step": "step",
     "Discriminator": "discriminator",
+    "distill": "train",
     "DistillConfig": "config",
     "Divergence": "divergence",
-    "Networks": "step",
-    "OneStepGenerator": "generator",
-    "critic_step": "step",
-    "distill": "train",
+    "divergence_from": "divergence",
+    "FewStepGenerator": "generator",
     "generate": "generation",
     "generator_step": "step",
     "get_divergence": "divergence",
     "load_config": "config",
     "load_student": "pipeline",
     "load_teacher": "adapters",
+    "lora_copy": "lora",
     "matching_loss": "losses",
+    "Networks": "step",
+    "OneStepGenerator": "generator",
+    "Pairs": "step",
+    "ratio_critic_step": "step",
+    "score_difference_loss": "losses",
+    "score_difference_weight": "losses",
+    "sid_step": "step",
+    "sim_step": "step",
+    "uni_instruct_step": "step",
 }
 
 __all__ = [*_WHERE, "__version__"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from fdistill.checkpoint import load_exactly, load_optimizer_tensors, optimizer_
 from fdistill.config import DistillConfig, LevelsConfig, OptimizerConfig
 from fdistill.data import TEACHER_SAMPLES, ImageSet, load_data
 from fdistill.data.teacher_samples import TeacherSamples, teacher_samples
+from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, get_divergence
 from fdistill.ema import EMA
@@ -69,7 +70,7 @@ class Distillation:
         tensors = {"ratio.bins": self.ratio.bins}
         tensors.update({f"ema.{name}": value for name, value in self.ema.state_dict().items()})
         for name, optimizer in self.optimizers.items():
-            tensors.update({f"{name}.{key}": value for key, value in self.role(name).state_dict().items()})
+            tensors.update({f"{name}.{key}": value for key, value in _trained(self.role(name)).items()})
             tensors.update({f"optimizer.{name}.{key}": value for key, value in optimizer_tensors(optimizer).items()})
         return tensors
 
@@ -88,10 +89,30 @@ class Distillation:
                 "delete that folder to resume from the one before it"
             )
         for name, optimizer in self.optimizers.items():
-            load_exactly(self.role(name), take(tensors, name), f"{what}, {name}")
+            untrained = self.role(name).state_dict().keys() - _trained(self.role(name)).keys()
+            own = {key: value for key, value in self.role(name).state_dict().items() if key in untrained}
+            load_exactly(self.role(name), {**own, **take(tensors, name)}, f"{what}, {name}")
             load_optimizer_tensors(optimizer, take(tensors, f"optimizer.{name}"))
         self.ema.load_state_dict(take(tensors, "ema"))
         self.ratio.bins = tensors["ratio.bins"].to(self.ratio.bins.device)
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict without frozen weights, which may be another network's as well."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+
+
+def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
+    """Takes the gradient from the parameters that the named features do not depend on: those of the decoder."""
+    device = next(denoiser.parameters()).device
+    t = torch.full((1,), denoiser.schedule.t_min, device=device)
+    condition = torch.zeros(1, dtype=torch.long, device=device) if denoiser.num_classes else None
+    tapped = denoiser.features(torch.zeros(1, *denoiser.sample_shape, device=device), t, condition, features)
+    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    reached = torch.autograd.grad([value.sum() for value in tapped.values()], trainable, allow_unused=True)
+    for parameter, gradient in zip(trainable, reached, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def build(config: DistillConfig, device: torch.device) -> Distillation:
@@ -118,7 +139,9 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
                 "untrained; expected generator.gan_weight=0 as well"
             )
         if METHODS[config.method].objective == "diffratio":
-            raise ConfigError("config: method=diffratio has nothing but its classifier; discriminator.gan_weight > 0")
+            raise ConfigError(
+                "config: method=diffratio has nothing but its classifier; expected discriminator.gan_weight > 0"
+            )
     elif config.data is None:
         raise ConfigError(
             f"data: got null, but method={config.method} shows real images to a discriminator; expected a data set, or "
@@ -141,12 +164,15 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         if adversarial:
             head = Discriminator if config.discriminator.head == "convolutional" else ChannelMean
             discriminator = head(tapped, config.discriminator.features).to(device)
+        if METHODS[config.method].objective == "diffratio":
+            _freeze_beyond(fake_score, config.discriminator.features)
         low, high = (teacher.schedule.t_min, teacher.schedule.t_max)
         if config.ratio.bin_edges == "log-sigma":
             low, high = noise_to_signal_range(teacher.schedule)
         ratio = DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
+    _check_weights(config, divergence)
     networks = Networks(teacher, fake_score, generator, discriminator, tapped if discriminator is not None else None)
     optimizers = {
         name: _optimizer(module, getattr(config, name))
@@ -164,6 +190,18 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         critic_update=_critic_update(config, networks),
         student_update=_student_update(config, networks, divergence, ratio),
     )
+
+
+def _check_weights(config: DistillConfig, divergence: Divergence) -> None:
+    """Raises ConfigError if h overflows, or vanishes everywhere, at a ratio that the clamp lets through."""
+    lower, upper = config.ratio.lower, config.ratio.upper
+    r = torch.tensor([lower / upper, upper / lower], dtype=torch.float64)  # after division by the bins' means
+    for at, h in zip(r.tolist(), divergence.weight(r).tolist(), strict=True):
+        if not 0 <= h < 1e300:
+            raise ConfigError(
+                f"divergence {divergence.name!r}: h({at:g}) is {h:g}, more than a float holds; expected ratio.lower "
+                "and ratio.upper closer together, or a divergence that grows less"
+            )
 
 
 def _critic_update(config: DistillConfig, networks: Networks) -> Update:
@@ -185,24 +223,20 @@ def _critic_update(config: DistillConfig, networks: Networks) -> Update:
 def _student_update(config: DistillConfig, networks: Networks, divergence: Divergence, ratio: DensityRatio) -> Update:
     objective, generator = METHODS[config.method].objective, config.generator
     common: dict[str, Any] = {"levels": level_draw(config.matching_levels)}
-    if objective == "diffratio":
-        return partial(diffratio_step, networks, **common, weighting=generator.weighting)
     if objective == "sim":
         assert config.objective.huber_c is not None
         return partial(sim_step, networks, **common, huber_c=config.objective.huber_c)
+    common.update(weighting=generator.weighting)
+    if objective == "diffratio":
+        return partial(diffratio_step, networks, **common)
+    common.update(gan_weight=generator.gan_weight)
     if objective == "sid":
         assert config.objective.alpha is not None
-        return partial(sid_step, networks, **common, alpha=config.objective.alpha, gan_weight=generator.gan_weight)
-    common.update(divergence=divergence, ratio=ratio, gan_weight=generator.gan_weight)
+        return partial(sid_step, networks, **common, alpha=config.objective.alpha)
+    common.update(divergence=divergence, ratio=ratio)
     if objective == "uni-instruct":
         return partial(uni_instruct_step, networks, **common, detach_weight=config.objective.detach_weight)
-    return partial(
-        generator_step,
-        networks,
-        **common,
-        weighting=generator.weighting,
-        regression_weight=config.regression.weight,
-    )
+    return partial(generator_step, networks, **common, regression_weight=config.regression.weight)
 
 
 @dataclass(frozen=True)
@@ -223,7 +257,7 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
     teacher = run.networks.teacher
 
     def samples(count: int, start_level: float) -> TeacherSamples:
-        with PartialState().main_process_first():  # which makes them; the others find them in the cache
+        with PartialState().local_main_process_first():  # it makes them; the others find them in the cache
             return teacher_samples(
                 teacher,
                 run.teacher_folder,
@@ -240,7 +274,9 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
     elif config.data is None:
         # Nothing reads the images; the labels, all classes alike, are what the student is asked for.
         classes = teacher.num_classes or 1
-        data = ImageSet(torch.zeros(classes, *teacher.sample_shape, dtype=torch.uint8), torch.arange(classes))
+        count = classes * max(1, config.batch_size // classes)
+        empty = torch.zeros(1, *teacher.sample_shape, dtype=torch.uint8).expand(count, *teacher.sample_shape)
+        data = ImageSet(empty, torch.arange(count) % classes)
     else:
         data = load_data(config.data)
         _check_data(config, teacher.sample_shape, teacher.num_classes, data)

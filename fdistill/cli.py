@@ -23,7 +23,8 @@ app = typer.Typer(
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Steps = Annotated[
-    int, typer.Option("--steps", help="Heun steps of a teacher: 2 x steps - 1 evaluations an image. A student takes 1.")
+    int,
+    typer.Option("--steps", help="Heun steps of a teacher: 2 x steps - 1 evaluations an image."),
 ]
 
 
@@ -59,7 +60,7 @@ def distill(
         bool, typer.Option("--dry-run", help="Print the resolved config and what would be done; write nothing.")
     ] = False,
 ) -> None:
-    """Distil a teacher into a one-step student.
+    """Distil a teacher into a student of one step or a few.
 
     Example: fdistill distill digits divergence=forward-kl generator.lr=1e-4 --output runs/forward-kl
     """
@@ -98,7 +99,7 @@ def generate(
     steps: Steps = 18,
     device: Device = "auto",
 ) -> None:
-    """Generate images: one evaluation each from a student, many from a teacher.
+    """Generate images: one evaluation each from a student, or the few it was trained for; many from a teacher.
 
     Example: fdistill generate runs/digits --num-images 100 --seed 0 --class-labels 3,7 --output images
     """

@@ -6,12 +6,13 @@ YAML is read by the 1.2 rules, so `1e-5` is a number and `no` is a word.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -168,7 +169,7 @@ class DistillConfig(_Section):
     divergence: str | None = Field(
         default=None, description="a name, alpha(a), or module:function; null is the method's own"
     )
-    student_level: Positive | list[Positive] | None = Field(
+    student_level: float | list[float] | None = Field(
         default=None, description="level the student starts from, or its 1, 2 or 4 falling levels; null is t_max"
     )
     iterations: Count = 400
@@ -195,7 +196,7 @@ class DistillConfig(_Section):
         if not isinstance(values, Mapping):
             return values
         name = values.get("method", cls.model_fields["method"].default)
-        if name not in METHODS:
+        if not isinstance(name, str) or name not in METHODS:
             raise ValueError(f"method: got {name!r}; {did_you_mean(str(name), METHODS)}")
         merged = _merge({"divergence": METHODS[name].divergence, **METHODS[name].settings}, values)
         if merged["divergence"] is None:
@@ -206,6 +207,15 @@ class DistillConfig(_Section):
     def _fits_the_method(self) -> DistillConfig:
         _check_method(self, METHODS[self.method])
         return self
+
+    @field_validator("student_level", mode="before")
+    @classmethod
+    def _levels(cls, value: Any) -> Any:
+        levels = value if isinstance(value, list) else [] if value is None else [value]
+        for level in levels:
+            if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < math.inf:
+                raise ValueError(f"got {value!r}; expected a level above 0, a list of them, or null")
+        return [float(level) for level in levels] if isinstance(value, list) else value
 
     @property
     def student_levels(self) -> tuple[float, ...] | None:
@@ -218,6 +228,8 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(under)
     for key, value in over.items():
         inner = merged.get(key)
+        if isinstance(inner, Mapping) and isinstance(value, BaseModel):
+            value = value.model_dump(exclude_unset=True)
         merged[key] = _merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return merged
 
@@ -231,7 +243,9 @@ def _check_method(config: DistillConfig, method: Method) -> None:
         if name not in owners and value != unset:
             raise ValueError(f"{key}: got {value!r}, which method={name} does not read; it is for {', '.join(owners)}")
         if name in owners and value == unset and key in REQUIRED_SETTINGS:
-            raise ValueError(f"{key}: method={name} needs it; expected a number")
+            raise ValueError(f"{key}: method={name} is nothing without it; expected a number, not {unset}")
+    if method.objective == "diffratio" and config.discriminator.source != "fake":
+        raise ValueError(f"discriminator.source: method={name} trains the network its heads read; expected fake")
     if method.objective == "diffratio" and (config.generator.weighting == "normalised" or config.generator.gan_weight):
         raise ValueError(
             f"generator: method={name} evaluates no teacher to normalise by, and its classifier is all it follows; "
@@ -251,8 +265,14 @@ def _check_method(config: DistillConfig, method: Method) -> None:
                     f"{role}.gan_weight: got {weight}, but method={name} has no discriminator; expected 0, "
                     f"or method={adversarial}"
                 )
-        if config.discriminator.r1_weight > 0:
-            raise ValueError(f"discriminator.r1_weight: method={name} has no discriminator; expected 0")
+        for setting in ("source", "features", "head", "gan_weighting", "r1_weight"):
+            value, default = getattr(config.discriminator, setting), getattr(DiscriminatorConfig(), setting)
+            if value != default:
+                able = ", ".join(other for other, entry in METHODS.items() if entry.discriminator)
+                raise ValueError(
+                    f"discriminator.{setting}: got {value!r}, but method={name} has no discriminator; leave it out, "
+                    f"or choose a method that has one: {able}"
+                )
     if config.discriminator.head == "channel-mean" and config.discriminator.source != "fake":
         raise ValueError("discriminator.source: the channel-mean head has no weights to train; expected fake")
     levels = config.student_levels or ()
@@ -302,6 +322,7 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
         ConfigError: an unknown key (with the nearest one), a wrong type or range, or YAML that cannot be read.
     """
     values: dict[str, Any] = {}
+    written_for = None
     if name_or_path is not None:
         path = config_path(name_or_path)
         try:
@@ -311,6 +332,7 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
         values = _parse_yaml(text, str(path)) or {}
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    written_for = values.get("method")
     if isinstance(overrides, Mapping):
         pairs = list(overrides.items())
     else:
@@ -324,6 +346,11 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
             pairs.append((key, _parse_yaml(value, f"override {text!r}")))
     for key, value in pairs:
         _set(values, key, value)
+    if written_for is not None and values["method"] != written_for:
+        raise ConfigError(
+            f"method: got {values['method']!r}, but the settings of {name_or_path} are for {written_for!r}; choose a "
+            f"config for {values['method']!r}, or one that names no method, such as digits"
+        )
     return validate(values)
 
 
@@ -371,6 +398,8 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
         for key, inner in value.items():  # a section given as a mapping changes what it names, and nothing else
             _set(old, str(key), inner)
     else:
+        if callable(value):  # a divergence of one's own: in a config functions have names
+            value = f"{value.__module__}:{value.__qualname__}"
         values[last] = str(value) if isinstance(value, Path) else value
 
 

@@ -43,6 +43,11 @@ class Divergence:
         return not torch.allclose(self.weight(r), self.weight(torch.ones_like(r)), rtol=1e-9, atol=0)
 
 
+def widened(r: Tensor) -> Tensor:
+    """r in float64, in which no weight overflows, where the device has it."""
+    return r if r.device.type == "mps" else r.double()
+
+
 def _derivative(function: Function, r: Tensor) -> Tensor:
     """Of an elementwise function, at r; differentiable in r if r is."""
     with torch.enable_grad():
@@ -84,7 +89,6 @@ def alpha_divergence(a: float) -> Divergence:
 _EXAMINED = torch.logspace(-4, 4, 161, dtype=torch.float64)
 
 
-@cache
 def divergence_from(f: Function, name: str | None = None) -> Divergence:
     """A divergence of one's own, from f alone: h(r) = r^2 f''(r) by automatic differentiation, in float64 where the
     device has it. Examined once, then remembered.
@@ -97,10 +101,18 @@ def divergence_from(f: Function, name: str | None = None) -> Divergence:
         ArgumentError: f is not elementwise or not finite, f(1) is not 0, or f is not convex; with the point that
             shows it.
     """
-    label = name or str(getattr(f, "__name__", "custom"))
+    label = name or str(getattr(f, "__name__", type(f).__name__))
+    try:
+        return _examined(f, label)
+    except TypeError:  # a callable that cannot be hashed
+        return _examined.__wrapped__(f, label)
+
+
+@cache
+def _examined(f: Function, label: str) -> Divergence:
 
     def weight(r: Tensor) -> Tensor:
-        wide = r if r.device.type == "mps" else r.double()
+        wide = widened(r)
 
         second = _derivative(lambda at: _derivative(f, at), wide)
         return (wide.square() * second).to(r.dtype)
@@ -172,20 +184,25 @@ _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _ALPHA = re.compile(r"alpha\(\s*([^)]*?)\s*\)")
 
 
-def get_divergence(name: str) -> Divergence:
+def get_divergence(name: str | Divergence | Function) -> Divergence:
     """A divergence by name: a key of `DIVERGENCES`, of `ALIASES`, "alpha(a)" with a real number a, or "module:function"
-    for an f of one's own (`divergence_from`), imported from where Python finds modules.
+    for an f of one's own (`divergence_from`), imported from where Python finds modules. A function f itself, or a
+    Divergence, will do as well.
 
     Raises:
         ArgumentError: no divergence of that name, with the nearest one; or a function that is none.
     """
+    if isinstance(name, Divergence):
+        return name
+    if callable(name):
+        return divergence_from(name)
     if _FUNCTION.fullmatch(name):
         module, _, attribute = name.partition(":")
         try:
             f = getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
+        except Exception as error:  # a user's module may raise anything
             raise ArgumentError(
-                f"divergence {name!r}: {error}; expected module:function that Python can import"
+                f"divergence {name!r}: {type(error).__name__}: {error}; expected module:function that Python can import"
             ) from error
         return divergence_from(f, name)
     family = _ALPHA.fullmatch(name)

@@ -1,4 +1,4 @@
-"""Images from a student in one evaluation each, or from a teacher with its sampler; in memory or as PNG files."""
+"""Images from a student in one evaluation each or a few, or from a teacher with its sampler; in memory or as PNG."""
 
 from __future__ import annotations
 
@@ -171,7 +171,8 @@ def generate(
         seed: in [0, 2^64).
         batch_size: images per evaluation and process.
         class_labels: classes to draw, in turn; all by default.
-        num_steps: of Heun's method, for a teacher: 2 num_steps - 1 evaluations an image. A student always takes one.
+        num_steps: of Heun's method, for a teacher: 2 num_steps - 1 evaluations an image. A student takes as many as it
+            was trained for.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:

@@ -80,9 +80,10 @@ class FewStepGenerator(nn.Module):
         what the earlier ones give, as inference will (DMD2's backward simulation).
         """
         schedule = self.denoiser.schedule
+        if noise.ndim != 5 or noise.shape[2:] != self.sample_shape or not 1 <= noise.shape[1] <= len(self.levels):
+            wanted = ", ".join(str(size) for size in self.sample_shape)
+            raise ArgumentError(f"noise: expected [B, 1 to {len(self.levels)}, {wanted}], got {tuple(noise.shape)}")
         last = noise.shape[1] - 1
-        if not 0 <= last < len(self.levels):
-            raise ArgumentError(f"noise: expected [B, 1 to {len(self.levels)}, C, H, W], got {tuple(noise.shape)}")
         x0 = torch.zeros_like(noise[:, 0])
         for k in range(last + 1):
             t = noise.new_full((len(noise),), self.levels[k])

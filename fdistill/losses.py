@@ -126,8 +126,8 @@ def score_implicit_loss(
     """weight <T - F, F - x0> + square_weight |T - F|^2, means over a sample, T = teacher_x0 and F = fake_x0.
 
     Nothing is detached: the gradient goes through x_t into T and F, whose networks the caller freezes. The first term
-    stands for a gradient that cannot be computed, that of the fake score in the student's parameters: for any vector
-    field g and weight depending on x_t alone,
+    stands for a gradient that cannot be computed, that of the fake score in the student's parameters: for any weight w
+    that depends on x_t alone,
 
         d/dtheta E[w |s_q - s_p|^2] at fixed x_t  =  d/dtheta E[2 w (s_p - s_q) . (s_q + eps / sigma)] along x_t(theta)
 
@@ -151,7 +151,8 @@ def score_implicit_loss(
 def sample_normaliser(x0: Tensor, teacher_x0: Tensor, eps: float = 1e-6) -> Tensor:
     """mean|x0 - teacher_x0| + eps per sample, [B], without gradient: DMD's and SiD's scale of a loss."""
     with torch.no_grad():
-        return (x0.float() - teacher_x0.float()).abs().flatten(1).mean(1) + eps
+        dtype = torch.promote_types(x0.dtype, torch.float32)
+        return (x0.to(dtype) - teacher_x0.to(dtype)).abs().flatten(1).mean(1) + eps
 
 
 def sid_loss(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, *, alpha: float = 1.0) -> Tensor:
@@ -223,7 +224,8 @@ def denoising_loss(prediction: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
 
 def regression_loss(prediction: Tensor, x0: Tensor) -> Tensor:
     """Mean squared error over a sample; [B, ...], [B, ...] -> [B]; x0 is detached."""
-    return (prediction.float() - x0.detach().float()).square().flatten(1).mean(1)
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    return (prediction.to(dtype) - x0.detach().to(dtype)).square().flatten(1).mean(1)
 
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The published methods: which objective each one follows, what it may be combined with, and its default settings.
 
 A method's settings lie between the config's own defaults and a config file. Its page, with formula and source, is
-docs/methods.md. No torch here, so that configs can be read and refused without it.
+docs/methods/. No torch here, so that configs can be read and refused without it.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ METHODS: dict[str, Method] = {
 #: Settings that only some methods read, with the value that means "not set".
 OWN_SETTINGS: dict[str, tuple[tuple[str, ...], Any]] = {
     "generator.weighting": (
-        tuple(name for name, method in METHODS.items() if method.objective in ("matching", "diffratio")),
+        tuple(name for name, method in METHODS.items() if method.objective != "sim"),
         "normalised",
     ),
     "objective.alpha": (("sid", "sida"), None),

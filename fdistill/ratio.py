@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fdistill.distributed import global_mean, sum_over_processes
-from fdistill.divergence import Divergence, get_divergence
+from fdistill.divergence import Divergence, Function, get_divergence, widened
 from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.noise import NoiseSchedule, noise_to_signal
 
 _LOGIT_BOUND = 10.0
 
@@ -83,9 +84,13 @@ class DensityRatio:
         # Clamped before the cast: the integer of an infinity is undefined.
         return ((value - low) / (high - low) * self.num_bins).clamp(0, self.num_bins - 1).long()
 
+    def bin_level(self, schedule: NoiseSchedule, t: Tensor) -> Tensor:
+        """Levels t [B] in the unit of the bins: the noise-to-signal ratio, or with "linear" bins t itself."""
+        return noise_to_signal(schedule, t) if self.bin_edges == "log-sigma" else t
+
     def ratio(self, logits: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised ratios [B] float32, differentiable in the logits where they are not clamped, and 1.0 where they
-        are. Updates the bins. Arguments as in `weight`.
+        """Normalised ratios, differentiable in the logits where they are not clamped, and whether they are (1.0 or
+        0.0); both [B] float32. Updates the bins. Arguments as in `weight`.
         """
         if logits.ndim not in (1, 2) or sigma.shape != logits.shape[:1]:
             raise ArgumentError(
@@ -103,21 +108,21 @@ class DensityRatio:
         self.bins = torch.where(count > 0, updated, self.bins)
         return ratio / self.bins[index], (raw != ratio).float()
 
-    def evaluate(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence) -> RatioWeight:
+    def evaluate(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence | Function) -> RatioWeight:
         """`weight`, with what is worth logging beside it. Updates the bins."""
-        if isinstance(divergence, str):
-            divergence = get_divergence(divergence)
+        divergence = get_divergence(divergence)
         ratio, clamped = self.ratio(logits.detach(), sigma)
-        h = divergence.weight(ratio)
-        return RatioWeight(weight=h / global_mean(h), h=h, clamped=clamped)
+        h = divergence.weight(widened(ratio))  # divided by its mean before it is narrowed: 20^30 has no float32
+        narrow = h.clamp(max=torch.finfo(torch.float32).max).float()
+        return RatioWeight(weight=(h / global_mean(h)).float(), h=narrow, clamped=clamped)
 
-    def weight(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence) -> Tensor:
+    def weight(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence | Function) -> Tensor:
         """Weights of the score difference: [B] float32, without gradient, mean 1 over the global batch. Updates the
         bins.
 
         Args:
             logits: [B] or [B, H], log(p_teacher / p_student) at the student's noised samples.
             sigma: [B] noise-to-signal ratios sigma(t) / alpha(t); with "linear" bins the level itself.
-            divergence: a name that `get_divergence` knows, or a Divergence.
+            divergence: anything `get_divergence` takes.
         """
         return self.evaluate(logits, sigma, divergence).weight

@@ -27,7 +27,6 @@ from fdistill.generator import noise_shape
 from fdistill.images import to_uint8, to_unit
 from fdistill.journal import Journal, append_record, read_records, scalars, truncate_records
 from fdistill.methods import METHODS
-from fdistill.noise import noise_to_signal
 from fdistill.pipeline import save_student
 from fdistill.report import save_curves, save_grid
 from fdistill.sampler import heun_sample
@@ -44,7 +43,7 @@ def distill(
     resume: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Distils a teacher into a one-step student.
+    """Distils a teacher into a student of one step or a few.
 
     Args:
         config: the name of an embedded config, a YAML file, or a DistillConfig.
@@ -172,7 +171,7 @@ def _train(
     rank, processes = rng.world()
     local = config.batch_size // processes
     journal = Journal(
-        lambda t: run.ratio.bin_index(noise_to_signal(schedule, t) if run.ratio.bin_edges == "log-sigma" else t),
+        lambda t: run.ratio.bin_index(run.ratio.bin_level(schedule, t)),
         run.ratio.num_bins,
     )
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -185,3 +186,18 @@ def test_functions_that_cannot_be_imported_are_refused() -> None:
             get_divergence(name)
     with pytest.raises(ArgumentError, match="raised ValueError"):
         get_divergence("math:sqrt")
+
+
+def test_functions_and_callables_are_divergences_themselves() -> None:
+    @dataclass
+    class Scaled:  # no hash
+        scale: float
+
+        def __call__(self, r: Tensor) -> Tensor:
+            return self.scale * (r - 1) ** 2
+
+    r = torch.tensor([0.5, 2.0])
+    torch.testing.assert_close(get_divergence(Scaled(0.5)).weight(r), r**2)
+    assert get_divergence(lambda r: (r - 1) ** 2).name == "<lambda>"
+    js = get_divergence("js")
+    assert get_divergence(js) is js

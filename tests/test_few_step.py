@@ -65,6 +65,8 @@ def test_levels_that_do_not_fall_within_the_schedule_are_refused(levels: list[fl
 def test_more_noise_than_steps_is_refused() -> None:
     with pytest.raises(ArgumentError, match="noise: expected"):
         FewStepGenerator(denoiser(), [2.5, 0.5])(torch.randn(3, 3, 1, 8, 8), torch.arange(3))
+    with pytest.raises(ArgumentError, match=r"noise: expected \[B, 1 to 2, 1, 8, 8\], got \(3, 1, 8, 8\)"):
+        FewStepGenerator(denoiser(), [2.5, 0.5])(torch.randn(3, 1, 8, 8), torch.arange(3))
 
 
 @pytest.mark.parametrize("levels", [[2.5, 0.5], [80.0, 5.0, 1.0, 0.3]])

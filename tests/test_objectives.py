@@ -253,3 +253,25 @@ def test_the_implicit_inner_product_vanishes_without_its_gradient() -> None:
     value = score_implicit_loss(x0, teacher_x0, fake_x0, r, torch.zeros_like(r))
     assert abs((weights * value).sum().item()) < 1e-12
     assert (weights * value.abs()).sum() > 0.1
+
+
+@pytest.mark.parametrize("where", CASES)
+def test_the_slope_of_the_exact_log_ratio_is_the_gradient_of_reverse_kl(where: str) -> None:
+    """DiffRatio: the push sigma^2 / alpha d log r / d x_t, in place of a difference of predictions."""
+    at = case(where)
+
+    def reverse_kl(x: Tensor, log_p: Tensor, log_q: Tensor) -> Tensor:
+        return log_q.exp() * (log_q - log_p)
+
+    rows, columns = len(at.z), len(at.eps)
+    weights = (at.z_weights[:, None] * at.eps_weights).flatten()
+    kept = weights > 1e-13 * weights.max()
+    x0 = at.student(at.z.repeat_interleave(columns, 0)[kept])
+    x_t = (at.alpha * x0 + at.sigma * at.eps.repeat(rows, 1)[kept]).detach().requires_grad_(True)
+    (slope,) = torch.autograd.grad((at.log_p(x_t) - at.log_q(x_t, frozen=True)).sum(), x_t)
+    level = torch.full_like(x0[:, 0], at.alpha), torch.full_like(x0[:, 0], at.sigma)
+    weight = at.sigma**2 / at.alpha * score_difference_weight("vsd", *level).detach()
+    loss = score_difference_loss(x0, slope, torch.zeros_like(slope), weight)
+    undo = (at.alpha / at.sigma) ** 2 / score_difference_weight("vsd", *level) * len(at.x[0])
+    got = torch.autograd.grad((weights[kept] * undo * loss).sum(), list(at.student.parameters()))
+    assert_same(got, at.gradient_of_integral(reverse_kl))

@@ -111,3 +111,12 @@ def test_bad_shapes_are_refused() -> None:
         DensityRatio().weight(torch.zeros(4, 1, 1), torch.ones(4), "js")
     with pytest.raises(ArgumentError, match="sigma"):
         DensityRatio().weight(torch.zeros(4), torch.ones(3), "js")
+
+
+@pytest.mark.parametrize("name", ["alpha(-30)", "alpha(60)", "alpha(100)"])
+def test_weights_that_no_float32_holds_are_normalised_first(name: str) -> None:
+    logits = torch.linspace(-3, 3, 64)
+    result = DensityRatio(num_bins=1).evaluate(logits, torch.full((64,), 0.5), name)
+    assert torch.isfinite(result.weight).all()
+    assert torch.isfinite(result.h).all()
+    assert result.weight.mean().item() == pytest.approx(1, rel=1e-5)

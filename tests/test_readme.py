@@ -53,3 +53,29 @@ def test_links_lead_somewhere() -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if not target.startswith("http"):
             assert (ROOT / target).exists(), target
+
+
+DOCS = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "README.md"]
+
+
+def anchors(path: Path) -> set[str]:
+    """What its headings can be linked by."""
+    headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_documents_name_things_that_exist(path: Path) -> None:
+    text = path.read_text()
+    for target, _, anchor in re.findall(r"\]\(([^)#]*)(#)?([^)]*)\)", text):
+        if not target.startswith("http"):
+            linked = path if not target else (path.parent / target)
+            assert linked.exists(), target
+            assert not anchor or anchor in anchors(linked), f"{target}#{anchor}"
+    for script in re.findall(r"scripts/\w+\.(?:py|sh)", text):
+        assert (ROOT / script).is_file(), script
+
+
+def test_configs_say_what_they_reach() -> None:
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert re.search(r"^# Reach: .*\d", path.read_text(), re.MULTILINE), path

@@ -360,7 +360,7 @@ def test_levels_of_pure_noise_give_finite_losses_and_gradients(form: DirectPredi
     assert moved(student)
 
 
-@pytest.mark.parametrize("name", ["sid", "sida", "sim", "kl", "js"])
+@pytest.mark.parametrize("name", ["sid", "sida", "sid uniform", "sim", "kl", "js", "js vsd"])
 def test_implicit_steps_are_their_formulas(name: str) -> None:
     """Losses of whole steps against the same formulas written out, on the same draws and exact networks."""
     p, q, schedule, batch = (0.3, 0.8), (-0.2, 0.6), EDMSchedule(), 64
@@ -369,6 +369,9 @@ def test_implicit_steps_are_their_formulas(name: str) -> None:
     networks = Networks(teacher, fake, LinearGenerator(a=q[1], b=q[0], size=3), ratio_network, fake)  # type: ignore[arg-type]
     common: dict[str, Any] = {"batch_size": batch, "levels": karras_levels}
     draws = torch.Generator().manual_seed(3)
+    name, _, weighting = name.partition(" ")
+    if name != "sim":
+        common["weighting"] = weighting or "normalised"
     if name in ("sid", "sida"):
         weight = 0.5 if name == "sida" else 0.0
         result = sid_step(networks, None, draws, alpha=1.2, gan_weight=weight, **common)
@@ -387,7 +390,7 @@ def test_implicit_steps_are_their_formulas(name: str) -> None:
     x0, x_t, fake_x0, teacher_x0 = (v.flatten(1).detach() for v in (x0, x_t, fake_x0, teacher_x0))
     inner = ((teacher_x0 - fake_x0) * (fake_x0 - x0)).mean(1)
     square = (teacher_x0 - fake_x0).square().mean(1)
-    normaliser = (x0 - teacher_x0).abs().mean(1) + 1e-6
+    normaliser = {"": (x0 - teacher_x0).abs().mean(1) + 1e-6, "uniform": 1.0, "vsd": (1 + t**2) / t}[weighting]
     logits = ratio_network({"x_t": x_t, "t": t})
     if name == "sim":
         expected = inner / (square + 0.01).sqrt()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,3 +64,11 @@ def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch
     assert cache_folder() == Path("somewhere/fdistill")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "fdistill"
+
+
+def test_what_the_weights_mean_is_part_of_the_key(tiny_teacher: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_teacher, other)
+    config = other / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text().replace('"sigma_data": 0.75', '"sigma_data": 0.3'))
+    assert not torch.allclose(make(tiny_teacher).x0, make(other).x0)

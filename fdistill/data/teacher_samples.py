@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,8 +68,10 @@ def teacher_samples(
     Raises:
         OutputError: the cache folder cannot be written.
     """
+    configs = sorted(path.read_bytes() for path in teacher_folder.rglob("*.json"))
     key = {
         "teacher": weights_sha256(teacher_folder),
+        "configs": hashlib.sha256(b"".join(configs)).hexdigest(),  # what the weights mean: schedule, prediction type
         "count": count,
         "num_steps": num_steps,
         "start_level": start_level,
@@ -90,6 +93,8 @@ def teacher_samples(
             parts.append(heun_sample(teacher, noise, condition, num_steps, start_level=start_level).float().cpu())
             bar.update(len(rows))
     x0 = torch.cat(parts)
-    with atomic_file(path) as temporary:
+    own = path.with_name(f"{name}.{uuid.uuid4().hex}")  # another run may be making the same samples
+    with atomic_file(own) as temporary:
         save_file({"x0": x0}, temporary)
+    own.replace(path)
     return TeacherSamples(x0, labels)

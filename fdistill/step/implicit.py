@@ -13,12 +13,18 @@ from torch import Tensor
 
 from fdistill import rng
 from fdistill.distributed import global_mean
-from fdistill.divergence import Divergence, get_divergence
-from fdistill.errors import ArgumentError
-from fdistill.losses import gan_generator_loss, sample_normaliser, sid_loss, sim_loss, uni_instruct_loss
-from fdistill.noise import add_noise, karras_levels, noise_to_signal
+from fdistill.divergence import Divergence, Function, widened
+from fdistill.losses import (
+    gan_generator_loss,
+    sample_normaliser,
+    score_difference_weight,
+    sid_loss,
+    sim_loss,
+    uni_instruct_loss,
+)
+from fdistill.noise import add_noise, karras_levels
 from fdistill.ratio import DensityRatio
-from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence, frozen
 
 
 class _Evaluated(NamedTuple):
@@ -54,16 +60,24 @@ def _evaluate(
     return _Evaluated(x0, t, predictions[0], predictions[1], logits)
 
 
+def _scale(networks: Networks, evaluated: _Evaluated, weighting: str) -> Tensor:
+    """[B] factors of the objective."""
+    if weighting == "normalised":
+        return 1 / sample_normaliser(evaluated.x0, evaluated.teacher_x0)
+    schedule = networks.teacher.schedule
+    return score_difference_weight(weighting, schedule.alpha(evaluated.t), schedule.sigma(evaluated.t))
+
+
 def _result(
-    evaluated: _Evaluated, objective: Tensor, normaliser: Tensor, gan_weight: float, logs: dict[str, PerSample]
+    evaluated: _Evaluated, objective: Tensor, scale: Tensor, gan_weight: float, logs: dict[str, PerSample]
 ) -> StepResult:
     t = evaluated.t
-    logs["generator/implicit"] = PerSample((objective / normaliser).detach(), t)
+    logs["generator/implicit"] = PerSample((scale * objective).detach(), t)
     if gan_weight and evaluated.logits is not None:
         gan = gan_generator_loss(evaluated.logits)
         objective = objective + gan_weight * gan
         logs["generator/gan"] = PerSample(gan.detach(), t)
-    return StepResult((objective / normaliser).mean(), logs)
+    return StepResult((scale * objective).mean(), logs)
 
 
 def sid_step(
@@ -74,6 +88,7 @@ def sid_step(
     batch_size: int,
     levels: LevelDraw = karras_levels,
     alpha: float = 1.0,
+    weighting: str = "normalised",
     gan_weight: float = 0.0,
 ) -> StepResult:
     """One update of the student by score identity distillation.
@@ -90,12 +105,15 @@ def sid_step(
         batch_size: B.
         levels: (schedule, uniform draws [B]) -> t [B].
         alpha: see `sid_loss`.
+        weighting: "normalised" divides by mean|x0 - teacher_x0|, as published. That depends on x0, for which the
+            implicit gradient does not hold: a useful reweighting, not the gradient of a divergence. "uniform" and "vsd"
+            (`score_difference_weight`) depend on the level alone, and are.
         gan_weight: 0 leaves the term out.
     """
     evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=gan_weight > 0)
     x0, _, teacher_x0, fake_x0, _ = evaluated
     objective = sid_loss(x0, teacher_x0, fake_x0, alpha=alpha)
-    return _result(evaluated, objective, sample_normaliser(x0, teacher_x0), gan_weight, {})
+    return _result(evaluated, objective, _scale(networks, evaluated, weighting), gan_weight, {})
 
 
 def sim_step(
@@ -122,10 +140,11 @@ def uni_instruct_step(
     generator: torch.Generator,
     *,
     batch_size: int,
-    divergence: str | Divergence,
+    divergence: str | Divergence | Function,
     ratio: DensityRatio | None = None,
     levels: LevelDraw = karras_levels,
     ratio_ramp: float = 1.0,
+    weighting: str = "normalised",
     gan_weight: float = 0.0,
     detach_weight: bool = False,
 ) -> StepResult:
@@ -133,11 +152,11 @@ def uni_instruct_step(
 
     loss = mean((`uni_instruct_loss` / mean(h) + gan_weight softplus(-l_fake)) / mean|x0 - teacher_x0|)
 
-    The density ratio is that of the discriminator, sample by sample, and the gradient passes through it. It reaches
-    the student alone.
+    The density ratio is that of the discriminator, sample by sample, and the gradient passes through it, except where
+    it is clamped: there the objective is biased as with `detach_weight`. It reaches the student alone.
 
     Args:
-        divergence: a name that `get_divergence` knows, or a Divergence.
+        divergence: anything `get_divergence` takes.
         ratio: turns logits into ratios; its bins are updated. Needed unless h is constant.
         ratio_ramp: in [0, 1]: from reverse KL (0) to the divergence (1), in which the loss is linear.
         detach_weight: no gradient through the ratio: cheaper, and biased unless h is constant.
@@ -147,23 +166,20 @@ def uni_instruct_step(
     Raises:
         ArgumentError: a divergence that needs a ratio, without one.
     """
-    if isinstance(divergence, str):
-        divergence = get_divergence(divergence)
-    if divergence.needs_ratio and ratio is None:
-        raise ArgumentError(f"ratio: divergence {divergence.name!r} weighs by a density ratio; expected a DensityRatio")
+    divergence = checked_divergence(divergence, ratio)
     read = gan_weight > 0 or divergence.needs_ratio
     evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=read)
     x0, t, teacher_x0, fake_x0, logits = evaluated
     h, slope = torch.ones_like(t), torch.zeros_like(t)
     logs = {}
     if ratio is not None and logits is not None and divergence.needs_ratio:
-        sigma = noise_to_signal(networks.teacher.schedule, t) if ratio.bin_edges == "log-sigma" else t
-        r, clamped = ratio.ratio(logits.detach() if detach_weight else logits, sigma)
-        h, slope = divergence.weight(r), divergence.weight_slope(r)
+        level = ratio.bin_level(networks.teacher.schedule, t)
+        r, clamped = ratio.ratio(logits.detach() if detach_weight else logits, level)
+        h, slope = divergence.weight(widened(r)), divergence.weight_slope(widened(r))
         mean = global_mean(h)
-        logs["generator/h"] = PerSample(h.detach(), t)
-        logs["generator/weight"] = PerSample((h / mean).detach(), t)
+        logs["generator/h"] = PerSample(h.detach().clamp(max=torch.finfo(torch.float32).max).float(), t)
+        logs["generator/weight"] = PerSample((h / mean).detach().float(), t)
         logs["generator/clamped_ratios"] = PerSample(clamped, t)
-        h, slope = 1 + ratio_ramp * (h / mean - 1), ratio_ramp * slope / mean
+        h, slope = (1 + ratio_ramp * (h / mean - 1)).float(), (ratio_ramp * slope / mean).float()
     objective = uni_instruct_loss(x0, teacher_x0, fake_x0, h, slope)
-    return _result(evaluated, objective, sample_normaliser(x0, teacher_x0), gan_weight, logs)
+    return _result(evaluated, objective, _scale(networks, evaluated, weighting), gan_weight, logs)

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from fdistill import rng
-from fdistill.divergence import Divergence, get_divergence
-from fdistill.errors import ArgumentError
+from fdistill.divergence import Divergence, Function
 from fdistill.losses import (
     gan_generator_loss,
     matching_loss,
@@ -19,9 +18,9 @@ from fdistill.losses import (
     score_difference_loss,
     score_difference_weight,
 )
-from fdistill.noise import add_noise, karras_levels, noise_to_signal
+from fdistill.noise import add_noise, karras_levels
 from fdistill.ratio import DensityRatio
-from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence, frozen
 
 
 class Pairs(NamedTuple):
@@ -38,7 +37,7 @@ def generator_step(
     generator: torch.Generator,
     *,
     batch_size: int,
-    divergence: str | Divergence = "reverse-kl",
+    divergence: str | Divergence | Function = "reverse-kl",
     ratio: DensityRatio | None = None,
     levels: LevelDraw = karras_levels,
     weighting: str = "normalised",
@@ -62,7 +61,7 @@ def generator_step(
         condition: [B] class labels, or None.
         generator: source of all randomness.
         batch_size: B.
-        divergence: a name that `get_divergence` knows, or a Divergence; with reverse KL h = 1 and no ratio is read.
+        divergence: anything `get_divergence` takes; with reverse KL h = 1 and no ratio is read.
         ratio: turns logits into weights; its bins are updated. Needed unless h is constant.
         levels: (schedule, uniform draws [B]) -> t [B].
         weighting: "normalised" is DMD's, by mean|x0 - teacher_x0| (`matching_loss`); others are those of
@@ -78,10 +77,7 @@ def generator_step(
     Raises:
         ArgumentError: a divergence that needs a ratio, without one.
     """
-    if isinstance(divergence, str):
-        divergence = get_divergence(divergence)
-    if divergence.needs_ratio and ratio is None:
-        raise ArgumentError(f"ratio: divergence {divergence.name!r} weighs by a density ratio; expected a DensityRatio")
+    divergence = checked_divergence(divergence, ratio)
     read = gan_weight > 0 or divergence.needs_ratio
     schedule = networks.teacher.schedule
     x0 = networks.draw_samples(generator, batch_size, condition, student_steps)
@@ -104,8 +100,7 @@ def generator_step(
     weight = torch.ones_like(t)
     logs = {}
     if ratio is not None and logits is not None and divergence.needs_ratio:
-        sigma = noise_to_signal(schedule, t) if ratio.bin_edges == "log-sigma" else t
-        result = ratio.evaluate(logits, sigma, divergence)
+        result = ratio.evaluate(logits, ratio.bin_level(schedule, t), divergence)
         weight = 1 + ratio_ramp * (result.weight - 1)
         logs["generator/h"] = PerSample(result.h, t)
         logs["generator/weight"] = PerSample(weight, t)

@@ -13,8 +13,11 @@ from torch import Tensor, nn
 from fdistill import rng
 from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
+from fdistill.divergence import Divergence, Function, get_divergence
 from fdistill.errors import ArgumentError
+from fdistill.generator import FewStepGenerator
 from fdistill.noise import NoiseSchedule
+from fdistill.ratio import DensityRatio
 
 LevelDraw = Callable[[NoiseSchedule, Tensor], Tensor]
 
@@ -49,11 +52,21 @@ class Networks:
     def draw_samples(
         self, generator: torch.Generator, batch: int, condition: Tensor | None, student_steps: int | None
     ) -> Tensor:
-        """[batch, C, H, W] student samples, after `student_steps` steps of a `FewStepGenerator`."""
+        """[batch, C, H, W] student samples; of a `FewStepGenerator` after `student_steps` steps, all by default."""
         shape: tuple[int, ...] = self.generator.sample_shape  # type: ignore[assignment]
-        noise = rng.normal(generator, batch, shape if student_steps is None else (student_steps, *shape))
+        if isinstance(self.generator, FewStepGenerator):
+            shape = (student_steps or len(self.generator.levels), *shape)
+        noise = rng.normal(generator, batch, shape)
         x0: Tensor = self.generator(noise, condition)
         return x0
+
+
+def checked_divergence(divergence: str | Divergence | Function, ratio: DensityRatio | None) -> Divergence:
+    """What `get_divergence` makes of it; ArgumentError if it needs a ratio and there is none."""
+    resolved = get_divergence(divergence)
+    if resolved.needs_ratio and ratio is None:
+        raise ArgumentError(f"ratio: divergence {resolved.name!r} weighs by a density ratio; expected a DensityRatio")
+    return resolved
 
 
 class PerSample(NamedTuple):

@@ -1,6 +1,6 @@
 """Guide coordinate fields with the embedded digits teacher: SDS, VSD, and VSD weighed by the forward KL divergence.
 
-    python scripts/guide_field.py OUTPUT_DIR [--seeds N] [--iterations N] [--classes 2,4,7,9] [--methods NAME,...]
+    python scripts/guide_field.py OUTPUT_DIR [--seeds N] [--iterations N] [--classes 2,4,7] [--methods NAME,...]
 
 A field maps (x, y) to a grey value and is seen as 8x8 images under random shifts and rotations, the way a NeRF is seen
 from random cameras. Prints a table of fidelity and diversity; writes fields.json and fields.png.

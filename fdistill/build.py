@@ -247,6 +247,25 @@ class TrainingData:
     pairs: TeacherSamples | None
 
 
+def stored_images(config: DistillConfig, teacher: Denoiser) -> ImageSet | None:
+    """The images a config names; None where the teacher has to make them.
+
+    Raises:
+        ConfigError: an unknown data set, or one that does not fit the teacher.
+    """
+    if config.data == TEACHER_SAMPLES:
+        return None
+    if config.data is None:
+        # Nothing reads the images; the labels, all classes alike, are what the student is asked for.
+        classes = teacher.num_classes or 1
+        count = classes * max(1, config.batch_size // classes)
+        empty = torch.zeros(1, *teacher.sample_shape, dtype=torch.uint8).expand(count, *teacher.sample_shape)
+        return ImageSet(empty, torch.arange(count) % classes)
+    data = load_data(config.data)
+    _check_data(config, teacher.sample_shape, teacher.num_classes, data)
+    return data
+
+
 def training_data(config: DistillConfig, run: Distillation, device: torch.device) -> TrainingData:
     """Loads, or makes and caches, what a config names.
 
@@ -268,18 +287,10 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
                 progress=PartialState().is_main_process,
             )
 
-    if config.data == TEACHER_SAMPLES:
+    data = stored_images(config, teacher)
+    if data is None:
         made = samples(config.teacher_samples.count, teacher.schedule.t_max)
         data = ImageSet(to_uint8(made.x0), made.labels)
-    elif config.data is None:
-        # Nothing reads the images; the labels, all classes alike, are what the student is asked for.
-        classes = teacher.num_classes or 1
-        count = classes * max(1, config.batch_size // classes)
-        empty = torch.zeros(1, *teacher.sample_shape, dtype=torch.uint8).expand(count, *teacher.sample_shape)
-        data = ImageSet(empty, torch.arange(count) % classes)
-    else:
-        data = load_data(config.data)
-        _check_data(config, teacher.sample_shape, teacher.num_classes, data)
     pairs = None
     if METHODS[config.method].objective == "matching" and config.regression.weight:
         pairs = samples(config.regression.pairs, run.student.levels[0])

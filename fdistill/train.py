@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdistill import __version__, rng
-from fdistill.build import Distillation, TrainingData, build, training_data
+from fdistill.build import Distillation, TrainingData, build, stored_images, training_data
 from fdistill.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fdistill.config import DistillConfig, changed_keys, dump_config, load_config
 from fdistill.data import EpochOrder
@@ -123,6 +123,7 @@ def describe(config: DistillConfig) -> str:
     """What a run would do: the text of `--dry-run`. Loads the teacher and builds all networks, writes nothing."""
     state, device = start(config.device)
     run = build(config, device)
+    stored_images(config, run.networks.teacher)  # refuses data that does not fit
     millions = {
         name: sum(p.numel() for p in run.role(name).parameters() if p.requires_grad) / 1e6 for name in run.optimizers
     }

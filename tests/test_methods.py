@@ -370,6 +370,8 @@ def test_dry_run_names_the_method_and_makes_no_samples(tiny_teacher: Path, monke
     assert "discriminator  none" in text
     text = describe(load_config("digits", {"teacher": str(tiny_teacher), "student_level": [2.5, 0.5]}))
     assert "2 evaluations at levels 2.5, 0.5" in text
+    with pytest.raises(ConfigError, match="did you mean 'digits'"):
+        describe(load_config("digits", {"teacher": str(tiny_teacher), "data": "digitts"}))
 
 
 def test_a_lora_critic_shares_its_base_and_trains_its_adapters_alone(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -385,13 +385,13 @@ def test_a_lora_critic_shares_its_base_and_trains_its_adapters_alone(tiny_teache
     assert saved
     assert all("lora_" in name for name in saved)
     x_t, t, labels = torch.randn(4, 1, 8, 8), torch.full((4,), 0.7), torch.arange(4)
-    torch.testing.assert_close(fake(x_t, t, labels), teacher(x_t, t, labels), rtol=0, atol=0)
+    torch.testing.assert_close(fake(x_t, t, labels), teacher(x_t, t, labels), rtol=1e-5, atol=1e-6)
     before = copy.deepcopy(dict(teacher.named_parameters()))
     run(tiny_teacher, tmp_path / "run", method="vsd", **{"fake_score.lora_rank": 4})
     made.critic_update(torch.zeros(4, 1, 8, 8), labels, torch.Generator().manual_seed(0)).loss.backward()
     assert any(p.grad is not None and bool(p.grad.any()) for p in adapters)
     made.optimizers["fake_score"].step()
-    assert not torch.equal(fake(x_t, t, labels), teacher(x_t, t, labels))
+    assert (fake(x_t, t, labels) - teacher(x_t, t, labels)).abs().max() > 1e-5
     assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
     assert all(p.grad is None for p in teacher.parameters())
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Mapping
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fdistill.errors import ConfigError, did_you_mean
-from fdistill.methods import METHODS, OWN_SETTINGS, REQUIRED_SETTINGS, Method
+from fdistill.methods import METHODS, check_combination
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -205,7 +204,7 @@ class DistillConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> DistillConfig:
-        _check_method(self, METHODS[self.method])
+        check_combination(self)
         return self
 
     @field_validator("student_level", mode="before")
@@ -232,58 +231,6 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
             value = value.model_dump(exclude_unset=True)
         merged[key] = _merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
     return merged
-
-
-def _check_method(config: DistillConfig, method: Method) -> None:
-    """Raises ValueError where a setting asks for what the method does not have, or lacks what it needs."""
-    name = config.method
-    for key, (owners, unset) in OWN_SETTINGS.items():
-        section, _, setting = key.partition(".")
-        value = getattr(getattr(config, section), setting)
-        if name not in owners and value != unset:
-            raise ValueError(f"{key}: got {value!r}, which method={name} does not read; it is for {', '.join(owners)}")
-        if name in owners and value == unset and key in REQUIRED_SETTINGS:
-            raise ValueError(f"{key}: method={name} is nothing without it; expected a number, not {unset}")
-    if method.objective == "diffratio" and config.discriminator.source != "fake":
-        raise ValueError(f"discriminator.source: method={name} trains the network its heads read; expected fake")
-    if method.objective == "diffratio" and (config.generator.weighting == "normalised" or config.generator.gan_weight):
-        raise ValueError(
-            f"generator: method={name} evaluates no teacher to normalise by, and its classifier is all it follows; "
-            "expected weighting=vsd or uniform, and gan_weight=0"
-        )
-    if name == "dmd" and not config.regression.pairs:
-        raise ValueError("regression.pairs: method=dmd regresses on teacher pairs; expected a number above 0")
-    if method.divergence is None and config.divergence is not None:
-        choosing = ", ".join(other for other, entry in METHODS.items() if entry.divergence)
-        raise ValueError(f"divergence: method={name} has no choice of it; expected null, or method={choosing}")
-    if not method.discriminator:
-        for role in ("generator", "discriminator"):
-            weight = getattr(config, role).gan_weight
-            if weight > 0:
-                adversarial = {"sid": "sida", "dmd": "dmd2"}.get(name, "f-distill")
-                raise ValueError(
-                    f"{role}.gan_weight: got {weight}, but method={name} has no discriminator; expected 0, "
-                    f"or method={adversarial}"
-                )
-        for setting in ("source", "features", "head", "gan_weighting", "r1_weight"):
-            value, default = getattr(config.discriminator, setting), getattr(DiscriminatorConfig(), setting)
-            if value != default:
-                able = ", ".join(other for other, entry in METHODS.items() if entry.discriminator)
-                raise ValueError(
-                    f"discriminator.{setting}: got {value!r}, but method={name} has no discriminator; leave it out, "
-                    f"or choose a method that has one: {able}"
-                )
-    if config.discriminator.head == "channel-mean" and config.discriminator.source != "fake":
-        raise ValueError("discriminator.source: the channel-mean head has no weights to train; expected fake")
-    levels = config.student_levels or ()
-    if isinstance(config.student_level, list):
-        if len(levels) not in (1, 2, 4) or any(a <= b for a, b in pairwise(levels)):
-            raise ValueError(f"student_level: got {list(levels)}; expected 1, 2 or 4 falling levels, as in [80.0, 2.5]")
-        if len(levels) > 1 and not method.few_step:
-            able = " or ".join(other for other, entry in METHODS.items() if entry.few_step)
-            raise ValueError(
-                f"student_level: method={name} trains one-step students; expected one level, or method={able}"
-            )
 
 
 #: Settings that may change when a run is resumed; all others define the run.

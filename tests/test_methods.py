@@ -20,6 +20,7 @@ from fdistill.build import build
 from fdistill.config import DistillConfig, GeneratorConfig, dump_config, load_config
 from fdistill.denoiser import Denoiser
 from fdistill.errors import ArgumentError, ConfigError
+from fdistill.generator import FewStepGenerator
 from fdistill.journal import read_records
 from fdistill.methods import METHODS
 from fdistill.noise import EDMSchedule, karras_levels
@@ -466,3 +467,17 @@ def test_few_step_students_take_all_their_steps_unless_told(tiny_teacher: Path) 
         made.student_update(torch.arange(8), torch.Generator().manual_seed(0), batch_size=8)
         made.student_update(torch.arange(8), torch.Generator().manual_seed(0), batch_size=8, student_steps=1)
     assert [with_gradient for _, _, with_gradient in seen.calls] == [False, True, True]
+
+
+def test_every_step_of_a_few_step_student_is_trained(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward, seen = FewStepGenerator.forward, {"student": set(), "critic": set()}
+
+    def recording(self: FewStepGenerator, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+        seen["student" if torch.is_grad_enabled() else "critic"].add(noise.shape[1])
+        return forward(self, noise, condition)
+
+    monkeypatch.setattr(FewStepGenerator, "forward", recording)
+    run(tiny_teacher, tmp_path / "run", student_level=[80.0, 5.0, 1.0, 0.3], iterations=24)
+    assert seen == {"student": {1, 2, 3, 4}, "critic": {1, 2, 3, 4}}

@@ -4,13 +4,42 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fdistill.errors import ArgumentError, did_you_mean
-from fdistill.noise import NoiseSchedule
+from fdistill.noise import NoiseSchedule, expand
 
 Features = dict[str, Tensor]
+
+
+class Preconditioning(NamedTuple):
+    """How a network is wrapped at levels t: it is fed input_scale x_t, and x0 = skip x_t + out output. All [B], or
+    None: fed x_t itself, and an output that is x0.
+    """
+
+    input_scale: Tensor | None = None
+    skip: Tensor | None = None
+    out: Tensor | None = None
+
+
+class Prediction(NamedTuple):
+    """A network's output [B, ...] in its own precision, and what turns it into x0 = skip x_t + out output; skip and
+    out are [B], or None where the output is x0.
+    """
+
+    output: Tensor
+    skip: Tensor | None = None
+    out: Tensor | None = None
+
+    def x0(self, x_t: Tensor) -> Tensor:
+        """The x0-prediction, at least float32."""
+        output = self.output.to(torch.promote_types(self.output.dtype, torch.float32))
+        if self.skip is None or self.out is None:
+            return output
+        return expand(self.skip, x_t) * x_t + expand(self.out, x_t) * output
 
 
 class Denoiser(nn.Module, ABC):
@@ -22,6 +51,7 @@ class Denoiser(nn.Module, ABC):
         num_classes: conditions are labels [B] in [0, num_classes); None for an unconditional network.
         sigma_data: standard deviation of the data, used by the EDM loss weighting.
         feature_shapes: (C, H, W) of every tensor that `features` can name, from the input towards the output.
+        input_kind: networks that are fed the same at the same level have equal ones.
     """
 
     schedule: NoiseSchedule
@@ -29,25 +59,75 @@ class Denoiser(nn.Module, ABC):
     num_classes: int | None
     sigma_data: float
     feature_shapes: dict[str, tuple[int, int, int]]
+    input_kind: object = None
 
     @abstractmethod
     def run(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str], *, x0: bool, x0_grad: bool
+        self,
+        network_input: Tensor,
+        t: Tensor,
+        condition: Tensor | None,
+        features: Sequence[str],
+        *,
+        output: bool,
+        output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
-        """What adapters implement: the x0-prediction in float32 (None unless `x0`) and the named features.
+        """What adapters implement: the network's output (None unless `output`) and the named features.
 
-        With `x0_grad` False the part of the network that only x0 depends on runs without autograd and keeps no
-        activations.
+        With `output_grad` False the part of the network that only the output depends on runs without autograd and
+        keeps no activations.
         """
 
-    def denoise(
+    def preconditioning(self, t: Tensor) -> Preconditioning:
+        """What `run` is fed at levels t [B], and what its output means; by default x_t and x0."""
+        return Preconditioning()
+
+    def input_form(self) -> tuple[object, torch.dtype | None, bool]:
+        """Denoisers of equal form can share one network input: kind, dtype (None: that of x_t) and whether channels
+        are last.
+        """
+        dtype: torch.dtype | None = None
+        for kernel in (parameter for parameter in self.parameters() if parameter.ndim == 4):
+            device = kernel.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernel.dtype
+            first, last = kernel.is_contiguous(), kernel.is_contiguous(memory_format=torch.channels_last)
+            if first != last:  # a kernel of one channel or one pixel is laid out both ways
+                return self.input_kind, dtype, last
+        return self.input_kind, dtype, False
+
+    def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the network is fed for x_t at levels t."""
+        scale = self.preconditioning(t).input_scale
+        _, dtype, last = self.input_form()
+        fed = x_t if scale is None else expand(scale, x_t) * x_t
+        form = torch.channels_last if last else torch.preserve_format
+        return fed.to(dtype=dtype or fed.dtype, memory_format=form)
+
+    def predict(
         self,
-        x_t: Tensor,
+        network_input: Tensor,
         t: Tensor,
-        condition: Tensor | None = None,
+        condition: Tensor | None,
         features: Sequence[str] = (),
         *,
-        x0_grad: bool = True,
+        output_grad: bool = True,
+    ) -> tuple[Prediction, Features]:
+        """The network's output as it is, with what turns it into x0, and the named features.
+
+        Args:
+            network_input: [B, C, H, W] of `network_input`, or of a kernel that made it together with x_t.
+            output_grad: False where only the features need a gradient.
+
+        Others as in `denoise`.
+        """
+        self._check_features(features)
+        output, tapped = self.run(network_input, t, condition, features, output=True, output_grad=output_grad)
+        assert output is not None
+        form = self.preconditioning(t)
+        return Prediction(output, form.skip, form.out), tapped
+
+    def denoise(
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, features: Sequence[str] = ()
     ) -> Tensor | tuple[Tensor, Features]:
         """x0-prediction, differentiable in x_t.
 
@@ -56,29 +136,26 @@ class Denoiser(nn.Module, ABC):
             t: [B] levels of `schedule`.
             condition: [B] class labels, or None for an unconditional network.
             features: names out of `feature_shapes`.
-            x0_grad: False where only the features need a gradient.
 
         Returns:
             x0 [B, C, H, W] float32; with features, (x0, {name: [B, *feature_shapes[name]]}).
         """
-        x0, tapped = self.denoise_with_features(x_t, t, condition, features, x0_grad=x0_grad)
+        x0, tapped = self.denoise_with_features(x_t, t, condition, features)
         return (x0, tapped) if features else x0
 
     forward = denoise
 
     def denoise_with_features(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str], *, x0_grad: bool = True
+        self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str]
     ) -> tuple[Tensor, Features]:
         """`denoise` that returns the pair even when no feature is asked for."""
-        self._check_features(features)
-        x0, tapped = self.run(x_t, t, condition, features, x0=True, x0_grad=x0_grad)
-        assert x0 is not None
-        return x0, tapped
+        prediction, tapped = self.predict(self.network_input(x_t, t), t, condition, features)
+        return prediction.x0(x_t), tapped
 
-    def features(self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str]) -> Features:
-        """The named features alone; what lies beyond the last of them is not computed."""
+    def features(self, network_input: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str]) -> Features:
+        """The named features alone; what lies beyond the last of them is not computed. Arguments as in `predict`."""
         self._check_features(features)
-        return self.run(x_t, t, condition, features, x0=False, x0_grad=False)[1]
+        return self.run(network_input, t, condition, features, output=False, output_grad=False)[1]
 
     def _check_features(self, features: Sequence[str]) -> None:
         for name in features:

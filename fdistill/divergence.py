@@ -25,12 +25,14 @@ Function = Callable[[Tensor], Tensor]
 class Divergence:
     """An f-divergence: `f` is convex on (0, inf) with f(1) = 0, `weight` is h(r) = r^2 f''(r), both elementwise.
 
-    Both take float tensors of density ratios r > 0, of any shape, and return that shape and dtype.
+    Both take float tensors of density ratios r > 0, of any shape, and return that shape and dtype. `powers` is (c, a,
+    b) where h(r) = c r^a (1 + r)^b, which fused kernels compute; None where only `weight` knows h.
     """
 
     name: str
     f: Function
     weight: Function
+    powers: tuple[float, float, float] | None = None
 
     def weight_slope(self, r: Tensor) -> Tensor:
         """r h'(r), like r; differentiable in r."""
@@ -82,7 +84,7 @@ def alpha_divergence(a: float) -> Divergence:
         f: Function = lambda r: (r - 1 - _box_cox(r, a)) / (1 - a)  # noqa: E731
     else:
         f = lambda r: (r * _box_cox(r, a - 1) - (r - 1)) / a  # noqa: E731
-    return Divergence(f"alpha({a:g})", f, lambda r: r**a)
+    return Divergence(f"alpha({a:g})", f, lambda r: r**a, (1.0, a, 0.0))
 
 
 #: Ratios at which `divergence_from` examines a function: far beyond what training meets.
@@ -153,18 +155,24 @@ def _examined(f: Function, label: str) -> Divergence:
 
 
 _TABLE = [
-    Divergence("reverse-kl", lambda r: -torch.log(r), torch.ones_like),
-    Divergence("softened-reverse-kl", lambda r: (r + 1) * torch.log(0.5 + 0.5 / r), lambda r: 1 / (r + 1)),
+    Divergence("reverse-kl", lambda r: -torch.log(r), torch.ones_like, (1.0, 0.0, 0.0)),
+    Divergence(
+        "softened-reverse-kl",
+        lambda r: (r + 1) * torch.log(0.5 + 0.5 / r),
+        lambda r: 1 / (r + 1),
+        (1.0, 0.0, -1.0),
+    ),
     Divergence(
         "jensen-shannon",
         lambda r: torch.xlogy(r, r) - (r + 1) * torch.log((r + 1) / 2),
         lambda r: r / (r + 1),
+        (1.0, 1.0, -1.0),
     ),
-    Divergence("squared-hellinger", lambda r: 1 - torch.sqrt(r), lambda r: torch.sqrt(r) / 4),
-    Divergence("forward-kl", lambda r: torch.xlogy(r, r), lambda r: r.clone()),
-    Divergence("jeffreys", lambda r: (r - 1) * torch.log(r), lambda r: r + 1),
-    Divergence("neyman-chi2", lambda r: (1 - r) ** 2 / r, lambda r: 2 / r),
-    Divergence("pearson-chi2", lambda r: (r - 1) ** 2, lambda r: 2 * r**2),
+    Divergence("squared-hellinger", lambda r: 1 - torch.sqrt(r), lambda r: torch.sqrt(r) / 4, (0.25, 0.5, 0.0)),
+    Divergence("forward-kl", lambda r: torch.xlogy(r, r), lambda r: r.clone(), (1.0, 1.0, 0.0)),
+    Divergence("jeffreys", lambda r: (r - 1) * torch.log(r), lambda r: r + 1, (1.0, 0.0, 1.0)),
+    Divergence("neyman-chi2", lambda r: (1 - r) ** 2 / r, lambda r: 2 / r, (2.0, -1.0, 0.0)),
+    Divergence("pearson-chi2", lambda r: (r - 1) ** 2, lambda r: 2 * r**2, (2.0, 2.0, 0.0)),
 ]
 
 DIVERGENCES: dict[str, Divergence] = {divergence.name: divergence for divergence in _TABLE}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdistill.errors import ArgumentError
+from fdistill.kernels.ema import ema
 
 
 class EMA:
@@ -38,9 +39,13 @@ class EMA:
     def update(self) -> None:
         current = {name: value.detach() for name, value in self._module.state_dict().items()}
         floats = [name for name, value in current.items() if value.is_floating_point()]
-        values = [current[name].float() for name in floats]
-        for decay, shadow in self.shadows.items():
-            torch._foreach_lerp_([shadow[name] for name in floats], values, 1 - decay)
+        ema(
+            [shadow[name] for shadow in self.shadows.values() for name in floats],
+            [current[name] for name in floats],
+            list(self.shadows),
+            "auto",
+        )
+        for shadow in self.shadows.values():
             for name in current.keys() - set(floats):
                 shadow[name].copy_(current[name])
 

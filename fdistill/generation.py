@@ -75,9 +75,9 @@ def counted_evaluations(denoiser: Denoiser) -> Iterator[Evaluations]:
     """Counts the samples the network is evaluated on inside the block; the images are the caller's to count."""
     counted, run = Evaluations(), denoiser.run
 
-    def counting(x_t: Tensor, *arguments: Any, **options: Any) -> Any:
-        counted.network += len(x_t)
-        return run(x_t, *arguments, **options)
+    def counting(network_input: Tensor, *arguments: Any, **options: Any) -> Any:
+        counted.network += len(network_input)
+        return run(network_input, *arguments, **options)
 
     denoiser.run = counting  # type: ignore[method-assign]
     try:

@@ -1,40 +1,55 @@
-"""One pure function per loss: per-sample values [B], targets detached inside, reduction left to the caller."""
+"""One pure function per loss: per-sample values [B], targets detached inside, reduction left to the caller.
+
+Where a loss takes `Tensor | Prediction`, the tensor is an x0-prediction, and a `Prediction` is a network's output as it
+is: the conversion to x0 then happens inside the loss, which needs x_t for it and passes over the data once.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fdistill import kernels
+from fdistill.denoiser import Prediction
 from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.kernels.checks import check_rows, check_samples
+from fdistill.kernels.denoising import denoising
+from fdistill.kernels.implicit import implicit
+from fdistill.kernels.matching import matching
 
 
-class _WithGradient(torch.autograd.Function):
-    """A per-sample loss [B] of x0 whose gradient [B, numel_per_sample] is known already."""
-
-    @staticmethod
-    def forward(ctx: Any, x0: Tensor, loss: Tensor, gradient: Tensor) -> Tensor:
-        ctx.save_for_backward(gradient)
-        ctx.like = (x0.shape, x0.dtype)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        shape, dtype = ctx.like
-        return (gradient * upstream[0][:, None]).to(dtype).reshape(shape), None, None
+def _checked(
+    x0: Tensor, x_t: Tensor | None, **predictions: Tensor | Prediction
+) -> tuple[Tensor | None, list[Prediction]]:
+    """(x_t, predictions) that all convert with x_t, or none of them; errors name the argument."""
+    check_samples("x0", x0)
+    given = {name: value if isinstance(value, Prediction) else Prediction(value) for name, value in predictions.items()}
+    for name, value in given.items():
+        check_samples(name, value.output, x0)
+        for part, coefficient in (("skip", value.skip), ("out", value.out)):
+            if coefficient is not None:
+                check_rows(f"{name}.{part}", coefficient, x0)
+    if all(value.skip is None for value in given.values()):
+        return None, list(given.values())
+    if x_t is None:
+        raise ArgumentError("x_t: expected the noised samples, since the predictions are outputs of networks, got None")
+    check_samples("x_t", x_t, x0)
+    zero, one = torch.zeros(len(x0), device=x0.device), torch.ones(len(x0), device=x0.device)
+    return x_t, [value if value.skip is not None else Prediction(value.output, zero, one) for value in given.values()]
 
 
 def matching_loss(
     x0: Tensor,
-    teacher_x0: Tensor,
-    fake_x0: Tensor,
+    teacher_x0: Tensor | Prediction,
+    fake_x0: Tensor | Prediction,
     *,
     weight: Tensor | None = None,
     eps: float = 1e-6,
+    x_t: Tensor | None = None,
+    unconditional: Tensor | None = None,
+    guidance_scale: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     """Distribution matching: moves the student's x0 along weight * (teacher_x0 - fake_x0).
@@ -46,9 +61,12 @@ def matching_loss(
 
     Args:
         x0: [B, ...] student samples; the only argument that receives a gradient.
-        teacher_x0, fake_x0: [B, ...] x0-predictions at the student's noised samples.
+        teacher_x0, fake_x0: [B, ...] x0-predictions at the student's noised samples, or outputs of networks there.
         weight: [B] h(r), ones by default.
         eps: keeps the normaliser from zero.
+        x_t: [B, ...] the noised samples, where outputs of networks are given.
+        unconditional: [B, ...] the teacher's output without the condition: its prediction becomes unconditional +
+            guidance_scale * (teacher - unconditional) (classifier-free guidance, arXiv 2207.12598).
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -57,29 +75,55 @@ def matching_loss(
     Raises:
         ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
     """
-    if not x0.is_floating_point() or x0.ndim < 2:
-        raise ArgumentError(f"x0: expected a float tensor [B, ...], got {x0.dtype} {tuple(x0.shape)}")
-    for name, value in (("teacher_x0", teacher_x0), ("fake_x0", fake_x0)):
-        if value.shape != x0.shape or value.device != x0.device or not value.is_floating_point():
-            raise ArgumentError(
-                f"{name}: expected a float tensor {tuple(x0.shape)} on {x0.device}, "
-                f"got {value.dtype} {tuple(value.shape)} on {value.device}"
-            )
+    return _matching(x0, teacher_x0, fake_x0, weight, eps, x_t, unconditional, guidance_scale, backend)
+
+
+def _matching(
+    x0: Tensor,
+    teacher_x0: Tensor | Prediction,
+    fake_x0: Tensor | Prediction,
+    weight: Tensor | None,
+    eps: float | None,
+    x_t: Tensor | None,
+    unconditional: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    x_t, (teacher, fake) = _checked(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
+    if unconditional is not None:
+        check_samples("unconditional", unconditional, x0)
     if weight is None:
         weight = torch.ones(len(x0), device=x0.device)
-    elif weight.shape != x0.shape[:1] or weight.device != x0.device or not weight.is_floating_point():
-        raise ArgumentError(
-            f"weight: expected a float tensor ({len(x0)},) on {x0.device}, "
-            f"got {weight.dtype} {tuple(weight.shape)} on {weight.device}"
-        )
-    kernel = kernels.select("matching", backend, x0)
-    with torch.no_grad():
-        loss, gradient = kernel(x0, teacher_x0, fake_x0, weight, eps)
-    matched: Tensor = _WithGradient.apply(x0, loss, gradient)
-    return matched
+    else:
+        check_rows("weight", weight, x0)
+    loss: Tensor
+    loss, _, _ = matching(
+        x0,
+        x_t,
+        teacher.output,
+        unconditional,
+        fake.output,
+        teacher.skip,
+        teacher.out,
+        fake.skip,
+        fake.out,
+        weight,
+        eps,
+        guidance_scale,
+        backend,
+    )
+    return loss
 
 
-def score_difference_loss(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, weight: Tensor) -> Tensor:
+def score_difference_loss(
+    x0: Tensor,
+    teacher_x0: Tensor | Prediction,
+    fake_x0: Tensor | Prediction,
+    weight: Tensor,
+    *,
+    x_t: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """`matching_loss` without the per-sample normaliser: d/dx0 of loss.sum() = weight * (fake_x0 - teacher_x0) /
     numel_per_sample, value mean(gradient^2) / 2.
 
@@ -89,18 +133,11 @@ def score_difference_loss(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, weigh
 
     Args:
         x0: [B, ...] samples of any differentiable generator; the only argument that receives a gradient.
-        teacher_x0, fake_x0: [B, ...] x0-predictions at the noised samples.
         weight: [B].
 
-    Returns:
-        [B] in the dtype of x0, at least float32.
+    Others, result and errors as in `matching_loss`.
     """
-    with torch.no_grad():
-        dtype = torch.promote_types(x0.dtype, torch.float32)
-        g = weight.to(dtype)[:, None] * (fake_x0.to(dtype) - teacher_x0.to(dtype)).flatten(1)
-        loss = g.square().mean(1) / 2
-    matched: Tensor = _WithGradient.apply(x0, loss, g / g.shape[1])
-    return matched
+    return _matching(x0, teacher_x0, fake_x0, weight, None, x_t, backend=backend)
 
 
 #: Weights of the difference of x0-predictions over noise levels; "normalised" is that of `matching_loss`.
@@ -120,14 +157,31 @@ def score_difference_weight(name: str, alpha: Tensor, sigma: Tensor) -> Tensor:
     raise ArgumentError(f"weighting: got {name!r}; {did_you_mean(name, SCORE_WEIGHTINGS[1:])}")
 
 
-def score_implicit_loss(
-    x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, weight: Tensor, square_weight: Tensor
-) -> Tensor:
-    """weight <T - F, F - x0> + square_weight |T - F|^2, means over a sample, T = teacher_x0 and F = fake_x0.
+class ImplicitMeans(NamedTuple):
+    """What implicit objectives are made of: means over a sample, [B], with T = teacher_x0 and F = fake_x0."""
 
-    Nothing is detached: the gradient goes through x_t into T and F, whose networks the caller freezes. The first term
-    stands for a gradient that cannot be computed, that of the fake score in the student's parameters: for any weight w
-    that depends on x_t alone,
+    inner: Tensor  #: (T - F)(F - x0)
+    square: Tensor  #: (T - F)^2
+    distance: Tensor  #: |x0 - T|, without gradient
+
+    def normaliser(self, eps: float = 1e-6) -> Tensor:
+        """mean|x0 - T| + eps: DMD's and SiD's scale of a loss."""
+        return self.distance + eps
+
+
+def implicit_means(
+    x0: Tensor,
+    teacher_x0: Tensor | Prediction,
+    fake_x0: Tensor | Prediction,
+    *,
+    x_t: Tensor | None = None,
+    backend: str = "auto",
+) -> ImplicitMeans:
+    """The means that SiD, SIM and Uni-Instruct weigh; nothing is detached but the last: gradients go through x_t into T
+    and F, whose networks the caller freezes.
+
+    The inner product stands for a gradient that cannot be computed, that of the fake score in the student's parameters:
+    for any weight w that depends on x_t alone,
 
         d/dtheta E[w |s_q - s_p|^2] at fixed x_t  =  d/dtheta E[2 w (s_p - s_q) . (s_q + eps / sigma)] along x_t(theta)
 
@@ -136,52 +190,45 @@ def score_implicit_loss(
 
     Args:
         x0: [B, ...] student samples.
-        teacher_x0, fake_x0: [B, ...] x0-predictions at x_t = alpha x0 + sigma eps, with autograd through x_t.
-        weight, square_weight: [B].
+        teacher_x0, fake_x0: [B, ...] x0-predictions at x_t = alpha x0 + sigma eps, or outputs of networks there, with
+            autograd through x_t.
+        x_t: [B, ...] the noised samples, where outputs of networks are given.
+        backend: "auto", "triton" or "reference".
 
     Returns:
-        [B] in the dtype of x0, at least float32.
+        Means in the dtype of x0, at least float32.
+
+    Raises:
+        ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
     """
-    dtype = torch.promote_types(x0.dtype, torch.float32)
-    x0, teacher_x0, fake_x0 = (value.to(dtype).flatten(1) for value in (x0, teacher_x0, fake_x0))
-    difference = teacher_x0 - fake_x0
-    return weight * (difference * (fake_x0 - x0)).mean(1) + square_weight * difference.square().mean(1)
+    x_t, (teacher, fake) = _checked(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
+    inner, square, distance = implicit(
+        x0, x_t, teacher.output, fake.output, teacher.skip, teacher.out, fake.skip, fake.out, backend
+    ).unbind()
+    return ImplicitMeans(inner, square, distance.detach())
 
 
-def sample_normaliser(x0: Tensor, teacher_x0: Tensor, eps: float = 1e-6) -> Tensor:
-    """mean|x0 - teacher_x0| + eps per sample, [B], without gradient: DMD's and SiD's scale of a loss."""
-    with torch.no_grad():
-        dtype = torch.promote_types(x0.dtype, torch.float32)
-        return (x0.to(dtype) - teacher_x0.to(dtype)).abs().flatten(1).mean(1) + eps
-
-
-def sid_loss(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """Score identity distillation: <T - F, (T - x0) - alpha (T - F)>, mean over a sample (arXiv 2404.04057).
+def sid_loss(means: ImplicitMeans, *, alpha: float = 1.0) -> Tensor:
+    """Score identity distillation: <T - F, (T - x0) - alpha (T - F)>, mean over a sample, [B] (arXiv 2404.04057).
 
     With exact scores alpha = 1/2 has the gradient of the Fisher divergence E_q|s_p - s_q|^2 (times sigma^4 / (2
-    alpha_t^2)), alpha = 1 that of SIM with squared distance; published students use 1 and 1.2. Arguments and result as
-    in `score_implicit_loss`.
+    alpha_t^2)), alpha = 1 that of SIM with squared distance; published students use 1 and 1.2.
     """
-    one = torch.ones(len(x0), device=x0.device)
-    return score_implicit_loss(x0, teacher_x0, fake_x0, one, (1 - alpha) * one)
+    return means.inner + (1 - alpha) * means.square
 
 
-def sim_loss(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, *, huber_c: float) -> Tensor:
-    """Score implicit matching with the pseudo-Huber distance d(y) = sqrt(|y|^2 + c^2) - c (arXiv 2410.16794).
+def sim_loss(means: ImplicitMeans, *, huber_c: float) -> Tensor:
+    """Score implicit matching with the pseudo-Huber distance d(y) = sqrt(|y|^2 + c^2) - c, [B] (arXiv 2410.16794).
 
     |y| is the root mean square of T - F over a sample: the score difference in units of x0, in which one c serves
-    every noise level. The gradient passes through d'(y) as well, as the theorem wants. Arguments and result as in
-    `score_implicit_loss`.
+    every noise level. The gradient passes through d'(y) as well, as the theorem wants.
     """
-    square = (teacher_x0 - fake_x0).flatten(1).square().mean(1)
-    return score_implicit_loss(
-        x0, teacher_x0, fake_x0, (square + huber_c**2).rsqrt(), torch.zeros(len(x0), device=x0.device)
-    )
+    return means.inner * (means.square + huber_c**2).rsqrt()
 
 
-def uni_instruct_loss(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, h: Tensor, h_slope: Tensor) -> Tensor:
+def uni_instruct_loss(means: ImplicitMeans, h: Tensor, h_slope: Tensor) -> Tensor:
     """The expanded f-divergence E_q[h(r) |s_p - s_q|^2] (Uni-Instruct, arXiv 2505.20755), up to 2 alpha^2 / sigma^4:
-    h <T - F, F - x0> + (h - r h') / 2 |T - F|^2.
+    h <T - F, F - x0> + (h - r h') / 2 |T - F|^2, [B].
 
     The second term is what the student's own density adds through r and vanishes for forward KL alone. The gradient
     is exact if it also passes through h(r(x_t)) and r h'(r(x_t)); detached they bias it, and noticeably: for forward KL
@@ -189,10 +236,8 @@ def uni_instruct_loss(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, h: Tensor
 
     Args:
         h, h_slope: [B] h(r) and r h'(r), r being the density ratio at x_t.
-
-    Others, and the result, as in `score_implicit_loss`.
     """
-    return score_implicit_loss(x0, teacher_x0, fake_x0, h, (h - h_slope) / 2)
+    return h * means.inner + (h - h_slope) / 2 * means.square
 
 
 def denoising_weight(
@@ -217,15 +262,39 @@ def denoising_weight(
     )
 
 
-def denoising_loss(prediction: Tensor, x0: Tensor, weight: Tensor) -> Tensor:
-    """weight * mean squared error of the x0-prediction. prediction, x0 [B, ...], weight [B] -> [B]; x0 is detached."""
-    return weight * regression_loss(prediction, x0)
+def denoising_loss(
+    prediction: Tensor | Prediction,
+    x0: Tensor,
+    weight: Tensor,
+    *,
+    x_t: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """weight * mean squared error of an x0-prediction.
+
+    Args:
+        prediction: [B, ...] x0-predictions, or outputs of a network at x_t; the only argument that receives a gradient.
+        x0: [B, ...] what is to be predicted.
+        weight: [B].
+        x_t: [B, ...] the noised samples, where outputs of a network are given.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        [B] float32 (float64 for float64 predictions).
+
+    Raises:
+        ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
+    """
+    x_t, (checked,) = _checked(x0, x_t, prediction=prediction)
+    check_rows("weight", weight, x0)
+    loss: Tensor
+    loss, _, _ = denoising(checked.output, x_t, x0, checked.skip, checked.out, weight, backend)
+    return loss
 
 
 def regression_loss(prediction: Tensor, x0: Tensor) -> Tensor:
     """Mean squared error over a sample; [B, ...], [B, ...] -> [B]; x0 is detached."""
-    dtype = torch.promote_types(prediction.dtype, torch.float32)
-    return (prediction.to(dtype) - x0.detach().to(dtype)).square().flatten(1).mean(1)
+    return denoising_loss(prediction, x0, torch.ones(len(x0), device=x0.device))
 
 
 def gan_generator_loss(fake_logits: Tensor) -> Tensor:
@@ -247,11 +316,12 @@ def r1_penalty(real_logits: Tensor, x_t: Tensor) -> Tensor:
 
     Args:
         real_logits: [B] or [B, H], computed from x_t with autograd.
-        x_t: [B, ...], the discriminator's real input, requiring a gradient.
+        x_t: [B, ...], the discriminator's real input, requiring a gradient. For a network's input, input_scale x_t, the
+            result times input_scale^2 is the penalty.
 
     Returns:
         [B], differentiable in the discriminator's parameters.
     """
     total = real_logits.float().reshape(len(real_logits), -1).mean(1).sum()
     (gradient,) = torch.autograd.grad(total, x_t, create_graph=True)
-    return gradient.flatten(1).square().sum(1)
+    return gradient.float().flatten(1).square().sum(1)

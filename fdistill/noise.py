@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
 
-Prediction = Literal["x0", "eps", "v", "flow"]
+PredictionKind = Literal["x0", "eps", "v", "flow"]
 
 
 class NoiseSchedule(Protocol):
@@ -189,26 +189,31 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> 
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * noise
 
 
-def to_x0(prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: Prediction) -> Tensor:
-    """A network's prediction at x_t = alpha x0 + sigma eps, turned into an x0-prediction.
+def x0_coefficients(alpha: Tensor, sigma: Tensor, kind: PredictionKind) -> tuple[Tensor, Tensor]:
+    """(skip, out) [B] with x0 = skip x_t + out prediction, for a network's prediction at x_t = alpha x0 + sigma eps.
 
-    prediction, x_t [B, ...]; alpha, sigma [B]. Kinds: "x0"; "eps" (the noise; not defined where alpha = 0);
-    "v" = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv 2202.00512); "flow" = eps - x0 (the velocity dx/dt of
-    rectified flow).
+    Kinds: "x0"; "eps" (the noise; not defined where alpha = 0); "v" = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv
+    2202.00512); "flow" = eps - x0 (the velocity dx/dt of rectified flow).
     """
-    alpha, sigma = expand(alpha, x_t), expand(sigma, x_t)
     if kind == "x0":
-        return prediction
+        return torch.zeros_like(alpha), torch.ones_like(alpha)
     if kind == "eps":
-        return (x_t - sigma * prediction) / alpha
+        return 1 / alpha, -sigma / alpha
     if kind == "v":
-        return (alpha * x_t - sigma * prediction) / (alpha**2 + sigma**2)
+        square = alpha**2 + sigma**2
+        return alpha / square, -sigma / square
     if kind == "flow":
-        return (x_t - sigma * prediction) / (alpha + sigma)
+        return 1 / (alpha + sigma), -sigma / (alpha + sigma)
     raise ArgumentError(f"kind: got {kind!r}; {did_you_mean(str(kind), ('x0', 'eps', 'v', 'flow'))}")
 
 
-def from_x0(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: Prediction) -> Tensor:
+def to_x0(prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionKind) -> Tensor:
+    """A network's prediction [B, ...] at x_t [B, ...], turned into an x0-prediction; see `x0_coefficients`."""
+    skip, out = x0_coefficients(alpha, sigma, kind)
+    return expand(skip, x_t) * x_t + expand(out, x_t) * prediction
+
+
+def from_x0(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionKind) -> Tensor:
     """The inverse of `to_x0`; not defined where sigma = 0, except for kind "x0"."""
     alpha, sigma = expand(alpha, x_t), expand(sigma, x_t)
     if kind == "x0":

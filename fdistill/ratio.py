@@ -9,12 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fdistill.distributed import global_mean, sum_over_processes
-from fdistill.divergence import Divergence, Function, get_divergence, widened
+from fdistill.distributed import gather_rows
+from fdistill.divergence import Divergence, Function, get_divergence
 from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.kernels import ratio as kernels
+from fdistill.kernels.checks import check_rows
+from fdistill.kernels.reference import ratio as reference
 from fdistill.noise import NoiseSchedule, noise_to_signal
-
-_LOGIT_BOUND = 10.0
+from fdistill.rng import world
 
 
 @dataclass(frozen=True)
@@ -78,50 +80,104 @@ class DensityRatio:
 
     def bin_index(self, sigma: Tensor) -> Tensor:
         """[B] levels -> [B] int64 bins in [0, num_bins)."""
-        low, high, value = self.sigma_min, self.sigma_max, sigma.float()
-        if self.bin_edges == "log-sigma":
-            low, high, value = math.log(low), math.log(high), value.log()
-        # Clamped before the cast: the integer of an infinity is undefined.
-        return ((value - low) / (high - low) * self.num_bins).clamp(0, self.num_bins - 1).long()
+        return reference.bin_index(sigma, self.num_bins, self.sigma_min, self.sigma_max, self._log_bins)
+
+    @property
+    def _log_bins(self) -> bool:
+        return self.bin_edges == "log-sigma"
 
     def bin_level(self, schedule: NoiseSchedule, t: Tensor) -> Tensor:
         """Levels t [B] in the unit of the bins: the noise-to-signal ratio, or with "linear" bins t itself."""
-        return noise_to_signal(schedule, t) if self.bin_edges == "log-sigma" else t
+        return noise_to_signal(schedule, t) if self._log_bins else t
+
+    def _checked(self, logits: Tensor, sigma: Tensor) -> Tensor:
+        """The logits as [B, H]; moves the bins to their device."""
+        if logits.ndim not in (1, 2) or not logits.is_floating_point():
+            raise ArgumentError(
+                f"logits: expected a float tensor [B] or [B, H], got {logits.dtype} {tuple(logits.shape)}"
+            )
+        check_rows("sigma", sigma, logits)
+        self.bins = self.bins.to(logits.device)
+        return logits.reshape(len(logits), -1)
 
     def ratio(self, logits: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised ratios, differentiable in the logits where they are not clamped, and whether they are (1.0 or
         0.0); both [B] float32. Updates the bins. Arguments as in `weight`.
         """
-        if logits.ndim not in (1, 2) or sigma.shape != logits.shape[:1]:
-            raise ArgumentError(
-                f"logits, sigma: expected [B] or [B, H] and [B], got {tuple(logits.shape)} and {tuple(sigma.shape)}"
-            )
-        self.bins = self.bins.to(logits.device)
-        raw = logits.float().reshape(len(logits), -1).mean(1).clamp(-_LOGIT_BOUND, _LOGIT_BOUND).exp()
-        ratio = raw.clamp(self.lower, self.upper)
-        index = self.bin_index(sigma)
-        sums = torch.zeros(2, self.num_bins, device=ratio.device)
-        sums[0].index_add_(0, index, ratio.detach())
-        sums[1].index_add_(0, index, torch.ones_like(ratio))
-        total, count = sum_over_processes(sums)
-        updated = self.momentum * self.bins + (1 - self.momentum) * total / count.clamp(min=1)
-        self.bins = torch.where(count > 0, updated, self.bins)
-        return ratio / self.bins[index], (raw != ratio).float()
+        samples = reference.ratio_samples(
+            self._checked(logits, sigma),
+            sigma,
+            self.lower,
+            self.upper,
+            self.num_bins,
+            self.sigma_min,
+            self.sigma_max,
+            self._log_bins,
+        )
+        self.bins = reference.ratio_bins(gather_rows(samples.detach()), self.bins, self.momentum)
+        return reference.normalised(samples, self.bins).float(), samples[:, 2].detach()
 
-    def evaluate(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence | Function) -> RatioWeight:
-        """`weight`, with what is worth logging beside it. Updates the bins."""
+    def evaluate(
+        self,
+        logits: Tensor,
+        sigma: Tensor,
+        divergence: str | Divergence | Function,
+        *,
+        ramp: float = 1.0,
+        backend: str = "auto",
+    ) -> RatioWeight:
+        """`weight`, with what is worth logging beside it. Updates the bins.
+
+        Args:
+            ramp: the weight is 1 + ramp (h / mean(h) - 1).
+            backend: "auto", "triton" or "reference"; a divergence of one's own is computed by torch, and "triton"
+                refuses it.
+
+        Others as in `weight`.
+        """
         divergence = get_divergence(divergence)
-        ratio, clamped = self.ratio(logits.detach(), sigma)
-        h = divergence.weight(widened(ratio))  # divided by its mean before it is narrowed: 20^30 has no float32
-        narrow = h.clamp(max=torch.finfo(torch.float32).max).float()
-        return RatioWeight(weight=(h / global_mean(h)).float(), h=narrow, clamped=clamped)
+        logits = self._checked(logits, sigma).detach()
+        bounds = (self.sigma_min, self.sigma_max, self._log_bins)
+        if divergence.powers and world()[1] == 1:
+            weight, h, clamped, self.bins = kernels.ratio(
+                logits,
+                sigma,
+                self.bins,
+                self.lower,
+                self.upper,
+                *bounds,
+                self.momentum,
+                *divergence.powers,
+                ramp,
+                backend,
+            )
+            return RatioWeight(weight, h, clamped)
+        samples = kernels.ratio_samples(logits, sigma, self.lower, self.upper, self.num_bins, *bounds, backend)
+        # The means of the bins are the global batch's, and so is that of h, which depends on them: one exchange of
+        # the samples stands for two reductions in a row, and every process adds up in the same order.
+        everyone = gather_rows(samples)
+        if divergence.powers:
+            weight, h, self.bins = kernels.ratio_weights(
+                everyone, self.bins, self.momentum, *divergence.powers, ramp, backend
+            )
+        elif backend == "triton":
+            raise ArgumentError(
+                f"backend: 'triton' computes h(r) = c r^a (1 + r)^b, which divergence {divergence.name!r} is not known "
+                "to be; expected 'auto' or 'reference'"
+            )
+        else:
+            self.bins = reference.ratio_bins(everyone, self.bins, self.momentum)
+            weight, h = reference.normalised_weights(divergence.weight(reference.normalised(everyone, self.bins)), ramp)
+        own = slice(world()[0] * len(logits), (world()[0] + 1) * len(logits))
+        return RatioWeight(weight[own], h[own], samples[:, 2])
 
     def weight(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence | Function) -> Tensor:
         """Weights of the score difference: [B] float32, without gradient, mean 1 over the global batch. Updates the
         bins.
 
         Args:
-            logits: [B] or [B, H], log(p_teacher / p_student) at the student's noised samples.
+            logits: [B] or [B, H], log(p_teacher / p_student) at the student's noised samples; with several processes B
+                is the same on each.
             sigma: [B] noise-to-signal ratios sigma(t) / alpha(t); with "linear" bins the level itself.
             divergence: anything `get_divergence` takes.
         """

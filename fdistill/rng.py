@@ -36,6 +36,11 @@ def uniform(generator: torch.Generator, batch: int) -> Tensor:
     ]
 
 
+def device_seed(generator: torch.Generator) -> Tensor:
+    """A 0-d int64 seed on the generator's device, for noise that is made where it is used; nothing is read back."""
+    return torch.randint(2**63 - 1, (), generator=generator, device=generator.device)
+
+
 def derived_seed(seed: int, *stream: int) -> int:
     """A seed in [0, 2^63) for one stream of a run, such as (kind, iteration): no random state has to be stored."""
     return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -60,18 +60,25 @@ class MixtureDenoiser(Denoiser):
         self.feature_shapes = {"point": (embed(torch.zeros(1, 2), torch.ones(1)).shape[1], 1, 1)}
 
     def run(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str], *, x0: bool, x0_grad: bool
+        self,
+        network_input: Tensor,
+        t: Tensor,
+        condition: Tensor | None,
+        features: Sequence[str],
+        *,
+        output: bool,
+        output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
-        x, sigma = x_t.flatten(1), self.schedule.sigma(t)
+        x, sigma = network_input.flatten(1), self.schedule.sigma(t)
         tapped = {name: embed(x, sigma)[..., None, None] for name in features}
-        if not x0:
+        if not output:
             return None, tapped
-        with torch.set_grad_enabled(x0_grad and torch.is_grad_enabled()):
+        with torch.set_grad_enabled(output_grad and torch.is_grad_enabled()):
             variance = (self.std**2 + sigma.square())[:, None]
             distance = (x[:, None] - self.means).square().sum(2)
             posterior = torch.softmax(self.weights.log() - distance / (2 * variance), dim=1)
             prediction = x + sigma.square()[:, None] / variance * (posterior @ self.means - x)
-        return prediction.reshape(x_t.shape), tapped
+        return prediction.reshape(network_input.shape), tapped
 
     def sample(self, generator: torch.Generator, count: int) -> Tensor:
         """[count, 2, 1, 1] exact samples of the data."""
@@ -90,13 +97,20 @@ class MLPDenoiser(Denoiser):
         self.mlp = mlp(embed(torch.zeros(1, 2), torch.ones(1)).shape[1], 2)
 
     def run(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str], *, x0: bool, x0_grad: bool
+        self,
+        network_input: Tensor,
+        t: Tensor,
+        condition: Tensor | None,
+        features: Sequence[str],
+        *,
+        output: bool,
+        output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
-        with torch.set_grad_enabled(x0_grad and torch.is_grad_enabled()):
-            x, sigma = x_t.flatten(1), self.schedule.sigma(t)
+        with torch.set_grad_enabled(output_grad and torch.is_grad_enabled()):
+            x, sigma = network_input.flatten(1), self.schedule.sigma(t)
             total = (sigma.square() + SIGMA_DATA**2)[:, None]
             out = self.mlp(embed(x, sigma)) * sigma[:, None] * SIGMA_DATA / total.sqrt()
-            return (x * SIGMA_DATA**2 / total + out).reshape(x_t.shape), {}
+            return (x * SIGMA_DATA**2 / total + out).reshape(network_input.shape), {}
 
 
 class Student(nn.Module):

@@ -31,13 +31,21 @@ class GaussianDenoiser(Denoiser):
         self.feature_shapes = {"x_t": (1, 1, size)}
 
     def run(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str], *, x0: bool, x0_grad: bool
+        self,
+        network_input: Tensor,
+        t: Tensor,
+        condition: Tensor | None,
+        features: Sequence[str],
+        *,
+        output: bool,
+        output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
+        x_t = network_input
         alpha, sigma = expand(self.schedule.alpha(t), x_t), expand(self.schedule.sigma(t), x_t)
         gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
         prediction = self.mean + gain * (x_t - alpha * self.mean)
         tapped = {"x_t": x_t, "t": t} if features else {}
-        return (prediction if x0_grad else prediction.detach()) if x0 else None, tapped
+        return (prediction if output_grad else prediction.detach()) if output else None, tapped
 
 
 def tiny_unet(**changes: object) -> UNet2DModel:

@@ -113,12 +113,12 @@ def recorded(*networks: Denoiser) -> Iterator[_Seen]:
     for network in networks:
         inner = network.run
 
-        def run_recorded(x_t: Tensor, *rest: Any, inner: Any = inner, network: Denoiser = network, **kw: Any) -> Any:
+        def run_recorded(fed: Tensor, *rest: Any, inner: Any = inner, network: Denoiser = network, **kw: Any) -> Any:
             trainable = any(p.requires_grad for p in network.parameters())
             seen.calls.append(
-                (id(network), hash(x_t.detach().numpy().tobytes()), trainable and torch.is_grad_enabled())
+                (id(network), hash(fed.detach().numpy().tobytes()), trainable and torch.is_grad_enabled())
             )
-            return inner(x_t, *rest, **kw)
+            return inner(fed, *rest, **kw)
 
         network.run = run_recorded  # type: ignore[method-assign]
     yield seen

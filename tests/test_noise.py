@@ -9,7 +9,7 @@ from fdistill.noise import (
     EDMSchedule,
     FlowSchedule,
     NoiseSchedule,
-    Prediction,
+    PredictionKind,
     VPSchedule,
     add_noise,
     from_x0,
@@ -42,7 +42,9 @@ def ends_and_middle(schedule: NoiseSchedule) -> torch.Tensor:
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("kind", ["x0", "eps", "v", "flow"])
 @pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 4e-15), (torch.float32, 4e-7)])
-def test_predictions_round_trip_at_both_ends(name: str, kind: Prediction, dtype: torch.dtype, rounding: float) -> None:
+def test_predictions_round_trip_at_both_ends(
+    name: str, kind: PredictionKind, dtype: torch.dtype, rounding: float
+) -> None:
     schedule = SCHEDULES[name]
     t = ends_and_middle(schedule).to(dtype)
     if kind == "eps":  # x0 is not defined by it where nothing of the signal is left

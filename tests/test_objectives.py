@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fdistill.divergence import DIVERGENCES, get_divergence
 from fdistill.losses import (
+    implicit_means,
     matching_loss,
     score_difference_loss,
     score_difference_weight,
-    score_implicit_loss,
     sid_loss,
     sim_loss,
     uni_instruct_loss,
@@ -85,7 +85,7 @@ def test_sid_with_half_is_the_fisher_divergence(where: str) -> None:
     scale = 2 * at.alpha**2 / at.sigma**4 * len(at.x[0])
 
     def loss(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, r: Tensor) -> Tensor:
-        return scale * sid_loss(x0, teacher_x0, fake_x0, alpha=0.5)
+        return scale * sid_loss(implicit_means(x0, teacher_x0, fake_x0), alpha=0.5)
 
     assert_same(at.gradient_of_loss(loss, through_x_t=True), at.gradient_of_integral(fisher(torch.ones_like)))
 
@@ -99,7 +99,7 @@ def test_sid_adds_the_square_in_proportion(where: str, alpha: float) -> None:
     def square(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, r: Tensor) -> Tensor:
         return (0.5 - alpha) * (teacher_x0 - fake_x0).square().mean(1)
 
-    got = at.gradient_of_loss(lambda x0, t, f, r: sid_loss(x0, t, f, alpha=alpha), through_x_t=True)
+    got = at.gradient_of_loss(lambda x0, t, f, r: sid_loss(implicit_means(x0, t, f), alpha=alpha), through_x_t=True)
     half = at.gradient_of_integral(fisher(torch.ones_like))
     scale = at.sigma**4 / (2 * at.alpha**2 * len(at.x[0]))
     rest = at.gradient_of_loss(square, through_x_t=True)
@@ -113,9 +113,9 @@ def test_sim_descends_its_distance_at_fixed_sampling(where: str) -> None:
     def huber(difference: Tensor) -> Tensor:
         return (difference.square().mean(1) + c**2).sqrt() - c
 
-    got = at.gradient_of_loss(lambda x0, t, f, r: sim_loss(x0, t, f, huber_c=c), through_x_t=True)
+    got = at.gradient_of_loss(lambda x0, t, f, r: sim_loss(implicit_means(x0, t, f), huber_c=c), through_x_t=True)
     assert_same(got, at.gradient_of_integral(fixed_sampling(huber, at)))
-    squared = at.gradient_of_loss(lambda x0, t, f, r: sid_loss(x0, t, f, alpha=1.0), through_x_t=True)
+    squared = at.gradient_of_loss(lambda x0, t, f, r: sid_loss(implicit_means(x0, t, f), alpha=1.0), through_x_t=True)
     half_square = fixed_sampling(lambda difference: difference.square().mean(1) / 2, at)
     assert_same(squared, at.gradient_of_integral(half_square))
 
@@ -127,7 +127,9 @@ def test_uni_instruct_is_the_gradient_of_the_weighted_fisher_divergence(where: s
     scale = 2 * at.alpha**2 / at.sigma**4 * len(at.x[0])
 
     def loss(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, r: Tensor) -> Tensor:
-        return scale * uni_instruct_loss(x0, teacher_x0, fake_x0, divergence.weight(r), divergence.weight_slope(r))
+        return scale * uni_instruct_loss(
+            implicit_means(x0, teacher_x0, fake_x0), divergence.weight(r), divergence.weight_slope(r)
+        )
 
     assert_same(at.gradient_of_loss(loss, through_x_t=True), at.gradient_of_integral(fisher(divergence.weight)))
 
@@ -139,7 +141,7 @@ def uni_instruct_error(name: str, changed: Callable[[Tensor], Tensor]) -> float:
 
     def loss(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, r: Tensor) -> Tensor:
         h, slope = divergence.weight(changed(r)), divergence.weight_slope(changed(r))
-        return scale * uni_instruct_loss(x0, teacher_x0, fake_x0, h, slope)
+        return scale * uni_instruct_loss(implicit_means(x0, teacher_x0, fake_x0), h, slope)
 
     got, wanted = at.gradient_of_loss(loss, through_x_t=True), at.gradient_of_integral(fisher(divergence.weight))
     a, b = (torch.cat([value.flatten() for value in values]) for values in (got, wanted))
@@ -224,10 +226,10 @@ def test_monte_carlo_agrees_within_three_standard_errors(method: str) -> None:
             / score_difference_weight("vsd", alpha, sigma)
             * score_difference_loss(x0, t, f, score_difference_weight("vsd", alpha, sigma).expand(len(x0)))
         ),
-        "sim": lambda x0, t, f, r: sim_loss(x0, t, f, huber_c=0.3),
-        "sid": lambda x0, t, f, r: fisher_scale * sid_loss(x0, t, f, alpha=0.5),
+        "sim": lambda x0, t, f, r: sim_loss(implicit_means(x0, t, f), huber_c=0.3),
+        "sid": lambda x0, t, f, r: fisher_scale * sid_loss(implicit_means(x0, t, f), alpha=0.5),
         "uni-instruct": lambda x0, t, f, r: (
-            fisher_scale * uni_instruct_loss(x0, t, f, divergence.weight(r), divergence.weight_slope(r))
+            fisher_scale * uni_instruct_loss(implicit_means(x0, t, f), divergence.weight(r), divergence.weight_slope(r))
         ),
     }
     integrals = {
@@ -258,7 +260,7 @@ def test_the_implicit_inner_product_vanishes_without_its_gradient() -> None:
     weights = (at.z_weights[:, None] * at.eps_weights).flatten()
     x_t = (at.alpha * x0 + at.sigma * at.eps.repeat(len(at.z), 1)).requires_grad_(True)
     teacher_x0, fake_x0, r = at.evaluated(x_t)
-    value = score_implicit_loss(x0, teacher_x0, fake_x0, r, torch.zeros_like(r))
+    value = r * implicit_means(x0, teacher_x0, fake_x0).inner
     assert abs((weights * value).sum().item()) < 1e-12
     assert (weights * value.abs()).sum() > 0.1
 

@@ -17,6 +17,7 @@ from fdistill.adapters.unet2d import DirectPrediction, EDMPreconditioning, UNet2
 from fdistill.discriminator import Discriminator
 from fdistill.divergence import get_divergence
 from fdistill.generator import OneStepGenerator
+from fdistill.kernels.reference.renoise import counter_normal
 from fdistill.noise import (
     EDMSchedule,
     FlowSchedule,
@@ -92,7 +93,7 @@ def test_generator_gradient_is_h_times_the_score_difference(name: str, schedule:
     draws = torch.Generator().manual_seed(3)
     z = rng.normal(draws, batch, (1, 1, size)).double().flatten(1)
     t = levels(schedule, rng.uniform(draws, batch)).double()
-    eps = rng.normal(draws, batch, (1, 1, size)).double().flatten(1)
+    eps = counter_normal(rng.device_seed(draws), 0, batch, size).double()
     alpha, sigma = schedule.alpha(t)[:, None], schedule.sigma(t)[:, None]
     x0 = q[1] * z + q[0]
     x_t = alpha * x0 + sigma * eps
@@ -143,12 +144,12 @@ def test_exact_updates_bring_the_student_to_the_teacher(name: str) -> None:
     """Gradient descent with exact fake scores and ratio: N(1, 0.5^2) becomes N(0.3, 0.8^2)."""
     schedule = EDMSchedule()
     p = (0.3, 0.8)
-    teacher, student = GaussianDenoiser(*p, size=1), LinearGenerator(0.5, 1.0, 1)
+    teacher, student = GaussianDenoiser(*p, size=4), LinearGenerator(0.5, 1.0, 4)
     optimizer = torch.optim.Adam(student.parameters(), lr=0.02)
     generator = torch.Generator().manual_seed(0)
     for step in range(400):
         q = (student.b.item(), abs(student.a.item()))
-        fake = GaussianDenoiser(*q, size=1)
+        fake = GaussianDenoiser(*q, size=4)
         networks = Networks(teacher, fake, student, ExactLogRatio(p, q, schedule), fake)  # type: ignore[arg-type]
         result = generator_step(
             networks, None, generator, ratio=DensityRatio(), divergence=name, batch_size=256, gan_weight=0.0
@@ -385,7 +386,8 @@ def test_implicit_steps_are_their_formulas(name: str) -> None:
     draws = torch.Generator().manual_seed(3)
     x0 = q[1] * rng.normal(draws, batch, (1, 1, 3)) + q[0]
     t = karras_levels(schedule, rng.uniform(draws, batch))
-    x_t = x0 + t[:, None, None, None] * rng.normal(draws, batch, (1, 1, 3))
+    eps = counter_normal(rng.device_seed(draws), 0, batch, 3).reshape(x0.shape)
+    x_t = x0 + t[:, None, None, None] * eps
     fake_x0, teacher_x0 = fake(x_t, t), teacher(x_t, t)
     x0, x_t, fake_x0, teacher_x0 = (v.flatten(1).detach() for v in (x0, x_t, fake_x0, teacher_x0))
     inner = ((teacher_x0 - fake_x0) * (fake_x0 - x0)).mean(1)

@@ -61,15 +61,15 @@ def test_walking_the_blocks_is_the_models_own_forward(name: str) -> None:
     assert all(torch.equal(alone[key], value) for key, value in features.items())
 
 
-def test_without_x0_gradients_only_features_have_a_graph() -> None:
+def test_without_output_gradients_only_features_have_a_graph() -> None:
     denoiser = with_scheduler(tiny_unet(), FlowMatchEulerDiscreteScheduler())
     x_t = torch.randn(2, 1, 8, 8, requires_grad=True)
     t, labels = torch.tensor([0.2, 0.8]), torch.tensor([1, 2])
-    x0, features = denoiser.denoise(x_t, t, labels, ("mid",), x0_grad=False)
-    assert not x0.requires_grad
+    prediction, features = denoiser.predict(denoiser.network_input(x_t, t), t, labels, ("mid",), output_grad=False)
+    assert not prediction.output.requires_grad
     assert features["mid"].requires_grad
     full = denoiser.denoise(x_t, t, labels)
-    assert torch.equal(full.detach(), x0)  # type: ignore[union-attr]
+    assert torch.equal(full.detach(), prediction.x0(x_t).detach())  # type: ignore[union-attr]
     full.sum().backward()  # type: ignore[union-attr]
     assert x_t.grad is not None
     assert x_t.grad.abs().sum() > 0

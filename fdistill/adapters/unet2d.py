@@ -17,17 +17,17 @@ from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, 
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fdistill.denoiser import Denoiser, Features
+from fdistill.denoiser import Denoiser, Features, Preconditioning
 from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.files import read_json_object
 from fdistill.noise import (
     EDMSchedule,
     FlowSchedule,
     NoiseSchedule,
-    Prediction,
+    PredictionKind,
     expand,
-    to_x0,
     vp_schedule_from_config,
+    x0_coefficients,
 )
 
 
@@ -42,11 +42,15 @@ class Parametrisation(Protocol):
     def sigma_data(self) -> float:
         """Standard deviation of the data."""
 
-    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(scaled x_t, timestep the network is told)."""
+    @property
+    def input_kind(self) -> object:
+        """Equal where the same network input is meant."""
 
-    def x0(self, raw: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The raw output as an x0-prediction."""
+    def timestep(self, t: Tensor) -> Tensor:
+        """[B] levels -> [B] timesteps the network is told."""
+
+    def preconditioning(self, t: Tensor) -> Preconditioning:
+        """See `Denoiser.preconditioning`."""
 
 
 class EDMPreconditioning:
@@ -61,34 +65,38 @@ class EDMPreconditioning:
         self.sigma_data = sigma_data
         self.boundary = boundary
         self.time_scale = time_scale
+        self.input_kind = ("edm", sigma_data)
 
-    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return x_t / expand(torch.hypot(t, torch.full_like(t, self.sigma_data)), x_t), self.time_scale * t.log()
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.time_scale * t.log()
 
-    def x0(self, raw: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    def preconditioning(self, t: Tensor) -> Preconditioning:
         shifted = t - self.boundary
-        c_skip = self.sigma_data**2 / (shifted**2 + self.sigma_data**2)
-        c_out = shifted * self.sigma_data / (t**2 + self.sigma_data**2).sqrt()
-        return expand(c_skip, x_t) * x_t + expand(c_out, x_t) * raw
+        length = torch.hypot(t, torch.full_like(t, self.sigma_data))
+        skip = self.sigma_data**2 / (shifted**2 + self.sigma_data**2)
+        return Preconditioning(1 / length, skip, shifted * self.sigma_data / length)
 
 
 class DirectPrediction:
     """The network sees x_t as it is and a timestep `time_scale` * t, and predicts eps, v, x0 or flow."""
 
-    def __init__(self, schedule: NoiseSchedule, kind: Prediction, time_scale: float = 1.0):
+    def __init__(self, schedule: NoiseSchedule, kind: PredictionKind, time_scale: float = 1.0):
         self.schedule = schedule
         self.sigma_data = 0.5
         self.kind = kind
         self.time_scale = time_scale
+        self.input_kind = "x_t"
 
-    def network_input(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return x_t, self.time_scale * t
+    def timestep(self, t: Tensor) -> Tensor:
+        return self.time_scale * t
 
-    def x0(self, raw: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        return to_x0(raw, x_t, self.schedule.alpha(t), self.schedule.sigma(t), self.kind)
+    def preconditioning(self, t: Tensor) -> Preconditioning:
+        if self.kind == "x0":
+            return Preconditioning()
+        return Preconditioning(None, *x0_coefficients(self.schedule.alpha(t), self.schedule.sigma(t), self.kind))
 
 
-_PREDICTION_TYPES: dict[str, Prediction] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+_PREDICTION_TYPES: dict[str, PredictionKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
 def parametrisation_from_scheduler(config: Mapping[str, Any]) -> Parametrisation:
@@ -151,6 +159,7 @@ class UNet2DDenoiser(Denoiser):
         self.parametrisation = parametrisation
         self.schedule = parametrisation.schedule
         self.sigma_data = parametrisation.sigma_data
+        self.input_kind = parametrisation.input_kind
         self.sample_shape = (config.in_channels, size, size)
         self.num_classes = config.num_class_embeds
         self.feature_shapes = {}
@@ -160,16 +169,25 @@ class UNet2DDenoiser(Denoiser):
             last = len(config.block_out_channels) - 1
             self.feature_shapes["mid"] = (config.block_out_channels[-1], size >> last, size >> last)
 
+    def preconditioning(self, t: Tensor) -> Preconditioning:
+        return self.parametrisation.preconditioning(t)
+
     def run(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str], *, x0: bool, x0_grad: bool
+        self,
+        network_input: Tensor,
+        t: Tensor,
+        condition: Tensor | None,
+        features: Sequence[str],
+        *,
+        output: bool,
+        output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
-        network_input, timestep = self.parametrisation.network_input(x_t, t)
+        timestep = self.parametrisation.timestep(t)
         hidden, residuals, embedding, tapped = self._encode(network_input, timestep, condition, features)
-        if not x0:
+        if not output:
             return None, tapped
-        with nullcontext() if x0_grad else torch.no_grad():
-            raw = self._decode(hidden, residuals, embedding, timestep)
-            return self.parametrisation.x0(raw.float(), x_t, t), tapped
+        with nullcontext() if output_grad else torch.no_grad():
+            return self._decode(hidden, residuals, embedding, timestep), tapped
 
     # _encode and _decode walk UNet2DModel's own blocks in the order of its forward, so that features can be read
     # without hooks and the decoder can be left out; test_unet2d holds them to the model's output bit by bit.

@@ -1,49 +1,61 @@
-"""Operations of a step that are not a network, by backend.
+"""Operations of a step that are not a network, each a torch custom operator over two backends.
 
-`reference/<op>.py` is plain torch and runs everywhere; a fused `triton/<op>.py` has the same basename and signature.
-"auto" takes the fused kernel where there is one that can run, and the reference elsewhere; naming a backend that
-cannot run is an error.
+`<op>.py` is the operator: its arguments and their checks, shapes for `torch.compile`, and its derivative.
+`reference/<op>.py` is plain torch and runs everywhere; `triton/<op>.py` has the same functions as fused kernels. "auto"
+takes the kernels on a GPU that has Triton, and the reference elsewhere; naming a backend that cannot run is an error.
+What each operation moves, and the least it could, is counted in docs/kernels.md.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+import os
 from functools import cache
-from typing import Any, Literal
+from types import ModuleType
+from typing import Literal
 
+import torch
 from torch import Tensor
 
 from fdistill.errors import ArgumentError, did_you_mean
 
 Backend = Literal["auto", "triton", "reference"]
+BACKENDS = ("auto", "triton", "reference")
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which takes CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 @cache
-def _is_fused(operation: str) -> bool:
-    needed = ("triton", f"{__name__}.triton", f"{__name__}.triton.{operation}")
-    return all(importlib.util.find_spec(name) is not None for name in needed)
+def _runs_triton(device: torch.device) -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def select(operation: str, backend: str, tensor: Tensor) -> Callable[..., Any]:
-    """The implementation of `operation` for tensors like `tensor`.
+def _what_is_missing(tensor: Tensor) -> str | None:
+    """What keeps the fused kernels from running on a tensor like this one; None where nothing does."""
+    if tensor.dtype == torch.float64:
+        return "computes in float32, got float64"
+    if tensor.device.type == "cuda":
+        return None if _runs_triton(tensor.device) else "needs the triton package and a GPU of capability 8.0 or newer"
+    if not interpreted():
+        return f"needs CUDA tensors, got {tensor.device.type}"
+    return None if importlib.util.find_spec("triton") is not None else "needs the triton package"
+
+
+def implementation(operation: str, backend: str, tensor: Tensor) -> ModuleType:
+    """The module that holds `operation` for tensors like `tensor`.
 
     Raises:
-        ArgumentError: an unknown backend, or "triton" where the operation has no fused kernel or it cannot run.
+        ArgumentError: an unknown backend, or "triton" where the kernels cannot run.
     """
-    if backend not in ("auto", "triton", "reference"):
-        raise ArgumentError(f"backend: got {backend!r}; {did_you_mean(backend, ('auto', 'triton', 'reference'))}")
-    fused = _is_fused(operation)
-    if backend == "triton" and not fused:
-        raise ArgumentError(
-            f"backend: no fused kernel for {operation!r} in this version; expected 'auto' or 'reference'"
-        )
-    if backend == "triton" and tensor.device.type != "cuda":
-        raise ArgumentError(
-            f"backend: 'triton' needs CUDA tensors, got {tensor.device.type}; expected 'auto' or 'reference'"
-        )
-    chosen = "triton" if fused and backend != "reference" and tensor.device.type == "cuda" else "reference"
-    module = importlib.import_module(f"{__name__}.{chosen}.{operation}")
-    implementation: Callable[..., Any] = getattr(module, operation)
-    return implementation
+    if backend not in BACKENDS:
+        raise ArgumentError(f"backend: got {backend!r}; {did_you_mean(str(backend), BACKENDS)}")
+    missing = _what_is_missing(tensor)
+    if backend == "triton" and missing:
+        raise ArgumentError(f"backend: 'triton' {missing}; expected 'auto' or 'reference'")
+    # The interpreter is for tests: "auto" never takes it.
+    fused = backend == "triton" or (backend == "auto" and tensor.device.type == "cuda" and not missing)
+    return importlib.import_module(f"{__name__}.{'triton' if fused else 'reference'}.{operation}")

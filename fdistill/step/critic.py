@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fdistill import rng
 from fdistill.losses import denoising_loss, denoising_weight, gan_discriminator_loss, r1_penalty
-from fdistill.noise import add_noise, karras_levels
-from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen
+from fdistill.noise import karras_levels
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen, renoise
 
 
 def critic_step(
@@ -28,6 +28,7 @@ def critic_step(
     gan_weighting: str = "uniform",
     r1_weight: float = 0.0,
     student_steps: int | None = None,
+    backend: str = "auto",
 ) -> StepResult:
     """One update of the critic: the fake-score network learns to denoise what the student makes now, and the
     discriminator to tell noised data from noised student samples.
@@ -49,9 +50,9 @@ def critic_step(
         gan_weight, r1_weight: 0 leaves the term out.
         gan_weighting: weight of the GAN losses over noise levels, one of those of `denoising_weight`; SiDA's is "edm".
         student_steps: how many of its steps a `FewStepGenerator` takes.
+        backend: "auto", "triton" or "reference", of everything that is not a network.
     """
-    batch, shape = len(real_x0), real_x0.shape[1:]
-    schedule = networks.teacher.schedule
+    batch, schedule = len(real_x0), networks.teacher.schedule
 
     def level_weight(name: str, t: Tensor) -> Tensor:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -61,10 +62,13 @@ def critic_step(
         fake_x0 = networks.draw_samples(generator, batch, condition, student_steps)
     with frozen(networks.teacher):
         t = levels(schedule, rng.uniform(generator, batch))
-        x_t = add_noise(schedule, fake_x0, rng.normal(generator, batch, shape), t)
+        read = [networks.fake_score]
+        if gan_weight and networks.tapped is networks.teacher:
+            read.append(networks.teacher)
+        x_t, inputs = renoise(read, fake_x0, t, generator, backend=backend)
         taps = networks.taps(networks.fake_score) if gan_weight else ()
-        prediction, features = networks.fake_score.denoise_with_features(x_t, t, condition, taps)
-        denoising = denoising_loss(prediction, fake_x0, level_weight(weighting, t))
+        prediction, features = networks.fake_score.predict(inputs[0], t, condition, taps)
+        denoising = denoising_loss(prediction, fake_x0, level_weight(weighting, t), x_t=x_t, backend=backend)
         loss = denoising.mean()
         logs = {"fake_score/denoising": PerSample(denoising.detach(), t)}
         if not gan_weight:
@@ -72,9 +76,17 @@ def critic_step(
 
         discriminator, tapped = networks.tapped_discriminator()
         if tapped is networks.teacher:
-            features = tapped.features(x_t, t, condition, discriminator.features)
+            features = tapped.features(inputs[-1], t, condition, discriminator.features)
         gan = discriminator_losses(
-            networks, real_x0, condition, generator, discriminator(features), t, levels=levels, r1_weight=r1_weight
+            networks,
+            real_x0,
+            condition,
+            generator,
+            discriminator(features),
+            t,
+            levels=levels,
+            r1_weight=r1_weight,
+            backend=backend,
         )
         gan_loss = (level_weight(gan_weighting, gan.t_real) * gan.real).mean()
         gan_loss = gan_loss + (level_weight(gan_weighting, t) * gan.fake).mean() + gan.penalty
@@ -101,16 +113,17 @@ def discriminator_losses(
     *,
     levels: LevelDraw,
     r1_weight: float,
+    backend: str = "auto",
 ) -> DiscriminatorLosses:
     """What the discriminator minimises, given its logits [B, H] on fake samples at levels t_fake [B]."""
     batch, schedule = len(real_x0), networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
     t_real = levels(schedule, rng.uniform(generator, batch))
-    real_x_t = add_noise(schedule, real_x0, rng.normal(generator, batch, real_x0.shape[1:]), t_real)
-    real_x_t.requires_grad_(r1_weight > 0)
+    _, (real_input,) = renoise([tapped], real_x0, t_real, generator, backend=backend)
+    real_input.requires_grad_(r1_weight > 0)
     # The fused attention kernels have no second derivative, which R1 needs.
     with sdpa_kernel(SDPBackend.MATH) if r1_weight else nullcontext():
-        real_logits = discriminator(tapped.features(real_x_t, t_real, condition, discriminator.features))
+        real_logits = discriminator(tapped.features(real_input, t_real, condition, discriminator.features))
     real = gan_discriminator_loss(real_logits, real=True)
     fake = gan_discriminator_loss(fake_logits, real=False)
     logs = {
@@ -121,7 +134,10 @@ def discriminator_losses(
     }
     penalty = torch.zeros((), device=real_x0.device)
     if r1_weight:
-        per_sample = r1_penalty(real_logits, real_x_t)
+        per_sample = r1_penalty(real_logits, real_input)
+        input_scale = tapped.preconditioning(t_real).input_scale
+        if input_scale is not None:
+            per_sample = input_scale.square() * per_sample
         penalty = r1_weight / 2 * per_sample.mean()
         logs["discriminator/r1"] = PerSample(per_sample.detach(), t_real)
     return DiscriminatorLosses(real, fake, penalty, t_real, logs)

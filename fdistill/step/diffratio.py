@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fdistill import rng
 from fdistill.losses import score_difference_loss, score_difference_weight
-from fdistill.noise import add_noise, karras_levels
+from fdistill.noise import karras_levels
 from fdistill.step.critic import discriminator_losses
-from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen, renoise
 
 
 def ratio_critic_step(
@@ -23,6 +23,7 @@ def ratio_critic_step(
     *,
     levels: LevelDraw = karras_levels,
     r1_weight: float = 0.0,
+    backend: str = "auto",
 ) -> StepResult:
     """One update of the classifier: logistic regression of noised data against noised student samples.
 
@@ -37,16 +38,17 @@ def ratio_critic_step(
         generator: source of all randomness.
         levels: (schedule, uniform draws [B]) -> t [B].
         r1_weight: 0 leaves the term out.
+        backend: "auto", "triton" or "reference", of everything that is not a network.
     """
     batch, schedule = len(real_x0), networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
     with torch.no_grad():
         fake_x0 = networks.draw_samples(generator, batch, condition, None)
     t = levels(schedule, rng.uniform(generator, batch))
-    x_t = add_noise(schedule, fake_x0, rng.normal(generator, batch, real_x0.shape[1:]), t)
-    logits = discriminator(tapped.features(x_t, t, condition, discriminator.features))
+    _, (network_input,) = renoise([tapped], fake_x0, t, generator, backend=backend)
+    logits = discriminator(tapped.features(network_input, t, condition, discriminator.features))
     losses = discriminator_losses(
-        networks, real_x0, condition, generator, logits, t, levels=levels, r1_weight=r1_weight
+        networks, real_x0, condition, generator, logits, t, levels=levels, r1_weight=r1_weight, backend=backend
     )
     return StepResult(losses.real.mean() + losses.fake.mean() + losses.penalty, losses.logs)
 
@@ -59,6 +61,7 @@ def diffratio_step(
     batch_size: int,
     levels: LevelDraw = karras_levels,
     weighting: str = "vsd",
+    backend: str = "auto",
 ) -> StepResult:
     """One update of the student along the gradient of the classifier's logit, which stands for s_teacher - s_fake.
 
@@ -75,13 +78,16 @@ def diffratio_step(
     x0 = networks.draw_samples(generator, batch_size, condition, None)
     t = levels(schedule, rng.uniform(generator, batch_size))
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
-    noise = rng.normal(generator, batch_size, x0.shape[1:])
     with frozen(tapped, discriminator):
-        x_t = add_noise(schedule, x0.detach(), noise, t).requires_grad_(True)
-        logits = discriminator(tapped.features(x_t, t, condition, discriminator.features)).float()
+        _, (network_input,) = renoise([tapped], x0.detach(), t, generator, backend=backend)
+        network_input.requires_grad_(True)
+        logits = discriminator(tapped.features(network_input, t, condition, discriminator.features)).float()
         logits = logits.reshape(batch_size, -1).mean(1)
-        (slope,) = torch.autograd.grad(logits.sum(), x_t)
+        (slope,) = torch.autograd.grad(logits.sum(), network_input)
     weight = sigma.square() / alpha.clamp(min=1e-3) * score_difference_weight(weighting, alpha, sigma)
-    matching = score_difference_loss(x0, slope, torch.zeros_like(slope), weight)
+    input_scale = tapped.preconditioning(t).input_scale
+    if input_scale is not None:  # the slope is in the network's input, the weight for one in x_t
+        weight = weight * input_scale
+    matching = score_difference_loss(x0, slope, torch.zeros_like(slope), weight, backend=backend)
     logs = {"generator/matching": PerSample(matching.detach(), t), "generator/logit": PerSample(logits.detach(), t)}
     return StepResult(matching.mean(), logs)

@@ -15,23 +15,22 @@ from fdistill import rng
 from fdistill.distributed import global_mean
 from fdistill.divergence import Divergence, Function, widened
 from fdistill.losses import (
+    ImplicitMeans,
     gan_generator_loss,
-    sample_normaliser,
+    implicit_means,
     score_difference_weight,
     sid_loss,
     sim_loss,
     uni_instruct_loss,
 )
-from fdistill.noise import add_noise, karras_levels
+from fdistill.noise import karras_levels
 from fdistill.ratio import DensityRatio
-from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence, frozen
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence, frozen, renoise
 
 
 class _Evaluated(NamedTuple):
-    x0: Tensor
     t: Tensor
-    teacher_x0: Tensor
-    fake_x0: Tensor
+    means: ImplicitMeans
     logits: Tensor | None
 
 
@@ -43,27 +42,28 @@ def _evaluate(
     levels: LevelDraw,
     *,
     read_logits: bool,
+    backend: str,
 ) -> _Evaluated:
     schedule = networks.teacher.schedule
     x0 = networks.draw_samples(generator, batch_size, condition, None)
     t = levels(schedule, rng.uniform(generator, batch_size))
-    noise = rng.normal(generator, batch_size, x0.shape[1:])
     with frozen(networks.teacher, networks.fake_score, networks.discriminator):
-        x_t = add_noise(schedule, x0, noise, t)
+        pair = (networks.teacher, networks.fake_score)
+        x_t, inputs = renoise(pair, x0, t, generator, backend=backend)
         predictions, features = [], {}
-        for network in (networks.teacher, networks.fake_score):
+        for network, network_input in zip(pair, inputs, strict=True):
             taps = networks.taps(network) if read_logits else ()
-            prediction, tapped = network.denoise_with_features(x_t, t, condition, taps)
+            prediction, tapped = network.predict(network_input, t, condition, taps)
             predictions.append(prediction)
             features.update(tapped)
         logits = networks.tapped_discriminator()[0](features) if read_logits else None
-    return _Evaluated(x0, t, predictions[0], predictions[1], logits)
+    return _Evaluated(t, implicit_means(x0, predictions[0], predictions[1], x_t=x_t, backend=backend), logits)
 
 
 def _scale(networks: Networks, evaluated: _Evaluated, weighting: str) -> Tensor:
     """[B] factors of the objective."""
     if weighting == "normalised":
-        return 1 / sample_normaliser(evaluated.x0, evaluated.teacher_x0)
+        return 1 / evaluated.means.normaliser()
     schedule = networks.teacher.schedule
     return score_difference_weight(weighting, schedule.alpha(evaluated.t), schedule.sigma(evaluated.t))
 
@@ -90,6 +90,7 @@ def sid_step(
     alpha: float = 1.0,
     weighting: str = "normalised",
     gan_weight: float = 0.0,
+    backend: str = "auto",
 ) -> StepResult:
     """One update of the student by score identity distillation.
 
@@ -109,10 +110,12 @@ def sid_step(
             implicit gradient does not hold: a useful reweighting, not the gradient of a divergence. "uniform" and "vsd"
             (`score_difference_weight`) depend on the level alone, and are.
         gan_weight: 0 leaves the term out.
+        backend: "auto", "triton" or "reference", of everything that is not a network.
     """
-    evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=gan_weight > 0)
-    x0, _, teacher_x0, fake_x0, _ = evaluated
-    objective = sid_loss(x0, teacher_x0, fake_x0, alpha=alpha)
+    evaluated = _evaluate(
+        networks, condition, generator, batch_size, levels, read_logits=gan_weight > 0, backend=backend
+    )
+    objective = sid_loss(evaluated.means, alpha=alpha)
     return _result(evaluated, objective, _scale(networks, evaluated, weighting), gan_weight, {})
 
 
@@ -124,14 +127,14 @@ def sim_step(
     batch_size: int,
     levels: LevelDraw = karras_levels,
     huber_c: float = 0.03,
+    backend: str = "auto",
 ) -> StepResult:
     """One update of the student by score implicit matching (arXiv 2410.16794): loss = mean(`sim_loss`), which reaches
     the student alone. Arguments as in `sid_step`.
     """
-    evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=False)
-    x0, t, teacher_x0, fake_x0, _ = evaluated
-    objective = sim_loss(x0, teacher_x0, fake_x0, huber_c=huber_c)
-    return _result(evaluated, objective, torch.ones_like(t), 0.0, {})
+    evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=False, backend=backend)
+    objective = sim_loss(evaluated.means, huber_c=huber_c)
+    return _result(evaluated, objective, torch.ones_like(evaluated.t), 0.0, {})
 
 
 def uni_instruct_step(
@@ -147,6 +150,7 @@ def uni_instruct_step(
     weighting: str = "normalised",
     gan_weight: float = 0.0,
     detach_weight: bool = False,
+    backend: str = "auto",
 ) -> StepResult:
     """One update of the student by the expanded f-divergence (Uni-Instruct, arXiv 2505.20755).
 
@@ -168,8 +172,8 @@ def uni_instruct_step(
     """
     divergence = checked_divergence(divergence, ratio)
     read = gan_weight > 0 or divergence.needs_ratio
-    evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=read)
-    x0, t, teacher_x0, fake_x0, logits = evaluated
+    evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=read, backend=backend)
+    t, means, logits = evaluated
     h, slope = torch.ones_like(t), torch.zeros_like(t)
     logs = {}
     if ratio is not None and logits is not None and divergence.needs_ratio:
@@ -181,5 +185,5 @@ def uni_instruct_step(
         logs["generator/weight"] = PerSample((h / mean).detach().float(), t)
         logs["generator/clamped_ratios"] = PerSample(clamped, t)
         h, slope = (1 + ratio_ramp * (h / mean - 1)).float(), (ratio_ramp * slope / mean).float()
-    objective = uni_instruct_loss(x0, teacher_x0, fake_x0, h, slope)
+    objective = uni_instruct_loss(means, h, slope)
     return _result(evaluated, objective, _scale(networks, evaluated, weighting), gan_weight, logs)

@@ -18,9 +18,9 @@ from fdistill.losses import (
     score_difference_loss,
     score_difference_weight,
 )
-from fdistill.noise import add_noise, karras_levels
+from fdistill.noise import karras_levels
 from fdistill.ratio import DensityRatio
-from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence, frozen
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence, frozen, renoise
 
 
 class Pairs(NamedTuple):
@@ -72,7 +72,7 @@ def generator_step(
         pairs: for the regression term (DMD, arXiv 2311.18828); None leaves it out.
         regression_weight: of that term.
         student_steps: how many of its steps a `FewStepGenerator` takes.
-        backend: of `matching_loss`.
+        backend: "auto", "triton" or "reference", of everything that is not a network.
 
     Raises:
         ArgumentError: a divergence that needs a ratio, without one.
@@ -82,35 +82,33 @@ def generator_step(
     schedule = networks.teacher.schedule
     x0 = networks.draw_samples(generator, batch_size, condition, student_steps)
     t = levels(schedule, rng.uniform(generator, batch_size))
-    noise = rng.normal(generator, batch_size, x0.shape[1:])
     with frozen(networks.teacher, networks.fake_score, networks.discriminator):
-        x_t = add_noise(schedule, x0, noise, t)
+        pair = (networks.teacher, networks.fake_score)
         # Without a GAN term nothing needs a gradient in x_t, and no network keeps activations.
-        if not gan_weight:
-            x_t = x_t.detach()
-        predictions, features = {}, {}
-        for network in (networks.teacher, networks.fake_score):
+        x_t, inputs = renoise(pair, x0 if gan_weight else x0.detach(), t, generator, backend=backend)
+        predictions, features = [], {}
+        for network, network_input in zip(pair, inputs, strict=True):
             taps = networks.taps(network) if read else ()
-            predictions[network], tapped = network.denoise_with_features(
-                x_t if taps else x_t.detach(), t, condition, taps, x0_grad=False
+            prediction, tapped = network.predict(
+                network_input if taps else network_input.detach(), t, condition, taps, output_grad=False
             )
+            predictions.append(prediction)
             features.update(tapped)
         logits = networks.tapped_discriminator()[0](features) if read else None
 
     weight = torch.ones_like(t)
     logs = {}
     if ratio is not None and logits is not None and divergence.needs_ratio:
-        result = ratio.evaluate(logits, ratio.bin_level(schedule, t), divergence)
-        weight = 1 + ratio_ramp * (result.weight - 1)
+        result = ratio.evaluate(logits, ratio.bin_level(schedule, t), divergence, ramp=ratio_ramp, backend=backend)
+        weight = result.weight
         logs["generator/h"] = PerSample(result.h, t)
         logs["generator/weight"] = PerSample(weight, t)
         logs["generator/clamped_ratios"] = PerSample(result.clamped, t)
-    teacher_x0, fake_x0 = predictions[networks.teacher], predictions[networks.fake_score]
     if weighting == "normalised":
-        matching = matching_loss(x0, teacher_x0, fake_x0, weight=weight, backend=backend)
+        matching = matching_loss(x0, predictions[0], predictions[1], weight=weight, x_t=x_t, backend=backend)
     else:
         weight = weight * score_difference_weight(weighting, schedule.alpha(t), schedule.sigma(t))
-        matching = score_difference_loss(x0, teacher_x0, fake_x0, weight)
+        matching = score_difference_loss(x0, predictions[0], predictions[1], weight, x_t=x_t, backend=backend)
     loss = matching.mean()
     logs["generator/matching"] = PerSample(matching.detach(), t)
     if gan_weight and logits is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +16,7 @@ from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, Function, get_divergence
 from fdistill.errors import ArgumentError
 from fdistill.generator import FewStepGenerator
+from fdistill.kernels import renoise as kernels
 from fdistill.noise import NoiseSchedule
 from fdistill.ratio import DensityRatio
 
@@ -59,6 +60,31 @@ class Networks:
         noise = rng.normal(generator, batch, shape)
         x0: Tensor = self.generator(noise, condition)
         return x0
+
+
+def renoise(
+    networks: Sequence[Denoiser], x0: Tensor, t: Tensor, generator: torch.Generator, *, backend: str = "auto"
+) -> tuple[Tensor, list[Tensor]]:
+    """x_t [B, C, H, W] at levels t, with noise of the generator's, and the input of each of the networks, which share a
+    schedule. Both carry gradients to x0. The noise of a sample does not depend on how a batch is split over processes.
+    """
+    main, schedule = networks[0], networks[0].schedule
+    _, dtype, channels_last = main.input_form()
+    x_t, network_input = kernels.renoise_seeded(
+        x0,
+        rng.device_seed(generator),
+        rng.world()[0] * len(x0),
+        schedule.alpha(t),
+        schedule.sigma(t),
+        input_scale=main.preconditioning(t).input_scale,
+        input_dtype=dtype,
+        channels_last=channels_last,
+        backend=backend,
+    )
+    shared = main.input_form()
+    return x_t, [
+        network_input if network.input_form() == shared else network.network_input(x_t, t) for network in networks
+    ]
 
 
 def checked_divergence(divergence: str | Divergence | Function, ratio: DensityRatio | None) -> Divergence:

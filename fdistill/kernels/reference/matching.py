@@ -1,20 +1,53 @@
-"""Score-difference gradient with its per-sample normaliser."""
+"""Score difference with its per-sample normaliser."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fdistill.kernels.checks import given, wide
+from fdistill.kernels.layout import laid_out_like
+from fdistill.noise import expand
 
-def matching(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Per-sample loss [B] and its gradient with respect to x0 [B, ...], both float32 (float64 for float64 inputs).
 
-    With n = numel of one sample, g = weight (fake_x0 - teacher_x0) / (mean|x0 - teacher_x0| + eps): the gradient is g
-    / n, and the loss is mean(g^2) / 2, the value of the pseudo-target regression mean((x0 - sg(x0 - g))^2) / 2 whose
-    gradient that is.
+def matching(
+    x0: Tensor,
+    x_t: Tensor | None,
+    teacher: Tensor,
+    unconditional: Tensor | None,
+    fake: Tensor,
+    teacher_skip: Tensor | None,
+    teacher_out: Tensor | None,
+    fake_skip: Tensor | None,
+    fake_out: Tensor | None,
+    weight: Tensor,
+    eps: float | None,
+    guidance_scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [B], direction d = F - T like x0, and scale [B]: d loss / d x0 = scale d. Statistics are float32.
+
+    T = teacher_skip x_t + teacher_out (unconditional + guidance_scale (teacher - unconditional)), F = fake_skip x_t +
+    fake_out fake; without x_t the outputs are x0-predictions. With n = numel of a sample and s = weight / (mean|x0 -
+    T| + eps): scale = s / n and loss = mean((s d)^2) / 2, the value of the pseudo-target regression mean((x0 - sg(x0 -
+    s d))^2) / 2 whose gradient that is. With eps None there is no normaliser: s = weight.
     """
-    dtype = torch.float64 if x0.dtype == torch.float64 else torch.float32
-    x0, teacher_x0, fake_x0 = (value.to(dtype).flatten(1) for value in (x0, teacher_x0, fake_x0))
-    scale = weight.to(dtype) / ((x0 - teacher_x0).abs().mean(1) + eps)
-    g = scale[:, None] * (fake_x0 - teacher_x0)
-    return g.square().mean(1) / 2, g / x0.shape[1]
+    dtype = wide(x0.dtype)
+    x0_, teacher, fake = (value.to(dtype) for value in (x0, teacher, fake))
+    if unconditional is not None:
+        unconditional = unconditional.to(dtype)
+        teacher = unconditional + guidance_scale * (teacher - unconditional)
+    if x_t is None:
+        target, d = teacher, fake - teacher
+    else:
+        teacher_skip, teacher_out, fake_skip, fake_out = given(teacher_skip, teacher_out, fake_skip, fake_out)
+        x_t = x_t.to(dtype)
+        teacher = expand(teacher_out.to(dtype), x_t) * teacher
+        target = expand(teacher_skip.to(dtype), x_t) * x_t + teacher
+        # The skip parts are subtracted first: they are often equal, and can be far larger than what remains.
+        skip = expand(fake_skip.to(dtype) - teacher_skip.to(dtype), x_t)
+        d = skip * x_t + (expand(fake_out.to(dtype), x_t) * fake - teacher)
+    s = weight.to(dtype)
+    if eps is not None:
+        s = s / ((x0_ - target).abs().flatten(1).mean(1) + eps)
+    loss = s.square() * d.square().flatten(1).mean(1) / 2
+    return loss, laid_out_like(d.to(x0.dtype), torch.empty_like(x0)), s / x0.shape[1:].numel()

@@ -1,0 +1,39 @@
+"""Refusals at the boundary of the operators: shapes, dtypes and devices, never values, which a GPU would wait for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdistill.errors import ArgumentError
+
+
+def check_samples(name: str, value: Tensor, like: Tensor | None = None) -> None:
+    """`value` must be a float tensor [B, ...]; of the shape and on the device of `like`, where that is given."""
+    if like is None:
+        if not value.is_floating_point() or value.ndim < 2:
+            raise ArgumentError(f"{name}: expected a float tensor [B, ...], got {value.dtype} {tuple(value.shape)}")
+    elif value.shape != like.shape or value.device != like.device or not value.is_floating_point():
+        raise ArgumentError(
+            f"{name}: expected a float tensor {tuple(like.shape)} on {like.device}, "
+            f"got {value.dtype} {tuple(value.shape)} on {value.device}"
+        )
+
+
+def check_rows(name: str, value: Tensor, like: Tensor) -> None:
+    """`value` must be a float tensor [B], one number for each sample of `like`, on its device."""
+    if value.shape != like.shape[:1] or value.device != like.device or not value.is_floating_point():
+        raise ArgumentError(
+            f"{name}: expected a float tensor ({len(like)},) on {like.device}, "
+            f"got {value.dtype} {tuple(value.shape)} on {value.device}"
+        )
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums and weights are computed in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def given(*values: Tensor | None) -> list[Tensor]:
+    """Arguments that come together, once it is known that they came."""
+    return [value for value in values if value is not None]

@@ -1,0 +1,82 @@
+"""Inner products of implicit score objectives: the operator behind `losses.score_implicit_loss`; see `kernels`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdistill.kernels import implementation
+from fdistill.kernels.checks import wide
+
+
+@torch.library.custom_op("fdistill::implicit", mutates_args=())
+def implicit(
+    x0: Tensor,
+    x_t: Tensor | None,
+    teacher: Tensor,
+    fake: Tensor,
+    teacher_skip: Tensor | None,
+    teacher_out: Tensor | None,
+    fake_skip: Tensor | None,
+    fake_out: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """[3, B] means as `reference.implicit`, the first two differentiable in x0, x_t, teacher and fake."""
+    means: Tensor = implementation("implicit", backend, x0).implicit(
+        x0, x_t, teacher, fake, teacher_skip, teacher_out, fake_skip, fake_out
+    )
+    return means
+
+
+@implicit.register_fake
+def _(x0: Tensor, *rest: Any) -> Tensor:
+    return x0.new_empty((3, len(x0)), dtype=wide(x0.dtype))
+
+
+@torch.library.custom_op("fdistill::implicit_backward", mutates_args=())
+def implicit_backward(
+    upstream: Tensor,
+    x0: Tensor,
+    x_t: Tensor | None,
+    teacher: Tensor,
+    fake: Tensor,
+    teacher_skip: Tensor | None,
+    teacher_out: Tensor | None,
+    fake_skip: Tensor | None,
+    fake_out: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x0, x_t (empty without), teacher and fake, as `reference.implicit_backward`."""
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = implementation("implicit", backend, x0).implicit_backward(
+        upstream, x0, x_t, teacher, fake, teacher_skip, teacher_out, fake_skip, fake_out
+    )
+    return gradients
+
+
+@implicit_backward.register_fake
+def _(
+    upstream: Tensor, x0: Tensor, x_t: Tensor | None, teacher: Tensor, fake: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    like = torch.empty_like(x0)
+    x_t_gradient = x0.new_empty(0) if x_t is None else torch.empty_like(like, dtype=x_t.dtype)
+    return (
+        torch.empty_like(like),
+        x_t_gradient,
+        torch.empty_like(like, dtype=teacher.dtype),
+        torch.empty_like(like, dtype=fake.dtype),
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    x0, x_t, teacher, fake = implicit_backward(upstream, *ctx.saved_tensors, ctx.backend)
+    return x0, None if ctx.saved_tensors[1] is None else x_t, teacher, fake, *[None] * 5
+
+
+implicit.register_autograd(_backward, setup_context=_keep)

@@ -1,0 +1,64 @@
+"""Score difference with its per-sample normaliser: the operator behind `losses.matching_loss`; see `kernels`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdistill.kernels import implementation
+from fdistill.kernels.checks import wide
+from fdistill.kernels.scale_rows import scale_rows
+
+
+@torch.library.custom_op("fdistill::matching", mutates_args=())
+def matching(
+    x0: Tensor,
+    x_t: Tensor | None,
+    teacher: Tensor,
+    unconditional: Tensor | None,
+    fake: Tensor,
+    teacher_skip: Tensor | None,
+    teacher_out: Tensor | None,
+    fake_skip: Tensor | None,
+    fake_out: Tensor | None,
+    weight: Tensor,
+    eps: float | None,
+    guidance_scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [B], direction like x0 and scale [B], as `reference.matching`; the loss has a gradient in x0 alone."""
+    results: tuple[Tensor, Tensor, Tensor] = implementation("matching", backend, x0).matching(
+        x0,
+        x_t,
+        teacher,
+        unconditional,
+        fake,
+        teacher_skip,
+        teacher_out,
+        fake_skip,
+        fake_out,
+        weight,
+        eps,
+        guidance_scale,
+    )
+    return results
+
+
+@matching.register_fake
+def _(x0: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loss, scale = (x0.new_empty(x0.shape[:1], dtype=wide(x0.dtype)) for _ in range(2))
+    return loss, torch.empty_like(x0), scale
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*output[1:])
+    ctx.backend = inputs[-1]
+
+
+def _backward(ctx: Any, loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    return scale_rows(*ctx.saved_tensors, loss, ctx.backend), *[None] * 12
+
+
+matching.register_autograd(_backward, setup_context=_keep)

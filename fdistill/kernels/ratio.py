@@ -1,0 +1,90 @@
+"""From logits to the weights of an f-divergence: operators behind `ratio.DensityRatio`; see `kernels`.
+
+`ratio` is the whole way in one process. Between `ratio_samples` and `ratio_weights` several processes exchange their
+samples: both the means of the noise bins and that of h, which depends on them, are the global batch's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdistill.kernels import implementation
+
+
+@torch.library.custom_op("fdistill::ratio", mutates_args=())
+def ratio(
+    logits: Tensor,
+    level: Tensor,
+    bins: Tensor,
+    lower: float,
+    upper: float,
+    low: float,
+    high: float,
+    log_bins: bool,
+    momentum: float,
+    factor: float,
+    power: float,
+    power1p: float,
+    ramp: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """weight, h, clamped [B] and the updated bins [K], as `reference.ratio`; no gradient."""
+    results: tuple[Tensor, Tensor, Tensor, Tensor] = implementation("ratio", backend, logits).ratio(
+        logits, level, bins, lower, upper, low, high, log_bins, momentum, factor, power, power1p, ramp
+    )
+    return results
+
+
+@ratio.register_fake
+def _(logits: Tensor, level: Tensor, bins: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    weight, h, clamped = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+    return weight, h, clamped, torch.empty_like(bins)
+
+
+@torch.library.custom_op("fdistill::ratio_samples", mutates_args=())
+def ratio_samples(
+    logits: Tensor,
+    level: Tensor,
+    lower: float,
+    upper: float,
+    num_bins: int,
+    low: float,
+    high: float,
+    log_bins: bool,
+    backend: str,
+) -> Tensor:
+    """[B, 3] ratio, bin and whether it was clamped, as `reference.ratio_samples`; no gradient."""
+    samples: Tensor = implementation("ratio", backend, logits).ratio_samples(
+        logits, level, lower, upper, num_bins, low, high, log_bins
+    )
+    return samples
+
+
+@ratio_samples.register_fake
+def _(logits: Tensor, *rest: object) -> Tensor:
+    return logits.new_empty((len(logits), 3), dtype=torch.float32)
+
+
+@torch.library.custom_op("fdistill::ratio_weights", mutates_args=())
+def ratio_weights(
+    samples: Tensor,
+    bins: Tensor,
+    momentum: float,
+    factor: float,
+    power: float,
+    power1p: float,
+    ramp: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weight and h [N] of the global batch and the updated bins [K], as `reference.ratio_weights`."""
+    results: tuple[Tensor, Tensor, Tensor] = implementation("ratio", backend, samples).ratio_weights(
+        samples, bins, momentum, factor, power, power1p, ramp
+    )
+    return results
+
+
+@ratio_weights.register_fake
+def _(samples: Tensor, bins: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    weight, h = (samples.new_empty(len(samples), dtype=torch.float32) for _ in range(2))
+    return weight, h, torch.empty_like(bins)

@@ -1,0 +1,89 @@
+"""From logits to normalised density ratios and the weights of an f-divergence."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fdistill.divergence import widened
+
+LOGIT_BOUND = 10.0
+
+
+def bin_index(level: Tensor, num_bins: int, low: float, high: float, log_bins: bool) -> Tensor:
+    """[B] levels -> [B] int64 bins of equal width between low and high, or between their logarithms."""
+    value = widened(level)
+    if log_bins:
+        low, high, value = math.log(low), math.log(high), value.log()
+    # Clamped before the cast: the integer of an infinity is undefined.
+    return ((value - low) / (high - low) * num_bins).clamp(0, num_bins - 1).long()
+
+
+def ratio_samples(
+    logits: Tensor, level: Tensor, lower: float, upper: float, num_bins: int, low: float, high: float, log_bins: bool
+) -> Tensor:
+    """[B, H] logits and [B] levels -> [B, 3] float32: ratio exp(clamp(mean logit)) clamped to [lower, upper], bin, and
+    1 where the ratio was clamped. Differentiable in the logits.
+    """
+    raw = widened(logits.float().mean(1)).clamp(-LOGIT_BOUND, LOGIT_BOUND).exp()
+    ratio = raw.clamp(lower, upper)
+    index = bin_index(level, num_bins, low, high, log_bins)
+    return torch.stack([ratio.float(), index.float(), (raw != ratio).float()], 1)
+
+
+def ratio_bins(samples: Tensor, bins: Tensor, momentum: float) -> Tensor:
+    """The updated means [K] of the bins; samples [N, 3] as from `ratio_samples`, of the whole global batch."""
+    ratio, index = samples[:, 0].detach(), samples[:, 1].long()
+    sums = widened(torch.zeros(2, len(bins), device=samples.device))
+    sums[0].index_add_(0, index, ratio.to(sums.dtype))
+    sums[1].index_add_(0, index, torch.ones_like(ratio, dtype=sums.dtype))
+    total, count = sums
+    updated = momentum * bins + (1 - momentum) * total / count.clamp(min=1)
+    return torch.where(count > 0, updated, bins).float()
+
+
+def normalised(samples: Tensor, bins: Tensor) -> Tensor:
+    """Ratios [N] over the means of their bins, in float64 where the device has it: 20^30 has no float32."""
+    return widened(samples[:, 0]) / widened(bins)[samples[:, 1].long()]
+
+
+def normalised_weights(h: Tensor, ramp: float) -> tuple[Tensor, Tensor]:
+    """(1 + ramp (h / mean(h) - 1), h) in float32, from h [N] of the whole global batch."""
+    narrow = h.clamp(max=torch.finfo(torch.float32).max).float()
+    return (1 + ramp * (h / h.mean() - 1)).float(), narrow
+
+
+def ratio_weights(
+    samples: Tensor, bins: Tensor, momentum: float, factor: float, power: float, power1p: float, ramp: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[N, 3] samples of the global batch -> weight [N], h [N] and the updated bins [K], all float32.
+
+    h = factor r^power (1 + r)^power1p of the ratio over its bin's mean, weight = 1 + ramp (h / mean(h) - 1).
+    """
+    bins = ratio_bins(samples, bins, momentum)
+    r = normalised(samples, bins)
+    weight, h = normalised_weights(factor * torch.exp(power * r.log() + power1p * r.log1p()), ramp)
+    return weight, h, bins
+
+
+def ratio(
+    logits: Tensor,
+    level: Tensor,
+    bins: Tensor,
+    lower: float,
+    upper: float,
+    low: float,
+    high: float,
+    log_bins: bool,
+    momentum: float,
+    factor: float,
+    power: float,
+    power1p: float,
+    ramp: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`ratio_samples` and `ratio_weights` of one process: weight, h, clamped [B] and bins [K]."""
+    samples = ratio_samples(logits, level, lower, upper, len(bins), low, high, log_bins)
+    weight, h, bins = ratio_weights(samples, bins, momentum, factor, power, power1p, ramp)
+    return weight, h, samples[:, 2].clone(), bins

@@ -1,0 +1,113 @@
+"""x_t and the network's input at a noise level, from given or from counter-based noise."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fdistill.kernels.checks import wide
+from fdistill.kernels.layout import laid_out_like, network_input_like
+from fdistill.noise import expand
+
+_MASK = 0xFFFFFFFF
+
+
+def _philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32 with ten rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): 32-bit words in
+    int64 tensors.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # 64-bit products wrap around, which leaves their two words right.
+        low, high = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c2 = ((high >> 32) & _MASK) ^ c1 ^ k0, ((low >> 32) & _MASK) ^ c3 ^ k1
+        c1, c3 = high & _MASK, low & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def counter_normal(seed: Tensor, first: int, batch: int, size: int) -> Tensor:
+    """Standard normal [batch, size] float32 on the seed's device; row i depends on the seed and first + i alone.
+
+    Element e of sample s is word e // q of the counter (e % q, s), q = ceil(size / 4), keyed by the seed; words 0 and
+    1, and 2 and 3, are made normal together (Box & Muller 1958).
+
+    Args:
+        seed: 0-d int64.
+        first: index of the first sample, below 2^32.
+        size: numbers a sample, below 2^32.
+    """
+    quarter = -(-size // 4)
+    element = torch.arange(quarter, device=seed.device)[None]
+    sample = torch.arange(first, first + batch, device=seed.device)[:, None]
+    zero = torch.zeros_like(element + sample)
+    words = _philox((seed & _MASK, (seed >> 32) & _MASK), (element + zero, sample + zero, zero, zero))
+    normals = []
+    for u, v in (words[:2], words[2:]):
+        radius = torch.sqrt(-2 * torch.log(u.float() * 2**-32 + 2**-33))
+        angle = 2 * math.pi * (v.float() * 2**-32 - 0.5)
+        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
+    return torch.cat(normals, 1)[:, :size]
+
+
+def renoise(
+    x0: Tensor,
+    noise: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    input_scale: Tensor | None,
+    input_dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """x_t = alpha x0 + sigma noise, at least float32, and the network's input: input_scale x_t in input_dtype, with
+    channels last or laid out like x0. alpha, sigma, input_scale are [B]; without input_scale there is no input, which
+    is empty then.
+    """
+    dtype = wide(x0.dtype)
+    x_t = expand(alpha.to(dtype), x0) * x0.to(dtype) + expand(sigma.to(dtype), x0) * noise.to(dtype)
+    like = torch.empty_like(x0, dtype=dtype)
+    x_t = like.copy_(x_t) if x_t.stride() != like.stride() else x_t
+    if input_scale is None:
+        return x_t, x0.new_empty(0, dtype=input_dtype)
+    network_input = network_input_like(x0, input_dtype, channels_last)
+    return x_t, network_input.copy_(expand(input_scale.to(dtype), x0) * x_t)
+
+
+def renoise_seeded(
+    x0: Tensor,
+    seed: Tensor,
+    first: int,
+    alpha: Tensor,
+    sigma: Tensor,
+    input_scale: Tensor | None,
+    input_dtype: torch.dtype,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor]:
+    """`renoise` with the noise of `counter_normal`, sample i being number first + i."""
+    noise = counter_normal(seed, first, len(x0), x0.shape[1:].numel()).reshape(x0.shape)
+    return renoise(x0, noise, alpha, sigma, input_scale, input_dtype, channels_last)
+
+
+def renoise_backward(
+    x_t_gradient: Tensor | None,
+    input_gradient: Tensor | None,
+    alpha: Tensor,
+    input_scale: Tensor | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Gradient of x0 in `dtype`, from those of the two results of `renoise`, at least one of them given."""
+    total: Tensor | None = None
+    if x_t_gradient is not None:
+        total = x_t_gradient.to(wide(dtype))
+    if input_gradient is not None:
+        assert input_scale is not None
+        through = expand(input_scale.to(wide(dtype)), input_gradient) * input_gradient.to(wide(dtype))
+        total = through if total is None else total + through
+    assert total is not None
+    gradient = (expand(alpha.to(wide(dtype)), total) * total).to(dtype)
+    like = x_t_gradient if x_t_gradient is not None else input_gradient
+    assert like is not None
+    return laid_out_like(gradient, torch.empty_like(like))

@@ -1,0 +1,1 @@
+"""Fused kernels. Imported only where they are used: nothing else needs the triton package."""

@@ -1,0 +1,98 @@
+"""Exponential moving averages of many tensors in one launch for each dtype, every decay in one read of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fdistill.kernels.reference.ema import ema as reference_ema
+from fdistill.kernels.triton.rows import on_device
+
+BLOCK, WARPS = 4096, 8
+
+
+@triton.jit
+def _ema(
+    chunks_ptr,
+    pointers_ptr,
+    sizes_ptr,
+    rates_ptr,
+    tensors,
+    DTYPE: tl.constexpr,
+    DECAYS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """chunks [2, programs]: which tensor, and which block of it; pointers [1 + DECAYS, tensors]: values, shadows."""
+    program = tl.program_id(0)
+    tensor = tl.load(chunks_ptr + program)
+    i = tl.load(chunks_ptr + tl.num_programs(0) + program) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < tl.load(sizes_ptr + tensor)
+    value_ptr = tl.load(pointers_ptr + tensor).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        value_ptr = tl.multiple_of(value_ptr, 16)
+    value = tl.load(value_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    for k in tl.static_range(DECAYS):
+        shadow_ptr = tl.load(pointers_ptr + (k + 1) * tensors + tensor).to(tl.pointer_type(tl.float32))
+        if ALIGNED:
+            shadow_ptr = tl.multiple_of(shadow_ptr, 16)
+        shadow = tl.load(shadow_ptr + i, mask=inside, other=0.0)
+        shadow += tl.load(rates_ptr + k) * (value - shadow)
+        tl.store(shadow_ptr + i, shadow, mask=inside)
+
+
+@lru_cache(maxsize=64)
+def _tables(
+    device: torch.device, pointers: tuple[int, ...], sizes: tuple[int, ...], decays: tuple[float, ...]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the kernel reads; weights do not move between updates, so it is uploaded once."""
+    blocks = [triton.cdiv(size, BLOCK) for size in sizes]
+    chunks = torch.tensor(
+        [[k for k, count in enumerate(blocks) for _ in range(count)], [b for count in blocks for b in range(count)]]
+    )
+    tables = (chunks, torch.tensor(pointers), torch.tensor(sizes), torch.tensor([1 - decay for decay in decays]))
+    return tables[0].to(device), tables[1].to(device), tables[2].to(device), tables[3].to(device)
+
+
+def ema(shadows: Sequence[Tensor], values: Sequence[Tensor], decays: Sequence[float]) -> None:
+    """See `reference.ema`. With one decay and float32 weights torch's own multi-tensor kernel moves the least possible
+    already, and is taken.
+    """
+    groups: dict[torch.dtype, list[int]] = {}
+    plain: list[int] = []
+    for k, value in enumerate(values):
+        own = shadows[k :: len(values)]
+        walked_alike = all(shadow.stride() == value.stride() for shadow in own)
+        dense = value.is_contiguous() or value.is_contiguous(memory_format=torch.channels_last)
+        alone = len(decays) == 1 and value.dtype == torch.float32
+        if value.numel() and walked_alike and dense and not alone and value.dtype != torch.float64:
+            groups.setdefault(value.dtype, []).append(k)
+        else:
+            plain.append(k)
+    every = range(len(decays))
+    reference_ema([shadows[d * len(values) + k] for d in every for k in plain], [values[k] for k in plain], decays)
+    for dtype, members in groups.items():
+        own = [values[k] for k in members]
+        pointers = tuple(value.data_ptr() for value in own)
+        pointers += tuple(shadows[d * len(values) + k].data_ptr() for d in every for k in members)
+        device = own[0].device
+        sizes = tuple(value.numel() for value in own)
+        chunks, table, size_table, rates = _tables(device, pointers, sizes, tuple(decays))
+        with on_device(own[0]):
+            _ema[(chunks.shape[1],)](
+                chunks,
+                table,
+                size_table,
+                rates,
+                len(own),
+                DTYPE={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
+                DECAYS=len(decays),
+                ALIGNED=all(pointer % 16 == 0 for pointer in pointers),
+                BLOCK=BLOCK,
+                num_warps=WARPS,
+            )

@@ -1,0 +1,329 @@
+"""From logits to weights: one launch in one process; with several, one on either side of their collective.
+
+What a batch shares, the means of its noise bins and of h, is B numbers: one block holds them, and nothing waits for a
+second one. They are float64, in which no weight overflows and whose cost does not show at B numbers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fdistill.kernels.reference.ratio import LOGIT_BOUND
+from fdistill.kernels.triton.rows import on_device
+
+#: Samples of a batch that its block holds at a time, and logits that it adds up at a time.
+SAMPLES, LOGITS = 256, 2048
+
+
+@triton.jit
+def _samples(
+    logits_ptr,
+    level_ptr,
+    sample,
+    batch,
+    heads,
+    logits_step,
+    head_step,
+    level_step,
+    lower,
+    upper,
+    low,
+    high,
+    LOGIT_BOUND: tl.constexpr,
+    LOG_BINS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    """(ratio, bin, clamped) of a block of samples."""
+    inside = sample < batch
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, heads, HEADS):
+        head = start + tl.arange(0, HEADS)
+        at = sample.to(tl.int64)[:, None] * logits_step + head[None, :] * head_step
+        mask = inside[:, None] & (head < heads)[None, :]
+        total += tl.sum(tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
+    logit = (total / heads).to(tl.float64)
+    # min and max of the hardware would turn a NaN into a bound.
+    logit = tl.where(logit > LOGIT_BOUND, LOGIT_BOUND, tl.where(logit < -LOGIT_BOUND, -LOGIT_BOUND, logit))
+    raw = tl.exp(logit)
+    ratio = tl.where(raw > upper, upper, tl.where(raw < lower, lower, raw))
+    value = tl.load(level_ptr + sample * level_step, mask=inside, other=1.0).to(tl.float64)
+    if LOG_BINS:
+        value = tl.log(value)
+    position = (value - low) / (high - low) * BINS
+    index = tl.where(position >= BINS - 1, BINS - 1.0, tl.where(position > 0.0, position, 0.0))
+    return ratio.to(tl.float32), index.to(tl.int32), tl.where(raw != ratio, 1.0, 0.0)
+
+
+@triton.jit
+def _ratio_samples(
+    logits_ptr,
+    level_ptr,
+    samples_ptr,
+    batch,
+    heads,
+    logits_step,
+    head_step,
+    level_step,
+    lower,
+    upper,
+    low,
+    high,
+    LOGIT_BOUND: tl.constexpr,
+    LOG_BINS: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ratio, index, clamped = _samples(
+        logits_ptr,
+        level_ptr,
+        sample,
+        batch,
+        heads,
+        logits_step,
+        head_step,
+        level_step,
+        lower,
+        upper,
+        low,
+        high,
+        LOGIT_BOUND,
+        LOG_BINS,
+        BINS,
+        BLOCK,
+        HEADS,
+    )
+    at = samples_ptr + 3 * sample
+    tl.store(at, ratio, mask=sample < batch)
+    tl.store(at + 1, index.to(tl.float32), mask=sample < batch)
+    tl.store(at + 2, clamped, mask=sample < batch)
+
+
+@triton.jit
+def _ratio_weights(
+    logits_ptr,
+    level_ptr,
+    samples_ptr,
+    bins_ptr,
+    weight_ptr,
+    h_ptr,
+    new_bins_ptr,
+    batch,
+    heads,
+    logits_step,
+    head_step,
+    level_step,
+    lower,
+    upper,
+    low,
+    high,
+    momentum,
+    factor,
+    power,
+    power1p,
+    ramp,
+    FROM_LOGITS: tl.constexpr,
+    LOGIT_BOUND: tl.constexpr,
+    LOG_BINS: tl.constexpr,
+    BINS: tl.constexpr,
+    BINS_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HEADS: tl.constexpr,
+):
+    column = tl.arange(0, BINS_BLOCK)
+    total = tl.zeros((BINS_BLOCK,), tl.float64)
+    count = tl.zeros((BINS_BLOCK,), tl.float64)
+    for start in range(0, batch, BLOCK):
+        sample = start + tl.arange(0, BLOCK)
+        inside = sample < batch
+        at = samples_ptr + 3 * sample
+        if FROM_LOGITS:
+            ratio, index, clamped = _samples(
+                logits_ptr,
+                level_ptr,
+                sample,
+                batch,
+                heads,
+                logits_step,
+                head_step,
+                level_step,
+                lower,
+                upper,
+                low,
+                high,
+                LOGIT_BOUND,
+                LOG_BINS,
+                BINS,
+                BLOCK,
+                HEADS,
+            )
+            tl.store(at, ratio, mask=inside)
+            tl.store(at + 1, index.to(tl.float32), mask=inside)
+            tl.store(at + 2, clamped, mask=inside)
+        else:
+            ratio = tl.load(at, mask=inside, other=0.0)
+            index = tl.load(at + 1, mask=inside, other=0.0).to(tl.int32)
+        member = (index[:, None] == column[None, :]) & inside[:, None]
+        total += tl.sum(tl.where(member, ratio[:, None], 0.0).to(tl.float64), 0)
+        count += tl.sum(tl.where(member, 1.0, 0.0).to(tl.float64), 0)
+    old = tl.load(bins_ptr + column, mask=column < BINS, other=1.0).to(tl.float64)
+    updated = momentum * old + (1.0 - momentum) * total / tl.where(count > 0.0, count, 1.0)
+    bins = tl.where(count > 0.0, updated, old).to(tl.float32)
+    tl.store(new_bins_ptr + column, bins, mask=column < BINS)
+    # Other threads of this block have written what is read from here on.
+    tl.debug_barrier()
+    h_total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, batch, BLOCK):
+        sample = start + tl.arange(0, BLOCK)
+        h = _h(samples_ptr, sample, sample < batch, bins, column, factor, power, power1p)
+        h_total += tl.where(sample < batch, h, 0.0)
+    mean = tl.sum(h_total) / batch
+    for start in range(0, batch, BLOCK):
+        sample = start + tl.arange(0, BLOCK)
+        inside = sample < batch
+        h = _h(samples_ptr, sample, inside, bins, column, factor, power, power1p)
+        tl.store(weight_ptr + sample, (1.0 + ramp * (h / mean - 1.0)).to(tl.float32), mask=inside)
+        tl.store(
+            h_ptr + sample, tl.where(h > 3.4028234663852886e38, 3.4028234663852886e38, h).to(tl.float32), mask=inside
+        )
+
+
+@triton.jit
+def _h(samples_ptr, sample, inside, bins, column, factor, power, power1p):
+    """factor r^power (1 + r)^power1p of a block of samples, r their ratio over its bin's mean."""
+    ratio = tl.load(samples_ptr + 3 * sample, mask=inside, other=1.0).to(tl.float64)
+    index = tl.load(samples_ptr + 3 * sample + 1, mask=inside, other=0.0).to(tl.int32)
+    mean = tl.sum(tl.where(index[:, None] == column[None, :], bins[None, :], 0.0), 1)
+    r = ratio / mean.to(tl.float64)
+    return factor * tl.exp(power * tl.log(r) + power1p * tl.log(1.0 + r))
+
+
+def _head_block(heads: int) -> int:
+    return min(1 << (heads - 1).bit_length(), 64)
+
+
+def ratio_samples(
+    logits: Tensor, level: Tensor, lower: float, upper: float, num_bins: int, low: float, high: float, log_bins: bool
+) -> Tensor:
+    """See `reference.ratio_samples`."""
+    batch, heads = logits.shape
+    samples = torch.empty(batch, 3, device=logits.device)
+    if not batch:
+        return samples
+    low, high = (math.log(low), math.log(high)) if log_bins else (low, high)
+    block_heads = _head_block(heads)
+    block = LOGITS // block_heads
+    with on_device(logits):
+        _ratio_samples[(triton.cdiv(batch, block),)](
+            logits,
+            level,
+            samples,
+            batch,
+            heads,
+            *logits.stride(),
+            level.stride(0),
+            lower,
+            upper,
+            low,
+            high,
+            LOGIT_BOUND=LOGIT_BOUND,
+            LOG_BINS=log_bins,
+            BINS=num_bins,
+            BLOCK=block,
+            HEADS=block_heads,
+            num_warps=4,
+        )
+    return samples
+
+
+def _weights(
+    logits: Tensor | None,
+    level: Tensor | None,
+    samples: Tensor,
+    bins: Tensor,
+    bounds: tuple[float, float, float, float, bool],
+    momentum: float,
+    factor: float,
+    power: float,
+    power1p: float,
+    ramp: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch = len(samples)
+    weight, h = (torch.empty(batch, device=samples.device) for _ in range(2))
+    new_bins = torch.empty_like(bins)
+    lower, upper, low, high, log_bins = bounds
+    heads = 1 if logits is None else logits.shape[1]
+    block_heads = min(_head_block(heads), 16)
+    with on_device(samples):
+        _ratio_weights[(1,)](
+            samples if logits is None else logits,
+            samples if level is None else level,
+            samples,
+            bins,
+            weight,
+            h,
+            new_bins,
+            batch,
+            heads,
+            *((0, 0) if logits is None else logits.stride()),
+            0 if level is None else level.stride(0),
+            lower,
+            upper,
+            *((math.log(low), math.log(high)) if log_bins else (low, high)),
+            momentum,
+            factor,
+            power,
+            power1p,
+            ramp,
+            FROM_LOGITS=logits is not None,
+            LOGIT_BOUND=LOGIT_BOUND,
+            LOG_BINS=log_bins,
+            BINS=len(bins),
+            BINS_BLOCK=triton.next_power_of_2(len(bins)),
+            BLOCK=SAMPLES,
+            HEADS=block_heads,
+            num_warps=8,
+        )
+    return weight, h, new_bins
+
+
+def ratio_weights(
+    samples: Tensor, bins: Tensor, momentum: float, factor: float, power: float, power1p: float, ramp: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `reference.ratio_weights`."""
+    bounds = (0.0, 1.0, 0.0, 1.0, False)
+    return _weights(None, None, samples.contiguous(), bins, bounds, momentum, factor, power, power1p, ramp)
+
+
+def ratio(
+    logits: Tensor,
+    level: Tensor,
+    bins: Tensor,
+    lower: float,
+    upper: float,
+    low: float,
+    high: float,
+    log_bins: bool,
+    momentum: float,
+    factor: float,
+    power: float,
+    power1p: float,
+    ramp: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `reference.ratio`."""
+    samples = torch.empty(len(logits), 3, device=logits.device)
+    bounds = (lower, upper, low, high, log_bins)
+    if logits.numel() > 1 << 15:  # one block would take longer over them than a launch does
+        samples = ratio_samples(logits, level, lower, upper, len(bins), low, high, log_bins)
+        weight, h, new_bins = ratio_weights(samples, bins, momentum, factor, power, power1p, ramp)
+    else:
+        weight, h, new_bins = _weights(logits, level, samples, bins, bounds, momentum, factor, power, power1p, ramp)
+    return weight, h, samples[:, 2].clone(), new_bins

@@ -114,7 +114,10 @@ def test_matching_takes_non_contiguous_and_channels_last() -> None:
         ({"backend": "triton"}, "backend"),
     ],
 )
-def test_matching_refuses_what_does_not_fit(changed: dict[str, object], message: str) -> None:
+def test_matching_refuses_what_does_not_fit(
+    changed: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     arguments: dict[str, object] = {
         "x0": torch.zeros(2, 3),
         "teacher_x0": torch.zeros(2, 3),

@@ -31,17 +31,40 @@ def _ema(
     """chunks [2, programs]: which tensor, and which block of it; pointers [1 + DECAYS, tensors]: values, shadows."""
     program = tl.program_id(0)
     tensor = tl.load(chunks_ptr + program)
-    i = tl.load(chunks_ptr + tl.num_programs(0) + program) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < tl.load(sizes_ptr + tensor)
+    start = tl.load(chunks_ptr + tl.num_programs(0) + program) * BLOCK
+    size = tl.load(sizes_ptr + tensor)
+    # A mask of unknown alignment would turn every access into single elements: only a tensor's last block has one.
+    if start + BLOCK <= size:
+        _blend(pointers_ptr, rates_ptr, tensors, tensor, start, size, DTYPE, DECAYS, ALIGNED, False, BLOCK)
+    else:
+        _blend(pointers_ptr, rates_ptr, tensors, tensor, start, size, DTYPE, DECAYS, ALIGNED, True, BLOCK)
+
+
+@triton.jit
+def _blend(
+    pointers_ptr,
+    rates_ptr,
+    tensors,
+    tensor,
+    start,
+    size,
+    DTYPE: tl.constexpr,
+    DECAYS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    i = start + tl.arange(0, BLOCK)
+    inside = i < size if MASKED else None
     value_ptr = tl.load(pointers_ptr + tensor).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         value_ptr = tl.multiple_of(value_ptr, 16)
-    value = tl.load(value_ptr + i, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(value_ptr + i, mask=inside).to(tl.float32)
     for k in tl.static_range(DECAYS):
         shadow_ptr = tl.load(pointers_ptr + (k + 1) * tensors + tensor).to(tl.pointer_type(tl.float32))
         if ALIGNED:
             shadow_ptr = tl.multiple_of(shadow_ptr, 16)
-        shadow = tl.load(shadow_ptr + i, mask=inside, other=0.0)
+        shadow = tl.load(shadow_ptr + i, mask=inside)
         shadow += tl.load(rates_ptr + k) * (value - shadow)
         tl.store(shadow_ptr + i, shadow, mask=inside)
 

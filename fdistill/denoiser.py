@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.kernels.checks import wide
+from fdistill.kernels.to_x0 import to_x0
 from fdistill.noise import NoiseSchedule, expand
 
 Features = dict[str, Tensor]
@@ -36,10 +38,10 @@ class Prediction(NamedTuple):
 
     def x0(self, x_t: Tensor) -> Tensor:
         """The x0-prediction, at least float32."""
-        output = self.output.to(torch.promote_types(self.output.dtype, torch.float32))
         if self.skip is None or self.out is None:
-            return output
-        return expand(self.skip, x_t) * x_t + expand(self.out, x_t) * output
+            return self.output.to(wide(self.output.dtype))
+        x0: Tensor = to_x0(self.output, x_t, self.skip, self.out, "auto")
+        return x0
 
 
 class Denoiser(nn.Module, ABC):
@@ -51,7 +53,7 @@ class Denoiser(nn.Module, ABC):
         num_classes: conditions are labels [B] in [0, num_classes); None for an unconditional network.
         sigma_data: standard deviation of the data, used by the EDM loss weighting.
         feature_shapes: (C, H, W) of every tensor that `features` can name, from the input towards the output.
-        input_kind: networks that are fed the same at the same level have equal ones.
+        kind: networks of one preconditioning have equal ones.
     """
 
     schedule: NoiseSchedule
@@ -59,7 +61,7 @@ class Denoiser(nn.Module, ABC):
     num_classes: int | None
     sigma_data: float
     feature_shapes: dict[str, tuple[int, int, int]]
-    input_kind: object = None
+    kind: object = None
 
     @abstractmethod
     def run(
@@ -92,16 +94,17 @@ class Denoiser(nn.Module, ABC):
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernel.dtype
             first, last = kernel.is_contiguous(), kernel.is_contiguous(memory_format=torch.channels_last)
             if first != last:  # a kernel of one channel or one pixel is laid out both ways
-                return self.input_kind, dtype, last
-        return self.input_kind, dtype, False
+                return self.kind, dtype, last
+        return self.kind, dtype, False
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """What the network is fed for x_t at levels t."""
-        scale = self.preconditioning(t).input_scale
+        return self._fed(x_t, self.preconditioning(t).input_scale)
+
+    def _fed(self, x_t: Tensor, scale: Tensor | None) -> Tensor:
         _, dtype, last = self.input_form()
         fed = x_t if scale is None else expand(scale, x_t) * x_t
-        form = torch.channels_last if last else torch.preserve_format
-        return fed.to(dtype=dtype or fed.dtype, memory_format=form)
+        return fed.to(dtype=dtype or fed.dtype, memory_format=torch.channels_last if last else torch.preserve_format)
 
     def predict(
         self,
@@ -110,12 +113,14 @@ class Denoiser(nn.Module, ABC):
         condition: Tensor | None,
         features: Sequence[str] = (),
         *,
+        form: Preconditioning | None = None,
         output_grad: bool = True,
     ) -> tuple[Prediction, Features]:
         """The network's output as it is, with what turns it into x0, and the named features.
 
         Args:
             network_input: [B, C, H, W] of `network_input`, or of a kernel that made it together with x_t.
+            form: of `preconditioning`, where it is known.
             output_grad: False where only the features need a gradient.
 
         Others as in `denoise`.
@@ -123,7 +128,7 @@ class Denoiser(nn.Module, ABC):
         self._check_features(features)
         output, tapped = self.run(network_input, t, condition, features, output=True, output_grad=output_grad)
         assert output is not None
-        form = self.preconditioning(t)
+        form = self.preconditioning(t) if form is None else form
         return Prediction(output, form.skip, form.out), tapped
 
     def denoise(
@@ -149,7 +154,9 @@ class Denoiser(nn.Module, ABC):
         self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str]
     ) -> tuple[Tensor, Features]:
         """`denoise` that returns the pair even when no feature is asked for."""
-        prediction, tapped = self.predict(self.network_input(x_t, t), t, condition, features)
+        form = self.preconditioning(t)
+        fed = self._fed(x_t, form.input_scale)
+        prediction, tapped = self.predict(fed, t, condition, features, form=form)
         return prediction.x0(x_t), tapped
 
     def features(self, network_input: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str]) -> Features:

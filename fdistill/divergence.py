@@ -41,6 +41,8 @@ class Divergence:
     @cached_property
     def needs_ratio(self) -> bool:
         """Whether h depends on r at all; it does not for reverse KL."""
+        if self.powers is not None:
+            return self.powers[1:] != (0.0, 0.0)
         r = torch.logspace(-1, 1, 5, dtype=torch.float64)
         return not torch.allclose(self.weight(r), self.weight(torch.ones_like(r)), rtol=1e-9, atol=0)
 

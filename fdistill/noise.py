@@ -7,7 +7,8 @@ Everything in the library is an x0-prediction at a level t of the teacher's own 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,7 +19,7 @@ from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
 PredictionKind = Literal["x0", "eps", "v", "flow"]
 
 
-class NoiseSchedule(Protocol):
+class NoiseSchedule(Hashable, Protocol):
     """How a teacher's level t maps to signal and noise. All methods are elementwise on float tensors of any shape."""
 
     @property
@@ -44,9 +45,10 @@ def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     return schedule.sigma(t) / schedule.alpha(t)
 
 
+@cache
 def noise_to_signal_range(schedule: NoiseSchedule) -> tuple[float, float]:
-    """The ratio at t_min and t_max, cut to [0.001, 1000] so that it can be spaced; computed on the CPU."""
-    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
+    """The ratio at t_min and t_max, cut to [0.001, 1000] so that it can be spaced; computed once, on the CPU."""
+    ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64, device="cpu")
     low, high = noise_to_signal(schedule, ends).clamp(1e-3, 1e3).tolist()
     return low, high
 

@@ -25,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fdistill.kernels.triton import denoising, ema, implicit, matching, ratio, renoise, scale_rows
+from fdistill.kernels.triton import denoising, ema, implicit, matching, ratio, renoise, scale_rows, to_x0
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
@@ -98,7 +98,9 @@ def launches() -> Iterator[str]:
         implicit.implicit(x0, x_t, raw, raw, *four)
         implicit.implicit_backward(torch.ones(3, 2), x0, x_t, raw, raw, *four)
         implicit.implicit_backward(torch.ones(3, 2), x0, None, raw, raw, None, None, None, None)
-        scale_rows.scale_rows(raw, ones, ones)
+        scale_rows.scale_rows(raw, ones, ones, dtype)
+        scale_rows.scale_rows(x0, ones, None, dtype)
+        to_x0.to_x0(raw, x_t, ones, ones)
         for last in (False, True):
             renoise.renoise(x0, x0, ones, ones, ones, dtype, last)
             renoise.renoise_seeded(x0, torch.tensor(5), 0, ones, ones, ones, dtype, last)

@@ -27,6 +27,7 @@ from fdistill.kernels.ratio import ratio, ratio_samples, ratio_weights
 from fdistill.kernels.reference import renoise as reference_renoise
 from fdistill.kernels.renoise import renoise, renoise_seeded
 from fdistill.kernels.scale_rows import scale_rows
+from fdistill.kernels.to_x0 import to_x0
 from fdistill.losses import denoising_loss, implicit_means, matching_loss, score_difference_loss
 from fdistill.ratio import DensityRatio
 
@@ -50,7 +51,7 @@ interpreter._convert_float = _rounded_to_nearest
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F64 = torch.float64
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPERATIONS = ["denoising", "ema", "implicit", "matching", "ratio", "renoise", "scale_rows"]
+OPERATIONS = ["denoising", "ema", "implicit", "matching", "ratio", "renoise", "scale_rows", "to_x0"]
 #: Odd sizes; a batch of one; one pixel; what one block finishes, one element more; without channels.
 SHAPES = [(5, 3, 7, 9), (1, 4, 64, 64), (3, 1, 1, 1), (2, 16385), (7, 13), (2, 3, 128, 128)]
 
@@ -158,6 +159,19 @@ def test_implicit(shape: tuple[int, ...], dtype: torch.dtype, raw: bool) -> None
             return torch.stack([means.inner, 0.7 * means.square, means.distance])
 
         return loss, leaves
+
+    compared(make, Inputs(shape, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_to_x0(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def make(i: Inputs, backend: str) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        def loss() -> Tensor:
+            x0 = to_x0(i.fake, i.x_t, i.fake_skip, i.fake_out, backend)
+            return (x0 * i.x0).flatten(1).mean(1)
+
+        return loss, [i.fake, i.x_t]
 
     compared(make, Inputs(shape, dtype))
 
@@ -488,6 +502,9 @@ def test_reference_derivatives(raw: bool) -> None:
         lambda p: denoising(p, detached, x0.detach(), *coefficients[:2], weight, "reference")[0], (fake,)
     )
     scale = draw(3, seed=10).double()
+    linear = lambda p, x: to_x0(p, x, weight, scale, "reference")  # noqa: E731
+    assert torch.autograd.gradcheck(linear, (fake, x_t))
+    assert torch.autograd.gradgradcheck(linear, (fake, x_t))
     assert torch.autograd.gradcheck(
         lambda x: renoise(x, x_t.detach(), weight, scale, input_scale=scale if raw else None, backend="reference"),
         (x0,),
@@ -549,7 +566,8 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
         "denoising": [(raw.clone().requires_grad_(True), x_t, x0, ones, ones, ones)],
         "implicit": [(leaf, x_t, raw, raw, *four), (last, None, raw, raw, None, None, None, None)],
         "implicit_backward": [(torch.ones(3, 3, device=DEVICE), x0, x_t, raw, raw, *four)],
-        "scale_rows": [(x0, ones, ones)],
+        "scale_rows": [(leaf, ones, ones, torch.bfloat16), (last, ones, None, torch.float32)],
+        "to_x0": [(raw.bfloat16().requires_grad_(True), leaf, ones, ones)],
         "renoise": [
             (leaf, x_t, ones, ones, ones, torch.bfloat16, True),
             (last, x_t, ones, ones, None, torch.float32, False),
@@ -677,7 +695,7 @@ def test_scale_rows_reads_a_mean_s_gradient_as_one_number() -> None:
     direction, scale = draw(5, 3, 3), draw(5, seed=1)
     upstream = torch.tensor(0.2, device=DEVICE).expand(5)
     torch.testing.assert_close(
-        scale_rows(direction, scale, upstream, "triton"), direction * (0.2 * scale)[:, None, None]
+        scale_rows(direction, scale, upstream, torch.float32, "triton"), direction * (0.2 * scale)[:, None, None]
     )
 
 

@@ -34,6 +34,7 @@ WALKING = {
     "renoise",
     "renoise_backward",
     "scale_rows",
+    "to_x0",
 }
 
 

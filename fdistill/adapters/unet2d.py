@@ -43,8 +43,8 @@ class Parametrisation(Protocol):
         """Standard deviation of the data."""
 
     @property
-    def input_kind(self) -> object:
-        """Equal where the same network input is meant."""
+    def kind(self) -> object:
+        """Equal where the preconditioning is."""
 
     def timestep(self, t: Tensor) -> Tensor:
         """[B] levels -> [B] timesteps the network is told."""
@@ -65,7 +65,7 @@ class EDMPreconditioning:
         self.sigma_data = sigma_data
         self.boundary = boundary
         self.time_scale = time_scale
-        self.input_kind = ("edm", sigma_data)
+        self.kind = ("edm", sigma_data, boundary)
 
     def timestep(self, t: Tensor) -> Tensor:
         return self.time_scale * t.log()
@@ -83,17 +83,17 @@ class DirectPrediction:
     def __init__(self, schedule: NoiseSchedule, kind: PredictionKind, time_scale: float = 1.0):
         self.schedule = schedule
         self.sigma_data = 0.5
-        self.kind = kind
+        self.prediction = kind
         self.time_scale = time_scale
-        self.input_kind = "x_t"
+        self.kind = (kind, id(schedule))
 
     def timestep(self, t: Tensor) -> Tensor:
         return self.time_scale * t
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
-        if self.kind == "x0":
+        if self.prediction == "x0":
             return Preconditioning()
-        return Preconditioning(None, *x0_coefficients(self.schedule.alpha(t), self.schedule.sigma(t), self.kind))
+        return Preconditioning(None, *x0_coefficients(self.schedule.alpha(t), self.schedule.sigma(t), self.prediction))
 
 
 _PREDICTION_TYPES: dict[str, PredictionKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
@@ -159,7 +159,7 @@ class UNet2DDenoiser(Denoiser):
         self.parametrisation = parametrisation
         self.schedule = parametrisation.schedule
         self.sigma_data = parametrisation.sigma_data
-        self.input_kind = parametrisation.input_kind
+        self.kind = parametrisation.kind
         self.sample_shape = (config.in_channels, size, size)
         self.num_classes = config.num_class_embeds
         self.feature_shapes = {}

@@ -58,7 +58,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _backward(ctx: Any, loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    return scale_rows(*ctx.saved_tensors, loss, ctx.backend), *[None] * 12
+    direction, scale = ctx.saved_tensors
+    return scale_rows(direction, scale, loss, direction.dtype, ctx.backend), *[None] * 12
 
 
 matching.register_autograd(_backward, setup_context=_keep)

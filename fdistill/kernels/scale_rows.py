@@ -1,6 +1,8 @@
-"""The operator that multiplies saved directions by what a backward pass brings; see `kernels`."""
+"""The operator that multiplies samples by a number each, as derivatives of the others do; see `kernels`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,12 +11,25 @@ from fdistill.kernels import implementation
 
 
 @torch.library.custom_op("fdistill::scale_rows", mutates_args=())
-def scale_rows(direction: Tensor, scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    """direction scale upstream, like direction [B, ...]; scale and upstream are [B]."""
-    gradient: Tensor = implementation("scale_rows", backend, direction).scale_rows(direction, scale, upstream)
-    return gradient
+def scale_rows(rows: Tensor, scale: Tensor, upstream: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
+    """rows scale upstream in `dtype`, as `reference.scale_rows`; differentiable in rows [B, ...] alone."""
+    scaled: Tensor = implementation("scale_rows", backend, rows).scale_rows(rows, scale, upstream, dtype)
+    return scaled
 
 
 @scale_rows.register_fake
-def _(direction: Tensor, scale: Tensor, upstream: Tensor, backend: str) -> Tensor:
-    return torch.empty_like(direction)
+def _(rows: Tensor, scale: Tensor, upstream: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
+    return torch.empty_like(rows, dtype=dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    rows, scale, upstream, _, ctx.backend = inputs
+    ctx.save_for_backward(scale, upstream)
+    ctx.dtype = rows.dtype
+
+
+def _backward(ctx: Any, scaled: Tensor) -> tuple[Tensor | None, ...]:
+    return scale_rows(scaled, *ctx.saved_tensors, ctx.dtype, ctx.backend), None, None, None, None
+
+
+scale_rows.register_autograd(_backward, setup_context=_keep)

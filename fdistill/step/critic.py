@@ -65,9 +65,9 @@ def critic_step(
         read = [networks.fake_score]
         if gan_weight and networks.tapped is networks.teacher:
             read.append(networks.teacher)
-        x_t, inputs = renoise(read, fake_x0, t, generator, backend=backend)
+        x_t, inputs, forms = renoise(read, fake_x0, t, generator, backend=backend)
         taps = networks.taps(networks.fake_score) if gan_weight else ()
-        prediction, features = networks.fake_score.predict(inputs[0], t, condition, taps)
+        prediction, features = networks.fake_score.predict(inputs[0], t, condition, taps, form=forms[0])
         denoising = denoising_loss(prediction, fake_x0, level_weight(weighting, t), x_t=x_t, backend=backend)
         loss = denoising.mean()
         logs = {"fake_score/denoising": PerSample(denoising.detach(), t)}
@@ -119,7 +119,7 @@ def discriminator_losses(
     batch, schedule = len(real_x0), networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
     t_real = levels(schedule, rng.uniform(generator, batch))
-    _, (real_input,) = renoise([tapped], real_x0, t_real, generator, backend=backend)
+    _, (real_input,), (form,) = renoise([tapped], real_x0, t_real, generator, backend=backend)
     real_input.requires_grad_(r1_weight > 0)
     # The fused attention kernels have no second derivative, which R1 needs.
     with sdpa_kernel(SDPBackend.MATH) if r1_weight else nullcontext():
@@ -135,9 +135,8 @@ def discriminator_losses(
     penalty = torch.zeros((), device=real_x0.device)
     if r1_weight:
         per_sample = r1_penalty(real_logits, real_input)
-        input_scale = tapped.preconditioning(t_real).input_scale
-        if input_scale is not None:
-            per_sample = input_scale.square() * per_sample
+        if form.input_scale is not None:
+            per_sample = form.input_scale.square() * per_sample
         penalty = r1_weight / 2 * per_sample.mean()
         logs["discriminator/r1"] = PerSample(per_sample.detach(), t_real)
     return DiscriminatorLosses(real, fake, penalty, t_real, logs)

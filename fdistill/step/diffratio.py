@@ -45,7 +45,7 @@ def ratio_critic_step(
     with torch.no_grad():
         fake_x0 = networks.draw_samples(generator, batch, condition, None)
     t = levels(schedule, rng.uniform(generator, batch))
-    _, (network_input,) = renoise([tapped], fake_x0, t, generator, backend=backend)
+    _, (network_input,), _ = renoise([tapped], fake_x0, t, generator, backend=backend)
     logits = discriminator(tapped.features(network_input, t, condition, discriminator.features))
     losses = discriminator_losses(
         networks, real_x0, condition, generator, logits, t, levels=levels, r1_weight=r1_weight, backend=backend
@@ -79,15 +79,14 @@ def diffratio_step(
     t = levels(schedule, rng.uniform(generator, batch_size))
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     with frozen(tapped, discriminator):
-        _, (network_input,) = renoise([tapped], x0.detach(), t, generator, backend=backend)
+        _, (network_input,), (form,) = renoise([tapped], x0.detach(), t, generator, backend=backend)
         network_input.requires_grad_(True)
         logits = discriminator(tapped.features(network_input, t, condition, discriminator.features)).float()
         logits = logits.reshape(batch_size, -1).mean(1)
         (slope,) = torch.autograd.grad(logits.sum(), network_input)
     weight = sigma.square() / alpha.clamp(min=1e-3) * score_difference_weight(weighting, alpha, sigma)
-    input_scale = tapped.preconditioning(t).input_scale
-    if input_scale is not None:  # the slope is in the network's input, the weight for one in x_t
-        weight = weight * input_scale
+    if form.input_scale is not None:  # the slope is in the network's input, the weight for one in x_t
+        weight = weight * form.input_scale
     matching = score_difference_loss(x0, slope, torch.zeros_like(slope), weight, backend=backend)
     logs = {"generator/matching": PerSample(matching.detach(), t), "generator/logit": PerSample(logits.detach(), t)}
     return StepResult(matching.mean(), logs)

@@ -49,11 +49,11 @@ def _evaluate(
     t = levels(schedule, rng.uniform(generator, batch_size))
     with frozen(networks.teacher, networks.fake_score, networks.discriminator):
         pair = (networks.teacher, networks.fake_score)
-        x_t, inputs = renoise(pair, x0, t, generator, backend=backend)
+        x_t, inputs, forms = renoise(pair, x0, t, generator, backend=backend)
         predictions, features = [], {}
-        for network, network_input in zip(pair, inputs, strict=True):
+        for network, network_input, form in zip(pair, inputs, forms, strict=True):
             taps = networks.taps(network) if read_logits else ()
-            prediction, tapped = network.predict(network_input, t, condition, taps)
+            prediction, tapped = network.predict(network_input, t, condition, taps, form=form)
             predictions.append(prediction)
             features.update(tapped)
         logits = networks.tapped_discriminator()[0](features) if read_logits else None

@@ -85,12 +85,12 @@ def generator_step(
     with frozen(networks.teacher, networks.fake_score, networks.discriminator):
         pair = (networks.teacher, networks.fake_score)
         # Without a GAN term nothing needs a gradient in x_t, and no network keeps activations.
-        x_t, inputs = renoise(pair, x0 if gan_weight else x0.detach(), t, generator, backend=backend)
+        x_t, inputs, forms = renoise(pair, x0 if gan_weight else x0.detach(), t, generator, backend=backend)
         predictions, features = [], {}
-        for network, network_input in zip(pair, inputs, strict=True):
+        for network, network_input, form in zip(pair, inputs, forms, strict=True):
             taps = networks.taps(network) if read else ()
             prediction, tapped = network.predict(
-                network_input if taps else network_input.detach(), t, condition, taps, output_grad=False
+                network_input if taps else network_input.detach(), t, condition, taps, form=form, output_grad=False
             )
             predictions.append(prediction)
             features.update(tapped)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fdistill import rng
-from fdistill.denoiser import Denoiser
+from fdistill.denoiser import Denoiser, Preconditioning
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, Function, get_divergence
 from fdistill.errors import ArgumentError
@@ -62,29 +62,42 @@ class Networks:
         return x0
 
 
+class Noised(NamedTuple):
+    """Samples at levels t, x_t [B, C, H, W], and for each of the networks that see them its input and its
+    preconditioning there.
+    """
+
+    x_t: Tensor
+    inputs: list[Tensor]
+    forms: list[Preconditioning]
+
+
 def renoise(
     networks: Sequence[Denoiser], x0: Tensor, t: Tensor, generator: torch.Generator, *, backend: str = "auto"
-) -> tuple[Tensor, list[Tensor]]:
-    """x_t [B, C, H, W] at levels t, with noise of the generator's, and the input of each of the networks, which share a
-    schedule. Both carry gradients to x0. The noise of a sample does not depend on how a batch is split over processes.
+) -> Noised:
+    """x0 [B, C, H, W] with noise of the generator's at levels t, for networks that share a schedule. Inputs and x_t
+    carry gradients to x0. The noise of a sample does not depend on how a batch is split over processes.
     """
     main, schedule = networks[0], networks[0].schedule
     _, dtype, channels_last = main.input_form()
+    form = main.preconditioning(t)
     x_t, network_input = kernels.renoise_seeded(
         x0,
         rng.device_seed(generator),
         rng.world()[0] * len(x0),
         schedule.alpha(t),
         schedule.sigma(t),
-        input_scale=main.preconditioning(t).input_scale,
+        input_scale=form.input_scale,
         input_dtype=dtype,
         channels_last=channels_last,
         backend=backend,
     )
-    shared = main.input_form()
-    return x_t, [
-        network_input if network.input_form() == shared else network.network_input(x_t, t) for network in networks
-    ]
+    alike = [network.input_form() == main.input_form() for network in networks]
+    return Noised(
+        x_t,
+        [network_input if a else network.network_input(x_t, t) for a, network in zip(alike, networks, strict=True)],
+        [form if a else network.preconditioning(t) for a, network in zip(alike, networks, strict=True)],
+    )
 
 
 def checked_divergence(divergence: str | Divergence | Function, ratio: DensityRatio | None) -> Divergence:

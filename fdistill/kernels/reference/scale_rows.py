@@ -1,4 +1,4 @@
-"""What turns a saved direction into a gradient."""
+"""Samples times a number each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from fdistill.kernels.layout import laid_out_like
 from fdistill.noise import expand
 
 
-def scale_rows(direction: Tensor, scale: Tensor, upstream: Tensor) -> Tensor:
-    """direction scale upstream, like direction [B, ...]; scale and upstream are [B]."""
-    dtype = wide(direction.dtype)
-    factor = expand(scale.to(dtype) * upstream.to(dtype), direction)
-    return laid_out_like((factor * direction.to(dtype)).to(direction.dtype), torch.empty_like(direction))
+def scale_rows(rows: Tensor, scale: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """rows scale upstream in `dtype`, laid out like rows [B, ...]; scale and upstream are [B], None counts as ones."""
+    precise = wide(rows.dtype)
+    factor = scale.to(precise) if upstream is None else scale.to(precise) * upstream.to(precise)
+    scaled = (expand(factor, rows) * rows.to(precise)).to(dtype)
+    return laid_out_like(scaled, torch.empty_like(rows))

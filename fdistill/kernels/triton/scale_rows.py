@@ -1,4 +1,4 @@
-"""What turns a saved direction into a gradient, in one pass."""
+"""Samples times a number each, in one pass."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fdistill.kernels.layout import laid_out_like
 from fdistill.kernels.triton.rows import BLOCK, WARPS, on_device
 
 
 @triton.jit
 def _scale_rows(
-    direction_ptr,
+    rows_ptr,
     scale_ptr,
     upstream_ptr,
-    gradient_ptr,
+    scaled_ptr,
     size,
     blocks,
-    direction_step,
+    rows_step,
     scale_step,
     upstream_step,
-    gradient_step,
+    scaled_step,
+    UPSTREAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
@@ -29,32 +31,34 @@ def _scale_rows(
     i = (program - sample * blocks) * BLOCK + tl.arange(0, BLOCK)
     row = sample.to(tl.int64)
     factor = tl.load(scale_ptr + sample * scale_step).to(tl.float32)
-    factor *= tl.load(upstream_ptr + sample * upstream_step).to(tl.float32)
-    direction = tl.load(direction_ptr + row * direction_step + i, mask=i < size, other=0.0).to(tl.float32)
-    gradient = factor * direction
-    tl.store(gradient_ptr + row * gradient_step + i, gradient.to(gradient_ptr.dtype.element_ty), mask=i < size)
+    if UPSTREAM:
+        factor *= tl.load(upstream_ptr + sample * upstream_step).to(tl.float32)
+    value = tl.load(rows_ptr + row * rows_step + i, mask=i < size, other=0.0).to(tl.float32)
+    tl.store(scaled_ptr + row * scaled_step + i, (factor * value).to(scaled_ptr.dtype.element_ty), mask=i < size)
 
 
-def scale_rows(direction: Tensor, scale: Tensor, upstream: Tensor) -> Tensor:
+def scale_rows(rows: Tensor, scale: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
     """See `reference.scale_rows`. The upstream gradient of a mean is an expanded number, and is read as that."""
-    gradient = torch.empty_like(direction)
-    if not direction.numel():
-        return gradient
-    size = direction.shape[1:].numel()
+    scaled = torch.empty_like(rows, dtype=dtype)
+    if not scaled.numel():
+        return scaled
+    rows = laid_out_like(rows, scaled)
+    size = rows.shape[1:].numel()
     blocks = triton.cdiv(size, 2 * BLOCK)
-    with on_device(direction):
-        _scale_rows[(len(direction) * blocks,)](
-            direction,
+    with on_device(rows):
+        _scale_rows[(len(rows) * blocks,)](
+            rows,
             scale,
-            upstream,
-            gradient,
+            scale if upstream is None else upstream,
+            scaled,
             size,
             blocks,
-            direction.stride(0),
+            rows.stride(0),
             scale.stride(0),
-            upstream.stride(0),
-            gradient.stride(0),
+            0 if upstream is None else upstream.stride(0),
+            scaled.stride(0),
+            UPSTREAM=upstream is not None,
             BLOCK=2 * BLOCK,
             num_warps=WARPS,
         )
-    return gradient
+    return scaled

@@ -25,6 +25,7 @@ from fdistill.ema import EMA
 from fdistill.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
 from fdistill.generator import Generator, student_generator
 from fdistill.images import to_uint8
+from fdistill.kernels.checks import check_positive
 from fdistill.lora import lora_copy
 from fdistill.methods import METHODS
 from fdistill.noise import LEVEL_SAMPLERS, noise_to_signal_range
@@ -167,6 +168,7 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         if METHODS[config.method].objective == "diffratio":
             _freeze_beyond(fake_score, config.discriminator.features)
         low, high = (teacher.schedule.t_min, teacher.schedule.t_max)
+        check_positive("sigma(t_min) of the teacher's schedule", teacher.schedule.sigma(torch.tensor(low)))
         if config.ratio.bin_edges == "log-sigma":
             low, high = noise_to_signal_range(teacher.schedule)
         ratio = DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fdistill.denoiser import Denoiser
 from fdistill.errors import ArgumentError
+from fdistill.kernels.renoise import renoise
 from fdistill.noise import expand
 
 
@@ -84,11 +85,12 @@ class FewStepGenerator(nn.Module):
             wanted = ", ".join(str(size) for size in self.sample_shape)
             raise ArgumentError(f"noise: expected [B, 1 to {len(self.levels)}, {wanted}], got {tuple(noise.shape)}")
         last = noise.shape[1] - 1
-        x0 = torch.zeros_like(noise[:, 0])
+        x0 = noise[:, 0]
         for k in range(last + 1):
             t = noise.new_full((len(noise),), self.levels[k])
+            # At the first level nothing of a sample is there yet, and nothing is kept of what stands for it.
             signal = schedule.alpha(t) if k else torch.zeros_like(t)
-            x_t = expand(signal, x0) * x0 + expand(schedule.sigma(t), x0) * noise[:, k]
+            x_t, _ = renoise(x0, noise[:, k], signal, schedule.sigma(t))
             with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
                 x0 = self.denoiser(x_t, t, condition)
         return x0

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fdistill.denoiser import Prediction
 from fdistill.errors import ArgumentError, did_you_mean
-from fdistill.kernels.checks import check_rows, check_samples
+from fdistill.kernels.checks import check_positive, check_rows, check_samples
 from fdistill.kernels.denoising import denoising
 from fdistill.kernels.implicit import implicit
 from fdistill.kernels.matching import matching
@@ -247,7 +247,13 @@ def denoising_weight(
 
     With s = sigma / alpha: "edm" 1 / s^2 + 1 / sigma_data^2 (arXiv 2206.00364, table 1); "inverse-sigma2" 1 / s^2, the
     eps-error; "min-snr" min(1 / s^2, gamma) (arXiv 2303.09556, eq. 6); "uniform" 1.
+
+    Raises:
+        ArgumentError: an unknown name, or a sigma of 0, seen where it is on the CPU.
     """
+    if name == "uniform":
+        return torch.ones_like(sigma)
+    check_positive("sigma", sigma)
     snr = (alpha / sigma).square()
     if name == "edm":
         return snr + 1 / sigma_data**2
@@ -255,8 +261,6 @@ def denoising_weight(
         return snr
     if name == "min-snr":
         return snr.clamp(max=min_snr_gamma)
-    if name == "uniform":
-        return torch.ones_like(snr)
     raise ArgumentError(
         f"weighting: got {name!r}; {did_you_mean(name, ('edm', 'inverse-sigma2', 'min-snr', 'uniform'))}"
     )

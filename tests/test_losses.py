@@ -223,3 +223,11 @@ def test_score_difference_gradient_and_value() -> None:
     g = weight[:, None, None, None] * (fake_x0 - teacher_x0)
     torch.testing.assert_close(x0.grad, 2.5 * g / 6)
     torch.testing.assert_close(loss, g.square().flatten(1).mean(1) / 2)
+
+
+@pytest.mark.parametrize("name", ["edm", "inverse-sigma2", "min-snr"])
+def test_a_sigma_that_divides_must_not_be_zero(name: str) -> None:
+    alpha, sigma = torch.ones(3), torch.tensor([1.0, 0.0, 2.0])
+    with pytest.raises(ArgumentError, match="sigma: it divides, so expected values above 0, got 0"):
+        denoising_weight(name, alpha, sigma)
+    assert (denoising_weight("uniform", alpha, sigma) == 1).all()

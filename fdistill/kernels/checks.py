@@ -29,6 +29,15 @@ def check_rows(name: str, value: Tensor, like: Tensor) -> None:
         )
 
 
+def check_positive(name: str, value: Tensor) -> None:
+    """What divides must not be 0. Looked at on the CPU alone: a GPU would have to be waited for, and what a training
+    run divides by is checked once, when it is built.
+    """
+    looked_at = type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
+    if looked_at and not bool((value > 0).all()):
+        raise ArgumentError(f"{name}: it divides, so expected values above 0, got {value.min().item():g}")
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums and weights are computed in: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)

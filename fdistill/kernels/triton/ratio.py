@@ -39,12 +39,13 @@ def _samples(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr,
 ):
     """(ratio, bin, clamped) of a block of samples."""
     inside = sample < batch
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, heads, HEADS):
-        head = start + tl.arange(0, HEADS)
+    for k in range(HEAD_BLOCKS):
+        head = k * HEADS + tl.arange(0, HEADS)
         at = sample.to(tl.int64)[:, None] * logits_step + head[None, :] * head_step
         mask = inside[:, None] & (head < heads)[None, :]
         total += tl.sum(tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
@@ -80,6 +81,7 @@ def _ratio_samples(
     BINS: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr,
 ):
     sample = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ratio, index, clamped = _samples(
@@ -100,6 +102,7 @@ def _ratio_samples(
         BINS,
         BLOCK,
         HEADS,
+        HEAD_BLOCKS,
     )
     at = samples_ptr + 3 * sample
     tl.store(at, ratio, mask=sample < batch)
@@ -137,12 +140,14 @@ def _ratio_weights(
     BINS_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr,
+    BATCH_BLOCKS: tl.constexpr,
 ):
     column = tl.arange(0, BINS_BLOCK)
     total = tl.zeros((BINS_BLOCK,), tl.float64)
     count = tl.zeros((BINS_BLOCK,), tl.float64)
-    for start in range(0, batch, BLOCK):
-        sample = start + tl.arange(0, BLOCK)
+    for k in range(BATCH_BLOCKS):
+        sample = k * BLOCK + tl.arange(0, BLOCK)
         inside = sample < batch
         at = samples_ptr + 3 * sample
         if FROM_LOGITS:
@@ -164,6 +169,7 @@ def _ratio_weights(
                 BINS,
                 BLOCK,
                 HEADS,
+                HEAD_BLOCKS,
             )
             tl.store(at, ratio, mask=inside)
             tl.store(at + 1, index.to(tl.float32), mask=inside)
@@ -181,13 +187,13 @@ def _ratio_weights(
     # Other threads of this block have written what is read from here on.
     tl.debug_barrier()
     h_total = tl.zeros((BLOCK,), tl.float64)
-    for start in range(0, batch, BLOCK):
-        sample = start + tl.arange(0, BLOCK)
+    for k in range(BATCH_BLOCKS):
+        sample = k * BLOCK + tl.arange(0, BLOCK)
         h = _h(samples_ptr, sample, sample < batch, bins, column, factor, power, power1p)
         h_total += tl.where(sample < batch, h, 0.0)
     mean = tl.sum(h_total) / batch
-    for start in range(0, batch, BLOCK):
-        sample = start + tl.arange(0, BLOCK)
+    for k in range(BATCH_BLOCKS):
+        sample = k * BLOCK + tl.arange(0, BLOCK)
         inside = sample < batch
         h = _h(samples_ptr, sample, inside, bins, column, factor, power, power1p)
         tl.store(weight_ptr + sample, (1.0 + ramp * (h / mean - 1.0)).to(tl.float32), mask=inside)
@@ -239,6 +245,7 @@ def ratio_samples(
             BINS=num_bins,
             BLOCK=block,
             HEADS=block_heads,
+            HEAD_BLOCKS=triton.cdiv(heads, block_heads),
             num_warps=4,
         )
     return samples
@@ -290,6 +297,8 @@ def _weights(
             BINS_BLOCK=triton.next_power_of_2(len(bins)),
             BLOCK=SAMPLES,
             HEADS=block_heads,
+            HEAD_BLOCKS=triton.cdiv(heads, block_heads),
+            BATCH_BLOCKS=triton.cdiv(batch, SAMPLES),
             num_warps=8,
         )
     return weight, h, new_bins

@@ -1,0 +1,101 @@
+"""Run whole updates of the digits distillation on a GPU in bfloat16 while any wait of the host for the GPU is an error,
+and time an iteration with fused kernels beside one with the reference.
+
+    python scripts/gpu_step.py [--output FILE.json] [KEY=VALUE ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdistill.build import Distillation, build
+from fdistill.config import DistillConfig, load_config
+from fdistill.devices import autocast
+from fdistill.files import atomic_file
+
+
+def iteration(
+    run: Distillation, config: DistillConfig, real_x0: Tensor, labels: Tensor, generator: torch.Generator, backend: str
+) -> None:
+    """What `train` does in one iteration, apart from reading data and writing records."""
+
+    def update(loss: Tensor, roles: list[str]) -> None:
+        loss.backward()
+        for role in roles:
+            parameters = [p for p in run.role(role).parameters() if p.requires_grad]
+            torch.nn.utils.clip_grad_norm_(parameters, getattr(config, role).grad_clip)
+            run.optimizers[role].step()
+            run.optimizers[role].zero_grad()
+
+    for _ in range(config.critic_steps):
+        with autocast(real_x0.device, config.precision):
+            result = run.critic_update(real_x0, labels, generator, backend=backend)
+        update(result.loss, [role for role in ("fake_score", "discriminator") if role in run.optimizers])
+    with autocast(real_x0.device, config.precision):
+        result = run.student_update(labels, generator, batch_size=len(real_x0), backend=backend)
+    update(result.loss, ["generator"])
+    run.ema.update()
+
+
+def refusing_waits() -> AbstractContextManager[None]:
+    class Refuse:
+        def __enter__(self) -> None:
+            torch.cuda.set_sync_debug_mode("error")
+
+        def __exit__(self, *_: object) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return Refuse() if torch.cuda.is_available() else nullcontext()
+
+
+def seconds(step: Any, device: torch.device, count: int) -> float:
+    """Median of `count` iterations, each waited for."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--iterations", type=int, default=30)
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = load_config("digits", ["precision=bf16", *options.overrides])
+    generator = torch.Generator(device).manual_seed(0)
+    real_x0 = torch.rand(config.batch_size, 1, 8, 8, device=device) * 2 - 1
+    labels = torch.arange(config.batch_size, device=device) % 10
+    report: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    for backend in ("auto", "reference"):
+        run = build(config, device)
+        step = partial(iteration, run, config, real_x0, labels, generator, backend)
+        for _ in range(3):
+            step()
+        with refusing_waits():
+            step()
+        report[f"{backend}_milliseconds"] = 1e3 * seconds(step, device, options.iterations)
+    print(json.dumps(report))
+    print("an iteration waited for nothing" if device.type == "cuda" else "no CUDA GPU here: waits were not looked for")
+    if options.output:
+        with atomic_file(options.output) as temporary:
+            temporary.write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

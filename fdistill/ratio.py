@@ -98,7 +98,7 @@ class DensityRatio:
             )
         check_rows("sigma", sigma, logits)
         self.bins = self.bins.to(logits.device)
-        return logits.reshape(len(logits), -1)
+        return logits[:, None] if logits.ndim == 1 else logits
 
     def ratio(self, logits: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised ratios, differentiable in the logits where they are not clamped, and whether they are (1.0 or

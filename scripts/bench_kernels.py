@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import time
@@ -28,6 +29,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fdistill.files import atomic_file
@@ -43,6 +45,7 @@ from fdistill.kernels.reference import to_x0 as plain_to_x0
 
 BF16, F32 = torch.bfloat16, torch.float32
 SIZES = [(256, 3, 32, 32), (64, 4, 64, 64), (64, 4, 128, 128), (64, 16, 128, 128), (32, 3, 512, 512)]
+COUNTED = "2x4x96x96"
 LARGE = 256e6  # bytes from which the bandwidth has to be reached
 BOUNDS = (0.1, 20.0, 0.002, 80.0, True)
 WEIGHTING = (0.0, 1.0, 1.0, -1.0, 1.0)  # momentum 0, Jensen-Shannon, no ramp
@@ -354,6 +357,44 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+class Traffic(TorchDispatchMode):
+    """Launches of eager torch, and the bytes they read and write: every operator that is no view reads its arguments
+    and writes its results, an expanded tensor counting as what it holds.
+    """
+
+    VIEWS = frozenset({"view", "expand", "detach", "slice", "select", "unbind", "_unsafe_view", "t", "alias"})
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.launches, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name not in self.VIEWS and "empty" not in name:
+            self.launches += 1
+            touched = [leaf for leaf in tree_leaves((args, results)) if isinstance(leaf, Tensor)]
+            self.bytes += sum(
+                math.prod(n for n, s in zip(v.shape, v.stride(), strict=True) if s) * v.itemsize for v in touched
+            )
+        return results
+
+
+def print_traffic() -> None:
+    """What docs/kernels.md counts, for one size of sample."""
+    lines = ["| operation | bytes an element: fused | eager | launches of eager torch |", "|---|---|---|---|"]
+    for case in cases(torch.device("cpu"), small=True):
+        if case.size != COUNTED or case.name == "renoise, channels last":
+            continue
+        arguments = case.make(1)
+        with Traffic() as traffic:
+            case.eager(*arguments)
+        elements = torch.Size(map(int, case.size.split("x"))).numel()
+        fused = f"{case.moved / elements:.0f}"
+        lines.append(f"| {case.name} | {fused} | {traffic.bytes / elements:.0f} | {traffic.launches} |")
+    print("\n".join(lines))
+
+
 def check_in_interpreter() -> None:
     checked = set()
     for case in cases(torch.device("cpu"), small=True):
@@ -372,8 +413,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="JSON of everything measured")
     parser.add_argument("--only", default="", help="operations, by the beginning of their names")
+    parser.add_argument("--traffic", action="store_true", help="count bytes and launches of eager torch; needs no GPU")
     parser.add_argument("--quick", action="store_true", help="the smallest and the largest samples alone")
     options = parser.parse_args()
+    if options.traffic:
+        print_traffic()
+        return
     if not torch.cuda.is_available():
         check_in_interpreter()
         return

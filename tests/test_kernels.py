@@ -407,6 +407,19 @@ def test_many_logits_take_a_launch_of_their_own() -> None:
     torch.testing.assert_close(*weights, rtol=1e-6, atol=0)
 
 
+def test_many_bins_and_no_samples() -> None:
+    logits, level = draw(50, 2) * 4, (draw(50, seed=1) * 3).exp()
+    found = []
+    for backend in ("triton", "reference"):
+        state = DensityRatio(num_bins=300)
+        found.append([state.evaluate(logits, level, "js", backend=backend).weight, state.bins])
+        empty = state.evaluate(logits[:0], level[:0], "js", backend=backend)
+        assert empty.weight.shape == empty.h.shape == empty.clamped.shape == (0,)
+        assert torch.equal(state.bins, found[-1][1])
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("backend", ["triton", "reference"])
 def test_ratio_extremes(backend: str) -> None:
     logits = torch.tensor([1e30, -1e30, math.inf, -math.inf, 0.0], device=DEVICE)

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from test_step import real_networks
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fdistill import rng
 from fdistill.distributed import average_gradients
@@ -98,7 +101,18 @@ def test_an_update_reads_nothing_back(name: str, precision: str, device: torch.d
     EMA(module, [0.9, 0.99]).update()
 
 
+def fake_cuda_works() -> bool:
+    """Older versions of torch ask for a driver even where tensors are fake."""
+    try:
+        with FakeTensorMode():
+            torch.nn.Conv2d(1, 1, 1, device="cuda")
+    except RuntimeError:
+        return False
+    return True
+
+
 # Autograd would ask for the GPU itself, so these are steps whose forward part has no backward pass in it.
+@pytest.mark.skipif(not fake_cuda_works(), reason="this torch makes no fake CUDA tensors without a driver")
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 @pytest.mark.parametrize("name", ["f-distill", "diff-instruct", "sida", "sim", "critic", "ratio critic"])
 def test_a_step_stays_on_its_device(name: str, device: torch.device) -> None:
@@ -111,3 +125,53 @@ def test_a_step_stays_on_its_device(name: str, device: torch.device) -> None:
 def test_a_read_would_be_seen(device: torch.device) -> None:
     with pytest.raises(DataDependentOutputException):
         bool(torch.zeros(3).sum() > 0)
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operators that would launch something, outside networks, by the size of what they touch."""
+
+    VIEWS = frozenset({"view", "expand", "detach", "slice", "select", "unbind", "_unsafe_view", "t", "alias", "split"})
+
+    def __init__(self, sample_elements: int):
+        super().__init__()
+        self.sample_elements, self.paused = sample_elements, False
+        self.samples: list[str] = []
+        self.others: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not self.paused and name not in self.VIEWS and "empty" not in name:
+            sizes = [leaf.numel() for leaf in tree_leaves((args, results)) if isinstance(leaf, Tensor)]
+            (self.samples if max(sizes, default=0) >= self.sample_elements else self.others).append(name)
+        return results
+
+    def without(self, module: torch.nn.Module, method: str) -> None:
+        inner = getattr(module, method)
+
+        def unseen(*arguments: Any, **options: Any) -> Any:
+            self.paused = True
+            try:
+                return inner(*arguments, **options)
+            finally:
+                self.paused = False
+
+        setattr(module, method, unseen)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_the_tail_of_a_generator_step_is_four_operators(backend: str) -> None:
+    """From the student's output to loss and gradient: x0, noise, weights, loss. One process, samples of one block."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    networks = real_networks("fake")
+    launches = Launches(BATCH * 64)
+    for denoiser in (networks.teacher, networks.fake_score, networks.generator.denoiser):
+        launches.without(denoiser, "run")
+    launches.without(networks.discriminator, "forward")
+    options = {"divergence": "js", "ratio": DensityRatio(), "batch_size": BATCH, "gan_weight": 0.0}
+    with launches:
+        generator_step(networks, torch.zeros(BATCH, dtype=torch.long), torch.Generator(), backend=backend, **options)
+    drawn = launches.samples.index("to_x0")  # before it: the student's noise, scaled
+    assert launches.samples[drawn:] == ["to_x0", "renoise_seeded", "matching"]
+    assert launches.others.count("ratio") == 1

@@ -1,4 +1,4 @@
-"""Inner products of implicit score objectives: the operator behind `losses.score_implicit_loss`; see `kernels`."""
+"""Inner products of implicit score objectives: the operator behind `losses.implicit_means`; see `kernels`."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from fdistill.kernels.reference.ratio import LOGIT_BOUND
 from fdistill.kernels.triton.rows import on_device
 
-#: Samples of a batch that its block holds at a time, and logits that it adds up at a time.
-SAMPLES, LOGITS = 256, 2048
+#: Numbers that a block holds at a time: logits to be added up, and samples times bins.
+LOGITS, MEMBERS = 2048, 4096
 
 
 @triton.jit
@@ -115,6 +115,7 @@ def _ratio_weights(
     logits_ptr,
     level_ptr,
     samples_ptr,
+    clamped_ptr,
     bins_ptr,
     weight_ptr,
     h_ptr,
@@ -173,7 +174,7 @@ def _ratio_weights(
             )
             tl.store(at, ratio, mask=inside)
             tl.store(at + 1, index.to(tl.float32), mask=inside)
-            tl.store(at + 2, clamped, mask=inside)
+            tl.store(clamped_ptr + sample, clamped, mask=inside)
         else:
             ratio = tl.load(at, mask=inside, other=0.0)
             index = tl.load(at + 1, mask=inside, other=0.0).to(tl.int32)
@@ -255,6 +256,7 @@ def _weights(
     logits: Tensor | None,
     level: Tensor | None,
     samples: Tensor,
+    clamped: Tensor | None,
     bins: Tensor,
     bounds: tuple[float, float, float, float, bool],
     momentum: float,
@@ -263,17 +265,21 @@ def _weights(
     power1p: float,
     ramp: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, h and bins; the first half of the work, from logits to samples, is done as well where they are given."""
     batch = len(samples)
     weight, h = (torch.empty(batch, device=samples.device) for _ in range(2))
     new_bins = torch.empty_like(bins)
     lower, upper, low, high, log_bins = bounds
     heads = 1 if logits is None else logits.shape[1]
     block_heads = min(_head_block(heads), 16)
+    block_bins = triton.next_power_of_2(len(bins))
+    block = max(16, min(256, MEMBERS // block_bins))
     with on_device(samples):
         _ratio_weights[(1,)](
             samples if logits is None else logits,
             samples if level is None else level,
             samples,
+            samples if clamped is None else clamped,
             bins,
             weight,
             h,
@@ -294,11 +300,11 @@ def _weights(
             LOGIT_BOUND=LOGIT_BOUND,
             LOG_BINS=log_bins,
             BINS=len(bins),
-            BINS_BLOCK=triton.next_power_of_2(len(bins)),
-            BLOCK=SAMPLES,
+            BINS_BLOCK=block_bins,
+            BLOCK=block,
             HEADS=block_heads,
             HEAD_BLOCKS=triton.cdiv(heads, block_heads),
-            BATCH_BLOCKS=triton.cdiv(batch, SAMPLES),
+            BATCH_BLOCKS=triton.cdiv(batch, block),
             num_warps=8,
         )
     return weight, h, new_bins
@@ -309,7 +315,7 @@ def ratio_weights(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.ratio_weights`."""
     bounds = (0.0, 1.0, 0.0, 1.0, False)
-    return _weights(None, None, samples.contiguous(), bins, bounds, momentum, factor, power, power1p, ramp)
+    return _weights(None, None, samples.contiguous(), None, bins, bounds, momentum, factor, power, power1p, ramp)
 
 
 def ratio(
@@ -328,11 +334,13 @@ def ratio(
     ramp: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.ratio`."""
-    samples = torch.empty(len(logits), 3, device=logits.device)
-    bounds = (lower, upper, low, high, log_bins)
     if logits.numel() > 1 << 15:  # one block would take longer over them than a launch does
         samples = ratio_samples(logits, level, lower, upper, len(bins), low, high, log_bins)
         weight, h, new_bins = ratio_weights(samples, bins, momentum, factor, power, power1p, ramp)
-    else:
-        weight, h, new_bins = _weights(logits, level, samples, bins, bounds, momentum, factor, power, power1p, ramp)
-    return weight, h, samples[:, 2].clone(), new_bins
+        return weight, h, samples[:, 2].clone(), new_bins
+    samples, clamped = torch.empty(len(logits), 3, device=logits.device), torch.empty(len(logits), device=logits.device)
+    bounds = (lower, upper, low, high, log_bins)
+    weight, h, new_bins = _weights(
+        logits, level, samples, clamped, bins, bounds, momentum, factor, power, power1p, ramp
+    )
+    return weight, h, clamped, new_bins

@@ -53,7 +53,7 @@ class Denoiser(nn.Module, ABC):
         num_classes: conditions are labels [B] in [0, num_classes); None for an unconditional network.
         sigma_data: standard deviation of the data, used by the EDM loss weighting.
         feature_shapes: (C, H, W) of every tensor that `features` can name, from the input towards the output.
-        kind: networks of one preconditioning have equal ones.
+        kind: networks of one preconditioning have equal ones, and are computed it once; None if it is nobody else's.
     """
 
     schedule: NoiseSchedule
@@ -89,13 +89,15 @@ class Denoiser(nn.Module, ABC):
         are last.
         """
         dtype: torch.dtype | None = None
+        plain = type(self).preconditioning is Denoiser.preconditioning
+        kind = id(self) if self.kind is None and not plain else self.kind
         for kernel in (parameter for parameter in self.parameters() if parameter.ndim == 4):
             device = kernel.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernel.dtype
             first, last = kernel.is_contiguous(), kernel.is_contiguous(memory_format=torch.channels_last)
             if first != last:  # a kernel of one channel or one pixel is laid out both ways
-                return self.kind, dtype, last
-        return self.kind, dtype, False
+                return kind, dtype, last
+        return kind, dtype, False
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """What the network is fed for x_t at levels t."""

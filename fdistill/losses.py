@@ -28,6 +28,8 @@ def _checked(
     given = {name: value if isinstance(value, Prediction) else Prediction(value) for name, value in predictions.items()}
     for name, value in given.items():
         check_samples(name, value.output, x0)
+        if (value.skip is None) != (value.out is None):
+            raise ArgumentError(f"{name}: a Prediction has both of skip and out, or neither; got one of them")
         for part, coefficient in (("skip", value.skip), ("out", value.out)):
             if coefficient is not None:
                 check_rows(f"{name}.{part}", coefficient, x0)
@@ -36,8 +38,12 @@ def _checked(
     if x_t is None:
         raise ArgumentError("x_t: expected the noised samples, since the predictions are outputs of networks, got None")
     check_samples("x_t", x_t, x0)
-    zero, one = torch.zeros(len(x0), device=x0.device), torch.ones(len(x0), device=x0.device)
-    return x_t, [value if value.skip is not None else Prediction(value.output, zero, one) for value in given.values()]
+    return x_t, [value if value.skip is not None else _converted(value.output) for value in given.values()]
+
+
+def _converted(x0: Tensor) -> Prediction:
+    """An x0-prediction as an output, beside others that are."""
+    return Prediction(x0, torch.zeros(len(x0), device=x0.device), torch.ones(len(x0), device=x0.device))
 
 
 def matching_loss(
@@ -92,6 +98,10 @@ def _matching(
     x_t, (teacher, fake) = _checked(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
     if unconditional is not None:
         check_samples("unconditional", unconditional, x0)
+    elif guidance_scale != 1:
+        raise ArgumentError(
+            f"unconditional: guidance_scale {guidance_scale:g} needs the teacher's output without condition, got None"
+        )
     if weight is None:
         weight = torch.ones(len(x0), device=x0.device)
     else:

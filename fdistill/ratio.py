@@ -139,7 +139,7 @@ class DensityRatio:
         logits = self._checked(logits, sigma).detach()
         bounds = (self.sigma_min, self.sigma_max, self._log_bins)
         if divergence.powers and world()[1] == 1:
-            weight, h, clamped, self.bins = kernels.ratio(
+            weight, h, clamped = kernels.ratio(
                 logits,
                 sigma,
                 self.bins,
@@ -157,16 +157,14 @@ class DensityRatio:
         # the samples stands for two reductions in a row, and every process adds up in the same order.
         everyone = gather_rows(samples)
         if divergence.powers:
-            weight, h, self.bins = kernels.ratio_weights(
-                everyone, self.bins, self.momentum, *divergence.powers, ramp, backend
-            )
+            weight, h = kernels.ratio_weights(everyone, self.bins, self.momentum, *divergence.powers, ramp, backend)
         elif backend == "triton":
             raise ArgumentError(
                 f"backend: 'triton' computes h(r) = c r^a (1 + r)^b, which divergence {divergence.name!r} is not known "
                 "to be; expected 'auto' or 'reference'"
             )
         else:
-            self.bins = reference.ratio_bins(everyone, self.bins, self.momentum)
+            self.bins.copy_(reference.ratio_bins(everyone, self.bins, self.momentum))
             weight, h = reference.normalised_weights(divergence.weight(reference.normalised(everyone, self.bins)), ramp)
         own = slice(world()[0] * len(logits), (world()[0] + 1) * len(logits))
         return RatioWeight(weight[own], h[own], samples[:, 2])

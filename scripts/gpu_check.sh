@@ -6,8 +6,10 @@
 # dependencies from wheels in DIR, without a network, into a temporary folder. Every part runs whatever became of the
 # others; the exit status says whether all of them passed.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out="$(mkdir -p "${1:-runs/gpu-check}" && cd "${1:-runs/gpu-check}" && pwd)"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+out="${1:-$root/runs/gpu-check}"
+mkdir -p "$out" && out="$(cd "$out" && pwd)" || exit 1
+cd "$root" || exit 1
 python="${PYTHON:-python3}"
 export HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1 PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 if [ -n "${WHEELS:-}" ]; then
@@ -20,7 +22,10 @@ import sys
 import torch
 if not torch.cuda.is_available():
     sys.exit(f"no CUDA GPU is visible to torch {torch.__version__}: nothing to check here")
-import triton
+import triton, shutil, importlib.util
+missing = [name for name in ("pytest", "diffusers", "torch_fidelity", "pydantic", "ruamel.yaml") if not importlib.util.find_spec(name)]
+if missing or not (shutil.which("gcc") or shutil.which("clang")):
+    sys.exit(f"missing here: {', '.join(missing) or 'a C compiler, which Triton needs'}; see docs/kernels.md, 'Running the check'")
 print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, python {sys.version.split()[0]}")
 PROBE
 
@@ -43,10 +48,10 @@ digits() { # ITERATIONS
 }
 export -f digits
 export python out
-part parity 150 "$python" -m pytest -q -x tests/test_kernels.py
-part step 60 "$python" scripts/gpu_step.py --output "$out/step.json"
-part digits 120 bash -c 'digits 350'
-part benchmark 240 "$python" scripts/bench_kernels.py --output "$out/kernels.json"
+part parity 180 "$python" -m pytest -q --maxfail=20 tests/test_kernels.py
+part step 50 "$python" scripts/gpu_step.py --output "$out/step.json"
+part digits 90 bash -c 'digits 350'
+part benchmark 270 "$python" scripts/bench_kernels.py --output "$out/kernels.json"
 if [ ${#failed[@]} -gt 0 ]; then
     printf '\nfailed: %s\n' "${failed[*]}"
     exit 1

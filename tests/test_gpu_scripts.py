@@ -73,7 +73,8 @@ def test_rows_are_measured_compared_and_printed(bench: ModuleType, monkeypatch: 
 
     monkeypatch.setattr(bench, "milliseconds", broken)
     row = bench.measure(case, copy=4000.0, cache=1000)
-    assert bench.misses(row) == [f"matching {case.size}: did not run (RuntimeError: no graph)"]
+    assert bench.wrong(row) == [f"matching {case.size}: did not run (RuntimeError: no graph)"]
+    assert bench.misses(row) == []
     assert "failed" in bench.table([row])
 
 

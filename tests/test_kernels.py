@@ -266,6 +266,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
     "cropped": lambda x: torch.nn.functional.pad(x, (1, 2, 3, 1))[:, :, 3:-1, 1:-2],
     "expanded": lambda x: x[:1].expand_as(x),
+    "batch within": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "batch last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
 }
 
 
@@ -322,6 +324,23 @@ def test_layouts(first: str, others: str) -> None:
     for fused, reference, contiguous in zip(*found, strict=True):
         torch.testing.assert_close(fused, contiguous, rtol=2e-5, atol=2e-5)
         torch.testing.assert_close(reference, contiguous, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_gradients_may_arrive_in_any_layout(backend: str) -> None:
+    """What autograd brings is laid out as whatever came after, which may put the batch anywhere."""
+    for after in (lambda y: y.flatten(1).T.contiguous(), lambda y: y.transpose(0, 1).reshape(3, -1)):
+        found = []
+        for dtype in (torch.float32, F64):
+            i = Inputs((4, 3, 5, 6), torch.float32)
+            fake, x_t, x0 = (value.to(dtype).requires_grad_(True) for value in (i.fake, i.x_t, i.x0))
+            ones = i.weight.to(dtype)
+            chosen = backend if dtype == torch.float32 else "reference"
+            noised, fed = renoise(x0, i.teacher.to(dtype), ones, ones, input_scale=ones, backend=chosen)
+            total = sum((after(y) ** 4).sum() for y in (to_x0(fake, x_t, ones, ones, chosen), noised, fed))
+            found.append(torch.autograd.grad(total, (fake, x_t, x0)))
+        for got, right in zip(*found, strict=True):
+            assert error(got, right) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
@@ -391,10 +410,12 @@ def test_ratio_in_two_halves_is_ratio_in_one(dtype: torch.dtype) -> None:
     bounds, rest = (0.1, 20.0), (0.2, 1.0, 1.0, -1.0, 1.0)
     edges = (0.01, 60.0, True)
     for backend in ("triton", "reference"):
-        weight, h, clamped, new = ratio(logits, level, bins, *bounds, *edges, *rest, backend)
+        new, other = bins.clone(), bins.clone()
+        weight, h, clamped = ratio(logits, level, new, *bounds, *edges, *rest, backend)
         samples = ratio_samples(logits, level, *bounds, 7, *edges, backend)
-        parts = ratio_weights(samples, bins, *rest, backend)
-        for one, two in zip((weight, h, clamped, new), (*parts[:2], samples[:, 2], parts[2]), strict=True):
+        parts = ratio_weights(samples, other, *rest, backend)
+        assert not torch.equal(new, bins)
+        for one, two in zip((weight, h, clamped, new), (*parts, samples[:, 2], other), strict=True):
             assert torch.equal(one, two)
 
 
@@ -694,6 +715,10 @@ def test_losses_of_raw_outputs_refuse_what_does_not_fit() -> None:
         (lambda: matching_loss(x0, raw, raw, x_t=x0[:1]), "x_t: expected a float tensor"),
         (lambda: matching_loss(x0, Prediction(x0, ones, ones[:1]), raw, x_t=x0), r"teacher_x0\.out"),
         (lambda: matching_loss(x0, x0, x0, unconditional=x0.int()), "unconditional"),
+        (lambda: matching_loss(x0, x0, x0, guidance_scale=2.0), "unconditional: guidance_scale 2 needs"),
+        (lambda: matching_loss(x0, Prediction(x0, ones), raw, x_t=x0), "teacher_x0: a Prediction has both"),
+        (lambda: matching_loss(x0, Prediction(x0, None, ones), x0), "teacher_x0: a Prediction has both"),
+        (lambda: matching_loss(x0, x0.double(), x0), "teacher_x0: float64 goes with float64 alone"),
         (lambda: denoising_loss(x0, x0.int(), ones), "x0: expected a float tensor"),
         (lambda: denoising_loss(x0, x0, torch.ones(3, device=DEVICE)), "weight"),
         (lambda: implicit_means(x0, x0, x0[:, :2]), "fake_x0"),

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from fdistill import rng
 from fdistill.distributed import average_gradients
 from fdistill.ema import EMA
+from fdistill.losses import denoising_loss, matching_loss
 from fdistill.noise import noise_to_signal_range
 from fdistill.ratio import DensityRatio
 from fdistill.step import (
@@ -157,6 +158,24 @@ class Launches(TorchDispatchMode):
                 self.paused = False
 
         setattr(module, method, unseen)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_loss_s_backward_pass_is_one_operator(backend: str) -> None:
+    """Nothing is filled with zeros for what has no gradient."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    x0 = torch.randn(4, 3, 8, 8, requires_grad=True)
+    other, weight = torch.randn(4, 3, 8, 8), torch.ones(4)
+    for loss in (
+        matching_loss(x0, other, -other, weight=weight, backend=backend),
+        denoising_loss(x0, other, weight, backend=backend),
+    ):
+        upstream = torch.ones(4)
+        with Launches(4 * 3 * 8 * 8) as launches:
+            torch.autograd.grad(loss, x0, upstream)
+        assert launches.samples == ["scale_rows"]
+        assert launches.others == []
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])

@@ -18,6 +18,8 @@ def check_samples(name: str, value: Tensor, like: Tensor | None = None) -> None:
             f"{name}: expected a float tensor {tuple(like.shape)} on {like.device}, "
             f"got {value.dtype} {tuple(value.shape)} on {value.device}"
         )
+    elif (value.dtype == torch.float64) != (like.dtype == torch.float64):
+        raise ArgumentError(f"{name}: float64 goes with float64 alone; got {value.dtype} beside {like.dtype}")
 
 
 def check_rows(name: str, value: Tensor, like: Tensor) -> None:

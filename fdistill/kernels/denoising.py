@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdistill.kernels import implementation
 from fdistill.kernels.checks import wide
+from fdistill.kernels.layout import empty_samples_like
 from fdistill.kernels.scale_rows import scale_rows
 
 
@@ -34,15 +35,18 @@ def denoising(
 @denoising.register_fake
 def _(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss, scale = (prediction.new_empty(prediction.shape[:1], dtype=wide(prediction.dtype)) for _ in range(2))
-    return loss, torch.empty_like(prediction), scale
+    return loss, empty_samples_like(prediction), scale
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
+    ctx.set_materialize_grads(False)  # of direction and scale: nothing flows back through them
     ctx.backend = inputs[-1]
 
 
-def _backward(ctx: Any, loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if loss is None:
+        return None, *[None] * 6
     direction, scale = ctx.saved_tensors
     return scale_rows(direction, scale, loss, direction.dtype, ctx.backend), *[None] * 6
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdistill.kernels import implementation
 from fdistill.kernels.checks import wide
+from fdistill.kernels.layout import empty_samples_like
 
 
 @torch.library.custom_op("fdistill::implicit", mutates_args=())
@@ -59,13 +60,12 @@ def implicit_backward(
 def _(
     upstream: Tensor, x0: Tensor, x_t: Tensor | None, teacher: Tensor, fake: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    like = torch.empty_like(x0)
-    x_t_gradient = x0.new_empty(0) if x_t is None else torch.empty_like(like, dtype=x_t.dtype)
+    x_t_gradient = x0.new_empty(0) if x_t is None else empty_samples_like(x0, x_t.dtype)
     return (
-        torch.empty_like(like),
+        empty_samples_like(x0),
         x_t_gradient,
-        torch.empty_like(like, dtype=teacher.dtype),
-        torch.empty_like(like, dtype=fake.dtype),
+        empty_samples_like(x0, teacher.dtype),
+        empty_samples_like(x0, fake.dtype),
     )
 
 

@@ -1,4 +1,8 @@
-"""Memory layouts of sample tensors [B, ...], so that two of them can be walked together."""
+"""Memory layouts of sample tensors [B, ...], so that two of them can be walked together, sample by sample.
+
+Kernels walk a sample as one dense run of memory, so results are laid out with the batch outermost: each sample like
+those of the argument where they are dense in some order of their dimensions, and contiguous otherwise.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +10,56 @@ import torch
 from torch import Tensor
 
 
-def _within_a_sample(value: Tensor) -> list[tuple[int, int]]:
-    return [(size, step) for size, step in zip(value.shape[1:], value.stride()[1:], strict=True) if size > 1]
+def _steps(value: Tensor) -> list[tuple[int, int]]:
+    """(step, size) of the dimensions of a sample that have one."""
+    return [(step, size) for size, step in zip(value.shape[1:], value.stride()[1:], strict=True) if size > 1]
+
+
+def _dense(value: Tensor) -> bool:
+    expected = 1
+    for step, size in sorted(_steps(value)):
+        if step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def empty_samples_like(
+    value: Tensor, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
+    """An empty tensor for results about `value` [B, ...]; on the device "meta" it is nothing but a layout."""
+    dtype, device = dtype or value.dtype, device or value.device
+    if not _dense(value):
+        return torch.empty(value.shape, dtype=dtype, device=device)
+    return torch.empty_strided(value.shape, (value.shape[1:].numel(), *value.stride()[1:]), dtype=dtype, device=device)
+
+
+def layout_of(value: Tensor) -> Tensor:
+    """The layout of results about `value`, without memory."""
+    return empty_samples_like(value, device="meta")
 
 
 def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
     """`value` with its samples laid out as those of `like`, which must be dense; a copy only if they are not."""
-    if _within_a_sample(value) == _within_a_sample(like):
+    if _steps(value) == _steps(like):
         return value
-    return torch.empty_like(like, dtype=value.dtype).copy_(value)
+    copy = torch.empty_strided(like.shape, like.stride(), dtype=value.dtype, device=value.device)
+    return copy.copy_(value)
+
+
+def as_results(value: Tensor, about: Tensor, dtype: torch.dtype) -> Tensor:
+    """`value` in `dtype` as a result about `about`: with the very strides that `empty_samples_like` gives."""
+    layout, value = layout_of(about), value.to(dtype)
+    if value.stride() == layout.stride():
+        return value
+    return empty_samples_like(about, dtype, value.device).copy_(value)
 
 
 def network_input_like(x0: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     """An empty tensor for the network's input: with channels last, or laid out like x0."""
-    form = torch.channels_last if channels_last else torch.preserve_format
-    return torch.empty_like(x0, dtype=dtype, memory_format=form)
+    if channels_last:
+        return torch.empty(x0.shape, dtype=dtype, device=x0.device, memory_format=torch.channels_last)
+    return empty_samples_like(x0, dtype)
 
 
 def is_channels_last(value: Tensor) -> bool:

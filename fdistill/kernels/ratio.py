@@ -12,7 +12,7 @@ from torch import Tensor
 from fdistill.kernels import implementation
 
 
-@torch.library.custom_op("fdistill::ratio", mutates_args=())
+@torch.library.custom_op("fdistill::ratio", mutates_args=("bins",))
 def ratio(
     logits: Tensor,
     level: Tensor,
@@ -28,18 +28,20 @@ def ratio(
     power1p: float,
     ramp: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """weight, h, clamped [B] and the updated bins [K], as `reference.ratio`; no gradient."""
-    results: tuple[Tensor, Tensor, Tensor, Tensor] = implementation("ratio", backend, logits).ratio(
+) -> tuple[Tensor, Tensor, Tensor]:
+    """weight, h and clamped [B], as `reference.ratio`; updates the bins [K] in place, as a captured graph needs it; no
+    gradient.
+    """
+    results: tuple[Tensor, Tensor, Tensor] = implementation("ratio", backend, logits).ratio(
         logits, level, bins, lower, upper, low, high, log_bins, momentum, factor, power, power1p, ramp
     )
     return results
 
 
 @ratio.register_fake
-def _(logits: Tensor, level: Tensor, bins: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(logits: Tensor, level: Tensor, bins: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     weight, h, clamped = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
-    return weight, h, clamped, torch.empty_like(bins)
+    return weight, h, clamped
 
 
 @torch.library.custom_op("fdistill::ratio_samples", mutates_args=())
@@ -66,7 +68,7 @@ def _(logits: Tensor, *rest: object) -> Tensor:
     return logits.new_empty((len(logits), 3), dtype=torch.float32)
 
 
-@torch.library.custom_op("fdistill::ratio_weights", mutates_args=())
+@torch.library.custom_op("fdistill::ratio_weights", mutates_args=("bins",))
 def ratio_weights(
     samples: Tensor,
     bins: Tensor,
@@ -76,15 +78,15 @@ def ratio_weights(
     power1p: float,
     ramp: float,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """weight and h [N] of the global batch and the updated bins [K], as `reference.ratio_weights`."""
-    results: tuple[Tensor, Tensor, Tensor] = implementation("ratio", backend, samples).ratio_weights(
+) -> tuple[Tensor, Tensor]:
+    """weight and h [N] of the global batch, as `reference.ratio_weights`; updates the bins [K] in place."""
+    results: tuple[Tensor, Tensor] = implementation("ratio", backend, samples).ratio_weights(
         samples, bins, momentum, factor, power, power1p, ramp
     )
     return results
 
 
 @ratio_weights.register_fake
-def _(samples: Tensor, bins: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+def _(samples: Tensor, bins: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     weight, h = (samples.new_empty(len(samples), dtype=torch.float32) for _ in range(2))
-    return weight, h, torch.empty_like(bins)
+    return weight, h

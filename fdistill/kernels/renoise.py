@@ -10,7 +10,7 @@ from torch import Tensor
 from fdistill.errors import ArgumentError
 from fdistill.kernels import implementation
 from fdistill.kernels.checks import check_rows, check_samples, wide
-from fdistill.kernels.layout import network_input_like
+from fdistill.kernels.layout import empty_samples_like, network_input_like
 
 
 @torch.library.custom_op("fdistill::renoise", mutates_args=())
@@ -51,7 +51,7 @@ def _renoise_seeded(
 def _shapes(
     x0: Tensor, input_scale: Tensor | None, input_dtype: torch.dtype, channels_last: bool
 ) -> tuple[Tensor, Tensor]:
-    x_t = torch.empty_like(x0, dtype=wide(x0.dtype))
+    x_t = empty_samples_like(x0, wide(x0.dtype))
     if input_scale is None:
         return x_t, x0.new_empty(0, dtype=input_dtype)
     return x_t, network_input_like(x0, input_dtype, channels_last)
@@ -114,7 +114,7 @@ def _(
 ) -> Tensor:
     like = x_t_gradient if x_t_gradient is not None else input_gradient
     assert like is not None
-    return torch.empty_like(like, dtype=dtype)
+    return empty_samples_like(like, dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

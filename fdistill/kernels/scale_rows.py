@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels import implementation
+from fdistill.kernels.layout import empty_samples_like
 
 
 @torch.library.custom_op("fdistill::scale_rows", mutates_args=())
@@ -19,7 +20,7 @@ def scale_rows(rows: Tensor, scale: Tensor, upstream: Tensor | None, dtype: torc
 
 @scale_rows.register_fake
 def _(rows: Tensor, scale: Tensor, upstream: Tensor | None, dtype: torch.dtype, backend: str) -> Tensor:
-    return torch.empty_like(rows, dtype=dtype)
+    return empty_samples_like(rows, dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

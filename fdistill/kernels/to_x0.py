@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdistill.kernels import implementation
 from fdistill.kernels.checks import wide
+from fdistill.kernels.layout import empty_samples_like
 from fdistill.kernels.scale_rows import scale_rows
 
 
@@ -21,7 +22,7 @@ def to_x0(output: Tensor, x_t: Tensor, skip: Tensor, out: Tensor, backend: str) 
 
 @to_x0.register_fake
 def _(output: Tensor, x_t: Tensor, skip: Tensor, out: Tensor, backend: str) -> Tensor:
-    return torch.empty_like(output, dtype=wide(torch.promote_types(output.dtype, x_t.dtype)))
+    return empty_samples_like(output, wide(torch.promote_types(output.dtype, x_t.dtype)))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -50,7 +50,7 @@ def critic_step(
         gan_weight, r1_weight: 0 leaves the term out.
         gan_weighting: weight of the GAN losses over noise levels, one of those of `denoising_weight`; SiDA's is "edm".
         student_steps: how many of its steps a `FewStepGenerator` takes.
-        backend: "auto", "triton" or "reference", of everything that is not a network.
+        backend: "auto", "triton" or "reference", of noise, weights and losses.
     """
     batch, schedule = len(real_x0), networks.teacher.schedule
 

@@ -38,7 +38,7 @@ def ratio_critic_step(
         generator: source of all randomness.
         levels: (schedule, uniform draws [B]) -> t [B].
         r1_weight: 0 leaves the term out.
-        backend: "auto", "triton" or "reference", of everything that is not a network.
+        backend: "auto", "triton" or "reference", of noise, weights and losses.
     """
     batch, schedule = len(real_x0), networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()

@@ -110,7 +110,7 @@ def sid_step(
             implicit gradient does not hold: a useful reweighting, not the gradient of a divergence. "uniform" and "vsd"
             (`score_difference_weight`) depend on the level alone, and are.
         gan_weight: 0 leaves the term out.
-        backend: "auto", "triton" or "reference", of everything that is not a network.
+        backend: "auto", "triton" or "reference", of noise, weights and losses.
     """
     evaluated = _evaluate(
         networks, condition, generator, batch_size, levels, read_logits=gan_weight > 0, backend=backend

@@ -72,7 +72,7 @@ def generator_step(
         pairs: for the regression term (DMD, arXiv 2311.18828); None leaves it out.
         regression_weight: of that term.
         student_steps: how many of its steps a `FewStepGenerator` takes.
-        backend: "auto", "triton" or "reference", of everything that is not a network.
+        backend: "auto", "triton" or "reference", of noise, weights and losses.
 
     Raises:
         ArgumentError: a divergence that needs a ratio, without one.
@@ -96,7 +96,7 @@ def generator_step(
             features.update(tapped)
         logits = networks.tapped_discriminator()[0](features) if read else None
 
-    weight = torch.ones_like(t)
+    weight: Tensor | None = None
     logs = {}
     if ratio is not None and logits is not None and divergence.needs_ratio:
         result = ratio.evaluate(logits, ratio.bin_level(schedule, t), divergence, ramp=ratio_ramp, backend=backend)
@@ -107,7 +107,8 @@ def generator_step(
     if weighting == "normalised":
         matching = matching_loss(x0, predictions[0], predictions[1], weight=weight, x_t=x_t, backend=backend)
     else:
-        weight = weight * score_difference_weight(weighting, schedule.alpha(t), schedule.sigma(t))
+        level_weight = score_difference_weight(weighting, schedule.alpha(t), schedule.sigma(t))
+        weight = level_weight if weight is None else weight * level_weight
         matching = score_difference_loss(x0, predictions[0], predictions[1], weight, x_t=x_t, backend=backend)
     loss = matching.mean()
     logs["generator/matching"] = PerSample(matching.detach(), t)

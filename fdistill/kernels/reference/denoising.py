@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fdistill.kernels.checks import given, wide
-from fdistill.kernels.layout import laid_out_like
+from fdistill.kernels.layout import as_results
 from fdistill.noise import expand
 
 
@@ -29,5 +28,5 @@ def denoising(
         slope = slope * out.to(dtype)
     residual = residual - x0.to(dtype)
     loss = weight.to(dtype) * residual.square().flatten(1).mean(1)
-    residual = laid_out_like(residual.to(prediction.dtype), torch.empty_like(prediction))
+    residual = as_results(residual, prediction, prediction.dtype)
     return loss, residual, 2 / x0.shape[1:].numel() * slope

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels.checks import given, wide
-from fdistill.kernels.layout import laid_out_like
+from fdistill.kernels.layout import as_results
 from fdistill.noise import expand
 
 
@@ -82,9 +82,6 @@ def implicit_backward(
         )
         gradients[2] = expand(teacher_out.to(dtype), x_t) * teacher_gradient
         gradients[3] = expand(fake_out.to(dtype), x_t) * fake_gradient
-    layout = torch.empty_like(x0)
     pairs = zip(gradients, (x0, x_t, teacher, fake), strict=True)
-    outputs = [
-        gradient if value is None else laid_out_like(gradient.to(value.dtype), layout) for gradient, value in pairs
-    ]
+    outputs = [gradient if value is None else as_results(gradient, x0, value.dtype) for gradient, value in pairs]
     return outputs[0], outputs[1], outputs[2], outputs[3]

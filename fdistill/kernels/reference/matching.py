@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fdistill.kernels.checks import given, wide
-from fdistill.kernels.layout import laid_out_like
+from fdistill.kernels.layout import as_results
 from fdistill.noise import expand
 
 
@@ -50,4 +49,4 @@ def matching(
     if eps is not None:
         s = s / ((x0_ - target).abs().flatten(1).mean(1) + eps)
     loss = s.square() * d.square().flatten(1).mean(1) / 2
-    return loss, laid_out_like(d.to(x0.dtype), torch.empty_like(x0)), s / x0.shape[1:].numel()
+    return loss, as_results(d, x0, x0.dtype), s / x0.shape[1:].numel()

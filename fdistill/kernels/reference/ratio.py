@@ -57,15 +57,14 @@ def normalised_weights(h: Tensor, ramp: float) -> tuple[Tensor, Tensor]:
 
 def ratio_weights(
     samples: Tensor, bins: Tensor, momentum: float, factor: float, power: float, power1p: float, ramp: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """[N, 3] samples of the global batch -> weight [N], h [N] and the updated bins [K], all float32.
+) -> tuple[Tensor, Tensor]:
+    """[N, 3] samples of the global batch -> weight [N] and h [N], both float32; updates the bins [K] in place.
 
     h = factor r^power (1 + r)^power1p of the ratio over its bin's mean, weight = 1 + ramp (h / mean(h) - 1).
     """
-    bins = ratio_bins(samples, bins, momentum)
+    bins.copy_(ratio_bins(samples, bins, momentum))
     r = normalised(samples, bins)
-    weight, h = normalised_weights(factor * torch.exp(power * r.log() + power1p * r.log1p()), ramp)
-    return weight, h, bins
+    return normalised_weights(factor * torch.exp(power * r.log() + power1p * r.log1p()), ramp)
 
 
 def ratio(
@@ -82,8 +81,8 @@ def ratio(
     power: float,
     power1p: float,
     ramp: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`ratio_samples` and `ratio_weights` of one process: weight, h, clamped [B] and bins [K]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ratio_samples` and `ratio_weights` of one process: weight, h and clamped [B]."""
     samples = ratio_samples(logits, level, lower, upper, len(bins), low, high, log_bins)
-    weight, h, bins = ratio_weights(samples, bins, momentum, factor, power, power1p, ramp)
-    return weight, h, samples[:, 2].clone(), bins
+    weight, h = ratio_weights(samples, bins, momentum, factor, power, power1p, ramp)
+    return weight, h, samples[:, 2].clone()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels.checks import wide
-from fdistill.kernels.layout import laid_out_like, network_input_like
+from fdistill.kernels.layout import as_results, network_input_like
 from fdistill.noise import expand
 
 _MASK = 0xFFFFFFFF
@@ -68,8 +68,7 @@ def renoise(
     """
     dtype = wide(x0.dtype)
     x_t = expand(alpha.to(dtype), x0) * x0.to(dtype) + expand(sigma.to(dtype), x0) * noise.to(dtype)
-    like = torch.empty_like(x0, dtype=dtype)
-    x_t = like.copy_(x_t) if x_t.stride() != like.stride() else x_t
+    x_t = as_results(x_t, x0, dtype)
     if input_scale is None:
         return x_t, x0.new_empty(0, dtype=input_dtype)
     network_input = network_input_like(x0, input_dtype, channels_last)
@@ -107,7 +106,7 @@ def renoise_backward(
         through = expand(input_scale.to(wide(dtype)), input_gradient) * input_gradient.to(wide(dtype))
         total = through if total is None else total + through
     assert total is not None
-    gradient = (expand(alpha.to(wide(dtype)), total) * total).to(dtype)
+    gradient = expand(alpha.to(wide(dtype)), total) * total
     like = x_t_gradient if x_t_gradient is not None else input_gradient
     assert like is not None
-    return laid_out_like(gradient, torch.empty_like(like))
+    return as_results(gradient, like, dtype)

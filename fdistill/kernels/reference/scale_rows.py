@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels.checks import wide
-from fdistill.kernels.layout import laid_out_like
+from fdistill.kernels.layout import as_results
 from fdistill.noise import expand
 
 
@@ -14,5 +14,4 @@ def scale_rows(rows: Tensor, scale: Tensor, upstream: Tensor | None, dtype: torc
     """rows scale upstream in `dtype`, laid out like rows [B, ...]; scale and upstream are [B], None counts as ones."""
     precise = wide(rows.dtype)
     factor = scale.to(precise) if upstream is None else scale.to(precise) * upstream.to(precise)
-    scaled = (expand(factor, rows) * rows.to(precise)).to(dtype)
-    return laid_out_like(scaled, torch.empty_like(rows))
+    return as_results(expand(factor, rows) * rows.to(precise), rows, dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels.checks import wide
-from fdistill.kernels.layout import laid_out_like
+from fdistill.kernels.layout import as_results
 from fdistill.noise import expand
 
 
@@ -14,4 +14,4 @@ def to_x0(output: Tensor, x_t: Tensor, skip: Tensor, out: Tensor) -> Tensor:
     """skip x_t + out output, at least float32 and laid out like the output; skip and out are [B]."""
     dtype = wide(torch.promote_types(output.dtype, x_t.dtype))
     x0 = expand(skip.to(dtype), x_t) * x_t.to(dtype) + expand(out.to(dtype), x_t) * output.to(dtype)
-    return laid_out_like(x0, torch.empty_like(output))
+    return as_results(x0, output, dtype)

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fdistill.kernels.layout import empty_samples_like
 from fdistill.kernels.triton.rows import BLOCK, WARPS, on_device, plan, rows, vectors
 
 
@@ -82,14 +83,14 @@ def denoising(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.denoising`."""
     batch = len(x0)
-    residual = torch.empty_like(prediction)
-    loss, scale = (torch.empty(batch, device=x0.device) for _ in range(2))
+    residual = empty_samples_like(prediction)
+    loss, scale = (torch.empty(batch, dtype=torch.float32, device=x0.device) for _ in range(2))
     if not batch:
         return loss, residual, scale
     size, chunk, splits = plan(x0)
     tensors = rows(residual, prediction, x_t, x0)
     weight, *coefficients = vectors(scale, weight, skip, out)
-    sums = torch.empty(batch * splits, device=x0.device) if splits > 1 else loss
+    sums = torch.empty(batch * splits, dtype=torch.float32, device=x0.device) if splits > 1 else loss
     with on_device(x0):
         _denoising[(batch * splits,)](
             *tensors,

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fdistill.kernels.layout import empty_samples_like, layout_of
 from fdistill.kernels.triton.rows import BLOCK, WARPS, on_device, plan, rows, vectors
 
 
@@ -154,9 +155,9 @@ def implicit(
     """See `reference.implicit`."""
     batch = len(x0)
     size, chunk, splits = plan(x0)
-    sums = torch.empty(3, batch, splits, device=x0.device)
+    sums = torch.empty(3, batch, splits, dtype=torch.float32, device=x0.device)
     if batch:
-        tensors = rows(torch.empty_like(x0), x0, x_t, teacher, fake)
+        tensors = rows(layout_of(x0), x0, x_t, teacher, fake)
         coefficients = vectors(sums, teacher_skip, teacher_out, fake_skip, fake_out)
         with on_device(x0):
             _implicit[(batch * splits,)](
@@ -188,14 +189,13 @@ def implicit_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `reference.implicit_backward`."""
     batch = len(x0)
-    like = torch.empty_like(x0)
     gradients = [
-        x0.new_empty(0) if value is None else torch.empty_like(like, dtype=value.dtype)
-        for value in (x0, x_t, teacher, fake)
+        x0.new_empty(0) if value is None else empty_samples_like(x0, value.dtype) for value in (x0, x_t, teacher, fake)
     ]
     if batch:
         size = plan(x0).size
         blocks = triton.cdiv(size, BLOCK)
+        like = gradients[0]
         tensors = rows(like, x0, x_t, teacher, fake)
         coefficients = vectors(like, teacher_skip, teacher_out, fake_skip, fake_out)
         written = [value if value.numel() else like for value in gradients]

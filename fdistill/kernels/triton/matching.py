@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fdistill.kernels.layout import empty_samples_like
 from fdistill.kernels.triton.rows import BLOCK, WARPS, on_device, plan, rows, vectors
 
 
@@ -136,14 +137,14 @@ def matching(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.matching`."""
     batch = len(x0)
-    direction = torch.empty_like(x0)
-    loss, scale = (torch.empty(batch, device=x0.device) for _ in range(2))
+    direction = empty_samples_like(x0)
+    loss, scale = (torch.empty(batch, dtype=torch.float32, device=x0.device) for _ in range(2))
     if not batch:
         return loss, direction, scale
     size, chunk, splits = plan(x0)
     tensors = rows(direction, x0, x_t, teacher, unconditional, fake)
     weight, *coefficients = vectors(scale, weight, teacher_skip, teacher_out, fake_skip, fake_out)
-    sums = torch.empty(batch * splits, 2, device=x0.device) if splits > 1 else loss
+    sums = torch.empty(batch * splits, 2, dtype=torch.float32, device=x0.device) if splits > 1 else loss
     with on_device(x0):
         _matching[(batch * splits,)](
             *tensors,

@@ -1,7 +1,8 @@
 """From logits to weights: one launch in one process; with several, one on either side of their collective.
 
 What a batch shares, the means of its noise bins and of h, is B numbers: one block holds them, and nothing waits for a
-second one. They are float64, in which no weight overflows and whose cost does not show at B numbers.
+second one. It computes in float64, in which no weight overflows and whose cost does not show at B numbers; bounds and
+powers reach it as float32.
 """
 
 from __future__ import annotations
@@ -119,7 +120,6 @@ def _ratio_weights(
     bins_ptr,
     weight_ptr,
     h_ptr,
-    new_bins_ptr,
     batch,
     heads,
     logits_step,
@@ -135,6 +135,7 @@ def _ratio_weights(
     power1p,
     ramp,
     FROM_LOGITS: tl.constexpr,
+    CLAMPED: tl.constexpr,
     LOGIT_BOUND: tl.constexpr,
     LOG_BINS: tl.constexpr,
     BINS: tl.constexpr,
@@ -174,17 +175,19 @@ def _ratio_weights(
             )
             tl.store(at, ratio, mask=inside)
             tl.store(at + 1, index.to(tl.float32), mask=inside)
-            tl.store(clamped_ptr + sample, clamped, mask=inside)
         else:
             ratio = tl.load(at, mask=inside, other=0.0)
             index = tl.load(at + 1, mask=inside, other=0.0).to(tl.int32)
+            clamped = tl.load(at + 2, mask=inside, other=0.0)
+        if CLAMPED:
+            tl.store(clamped_ptr + sample, clamped, mask=inside)
         member = (index[:, None] == column[None, :]) & inside[:, None]
         total += tl.sum(tl.where(member, ratio[:, None], 0.0).to(tl.float64), 0)
         count += tl.sum(tl.where(member, 1.0, 0.0).to(tl.float64), 0)
     old = tl.load(bins_ptr + column, mask=column < BINS, other=1.0).to(tl.float64)
     updated = momentum * old + (1.0 - momentum) * total / tl.where(count > 0.0, count, 1.0)
     bins = tl.where(count > 0.0, updated, old).to(tl.float32)
-    tl.store(new_bins_ptr + column, bins, mask=column < BINS)
+    tl.store(bins_ptr + column, bins, mask=column < BINS)
     # Other threads of this block have written what is read from here on.
     tl.debug_barrier()
     h_total = tl.zeros((BLOCK,), tl.float64)
@@ -222,7 +225,7 @@ def ratio_samples(
 ) -> Tensor:
     """See `reference.ratio_samples`."""
     batch, heads = logits.shape
-    samples = torch.empty(batch, 3, device=logits.device)
+    samples = torch.empty(batch, 3, dtype=torch.float32, device=logits.device)
     if not batch:
         return samples
     low, high = (math.log(low), math.log(high)) if log_bins else (low, high)
@@ -264,11 +267,10 @@ def _weights(
     power: float,
     power1p: float,
     ramp: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight, h and bins; the first half of the work, from logits to samples, is done as well where they are given."""
+) -> tuple[Tensor, Tensor]:
+    """Weight and h; the first half of the work, from logits to samples, is done as well where they are given."""
     batch = len(samples)
-    weight, h = (torch.empty(batch, device=samples.device) for _ in range(2))
-    new_bins = torch.empty_like(bins)
+    weight, h = (torch.empty(batch, dtype=torch.float32, device=samples.device) for _ in range(2))
     lower, upper, low, high, log_bins = bounds
     heads = 1 if logits is None else logits.shape[1]
     block_heads = min(_head_block(heads), 16)
@@ -283,7 +285,6 @@ def _weights(
             bins,
             weight,
             h,
-            new_bins,
             batch,
             heads,
             *((0, 0) if logits is None else logits.stride()),
@@ -297,6 +298,7 @@ def _weights(
             power1p,
             ramp,
             FROM_LOGITS=logits is not None,
+            CLAMPED=clamped is not None,
             LOGIT_BOUND=LOGIT_BOUND,
             LOG_BINS=log_bins,
             BINS=len(bins),
@@ -307,12 +309,12 @@ def _weights(
             BATCH_BLOCKS=triton.cdiv(batch, block),
             num_warps=8,
         )
-    return weight, h, new_bins
+    return weight, h
 
 
 def ratio_weights(
     samples: Tensor, bins: Tensor, momentum: float, factor: float, power: float, power1p: float, ramp: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """See `reference.ratio_weights`."""
     bounds = (0.0, 1.0, 0.0, 1.0, False)
     return _weights(None, None, samples.contiguous(), None, bins, bounds, momentum, factor, power, power1p, ramp)
@@ -332,15 +334,15 @@ def ratio(
     power: float,
     power1p: float,
     ramp: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.ratio`."""
+    batch, device = len(logits), logits.device
+    clamped = torch.empty(batch, dtype=torch.float32, device=device)
+    bounds, rest = (lower, upper, low, high, log_bins), (momentum, factor, power, power1p, ramp)
     if logits.numel() > 1 << 15:  # one block would take longer over them than a launch does
         samples = ratio_samples(logits, level, lower, upper, len(bins), low, high, log_bins)
-        weight, h, new_bins = ratio_weights(samples, bins, momentum, factor, power, power1p, ramp)
-        return weight, h, samples[:, 2].clone(), new_bins
-    samples, clamped = torch.empty(len(logits), 3, device=logits.device), torch.empty(len(logits), device=logits.device)
-    bounds = (lower, upper, low, high, log_bins)
-    weight, h, new_bins = _weights(
-        logits, level, samples, clamped, bins, bounds, momentum, factor, power, power1p, ramp
-    )
-    return weight, h, clamped, new_bins
+        weight, h = _weights(None, None, samples, clamped, bins, bounds, *rest)
+    else:
+        samples = torch.empty(batch, 3, dtype=torch.float32, device=device)
+        weight, h = _weights(logits, level, samples, clamped, bins, bounds, *rest)
+    return weight, h, clamped

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fdistill.kernels.checks import wide
-from fdistill.kernels.layout import is_channels_last, laid_out_like, network_input_like
+from fdistill.kernels.layout import empty_samples_like, is_channels_last, laid_out_like, network_input_like
 from fdistill.kernels.triton.rows import on_device, vectors
 
 #: Counters of one block; each makes four elements.
@@ -135,7 +135,7 @@ def _launch(
     seeded: bool,
 ) -> tuple[Tensor, Tensor]:
     batch, size = len(x0), x0.shape[1:].numel()
-    x_t = torch.empty_like(x0, dtype=wide(x0.dtype))
+    x_t = empty_samples_like(x0, wide(x0.dtype))
     if input_scale is None:
         network_input = x0.new_empty(0, dtype=input_dtype)
     else:
@@ -224,7 +224,7 @@ def renoise_backward(
     """See `reference.renoise_backward`."""
     like = x_t_gradient if x_t_gradient is not None else input_gradient
     assert like is not None
-    gradient = torch.empty_like(like, dtype=dtype)
+    gradient = empty_samples_like(like, dtype)
     if not gradient.numel():
         return gradient
     size = like.shape[1:].numel()

@@ -28,13 +28,14 @@ class Plan(NamedTuple):
 def plan(value: Tensor) -> Plan:
     """Of the samples of `value` [B, ...]; at most 1,024 splits, so that one block can add up their sums."""
     size = value.shape[1:].numel()
-    chunk = max(CHUNK, triton.next_power_of_2(triton.cdiv(size, 1024)))
+    whole = max(BLOCK, triton.next_power_of_2(size))
+    chunk = max(min(CHUNK, whole), triton.next_power_of_2(triton.cdiv(size, 1024)))
     return Plan(size, chunk, triton.cdiv(size, chunk))
 
 
 def rows(like: Tensor, *values: Tensor | None) -> list[Tensor]:
-    """The tensors laid out as `like`; `like` in the place of one that is None, for a kernel that will not read it."""
-    return [like if value is None else laid_out_like(value, like) for value in values]
+    """The tensors laid out as `like`; the first of them in the place of one that is None, which will not be read."""
+    return [laid_out_like(values[0] if value is None else value, like) for value in values]  # type: ignore[arg-type]
 
 
 def vectors(like: Tensor, *values: Tensor | None) -> list[Tensor]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdistill.kernels.layout import laid_out_like
+from fdistill.kernels.layout import empty_samples_like, laid_out_like
 from fdistill.kernels.triton.rows import BLOCK, WARPS, on_device
 
 
@@ -38,8 +38,8 @@ def _scale_rows(
 
 
 def scale_rows(rows: Tensor, scale: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """See `reference.scale_rows`. The upstream gradient of a mean is an expanded number, and is read as that."""
-    scaled = torch.empty_like(rows, dtype=dtype)
+    """See `reference.scale_rows`. The upstream gradient of a sum is one number, expanded, and is read as that."""
+    scaled = empty_samples_like(rows, dtype)
     if not scaled.numel():
         return scaled
     rows = laid_out_like(rows, scaled)

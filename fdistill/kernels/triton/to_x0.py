@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fdistill.kernels.checks import wide
+from fdistill.kernels.layout import empty_samples_like
 from fdistill.kernels.triton.rows import BLOCK, WARPS, on_device, rows, vectors
 
 
@@ -38,7 +39,7 @@ def _to_x0(
 
 def to_x0(output: Tensor, x_t: Tensor, skip: Tensor, out: Tensor) -> Tensor:
     """See `reference.to_x0`."""
-    x0 = torch.empty_like(output, dtype=wide(torch.promote_types(output.dtype, x_t.dtype)))
+    x0 = empty_samples_like(output, wide(torch.promote_types(output.dtype, x_t.dtype)))
     if not x0.numel():
         return x0
     size = x0.shape[1:].numel()

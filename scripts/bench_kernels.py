@@ -1,11 +1,12 @@
 """Time the operators of a step against eager torch and torch.compile, beside the bytes they move.
 
     python scripts/bench_kernels.py [--output FILE.json] [--only matching,tail] [--quick]
+    python scripts/bench_kernels.py --traffic         counts bytes and launches of eager torch; needs no GPU
 
-Every figure is GPU time: calls are captured in a CUDA graph over at most 64 input sets, which exceed the cache four times
-but for the smallest operations, and the median of its replays is taken. Shares are of the bandwidth of a large copy measured in the same run, counting
-bytes read and written. On a machine without a GPU the operators are compared with torch in Triton's interpreter,
-nothing is timed, and the exit status is 0.
+Every figure is GPU time: calls are captured in a CUDA graph over at most 64 input sets, which exceed the cache four
+times but for the smallest operations, and the median of its replays is taken. Shares are of the bandwidth of a large
+copy measured in the same run, counting bytes read and written. On a machine without a GPU the operators are compared
+with torch in Triton's interpreter, nothing is timed, and the exit status is 0.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ import torch
 if not torch.cuda.is_available():
     sys.exit(f"no CUDA GPU is visible to torch {torch.__version__}: nothing to check here")
 import triton, shutil, importlib.util
-missing = [name for name in ("pytest", "diffusers", "torch_fidelity", "pydantic", "ruamel.yaml") if not importlib.util.find_spec(name)]
+missing = [name for name in ("pytest", "diffusers", "torch_fidelity", "pydantic", "ruamel", "typer") if not importlib.util.find_spec(name)]
 if missing or not (shutil.which("gcc") or shutil.which("clang")):
     sys.exit(f"missing here: {', '.join(missing) or 'a C compiler, which Triton needs'}; see docs/kernels.md, 'Running the check'")
 print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, python {sys.version.split()[0]}")

@@ -22,7 +22,6 @@ from fdistill.kernels import implementation
 from fdistill.kernels.denoising import denoising
 from fdistill.kernels.ema import ema
 from fdistill.kernels.implicit import implicit
-from fdistill.kernels.matching import matching
 from fdistill.kernels.ratio import ratio, ratio_samples, ratio_weights
 from fdistill.kernels.reference import renoise as reference_renoise
 from fdistill.kernels.renoise import renoise, renoise_seeded
@@ -33,8 +32,12 @@ from fdistill.ratio import DensityRatio
 
 pytest.importorskip("triton")
 
+from triton import jit
 from triton import language as tl
 from triton.runtime import interpreter
+
+from fdistill.kernels.triton.renoise import _normals
+from fdistill.kernels.triton.rows import plan
 
 _convert = interpreter._convert_float
 
@@ -584,35 +587,150 @@ def test_matching_is_the_pseudo_target_regression() -> None:
 
 
 def arguments() -> dict[str, list[tuple[Any, ...]]]:
+    """Calls of every operator, some with narrow leaves, whose fake results must be as wide as the real ones."""
     x0, x_t, raw = draw(3, 2, 4, 4), draw(3, 2, 4, 4, seed=1), draw(3, 2, 4, 4, seed=2)
     last = x0.to(memory_format=torch.channels_last).requires_grad_(True)
     ones = torch.ones(3, device=DEVICE)
-    four = (ones, ones, ones, ones)
+    four, none = (ones, ones, ones, ones), (None, None, None, None)
     level, bins = ones.clone(), torch.ones(5, device=DEVICE)
     seed = torch.tensor(4, device=DEVICE)
     edges, rest = (0.1, 20.0, 0.01, 80.0, True), (0.5, 1.0, 1.0, 0.0, 1.0)
-    leaf = x0.clone().requires_grad_(True)
+    leaf, narrow = x0.clone().requires_grad_(True), raw.bfloat16().requires_grad_(True)
+    upstream, half, bf16 = torch.ones(3, 3, device=DEVICE), raw.half(), raw.bfloat16()
     return {
         "matching": [
             (leaf, x_t, raw, raw, raw, *four, ones, 1e-6, 2.0),
-            (last, None, raw, None, raw, None, None, None, None, ones, None, 1.0),
+            (last, None, raw, None, raw, *none, ones, None, 1.0),
+            (narrow, None, bf16, None, bf16, *none, ones, 1e-6, 1.0),
         ],
-        "denoising": [(raw.clone().requires_grad_(True), x_t, x0, ones, ones, ones)],
-        "implicit": [(leaf, x_t, raw, raw, *four), (last, None, raw, raw, None, None, None, None)],
-        "implicit_backward": [(torch.ones(3, 3, device=DEVICE), x0, x_t, raw, raw, *four)],
+        "denoising": [
+            (raw.clone().requires_grad_(True), x_t, x0, ones, ones, ones),
+            (narrow, None, bf16, None, None, ones),
+        ],
+        "implicit": [(leaf, x_t, raw, raw, *four), (last, None, raw, raw, *none)],
+        "implicit_backward": [
+            (upstream, x0, x_t, raw, raw, *four),
+            (upstream, x0, x_t.half(), bf16, half, *four),
+        ],
         "scale_rows": [(leaf, ones, ones, torch.bfloat16), (last, ones, None, torch.float32)],
-        "to_x0": [(raw.bfloat16().requires_grad_(True), leaf, ones, ones)],
+        "to_x0": [(narrow, leaf, ones, ones)],
         "renoise": [
             (leaf, x_t, ones, ones, ones, torch.bfloat16, True),
             (last, x_t, ones, ones, None, torch.float32, False),
+            (narrow, bf16, ones, ones, ones, torch.float16, False),
         ],
         "renoise_seeded": [(leaf, seed, 5, ones, ones, ones, torch.float16, False)],
-        "renoise_backward": [(x0, raw.bfloat16(), ones, ones, torch.float32), (None, raw, ones, ones, torch.float32)],
-        "ratio": [(draw(3, 2), level, bins, *edges, *rest)],
-        "ratio_samples": [(draw(3, 2), level, 0.1, 20.0, 5, 0.01, 80.0, True)],
+        "renoise_backward": [
+            (x0, bf16, ones, ones, torch.float32),
+            (None, raw, ones, ones, torch.float32),
+            (x0, bf16, ones, ones, torch.bfloat16),
+        ],
+        "ratio": [
+            (draw(3, 2), level, bins, *edges, *rest),
+            (draw(3, 2).bfloat16(), level, bins.clone(), *edges, *rest),
+        ],
+        "ratio_samples": [
+            (logits, level, 0.1, 20.0, 5, 0.01, 80.0, True) for logits in (draw(3, 2), draw(3, 2).half())
+        ],
         "ratio_weights": [(torch.ones(3, 3, device=DEVICE), bins, *rest)],
         "ema": [([x0.clone(), x_t.clone()], [x0, x_t], [0.9])],
     }
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_gradients_of_implicit_have_the_dtypes_of_their_arguments(backend: str) -> None:
+    """Autograd would cast them, and hide that they were written wider."""
+    call = arguments()["implicit_backward"][1]
+    found = torch.ops.fdistill.implicit_backward(*call, backend)
+    assert [value.dtype for value in found] == [torch.float32, torch.float16, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_a_derivative_of_scale_rows_has_both_factors(backend: str) -> None:
+    rows, scale, upstream = draw(3, 4).requires_grad_(True), draw(3, seed=1), draw(3, seed=2)
+    scaled = scale_rows(rows, scale, upstream, torch.float32, backend)
+    (gradient,) = torch.autograd.grad(scaled.sum(), rows)
+    torch.testing.assert_close(gradient, (scale * upstream)[:, None].expand(3, 4))
+
+
+def test_numbers_a_sample_may_have_any_strides() -> None:
+    def strided(value: Tensor) -> Tensor:
+        return value.repeat_interleave(2, -1)[..., ::2]
+
+    i = Inputs((8, 2, 4, 4), torch.float32)
+    four = (i.teacher_skip, i.teacher_out, i.fake_skip, i.fake_out)
+    samples = (i.x0, i.x_t, i.teacher, i.fake)
+    upstream = draw(3, 8)
+    logits, level, bins = draw(8, 5) * 2, (draw(8, seed=1) * 3).exp(), torch.ones(7, device=DEVICE)
+    bounds, rest = (0.1, 20.0, 0.01, 60.0), (0.2, 1.0, 1.0, -1.0, 1.0)
+    ready = ratio_samples(logits, level, *bounds[:2], 7, *bounds[2:], True, "reference")
+    found = []
+    for backend, form in (("triton", strided), ("reference", Tensor.contiguous)):
+        c = [form(value) for value in four]
+        arrived = upstream.t().contiguous().t() if backend == "triton" else upstream
+        sideways = logits.t().contiguous().t() if backend == "triton" else logits
+        turned = ready.t().contiguous().t() if backend == "triton" else ready
+        found.append(
+            [
+                torch.ops.fdistill.matching(
+                    i.x0, i.x_t, i.teacher, None, i.fake, *c, form(i.weight), 1e-6, 1.0, backend
+                )[0],
+                *torch.ops.fdistill.implicit_backward(arrived, *samples, *c, backend),
+                *ratio(sideways, form(level), bins.clone(), *bounds, True, *rest, backend),
+                *ratio_weights(turned, form(bins).contiguous(), *rest, backend),
+            ]
+        )
+    for fused, plain in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+def test_logits_are_bounded_where_ratios_are_not(backend: str) -> None:
+    logits, level = torch.tensor([12.0, -12.0, 0.5], device=DEVICE), torch.ones(3, device=DEVICE)
+    result = DensityRatio(lower=1e-6, upper=1e6, num_bins=1).evaluate(logits, level, "kl", backend=backend)
+    expected = torch.tensor([10.0, -10.0, 0.5], device=DEVICE).exp()
+    torch.testing.assert_close(result.weight, expected / expected.mean())
+    assert (result.clamped == 0).all()
+
+
+def test_ema_of_tensors_that_cannot_be_walked_together() -> None:
+    values = [draw(4, 3, 3, 3, dtype=torch.bfloat16), draw(4, 6, dtype=torch.bfloat16)[:, ::2]]
+
+    def shadows() -> list[Tensor]:
+        last = draw(4, 3, 3, 3, seed=2).to(memory_format=torch.channels_last)
+        return [last, torch.zeros(4, 6, device=DEVICE)[:, ::2]]
+
+    fused, plain = shadows(), shadows()
+    ema(fused, values, [0.3], "triton")
+    ema(plain, values, [0.3], "reference")
+    for got, right in zip(fused, plain, strict=True):
+        torch.testing.assert_close(got, right)
+
+
+def test_a_word_of_zero_is_no_infinite_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes once in four billion draws."""
+    words = tuple(torch.zeros(1, 4, dtype=torch.int64) for _ in range(4))
+    monkeypatch.setattr(reference_renoise, "_philox", lambda key, counter: words)
+    assert torch.isfinite(reference_renoise.counter_normal(torch.tensor(0), 0, 1, 16)).all()
+
+    @jit
+    def normals_of_zero(to: Any) -> None:
+        zero = tl.zeros((16,), tl.uint32)
+        first, _ = _normals(zero, zero)
+        tl.store(to + tl.arange(0, 16), first)
+
+    made = torch.zeros(16, device=DEVICE)
+    normals_of_zero[(1,)](made)
+    assert torch.isfinite(made).all()
+    assert (made != 0).all()
+
+
+def test_a_sample_is_split_at_most_as_often_as_one_block_can_add_up() -> None:
+    for size in (1, 3072, 16384, 16385, 10**7, 2**24 + 1, 2**30):
+        made = plan(torch.empty(2, size, device="meta"))
+        assert made.splits <= 1024
+        assert (made.splits - 1) * made.chunk < size <= made.splits * made.chunk
+        assert made.chunk % 2048 == 0
 
 
 CALLS = [
@@ -737,6 +855,5 @@ def test_scale_rows_reads_a_mean_s_gradient_as_one_number() -> None:
     )
 
 
-def test_unused_operators_are_not_hidden() -> None:
+def test_every_operator_is_examined() -> None:
     assert {name for name, _, _ in CALLS} >= set(OPERATIONS)
-    assert matching is not None

@@ -14,19 +14,26 @@ from fdistill.noise import expand
 _MASK = 0xFFFFFFFF
 
 
-def _philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _philox(key: Tensor, counter: Tensor) -> Tensor:
     """Philox4x32 with ten rounds (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): 32-bit words in
-    int64 tensors.
+    int64 tensors, key [2, ...] and counter [4, ...] -> [4, ...].
+
+    Words 0 and 2 are multiplied, words 1 and 3 are mixed in, so both pairs are worked on at once.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+
+    def pair(first: int, second: int) -> Tensor:
+        # Filled on the device: a copy from the host would be waited for.
+        constants = torch.stack([key.new_full((), first), key.new_full((), second)])
+        return constants.reshape(2, *[1] * (counter.ndim - 1))
+
+    multipliers, steps = pair(0xD2511F53, 0xCD9E8D57), pair(0x9E3779B9, 0xBB67AE85)
+    even, odd = counter[::2], counter[1::2]
     for _ in range(10):
         # 64-bit products wrap around, which leaves their two words right.
-        low, high = 0xD2511F53 * c0, 0xCD9E8D57 * c2
-        c0, c2 = ((high >> 32) & _MASK) ^ c1 ^ k0, ((low >> 32) & _MASK) ^ c3 ^ k1
-        c1, c3 = high & _MASK, low & _MASK
-        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
-    return c0, c1, c2, c3
+        product = (multipliers * even).flip(0)
+        even, odd = ((product >> 32) & _MASK) ^ odd ^ key, product & _MASK
+        key = (key + steps) & _MASK
+    return torch.stack([even, odd], 1).flatten(0, 1)
 
 
 def counter_normal(seed: Tensor, first: int, batch: int, size: int) -> Tensor:
@@ -41,16 +48,15 @@ def counter_normal(seed: Tensor, first: int, batch: int, size: int) -> Tensor:
         size: numbers a sample, below 2^32.
     """
     quarter = -(-size // 4)
-    element = torch.arange(quarter, device=seed.device)[None]
-    sample = torch.arange(first, first + batch, device=seed.device)[:, None]
-    zero = torch.zeros_like(element + sample)
-    words = _philox((seed & _MASK, (seed >> 32) & _MASK), (element + zero, sample + zero, zero, zero))
-    normals = []
-    for u, v in (words[:2], words[2:]):
-        radius = torch.sqrt(-2 * torch.log(u.float() * 2**-32 + 2**-33))
-        angle = 2 * math.pi * (v.float() * 2**-32 - 0.5)
-        normals += [radius * torch.cos(angle), radius * torch.sin(angle)]
-    return torch.cat(normals, 1)[:, :size]
+    counter = torch.zeros(4, batch, quarter, dtype=torch.int64, device=seed.device)
+    counter[0] = torch.arange(quarter, device=seed.device)
+    counter[1] = torch.arange(first, first + batch, device=seed.device)[:, None]
+    key = torch.stack([seed & _MASK, (seed >> 32) & _MASK])[:, None, None]
+    uniform = _philox(key, counter).float() * 2**-32
+    radius = torch.sqrt(-2 * torch.log(uniform[::2] + 2**-33))
+    angle = 2 * math.pi * (uniform[1::2] - 0.5)
+    normals = torch.stack([radius * torch.cos(angle), radius * torch.sin(angle)], 1)  # [pairs, 2, batch, quarter]
+    return normals.permute(2, 0, 1, 3).flatten(1)[:, :size]
 
 
 def renoise(

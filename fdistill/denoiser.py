@@ -53,7 +53,8 @@ class Denoiser(nn.Module, ABC):
         num_classes: conditions are labels [B] in [0, num_classes); None for an unconditional network.
         sigma_data: standard deviation of the data, used by the EDM loss weighting.
         feature_shapes: (C, H, W) of every tensor that `features` can name, from the input towards the output.
-        kind: networks of one preconditioning have equal ones, and are computed it once; None if it is nobody else's.
+        kind: networks of equal kind have the same preconditioning, which is computed once for all of them; None where
+            nobody else has it.
     """
 
     schedule: NoiseSchedule

@@ -22,7 +22,7 @@ from fdistill import __version__
 from fdistill.devices import start
 from fdistill.errors import ArgumentError, did_you_mean
 from fdistill.files import atomic_file, check_file
-from fdistill.generation import batches, check_counts, counted_evaluations, labels_of, open_source
+from fdistill.generation import Source, batches, check_counts, counted_evaluations, labels_of, open_source
 from fdistill.pipeline import is_student
 
 _MANIFEST_KEYS = (
@@ -55,6 +55,8 @@ def evaluate(
     output: str | Path | None = None,
     seed: int = 0,
     num_steps: int = 18,
+    guidance_scale: float = 1.0,
+    network: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Measures generated images.
@@ -65,7 +67,7 @@ def evaluate(
         protocol: a key of `evaluation.protocols.PROTOCOLS`.
         metrics: names out of the protocol's; by default all that the samples allow (class accuracy needs labels).
         output: a JSON file to write the result to.
-        seed, num_steps, device: as in `fdistill.generate`, where `samples` is a checkpoint.
+        seed, num_steps, guidance_scale, network, device: as in `fdistill.generate`, where `samples` is a checkpoint.
 
     Returns:
         {"metrics": {name: number}, "provenance": {...}}. A score of another sample count or against another reference
@@ -86,7 +88,15 @@ def evaluate(
         check_file(Path(output))
     # A run folder has pictures of its own, so what is a student is asked for samples before files are looked for.
     a_folder_of_images = not is_student(folder) and not is_student(folder / "student") and any(folder.glob("*.png"))
-    made = _read(folder) if a_folder_of_images else _generate(samples, chosen, seed, num_steps, device)
+    if a_folder_of_images:
+        made = _read(folder)
+    else:
+        _, chosen_device = start(device)
+        check_counts(chosen.num_samples, 1, seed)
+        source = open_source(
+            samples, chosen_device, num_steps=num_steps, guidance_scale=guidance_scale, network=network
+        )
+        made = _generate(source, chosen.num_samples, seed, chosen_device)
     for what, images in ((str(samples), made.images), (reference_name, real)):
         if tuple(images.shape[1:]) != chosen.sample_shape:
             raise ArgumentError(
@@ -148,24 +158,20 @@ def _read(folder: Path) -> Samples:
     return Samples(images, None if labels is None else torch.tensor(labels), provenance)
 
 
-def _generate(checkpoint: str | Path, protocol: Protocol, seed: int, num_steps: int, device: str) -> Samples:
-    check_counts(protocol.num_samples, 1, seed)
-    _, chosen_device = start(device)
-    source = open_source(checkpoint, num_steps, chosen_device)
-    count = protocol.num_samples
+def _generate(source: Source, count: int, seed: int, device: torch.device) -> Samples:
     labels = labels_of(source, count, None)
     with counted_evaluations(source.denoiser) as evaluations:
-        images = [part for _, part in batches(source, seed, range(count), labels, 256, chosen_device, progress=True)]
+        images = [part for _, part in batches(source, seed, range(count), labels, 256, device, progress=True)]
         evaluations.images = count
     provenance = {
         "samples": "generated",
-        "checkpoint": str(checkpoint),
+        "checkpoint": source.name,
         "checkpoint_sha256": source.weights_sha256,
         "kind": "teacher" if source.num_steps else "student",
         "seed": seed,
-        "guidance": None,
+        "guidance": source.guidance_scale,
         "evaluations_per_image": evaluations.per_image,
-        "device": str(chosen_device),
+        "device": str(device),
     }
     return Samples(torch.cat(images), labels, provenance)
 

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from fdistill.generation import generate as generate
     from fdistill.generator import FewStepGenerator as FewStepGenerator
     from fdistill.generator import OneStepGenerator as OneStepGenerator
+    from fdistill.guidance import GuidedDenoiser as GuidedDenoiser
     from fdistill.lora import lora_copy as lora_copy
     from fdistill.losses import matching_loss as matching_loss
     from fdistill.losses import score_difference_loss as score_difference_loss
     from fdistill.losses import score_difference_weight as score_difference_weight
+    from fdistill.one_step import OneStepPipeline as OneStepPipeline
     from fdistill.pipeline import load_student as load_student
     from fdistill.ratio import DensityRatio as DensityRatio
     from fdistill.step import Networks as Networks
@@ -53,6 +55,7 @@ _WHERE = {
     "generate": "generation",
     "generator_step": "step",
     "get_divergence": "divergence",
+    "GuidedDenoiser": "guidance",
     "load_config": "config",
     "load_student": "pipeline",
     "load_teacher": "adapters",
@@ -60,6 +63,7 @@ _WHERE = {
     "matching_loss": "losses",
     "Networks": "step",
     "OneStepGenerator": "generator",
+    "OneStepPipeline": "one_step",
     "Pairs": "step",
     "ratio_critic_step": "step",
     "score_difference_loss": "losses",

@@ -13,10 +13,15 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from fdistill.adapters import family, load_teacher, resolve_checkpoint
+from fdistill import rng
+from fdistill.adapters import Checkpoint, load_denoiser, load_teacher, resolve_checkpoint
+from fdistill.adapters.resize import Resized, resized
 from fdistill.checkpoint import load_exactly, load_optimizer_tensors, optimizer_tensors, take
 from fdistill.config import DistillConfig, LevelsConfig, OptimizerConfig
-from fdistill.data import TEACHER_SAMPLES, ImageSet, load_data
+from fdistill.data import TEACHER_SAMPLES, ImageLoader, Source, open_source
+from fdistill.data.latents import META_FILE, LatentSource, check_latents
+from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatents
+from fdistill.data.source import ArraySource
 from fdistill.data.teacher_samples import TeacherSamples, teacher_samples
 from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
@@ -24,8 +29,10 @@ from fdistill.divergence import Divergence, get_divergence
 from fdistill.ema import EMA
 from fdistill.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
 from fdistill.generator import Generator, student_generator
+from fdistill.guidance import GuidedDenoiser
 from fdistill.images import to_uint8
 from fdistill.kernels.checks import check_positive
+from fdistill.latents import LatentSpace, attach_latent_space
 from fdistill.lora import lora_copy
 from fdistill.methods import METHODS
 from fdistill.noise import LEVEL_SAMPLERS, noise_to_signal_range
@@ -48,9 +55,19 @@ Update = Callable[..., StepResult]
 
 @dataclass
 class Distillation:
-    """Everything one run holds in memory."""
+    """Everything one run holds in memory.
 
-    teacher_folder: Path
+    Attributes:
+        checkpoint: the teacher's.
+        origin: where the student's network comes from.
+        resized: what became of its weights, if the network was changed.
+        latents: the autoencoder of a latent teacher.
+    """
+
+    checkpoint: Checkpoint
+    origin: Checkpoint
+    resized: Resized | None
+    latents: LatentSpace | None
     divergence: Divergence
     networks: Networks
     student: Generator
@@ -117,11 +134,12 @@ def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
 
 
 def build(config: DistillConfig, device: torch.device) -> Distillation:
-    """Networks and state at iteration 0: student and fake score are copies of the teacher.
+    """Networks and state at iteration 0: the fake score is a copy of the teacher, and so is the student unless the
+    config says otherwise.
 
     Raises:
         ConfigError: settings that do not fit one another or the teacher.
-        CheckpointError: the teacher cannot be read, or no student of it could be exported.
+        CheckpointError: the teacher, or what the student starts from, cannot be read.
     """
     try:
         divergence = get_divergence(config.divergence or "reverse-kl")
@@ -148,18 +166,20 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
             f"data: got null, but method={config.method} shows real images to a discriminator; expected a data set, or "
             "teacher-samples"
         )
-    teacher_folder = resolve_checkpoint(config.teacher)
-    teacher = load_teacher(teacher_folder, device)
-    family(teacher_folder).check_exportable(teacher)
+    checkpoint = resolve_checkpoint(config.teacher)
+    unguided = load_teacher(config.teacher, device, null_class=config.null_class)
+    latents = attach_latent_space(unguided, checkpoint, config.vae)
 
     torch.manual_seed(config.seed)
+    origin, student, changed = _student_network(config, checkpoint, unguided)
     try:
-        levels = config.student_levels or (teacher.schedule.t_max,)
-        generator = student_generator(copy.deepcopy(teacher).requires_grad_(True).train(), levels)
+        teacher = unguided if config.guidance_scale == 1 else GuidedDenoiser(unguided, config.guidance_scale)
+        levels = config.student_levels or (student.schedule.t_max,)
+        generator = student_generator(student.to(device).requires_grad_(True).train(), levels)
         if config.fake_score.lora_rank:
-            fake_score = lora_copy(teacher, config.fake_score.lora_rank).train()
+            fake_score = lora_copy(unguided, config.fake_score.lora_rank).train()
         else:
-            fake_score = copy.deepcopy(teacher).requires_grad_(True).train()
+            fake_score = copy.deepcopy(unguided).requires_grad_(True).train()
         tapped = fake_score if config.discriminator.source == "fake" else teacher
         discriminator: Discriminator | ChannelMean | None = None
         if adversarial:
@@ -182,7 +202,10 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         if module is not None and any(parameter.requires_grad for parameter in module.parameters())
     }
     return Distillation(
-        teacher_folder=teacher_folder,
+        checkpoint=checkpoint,
+        origin=origin,
+        resized=changed,
+        latents=latents,
         divergence=divergence,
         networks=networks,
         student=generator,
@@ -192,6 +215,26 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         critic_update=_critic_update(config, networks),
         student_update=_student_update(config, networks, divergence, ratio),
     )
+
+
+def _student_network(
+    config: DistillConfig, checkpoint: Checkpoint, teacher: Denoiser
+) -> tuple[Checkpoint, Denoiser, Resized | None]:
+    """Where the student's network comes from, the network, and what became of its weights if it was changed."""
+    origin, start = checkpoint, teacher
+    if config.student.checkpoint is not None:
+        origin = resolve_checkpoint(config.student.checkpoint)
+        start = load_denoiser(origin, null_class=config.null_class)
+        if start.sample_shape != teacher.sample_shape or start.num_classes != teacher.num_classes:
+            raise ConfigError(
+                f"student.checkpoint {origin.name!r}: makes samples {start.sample_shape} of {start.num_classes} "
+                f"classes, the teacher {teacher.sample_shape} of {teacher.num_classes}; expected the same of both"
+            )
+        start.latent_scaling = teacher.latent_scaling
+    if config.student.network:
+        changed = resized(start, config.student.network)
+        return origin, changed.denoiser, changed
+    return origin, copy.deepcopy(teacher) if start is teacher else start, None
 
 
 def _check_weights(config: DistillConfig, divergence: Divergence) -> None:
@@ -241,19 +284,39 @@ def _student_update(config: DistillConfig, networks: Networks, divergence: Diver
     return partial(generator_step, networks, **common, regression_weight=config.regression.weight)
 
 
+Data = Source | ScaledLatents | FixedSamples
+
+
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run reads: images with labels, and teacher pairs for a method that regresses on them."""
+    """What a run reads: images or latents with labels, and teacher pairs for a method that regresses on them."""
 
-    images: ImageSet
+    source: Data
     pairs: TeacherSamples | None
 
+    def loader(self, config: DistillConfig, teacher: Denoiser, first: int) -> ImageLoader | SampleLoader:
+        """This process's rows of batch number `first` and all after it."""
+        rank, processes = rng.world()
+        order: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "first": first,
+            "rank": rank,
+            "processes": processes,
+        }
+        if isinstance(self.source, ScaledLatents | FixedSamples):
+            return SampleLoader(self.source, **order)
+        images = config.images
+        return ImageLoader(
+            self.source, teacher.sample_shape, recipe=images.recipe, flip=images.flip, workers=images.workers, **order
+        )
 
-def stored_images(config: DistillConfig, teacher: Denoiser) -> ImageSet | None:
-    """The images a config names; None where the teacher has to make them.
+
+def stored_data(config: DistillConfig, teacher: Denoiser, latents: LatentSpace | None) -> Data | None:
+    """The data a config names; None where the teacher has to make them.
 
     Raises:
-        ConfigError: an unknown data set, or one that does not fit the teacher.
+        ConfigError, DataError: nothing there, or data that do not fit the teacher.
     """
     if config.data == TEACHER_SAMPLES:
         return None
@@ -261,18 +324,35 @@ def stored_images(config: DistillConfig, teacher: Denoiser) -> ImageSet | None:
         # Nothing reads the images; the labels, all classes alike, are what the student is asked for.
         classes = teacher.num_classes or 1
         count = classes * max(1, config.batch_size // classes)
-        empty = torch.zeros(1, *teacher.sample_shape, dtype=torch.uint8).expand(count, *teacher.sample_shape)
-        return ImageSet(empty, torch.arange(count) % classes)
-    data = load_data(config.data)
-    _check_data(config, teacher.sample_shape, teacher.num_classes, data)
-    return data
+        empty = torch.zeros(1, *teacher.sample_shape).expand(count, *teacher.sample_shape)
+        return FixedSamples(empty, torch.arange(count) % classes)
+    if (Path(config.data) / META_FILE).is_file():
+        cached = LatentSource(Path(config.data), config.seed)
+        if latents is None:
+            raise ConfigError(
+                f"data {config.data!r}: latents, but teacher {config.teacher!r} makes pixels; expected images"
+            )
+        check_latents(cached.meta, latents.facts())
+        _check_data(config, teacher, cached, cached.shape)
+        return ScaledLatents(cached, latents.scaling)
+    source = open_source(config.data)
+    if latents is not None:
+        raise ConfigError(
+            f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents; encode them once with "
+            f"`fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass data=FOLDER"
+        )
+    shape = None
+    if isinstance(source, ArraySource) and config.images.recipe == "exact":
+        shape = tuple(source.images.shape[1:])
+    _check_data(config, teacher, source, shape)
+    return source
 
 
 def training_data(config: DistillConfig, run: Distillation, device: torch.device) -> TrainingData:
-    """Loads, or makes and caches, what a config names.
+    """Opens, or makes and caches, what a config names.
 
     Raises:
-        ConfigError: an unknown data set, or one that does not fit the teacher.
+        ConfigError, DataError: nothing there, or data that do not fit the teacher.
         OutputError: teacher samples cannot be cached.
     """
     teacher = run.networks.teacher
@@ -281,7 +361,7 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
         with PartialState().local_main_process_first():  # it makes them; the others find them in the cache
             return teacher_samples(
                 teacher,
-                run.teacher_folder,
+                run.checkpoint.fingerprint(teacher),
                 count=count,
                 num_steps=config.teacher_samples.num_steps,
                 start_level=start_level,
@@ -289,14 +369,17 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
                 progress=PartialState().is_main_process,
             )
 
-    data = stored_images(config, teacher)
-    if data is None:
+    source = stored_data(config, teacher, run.latents)
+    if source is None:
         made = samples(config.teacher_samples.count, teacher.schedule.t_max)
-        data = ImageSet(to_uint8(made.x0), made.labels)
+        if run.latents is None:
+            source = ArraySource(TEACHER_SAMPLES, to_uint8(made.x0), made.labels, teacher.num_classes)
+        else:
+            source = FixedSamples(made.x0, made.labels)
     pairs = None
     if METHODS[config.method].objective == "matching" and config.regression.weight:
         pairs = samples(config.regression.pairs, run.student.levels[0])
-    return TrainingData(data, pairs)
+    return TrainingData(source, pairs)
 
 
 def level_draw(config: LevelsConfig) -> LevelDraw:
@@ -316,15 +399,23 @@ def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     )
 
 
-def _check_data(config: DistillConfig, sample_shape: tuple[int, ...], num_classes: int | None, data: ImageSet) -> None:
-    if tuple(data.images.shape[1:]) != tuple(sample_shape):
+def _check_data(
+    config: DistillConfig, teacher: Denoiser, source: Source | LatentSource, shape: tuple[int, ...] | None
+) -> None:
+    """Raises ConfigError where shape (if it is known before anything is read) or classes are not the teacher's."""
+    if shape is not None and shape != tuple(teacher.sample_shape):
         raise ConfigError(
-            f"data {config.data!r} has images of shape {tuple(data.images.shape[1:])} (C, H, W), but teacher "
-            f"{config.teacher!r} makes {tuple(sample_shape)}; expected data like the teacher's"
+            f"data {config.data!r} has samples of shape {shape} (C, H, W), but teacher {config.teacher!r} makes "
+            f"{tuple(teacher.sample_shape)}; expected data like the teacher's, or images.recipe=center-box"
         )
-    highest = int(data.labels.max())
-    if num_classes is not None and highest >= num_classes:
+    highest = int(source.labels.max())
+    if teacher.num_classes is not None and highest >= teacher.num_classes:
         raise ConfigError(
-            f"data {config.data!r} has class {highest}, but teacher {config.teacher!r} knows 0 to {num_classes - 1}; "
-            "expected data like the teacher's"
+            f"data {config.data!r} has class {highest}, but teacher {config.teacher!r} knows 0 to "
+            f"{teacher.num_classes - 1}; expected data like the teacher's"
+        )
+    if teacher.num_classes is not None and source.num_classes is None:
+        raise ConfigError(
+            f"data {config.data!r} has no class labels, but teacher {config.teacher!r} is class-conditional; expected "
+            "class folders, or a dataset.json, labels or cls entry for each image"
         )

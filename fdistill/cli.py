@@ -21,6 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+Guidance = Annotated[float, typer.Option(help="Of a teacher that knows a label for `no class`; 1 is off.")]
+Network = Annotated[str | None, typer.Option(help="module:function of a student of your own network.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Steps = Annotated[
     int,
@@ -71,7 +73,6 @@ def distill(
 
     from fdistill.config import load_config
 
-    sys.path.append(str(Path.cwd()))  # where divergence=module:function is looked for last, as with `python -m`
     config = load_config(names[0] if names else "digits", overrides)
 
     from fdistill import train
@@ -97,6 +98,8 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Images per evaluation.")] = 256,
     class_labels: Annotated[str | None, typer.Option(help="Classes to draw in turn, as 0,1,2; all by default.")] = None,
     steps: Steps = 18,
+    guidance_scale: Guidance = 1.0,
+    network: Network = None,
     device: Device = "auto",
 ) -> None:
     """Generate images: one evaluation each from a student, or the few it was trained for; many from a teacher.
@@ -120,6 +123,8 @@ def generate(
         batch_size=batch_size,
         class_labels=labels,
         num_steps=steps,
+        guidance_scale=guidance_scale,
+        network=network,
         device=device,
     )
     typer.echo(f"images: {folder}")
@@ -136,6 +141,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="A JSON file for scores and provenance.")] = None,
     seed: Annotated[int, typer.Option(help="For samples drawn from a checkpoint.")] = 0,
     steps: Steps = 18,
+    guidance_scale: Guidance = 1.0,
+    network: Network = None,
     device: Device = "auto",
 ) -> None:
     """Score generated images by a named protocol.
@@ -152,14 +159,84 @@ def evaluate(
         output=output,
         seed=seed,
         num_steps=steps,
+        guidance_scale=guidance_scale,
+        network=network,
         device=device,
     )
     for name, value in result["metrics"].items():
         typer.echo(f"{name:<18} {value:.4f}")
 
 
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A published .pkl, or a .pt, .pth or .safetensors state dict.")],
+    output: Annotated[Path, typer.Option(help="The teacher folder; must not exist or be empty.")],
+    family: Annotated[str | None, typer.Option(help="Of a state dict: dit or sit.")] = None,
+) -> None:
+    """Turn a published EDM or EDM2 pickle, or a DiT or SiT state dict, into a safetensors folder; nothing in it is run.
+
+    Example: fdistill convert edm-cifar10-32x32-cond-vp.pkl --output teachers/cifar10-cond
+    """
+    from fdistill.convert import convert as run
+
+    typer.echo(f"teacher: {run(source, output, family=family)}")
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A teacher: an embedded name, a folder, a hub id; or a student.")],
+    data: Annotated[str | None, typer.Option(help="Images like its training data; its own samples by default.")] = None,
+    recipe: Annotated[str, typer.Option(help="How images are brought to its size.")] = "center-box",
+    vae: Annotated[str | None, typer.Option(help="Autoencoder, where a latent checkpoint has none.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Say what a checkpoint is, what distill would do with it, and whether its x0-predictions make sense.
+
+    Example: fdistill inspect digits --data digits
+    """
+    from fdistill.inspection import describe
+    from fdistill.inspection import inspect as run
+
+    typer.echo(describe(*run(checkpoint, data=data, recipe=recipe, vae=vae, device=device)))
+
+
+@app.command()
+def cache(
+    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, hf:name.")],
+    teacher: Annotated[str, typer.Option(help="The latent teacher that will be distilled.")],
+    output: Annotated[Path, typer.Option(help="A folder for the latents; must not exist or be empty.")],
+    vae: Annotated[str | None, typer.Option(help="Autoencoder, where the teacher's folder has none.")] = None,
+    recipe: Annotated[str, typer.Option(help="How images are brought to the teacher's size.")] = "center-box",
+    flip: Annotated[bool, typer.Option("--flip", help="Add every image's mirror image.")] = False,
+    sampling: Annotated[
+        str, typer.Option(help="What training takes of each latent: sample or mean.")
+    ] = "sample",
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    device: Device = "auto",
+) -> None:
+    """Encode images once with a latent teacher's autoencoder, for `distill data=FOLDER`.
+
+    Example: fdistill cache photos --teacher teachers/dit --recipe adm --flip --output latents
+    """
+    from fdistill.caching import cache as run
+
+    folder = run(
+        data,
+        teacher=teacher,
+        output=output,
+        vae=vae,
+        recipe=recipe,
+        flip=flip,
+        sampling=sampling,
+        batch_size=batch_size,
+        device=device,
+    )
+    typer.echo(f"latents: {folder}")
+
+
 def main() -> None:
     """Runs the command; an error a user can mend is one message and exit status 1."""
+    sys.path.append(str(Path.cwd()))  # where module:function is looked for last, as with `python -m`
     try:
         app()
     except FDistillError as error:

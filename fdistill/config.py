@@ -72,6 +72,15 @@ class GeneratorConfig(OptimizerConfig):
     )
 
 
+class StudentConfig(_Section):
+    """The student's network, where it is not a copy of the teacher."""
+
+    checkpoint: str | None = Field(default=None, description="start from this checkpoint; null is the teacher")
+    network: dict[str, Any] = Field(
+        default_factory=dict, description="changes to the network's config, such as fewer blocks; what fits is copied"
+    )
+
+
 class ObjectiveConfig(_Section):
     """What only some methods have: SiD's alpha, SIM's pseudo-Huber constant, Uni-Instruct's biased variant."""
 
@@ -85,6 +94,14 @@ class RegressionConfig(_Section):
 
     weight: NonNegative = 0.0
     pairs: CountOrZero = 2000
+
+
+class ImagesConfig(_Section):
+    """How image files become what the teacher was trained on."""
+
+    recipe: Literal["exact", "center-box", "center-lanczos", "adm", "squash"] = "exact"
+    flip: bool = Field(default=False, description="mirror every other image, at random")
+    workers: CountOrZero = Field(default=2, description="processes that decode, for each process that trains")
 
 
 class TeacherSamplesConfig(_Section):
@@ -160,17 +177,24 @@ class DistillConfig(_Section):
     """
 
     method: str = Field(default="f-distill", description="a published method; its settings come before this file's")
-    teacher: str = Field(default="digits", description="an embedded teacher, a pipeline folder, or a hub id")
+    teacher: str = Field(default="digits", description="an embedded teacher, a folder, a hub id, or module:function")
+    null_class: CountOrZero | None = Field(
+        default=None, description="the teacher's label for `no class`, its last, where its checkpoint does not say it"
+    )
+    guidance_scale: Positive = Field(default=1.0, description="of the teacher, against its null class; 1 is off")
+    vae: str | None = Field(default=None, description="autoencoder of a latent teacher whose folder has none")
     data: str | None = Field(
         default="digits",
-        description="an embedded data set; teacher-samples; or null where no method reads real images",
+        description="embedded; a folder, archive or hf:name; teacher-samples; or null where no method reads images",
     )
+    images: ImagesConfig = ImagesConfig()
     divergence: str | None = Field(
         default=None, description="a name, alpha(a), or module:function; null is the method's own"
     )
     student_level: float | list[float] | None = Field(
         default=None, description="level the student starts from, or its 1, 2 or 4 falling levels; null is t_max"
     )
+    student: StudentConfig = StudentConfig()
     iterations: Count = 400
     batch_size: Count = Field(default=128, description="over all processes")
     critic_steps: Count = 2

@@ -30,18 +30,51 @@ class Preconditioning(NamedTuple):
 class Prediction(NamedTuple):
     """A network's output [B, ...] in its own precision, and what turns it into x0 = skip x_t + out output; skip and
     out are [B], or None where the output is x0.
+
+    With `unconditional`, the output [B, ...] for no condition, the prediction is that of unconditional + guidance_scale
+    (output - unconditional): classifier-free guidance (arXiv 2207.12598).
     """
 
     output: Tensor
     skip: Tensor | None = None
     out: Tensor | None = None
+    unconditional: Tensor | None = None
+    guidance_scale: float = 1.0
+
+    def guided(self) -> Prediction:
+        """The same prediction in one output."""
+        if self.unconditional is None:
+            return self
+        output = torch.lerp(self.unconditional, self.output, self.guidance_scale)
+        return Prediction(output, self.skip, self.out)
 
     def x0(self, x_t: Tensor) -> Tensor:
         """The x0-prediction, at least float32."""
+        output = self.guided().output
         if self.skip is None or self.out is None:
-            return self.output.to(wide(self.output.dtype))
-        x0: Tensor = to_x0(self.output, x_t, self.skip, self.out, "auto")
+            return output.to(wide(output.dtype))
+        x0: Tensor = to_x0(output, x_t, self.skip, self.out, "auto")
         return x0
+
+
+class LatentScaling(NamedTuple):
+    """sample = scale * z + bias, channel by channel, for an autoencoder's latents z."""
+
+    scale: tuple[float, ...]
+    bias: tuple[float, ...]
+
+    def to_samples(self, z: Tensor) -> Tensor:
+        """Latents [B, C, h, w] as the denoiser sees them."""
+        return _by_channel(self.scale, z) * z + _by_channel(self.bias, z)
+
+    def to_latents(self, samples: Tensor) -> Tensor:
+        """The inverse of `to_samples`."""
+        return (samples - _by_channel(self.bias, samples)) / _by_channel(self.scale, samples)
+
+
+def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
+    """C numbers -> [1, C, 1, 1] on the device and in the dtype of `like`."""
+    return torch.tensor(values, device=like.device, dtype=like.dtype).reshape(1, -1, 1, 1)
 
 
 class Denoiser(nn.Module, ABC):
@@ -51,10 +84,12 @@ class Denoiser(nn.Module, ABC):
         schedule: x_t = schedule.alpha(t) x0 + schedule.sigma(t) eps.
         sample_shape: (C, H, W) of one x0; values nominally in [-1, 1].
         num_classes: conditions are labels [B] in [0, num_classes); None for an unconditional network.
+        null_class: the label that stands for no class; None if the network does not know one.
         sigma_data: standard deviation of the data, used by the EDM loss weighting.
         feature_shapes: (C, H, W) of every tensor that `features` can name, from the input towards the output.
         kind: networks of equal kind have the same preconditioning, which is computed once for all of them; None where
             nobody else has it.
+        latent_scaling: how samples follow from an autoencoder's latents; None for a network of pixels.
     """
 
     schedule: NoiseSchedule
@@ -63,6 +98,8 @@ class Denoiser(nn.Module, ABC):
     sigma_data: float
     feature_shapes: dict[str, tuple[int, int, int]]
     kind: object = None
+    null_class: int | None = None
+    latent_scaling: LatentScaling | None = None
 
     @abstractmethod
     def run(
@@ -80,6 +117,9 @@ class Denoiser(nn.Module, ABC):
         With `output_grad` False the part of the network that only the output depends on runs without autograd and
         keeps no activations.
         """
+
+    def after_update(self) -> None:
+        """Called after every update of the parameters; for networks that keep them normalised."""
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
         """What `run` is fed at levels t [B], and what its output means; by default x_t and x0."""

@@ -22,6 +22,10 @@ class CheckpointError(FDistillError):
     """A teacher, student or training checkpoint is missing, truncated or of another architecture."""
 
 
+class DataError(FDistillError):
+    """Training data are missing, unreadable, or not what they were said to be."""
+
+
 class OutputError(FDistillError):
     """An output path cannot be written, or belongs to something else."""
 

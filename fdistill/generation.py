@@ -15,13 +15,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdistill import __version__
-from fdistill.adapters import load_teacher, resolve_checkpoint
+from fdistill.adapters import Checkpoint, load_teacher, resolve_checkpoint
 from fdistill.denoiser import Denoiser
 from fdistill.devices import start
 from fdistill.errors import ArgumentError
 from fdistill.files import atomic_folder, claim_folder, partial_path, weights_sha256, writing
 from fdistill.generator import Generator, noise_shape
+from fdistill.guidance import GuidedDenoiser
 from fdistill.images import to_uint8
+from fdistill.latents import LatentSpace, attach_latent_space
 from fdistill.pipeline import is_student, load_student
 from fdistill.report import to_pil
 from fdistill.rng import indexed_normal
@@ -34,12 +36,16 @@ class Source:
 
     Attributes:
         weights_sha256: hash of the network's weight files.
+        latents: the autoencoder that makes images of the network's samples; None for a network of pixels.
+        guidance_scale: of a teacher; None for a student.
     """
 
     name: str
     model: Generator | Denoiser
     num_steps: int | None
     weights_sha256: str
+    latents: LatentSpace | None = None
+    guidance_scale: float | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -53,9 +59,11 @@ class Source:
         if isinstance(self.model, Denoiser):
             assert self.num_steps is not None
             noise = indexed_normal(seed, indices, self.model.sample_shape).to(device)
-            return to_uint8(heun_sample(self.model, noise, labels, self.num_steps)).cpu()
-        noise = indexed_normal(seed, indices, noise_shape(self.model)).to(device)
-        return to_uint8(self.model(noise, labels)).cpu()
+            x0 = heun_sample(self.model, noise, labels, self.num_steps)
+        else:
+            noise = indexed_normal(seed, indices, noise_shape(self.model)).to(device)
+            x0 = self.model(noise, labels)
+        return to_uint8(x0 if self.latents is None else self.latents.decode(x0)).cpu()
 
 
 @dataclass
@@ -86,8 +94,19 @@ def counted_evaluations(denoiser: Denoiser) -> Iterator[Evaluations]:
         del denoiser.run
 
 
-def open_source(checkpoint: str | Path, num_steps: int, device: torch.device) -> Source:
+def open_source(
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    num_steps: int = 18,
+    guidance_scale: float = 1.0,
+    network: str | None = None,
+) -> Source:
     """A student folder (or a run that has one), or any teacher that `load_teacher` takes.
+
+    Args:
+        num_steps, guidance_scale: of a teacher.
+        network: "module:function" of a student of a user's own network.
 
     Raises:
         CheckpointError: neither.
@@ -95,11 +114,17 @@ def open_source(checkpoint: str | Path, num_steps: int, device: torch.device) ->
     path = Path(checkpoint)
     for folder in (path, path / "student"):
         if is_student(folder):
-            return Source(str(checkpoint), load_student(folder, device), None, weights_sha256(folder))
+            student = load_student(folder, device, network=network)
+            latents = attach_latent_space(student.denoiser, Checkpoint(str(checkpoint), folder), None)
+            return Source(str(checkpoint), student, None, weights_sha256(folder), latents)
     if num_steps < 1:
         raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
-    folder = resolve_checkpoint(checkpoint)
-    return Source(str(checkpoint), load_teacher(folder, device), num_steps, weights_sha256(folder))
+    origin = resolve_checkpoint(checkpoint)
+    teacher = load_teacher(checkpoint, device)
+    latents = attach_latent_space(teacher, origin, None)
+    sha256 = weights_sha256(origin.folder) if origin.folder else origin.fingerprint(teacher)
+    model = teacher if guidance_scale == 1 else GuidedDenoiser(teacher, guidance_scale)
+    return Source(str(checkpoint), model, num_steps, sha256, latents, guidance_scale)
 
 
 def labels_of(source: Source, count: int, class_labels: Sequence[int] | None) -> Tensor | None:
@@ -157,6 +182,8 @@ def generate(
     batch_size: int = 256,
     class_labels: Sequence[int] | None = None,
     num_steps: int = 18,
+    guidance_scale: float = 1.0,
+    network: str | None = None,
     device: str = "auto",
 ) -> Path:
     """Writes output/000000.png ... and output/manifest.json, all or nothing.
@@ -173,6 +200,8 @@ def generate(
         class_labels: classes to draw, in turn; all by default.
         num_steps: of Heun's method, for a teacher: 2 num_steps - 1 evaluations an image. A student takes as many as it
             was trained for.
+        guidance_scale: of a teacher that knows a label for "no class"; 1 is off. A student has learnt its teacher's.
+        network: "module:function" of a student of a user's own network.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
@@ -184,7 +213,7 @@ def generate(
     """
     check_counts(num_images, batch_size, seed)
     state, chosen_device = start(device)
-    source = open_source(checkpoint, num_steps, chosen_device)
+    source = open_source(checkpoint, chosen_device, num_steps=num_steps, guidance_scale=guidance_scale, network=network)
     labels = labels_of(source, num_images, class_labels)
     folder = claim_folder(Path(output)) if state.is_main_process else Path(output).resolve()
     share = -(-num_images // state.num_processes)
@@ -214,7 +243,7 @@ def generate(
                 "num_images": num_images,
                 "seed": seed,
                 "labels": None if labels is None else labels.tolist(),
-                "guidance": None,
+                "guidance": source.guidance_scale,
                 "batch_size": batch_size,
                 "processes": state.num_processes,
                 "device": str(chosen_device),

@@ -16,7 +16,7 @@ from fdistill.noise import expand
 
 
 class OneStepGenerator(nn.Module):
-    """A denoiser used once, at a fixed level: x0 = denoise(sigma(level) * noise, level, condition).
+    """A denoiser used once, at a fixed level: x0 = denoise(schedule.start(level) * noise, level, condition).
 
     Args:
         denoiser: the student network, usually a copy of the teacher.
@@ -42,7 +42,7 @@ class OneStepGenerator(nn.Module):
     def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """Standard normal noise [B, C, H, W], labels [B] or None -> x0 [B, C, H, W] float32, nominally in [-1, 1]."""
         t = noise.new_full((len(noise),), self.levels[0])
-        x_t = expand(self.denoiser.schedule.sigma(t), noise) * noise
+        x_t = expand(self.denoiser.schedule.start(t), noise) * noise
         return cast(Tensor, self.denoiser(x_t, t, condition))
 
 
@@ -89,8 +89,8 @@ class FewStepGenerator(nn.Module):
         for k in range(last + 1):
             t = noise.new_full((len(noise),), self.levels[k])
             # At the first level nothing of a sample is there yet, and nothing is kept of what stands for it.
-            signal = schedule.alpha(t) if k else torch.zeros_like(t)
-            x_t, _ = renoise(x0, noise[:, k], signal, schedule.sigma(t))
+            signal, scale = (schedule.alpha(t), schedule.sigma(t)) if k else (torch.zeros_like(t), schedule.start(t))
+            x_t, _ = renoise(x0, noise[:, k], signal, scale)
             with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
                 x0 = self.denoiser(x_t, t, condition)
         return x0

@@ -38,12 +38,13 @@ def _checked(
     if x_t is None:
         raise ArgumentError("x_t: expected the noised samples, since the predictions are outputs of networks, got None")
     check_samples("x_t", x_t, x0)
-    return x_t, [value if value.skip is not None else _converted(value.output) for value in given.values()]
+    return x_t, [value if value.skip is not None else _converted(value) for value in given.values()]
 
 
-def _converted(x0: Tensor) -> Prediction:
+def _converted(x0: Prediction) -> Prediction:
     """An x0-prediction as an output, beside others that are."""
-    return Prediction(x0, torch.zeros(len(x0), device=x0.device), torch.ones(len(x0), device=x0.device))
+    batch, device = len(x0.output), x0.output.device
+    return x0._replace(skip=torch.zeros(batch, device=device), out=torch.ones(batch, device=device))
 
 
 def matching_loss(
@@ -72,7 +73,8 @@ def matching_loss(
         eps: keeps the normaliser from zero.
         x_t: [B, ...] the noised samples, where outputs of networks are given.
         unconditional: [B, ...] the teacher's output without the condition: its prediction becomes unconditional +
-            guidance_scale * (teacher - unconditional) (classifier-free guidance, arXiv 2207.12598).
+            guidance_scale * (teacher - unconditional) (classifier-free guidance, arXiv 2207.12598). A `Prediction`
+            may bring its own.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -91,11 +93,13 @@ def _matching(
     weight: Tensor | None,
     eps: float | None,
     x_t: Tensor | None,
-    unconditional: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    backend: str = "auto",
+    unconditional: Tensor | None,
+    guidance_scale: float,
+    backend: str,
 ) -> Tensor:
     x_t, (teacher, fake) = _checked(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
+    if teacher.unconditional is not None:
+        unconditional, guidance_scale = teacher.unconditional, teacher.guidance_scale
     if unconditional is not None:
         check_samples("unconditional", unconditional, x0)
     elif guidance_scale != 1:
@@ -147,7 +151,7 @@ def score_difference_loss(
 
     Others, result and errors as in `matching_loss`.
     """
-    return _matching(x0, teacher_x0, fake_x0, weight, None, x_t, backend=backend)
+    return _matching(x0, teacher_x0, fake_x0, weight, None, x_t, None, 1.0, backend)
 
 
 #: Weights of the difference of x0-predictions over noise levels; "normalised" is that of `matching_loss`.
@@ -212,6 +216,7 @@ def implicit_means(
         ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
     """
     x_t, (teacher, fake) = _checked(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
+    teacher, fake = teacher.guided(), fake.guided()
     inner, square, distance = implicit(
         x0, x_t, teacher.output, fake.output, teacher.skip, teacher.out, fake.skip, fake.out, backend
     ).unbind()
@@ -301,6 +306,7 @@ def denoising_loss(
     """
     x_t, (checked,) = _checked(x0, x_t, prediction=prediction)
     check_rows("weight", weight, x0)
+    checked = checked.guided()
     loss: Tensor
     loss, _, _ = denoising(checked.output, x_t, x0, checked.skip, checked.out, weight, backend)
     return loss

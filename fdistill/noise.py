@@ -39,6 +39,9 @@ class NoiseSchedule(Hashable, Protocol):
     def level(self, noise_to_signal: Tensor) -> Tensor:
         """The t with sigma(t) / alpha(t) equal to the argument, clamped to [t_min, t_max]."""
 
+    def start(self, t: Tensor) -> Tensor:
+        """What a sampler or a generator that starts at level t multiplies standard normal noise by."""
+
 
 def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:
     """sigma(t) / alpha(t); infinite where alpha is 0."""
@@ -71,6 +74,9 @@ class EDMSchedule:
     def level(self, noise_to_signal: Tensor) -> Tensor:
         return noise_to_signal.clamp(self.t_min, self.t_max)
 
+    def start(self, t: Tensor) -> Tensor:
+        return t
+
 
 class FlowSchedule:
     """Rectified flow: alpha = 1 - t, sigma = t, t in [t_min, 1] (Liu et al. 2022, arXiv 2209.03003)."""
@@ -91,6 +97,9 @@ class FlowSchedule:
         # r / (1 + r), written so that an infinite ratio gives 1.
         return (1 - 1 / (1 + noise_to_signal)).clamp(self.t_min, 1.0)
 
+    def start(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
 
 class VPSchedule:
     """Discrete variance preserving: t = timestep in [0, T - 1], alpha^2 + sigma^2 = 1 (Ho et al. 2020).
@@ -110,6 +119,7 @@ class VPSchedule:
             raise ArgumentError("VPSchedule: alphas_cumprod must decrease from one timestep to the next")
         self.t_min = 0.0
         self.t_max = float(len(table) - 1)
+        self.alphas_cumprod = table
         self._alphas = table.sqrt()
         self._sigmas = (1 - table).sqrt()
         self._on_device: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
@@ -148,6 +158,11 @@ class VPSchedule:
         start = sigmas[left] / ratio - alphas[left]
         end = sigmas[right] / ratio - alphas[right]
         return left + (start / (start - end)).clamp(0, 1)
+
+    def start(self, t: Tensor) -> Tensor:
+        # Not sigma(t): diffusers' samplers start from pure noise whatever the first timestep, and so do one-step
+        # students that are told an earlier one (DMD2's of SDXL starts at 399).
+        return torch.ones_like(t)
 
 
 def vp_schedule_from_config(config: Mapping[str, Any]) -> VPSchedule:

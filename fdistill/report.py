@@ -22,15 +22,21 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
-def save_grid(images: Tensor, path: Path, columns: int = 10) -> None:
-    """images uint8 [N, C, H, W] -> one PNG, row by row; small images are enlarged by a whole factor and framed."""
+def grid(images: Tensor, columns: int = 10) -> Image.Image:
+    """images uint8 [N, C, H, W] -> one picture, row by row; small images are enlarged by a whole factor and framed."""
+    columns = min(columns, max(1, 2 * _GRID_WIDTH // images.shape[3]))
     rows = -(-len(images) // columns)
     scale = max(1, _GRID_WIDTH // (columns * (images.shape[3] + 1)))
     cells = np.repeat(np.repeat(images.cpu().numpy(), scale, axis=2), scale, axis=3)
     cells = np.pad(cells, ((0, rows * columns - len(images)), (0, 0), (1, 1), (1, 1)), constant_values=128)
-    grid = rearrange(cells, "(r k) c h w -> (r h) (k w) c", r=rows)
+    cells = rearrange(cells, "(r k) c h w -> (r h) (k w) c", r=rows)
+    return Image.fromarray(cells[..., 0] if cells.shape[2] == 1 else cells)
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """`grid` as a PNG file."""
     with atomic_file(path) as temporary:
-        Image.fromarray(grid[..., 0] if grid.shape[2] == 1 else grid).save(temporary, format="PNG")
+        grid(images).save(temporary, format="PNG")
 
 
 def save_side_by_side(panels: Sequence[tuple[str, Path]], path: Path) -> None:

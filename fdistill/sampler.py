@@ -41,12 +41,12 @@ def heun_sample(
     Args:
         condition: class labels [B], or None.
         num_steps: grid points; costs 2 num_steps - 1 evaluations a sample.
-        start_level: where sigma(start_level) * noise is taken for a noisy sample; t_max by default.
+        start_level: where schedule.start(start_level) * noise is taken for a noisy sample; t_max by default.
     """
     schedule = denoiser.schedule
     levels = sampling_levels(denoiser, num_steps, start_level=start_level).to(noise.device)
     batch = len(noise)
-    x = expand(schedule.sigma(levels[:1]), noise) * noise
+    x = expand(schedule.start(levels[:1]), noise) * noise
     for i in range(num_steps):
         t = levels[i].expand(batch)
         alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)

@@ -15,10 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdistill import __version__, rng
-from fdistill.build import Distillation, TrainingData, build, stored_images, training_data
+from fdistill.build import Distillation, TrainingData, build, stored_data, training_data
 from fdistill.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fdistill.config import DistillConfig, changed_keys, dump_config, load_config
 from fdistill.data import EpochOrder
+from fdistill.denoiser import Denoiser
 from fdistill.devices import autocast, start, upload
 from fdistill.distributed import average_gradients
 from fdistill.errors import ConfigError, FDistillError, NonFiniteError, OutputError
@@ -28,11 +29,11 @@ from fdistill.images import to_uint8, to_unit
 from fdistill.journal import Journal, append_record, read_records, scalars, truncate_records
 from fdistill.methods import METHODS
 from fdistill.pipeline import save_student
-from fdistill.report import save_curves, save_grid
+from fdistill.report import grid, save_curves, save_grid
 from fdistill.sampler import heun_sample
 from fdistill.step import Pairs, StepResult
 
-_GRID = 80
+_GRID, _LARGE_GRID = 80, 16  # samples in a picture; the second of latents and of images above 64 pixels
 _ITERATION, _DROPOUT, _STUDENT_STEP = 2, 3, 4  # streams of a run's random numbers, beside the data's
 
 
@@ -91,7 +92,15 @@ def distill(
     student = folder / "student"
     if state.is_main_process:
         with run.ema.applied(config.ema.export):
-            save_student(run.student, student, teacher_folder=run.teacher_folder, card=_card(config, run))
+            save_student(
+                run.student,
+                student,
+                origin=run.origin,
+                latents=run.latents,
+                card=_card(config, run, folder),
+                config=dump_config(config),
+                samples=grid(_student_images(run, config, device)),
+            )
     state.wait_for_everyone()
     return student
 
@@ -123,7 +132,7 @@ def describe(config: DistillConfig) -> str:
     """What a run would do: the text of `--dry-run`. Loads the teacher and builds all networks, writes nothing."""
     state, device = start(config.device)
     run = build(config, device)
-    stored_images(config, run.networks.teacher)  # refuses data that does not fit
+    stored_data(config, run.networks.teacher, run.latents)  # refuses data that does not fit
     millions = {
         name: sum(p.numel() for p in run.role(name).parameters() if p.requires_grad) / 1e6 for name in run.optimizers
     }
@@ -135,9 +144,10 @@ def describe(config: DistillConfig) -> str:
         discriminator = f"{config.discriminator.head} heads on {on}"
     lines = [
         f"method         {config.method}: {METHODS[config.method].summary}",
-        f"teacher        {config.teacher} ({run.teacher_folder.name}), samples {run.networks.teacher.sample_shape}, "
-        f"{run.networks.teacher.num_classes or 'no'} classes",
-        f"student        {evaluations} {', '.join(f'{level:g}' for level in levels)}",
+        f"teacher        {config.teacher} ({type(run.networks.fake_score).__name__}), "
+        f"samples {run.networks.teacher.sample_shape}, {run.networks.teacher.num_classes or 'no'} classes",
+        f"guidance       {config.guidance_scale:g}",
+        f"student        {evaluations} {', '.join(f'{level:g}' for level in levels)}{_start(run)}",
         f"divergence     {(config.divergence and run.divergence.name) or 'the method has its own'}",
         f"discriminator  {discriminator}",
         "trained        " + ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
@@ -148,9 +158,22 @@ def describe(config: DistillConfig) -> str:
     return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def _card(config: DistillConfig, run: Distillation) -> dict[str, Any]:
+def _start(run: Distillation) -> str:
+    origin = "" if run.origin is run.checkpoint else f", from {run.origin.name}"
+    if run.resized is None:
+        return origin
+    copied, new = run.resized.copied, run.resized.new
+    return f"{origin}, {len(copied)} of {len(copied) + len(new)} tensors copied (new: {', '.join(new) or 'none'})"
+
+
+def _card(config: DistillConfig, run: Distillation, folder: Path) -> dict[str, Any]:
+    """What the model card's table says; the last record is what training knew of itself."""
+    records = read_records(folder / "metrics.jsonl")
     return {
         "teacher": config.teacher,
+        "teacher_guidance": config.guidance_scale,
+        "started_from": run.origin.name,
+        "metrics": records[-1] if records else {},
         "method": config.method,
         "divergence": config.divergence and run.divergence.name,
         "iterations": run.iteration,
@@ -167,7 +190,6 @@ def _train(
     run: Distillation, data: TrainingData, config: DistillConfig, folder: Path, device: torch.device, *, main: bool
 ) -> None:
     networks, schedule, student = run.networks, run.networks.teacher.schedule, run.student
-    order = EpochOrder(len(data.images.images), config.batch_size, config.seed)
     generator = torch.Generator(device)
     rank, processes = rng.world()
     local = config.batch_size // processes
@@ -176,10 +198,11 @@ def _train(
         run.ratio.num_bins,
     )
 
-    def batch(number: int) -> tuple[Tensor, Tensor | None]:
-        rows = order.rows(number)[rank * local : (rank + 1) * local]
-        labels = upload(data.images.labels[rows], device) if networks.teacher.num_classes else None
-        return to_unit(upload(data.images.images[rows], device)), labels
+    def batch() -> tuple[Tensor, Tensor | None]:
+        read = next(loader)
+        labels = upload(read.labels, device) if networks.teacher.num_classes else None
+        images = upload(read.images, device)
+        return images if images.is_floating_point() else to_unit(images), labels
 
     def options(phase: int) -> dict[str, int]:
         """Which of a few-step student's steps makes the samples: the same for a whole batch, a host's draw."""
@@ -213,6 +236,9 @@ def _train(
             norms[role] = torch.nn.utils.clip_grad_norm_(parameters, clip)
             run.optimizers[role].step()
             run.optimizers[role].zero_grad()
+            for module in run.role(role).modules():
+                if isinstance(module, Denoiser):
+                    module.after_update()
         journal.add(result.logs, norms)
 
     critic_clips: dict[str, float] = {
@@ -220,6 +246,7 @@ def _train(
     }
     start_of_run, done_before = time.perf_counter(), run.iteration
     with (
+        data.loader(config, networks.teacher, run.iteration * config.critic_steps) as loader,
         _trackers(config, folder, run.iteration, main) as trackers,
         tqdm(
             total=config.iterations * config.batch_size,
@@ -233,13 +260,13 @@ def _train(
     ):
         if run.iteration == 0 and main and config.log.samples_every:
             _save_teacher_grid(run, config, folder, device)
-            _save_student_grid(run, config, folder, device)
+            save_grid(_student_images(run, config, device), folder / "samples" / f"{run.iteration:06d}.png")
         while run.iteration < config.iterations:
             generator.manual_seed(rng.derived_seed(config.seed, _ITERATION, run.iteration))
             # For dropout, which must differ between processes.
             torch.manual_seed(rng.derived_seed(config.seed, _DROPOUT, run.iteration, rank))
             for k in range(config.critic_steps):
-                real_x0, labels = batch(run.iteration * config.critic_steps + k)
+                real_x0, labels = batch()
                 with autocast(device, config.precision):
                     result = run.critic_update(real_x0, labels, generator, **options(k))
                 update(result, critic_clips)
@@ -266,6 +293,7 @@ def _train(
                     "iteration": run.iteration,
                     "images_per_second": (run.iteration - done_before) * config.batch_size / seconds,
                     "seconds": seconds,
+                    "data/skipped": len(loader.skipped),
                     **record,
                 }
                 if main:
@@ -273,7 +301,7 @@ def _train(
                     for tracker in trackers:
                         tracker.log(scalars(record), step=run.iteration)
             if main and config.log.samples_every and (_due(run.iteration, config.log.samples_every) or last):
-                _save_student_grid(run, config, folder, device)
+                save_grid(_student_images(run, config, device), folder / "samples" / f"{run.iteration:06d}.png")
             if main and due:
                 meta = {"fdistill_version": __version__, "torch_version": torch.__version__}
                 save_checkpoint(folder / "checkpoints", run.iteration, run.state(), meta, config.log.keep_checkpoints)
@@ -312,22 +340,29 @@ def _trackers(config: DistillConfig, folder: Path, iteration: int, main: bool) -
 
 
 def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    classes = run.networks.teacher.num_classes
-    noise = rng.indexed_normal(config.seed, range(_GRID), noise_shape(run.student)).to(device)
-    return noise, torch.arange(_GRID, device=device) % classes if classes else None
+    teacher = run.networks.teacher
+    count = _GRID if run.latents is None and teacher.sample_shape[-1] <= 64 else _LARGE_GRID
+    noise = rng.indexed_normal(config.seed, range(count), noise_shape(run.student)).to(device)
+    return noise, torch.arange(count, device=device) % teacher.num_classes if teacher.num_classes else None
+
+
+def _images(run: Distillation, x0: Tensor) -> Tensor:
+    return to_uint8(x0 if run.latents is None else run.latents.decode(x0))
 
 
 def _save_teacher_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
     noise, labels = _grid_inputs(run, config, device)
-    noise = noise.reshape(_GRID, -1, *run.networks.teacher.sample_shape)[:, 0]
-    save_grid(to_uint8(heun_sample(run.networks.teacher, noise, labels)), folder / "samples" / "teacher.png")
+    noise = noise.reshape(len(noise), -1, *run.networks.teacher.sample_shape)[:, 0]
+    x0 = heun_sample(run.networks.teacher, noise, labels)
+    save_grid(_images(run, x0), folder / "samples" / "teacher.png")
 
 
 @torch.no_grad()
-def _save_student_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
+def _student_images(run: Distillation, config: DistillConfig, device: torch.device) -> Tensor:
+    """Samples of the weights that are exported, for noise that is the same all along."""
     noise, labels = _grid_inputs(run, config, device)
     student = run.student
     with run.ema.applied(config.ema.export):
-        samples = to_uint8(student.eval()(noise, labels))
+        images = _images(run, student.eval()(noise, labels))
     student.train()
-    save_grid(samples, folder / "samples" / f"{run.iteration:06d}.png")
+    return images

@@ -19,7 +19,8 @@ from tqdm import trange
 
 from evaluation.digit_features import extract, load_digit_features
 from evaluation.frechet import frechet_distance
-from fdistill.adapters.unet2d import UNet2DDenoiser, parametrisation_from_scheduler
+from fdistill.adapters.parametrisation import scheduler_config
+from fdistill.adapters.unet2d import UNet2DDenoiser, wrap
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.data.digits import load_digits
 from fdistill.ema import EMA
@@ -44,8 +45,7 @@ def build() -> tuple[UNet2DDenoiser, CMStochasticIterativeScheduler]:
         num_class_embeds=10,
     )
     scheduler = CMStochasticIterativeScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=SIGMA_DATA)
-    config = {"_class_name": type(scheduler).__name__, **scheduler.config}
-    return UNet2DDenoiser(unet, parametrisation_from_scheduler(config)), scheduler
+    return wrap(unet, scheduler_config(scheduler)), scheduler
 
 
 def train(denoiser: UNet2DDenoiser, iterations: int) -> EMA:
@@ -116,7 +116,7 @@ def main() -> None:
     torch.manual_seed(SEED)
     distance, accuracy, speed = score(denoiser)
     to_training, among_training = nearest_neighbours(denoiser)
-    ConsistencyModelPipeline(unet=denoiser.unet, scheduler=scheduler).save_pretrained(arguments.output)
+    ConsistencyModelPipeline(unet=denoiser.network, scheduler=scheduler).save_pretrained(arguments.output)
     result = {
         "fd_digits": round(distance, 4),
         "class_accuracy": round(accuracy, 4),

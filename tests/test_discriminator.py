@@ -5,7 +5,8 @@ import torch
 from conftest import tiny_unet
 from torch import nn
 
-from fdistill.adapters.unet2d import DirectPrediction, UNet2DDenoiser
+from fdistill.adapters.parametrisation import DirectPrediction
+from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.errors import ArgumentError
 from fdistill.losses import gan_discriminator_loss

@@ -13,7 +13,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from fdistill import distill, generate, load_student
-from fdistill.adapters.unet2d import DirectPrediction, EDMPreconditioning, UNet2DDenoiser
+from fdistill.adapters.parametrisation import DirectPrediction, EDMPreconditioning
+from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.errors import ArgumentError
 from fdistill.generator import FewStepGenerator, noise_shape, student_generator
 from fdistill.noise import EDMSchedule, FlowSchedule
@@ -83,15 +84,13 @@ def test_plain_diffusers_draws_the_trainers_sample(tiny_teacher: Path, tmp_path:
     )
     facts = json.loads((folder / "fdistill_student.json").read_text())
     assert facts["levels"] == levels
-    call = f"num_inference_steps=None, timesteps={facts['pipeline_timesteps']}"
-    assert call in (folder / "README.md").read_text()
+    assert f"num_inference_steps=None, timesteps={facts['call']['timesteps']}" in (folder / "README.md").read_text()
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         batch_size=4,
         class_labels=[0, 3, 5, 9],
-        num_inference_steps=None,
-        timesteps=facts["pipeline_timesteps"],
+        **facts["call"],
         generator=torch.Generator().manual_seed(4),
         output_type="np",
     ).images

@@ -13,11 +13,23 @@ ROOT = Path(__file__).parent.parent
 
 LAYERS = [
     {"errors", "files", "config", "methods", "assets"},
-    {"noise", "divergence", "rng", "distributed", "images"},
+    {"noise", "divergence", "rng", "distributed", "images", "unpickle"},
     {"kernels"},
-    {"denoiser", "generator", "discriminator", "ratio", "losses", "ema", "sampler"},
-    {"adapters", "lora", "step", "data", "checkpoint", "pipeline", "devices"},
-    {"build", "journal", "report", "generation", "train", "cli", "__init__", "__main__"},
+    {"denoiser", "guidance", "generator", "discriminator", "ratio", "losses", "ema", "sampler", "networks"},
+    {
+        "adapters",
+        "latents",
+        "one_step",
+        "lora",
+        "step",
+        "data",
+        "checkpoint",
+        "pipeline",
+        "convert",
+        "convert_dit",
+        "devices",
+    },
+    {"build", "journal", "report", "generation", "inspection", "caching", "train", "cli", "__init__", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

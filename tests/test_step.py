@@ -13,7 +13,8 @@ from conftest import GaussianDenoiser, tiny_unet
 from torch import Tensor, nn
 
 from fdistill import rng
-from fdistill.adapters.unet2d import DirectPrediction, EDMPreconditioning, UNet2DDenoiser
+from fdistill.adapters.parametrisation import DirectPrediction, EDMPreconditioning
+from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.discriminator import Discriminator
 from fdistill.divergence import get_divergence
 from fdistill.generator import OneStepGenerator

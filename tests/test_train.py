@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fdistill import distill, load_student
 from fdistill.checkpoint import checkpoints
 from fdistill.config import load_config
-from fdistill.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
+from fdistill.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
 from fdistill.train import describe
 
 QUICK = {"batch_size": 8, "iterations": 4, "log.every": 2, "log.samples_every": 2, "log.checkpoint_every": 2}
@@ -89,9 +89,9 @@ def test_the_exported_weights_are_the_ema(tiny_teacher: Path, tmp_path: Path) ->
     state = load_file(checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.safetensors")
     exported = weights(student)
     for name, value in exported.items():
-        assert torch.equal(value, state[f"ema.0.5.denoiser.unet.{name}"])
-        assert torch.equal(state[f"ema.0.0.denoiser.unet.{name}"], state[f"generator.denoiser.unet.{name}"])
-    assert any(not torch.equal(exported[name], state[f"generator.denoiser.unet.{name}"]) for name in exported)
+        assert torch.equal(value, state[f"ema.0.5.denoiser.network.{name}"])
+        assert torch.equal(state[f"ema.0.0.denoiser.network.{name}"], state[f"generator.denoiser.network.{name}"])
+    assert any(not torch.equal(exported[name], state[f"generator.denoiser.network.{name}"]) for name in exported)
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_truncated_training_checkpoint_is_refused(tiny_teacher: Path, tmp_path
         ({"log.tracker": "wandb"}, ConfigError, "pip install wandb"),
         ({"discriminator.features": ["middle"]}, ConfigError, "did you mean 'mid'"),
         ({"student_level": 81}, ConfigError, r"level: expected a number in \(0.002, 80\]"),
-        ({"data": "digitts"}, ConfigError, "did you mean 'digits'"),
+        ({"data": "digitts"}, DataError, "did you mean 'digits'"),
         ({"teacher": "no/such/teacher"}, CheckpointError, "no such folder"),
         ({"device": "mps" if not torch.backends.mps.is_available() else "cuda"}, ConfigError, "not available"),
     ],

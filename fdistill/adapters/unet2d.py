@@ -6,156 +6,62 @@ of a DDPM-style schedule, or the velocity of a rectified flow.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
-from safetensors import SafetensorError
-from torch import Tensor
-
-from fdistill.denoiser import Denoiser, Features, Preconditioning
-from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
-from fdistill.files import read_json_object
-from fdistill.noise import (
-    EDMSchedule,
-    FlowSchedule,
-    NoiseSchedule,
-    PredictionKind,
-    expand,
-    vp_schedule_from_config,
-    x0_coefficients,
+from diffusers import (
+    AutoencoderKL,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
+    DDIMPipeline,
+    DDPMPipeline,
+    DiffusionPipeline,
+    UNet2DModel,
 )
+from torch import Tensor, nn
+
+from fdistill.adapters.parametrisation import (
+    DirectPrediction,
+    EDMPreconditioning,
+    Parametrisation,
+    one_step_scheduler,
+    parametrisation_from_scheduler,
+)
+from fdistill.denoiser import Denoiser, Features, Preconditioning
+from fdistill.errors import ArgumentError, CheckpointError
+from fdistill.noise import expand
 
 
-class Parametrisation(Protocol):
-    """What the network is fed at level t, and what its raw output means."""
-
-    @property
-    def schedule(self) -> NoiseSchedule:
-        """Levels the network was trained at."""
-
-    @property
-    def sigma_data(self) -> float:
-        """Standard deviation of the data."""
-
-    @property
-    def kind(self) -> object:
-        """Equal where the preconditioning is."""
-
-    def timestep(self, t: Tensor) -> Tensor:
-        """[B] levels -> [B] timesteps the network is told."""
-
-    def preconditioning(self, t: Tensor) -> Preconditioning:
-        """See `Denoiser.preconditioning`."""
-
-
-class EDMPreconditioning:
-    """D = c_skip x_t + c_out F(c_in x_t, time_scale ln sigma) (Karras et al. 2022, table 1).
-
-    With `boundary` > 0, c_skip and c_out are those of consistency models, where D(x, sigma = boundary) = x
-    (Song et al. 2023, arXiv 2303.01469, appendix C); boundary = 0 is EDM.
-    """
-
-    def __init__(self, schedule: EDMSchedule, sigma_data: float, boundary: float, time_scale: float):
-        self.schedule = schedule
-        self.sigma_data = sigma_data
-        self.boundary = boundary
-        self.time_scale = time_scale
-        self.kind = ("edm", sigma_data, boundary)
-
-    def timestep(self, t: Tensor) -> Tensor:
-        return self.time_scale * t.log()
-
-    def preconditioning(self, t: Tensor) -> Preconditioning:
-        shifted = t - self.boundary
-        length = torch.hypot(t, torch.full_like(t, self.sigma_data))
-        skip = self.sigma_data**2 / (shifted**2 + self.sigma_data**2)
-        return Preconditioning(1 / length, skip, shifted * self.sigma_data / length)
-
-
-class DirectPrediction:
-    """The network sees x_t as it is and a timestep `time_scale` * t, and predicts eps, v, x0 or flow."""
-
-    def __init__(self, schedule: NoiseSchedule, kind: PredictionKind, time_scale: float = 1.0):
-        self.schedule = schedule
-        self.sigma_data = 0.5
-        self.prediction = kind
-        self.time_scale = time_scale
-        self.kind = (kind, id(schedule))
-
-    def timestep(self, t: Tensor) -> Tensor:
-        return self.time_scale * t
-
-    def preconditioning(self, t: Tensor) -> Preconditioning:
-        if self.prediction == "x0":
-            return Preconditioning()
-        return Preconditioning(None, *x0_coefficients(self.schedule.alpha(t), self.schedule.sigma(t), self.prediction))
-
-
-_PREDICTION_TYPES: dict[str, PredictionKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
-
-
-def parametrisation_from_scheduler(config: Mapping[str, Any]) -> Parametrisation:
-    """What a diffusers scheduler_config.json says about the network beside it.
-
-    Raises:
-        CheckpointError: a scheduler or prediction type that is not supported.
-    """
-    name = str(config.get("_class_name"))
-    if name == "CMStochasticIterativeScheduler":
-        sigma_min = float(config["sigma_min"])
-        schedule = EDMSchedule(sigma_min, float(config["sigma_max"]))
-        return EDMPreconditioning(schedule, float(config["sigma_data"]), boundary=sigma_min, time_scale=250.0)
-    if name in ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"):
-        if config.get("prediction_type", "epsilon") != "epsilon":
-            raise CheckpointError(
-                f"{name}: prediction_type {config['prediction_type']!r} is not supported; expected 'epsilon'"
-            )
-        schedule = EDMSchedule(float(config["sigma_min"]), float(config["sigma_max"]))
-        return EDMPreconditioning(schedule, float(config["sigma_data"]), boundary=0.0, time_scale=0.25)
-    if name == "FlowMatchEulerDiscreteScheduler":
-        return DirectPrediction(FlowSchedule(), "flow", time_scale=float(config.get("num_train_timesteps", 1000)))
-    if "beta_schedule" in config:
-        kind = str(config.get("prediction_type", "epsilon"))
-        if kind not in _PREDICTION_TYPES:
-            raise CheckpointError(f"{name}: prediction_type got {kind!r}; {did_you_mean(kind, _PREDICTION_TYPES)}")
-        vp = vp_schedule_from_config(config)
-        if kind == "epsilon" and config.get("rescale_betas_zero_snr"):
-            raise CheckpointError(
-                f"{name}: rescale_betas_zero_snr with prediction_type 'epsilon' leaves x0 undefined at the last "
-                "timestep; expected 'v_prediction' or 'sample'"
-            )
-        return DirectPrediction(vp, _PREDICTION_TYPES[kind])
-    supported = (
-        "CMStochasticIterativeScheduler",
-        "EDMEulerScheduler",
-        "FlowMatchEulerDiscreteScheduler",
-        "DDPMScheduler",
-    )
-    raise CheckpointError(
-        f"scheduler {name!r} is not supported; {did_you_mean(name, supported)} and other DDPM-style ones"
-    )
+def _drop_variances(network: UNet2DModel) -> None:
+    """Cuts the outputs that only an ancestral sampler reads (Nichol & Dhariwal 2021, arXiv 2102.09672)."""
+    unet: Any = network
+    channels = unet.config.in_channels
+    last: nn.Conv2d = unet.conv_out
+    kept = nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding)  # type: ignore[arg-type]
+    kept.load_state_dict({name: value[:channels] for name, value in last.state_dict().items()})
+    unet.conv_out = kept.to(last.weight.device, last.weight.dtype)
+    unet.register_to_config(out_channels=channels)
 
 
 class UNet2DDenoiser(Denoiser):
     """A UNet2DModel and its parametrisation. Features: "down0", "down1", ... (last of each resolution) and "mid"."""
 
-    def __init__(self, unet: UNet2DModel, parametrisation: Parametrisation):
+    def __init__(self, network: UNet2DModel, parametrisation: Parametrisation):
         super().__init__()
-        config: Any = unet.config
-        if config.out_channels != config.in_channels:
+        config: Any = network.config
+        if config.out_channels == 2 * config.in_channels:
+            _drop_variances(network)
+        elif config.out_channels != config.in_channels:
             raise CheckpointError(
                 f"UNet2DModel with {config.in_channels} input and {config.out_channels} output channels: expected as "
-                "many outputs as inputs (learned variances are not supported)"
+                "many outputs as inputs, or twice as many where variances are learned"
             )
         size = config.sample_size
         if not isinstance(size, int):
             raise CheckpointError(f"UNet2DModel: expected one integer as sample_size, got {size!r}")
-        self.unet = unet
+        self.network = network
         self.parametrisation = parametrisation
         self.schedule = parametrisation.schedule
         self.sigma_data = parametrisation.sigma_data
@@ -165,9 +71,13 @@ class UNet2DDenoiser(Denoiser):
         self.feature_shapes = {}
         for i, channels in enumerate(config.block_out_channels):
             self.feature_shapes[f"down{i}"] = (channels, size >> i, size >> i)
-        if unet.mid_block is not None:
+        if network.mid_block is not None:
             last = len(config.block_out_channels) - 1
             self.feature_shapes["mid"] = (config.block_out_channels[-1], size >> last, size >> last)
+
+    def with_network(self, network: UNet2DModel) -> UNet2DDenoiser:
+        """The same reading of another network of this class."""
+        return UNet2DDenoiser(network, self.parametrisation)
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
         return self.parametrisation.preconditioning(t)
@@ -194,7 +104,7 @@ class UNet2DDenoiser(Denoiser):
     def _encode(
         self, sample: Tensor, timestep: Tensor, labels: Tensor | None, features: Sequence[str]
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Features]:
-        unet: Any = self.unet
+        unet: Any = self.network
         config = unet.config
         if config.center_input_sample:
             sample = 2 * sample - 1
@@ -224,7 +134,7 @@ class UNet2DDenoiser(Denoiser):
         return hidden, residuals, embedding, tapped
 
     def _decode(self, hidden: Tensor, residuals: tuple[Tensor, ...], embedding: Tensor, timestep: Tensor) -> Tensor:
-        unet: Any = self.unet
+        unet: Any = self.network
         skip: Tensor | None = None
         for block in unet.up_blocks:
             count = len(block.resnets)
@@ -241,74 +151,43 @@ class UNet2DDenoiser(Denoiser):
         return hidden
 
 
-@contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """What diffusers would log while it loads is said once, in the error that `load` raises."""
-    logger = logging.getLogger("diffusers.models.modeling_utils")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+NETWORK = UNet2DModel
 
 
-def load(folder: Path) -> UNet2DDenoiser:
-    """The denoiser in a pipeline folder with `unet/` (a UNet2DModel, safetensors) and `scheduler/`.
+def wrap(network: UNet2DModel, scheduler: Mapping[str, Any] | None) -> UNet2DDenoiser:
+    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
+    return UNet2DDenoiser(network, parametrisation_from_scheduler(scheduler))
 
-    Raises:
-        CheckpointError: a file is missing, truncated, or does not fit the architecture its config names.
+
+def native_pipeline(
+    denoiser: Denoiser, levels: Sequence[float], index: Mapping[str, Any], vae: AutoencoderKL | None
+) -> tuple[DiffusionPipeline, dict[str, Any]] | None:
+    """A pipeline of diffusers' own that runs a student at these levels, and the arguments it has to be called with; or
+    None.
+
+    Args:
+        index: model_index.json of the teacher; empty if it has none.
     """
-    try:
-        parametrisation = parametrisation_from_scheduler(
-            read_json_object(folder / "scheduler" / "scheduler_config.json")
-        )
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder}: cannot use scheduler/scheduler_config.json ({error!r})") from error
-    try:
-        with _quiet_diffusers():
-            unet, info = UNet2DModel.from_pretrained(
-                folder / "unet", use_safetensors=True, local_files_only=True, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder / 'unet'}: cannot load the weights ({' '.join(str(error).split())[:400]}); "
-            "expected a complete diffusion_pytorch_model.safetensors that fits config.json"
-        ) from error
-    wrong = {
-        key: names
-        for key, names in info.items()
-        if names and key in ("missing_keys", "unexpected_keys", "mismatched_keys")
-    }
-    if wrong:
-        listed = "; ".join(
-            f"{len(names)} {key.replace('_', ' ')} such as {next(iter(names))}" for key, names in wrong.items()
-        )
-        raise CheckpointError(f"{folder / 'unet'}: the weights do not fit config.json: {listed}")
-    return UNet2DDenoiser(unet, parametrisation)
+    assert isinstance(denoiser, UNet2DDenoiser)
+    form = denoiser.parametrisation
+    if isinstance(form, EDMPreconditioning) and form.time_scale == 250.0 and form.boundary == form.schedule.t_min:
+        return _consistency_model(denoiser.network, form, levels)
+    if isinstance(form, DirectPrediction) and denoiser.num_classes is None and len(levels) == 1:
+        scheduler = one_step_scheduler(form, levels[0])
+        if scheduler is not None:
+            chosen = DDPMPipeline if index.get("_class_name") == "DDPMPipeline" else DDIMPipeline
+            return chosen(unet=denoiser.network, scheduler=scheduler), {"num_inference_steps": 1}
+    return None
 
 
-def check_exportable(denoiser: Denoiser) -> None:
-    """Raises CheckpointError if no pipeline of plain diffusers can run a one-step student of this denoiser."""
-    form = getattr(denoiser, "parametrisation", None)
-    if not isinstance(form, EDMPreconditioning) or form.time_scale != 250.0 or form.boundary != form.schedule.t_min:
-        raise CheckpointError(
-            "this version exports students of teachers with a CMStochasticIterativeScheduler (EDM preconditioning, "
-            "timestep 250 ln sigma) only; expected such a teacher folder"
-        )
-
-
-def export(denoiser: Denoiser, levels: Sequence[float], folder: Path) -> list[int]:
-    """Writes a student as a ConsistencyModelPipeline folder: plain diffusers runs it, in one step at the only level, or
-    at several with the returned `timesteps`.
-
-    A consistency model's pipeline starts from sigma_max * noise and takes D(x, sigma_max) as its sample, which is what
-    a one-step student is once sigma_max is the student's level. Further levels are points of its Karras grid, made
+def _consistency_model(
+    network: UNet2DModel, form: EDMPreconditioning, levels: Sequence[float]
+) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    """A consistency model's pipeline starts from sigma_max * noise and takes D(x, sigma_max) as its sample, which is
+    what a one-step student is once sigma_max is the student's level. Further levels are points of its Karras grid, made
     fine enough to hold any level to five digits.
     """
-    check_exportable(denoiser)
-    assert isinstance(denoiser, UNet2DDenoiser)
-    assert isinstance(denoiser.parametrisation, EDMPreconditioning)
-    form, rho = denoiser.parametrisation, 7.0
+    rho = 7.0
     points = 40 if len(levels) == 1 else 1_000_001
     top, bottom = levels[0] ** (1 / rho), form.boundary ** (1 / rho)
     timesteps = [round((top - level ** (1 / rho)) / (top - bottom) * (points - 1)) for level in reversed(levels)]
@@ -320,5 +199,5 @@ def export(denoiser: Denoiser, levels: Sequence[float], folder: Path) -> list[in
         rho=rho,
         clip_denoised=False,  # a few-step student's intermediate samples are not clipped in training
     )
-    ConsistencyModelPipeline(unet=denoiser.unet, scheduler=scheduler).save_pretrained(folder)
-    return timesteps
+    call = {"num_inference_steps": 1} if len(levels) == 1 else {"num_inference_steps": None, "timesteps": timesteps}
+    return ConsistencyModelPipeline(unet=network, scheduler=scheduler), call

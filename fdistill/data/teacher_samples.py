@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdistill.denoiser import Denoiser
-from fdistill.files import atomic_file, weights_sha256
+from fdistill.files import atomic_file
 from fdistill.rng import indexed_normal
 from fdistill.sampler import heun_sample
 
@@ -46,7 +46,7 @@ def cache_folder() -> Path:
 
 def teacher_samples(
     teacher: Denoiser,
-    teacher_folder: Path,
+    fingerprint: str,
     *,
     count: int,
     num_steps: int,
@@ -58,24 +58,22 @@ def teacher_samples(
 
     Args:
         teacher: on `device`.
-        teacher_folder: where its weights are; their hash is part of the cache's key.
+        fingerprint: of its weights and of what they mean: part of the cache's key.
         count: at least 1.
         num_steps: of Heun's method, 2 num_steps - 1 evaluations a sample.
-        start_level: where the sampler starts, with sigma(start_level) times standard normal noise.
+        start_level: where the sampler starts, with schedule.start(start_level) times standard normal noise.
         device: where to compute.
         progress: show a bar.
 
     Raises:
         OutputError: the cache folder cannot be written.
     """
-    configs = sorted(path.read_bytes() for path in teacher_folder.rglob("*.json"))
     key = {
-        "teacher": weights_sha256(teacher_folder),
-        "configs": hashlib.sha256(b"".join(configs)).hexdigest(),  # what the weights mean: schedule, prediction type
+        "teacher": fingerprint,
         "count": count,
         "num_steps": num_steps,
         "start_level": start_level,
-        "format": 1,
+        "format": 2,
     }
     name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder() / "teacher-samples" / f"{name}.safetensors"

@@ -1,0 +1,113 @@
+"""EDM networks (DDPM++, NCSN++, ADM of Karras et al. 2022) as denoisers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import Tensor, nn
+
+from fdistill.adapters.parametrisation import EDMPreconditioning
+from fdistill.denoiser import Denoiser, Features, Preconditioning
+from fdistill.errors import ArgumentError
+from fdistill.networks import EDM2Network, EDMNetwork
+from fdistill.networks.skeleton import UNet
+from fdistill.noise import EDMSchedule
+
+
+class EDMDenoiser(Denoiser):
+    """An EDMNetwork with its preconditioning. Features: "enc32", "enc16", ... (the last encoder block of each
+    resolution) and "mid".
+
+    Augmentation labels are zeros, as in published sampling.
+
+    Attributes:
+        network: the EDMNetwork.
+        parametrisation: its EDM preconditioning.
+        null_class: the label of "no class", num_classes; None if the network was not trained without labels.
+    """
+
+    def __init__(self, network: EDMNetwork | EDM2Network):
+        super().__init__()
+        config = network.config
+        self.network = network
+        self.parametrisation = EDMPreconditioning(
+            EDMSchedule(config.sigma_min, config.sigma_max), config.sigma_data, boundary=0.0, time_scale=0.25
+        )
+        self.schedule = self.parametrisation.schedule
+        self.sigma_data = self.parametrisation.sigma_data
+        self.kind = self.parametrisation.kind
+        self.sample_shape = (config.img_channels, config.img_resolution, config.img_resolution)
+        self.num_classes = config.label_dim or None
+        self.null_class = self.num_classes if config.label_dropout else None
+        self.feature_shapes = dict(self._unet().feature_shapes)
+
+    def with_network(self, network: EDMNetwork | EDM2Network) -> EDMDenoiser:
+        """The same reading of another network of this class."""
+        return type(self)(network)
+
+    def _unet(self) -> UNet:
+        unet: UNet = self.network.model
+        return unet
+
+    def preconditioning(self, t: Tensor) -> Preconditioning:
+        return self.parametrisation.preconditioning(t)
+
+    def run(
+        self,
+        network_input: Tensor,
+        t: Tensor,
+        condition: Tensor | None,
+        features: Sequence[str],
+        *,
+        output: bool,
+        output_grad: bool,
+    ) -> tuple[Tensor | None, Features]:
+        unet = self._unet()
+        rows = self._class_rows(condition, network_input.dtype)
+        embedding = unet.embed(self.parametrisation.timestep(t), rows, None, network_input.dtype)
+        hidden, skips, tapped = unet.encode(network_input, embedding, features)
+        if output or "mid" in features:
+            with nullcontext() if output_grad or "mid" in features else torch.no_grad():
+                hidden = unet.middle(hidden, embedding)
+        if "mid" in features:
+            tapped["mid"] = hidden
+        if not output:
+            return None, tapped
+        with nullcontext() if output_grad else torch.no_grad():
+            return unet.decode(hidden, skips, embedding), tapped
+
+    def _class_rows(self, labels: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """Labels [B] as one-hot rows [B, num_classes]; the label num_classes is a row of zeros."""
+        if self.num_classes is None:
+            return None
+        if labels is None:
+            raise ArgumentError(f"condition: this network wants class labels [B] in [0, {self.num_classes})")
+        return (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).to(dtype)
+
+
+NETWORK = EDMNetwork
+
+
+def without_dropout(network: EDMNetwork | EDM2Network) -> None:
+    """A distilled sample must be a function of its noise, in the training of student and fake score too."""
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    network.register_to_config(dropout=0.0)
+
+
+def wrap(network: EDMNetwork, scheduler: Mapping[str, Any] | None) -> EDMDenoiser:
+    """The denoiser of a network, whose own config names its schedule; a scheduler beside it is of no concern."""
+    without_dropout(network)
+    return EDMDenoiser(network)
+
+
+def native_pipeline(
+    denoiser: Denoiser, levels: Sequence[float], index: Mapping[str, Any], vae: AutoencoderKL | None
+) -> tuple[DiffusionPipeline, dict[str, Any]] | None:
+    """None: diffusers has no pipeline for these networks."""
+    return None

@@ -1,0 +1,40 @@
+"""EDM2 networks (Karras et al. 2023), of pixels or of latents, as denoisers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fdistill.adapters.edm import EDMDenoiser, native_pipeline, without_dropout
+from fdistill.denoiser import LatentScaling
+from fdistill.networks import EDM2Network
+from fdistill.networks.skeleton import UNet
+
+__all__ = ["NETWORK", "EDM2Denoiser", "native_pipeline", "wrap"]
+
+
+class EDM2Denoiser(EDMDenoiser):
+    """An EDM2Network with its preconditioning, which is EDM's; features and attributes as in `EDMDenoiser`."""
+
+    network: EDM2Network
+
+    def __init__(self, network: EDM2Network):
+        super().__init__(network)
+        scale, bias = network.config.latent_scale, network.config.latent_bias
+        self.latent_scaling = None if scale is None else LatentScaling(tuple(scale), tuple(bias))
+
+    def _unet(self) -> UNet:
+        return self.network.unet
+
+    def after_update(self) -> None:
+        """Forced weight normalisation, which EDM2's training rests on."""
+        self.network.normalize_weights_()
+
+
+NETWORK = EDM2Network
+
+
+def wrap(network: EDM2Network, scheduler: Mapping[str, Any] | None) -> EDM2Denoiser:
+    """The denoiser of a network, whose own config names its schedule; a scheduler beside it is of no concern."""
+    without_dropout(network)
+    return EDM2Denoiser(network)

@@ -1,0 +1,57 @@
+"""Networks of diffusers' kind (config.json beside safetensors), loaded exactly or not at all."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+
+from fdistill.errors import CheckpointError
+
+Network = TypeVar("Network", bound=ModelMixin)
+
+
+@contextmanager
+def _quiet_diffusers() -> Iterator[None]:
+    """What diffusers would log while it loads is said once, in the error that `load_network` raises."""
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def load_network(cls: type[Network], folder: Path) -> Network:
+    """The network in a folder with config.json and diffusion_pytorch_model.safetensors.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or does not fit the architecture its config names.
+    """
+    try:
+        with _quiet_diffusers():
+            network, info = cls.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: cannot load the weights ({' '.join(str(error).split())[:400]}); "
+            "expected a complete diffusion_pytorch_model.safetensors that fits config.json"
+        ) from error
+    wrong = {
+        key: names
+        for key, names in info.items()
+        if names and key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
+    if wrong:
+        listed = "; ".join(
+            f"{len(names)} {key.replace('_', ' ')} such as {next(iter(names))}" for key, names in wrong.items()
+        )
+        raise CheckpointError(f"{folder}: the weights do not fit config.json: {listed}")
+    loaded: Network = network
+    return loaded

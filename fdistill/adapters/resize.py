@@ -1,0 +1,59 @@
+"""A denoiser around a network of the same class with another config, such as fewer blocks or channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fdistill.denoiser import Denoiser
+from fdistill.errors import ConfigError, did_you_mean
+
+
+class Resized(NamedTuple):
+    """The denoiser, the names of its parameters that were copied, and of those that start at random."""
+
+    denoiser: Denoiser
+    copied: list[str]
+    new: list[str]
+
+
+def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
+    """A denoiser whose network's config differs in `changes`; tensors of equal name and shape are copied.
+
+    Raises:
+        ConfigError: a key that the network's config does not have, or a network that cannot be built from it, or that
+            makes samples of another shape.
+    """
+    network: Any = getattr(denoiser, "network", None)
+    if network is None or not hasattr(denoiser, "with_network"):
+        raise ConfigError(
+            "student.network: the network is a function's, not a config's; expected a function that returns a smaller "
+            "one, as student.checkpoint=module:function"
+        )
+    known = {key for key in network.config if not key.startswith("_")}
+    for key in changes:
+        if key not in known:
+            raise ConfigError(
+                f"student.network.{key}: {type(network).__name__} has no such setting; {did_you_mean(key, known)}"
+            )
+    try:
+        other = type(network).from_config({**network.config, **changes})
+        smaller: Denoiser = denoiser.with_network(other)  # type: ignore[operator]
+    except (ValueError, TypeError, IndexError, RuntimeError, NotImplementedError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"student.network: {type(network).__name__} cannot be built with {dict(changes)} ({error}); expected "
+            "settings that fit one another"
+        ) from error
+    if smaller.sample_shape != denoiser.sample_shape or smaller.num_classes != denoiser.num_classes:
+        raise ConfigError(
+            f"student.network: makes samples {smaller.sample_shape} of {smaller.num_classes} classes, the network it "
+            f"starts from {denoiser.sample_shape} of {denoiser.num_classes}; expected the same of both"
+        )
+    weights, into = network.state_dict(), other.state_dict()
+    copied = [name for name, value in into.items() if name in weights and weights[name].shape == value.shape]
+    with torch.no_grad():
+        for name in copied:
+            into[name].copy_(weights[name])
+    return Resized(smaller.eval(), copied, [name for name in into if name not in set(copied)])

@@ -1,0 +1,94 @@
+"""The layout of EDM's and StyleGAN's data sets: a zip or folder of images, labelled by its dataset.json.
+
+{"labels": [["00000/img00000000.png", 6], ...]}        or {"labels": null}
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from fdistill.data.folder import FolderSource, image_files
+from fdistill.data.source import Encoded, PerProcess, class_labels, is_image
+from fdistill.errors import DataError
+
+LABEL_FILE = "dataset.json"
+
+
+class ZipSource:
+    """Images that are members of a zip file; nothing is ever extracted.
+
+    Args:
+        members: their names.
+        labels: int64 [len(members)].
+    """
+
+    def __init__(self, path: Path, members: Sequence[str], labels: Tensor, num_classes: int | None):
+        self.name, self.members, self.labels, self.num_classes = str(path), members, labels, num_classes
+        self._archive = PerProcess(partial(zipfile.ZipFile, path))
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def item_name(self, index: int) -> str:
+        return self.members[index]
+
+    def encoded(self, index: int) -> Encoded:
+        return self._archive.get().read(self.members[index])
+
+
+def open_edm_zip(path: Path) -> ZipSource:
+    """Without a dataset.json the images have no labels.
+
+    Raises:
+        DataError: not a zip file, no images in it, or a dataset.json that does not label each of them with an integer.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            text = archive.read(LABEL_FILE) if LABEL_FILE in names else None
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        raise DataError(f"data {path}: cannot be read as a zip file ({error}); copy or download it again") from error
+    images = sorted(name for name in names if is_image(name))
+    if not images and any(name.endswith(".npy") for name in names):
+        raise DataError(f"data {path}: holds arrays (.npy), as of latents, and no images; expected the zip of images")
+    if not images:
+        raise DataError(f"data {path}: no images in this zip file; expected .png, .jpg, .webp or .bmp members")
+    return ZipSource(path, images, *_labels(text, images, str(path)))
+
+
+def open_edm_folder(root: Path) -> FolderSource:
+    """A folder with a dataset.json.
+
+    Raises:
+        DataError: no images in it, or a dataset.json that does not label each of them with an integer.
+    """
+    images = image_files(root)
+    if not images:
+        raise DataError(f"data {root}: a {LABEL_FILE} but no images; expected the images that it names")
+    return FolderSource(root, images, *_labels((root / LABEL_FILE).read_bytes(), images, str(root)))
+
+
+def _labels(text: bytes | None, images: Sequence[str], where: str) -> tuple[Tensor, int | None]:
+    if text is None:
+        return class_labels(None, len(images), f"data {where}")
+    what = f"data {where}, {LABEL_FILE}"
+    try:
+        pairs = json.loads(text)["labels"]
+        labels = None if pairs is None else dict(pairs)
+        unknown = sorted(labels.keys() - set(images)) if labels is not None else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{what}: expected {{"labels": [["name.png", 6], ...]}} or null labels') from error
+    if labels is None:
+        return class_labels(None, len(images), what)
+    if unknown:
+        raise DataError(f"{what}: labels {unknown[0]!r}, which is not one of the images; expected only their names")
+    missing = [name for name in images if name not in labels]
+    if missing:
+        raise DataError(f"{what}: no label for {missing[0]}; expected one for each image")
+    return class_labels([labels[name] for name in images], len(images), what)

@@ -1,0 +1,182 @@
+"""Data sets of the `datasets` library: from the hub or its cache, saved with `save_to_disk`, or plain parquet files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from fdistill.data.source import Encoded, class_labels
+from fdistill.data.teacher_samples import cache_folder
+from fdistill.errors import DataError
+from fdistill.files import read_json_object
+
+_IMAGE_NAMES, _LABEL_NAMES = ("image", "img", "jpg", "png"), ("label", "labels", "cls")
+_TIMEOUT = 10  # seconds for the hub to answer at all
+
+
+class HuggingFaceSource:
+    """Rows of a `datasets.Dataset` that stores compressed images.
+
+    Args:
+        images: the data set, with no column but `column`, which is not decoded.
+        labels: int64 [len(images)].
+    """
+
+    def __init__(self, name: str, images: Any, column: str, labels: Tensor, num_classes: int | None):
+        self.name, self.labels, self.num_classes = name, labels, num_classes
+        self._images, self._column = images, column
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def item_name(self, index: int) -> str:
+        return f"row {index}"
+
+    def encoded(self, index: int) -> Encoded:
+        value = self._images[index][self._column]
+        content = value["bytes"] if isinstance(value, dict) else value
+        if not isinstance(content, bytes):
+            raise DataError(
+                f"data {self.name}: row {index} holds no image bytes but a path, and paths in a data set are not "
+                "followed; write it again with its images embedded"
+            )
+        return content
+
+
+def open_hub(where: str) -> HuggingFaceSource:
+    """hf:owner/name or hf:owner/name:split (train if not said); downloaded unless it is cached.
+
+    Raises:
+        DataError: `datasets` is not installed, the hub cannot be reached or has no such data set or split, or its
+            columns are no images and labels.
+    """
+    datasets = _library(where)
+    from huggingface_hub import HfApi, constants
+
+    name, _, split = where.removeprefix("hf:").partition(":")
+    if name.count("/") > 1 or ".." in name or not name:
+        raise DataError(f"data {where!r}: expected hf:owner/name or hf:owner/name:split")
+    if not constants.HF_HUB_OFFLINE:
+        try:  # `datasets` alone would repeat its attempts for half a minute
+            HfApi().dataset_info(name, timeout=_TIMEOUT)
+        except Exception as error:  # of the HTTP library, which differs between versions of the hub's
+            raise DataError(
+                f"data {where}: the hub gave no such data set ({_first_line(error)}); check the name and the network, "
+                "or set HF_HUB_OFFLINE=1 to use one that is cached"
+            ) from error
+    try:
+        data = datasets.load_dataset(name, split=split or "train")
+    except Exception as error:  # as above, and those of the builders
+        offline = " while HF_HUB_OFFLINE=1, so it must be in the cache" if constants.HF_HUB_OFFLINE else ""
+        raise DataError(f"data {where}: cannot be loaded{offline} ({_first_line(error)})") from error
+    return _from_dataset(data, where, datasets)
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """True for a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk`."""
+    return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
+
+
+def open_saved_dataset(folder: Path) -> HuggingFaceSource:
+    """A folder of `save_to_disk`; of several splits, train.
+
+    Raises:
+        DataError: `datasets` is not installed, the folder is damaged or names files outside itself, there is no split
+            called train, or its columns are no images and labels.
+    """
+    datasets = _library(str(folder))
+    if not (folder / "state.json").is_file():
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        if "train" not in splits:
+            raise DataError(
+                f"data {folder}: no split 'train'; name the folder of one of: {', '.join(splits) or 'none'}"
+            )
+        folder = folder / "train"
+    try:
+        files = [file["filename"] for file in read_json_object(folder / "state.json")["_data_files"]]
+        if any(Path(name).name != name for name in files):
+            raise DataError(f"data {folder}: state.json names a file outside this folder; expected plain file names")
+        data = datasets.load_from_disk(str(folder)) if files else []
+    except DataError:
+        raise
+    except Exception as error:  # pyarrow's, of the file system, or of a state.json that holds something else
+        raise DataError(f"data {folder}: cannot be loaded ({_first_line(error)}); save or copy it again") from error
+    return _from_dataset(data, str(folder), datasets)
+
+
+def open_parquet(path: Path) -> HuggingFaceSource:
+    """One .parquet, or those at the top of a folder: only those called train*, if there are any.
+
+    Their images are copied once into an Arrow file below $FDISTILL_CACHE, which is then read without loading it.
+
+    Raises:
+        DataError: `datasets` is not installed, a file is damaged, or its columns are no images and labels.
+    """
+    datasets = _library(str(path))
+    files = [path] if path.is_file() else sorted(path.glob("train*.parquet")) or sorted(path.glob("*.parquet"))
+    try:
+        data = datasets.Dataset.from_parquet(
+            [str(file.resolve()) for file in files], cache_dir=str(cache_folder() / "parquet")
+        )
+    except Exception as error:  # pyarrow's, or of the file system, wrapped by `datasets` in its own
+        raise DataError(f"data {path}: cannot be read as parquet ({_first_line(error)}); copy it again") from error
+    return _from_dataset(data, str(path), datasets)
+
+
+def _library(where: str) -> ModuleType:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"data {where}: reading it needs the `datasets` library; install it with `pip install 'fdistill[data]'`"
+        ) from error
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    module: ModuleType = datasets
+    return module
+
+
+def _from_dataset(data: Any, where: str, datasets: ModuleType) -> HuggingFaceSource:
+    if len(data) == 0:
+        raise DataError(f"data {where}: no rows; expected at least one image")
+    kinds = data.features
+    images = [name for name, kind in kinds.items() if _holds_images(name, kind, datasets)]
+    column = _only(images, _IMAGE_NAMES, where, "image")
+    if column is None:
+        raise DataError(f"data {where}: columns {', '.join(kinds)}; expected one of images, such as 'image'")
+    classes = [name for name, kind in kinds.items() if name in _LABEL_NAMES or isinstance(kind, datasets.ClassLabel)]
+    label = _only(classes, _LABEL_NAMES, where, "label")
+    values = None if label is None else data.select_columns([label]).with_format("numpy")[:][label]
+    labels, num_classes = class_labels(values, len(data), f"data {where}, column {label!r}")
+    if label is not None and isinstance(kinds[label], datasets.ClassLabel):
+        num_classes = kinds[label].num_classes
+    encoded = data.select_columns([column])
+    if isinstance(kinds[column], datasets.Image):
+        encoded = encoded.cast_column(column, datasets.Image(decode=False))
+    return HuggingFaceSource(where, encoded.with_format(None), column, labels, num_classes)
+
+
+def _holds_images(name: str, kind: Any, datasets: ModuleType) -> bool:
+    if isinstance(kind, datasets.Image):
+        return True
+    if isinstance(kind, dict):  # a parquet file that was not written by `datasets`
+        return "bytes" in kind
+    return name in _IMAGE_NAMES and getattr(kind, "dtype", None) in ("binary", "large_binary")
+
+
+def _only(found: Sequence[str], usual: Sequence[str], where: str, what: str) -> str | None:
+    """The first with a usual name, or the only one."""
+    named = [name for name in usual if name in found]
+    if not named and len(found) > 1:
+        raise DataError(
+            f"data {where}: columns {', '.join(found)} could each be the {what}; rename the one that is to {usual[0]!r}"
+        )
+    return next(iter([*named, *found]), None)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

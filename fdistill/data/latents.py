@@ -1,0 +1,177 @@
+"""Cached latents of an autoencoder: what `fdistill cache` writes and a latent teacher trains on.
+
+A folder of latents-00000.safetensors, ... (moments [n, 2 C, h, w], float16 or float32: mean, then standard deviation,
+of the autoencoder's own latents, before any scaling; labels int64 [n]), and latents.json, which says of what they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fdistill.data.source import PerProcess, class_labels
+from fdistill.errors import DataError
+from fdistill.files import atomic_folder, read_json_object
+from fdistill.rng import derived_seed, indexed_normal
+
+META_FILE = "latents.json"
+META_KEYS = ("vae", "latent_scale", "latent_bias", "sampling", "recipe", "resolution", "source", "flip")
+SAMPLING = ("mean", "sample")
+
+_NOISE = 6  # stream of a run's random numbers
+_SHARD_BYTES = 2**28
+
+
+class LatentSource:
+    """Cached latents by index, read where they are needed.
+
+    Attributes:
+        meta: the content of latents.json.
+        labels: int64 [N], zeros if the data set had none.
+        num_classes: None without labels.
+        shape: (C, h, w) of a latent.
+
+    Args:
+        folder: written by `write_latents`.
+        seed: of the noise, where meta["sampling"] is "sample".
+
+    Raises:
+        DataError: the folder is incomplete or damaged.
+    """
+
+    def __init__(self, folder: Path, seed: int = 0):
+        self.name, self._seed = str(folder), seed
+        try:
+            self.meta = read_json_object(folder / META_FILE)
+            files, counts = list(self.meta["shards"]), [int(count) for count in self.meta["shards"].values()]
+            self.num_classes: int | None = self.meta["num_classes"]
+            missing = [key for key in META_KEYS if key not in self.meta]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"latents {folder}: {META_FILE} cannot be read ({error}); make them again with fdistill cache"
+            ) from error
+        if missing or self.meta["sampling"] not in SAMPLING or any(Path(file).name != file for file in files):
+            raise DataError(
+                f"latents {folder}: {META_FILE} lacks {', '.join(missing) or 'a known sampling or plain file names'}; "
+                "make them again with fdistill cache"
+            )
+        self._shards = [PerProcess(partial(_open, folder / file)) for file in files]
+        self._ends = list(accumulate(counts))
+        shapes, labels = set(), []
+        for file, shard, count in zip(files, self._shards, counts, strict=True):
+            try:
+                shape = shard.get().get_slice("moments").get_shape()
+                labels.append(shard.get().get_tensor("labels"))
+            except (OSError, SafetensorError) as error:
+                raise DataError(f"latents {folder}: {file} is damaged ({error}); make them again") from error
+            if len(shape) != 4 or shape[0] != count or shape[1] % 2 or labels[-1].shape != (count,):
+                raise DataError(f"latents {folder}: {file} has moments {shape}; expected [{count}, 2 C, h, w]")
+            shapes.add(tuple(shape[1:]))
+        if len(shapes) != 1:
+            raise DataError(f"latents {folder}: files hold latents of shapes {sorted(shapes)}; make them again")
+        channels, *size = shapes.pop()
+        self.shape = (channels // 2, *size)
+        self.labels = torch.cat(labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, standard deviation), float32 [len(rows), C, h, w]."""
+        parts = []
+        for row in rows.tolist():
+            shard = bisect_right(self._ends, row)
+            first = self._ends[shard - 1] if shard else 0
+            parts.append(self._shards[shard].get().get_slice("moments")[row - first].float())
+        mean, std = torch.stack(parts).chunk(2, dim=1)
+        return mean, std
+
+    def latent(self, rows: Tensor, draw: int) -> Tensor:
+        """float32 [len(rows), C, h, w]: mean + std noise, or the mean if that is what meta["sampling"] says.
+
+        Args:
+            rows: int64 [B].
+            draw: which of a row's draws, as the number of the batch: the noise depends on (seed, draw, row) alone.
+        """
+        mean, std = self.moments(rows)
+        if self.meta["sampling"] == "mean":
+            return mean
+        return mean + std * indexed_normal(derived_seed(self._seed, _NOISE, draw), rows.tolist(), self.shape)
+
+
+def write_latents(
+    folder: Path, batches: Iterable[tuple[Tensor, Tensor]], meta: Mapping[str, Any], num_classes: int | None
+) -> None:
+    """Writes a folder for `LatentSource`, whole or not at all.
+
+    Args:
+        folder: to be made, or replaced.
+        batches: (moments float16 or float32 [B, 2 C, h, w], labels int64 [B]), on any device.
+        meta: the META_KEYS; "latent_scale" and "latent_bias" are noted, and applied by whoever reads.
+        num_classes: None for a data set without labels.
+
+    Raises:
+        DataError: meta lacks a key, moments have another shape or are not finite, or there are none.
+        OutputError: the folder cannot be written.
+    """
+    missing = [key for key in META_KEYS if key not in meta]
+    if missing or meta["sampling"] not in SAMPLING:
+        raise DataError(f"latents: meta lacks {', '.join(missing) or 'a known sampling'}; expected {META_KEYS}")
+    with atomic_folder(folder) as temporary:
+        shards = {}
+        for number, (moments, labels) in enumerate(_shards(batches)):
+            name = f"latents-{number:05d}.safetensors"
+            save_file({"moments": moments, "labels": labels}, temporary / name)
+            shards[name] = len(labels)
+        if not shards:
+            raise DataError("latents: no images to encode; expected at least one")
+        described = {**meta, "num_classes": num_classes, "count": sum(shards.values()), "shards": shards}
+        (temporary / META_FILE).write_text(json.dumps(described, indent=1), encoding="utf-8")
+
+
+def check_latents(meta: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises DataError where `meta` says something else than `wanted`, which may have any of its keys."""
+    for key, value in json.loads(json.dumps(dict(wanted))).items():  # as it would be read: tuples become lists
+        if meta.get(key) != value:
+            raise DataError(
+                f"cached latents: {key} is {meta.get(key)!r}, but this run needs {value!r}; make them again with "
+                "fdistill cache, or change the run's setting"
+            )
+
+
+def _open(path: Path) -> Any:
+    return safe_open(path, framework="pt")
+
+
+def _shards(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches joined to about _SHARD_BYTES each."""
+    held: list[tuple[Tensor, Tensor]] = []
+    for moments, labels in batches:
+        if moments.ndim != 4 or moments.shape[1] % 2 or moments.dtype not in (torch.float16, torch.float32):
+            raise DataError(
+                f"latents: moments are {moments.dtype} {list(moments.shape)}; expected [B, 2 C, h, w] of float16 or "
+                "float32"
+            )
+        if not bool(torch.isfinite(moments).all()):
+            raise DataError("latents: the autoencoder's moments are not finite; encode in float32")
+        held.append((moments.cpu(), class_labels(labels, len(moments), "latents")[0]))
+        if len(held) * math.prod(moments.shape) * moments.element_size() >= _SHARD_BYTES:
+            yield _joined(held)
+            held = []
+    if held:
+        yield _joined(held)
+
+
+def _joined(held: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([moments for moments, _ in held]), torch.cat([labels for _, labels in held])

@@ -1,0 +1,252 @@
+"""Batches of decoded images, found by their number: any batch can be made without its predecessors, by any worker.
+
+A worker decodes a whole batch at a time, as handing over single images would cost more than decoding small ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fdistill.data.order import EpochOrder
+from fdistill.data.recipes import RECIPES, open_image, pixels, to_channels
+from fdistill.data.source import ArraySource, Source
+from fdistill.errors import DataError, did_you_mean
+from fdistill.rng import derived_seed
+
+_FLIP = 5  # stream of a run's random numbers
+_PREFETCH = 4  # batches that each worker keeps ready
+_CORRUPT = 0.01  # the share of a data set's items that may be unreadable
+_LISTED = 20
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images uint8 [B, C, H, W], their labels int64 [B], and the rows of the data set they are, int64 [B]."""
+
+    images: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What batch n is made of, in any process."""
+
+    source: Source
+    channels: int
+    size: int
+    recipe: str
+    flip: bool
+    batch_size: int
+    seed: int
+    rank: int
+    processes: int
+
+    def rows(self, order: EpochOrder, number: int) -> tuple[Tensor, Tensor]:
+        """This process's (rows int64 [B], flipped bool [B]) of the global batch."""
+        local = self.batch_size // self.processes
+        mine = slice(self.rank * local, (self.rank + 1) * local)
+        if not self.flip:
+            return order.rows(number)[mine], torch.zeros(local, dtype=torch.bool)
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, _FLIP, number))
+        return order.rows(number)[mine], (torch.rand(self.batch_size, generator=generator) < 0.5)[mine]
+
+    def order(self) -> EpochOrder:
+        return EpochOrder(len(self.source), self.batch_size, self.seed)
+
+    @property
+    def allowed(self) -> float:
+        return _CORRUPT * len(self.source)
+
+
+# What a worker sends: images uint8 [B, C, H, W], the rows they are, and (row, name, reason) of the unreadable.
+# Arrays travel through a pipe, as tensors would need shared memory, of which containers often have 64 MB.
+_Decoded = tuple[np.ndarray[Any, Any], list[int], list[tuple[int, str, str]]]
+
+
+class ImageLoader:
+    """Iterates over batches number `first`, `first` + 1, ... without end; use it as a context or `close` it.
+
+    Images are decoded by worker processes only; those in memory that need no resampling are taken from there. An item
+    that cannot be decoded is replaced by the next one that can, and counted in `skipped`.
+
+    Args:
+        source: the data set.
+        sample_shape: (C, H, W) of the batches, C = 1 or 3 and H = W.
+        recipe: a name in `RECIPES`.
+        flip: mirror half of the images, drawn from (seed, batch number, row in the batch).
+        batch_size: of all processes together, a multiple of `processes`.
+        seed: of the order and the flips.
+        first: number of the first batch.
+        rank, processes: which rows of each global batch: the rank-th of equal parts.
+        workers: processes that decode, at least 1. Batches do not depend on how many.
+
+    Raises:
+        DataError: an unknown recipe, or a shape that no recipe makes. While iterating: an image that the recipe
+            refuses, more than 1 % of the items unreadable (with the first 20 of them), or a worker that died.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        sample_shape: tuple[int, int, int],
+        *,
+        recipe: str = "exact",
+        flip: bool = False,
+        batch_size: int,
+        seed: int,
+        first: int = 0,
+        rank: int = 0,
+        processes: int = 1,
+        workers: int = 1,
+    ):
+        if recipe not in RECIPES:
+            raise DataError(f"data {source.name}: recipe {recipe!r}; {did_you_mean(recipe, RECIPES)}")
+        channels, height, width = sample_shape
+        if height != width or channels not in (1, 3):
+            raise DataError(
+                f"data {source.name}: the teacher's samples are {channels}x{height}x{width}; images can be made grey "
+                "or RGB, and square"
+            )
+        self._plan = _Plan(source, channels, height, recipe, flip, batch_size, seed, rank, processes)
+        self._skipped: dict[int, tuple[str, str]] = {}
+        self._in_memory: Tensor | None = None
+        self._workers: Any = None
+        if isinstance(source, ArraySource) and source.images.shape[1:] == torch.Size(sample_shape):
+            self._in_memory, self._order, self._numbers = source.images, self._plan.order(), itertools.count(first)
+            return
+        loader = DataLoader(
+            _BatchDecoder(self._plan),
+            batch_size=None,
+            sampler=itertools.count(first),
+            num_workers=workers,
+            prefetch_factor=_PREFETCH,
+            collate_fn=_as_it_is,
+        )
+        with _own_signals():
+            self._workers = iter(loader)
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]:
+        """(name, reason) of each item that could not be decoded so far."""
+        return list(self._skipped.values())
+
+    def __iter__(self) -> ImageLoader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._in_memory is not None:
+            rows, flipped = self._plan.rows(self._order, next(self._numbers))
+            images = self._in_memory[rows]
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+            return Batch(images, self._plan.source.labels[rows], rows)
+        if self._workers is None:
+            raise StopIteration
+        return self._decoded()
+
+    def __enter__(self) -> ImageLoader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the workers; there are no more batches."""
+        workers, self._workers, self._in_memory = self._workers, None, None
+        if workers is not None:
+            workers._shutdown_workers()  # what its __del__ calls, which a traceback that holds it would put off
+
+    def _decoded(self) -> Batch:
+        try:
+            result: _Decoded | DataError = next(self._workers)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise DataError(
+                f"data {self._plan.source.name}: a process that decodes images died, perhaps for lack of memory "
+                f"({str(error).splitlines()[0]}); run with fewer workers or a smaller batch"
+            ) from error
+        if isinstance(result, DataError):
+            raise result
+        images, rows, skipped = result
+        self._skipped.update({row: (name, reason) for row, name, reason in skipped})
+        if len(self._skipped) > self._plan.allowed:
+            listed = "; ".join(f"{name}: {reason}" for name, reason in self.skipped[:_LISTED])
+            raise DataError(
+                f"data {self._plan.source.name}: {len(self._skipped)} of {len(self._plan.source)} images cannot be "
+                f"decoded, more than 1 %; mend or remove them ({listed})"
+            )
+        return Batch(torch.from_numpy(images), self._plan.source.labels[rows], torch.tensor(rows))
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Takes back the handler that DataLoader installs, which would raise a worker's death amid any line of training.
+
+    Without it the death is found by whoever waits for a batch, in at most five seconds.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    yield
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+
+
+def _as_it_is(batch: object) -> object:
+    return batch
+
+
+class _BatchDecoder(Dataset[_Decoded | DataError]):
+    """Item n is the decoded batch n. Our errors come back as values: DataLoader would wrap them in a traceback."""
+
+    def __init__(self, plan: _Plan):
+        self._plan, self._order = plan, plan.order()
+
+    def __getitem__(self, number: int) -> _Decoded | DataError:
+        try:
+            return self._decode(number)
+        except DataError as error:
+            return error
+
+    def _decode(self, number: int) -> _Decoded:
+        plan = self._plan
+        wanted, flipped = plan.rows(self._order, number)
+        images = np.empty((len(wanted), plan.channels, plan.size, plan.size), np.uint8)
+        rows: list[int] = []
+        skipped: dict[int, tuple[int, str, str]] = {}
+        for place, (row, mirror) in enumerate(zip(wanted.tolist(), flipped.tolist(), strict=True)):
+            image = None
+            while image is None and len(skipped) <= plan.allowed:
+                if row not in skipped:
+                    image = self._image(row, skipped)
+                row = row if image is not None else (row + 1) % len(plan.source)
+            if image is None:
+                break  # too many: the loader reports them
+            images[place] = image[:, :, ::-1] if mirror else image
+            rows.append(row)
+        return images, rows, list(skipped.values())
+
+    def _image(self, row: int, skipped: dict[int, tuple[int, str, str]]) -> np.ndarray[Any, Any] | None:
+        source = self._plan.source
+        try:
+            image = to_channels(open_image(source.encoded(row)), self._plan.channels)
+        except DataError:
+            raise
+        except Exception as error:  # PIL's decoders end in nearly any of them on damaged bytes
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            skipped[row] = (row, source.item_name(row), reason)
+            return None
+        try:
+            return pixels(RECIPES[self._plan.recipe](image, self._plan.size))
+        except DataError as error:
+            raise DataError(f"data {source.name}: {source.item_name(row)} {error}") from error

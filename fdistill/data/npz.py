@@ -1,0 +1,47 @@
+"""Arrays in an .npz file, held in memory."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fdistill.data.source import ArraySource, class_labels
+from fdistill.errors import DataError
+
+_IMAGES, _LABELS = ("images", "arr_0"), ("labels", "y", "arr_1")
+_CHANNELS = (1, 3, 4)
+
+
+def open_npz(path: Path) -> ArraySource:
+    """images or arr_0: uint8 [N, H, W, C], [N, C, H, W] (if the last size is none of 1, 3, 4) or [N, H, W];
+    labels, y or arr_1, if there: integers [N].
+
+    Raises:
+        DataError: unreadable, no such arrays, or of other shapes or types.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            names = archive.files
+            images = next((archive[name] for name in _IMAGES if name in names), None)
+            labels = next((archive[name] for name in _LABELS if name in names), None)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(
+            f"data {path}: cannot be read as plain arrays ({error}); write it anew with np.savez"
+        ) from error
+    if images is None:
+        raise DataError(f"data {path}: arrays {', '.join(names) or 'none'}; expected 'images' or 'arr_0'")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+        raise DataError(
+            f"data {path}: images are {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, C] in [0, 255]"
+        )
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[3] in _CHANNELS:
+        images = images.transpose(0, 3, 1, 2)
+    if images.shape[1] not in _CHANNELS:
+        raise DataError(f"data {path}: images {list(images.shape)} have neither 1, 3 nor 4 channels, first or last")
+    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    return ArraySource(str(path), tensor, *class_labels(labels, len(tensor), f"data {path}"))

@@ -1,0 +1,40 @@
+"""The order in which a data set is visited."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdistill.rng import derived_seed
+
+_SHUFFLE = 1  # stream of a run's random numbers
+
+
+class EpochOrder:
+    """Every item once per epoch, in an order that depends on (seed, epoch) alone, so any batch can be found without
+    its predecessors.
+
+    Args:
+        items: size of the data set.
+        batch_size: rows per batch; a batch may cross an epoch's end.
+    """
+
+    def __init__(self, items: int, batch_size: int, seed: int):
+        self.items, self.batch_size, self.seed = items, batch_size, seed
+        self._epoch, self._permutation = -1, torch.empty(0, dtype=torch.long)
+
+    def _order(self, epoch: int) -> Tensor:
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, _SHUFFLE, epoch))
+            self._epoch, self._permutation = epoch, torch.randperm(self.items, generator=generator)
+        return self._permutation
+
+    def rows(self, batch: int) -> Tensor:
+        """[batch_size] int64 indices of the batch with this number."""
+        position, parts, missing = batch * self.batch_size, [], self.batch_size
+        while missing:
+            epoch, offset = divmod(position, self.items)
+            part = self._order(epoch)[offset : offset + missing]
+            parts.append(part)
+            position, missing = position + len(part), missing - len(part)
+        return torch.cat(parts)

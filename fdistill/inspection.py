@@ -1,0 +1,177 @@
+"""What a checkpoint is, what fdistill would do with it, and whether its x0-predictions make sense."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdistill import rng
+from fdistill.adapters import FAMILIES, load_denoiser, resolve_checkpoint
+from fdistill.data import ImageLoader, open_source
+from fdistill.denoiser import Denoiser
+from fdistill.devices import start
+from fdistill.images import to_unit
+from fdistill.latents import LatentSpace, attach_latent_space
+from fdistill.noise import add_noise, noise_to_signal
+from fdistill.sampler import heun_sample, sampling_levels
+
+_LEVELS, _SEED = 8, 0
+#: A trained network is better than the best linear guess; one that is read wrongly is far worse at some level.
+_TOLERANCE = 1.5
+
+
+@dataclass(frozen=True)
+class LevelCheck:
+    """Root mean square errors of x0 at one level: the network's, and that of the best linear denoiser, which knows
+    nothing but the data's mean and variance.
+    """
+
+    t: float
+    noise_to_signal: float
+    error: float
+    linear_error: float
+
+    @property
+    def makes_sense(self) -> bool:
+        """False for an error beyond the tolerance, or one that is no number."""
+        return self.error <= _TOLERANCE * self.linear_error
+
+
+@torch.no_grad()
+def check_predictions(denoiser: Denoiser, x0: Tensor, labels: Tensor | None) -> list[LevelCheck]:
+    """Errors of x0-predictions on noised samples x0 [B, C, H, W], from the noisiest level to the cleanest."""
+    schedule = denoiser.schedule
+    mean = x0.mean(dim=(0, 2, 3), keepdim=True)
+    variance = (x0 - mean).square().mean()
+    noise = rng.indexed_normal(_SEED, range(len(x0)), x0.shape[1:]).to(x0.device)
+    checks = []
+    for level in sampling_levels(denoiser, _LEVELS).to(x0.device):
+        t = level.expand(len(x0))
+        prediction, _ = denoiser.denoise_with_features(add_noise(schedule, x0, noise, t), t, labels, ())
+        alpha, sigma = schedule.alpha(level), schedule.sigma(level)
+        linear = sigma**2 * variance / (alpha**2 * variance + sigma**2)
+        checks.append(
+            LevelCheck(
+                level.item(),
+                noise_to_signal(schedule, level).item(),
+                (prediction - x0).square().mean().sqrt().item(),
+                linear.sqrt().item(),
+            )
+        )
+    return checks
+
+
+def inspect(
+    checkpoint: str | Path,
+    *,
+    data: str | None = None,
+    recipe: str = "center-box",
+    vae: str | None = None,
+    num_images: int = 64,
+    device: str = "auto",
+) -> tuple[dict[str, Any], list[LevelCheck]]:
+    """Facts about a checkpoint, and a check of its x0-predictions on noised data.
+
+    Args:
+        checkpoint: anything that `load_teacher` takes, or a student folder.
+        data: what `data=` takes, like what the checkpoint was trained on; by default the checkpoint's own samples,
+            which say less.
+        recipe: how images are brought to the checkpoint's size.
+        vae: autoencoder, where a latent checkpoint has none.
+        num_images: for the check.
+        device: "auto", "cpu", "cuda" or "mps".
+
+    Raises:
+        CheckpointError, DataError: what cannot be read.
+    """
+    _, chosen = start(device)
+    found = resolve_checkpoint(checkpoint)
+    denoiser = load_denoiser(found).requires_grad_(False).to(chosen)
+    latents = attach_latent_space(denoiser, found, vae)
+    network: Any = getattr(denoiser, "network", denoiser)
+    schedule = denoiser.schedule
+    facts = {
+        "network": f"{type(network).__name__}, {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters",
+        "adapter": f"{type(denoiser).__module__}.{type(denoiser).__name__}",
+        "pipeline": found.index.get("_class_name", "none"),
+        "samples": f"{denoiser.sample_shape}, {_space(latents)}",
+        "classes": _classes(denoiser),
+        "levels": f"{type(schedule).__name__}, t from {schedule.t_min:g} to {schedule.t_max:g}",
+        "prediction": _prediction(denoiser),
+        "features": ", ".join(f"{name} {shape}" for name, shape in denoiser.feature_shapes.items()),
+        "student": f"one step from {schedule.t_max:g}, exported as {_export(denoiser, latents, found.index)}",
+    }
+    x0, labels = _samples(denoiser, latents, data, recipe, num_images, chosen)
+    facts["checked on"] = f"{num_images} samples of {data}" if data else f"{num_images} samples of its own; see --data"
+    return facts, check_predictions(denoiser, x0, labels)
+
+
+def _space(latents: LatentSpace | None) -> str:
+    if latents is None:
+        return "pixels"
+    return f"latents of an autoencoder, {latents.factor} pixels each way"
+
+
+def _classes(denoiser: Denoiser) -> str:
+    if denoiser.num_classes is None:
+        return "none"
+    null = "no label for `no class`" if denoiser.null_class is None else f"`no class` is {denoiser.null_class}"
+    return f"{denoiser.num_classes}, {null}"
+
+
+def _prediction(denoiser: Denoiser) -> str:
+    form: Any = getattr(denoiser, "parametrisation", None)
+    if form is None:
+        return "x0"
+    return str(getattr(form, "prediction", type(form).__name__))
+
+
+def _export(denoiser: Denoiser, latents: LatentSpace | None, index: dict[str, Any]) -> str:
+    network = getattr(denoiser, "network", None)
+    if type(network).__name__ not in FAMILIES:
+        return "weights for your own function"
+    vae = None if latents is None else latents.vae
+    native = FAMILIES[type(network).__name__].native_pipeline(denoiser, (denoiser.schedule.t_max,), index, vae)
+    return f"diffusers.{type(native[0]).__name__}" if native is not None else "fdistill.OneStepPipeline"
+
+
+def _samples(
+    denoiser: Denoiser, latents: LatentSpace | None, data: str | None, recipe: str, count: int, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    classes = denoiser.num_classes
+    if data is None:
+        noise = rng.indexed_normal(_SEED, range(count), denoiser.sample_shape).to(device)
+        labels = torch.arange(count, device=device) % classes if classes else None
+        return heun_sample(denoiser, noise, labels), labels
+    channels, size = denoiser.sample_shape[0], denoiser.sample_shape[-1]
+    shape = (channels, size, size) if latents is None else (3, latents.factor * size, latents.factor * size)
+    with ImageLoader(open_source(data), shape, recipe=recipe, batch_size=count, seed=_SEED) as loader:
+        batch = next(loader)
+    x0 = to_unit(batch.images.to(device))
+    if latents is not None:
+        x0 = latents.scaling.to_samples(latents.moments(x0).chunk(2, dim=1)[0])
+    return x0, batch.labels.to(device) if classes else None
+
+
+def describe(facts: dict[str, Any], checks: list[LevelCheck]) -> str:
+    """What `fdistill inspect` prints."""
+    lines = [f"{name:<12} {value}" for name, value in facts.items()]
+    lines += ["", f"{'level':>10} {'noise/signal':>13} {'error of x0':>12} {'best linear':>12}"]
+    for check in checks:
+        verdict = "" if check.makes_sense else "  <- does not make sense"
+        lines.append(
+            f"{check.t:>10.4g} {check.noise_to_signal:>13.4g} {check.error:>12.4f} {check.linear_error:>12.4f}{verdict}"
+        )
+    wrong = sum(not check.makes_sense for check in checks)
+    lines += ["", "x0-predictions make sense" if not wrong else _WRONG.format(wrong=wrong, levels=len(checks))]
+    return "\n".join(lines)
+
+
+_WRONG = (
+    "x0-predictions are wrong at {wrong} of {levels} levels: an untrained network, other data than it was trained on, "
+    "or a scheduler config (prediction_type, betas) that is not the network's"
+)

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fdistill.adapters.dit import FREQ_SHIFT
+from fdistill.adapters.parametrisation import TIME_CONVENTION
 from fdistill.convert_dit import transformer_config, transformer_tensors
 from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.files import atomic_folder, claim_folder, read_json_object
@@ -231,7 +233,7 @@ def _convert_transformer(source: Path, output: Path, family: str) -> None:
         scheduler.save_pretrained(folder / "scheduler")
         path = folder / "scheduler" / "scheduler_config.json"
         # The frequencies of published DiT and SiT are 10000^(-i/128); DiTTransformer2DModel's are 10000^(-i/127).
-        extra = {"downscale_freq_shift": 0} | ({"time_convention": "sit"} if family == "sit" else {})
+        extra = {FREQ_SHIFT: 0} | ({TIME_CONVENTION: "sit"} if family == "sit" else {})
         path.write_text(json.dumps(read_json_object(path) | extra, indent=2) + "\n", encoding="utf-8")
         kind = f"{'DiT' if family == 'dit' else 'SiT'} with {config['num_layers']} blocks"
         _write_card(folder, source, f"{kind}, patches of {config['patch_size']}", network, note)

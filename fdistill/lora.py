@@ -33,5 +33,10 @@ def lora_copy(denoiser: Denoiser, rank: int) -> Denoiser:
     shared = {id(parameter): parameter for parameter in denoiser.parameters()}
     adapted: Denoiser = copy.deepcopy(denoiser, shared)
     targets = [name for name, module in adapted.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    if not targets:
+        raise ConfigError(
+            f"fake_score.lora_rank: got {rank}, but this teacher has no linear or convolutional layer of torch's for "
+            "adapters (EDM2 has its own); expected 0"
+        )
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapted)
     return adapted

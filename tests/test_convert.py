@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fdistill.adapters import load_teacher
 from fdistill.convert import convert
 from fdistill.errors import ArgumentError, CheckpointError, OutputError
 from fdistill.networks import EDM2Network, EDMNetwork
@@ -411,6 +412,13 @@ def test_a_converted_transformer_computes_dit(family: str, out_channels: int, su
     assert found.shape == (4, out_channels, SIZE, SIZE)
     assert expected.abs().mean() > 0.3
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+    teacher = load_teacher(folder)
+    levels = t if family == "dit" else 1 - t  # ours count from data to noise
+    raw, _ = teacher.run(x, levels, labels, (), output=True, output_grad=True)
+    assert raw is not None
+    wanted = expected[:, :CHANNELS]
+    torch.testing.assert_close(raw.double(), wanted, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
     scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
     if family == "dit":

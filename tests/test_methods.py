@@ -19,7 +19,7 @@ from fdistill import distill, load_student
 from fdistill.build import build
 from fdistill.config import DistillConfig, GeneratorConfig, dump_config, load_config
 from fdistill.denoiser import Denoiser
-from fdistill.errors import ArgumentError, ConfigError
+from fdistill.errors import ArgumentError, ConfigError, DataError
 from fdistill.generator import FewStepGenerator
 from fdistill.journal import read_records
 from fdistill.methods import METHODS
@@ -289,7 +289,7 @@ def test_a_divergence_of_ones_own_by_module_and_function(tiny_teacher: Path, tmp
 @pytest.mark.parametrize("method", ["f-distill", "dmd2", "sida", "uni-instruct", "diffratio"])
 def test_data_free(tiny_teacher: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With teacher samples for data, the data set is not even loaded; the samples are made once."""
-    monkeypatch.setattr("fdistill.build.load_data", lambda name: pytest.fail(f"loaded {name}"))
+    monkeypatch.setattr("fdistill.build.open_source", lambda name: pytest.fail(f"loaded {name}"))
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "cache"))
     run(tiny_teacher, tmp_path / "run", method=method, data="teacher-samples")
     monkeypatch.setattr("fdistill.data.teacher_samples.heun_sample", lambda *a, **k: pytest.fail("made again"))
@@ -371,7 +371,7 @@ def test_dry_run_names_the_method_and_makes_no_samples(tiny_teacher: Path, monke
     assert "discriminator  none" in text
     text = describe(load_config("digits", {"teacher": str(tiny_teacher), "student_level": [2.5, 0.5]}))
     assert "2 evaluations at levels 2.5, 0.5" in text
-    with pytest.raises(ConfigError, match="did you mean 'digits'"):
+    with pytest.raises(DataError, match="did you mean 'digits'"):
         describe(load_config("digits", {"teacher": str(tiny_teacher), "data": "digitts"}))
 
 

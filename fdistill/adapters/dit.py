@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
-from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.embeddings import LabelEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -40,9 +40,14 @@ def _drop_variances(network: DiTTransformer2DModel) -> None:
 
 
 class DiTDenoiser(Denoiser):
-    """A DiTTransformer2DModel and its parametrisation. Features: "block0", "block1", ... as images of tokens."""
+    """A DiTTransformer2DModel and its parametrisation. Features: "block0", "block1", ... as images of tokens.
 
-    def __init__(self, network: DiTTransformer2DModel, parametrisation: Parametrisation):
+    Args:
+        freq_shift: frequency i of the timestep embedding is 10000^(-i / (128 - freq_shift)). DiT and SiT were trained
+            with 0; diffusers computes, and its DiTPipeline samples, with 1.
+    """
+
+    def __init__(self, network: DiTTransformer2DModel, parametrisation: Parametrisation, freq_shift: float = 1.0):
         super().__init__()
         config: Any = network.config
         if config.out_channels == 2 * config.in_channels:
@@ -53,10 +58,13 @@ class DiTDenoiser(Denoiser):
                 "expected as many outputs as inputs, or twice as many where variances are learned"
             )
         for module in network.modules():
+            if isinstance(module, Timesteps):
+                module.downscale_freq_shift = freq_shift
             if isinstance(module, LabelEmbedding):
                 self.null_class = module.num_classes if module.dropout_prob > 0 else None
                 module.dropout_prob = 0.0  # in training mode it would take labels away from student and fake score
         self.network = network
+        self.freq_shift = freq_shift
         self.parametrisation = parametrisation
         self.schedule = parametrisation.schedule
         self.sigma_data = parametrisation.sigma_data
@@ -69,7 +77,7 @@ class DiTDenoiser(Denoiser):
 
     def with_network(self, network: DiTTransformer2DModel) -> DiTDenoiser:
         """The same reading of another network of this class."""
-        other = DiTDenoiser(network, self.parametrisation)
+        other = DiTDenoiser(network, self.parametrisation, self.freq_shift)
         other.latent_scaling = self.latent_scaling
         return other
 
@@ -126,11 +134,14 @@ class DiTDenoiser(Denoiser):
 
 
 NETWORK = DiTTransformer2DModel
+#: A key of ours in the scheduler's config, which `fdistill convert` writes for the published state dicts.
+FREQ_SHIFT = "downscale_freq_shift"
 
 
 def wrap(network: DiTTransformer2DModel, scheduler: Mapping[str, Any] | None) -> DiTDenoiser:
     """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
-    return DiTDenoiser(network, parametrisation_from_scheduler(scheduler))
+    form = parametrisation_from_scheduler(scheduler)
+    return DiTDenoiser(network, form, float((scheduler or {}).get(FREQ_SHIFT, 1.0)))
 
 
 def native_pipeline(
@@ -143,7 +154,7 @@ def native_pipeline(
     """
     assert isinstance(denoiser, DiTDenoiser)
     form, scaling = denoiser.parametrisation, denoiser.latent_scaling
-    if vae is None or len(levels) != 1 or not isinstance(form, DirectPrediction):
+    if vae is None or len(levels) != 1 or denoiser.freq_shift != 1 or not isinstance(form, DirectPrediction):
         return None
     scheduler = one_step_scheduler(form, levels[0])
     if scheduler is None or scaling is None or any(scaling.bias) or set(scaling.scale) != {vae.config.scaling_factor}:

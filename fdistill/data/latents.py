@@ -174,4 +174,4 @@ def _shards(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, 
 
 
 def _joined(held: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([moments for moments, _ in held]), torch.cat([labels for _, labels in held])
+    return torch.cat([moments for moments, _ in held]).contiguous(), torch.cat([labels for _, labels in held])

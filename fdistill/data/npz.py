@@ -43,5 +43,6 @@ def open_npz(path: Path) -> ArraySource:
         images = images.transpose(0, 3, 1, 2)
     if images.shape[1] not in _CHANNELS:
         raise DataError(f"data {path}: images {list(images.shape)} have neither 1, 3 nor 4 channels, first or last")
-    tensor = torch.from_numpy(np.ascontiguousarray(images))
+    # A copy, as one channel moved first counts as contiguous with strides by which torch takes it for channels-last.
+    tensor = torch.from_numpy(np.array(images, order="C"))
     return ArraySource(str(path), tensor, *class_labels(labels, len(tensor), f"data {path}"))

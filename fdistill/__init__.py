@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fdistill.losses import score_difference_weight as score_difference_weight
     from fdistill.one_step import OneStepPipeline as OneStepPipeline
     from fdistill.pipeline import load_student as load_student
+    from fdistill.posthoc_ema import reconstruct_student as reconstruct_student
     from fdistill.ratio import DensityRatio as DensityRatio
     from fdistill.step import Networks as Networks
     from fdistill.step import Pairs as Pairs
@@ -66,6 +67,7 @@ _WHERE = {
     "OneStepPipeline": "one_step",
     "Pairs": "step",
     "ratio_critic_step": "step",
+    "reconstruct_student": "posthoc_ema",
     "score_difference_loss": "losses",
     "score_difference_weight": "losses",
     "sid_step": "step",

@@ -210,7 +210,7 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         networks=networks,
         student=generator,
         optimizers=optimizers,
-        ema=EMA(generator, config.ema.decays),
+        ema=EMA(generator, config.ema.decays, config.ema.sigma_rel),
         ratio=ratio,
         critic_update=_critic_update(config, networks),
         student_update=_student_update(config, networks, divergence, ratio),

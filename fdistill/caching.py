@@ -61,9 +61,7 @@ def cache(
     denoiser = load_denoiser(checkpoint)
     latents = attach_latent_space(denoiser, checkpoint, vae)
     if latents is None:
-        raise ArgumentError(
-            f"teacher {str(teacher)!r}: makes pixels; pass the images to distill as they are"
-        )
+        raise ArgumentError(f"teacher {str(teacher)!r}: makes pixels; pass the images to distill as they are")
     source = open_source(str(data))
     resolution = latents.factor * denoiser.sample_shape[-1]
     folder = claim_folder(Path(output))

@@ -61,6 +61,9 @@ def distill(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the resolved config and what would be done; write nothing.")
     ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Try a recipe out: a few iterations, tiny network, random images.")
+    ] = False,
 ) -> None:
     """Distil a teacher into a student of one step or a few.
 
@@ -71,9 +74,15 @@ def distill(
     if len(names) > 1:
         raise ConfigError(f"expected one CONFIG and key=value settings, got {' '.join(names)}")
 
-    from fdistill.config import load_config
+    name = names[0] if names else "digits"
+    if smoke:
+        from fdistill.smoke import smoke_config
 
-    config = load_config(names[0] if names else "digits", overrides)
+        config = smoke_config(name, overrides)
+    else:
+        from fdistill.config import load_config
+
+        config = load_config(name, overrides)
 
     from fdistill import train
 
@@ -208,9 +217,7 @@ def cache(
     vae: Annotated[str | None, typer.Option(help="Autoencoder, where the teacher's folder has none.")] = None,
     recipe: Annotated[str, typer.Option(help="How images are brought to the teacher's size.")] = "center-box",
     flip: Annotated[bool, typer.Option("--flip", help="Add every image's mirror image.")] = False,
-    sampling: Annotated[
-        str, typer.Option(help="What training takes of each latent: sample or mean.")
-    ] = "sample",
+    sampling: Annotated[str, typer.Option(help="What training takes of each latent: sample or mean.")] = "sample",
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
     device: Device = "auto",
 ) -> None:
@@ -232,6 +239,27 @@ def cache(
         device=device,
     )
     typer.echo(f"latents: {folder}")
+
+
+@app.command()
+def ema(
+    run: Annotated[Path, typer.Argument(help="A run folder with snapshots of its averages in ema/.")],
+    sigma_rel: Annotated[float, typer.Option(help="Width of the average, relative to the iterations before it.")],
+    output: Annotated[Path, typer.Option(help="The student folder; must not exist or be empty.")],
+    iteration: Annotated[int | None, typer.Option(help="One with a snapshot; the last by default.")] = None,
+    network: Network = None,
+    device: Device = "auto",
+) -> None:
+    """Make a student of another average of a run's weights, from the snapshots that ema.snapshot_every kept.
+
+    Example: fdistill ema runs/digits --sigma-rel 0.08 --output students/digits-0.08
+    """
+    from fdistill.posthoc_ema import reconstruct_student
+
+    folder = reconstruct_student(
+        run, sigma_rel=sigma_rel, output=output, iteration=iteration, network=network, device=device
+    )
+    typer.echo(f"student: {folder}")
 
 
 def main() -> None:

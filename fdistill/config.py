@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from fdistill.ema_profiles import MAX_SIGMA_REL, MIN_SIGMA_REL, profile_name
 from fdistill.errors import ConfigError, did_you_mean
 from fdistill.methods import METHODS, check_combination
 
@@ -22,6 +23,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+RelativeWidth = Annotated[float, Field(ge=MIN_SIGMA_REL, le=MAX_SIGMA_REL)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 
@@ -147,15 +149,41 @@ class RatioConfig(_Section):
 
 
 class EMAConfig(_Section):
-    """Averages of the student's weights, one for each decay (per iteration); the exported student is one of them."""
+    """Averages of the student's weights, one for each decay (per iteration) and one for each relative width of a power
+    function (EDM2); the exported student is one of them."""
 
-    decays: list[Decay] = Field(default=[0.98], min_length=1)
-    export: Decay = 0.98
+    decays: list[Decay] = [0.98]
+    sigma_rel: list[RelativeWidth] = []
+    export: float | str = Field(default=0.98, description="one of decays, or one of sigma_rel as sigma_rel=0.1")
+    snapshot_every: CountOrZero = Field(
+        default=0, description="keep the averages of sigma_rel every so many iterations, for `fdistill ema`; 0 is off"
+    )
+
+    @field_validator("export", mode="before")
+    @classmethod
+    def _average(cls, value: Any) -> Any:
+        """sigma_rel=0.10 and sigma_rel=0.1 are one name."""
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise ValueError(f"got {value!r}, expected one of decays, or one of sigma_rel as sigma_rel=0.1")
+        kind, _, width = str(value).partition("=")
+        try:
+            return profile_name(float(width)) if kind == "sigma_rel" else value
+        except ValueError:
+            return value
 
     @model_validator(mode="after")
-    def _exported(self) -> EMAConfig:
-        if self.export not in self.decays:
-            raise ValueError(f"export: got {self.export}, expected one of decays {self.decays}")
+    def _fits(self) -> EMAConfig:
+        profiles = [profile_name(width) for width in self.sigma_rel]
+        if self.export not in [*self.decays, *profiles]:
+            raise ValueError(
+                f"export: got {self.export}, expected one of decays {self.decays}"
+                + (f" or {', '.join(profiles)}" if profiles else "")
+            )
+        if self.snapshot_every and not self.sigma_rel:
+            raise ValueError(
+                f"snapshot_every: got {self.snapshot_every}, but snapshots are of sigma_rel, which is empty; "
+                "expected widths such as [0.05, 0.1], or snapshot_every=0"
+            )
         return self
 
 
@@ -247,6 +275,18 @@ class DistillConfig(_Section):
         return tuple(level) if isinstance(level, list) else None if level is None else (level,)
 
 
+class SmokeConfig(_Section):
+    """A recipe's smoke section: what `--smoke` makes in place of its teacher and data, and settings that fit those."""
+
+    network: dict[str, Any] = Field(description="_class_name and settings of a tiny network of the teacher's family")
+    scheduler: dict[str, Any] | None = Field(
+        default=None, description="_class_name and settings of the scheduler beside it"
+    )
+    vae: dict[str, Any] | None = Field(default=None, description="settings of a latent teacher's AutoencoderKL")
+    images: Count = Field(default=16, description="how many, over all classes")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="over the recipe's settings")
+
+
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(under)
     for key, value in over.items():
@@ -259,6 +299,7 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 #: Settings that may change when a run is resumed; all others define the run.
 RESUMABLE = ("iterations", "device", "log")
+_SMOKE = "smoke"  # section of a recipe's file that is no setting of a run
 
 
 def config_path(name_or_path: str) -> Path:
@@ -292,17 +333,8 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
     Raises:
         ConfigError: an unknown key (with the nearest one), a wrong type or range, or YAML that cannot be read.
     """
-    values: dict[str, Any] = {}
-    written_for = None
-    if name_or_path is not None:
-        path = config_path(name_or_path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config {path}: cannot be read as UTF-8 text ({error})") from error
-        values = _parse_yaml(text, str(path)) or {}
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    values = {} if name_or_path is None else _read_file(name_or_path)
+    values.pop(_SMOKE, None)
     written_for = values.get("method")
     if isinstance(overrides, Mapping):
         pairs = list(overrides.items())
@@ -325,12 +357,28 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
     return validate(values)
 
 
+def load_smoke(name_or_path: str) -> SmokeConfig:
+    """The smoke section of a config; raises ConfigError where there is none, or one that is wrong."""
+    values = _read_file(name_or_path)
+    if _SMOKE not in values:
+        raise ConfigError(
+            f"config {name_or_path!r}: has no smoke section, which says what to run on in place of its teacher and "
+            "data; leave --smoke out, or add one as in cifar10-cond"
+        )
+    try:
+        return SmokeConfig.model_validate(values[_SMOKE])
+    except ValidationError as error:
+        problems = "\n".join(_explain(problem, SmokeConfig) for problem in error.errors())
+        raise ConfigError(f"config {name_or_path!r}, smoke: {problems}") from error
+
+
 def validate(values: Mapping[str, Any]) -> DistillConfig:
     """A config from nested plain values; raises ConfigError for each thing that is wrong, all in one message."""
     try:
         return DistillConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("config: " + "\n".join(_explain(problem) for problem in error.errors())) from error
+        problems = "\n".join(_explain(problem, DistillConfig) for problem in error.errors())
+        raise ConfigError(f"config: {problems}") from error
 
 
 def dump_config(config: DistillConfig) -> str:
@@ -348,6 +396,18 @@ def changed_keys(old: DistillConfig, new: DistillConfig) -> list[str]:
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and key.split(".")[0] not in RESUMABLE
     ]
+
+
+def _read_file(name_or_path: str) -> dict[str, Any]:
+    path = config_path(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: cannot be read as UTF-8 text ({error})") from error
+    values = _parse_yaml(text, str(path)) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    return values
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -384,11 +444,11 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, root: type[BaseModel]) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location)
     if problem["type"] == "extra_forbidden":
-        section: type[BaseModel] = DistillConfig
+        section = root
         for part in location[:-1]:
             annotation = section.model_fields[part].annotation
             assert isinstance(annotation, type)

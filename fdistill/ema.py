@@ -1,4 +1,6 @@
-"""Exponential moving averages of a module's parameters: float32 whatever the module's dtype, several decays at once."""
+"""Averages of a module's weights: float32 whatever the module's dtype, several at once, of constant decay or by the
+power functions of `ema_profiles`.
+"""
 
 from __future__ import annotations
 
@@ -8,26 +10,39 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fdistill.ema_profiles import decay_at, gamma_from_sigma_rel, profile_name
 from fdistill.errors import ArgumentError
 from fdistill.kernels.ema import ema
 
+#: A decay, or the name of a power-function average, as "sigma_rel=0.1".
+Average = float | str
+
 
 class EMA:
-    """Shadow copies of `module`'s parameters and buffers, one set for each decay; they start as copies.
+    """Shadow copies of `module`'s parameters and buffers, one set for each average; they start as copies.
 
     Args:
         decays: each in [0, 1); after every `update`, shadow = decay * shadow + (1 - decay) * parameter. Integer
             buffers are copied.
+        sigma_rel: relative widths of power-function averages (see `ema_profiles`), whose decay grows from update to
+            update; the first update copies.
+
+    Attributes:
+        shadows: tensors by name, by average: a decay, or `profile_name(sigma_rel)`.
+        updates: how many there have been.
     """
 
-    def __init__(self, module: nn.Module, decays: Sequence[float]):
+    def __init__(self, module: nn.Module, decays: Sequence[float], sigma_rel: Sequence[float] = ()):
         for decay in decays:
             if not 0 <= decay < 1:
                 raise ArgumentError(f"decays: expected each in [0, 1), got {decay}")
         self.decays = tuple(float(decay) for decay in decays)
+        self.updates = 0
+        self._gammas: dict[Average, float] = {profile_name(width): gamma_from_sigma_rel(width) for width in sigma_rel}
         self._module = module
-        self.shadows: dict[float, dict[str, Tensor]] = {
-            decay: {name: self._shadow(value) for name, value in module.state_dict().items()} for decay in self.decays
+        self.shadows: dict[Average, dict[str, Tensor]] = {
+            average: {name: self._shadow(value) for name, value in module.state_dict().items()}
+            for average in (*self.decays, *self._gammas)
         }
 
     @staticmethod
@@ -37,30 +52,38 @@ class EMA:
 
     @torch.no_grad()
     def update(self) -> None:
+        self.updates += 1
         current = {name: value.detach() for name, value in self._module.state_dict().items()}
         floats = [name for name, value in current.items() if value.is_floating_point()]
         ema(
             [shadow[name] for shadow in self.shadows.values() for name in floats],
             [current[name] for name in floats],
-            list(self.shadows),
+            [self._decay(average) for average in self.shadows],
             "auto",
         )
         for shadow in self.shadows.values():
             for name in current.keys() - set(floats):
                 shadow[name].copy_(current[name])
 
+    def _decay(self, average: Average) -> float:
+        gamma = self._gammas.get(average)
+        return float(average) if gamma is None else decay_at(gamma, self.updates)
+
     @contextmanager
-    def applied(self, decay: float) -> Iterator[None]:
+    def applied(self, average: Average) -> Iterator[None]:
         """The module holds the averaged weights inside the block, and its own again afterwards."""
         own = {name: value.clone() for name, value in self._module.state_dict().items()}
-        self._module.load_state_dict(self.shadows[decay])
+        self._module.load_state_dict(self.shadows[average])
         try:
             yield
         finally:
             self._module.load_state_dict(own)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {f"{decay}.{name}": value for decay, shadow in self.shadows.items() for name, value in shadow.items()}
+        """The shadows and, if a power-function average needs it, the number of updates."""
+        shadows = self.shadows.items()
+        state = {f"{average}.{name}": value for average, shadow in shadows for name, value in shadow.items()}
+        return state | ({"updates": torch.tensor(self.updates)} if self._gammas else {})
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copies a `state_dict` back; its names must be exactly this EMA's."""
@@ -69,3 +92,5 @@ class EMA:
             raise ArgumentError(f"EMA state: names differ, for example {sorted(own.keys() ^ state.keys())[:3]}")
         for name, value in own.items():
             value.copy_(state[name])
+        if self._gammas:
+            self.updates = int(own["updates"])

@@ -1,6 +1,7 @@
 """`OneStepPipeline`: students that no pipeline of diffusers runs, in a folder that diffusers loads."""
 
-from __future__ import annotations
+# No `from __future__ import annotations`: diffusers compares a pipeline's components with the classes that its
+# constructor is annotated with, and older versions know plain classes alone.
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -25,9 +26,10 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
         network: of any family that fdistill reads.
         scheduler: whose config says what the network predicts; None for networks that say it themselves.
         vae: of a latent student.
-        levels: falling noise levels of the student's steps; one for a one-step student.
-        null_class: the label that stands for no class, where the network's config does not say it.
-        latent_scale, latent_bias: for each channel of the autoencoder's latents, what makes samples of them.
+        student: how they are used, in one mapping because diffusers takes lists in a pipeline's config for components:
+            "levels", the falling noise levels of its steps, one for a one-step student; "null_class", the label that
+            stands for no class, where the network's config does not say it; "latent_scale" and "latent_bias", for each
+            channel of the autoencoder's latents, what makes samples of them.
     """
 
     _optional_components: ClassVar[list[str]] = ["scheduler", "vae"]
@@ -36,24 +38,19 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
     def __init__(
         self,
         network: ModelMixin,
-        scheduler: SchedulerMixin | None = None,
-        vae: AutoencoderKL | None = None,
-        *,
-        levels: Sequence[float] = (),
-        null_class: int | None = None,
-        latent_scale: Sequence[float] | None = None,
-        latent_bias: Sequence[float] | None = None,
+        scheduler: SchedulerMixin = None,
+        vae: AutoencoderKL = None,
+        student: dict = None,  # type: ignore[assignment, type-arg]  # noqa: RUF013
     ):
         super().__init__()
         self.register_modules(network=network, scheduler=scheduler, vae=vae)
-        self.register_to_config(
-            levels=list(levels), null_class=null_class, latent_scale=latent_scale, latent_bias=latent_bias
-        )
+        self.register_to_config(student=dict(student or {}))
 
     def _generator(self) -> Generator:
         denoiser = wrap(self.network, None if self.scheduler is None else scheduler_config(self.scheduler))
-        set_null_class(denoiser, self.config.null_class)
-        return student_generator(denoiser, self.config.levels).eval()
+        settings = self.config.student
+        set_null_class(denoiser, settings.get("null_class"))
+        return student_generator(denoiser, settings.get("levels", ())).eval()
 
     @torch.no_grad()
     def __call__(
@@ -92,7 +89,7 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
         noise = randn_tensor((batch_size, *noise_shape(student)), generator=generator, device=device)
         samples = student(noise.to(self.network.dtype), labels)
         if self.vae is not None:
-            scaling = LatentScaling(tuple(self.config.latent_scale), tuple(self.config.latent_bias))
+            scaling = LatentScaling(self.config.student["latent_scale"], self.config.student["latent_bias"])
             samples = self.vae.decode(scaling.to_latents(samples).to(self.vae.dtype)).sample
         images = (samples / 2 + 0.5).clamp(0, 1)
         if output_type != "pt":

@@ -76,16 +76,12 @@ def _pipeline(
     native = family.native_pipeline(denoiser, generator.levels, origin.index, vae)
     if native is not None:
         return native
-    scaling = denoiser.latent_scaling
-    pipeline = OneStepPipeline(
-        denoiser.network,
-        load_scheduler(read_scheduler_config(origin.folder)) if origin.folder else None,
-        vae,
-        levels=generator.levels,
-        null_class=denoiser.null_class,
-        latent_scale=scaling and scaling.scale,
-        latent_bias=scaling and scaling.bias,
-    )
+    scheduler = load_scheduler(read_scheduler_config(origin.folder)) if origin.folder else None
+    student: dict[str, Any] = {"levels": list(generator.levels), "null_class": denoiser.null_class}
+    if denoiser.latent_scaling is not None:
+        scale, bias = denoiser.latent_scaling
+        student |= {"latent_scale": list(scale), "latent_bias": list(bias)}
+    pipeline = OneStepPipeline(denoiser.network, scheduler, vae, student)
     return pipeline, {}
 
 

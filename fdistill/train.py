@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from fdistill.data import EpochOrder
 from fdistill.denoiser import Denoiser
 from fdistill.devices import autocast, start, upload
 from fdistill.distributed import average_gradients
+from fdistill.ema_profiles import profile_name
 from fdistill.errors import ConfigError, FDistillError, NonFiniteError, OutputError
 from fdistill.files import atomic_file, writing
 from fdistill.generator import noise_shape
@@ -31,6 +33,7 @@ from fdistill.methods import METHODS
 from fdistill.pipeline import save_student
 from fdistill.report import grid, save_curves, save_grid
 from fdistill.sampler import heun_sample
+from fdistill.snapshots import save_snapshot, truncate_snapshots
 from fdistill.step import Pairs, StepResult
 
 _GRID, _LARGE_GRID = 80, 16  # samples in a picture; the second of latents and of images above 64 pixels
@@ -48,8 +51,8 @@ def distill(
 
     Args:
         config: the name of an embedded config, a YAML file, or a DistillConfig.
-        output: the run folder: config.yaml, metrics.jsonl, samples/, checkpoints/, student/. Must not exist or be
-            empty.
+        output: the run folder: config.yaml, metrics.jsonl, samples/, checkpoints/, ema/, student/. Must not exist or
+            be empty.
         resume: go on from the newest checkpoint in `output`, or start if there is none.
         **overrides: settings over the config's: divergence="forward-kl"; dotted ones as **{"generator.lr": 1e-5}.
 
@@ -86,7 +89,12 @@ def distill(
             folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(folder / "config.yaml") as temporary:
             temporary.write_text(dump_config(config), encoding="utf-8")
+        if run.resized is not None:
+            listed = {"copied": run.resized.copied, "new": run.resized.new}
+            with atomic_file(folder / "student_weights.json") as temporary:
+                temporary.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
         truncate_records(folder / "metrics.jsonl", run.iteration)
+        truncate_snapshots(folder / "ema", run.iteration)
     state.wait_for_everyone()
     _train(run, data, config, folder, device, main=state.is_main_process)
     student = folder / "student"
@@ -179,7 +187,7 @@ def _card(config: DistillConfig, run: Distillation, folder: Path) -> dict[str, A
         "iterations": run.iteration,
         "batch_size": config.batch_size,
         "critic_steps": config.critic_steps,
-        "ema_decay": config.ema.export,
+        "ema": config.ema.export,
         "seed": config.seed,
         "num_classes": run.student.num_classes,
         "fdistill_version": __version__,
@@ -227,6 +235,10 @@ def _train(
             return {}
         return {"ratio_ramp": min(1.0, run.iteration / config.ratio.warmup)}
 
+    denoisers = {
+        role: [module for module in run.role(role).modules() if isinstance(module, Denoiser)] for role in run.optimizers
+    }
+
     def update(result: StepResult, roles: Mapping[str, float]) -> None:
         result.loss.backward()
         norms = {}
@@ -236,9 +248,8 @@ def _train(
             norms[role] = torch.nn.utils.clip_grad_norm_(parameters, clip)
             run.optimizers[role].step()
             run.optimizers[role].zero_grad()
-            for module in run.role(role).modules():
-                if isinstance(module, Denoiser):
-                    module.after_update()
+            for denoiser in denoisers[role]:
+                denoiser.after_update()
         journal.add(result.logs, norms)
 
     critic_clips: dict[str, float] = {
@@ -281,10 +292,11 @@ def _train(
 
             last = run.iteration == config.iterations
             due = _due(run.iteration, config.log.checkpoint_every) or last
-            if _due(run.iteration, config.log.every) or due:
+            keep = _due(run.iteration, config.ema.snapshot_every) or (last and config.ema.snapshot_every > 0)
+            if _due(run.iteration, config.log.every) or due or keep:
                 try:
                     record = journal.record()
-                    if due:
+                    if due or keep:
                         run.check_finite()
                 except NonFiniteError as error:
                     raise _stopped(error, run.iteration, folder) from error
@@ -302,6 +314,9 @@ def _train(
                         tracker.log(scalars(record), step=run.iteration)
             if main and config.log.samples_every and (_due(run.iteration, config.log.samples_every) or last):
                 save_grid(_student_images(run, config, device), folder / "samples" / f"{run.iteration:06d}.png")
+            if main and keep:  # before the checkpoint, so that a run resumed from it has every snapshot up to it
+                for width in config.ema.sigma_rel:
+                    save_snapshot(folder / "ema", run.iteration, width, run.ema.shadows[profile_name(width)])
             if main and due:
                 meta = {"fdistill_version": __version__, "torch_version": torch.__version__}
                 save_checkpoint(folder / "checkpoints", run.iteration, run.state(), meta, config.log.keep_checkpoints)

@@ -95,6 +95,7 @@ def class_conditional(folder: Path) -> Path:
 
 
 def consistency(folder: Path) -> Path:
+    """openai's consistency models in diffusers: other blocks, and the noise level as a scale and shift."""
     scheduler = CMStochasticIterativeScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
     ConsistencyModelPipeline(
         unet=tiny_unet(**RGB, resnet_time_scale_shift="scale_shift"), scheduler=scheduler

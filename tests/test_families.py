@@ -22,8 +22,9 @@ from diffusers import (
 from families import FAMILIES
 from torch import Tensor
 
-from fdistill import distill, load_student, load_teacher, train
+from fdistill import OneStepPipeline, distill, load_student, load_teacher, train
 from fdistill.adapters import find_network
+from fdistill.errors import ArgumentError
 from fdistill.generator import noise_shape
 
 SETTINGS: dict[str, Any] = {
@@ -233,3 +234,29 @@ def test_students_may_start_at_an_earlier_timestep(checkpoints: dict[str, Path],
     alpha = teacher.schedule.alpha(torch.tensor(399.0))
     own = load_student(student).denoiser.schedule.alpha(torch.tensor(399.0))
     torch.testing.assert_close(own, alpha, rtol=1e-5, atol=0)
+
+
+def test_a_few_step_student_in_our_pipeline(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    settings = SETTINGS | {"method": "f-distill", "divergence": "rkl", "data": "teacher-samples", "iterations": 2}
+    settings |= {"student_level": [40.0, 2.5], "teacher_samples.count": 8, "teacher_samples.num_steps": 2}
+    student = distill("digits", output=tmp_path / "run", teacher=str(checkpoints["edm-ddpmpp"]), **settings)
+    pipeline = DiffusionPipeline.from_pretrained(student)
+    labels = [0, 3, 9]
+    images = pipeline(class_labels=labels, generator=torch.Generator().manual_seed(1), output_type="pt").images
+    noise = torch.randn(3, 2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    x0 = load_student(student)(noise, torch.tensor(labels))
+    torch.testing.assert_close(images, (x0 / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
+    pictures = pipeline(class_labels=torch.tensor(labels)).images
+    assert [picture.size for picture in pictures] == [(8, 8)] * 3
+
+
+def test_our_pipeline_says_what_labels_it_wants(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    for name, arguments, message in (
+        ("edm-ddpmpp", {}, r"expected labels in \[0, 10\), got None"),
+        ("edm-ddpmpp", {"class_labels": [3, 10]}, r"expected labels in \[0, 10\), got \[3, 10\]"),
+        ("edm-ncsnpp", {"class_labels": [1]}, "this student is unconditional"),
+    ):
+        network: Any = load_teacher(checkpoints[name]).network
+        pipeline = OneStepPipeline(network, student={"levels": [80.0]})
+        with pytest.raises(ArgumentError, match=message):
+            pipeline(**arguments)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"errors", "files", "config", "methods", "assets"},
+    {"errors", "files", "config", "ema_profiles", "methods", "assets"},
     {"noise", "divergence", "rng", "distributed", "images", "unpickle"},
     {"kernels"},
     {"denoiser", "guidance", "generator", "discriminator", "ratio", "losses", "ema", "sampler", "networks"},
@@ -25,11 +25,25 @@ LAYERS = [
         "data",
         "checkpoint",
         "pipeline",
+        "snapshots",
         "convert",
         "convert_dit",
         "devices",
     },
-    {"build", "journal", "report", "generation", "inspection", "caching", "train", "cli", "__init__", "__main__"},
+    {
+        "build",
+        "journal",
+        "report",
+        "generation",
+        "inspection",
+        "caching",
+        "posthoc_ema",
+        "smoke",
+        "train",
+        "cli",
+        "__init__",
+        "__main__",
+    },
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fdistill import distill, generate, load_student, load_teacher
+from fdistill.adapters import Checkpoint
 from fdistill.errors import CheckpointError
 
 EXAMPLE = re.findall(
@@ -52,6 +53,17 @@ def test_a_students_folder_cannot_choose_what_runs(module: str, tmp_path: Path) 
     with pytest.raises(CheckpointError, match="os:getcwd"):
         load_student(student)
     assert load_student(student, network=module).levels == (2.5,)
+
+
+def test_its_samples_may_stand_for_data(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are cached by the weights, numbers without dimensions among them."""
+    own = load_teacher(module)
+    own.register_parameter("gain", torch.nn.Parameter(torch.tensor(1.0)))
+    one = Checkpoint(module, factory=lambda: own).fingerprint(own)
+    own.get_parameter("gain").data.mul_(2)
+    assert Checkpoint(module, factory=lambda: own).fingerprint(own) != one
+    settings = {"data": "teacher-samples", "teacher_samples.count": 8, "teacher_samples.num_steps": 2}
+    distill("digits", output=tmp_path / "run", teacher=module, batch_size=8, iterations=1, **settings)
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ class Checkpoint:
         digest.update(f"{denoiser.null_class} {getattr(denoiser, 'guidance_scale', 1.0)}".encode())
         if self.folder is None:
             for name, value in denoiser.state_dict().items():
-                digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(
+                    name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                )
         else:
             digest.update(weights_sha256(self.folder).encode())
             for path in sorted(self.folder.rglob("*.json")):

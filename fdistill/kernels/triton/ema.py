@@ -65,21 +65,28 @@ def _blend(
         if ALIGNED:
             shadow_ptr = tl.multiple_of(shadow_ptr, 16)
         shadow = tl.load(shadow_ptr + i, mask=inside)
-        shadow += tl.load(rates_ptr + k) * (value - shadow)
+        rate = tl.load(rates_ptr + k)
+        # As torch's lerp: from the nearer end, so that a rate of 1 copies.
+        change = value - shadow
+        shadow = tl.where(rate < 0.5, shadow + rate * change, value - (1 - rate) * change)
         tl.store(shadow_ptr + i, shadow, mask=inside)
 
 
 @lru_cache(maxsize=64)
-def _tables(
-    device: torch.device, pointers: tuple[int, ...], sizes: tuple[int, ...], decays: tuple[float, ...]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the kernel reads; weights do not move between updates, so it is uploaded once."""
+def _tables(device: torch.device, pointers: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """What the kernel reads of the tensors; weights do not move between updates, so it is uploaded once."""
     blocks = [triton.cdiv(size, BLOCK) for size in sizes]
     chunks = torch.tensor(
         [[k for k, count in enumerate(blocks) for _ in range(count)], [b for count in blocks for b in range(count)]]
     )
-    tables = (chunks, torch.tensor(pointers), torch.tensor(sizes), torch.tensor([1 - decay for decay in decays]))
-    return tables[0].to(device), tables[1].to(device), tables[2].to(device), tables[3].to(device)
+    return chunks.to(device), torch.tensor(pointers).to(device), torch.tensor(sizes).to(device)
+
+
+@lru_cache(maxsize=64)
+def _rates(device: torch.device, decays: tuple[float, ...]) -> Tensor:
+    """1 - decay; uploaded without a wait, since some decays are others in every update."""
+    rates = torch.tensor([1 - decay for decay in decays])
+    return rates.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rates.to(device)
 
 
 def ema(shadows: Sequence[Tensor], values: Sequence[Tensor], decays: Sequence[float]) -> None:
@@ -105,13 +112,13 @@ def ema(shadows: Sequence[Tensor], values: Sequence[Tensor], decays: Sequence[fl
         pointers += tuple(shadows[d * len(values) + k].data_ptr() for d in every for k in members)
         device = own[0].device
         sizes = tuple(value.numel() for value in own)
-        chunks, table, size_table, rates = _tables(device, pointers, sizes, tuple(decays))
+        chunks, table, size_table = _tables(device, pointers, sizes)
         with on_device(own[0]):
             _ema[(chunks.shape[1],)](
                 chunks,
                 table,
                 size_table,
-                rates,
+                _rates(device, tuple(decays)),
                 len(own),
                 DTYPE={torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[dtype],
                 DECAYS=len(decays),

@@ -171,8 +171,14 @@ images = pipeline({arguments}).images
 ```"""
 
 
+def _rows(values: dict[str, Any]) -> str:
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+    return "\n".join(f"| {key} | {value} |" for key, value in shown.items())
+
+
 def _model_card(generator: Generator, usage: str, card: dict[str, Any], config: str) -> str:
-    rows = "\n".join(f"| {key} | {value} |" for key, value in card.items())
+    rows = _rows({key: value for key, value in card.items() if key != "metrics"})
+    metrics = {key: value for key, value in card.get("metrics", {}).items() if isinstance(value, (int, float))}
     steps = len(generator.levels)
     return f"""---
 library_name: diffusers
@@ -192,6 +198,12 @@ Network evaluations an image: {steps}. No guidance: what the teacher's had was l
 {rows}
 
 ## Training
+
+The last record of the run; losses and norms are means over the iterations since the record before it.
+
+| | |
+|---|---|
+{_rows(metrics)}
 
 ```yaml
 {config.strip()}

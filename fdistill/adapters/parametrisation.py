@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, SchedulerMixin
 from torch import Tensor
 
+from fdistill.adapters.pretrained import quiet_diffusers
 from fdistill.denoiser import Preconditioning
 from fdistill.errors import CheckpointError, did_you_mean
 from fdistill.files import read_json_object
@@ -200,7 +201,8 @@ def load_scheduler(config: Mapping[str, Any] | None) -> SchedulerMixin | None:
     """The scheduler of a `read_scheduler_config`, keys of ours included."""
     if config is None:
         return None
-    scheduler: SchedulerMixin = getattr(diffusers, str(config["_class_name"])).from_config(dict(config))
+    with quiet_diffusers("configuration_utils"):  # which warns of keys that are not its own
+        scheduler: SchedulerMixin = getattr(diffusers, str(config["_class_name"])).from_config(dict(config))
     return scheduler
 
 

@@ -17,9 +17,9 @@ Network = TypeVar("Network", bound=ModelMixin)
 
 
 @contextmanager
-def _quiet_diffusers() -> Iterator[None]:
-    """What diffusers would log while it loads is said once, in the error that `load_network` raises."""
-    logger = logging.getLogger("diffusers.models.modeling_utils")
+def quiet_diffusers(module: str) -> Iterator[None]:
+    """Without what this module of diffusers would log."""
+    logger = logging.getLogger(f"diffusers.{module}")
     before, logger.disabled = logger.disabled, True
     try:
         yield
@@ -34,7 +34,7 @@ def load_network(cls: type[Network], folder: Path) -> Network:
         CheckpointError: a file is missing, truncated, or does not fit the architecture its config names.
     """
     try:
-        with _quiet_diffusers():
+        with quiet_diffusers("models.modeling_utils"):  # what it would say is in the error below
             network, info = cls.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True
             )

@@ -237,6 +237,18 @@ def _student_network(
     return origin, copy.deepcopy(teacher) if start is teacher else start, None
 
 
+def _check_same_start(teacher: Denoiser, student: Generator) -> None:
+    """Raises ConfigError where the teacher's sampler cannot start from the noise that the student does."""
+    level = torch.tensor(student.levels[0], dtype=torch.float64)
+    own, others = student.denoiser.schedule, teacher.schedule
+    mine, theirs = (torch.stack([s.start(level), s.alpha(level), s.sigma(level)]) for s in (own, others))
+    if level > others.t_max or not torch.allclose(mine, theirs, rtol=1e-4):
+        raise ConfigError(
+            f"regression.weight: pairs start at the student's level {student.levels[0]:g}, which means another noise "
+            "to the teacher; expected a student with the teacher's noise schedule, or a method without regression"
+        )
+
+
 def _check_weights(config: DistillConfig, divergence: Divergence) -> None:
     """Raises ConfigError if h overflows, or vanishes everywhere, at a ratio that the clamp lets through."""
     lower, upper = config.ratio.lower, config.ratio.upper
@@ -378,6 +390,7 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
             source = FixedSamples(made.x0, made.labels)
     pairs = None
     if METHODS[config.method].objective == "matching" and config.regression.weight:
+        _check_same_start(run.networks.teacher, run.student)
         pairs = samples(config.regression.pairs, run.student.levels[0])
     return TrainingData(source, pairs)
 

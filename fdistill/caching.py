@@ -57,6 +57,8 @@ def cache(
     """
     if sampling not in SAMPLING:
         raise ArgumentError(f"sampling: got {sampling!r}; {did_you_mean(sampling, SAMPLING)}")
+    if batch_size < 1 or workers < 1:
+        raise ArgumentError(f"batch_size, workers: expected at least 1, got {batch_size} and {workers}")
     checkpoint = resolve_checkpoint(teacher)
     denoiser = load_denoiser(checkpoint)
     latents = attach_latent_space(denoiser, checkpoint, vae)
@@ -79,6 +81,8 @@ def cache(
     ) as loader:
         batches = _moments(loader, source, latents, batch_size, flip, chosen)
         write_latents(folder, batches, meta, source.num_classes)
+        for name, reason in loader.skipped:
+            tqdm.write(f"skipped {name}: {reason}")
     return Path(output)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], me
     with atomic_folder(path) as temporary:
         try:
             save_file(
-                {name: value.detach().cpu().contiguous() for name, value in tensors.items()},
+                unshared(tensors),
                 temporary / "state.safetensors",
             )
         except SafetensorError as error:
@@ -40,6 +41,18 @@ def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], me
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     return path
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each with memory of its own: safetensors holds no tensor twice, as networks with tied weights do."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        own = value.detach().cpu().contiguous()
+        pointer = own.untyped_storage().data_ptr()
+        found[name] = own.clone() if pointer in seen else own
+        seen.add(pointer)
+    return found
 
 
 def checkpoints(folder: Path) -> list[Path]:

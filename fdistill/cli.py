@@ -219,6 +219,7 @@ def cache(
     flip: Annotated[bool, typer.Option("--flip", help="Add every image's mirror image.")] = False,
     sampling: Annotated[str, typer.Option(help="What training takes of each latent: sample or mean.")] = "sample",
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    workers: Annotated[int, typer.Option(help="Processes that decode.")] = 2,
     device: Device = "auto",
 ) -> None:
     """Encode images once with a latent teacher's autoencoder, for `distill data=FOLDER`.
@@ -236,6 +237,7 @@ def cache(
         flip=flip,
         sampling=sampling,
         batch_size=batch_size,
+        workers=workers,
         device=device,
     )
     typer.echo(f"latents: {folder}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fdistill.denoiser import Denoiser
 from fdistill.errors import ArgumentError
+from fdistill.kernels.checks import wide
 from fdistill.kernels.renoise import renoise
 from fdistill.noise import expand
 
@@ -41,7 +42,7 @@ class OneStepGenerator(nn.Module):
 
     def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
         """Standard normal noise [B, C, H, W], labels [B] or None -> x0 [B, C, H, W] float32, nominally in [-1, 1]."""
-        t = noise.new_full((len(noise),), self.levels[0])
+        t = noise.new_full((len(noise),), self.levels[0], dtype=wide(noise.dtype))  # bfloat16 has no 999
         x_t = expand(self.denoiser.schedule.start(t), noise) * noise
         return cast(Tensor, self.denoiser(x_t, t, condition))
 
@@ -87,7 +88,7 @@ class FewStepGenerator(nn.Module):
         last = noise.shape[1] - 1
         x0 = noise[:, 0]
         for k in range(last + 1):
-            t = noise.new_full((len(noise),), self.levels[k])
+            t = noise.new_full((len(noise),), self.levels[k], dtype=wide(noise.dtype))
             # At the first level nothing of a sample is there yet, and nothing is kept of what stands for it.
             signal, scale = (schedule.alpha(t), schedule.sigma(t)) if k else (torch.zeros_like(t), schedule.start(t))
             x_t, _ = renoise(x0, noise[:, k], signal, scale)

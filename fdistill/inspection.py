@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from fdistill import rng
-from fdistill.adapters import FAMILIES, load_denoiser, resolve_checkpoint
+from fdistill.adapters import FAMILIES, Checkpoint, load_denoiser, resolve_checkpoint
 from fdistill.data import ImageLoader, open_source
 from fdistill.denoiser import Denoiser
 from fdistill.devices import start
+from fdistill.errors import DataError
 from fdistill.images import to_unit
 from fdistill.latents import LatentSpace, attach_latent_space
 from fdistill.noise import add_noise, noise_to_signal
+from fdistill.pipeline import is_student, load_student
 from fdistill.sampler import heun_sample, sampling_levels
 
 _LEVELS, _SEED = 8, 0
@@ -89,8 +91,12 @@ def inspect(
         CheckpointError, DataError: what cannot be read.
     """
     _, chosen = start(device)
-    found = resolve_checkpoint(checkpoint)
-    denoiser = load_denoiser(found).requires_grad_(False).to(chosen)
+    folder = next((place for place in (Path(checkpoint), Path(checkpoint) / "student") if is_student(place)), None)
+    if folder is not None:
+        found, denoiser = Checkpoint(str(checkpoint), folder), load_student(folder).denoiser.to(chosen)
+    else:
+        found = resolve_checkpoint(checkpoint)
+        denoiser = load_denoiser(found).requires_grad_(False).to(chosen)
     latents = attach_latent_space(denoiser, found, vae)
     network: Any = getattr(denoiser, "network", denoiser)
     schedule = denoiser.schedule
@@ -149,7 +155,13 @@ def _samples(
         return heun_sample(denoiser, noise, labels), labels
     channels, size = denoiser.sample_shape[0], denoiser.sample_shape[-1]
     shape = (channels, size, size) if latents is None else (3, latents.factor * size, latents.factor * size)
-    with ImageLoader(open_source(data), shape, recipe=recipe, batch_size=count, seed=_SEED) as loader:
+    source = open_source(data)
+    if classes and (source.num_classes is None or source.num_classes > classes):
+        raise DataError(
+            f"data {data}: has {source.num_classes or 'no'} classes, but the checkpoint {classes}; expected data like "
+            "what it was trained on"
+        )
+    with ImageLoader(source, shape, recipe=recipe, batch_size=count, seed=_SEED) as loader:
         batch = next(loader)
     x0 = to_unit(batch.images.to(device))
     if latents is not None:

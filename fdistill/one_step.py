@@ -87,7 +87,7 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
         elif class_labels is not None:
             raise ArgumentError("class_labels: this student is unconditional; expected None")
         noise = randn_tensor((batch_size, *noise_shape(student)), generator=generator, device=device)
-        samples = student(noise.to(self.network.dtype), labels)
+        samples = student(noise, labels)
         if self.vae is not None:
             scaling = LatentScaling(self.config.student["latent_scale"], self.config.student["latent_bias"])
             samples = self.vae.decode(scaling.to_latents(samples).to(self.vae.dtype)).sample

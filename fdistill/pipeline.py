@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from PIL.Image import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fdistill.adapters import FAMILIES, Checkpoint, load_denoiser, resolve_checkpoint, set_null_class
 from fdistill.adapters.parametrisation import load_scheduler, read_scheduler_config
-from fdistill.checkpoint import load_exactly
+from fdistill.checkpoint import load_exactly, unshared
 from fdistill.denoiser import Denoiser
 from fdistill.errors import CheckpointError
 from fdistill.files import atomic_folder, read_json_object
@@ -52,7 +53,7 @@ def save_student(
     with atomic_folder(folder) as temporary:
         facts: dict[str, Any] = {"levels": list(generator.levels), "null_class": denoiser.null_class, **card}
         if origin.factory is not None:
-            save_file(denoiser.state_dict(), temporary / _OWN_NETWORK)
+            save_file(unshared(denoiser.state_dict()), temporary / _OWN_NETWORK)
             facts["network"] = origin.name
             usage = _OWN_USAGE.format(name=origin.name)
         else:
@@ -144,7 +145,11 @@ def _own_network(folder: Path, facts: dict[str, Any], network: str | None) -> De
             f"(it was trained as {facts['network']!r})"
         )
     denoiser = load_denoiser(resolve_checkpoint(network))
-    load_exactly(denoiser, load_file(folder / _OWN_NETWORK), f"student {str(folder)!r}")
+    try:
+        tensors = load_file(folder / _OWN_NETWORK)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / _OWN_NETWORK}: cannot be read ({error}); copy the folder again") from error
+    load_exactly(denoiser, tensors, f"student {str(folder)!r}")
     return denoiser
 
 
@@ -186,7 +191,8 @@ tags: [one-step, distillation, fdistill]
 ---
 # {steps}-step student of `{card.get("teacher")}`
 
-Network evaluations an image: {steps}. No guidance: what the teacher's had was learnt.
+Network evaluations an image: {steps}. No guidance: what the teacher's had was learnt. Call the pipeline with
+these arguments: its own defaults may be many steps, or guided.
 
 ![Samples](samples.png)
 

@@ -140,7 +140,11 @@ def describe(config: DistillConfig) -> str:
     """What a run would do: the text of `--dry-run`. Loads the teacher and builds all networks, writes nothing."""
     state, device = start(config.device)
     run = build(config, device)
-    stored_data(config, run.networks.teacher, run.latents)  # refuses data that does not fit
+    data = stored_data(config, run.networks.teacher, run.latents)  # refuses what does not fit
+    if data is not None:
+        one = config.model_copy(update={"batch_size": 1})
+        with TrainingData(data, None).loader(one, run.networks.teacher, 0) as loader:
+            next(loader)  # and what cannot be decoded to the teacher's samples
     millions = {
         name: sum(p.numel() for p in run.role(name).parameters() if p.requires_grad) / 1e6 for name in run.optimizers
     }

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fdistill import OneStepPipeline, distill, load_student, load_teacher, train
 from fdistill.adapters import find_network
-from fdistill.errors import ArgumentError
+from fdistill.errors import ArgumentError, CheckpointError
 from fdistill.generator import noise_shape
 
 SETTINGS: dict[str, Any] = {
@@ -90,6 +90,9 @@ def test_five_iterations_export_reload_sample(
         call["batch_size"] = len(noise)
     result = pipeline(**call, output_type="np").images
     np.testing.assert_allclose(result, images.permute(0, 2, 3, 1).numpy(), rtol=0, atol=1e-5)
+
+    again = pipeline(**call, output_type="np").images
+    np.testing.assert_array_equal(again, result)
 
     card = (student / "README.md").read_text()
     assert f"| teacher | {checkpoints[name]} |" in card
@@ -260,3 +263,37 @@ def test_our_pipeline_says_what_labels_it_wants(checkpoints: dict[str, Path], tm
         pipeline = OneStepPipeline(network, student={"levels": [80.0]})
         with pytest.raises(ArgumentError, match=message):
             pipeline(**arguments)
+
+
+def test_in_bfloat16_a_level_stays_what_it_is(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """bfloat16 knows no 999 and no 443: only what the network is fed may be rounded."""
+    for level in (999, 443):
+        settings = SETTINGS | {"student_level": level, "iterations": 1}
+        output = tmp_path / str(level)
+        student = distill("digits", output=output, teacher=str(checkpoints["ddpm-v"]), **settings)
+        generator = load_student(student)
+        noise = torch.randn(4, 1, 8, 8)
+        exact = generator(noise)
+        generator.to(torch.bfloat16)
+        assert (generator(noise) - exact).abs().max() < 0.1
+        assert (generator(noise.to(torch.bfloat16)) - exact).abs().max() < 0.1
+    student = distill("digits", output=tmp_path / "own", teacher=str(checkpoints["class-conditional"]), **SETTINGS)
+    images = OneStepPipeline.from_pretrained(student, torch_dtype=torch.bfloat16)(class_labels=[1, 2]).images
+    assert len(images) == 2
+
+
+def test_latent_unets_keep_their_autoencoder(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    from conftest import tiny_unet
+    from families import tiny_vae
+
+    folder = tmp_path / "teacher"
+    tiny_unet(in_channels=4, out_channels=4).save_pretrained(folder / "unet")
+    DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")
+    tiny_vae().save_pretrained(folder / "vae")
+    settings = SETTINGS | {"student_level": 500, "student.network": {"block_out_channels": [8, 12]}}
+    student = distill("digits", output=tmp_path / "run", teacher=str(folder), **settings)
+    assert OneStepPipeline.from_pretrained(student)(class_labels=[3], output_type="pt").images.shape == (1, 3, 16, 16)
+    (folder / "vae").rename(folder / "gone")
+    (folder / "model_index.json").write_text(json.dumps({"vqvae": ["diffusers", "VQModel"]}))
+    with pytest.raises(CheckpointError, match="copy it into vae/"):
+        distill("digits", output=tmp_path / "none", teacher=str(folder), **settings)

@@ -6,14 +6,17 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import GaussianDenoiser
 from families import FAMILIES
 from typer.testing import CliRunner
 
+from fdistill import distill
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.cli import app
+from fdistill.errors import DataError
 from fdistill.inspection import check_predictions, describe, inspect
 from fdistill.noise import EDMSchedule, FlowSchedule
 
@@ -70,3 +73,20 @@ def test_every_family_is_recognised(name: str, tmp_path: Path) -> None:
     assert "x0-predictions" in result.output
     if name in ("dit", "sit", "edm2-latent"):
         assert "latents of an autoencoder, 2 pixels each way" in result.output
+
+
+def test_students_and_runs_are_inspected_as_they_are(tiny_teacher: Path, tmp_path: Path) -> None:
+    settings = {"teacher": str(tiny_teacher), "batch_size": 4, "iterations": 1, "null_class": 9, "data": None}
+    distill("digits", output=tmp_path / "run", method="diff-instruct", **settings)
+    for folder in (tmp_path / "run", tmp_path / "run" / "student"):
+        facts, _ = inspect(folder)
+        assert facts["classes"] == "9, `no class` is 9"
+
+
+def test_data_of_other_classes_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", images=np.zeros((12, 8, 8), np.uint8), labels=np.arange(12))
+    np.savez(tmp_path / "b.npz", images=np.zeros((12, 8, 8), np.uint8))
+    with pytest.raises(DataError, match="has 12 classes, but the checkpoint 10"):
+        inspect(tiny_teacher, data=str(tmp_path / "a.npz"))
+    with pytest.raises(DataError, match="has no classes, but the checkpoint 10"):
+        inspect(tiny_teacher, data=str(tmp_path / "b.npz"))

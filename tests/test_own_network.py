@@ -96,3 +96,17 @@ def test_it_works_from_the_command_line(module: str, tmp_path: Path) -> None:
     done = subprocess.run([*command, "--network", module], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "images" / "000001.png").is_file()
+
+
+def test_tied_weights_are_saved_and_loaded(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tied = EXAMPLE[0].replace(
+        "    return MyDenoiser()", "    made = MyDenoiser()\n    made.twin = made.first\n    return made"
+    )
+    (tmp_path / "tied_teacher_module.py").write_text(tied)
+    name = "tied_teacher_module:teacher"
+    student = distill("digits", output=tmp_path / "run", teacher=name, batch_size=8, iterations=1)
+    assert load_student(student, network=name).levels == (2.5,)
+    weights = student / "network.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(CheckpointError, match=r"network\.safetensors: cannot be read"):
+        load_student(student, network=name)

@@ -103,6 +103,8 @@ def test_even_one_of_another_family(checkpoints: dict[str, Path], tmp_path: Path
         ({"student.network": {"num_layer": 1}}, ConfigError, "student.network.num_layer: .* did you mean 'num_layers'"),
         ({"student.network": {"sample_size": 16}}, ConfigError, r"makes samples \(4, 16, 16\)"),
         ({"student.network": {"num_attention_heads": "two"}}, ConfigError, "cannot be built"),
+        ({"student.network": {"num_layers": 0}}, ConfigError, "cannot be built"),
+        ({"student.network": {"patch_size": 3}}, ConfigError, "cannot be built|makes samples"),
         ({"student.checkpoint": "edm-ddpmpp"}, ConfigError, r"makes samples \(3, 8, 8\)"),
         ({"student.checkpoint": "nowhere"}, CheckpointError, "no such folder"),
         ({"student_level": 1001}, ConfigError, r"level: expected a number in \(0, 999\]"),
@@ -117,3 +119,26 @@ def test_what_does_not_fit_is_refused(
     settings = SETTINGS | {"teacher": str(checkpoints["dit"])}
     with pytest.raises(error, match=message):
         build(load_config("digits", settings | changes), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["edm-ddpmpp", "edm2", "class-conditional"])
+def test_the_last_label_may_stand_for_no_class(name: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    changes, _ = SMALLER[name]
+    settings = SETTINGS | {"teacher": str(checkpoints[name]), "null_class": 9, "guidance_scale": 1.5}
+    student = distill("digits", output=tmp_path / "run", **settings, **{"student.network": changes})
+    generator = load_student(student)
+    assert (generator.num_classes, generator.denoiser.null_class) == (9, 9)
+    assert generator(torch.randn(2, 3, 8, 8), torch.tensor([0, 8])).shape == (2, 3, 8, 8)
+
+
+def test_what_the_weights_mean_is_not_architecture(checkpoints: dict[str, Path]) -> None:
+    for change in ({"sigma_data": 1.0}, {"sigma_max": 10.0}, {"label_dropout": 0.1}):
+        with pytest.raises(ConfigError, match="has no such setting"):
+            resized(load_teacher(checkpoints["edm-ddpmpp"]), change)
+
+
+def test_pairs_need_a_student_of_the_teachers_schedule(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    settings = SETTINGS | {"method": "dmd", "student.checkpoint": str(checkpoints["class-conditional"])}
+    settings |= {"student_level": 50, "regression.pairs": 8, "teacher_samples.num_steps": 2}
+    with pytest.raises(ConfigError, match="which means another noise to the teacher"):
+        distill("digits", output=tmp_path / "run", teacher=str(checkpoints["edm-ddpmpp"]), **settings)

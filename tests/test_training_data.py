@@ -19,6 +19,7 @@ from fdistill.build import stored_data
 from fdistill.config import load_config
 from fdistill.data import load_data
 from fdistill.errors import CheckpointError, ConfigError, DataError
+from fdistill.train import describe
 
 QUICK: dict[str, Any] = {
     "batch_size": 8,
@@ -104,6 +105,8 @@ def test_images_of_another_size_need_a_recipe(digits: Path, tiny_teacher: Path, 
         Image.fromarray(np.full((20, 16, 3), 25 * i, np.uint8)).save(path)
     with pytest.raises(DataError, match="is 16x20, but the teacher's images are 8x8; choose a recipe"):
         run(tiny_teacher, tmp_path / "refused", tmp_path / "large")
+    with pytest.raises(DataError, match="is 16x20"):
+        describe(load_config("digits", {"teacher": str(tiny_teacher), "data": str(tmp_path / "large")}))
     run(tiny_teacher, tmp_path / "run", tmp_path / "large", **{"images.recipe": "center-box"})
     assert "recipe: center-box" in (tmp_path / "run" / "config.yaml").read_text()
 

@@ -131,6 +131,10 @@ def test_vp_x0_is_what_ddim_predicts(prediction_type: str, schedule: str) -> Non
     ("config", "message"),
     [
         ({"_class_name": "FlowMatchEulerDiscretScheduler"}, "did you mean 'FlowMatchEulerDiscreteScheduler'"),
+        (config_of(DDPMScheduler()) | {"_class_name": "MyDDPMScheduler"}, "did you mean 'DDPMScheduler'"),
+        (config_of(DDPMScheduler()) | {"_class_name": "DDIMPipeline"}, "is not supported"),
+        ({"beta_schedule": "linear"}, "is not supported"),
+        (config_of(DDPMScheduler()) | {"beta_start": "x"}, "cannot be used"),
         (config_of(DDPMScheduler()) | {"prediction_type": "v_predicton"}, "did you mean 'v_prediction'"),
         (config_of(DDPMScheduler(rescale_betas_zero_snr=True)), "x0 undefined"),
         (config_of(EDMEulerScheduler()) | {"prediction_type": "v_prediction"}, "expected 'epsilon'"),
@@ -189,6 +193,11 @@ def test_broken_checkpoints_say_what_is_wrong(tiny_teacher: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match="JSON object"):
         load_teacher(odd)
 
+    for number, change in enumerate(({"block_out_channels": []}, {"norm_num_groups": 0}, {"sample_size": "8"})):
+        odd = copied(tiny_teacher, tmp_path / f"config-{number}")
+        (odd / "unet" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(CheckpointError):
+            load_teacher(odd)
     no_scheduler = copied(tiny_teacher, tmp_path / "no-scheduler")
     shutil.rmtree(no_scheduler / "scheduler")
     with pytest.raises(CheckpointError, match="scheduler_config"):

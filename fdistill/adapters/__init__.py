@@ -195,7 +195,13 @@ def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> D
     else:
         assert checkpoint.folder is not None
         adapter, network = find_network(checkpoint.folder)
-        denoiser = adapter.wrap(load_network(adapter.NETWORK, network), read_scheduler_config(checkpoint.folder))
+        model = load_network(adapter.NETWORK, network)
+        try:
+            denoiser = adapter.wrap(model, read_scheduler_config(checkpoint.folder))
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"{network / 'config.json'}: cannot be used ({error}); expected the settings of these weights"
+            ) from error
     set_null_class(denoiser, null_class)
     return denoiser.eval()
 

@@ -61,7 +61,8 @@ class DiTDenoiser(Denoiser):
             if isinstance(module, Timesteps):
                 module.downscale_freq_shift = freq_shift
             if isinstance(module, LabelEmbedding):
-                self.null_class = module.num_classes if module.dropout_prob > 0 else None
+                has_null = module.embedding_table.num_embeddings > module.num_classes
+                self.null_class = module.num_classes if has_null else None
                 module.dropout_prob = 0.0  # in training mode it would take labels away from student and fake score
         self.network = network
         self.freq_shift = freq_shift
@@ -77,9 +78,7 @@ class DiTDenoiser(Denoiser):
 
     def with_network(self, network: DiTTransformer2DModel) -> DiTDenoiser:
         """The same reading of another network of this class."""
-        other = DiTDenoiser(network, self.parametrisation, self.freq_shift)
-        other.latent_scaling = self.latent_scaling
-        return other
+        return DiTDenoiser(network, self.parametrisation, self.freq_shift)
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
         return self.parametrisation.preconditioning(t)
@@ -159,7 +158,7 @@ def native_pipeline(
     scheduler = one_step_scheduler(form, levels[0])
     if scheduler is None or scaling is None or any(scaling.bias) or set(scaling.scale) != {vae.config.scaling_factor}:
         return None
-    id2label = index.get("id2label")
+    id2label = index.get("id2label") if isinstance(index.get("id2label"), dict) else None
     pipeline = DiTPipeline(transformer=denoiser.network, vae=vae, scheduler=scheduler, id2label=id2label)
     if id2label:
         pipeline.register_to_config(id2label=id2label)

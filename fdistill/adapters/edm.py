@@ -81,12 +81,12 @@ class EDMDenoiser(Denoiser):
             return unet.decode(hidden, skips, embedding), tapped
 
     def _class_rows(self, labels: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Labels [B] as one-hot rows [B, num_classes]; the label num_classes is a row of zeros."""
+        """Labels [B] as one-hot rows [B, label_dim]; a label beyond them is a row of zeros."""
         if self.num_classes is None:
             return None
         if labels is None:
             raise ArgumentError(f"condition: this network wants class labels [B] in [0, {self.num_classes})")
-        return (labels[:, None] == torch.arange(self.num_classes, device=labels.device)).to(dtype)
+        return (labels[:, None] == torch.arange(self.network.config.label_dim, device=labels.device)).to(dtype)
 
 
 NETWORK = EDMNetwork

@@ -129,7 +129,8 @@ def parametrisation_from_scheduler(config: Mapping[str, Any] | None) -> Parametr
         return _parametrisation(config)
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(
-            f"scheduler/scheduler_config.json: cannot be used ({error!r}); expected the file of the teacher's pipeline"
+            f"scheduler/scheduler_config.json: cannot be used ({repr(error)[:200]}); expected the one of the teacher's "
+            "pipeline"
         ) from error
 
 
@@ -153,7 +154,8 @@ def _parametrisation(config: Mapping[str, Any]) -> Parametrisation:
         if convention == "sit":
             return SiTPrediction(FlowSchedule())
         return DirectPrediction(FlowSchedule(), "flow", time_scale=float(config.get("num_train_timesteps", 1000)))
-    if "beta_schedule" in config:
+    scheduler = getattr(diffusers, name, None)
+    if "beta_schedule" in config and isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin):
         kind = str(config.get("prediction_type", "epsilon"))
         if kind not in _PREDICTION_TYPES:
             raise CheckpointError(f"{name}: prediction_type got {kind!r}; {did_you_mean(kind, _PREDICTION_TYPES)}")

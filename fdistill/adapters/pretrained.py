@@ -38,10 +38,11 @@ def load_network(cls: type[Network], folder: Path) -> Network:
             network, info = cls.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: cannot load the weights ({' '.join(str(error).split())[:400]}); "
-            "expected a complete diffusion_pytorch_model.safetensors that fits config.json"
+            "expected a complete diffusion_pytorch_model.safetensors that fits config.json (diffusers writes one of a "
+            ".bin: from_pretrained, then save_pretrained)"
         ) from error
     wrong = {
         key: names

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fdistill.adapters import set_null_class
 from fdistill.denoiser import Denoiser
-from fdistill.errors import ConfigError, did_you_mean
+from fdistill.errors import CheckpointError, ConfigError, did_you_mean
 
 
 class Resized(NamedTuple):
@@ -17,6 +18,18 @@ class Resized(NamedTuple):
     denoiser: Denoiser
     copied: list[str]
     new: list[str]
+
+
+#: Settings that say what the weights mean.
+_NOT_ARCHITECTURE = {"sigma_data", "sigma_min", "sigma_max", "label_dropout", "latent_scale", "latent_bias"}
+
+
+@torch.no_grad()
+def _try(denoiser: Denoiser) -> None:
+    """Some settings that do not fit one another are only found when the network runs."""
+    t = torch.full((1,), denoiser.schedule.t_max)
+    condition = torch.zeros(1, dtype=torch.long) if denoiser.num_classes else None
+    denoiser.eval()(torch.zeros(1, *denoiser.sample_shape), t, condition)
 
 
 def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
@@ -32,7 +45,7 @@ def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
             "student.network: the network is a function's, not a config's; expected a function that returns a smaller "
             "one, as student.checkpoint=module:function"
         )
-    known = {key for key in network.config if not key.startswith("_")}
+    known = {key for key in network.config if not key.startswith("_")} - _NOT_ARCHITECTURE
     for key in changes:
         if key not in known:
             raise ConfigError(
@@ -41,7 +54,11 @@ def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
     try:
         other = type(network).from_config({**network.config, **changes})
         smaller: Denoiser = denoiser.with_network(other)  # type: ignore[operator]
-    except (ValueError, TypeError, IndexError, RuntimeError, NotImplementedError, ZeroDivisionError) as error:
+        if denoiser.null_class is not None:
+            set_null_class(smaller, denoiser.null_class)
+        smaller.latent_scaling = denoiser.latent_scaling
+        _try(smaller)
+    except (CheckpointError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError) as error:
         raise ConfigError(
             f"student.network: {type(network).__name__} cannot be built with {dict(changes)} ({error}); expected "
             "settings that fit one another"

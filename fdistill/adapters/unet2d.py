@@ -169,6 +169,8 @@ def native_pipeline(
         index: model_index.json of the teacher; empty if it has none.
     """
     assert isinstance(denoiser, UNet2DDenoiser)
+    if vae is not None:
+        return None  # these pipelines are of pixels
     form = denoiser.parametrisation
     if isinstance(form, EDMPreconditioning) and form.time_scale == 250.0 and form.boundary == form.schedule.t_min:
         return _consistency_model(denoiser.network, form, levels)

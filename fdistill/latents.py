@@ -82,7 +82,8 @@ def attach_latent_space(denoiser: Denoiser, checkpoint: Checkpoint, vae: str | N
         folder = given / "vae" if (given / "vae").is_dir() else given
     channels = denoiser.sample_shape[0]
     if vae is None and (checkpoint.folder is None or not folder.is_dir()):
-        listed = any(checkpoint.index.get(part) for part in ("vae", "vqvae"))
+        # A component that a pipeline could have and has not is listed as [null, null].
+        listed = any((checkpoint.index.get(part) or [None])[0] for part in ("vae", "vqvae"))
         if denoiser.latent_scaling is None and channels in (1, 3) and not listed:
             return None
         raise CheckpointError(

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fdistill.checkpoint import unshared
 from fdistill.errors import CheckpointError
 from fdistill.files import atomic_file, writing
 
@@ -38,7 +39,7 @@ def save_snapshot(folder: Path, iteration: int, sigma_rel: float, tensors: Mappi
     """
     with atomic_file(folder / f"{iteration:06d}-{sigma_rel}.safetensors") as temporary:
         try:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary)
+            save_file(unshared(tensors), temporary)
         except SafetensorError as error:
             raise OSError(str(error)) from error
 

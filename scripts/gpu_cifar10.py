@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("stages", nargs="*", metavar="STAGE", default=list(STAGES))
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path("runs/gpu-cifar10"))
-    parser.add_argument("--cifar10", type=Path, default=Path("../shared/data/cifar10-train-jpeg.npz"))
+    parser.add_argument("--cifar10", type=Path, default=Path("data/cifar10-train-jpeg.npz"))
     parser.add_argument("--compile", action="store_true", help="torch.compile the teacher while it trains")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

@@ -11,7 +11,7 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ $# -gt 0 ] || { echo "usage: bash scripts/gpu_cifar10.sh OUTPUT_DIR [STAGE ...] [--quick]" >&2; exit 2; }
 mkdir -p "$1" && out="$(cd "$1" && pwd)"
 shift
-cifar10="$(realpath -m "${CIFAR10:-$root/../shared/data/cifar10-train-jpeg.npz}")"
+cifar10="$(realpath -m "${CIFAR10:-$root/data/cifar10-train-jpeg.npz}")"
 work="$(realpath -m "${WORK:-$root/runs/gpu-cifar10}")"
 cd "$root"
 python="${PYTHON:-python3}"

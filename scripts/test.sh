@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Makes the environment if there is none, then checks format, lint and types, and runs the tests: offline, without a GPU.
 #   bash scripts/test.sh [PYTEST ARGUMENTS]
+# Two test files at a time, one thread each: most of them wait for imports, files and other processes.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-export HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 echo "== ruff"
 ruff format --check .
 ruff check .
 echo "== mypy"
 mypy
 echo "== pytest"
-python -m pytest "$@"
+python -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -20,9 +20,10 @@ from diffusers import (
     UNet2DModel,
 )
 from families import FAMILIES
+from PIL import Image
 from torch import Tensor
 
-from fdistill import OneStepPipeline, distill, load_student, load_teacher, train
+from fdistill import OneStepPipeline, distill, generate, load_student, load_teacher, train
 from fdistill.adapters import find_network
 from fdistill.errors import ArgumentError, CheckpointError
 from fdistill.generator import noise_shape
@@ -93,6 +94,10 @@ def test_five_iterations_export_reload_sample(
 
     again = pipeline(**call, output_type="np").images
     np.testing.assert_array_equal(again, result)
+
+    made = generate(student, num_images=2, output=tmp_path / "images", class_labels=[3] if labels is not None else None)
+    with Image.open(made / "000001.png") as picture:
+        assert picture.size == tuple(result.shape[2:0:-1])
 
     card = (student / "README.md").read_text()
     assert f"| teacher | {checkpoints[name]} |" in card

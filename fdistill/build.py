@@ -6,23 +6,15 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 
-from fdistill import rng
 from fdistill.adapters import Checkpoint, load_denoiser, load_teacher, resolve_checkpoint
 from fdistill.adapters.resize import Resized, resized
 from fdistill.checkpoint import load_exactly, load_optimizer_tensors, optimizer_tensors, take
 from fdistill.config import DistillConfig, LevelsConfig, OptimizerConfig
-from fdistill.data import TEACHER_SAMPLES, ImageLoader, Source, open_source
-from fdistill.data.latents import META_FILE, LatentSource, check_latents
-from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatents
-from fdistill.data.source import ArraySource
-from fdistill.data.teacher_samples import TeacherSamples, teacher_samples
 from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, get_divergence
@@ -30,7 +22,6 @@ from fdistill.ema import EMA
 from fdistill.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
 from fdistill.generator import Generator, student_generator
 from fdistill.guidance import GuidedDenoiser
-from fdistill.images import to_uint8
 from fdistill.kernels.checks import check_positive
 from fdistill.latents import LatentSpace, attach_latent_space
 from fdistill.lora import lora_copy
@@ -237,18 +228,6 @@ def _student_network(
     return origin, copy.deepcopy(teacher) if start is teacher else start, None
 
 
-def _check_same_start(teacher: Denoiser, student: Generator) -> None:
-    """Raises ConfigError where the teacher's sampler cannot start from the noise that the student does."""
-    level = torch.tensor(student.levels[0], dtype=torch.float64)
-    own, others = student.denoiser.schedule, teacher.schedule
-    mine, theirs = (torch.stack([s.start(level), s.alpha(level), s.sigma(level)]) for s in (own, others))
-    if level > others.t_max or not torch.allclose(mine, theirs, rtol=1e-4):
-        raise ConfigError(
-            f"regression.weight: pairs start at the student's level {student.levels[0]:g}, which means another noise "
-            "to the teacher; expected a student with the teacher's noise schedule, or a method without regression"
-        )
-
-
 def _check_weights(config: DistillConfig, divergence: Divergence) -> None:
     """Raises ConfigError if h overflows, or vanishes everywhere, at a ratio that the clamp lets through."""
     lower, upper = config.ratio.lower, config.ratio.upper
@@ -296,105 +275,6 @@ def _student_update(config: DistillConfig, networks: Networks, divergence: Diver
     return partial(generator_step, networks, **common, regression_weight=config.regression.weight)
 
 
-Data = Source | ScaledLatents | FixedSamples
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """What a run reads: images or latents with labels, and teacher pairs for a method that regresses on them."""
-
-    source: Data
-    pairs: TeacherSamples | None
-
-    def loader(self, config: DistillConfig, teacher: Denoiser, first: int) -> ImageLoader | SampleLoader:
-        """This process's rows of batch number `first` and all after it."""
-        rank, processes = rng.world()
-        order: dict[str, Any] = {
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "first": first,
-            "rank": rank,
-            "processes": processes,
-        }
-        if isinstance(self.source, ScaledLatents | FixedSamples):
-            return SampleLoader(self.source, **order)
-        images = config.images
-        return ImageLoader(
-            self.source, teacher.sample_shape, recipe=images.recipe, flip=images.flip, workers=images.workers, **order
-        )
-
-
-def stored_data(config: DistillConfig, teacher: Denoiser, latents: LatentSpace | None) -> Data | None:
-    """The data a config names; None where the teacher has to make them.
-
-    Raises:
-        ConfigError, DataError: nothing there, or data that do not fit the teacher.
-    """
-    if config.data == TEACHER_SAMPLES:
-        return None
-    if config.data is None:
-        # Nothing reads the images; the labels, all classes alike, are what the student is asked for.
-        classes = teacher.num_classes or 1
-        count = classes * max(1, config.batch_size // classes)
-        empty = torch.zeros(1, *teacher.sample_shape).expand(count, *teacher.sample_shape)
-        return FixedSamples(empty, torch.arange(count) % classes)
-    if (Path(config.data) / META_FILE).is_file():
-        cached = LatentSource(Path(config.data), config.seed)
-        if latents is None:
-            raise ConfigError(
-                f"data {config.data!r}: latents, but teacher {config.teacher!r} makes pixels; expected images"
-            )
-        check_latents(cached.meta, latents.facts())
-        _check_data(config, teacher, cached, cached.shape)
-        return ScaledLatents(cached, latents.scaling)
-    source = open_source(config.data)
-    if latents is not None:
-        raise ConfigError(
-            f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents; encode them once with "
-            f"`fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass data=FOLDER"
-        )
-    shape = None
-    if isinstance(source, ArraySource) and config.images.recipe == "exact":
-        shape = tuple(source.images.shape[1:])
-    _check_data(config, teacher, source, shape)
-    return source
-
-
-def training_data(config: DistillConfig, run: Distillation, device: torch.device) -> TrainingData:
-    """Opens, or makes and caches, what a config names.
-
-    Raises:
-        ConfigError, DataError: nothing there, or data that do not fit the teacher.
-        OutputError: teacher samples cannot be cached.
-    """
-    teacher = run.networks.teacher
-
-    def samples(count: int, start_level: float) -> TeacherSamples:
-        with PartialState().local_main_process_first():  # it makes them; the others find them in the cache
-            return teacher_samples(
-                teacher,
-                run.checkpoint.fingerprint(teacher),
-                count=count,
-                num_steps=config.teacher_samples.num_steps,
-                start_level=start_level,
-                device=device,
-                progress=PartialState().is_main_process,
-            )
-
-    source = stored_data(config, teacher, run.latents)
-    if source is None:
-        made = samples(config.teacher_samples.count, teacher.schedule.t_max)
-        if run.latents is None:
-            source = ArraySource(TEACHER_SAMPLES, to_uint8(made.x0), made.labels, teacher.num_classes)
-        else:
-            source = FixedSamples(made.x0, made.labels)
-    pairs = None
-    if METHODS[config.method].objective == "matching" and config.regression.weight:
-        _check_same_start(run.networks.teacher, run.student)
-        pairs = samples(config.regression.pairs, run.student.levels[0])
-    return TrainingData(source, pairs)
-
-
 def level_draw(config: LevelsConfig) -> LevelDraw:
     """The level sampler a config section describes."""
     used = {"karras": {"low", "high", "rho"}, "uniform": {"low", "high"}, "lognormal": {"mean", "std"}}[config.sampler]
@@ -410,25 +290,3 @@ def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
         weight_decay=config.weight_decay,
         fused=True,
     )
-
-
-def _check_data(
-    config: DistillConfig, teacher: Denoiser, source: Source | LatentSource, shape: tuple[int, ...] | None
-) -> None:
-    """Raises ConfigError where shape (if it is known before anything is read) or classes are not the teacher's."""
-    if shape is not None and shape != tuple(teacher.sample_shape):
-        raise ConfigError(
-            f"data {config.data!r} has samples of shape {shape} (C, H, W), but teacher {config.teacher!r} makes "
-            f"{tuple(teacher.sample_shape)}; expected data like the teacher's, or images.recipe=center-box"
-        )
-    highest = int(source.labels.max())
-    if teacher.num_classes is not None and highest >= teacher.num_classes:
-        raise ConfigError(
-            f"data {config.data!r} has class {highest}, but teacher {config.teacher!r} knows 0 to "
-            f"{teacher.num_classes - 1}; expected data like the teacher's"
-        )
-    if teacher.num_classes is not None and source.num_classes is None:
-        raise ConfigError(
-            f"data {config.data!r} has no class labels, but teacher {config.teacher!r} is class-conditional; expected "
-            "class folders, or a dataset.json, labels or cls entry for each image"
-        )

@@ -16,7 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdistill import __version__, rng
-from fdistill.build import Distillation, TrainingData, build, stored_data, training_data
+from fdistill.build import Distillation, build
 from fdistill.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fdistill.config import DistillConfig, changed_keys, dump_config, load_config
 from fdistill.data import EpochOrder
@@ -35,6 +35,7 @@ from fdistill.report import grid, save_curves, save_grid
 from fdistill.sampler import heun_sample
 from fdistill.snapshots import save_snapshot, truncate_snapshots
 from fdistill.step import Pairs, StepResult
+from fdistill.training_data import TrainingData, stored_data, training_data
 
 _GRID, _LARGE_GRID = 80, 16  # samples in a picture; the second of latents and of images above 64 pixels
 _ITERATION, _DROPOUT, _STUDENT_STEP = 2, 3, 4  # streams of a run's random numbers, beside the data's

@@ -32,6 +32,7 @@ LAYERS = [
     },
     {
         "build",
+        "training_data",
         "journal",
         "report",
         "generation",

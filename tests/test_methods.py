@@ -289,7 +289,7 @@ def test_a_divergence_of_ones_own_by_module_and_function(tiny_teacher: Path, tmp
 @pytest.mark.parametrize("method", ["f-distill", "dmd2", "sida", "uni-instruct", "diffratio"])
 def test_data_free(tiny_teacher: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With teacher samples for data, the data set is not even loaded; the samples are made once."""
-    monkeypatch.setattr("fdistill.build.open_source", lambda name: pytest.fail(f"loaded {name}"))
+    monkeypatch.setattr("fdistill.training_data.open_source", lambda name: pytest.fail(f"loaded {name}"))
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "cache"))
     run(tiny_teacher, tmp_path / "run", method=method, data="teacher-samples")
     monkeypatch.setattr("fdistill.data.teacher_samples.heun_sample", lambda *a, **k: pytest.fail("made again"))
@@ -365,7 +365,7 @@ def test_what_a_method_lacks_is_said(
 
 
 def test_dry_run_names_the_method_and_makes_no_samples(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fdistill.build.teacher_samples", lambda *a, **k: pytest.fail("made samples"))
+    monkeypatch.setattr("fdistill.training_data.teacher_samples", lambda *a, **k: pytest.fail("made samples"))
     text = describe(load_config("digits", {"teacher": str(tiny_teacher), "method": "dmd"}))
     assert "method         dmd: reverse KL with regression on the teacher's own ODE pairs" in text
     assert "discriminator  none" in text

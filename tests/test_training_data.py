@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fdistill import distill, load_teacher
-from fdistill.build import stored_data
 from fdistill.config import load_config
 from fdistill.data import load_data
 from fdistill.errors import CheckpointError, ConfigError, DataError
 from fdistill.train import describe
+from fdistill.training_data import stored_data
 
 QUICK: dict[str, Any] = {
     "batch_size": 8,

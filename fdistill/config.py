@@ -103,7 +103,7 @@ class ImagesConfig(_Section):
 
     recipe: Literal["exact", "center-box", "center-lanczos", "adm", "squash"] = "exact"
     flip: bool = Field(default=False, description="mirror every other image, at random")
-    workers: CountOrZero = Field(default=2, description="processes that decode, for each process that trains")
+    workers: Count = Field(default=2, description="processes that decode, for each process that trains")
 
 
 class TeacherSamplesConfig(_Section):

@@ -155,6 +155,11 @@ def test_a_gated_hub_id_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> N
         load_teacher("owner/model")
 
 
+def test_nothing_is_decoded_where_training_runs() -> None:
+    with pytest.raises(ConfigError, match=r"images\.workers"):
+        load_config("digits", {"images.workers": 0})
+
+
 def test_a_pipeline_without_its_network_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "DDPMPipeline"}))
     with pytest.raises(CheckpointError, match=r"expected config\.json of the network in it, or in unet/"):

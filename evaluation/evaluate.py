@@ -22,7 +22,7 @@ from fdistill import __version__
 from fdistill.devices import start
 from fdistill.errors import ArgumentError, did_you_mean
 from fdistill.files import atomic_file, check_file
-from fdistill.generation import Source, batches, check_counts, counted_evaluations, labels_of, open_source
+from fdistill.generation import Source, batches, check_counts, counted_evaluations, open_source, told_of
 from fdistill.pipeline import is_student
 
 _MANIFEST_KEYS = (
@@ -89,14 +89,14 @@ def evaluate(
     # A run folder has pictures of its own, so what is a student is asked for samples before files are looked for.
     a_folder_of_images = not is_student(folder) and not is_student(folder / "student") and any(folder.glob("*.png"))
     if a_folder_of_images:
-        made = _read(folder)
+        made = _read(folder, chosen)
     else:
         _, chosen_device = start(device)
         check_counts(chosen.num_samples, 1, seed)
         source = open_source(
             samples, chosen_device, num_steps=num_steps, guidance_scale=guidance_scale, network=network
         )
-        made = _generate(source, chosen.num_samples, seed, chosen_device)
+        made = _generate(source, chosen, seed, chosen_device)
     for what, images in ((str(samples), made.images), (reference_name, real)):
         if tuple(images.shape[1:]) != chosen.sample_shape:
             raise ArgumentError(
@@ -144,8 +144,13 @@ def _reference(protocol: Protocol, reference: str | Path | None) -> tuple[Tensor
     return read_images(Path(reference)), str(reference)
 
 
-def _read(folder: Path) -> Samples:
+def _read(folder: Path, protocol: Protocol) -> Samples:
     images, manifest = read_images(folder), read_manifest(folder)
+    if protocol.prompts is not None and manifest.get("prompts") != protocol.prompts()[: len(images)]:
+        raise ArgumentError(
+            f"{folder}: its manifest.json does not say that its images were drawn from the prompts of protocol "
+            f"{protocol.name!r}, in their order; evaluate the student or teacher itself, or generate them from those"
+        )
     labels = manifest.get("labels")
     if labels is not None and not (
         isinstance(labels, list) and len(labels) == len(images) and all(type(label) is int for label in labels)
@@ -158,10 +163,11 @@ def _read(folder: Path) -> Samples:
     return Samples(images, None if labels is None else torch.tensor(labels), provenance)
 
 
-def _generate(source: Source, count: int, seed: int, device: torch.device) -> Samples:
-    labels = labels_of(source, count, None)
+def _generate(source: Source, protocol: Protocol, seed: int, device: torch.device) -> Samples:
+    count = protocol.num_samples
+    told = told_of(source, count, prompts=None if protocol.prompts is None else protocol.prompts())
     with counted_evaluations(source.denoiser) as evaluations:
-        images = [part for _, part in batches(source, seed, range(count), labels, 256, device, progress=True)]
+        images = [part for _, part in batches(source, seed, range(count), told, 256, device, progress=True)]
         evaluations.images = count
     provenance = {
         "samples": "generated",
@@ -173,7 +179,7 @@ def _generate(source: Source, count: int, seed: int, device: torch.device) -> Sa
         "evaluations_per_image": evaluations.per_image,
         "device": str(device),
     }
-    return Samples(torch.cat(images), labels, provenance)
+    return Samples(torch.cat(images), told if isinstance(told, Tensor) else None, provenance)
 
 
 def _versions() -> dict[str, str]:

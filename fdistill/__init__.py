@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fdistill.adapters import load_teacher as load_teacher
+    from fdistill.condition import TextCondition as TextCondition
     from fdistill.config import DistillConfig as DistillConfig
     from fdistill.config import load_config as load_config
     from fdistill.denoiser import Denoiser as Denoiser
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from fdistill.step import sid_step as sid_step
     from fdistill.step import sim_step as sim_step
     from fdistill.step import uni_instruct_step as uni_instruct_step
+    from fdistill.text import PromptEncoder as PromptEncoder
+    from fdistill.tiue import TiUEGenerator as TiUEGenerator
+    from fdistill.tiue_pipeline import TiUEPipeline as TiUEPipeline
     from fdistill.train import distill as distill
 
 # Imported on first use: `import fdistill` and `fdistill --help` then cost no second of torch and diffusers.
@@ -66,12 +70,16 @@ _WHERE = {
     "OneStepGenerator": "generator",
     "OneStepPipeline": "one_step",
     "Pairs": "step",
+    "PromptEncoder": "text",
     "ratio_critic_step": "step",
     "reconstruct_student": "posthoc_ema",
     "score_difference_loss": "losses",
     "score_difference_weight": "losses",
     "sid_step": "step",
     "sim_step": "step",
+    "TextCondition": "condition",
+    "TiUEGenerator": "tiue",
+    "TiUEPipeline": "tiue_pipeline",
     "uni_instruct_step": "step",
 }
 

@@ -6,28 +6,36 @@ import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fdistill.adapters import Checkpoint, load_denoiser, load_teacher, resolve_checkpoint
+from fdistill.activation_checkpointing import checkpoint_activations
+from fdistill.adapters import Checkpoint, load_denoiser, resolve_checkpoint
+from fdistill.adapters.flux import FluxDenoiser
 from fdistill.adapters.resize import Resized, resized
+from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.checkpoint import load_exactly, load_optimizer_tensors, optimizer_tensors, take
-from fdistill.config import DistillConfig, LevelsConfig, OptimizerConfig
+from fdistill.condition import TextCondition
+from fdistill.config import DistillConfig
+from fdistill.data.embeddings import Captions
 from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, get_divergence
-from fdistill.ema import EMA
+from fdistill.ema import EMA, trained_state
 from fdistill.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
-from fdistill.generator import Generator, student_generator
+from fdistill.generator import student_generator
 from fdistill.guidance import GuidedDenoiser
 from fdistill.kernels.checks import check_positive
-from fdistill.latents import LatentSpace, attach_latent_space
-from fdistill.lora import lora_copy
+from fdistill.latents import LatentSpace
+from fdistill.lora import FAKE, STUDENT, lora_copy
 from fdistill.methods import METHODS
 from fdistill.noise import LEVEL_SAMPLERS, noise_to_signal_range
 from fdistill.ratio import DensityRatio
+from fdistill.run_text import latents_folder, open_run_text
+from fdistill.sections import LevelsConfig, LoRAConfig, OptimizerConfig
 from fdistill.step import (
     LevelDraw,
     Networks,
@@ -40,6 +48,12 @@ from fdistill.step import (
     sim_step,
     uni_instruct_step,
 )
+from fdistill.teacher import open_teacher
+from fdistill.text_pipeline import check_exportable
+from fdistill.tiue import Student, TiUEGenerator, leading_levels
+
+if TYPE_CHECKING:
+    from fdistill.clip_loss import ClipHinge
 
 Update = Callable[..., StepResult]
 
@@ -53,21 +67,34 @@ class Distillation:
         origin: where the student's network comes from.
         resized: what became of its weights, if the network was changed.
         latents: the autoencoder of a latent teacher.
+        latents_folder: cached latents that the run reads, if it does.
+        text: the prompts of a teacher that is told some, encoded.
+        none: the label, or the prompt (on the device), that stands for none; None where the teacher knows neither.
+        clip: the loss on images of prompts, where there is one.
     """
 
     checkpoint: Checkpoint
     origin: Checkpoint
     resized: Resized | None
     latents: LatentSpace | None
+    latents_folder: Path | None
+    text: Captions | None
+    none: TextCondition | int | None
+    clip: ClipHinge | None
     divergence: Divergence
     networks: Networks
-    student: Generator
+    student: Student
     optimizers: dict[str, torch.optim.AdamW]
     ema: EMA
     ratio: DensityRatio
     critic_update: Update
     student_update: Update
     iteration: int = 0
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the images that samples are, or are decoded to."""
+        return self.networks.teacher.sample_shape[-1] * (1 if self.latents is None else self.latents.factor)
 
     def role(self, name: str) -> nn.Module:
         """The trainable module of an optimiser's role."""
@@ -79,7 +106,7 @@ class Distillation:
         tensors = {"ratio.bins": self.ratio.bins}
         tensors.update({f"ema.{name}": value for name, value in self.ema.state_dict().items()})
         for name, optimizer in self.optimizers.items():
-            tensors.update({f"{name}.{key}": value for key, value in _trained(self.role(name)).items()})
+            tensors.update({f"{name}.{key}": value for key, value in trained_state(self.role(name)).items()})
             tensors.update({f"optimizer.{name}.{key}": value for key, value in optimizer_tensors(optimizer).items()})
         return tensors
 
@@ -98,7 +125,7 @@ class Distillation:
                 "delete that folder to resume from the one before it"
             )
         for name, optimizer in self.optimizers.items():
-            untrained = self.role(name).state_dict().keys() - _trained(self.role(name)).keys()
+            untrained = self.role(name).state_dict().keys() - trained_state(self.role(name)).keys()
             own = {key: value for key, value in self.role(name).state_dict().items() if key in untrained}
             load_exactly(self.role(name), {**own, **take(tensors, name)}, f"{what}, {name}")
             load_optimizer_tensors(optimizer, take(tensors, f"optimizer.{name}"))
@@ -106,17 +133,11 @@ class Distillation:
         self.ratio.bins = tensors["ratio.bins"].to(self.ratio.bins.device)
 
 
-def _trained(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without frozen weights, which may be another network's as well."""
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    return {name: value for name, value in module.state_dict().items() if name not in frozen}
-
-
 def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
     """Takes the gradient from the parameters that the named features do not depend on: those of the decoder."""
     device = next(denoiser.parameters()).device
     t = torch.full((1,), denoiser.schedule.t_min, device=device)
-    condition = torch.zeros(1, dtype=torch.long, device=device) if denoiser.num_classes else None
+    condition = denoiser.example_condition(1, device)
     tapped = denoiser.features(torch.zeros(1, *denoiser.sample_shape, device=device), t, condition, features)
     trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     reached = torch.autograd.grad([value.sum() for value in tapped.values()], trainable, allow_unused=True)
@@ -157,20 +178,46 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
             f"data: got null, but method={config.method} shows real images to a discriminator; expected a data set, or "
             "teacher-samples"
         )
-    checkpoint = resolve_checkpoint(config.teacher)
-    unguided = load_teacher(config.teacher, device, null_class=config.null_class)
-    latents = attach_latent_space(unguided, checkpoint, config.vae)
+    opened = open_teacher(
+        config.teacher,
+        base=config.teacher_base,
+        lora=config.teacher_lora,
+        lora_scale=config.teacher_lora_scale,
+        null_class=config.null_class,
+        vae=config.vae,
+        resolution=config.resolution,
+    )
+    checkpoint, unguided, latents = opened.checkpoint, opened.denoiser, opened.latents
+    stored = latents_folder(config, opened, device)
+    text = open_run_text(config, opened, stored, device)
+    null = None if text is None else text.embeddings.null.to(device)
 
     torch.manual_seed(config.seed)
-    origin, student, changed = _student_network(config, checkpoint, unguided)
     try:
-        teacher = unguided if config.guidance_scale == 1 else GuidedDenoiser(unguided, config.guidance_scale)
-        levels = config.student_levels or (student.schedule.t_max,)
-        generator = student_generator(student.to(device).requires_grad_(True).train(), levels)
-        if config.fake_score.lora_rank:
-            fake_score = lora_copy(unguided, config.fake_score.lora_rank).train()
-        else:
-            fake_score = copy.deepcopy(unguided).requires_grad_(True).train()
+        if isinstance(unguided, FluxDenoiser) and unguided.embedded_guidance is not None:
+            unguided.embedded_guidance = config.guidance_scale  # it and its copies are told the scale
+        # Copies whose weights are trained are made before the frozen ones lose precision.
+        copies = {
+            role: None if section.lora_rank else copy.deepcopy(unguided)
+            for role, section in ((STUDENT, config.student), (FAKE, config.fake_score))
+        }
+        origin, student, changed = _student_network(config, checkpoint, unguided, copies[STUDENT])
+        if config.frozen_precision == "bf16":
+            unguided.to(torch.bfloat16)
+        unguided.to(device)
+        fake_score = copies[FAKE] or _adapted(unguided, config.fake_score, FAKE, "fake_score")
+        student = student or _adapted(unguided, config.student, STUDENT, "student")
+        for trained, lora_rank in ((student, config.student.lora_rank), (fake_score, config.fake_score.lora_rank)):
+            trained.to(device).train()
+            if not lora_rank:
+                trained.requires_grad_(True)
+        if config.gradient_checkpointing:
+            for denoiser in (unguided, student, fake_score):
+                checkpoint_activations(denoiser)
+        teacher = _guided(unguided, config.guidance_scale, null, config.guidance_rescale)
+        compared = _guided(fake_score, config.fake_score.guidance_scale, null, config.guidance_rescale)
+        learning = _guided(fake_score, config.fake_score.training_guidance_scale, null, config.guidance_rescale)
+        generator = _generator(config, student)
         tapped = fake_score if config.discriminator.source == "fake" else teacher
         discriminator: Discriminator | ChannelMean | None = None
         if adversarial:
@@ -185,8 +232,21 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         ratio = DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
+    if config.condition_dropout and text is None and unguided.null_class is None:
+        raise ConfigError(
+            f"condition_dropout: got {config.condition_dropout}, but the teacher knows nothing that stands for no "
+            "condition; expected 0, or null_class set to the teacher's label for it"
+        )
     _check_weights(config, divergence)
-    networks = Networks(teacher, fake_score, generator, discriminator, tapped if discriminator is not None else None)
+    networks = Networks(
+        teacher,
+        fake_score,
+        generator,
+        discriminator,
+        tapped=tapped if discriminator is not None else None,
+        compared=compared if compared is not fake_score else None,
+        learning=learning if learning is not fake_score else None,
+    )
     optimizers = {
         name: _optimizer(module, getattr(config, name))
         for name, module in (("generator", generator), ("fake_score", fake_score), ("discriminator", discriminator))
@@ -197,6 +257,10 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         origin=origin,
         resized=changed,
         latents=latents,
+        latents_folder=stored,
+        text=text,
+        none=unguided.null_class if text is None else null,
+        clip=_clip_hinge(config, latents, text, device),
         divergence=divergence,
         networks=networks,
         student=generator,
@@ -208,24 +272,72 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
     )
 
 
+def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) -> Denoiser:
+    return lora_copy(
+        frozen,
+        section.lora_rank,
+        adapter=adapter,
+        setting=setting,
+        alpha=section.lora_alpha,
+        targets=section.lora_targets,
+    )
+
+
+def _guided(denoiser: Denoiser, scale: float, null: TextCondition | None, rescale: float) -> Denoiser:
+    told = isinstance(denoiser, FluxDenoiser) and denoiser.embedded_guidance is not None
+    return denoiser if scale == 1 or told else GuidedDenoiser(denoiser, scale, null=null, rescale=rescale)
+
+
+def _clip_hinge(
+    config: DistillConfig, latents: LatentSpace | None, text: Captions | None, device: torch.device
+) -> ClipHinge | None:
+    loss = config.clip_loss
+    if not loss.weight:
+        return None
+    if text is None or loss.weights is None:
+        lacks = "the teacher is told no prompts" if text is None else "clip_loss.weights is null"
+        raise ConfigError(
+            f"clip_loss.weight: got {loss.weight}, but {lacks}; expected 0, or a text-to-image teacher and a "
+            "safetensors file of the model's weights"
+        )
+    from fdistill.clip_loss import ClipHinge, load_clip
+
+    return ClipHinge(*load_clip(loss.model, loss.weights), latents, margin=loss.margin).to(device)
+
+
+def _generator(config: DistillConfig, student: Denoiser) -> Student:
+    if config.student.generator == "tiue":
+        return TiUEGenerator(student, config.student_levels or leading_levels(student.schedule))
+    levels = config.student_levels or (student.schedule.t_max,)
+    if isinstance(student, TextDenoiser):
+        check_exportable(student, levels)
+    return student_generator(student, levels)
+
+
 def _student_network(
-    config: DistillConfig, checkpoint: Checkpoint, teacher: Denoiser
-) -> tuple[Checkpoint, Denoiser, Resized | None]:
-    """Where the student's network comes from, the network, and what became of its weights if it was changed."""
-    origin, start = checkpoint, teacher
+    config: DistillConfig, checkpoint: Checkpoint, teacher: Denoiser, own: Denoiser | None
+) -> tuple[Checkpoint, Denoiser | None, Resized | None]:
+    """Where the student's network comes from, the network (None where it is adapters on the teacher's), and what became
+    of its weights if it was changed.
+    """
+    origin, start = checkpoint, own
     if config.student.checkpoint is not None:
         origin = resolve_checkpoint(config.student.checkpoint)
         start = load_denoiser(origin, null_class=config.null_class)
-        if start.sample_shape != teacher.sample_shape or start.num_classes != teacher.num_classes:
+        if isinstance(start, TextDenoiser):
+            start.resize(teacher.sample_shape[-1])
+        alike = (start.sample_shape, start.num_classes, (start.text_shapes or {}).keys())
+        if alike != (teacher.sample_shape, teacher.num_classes, (teacher.text_shapes or {}).keys()):
             raise ConfigError(
                 f"student.checkpoint {origin.name!r}: makes samples {start.sample_shape} of {start.num_classes} "
-                f"classes, the teacher {teacher.sample_shape} of {teacher.num_classes}; expected the same of both"
+                f"classes, the teacher {teacher.sample_shape} of {teacher.num_classes}; expected the same of both, and "
+                "prompts for both or none"
             )
         start.latent_scaling = teacher.latent_scaling
     if config.student.network:
-        changed = resized(start, config.student.network)
+        changed = resized(start or teacher, config.student.network)
         return origin, changed.denoiser, changed
-    return origin, copy.deepcopy(teacher) if start is teacher else start, None
+    return origin, start, None
 
 
 def _check_weights(config: DistillConfig, divergence: Divergence) -> None:
@@ -272,12 +384,24 @@ def _student_update(config: DistillConfig, networks: Networks, divergence: Diver
     common.update(divergence=divergence, ratio=ratio)
     if objective == "uni-instruct":
         return partial(uni_instruct_step, networks, **common, detach_weight=config.objective.detach_weight)
-    return partial(generator_step, networks, **common, regression_weight=config.regression.weight)
+    return partial(
+        generator_step,
+        networks,
+        **common,
+        gan_gradient_ratio=generator.gan_gradient_ratio,
+        noise_kl_weight=config.student.noise_kl_weight,
+        regression_weight=config.regression.weight,
+    )
 
 
 def level_draw(config: LevelsConfig) -> LevelDraw:
     """The level sampler a config section describes."""
-    used = {"karras": {"low", "high", "rho"}, "uniform": {"low", "high"}, "lognormal": {"mean", "std"}}[config.sampler]
+    used = {
+        "karras": {"low", "high", "rho"},
+        "uniform": {"low", "high"},
+        "shifted": {"low", "high", "shift"},
+        "lognormal": {"mean", "std"},
+    }[config.sampler]
     return partial(LEVEL_SAMPLERS[config.sampler], **config.model_dump(include=used))
 
 

@@ -9,15 +9,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fdistill.adapters import load_denoiser, resolve_checkpoint
 from fdistill.data import ImageLoader, Source, open_source
-from fdistill.data.latents import SAMPLING, write_latents
+from fdistill.data.captions import distinct
+from fdistill.data.embeddings import write_embeddings
+from fdistill.data.latents import SAMPLING, Moments, write_latents
 from fdistill.data.order import EpochOrder
 from fdistill.devices import start, upload
-from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.errors import ArgumentError, DataError, did_you_mean
 from fdistill.files import claim_folder
 from fdistill.images import to_unit
-from fdistill.latents import LatentSpace, attach_latent_space
+from fdistill.latents import LatentSpace
+from fdistill.teacher import Teacher, open_teacher
+from fdistill.text import encoding_facts, open_prompt_encoder, prompt_batches
 
 _SEED = 0
 
@@ -33,9 +36,13 @@ def cache(
     sampling: str = "sample",
     batch_size: int = 64,
     workers: int = 2,
+    resolution: int | None = None,
+    negative_prompt: str = "",
+    precision: str = "fp32",
     device: str = "auto",
 ) -> Path:
-    """Encodes every image of a data set to moments (mean and standard deviation of its latents).
+    """Encodes every image of a data set to moments (mean and standard deviation of its latents), and for a
+    text-to-image teacher every caption to what its denoiser is told.
 
     Args:
         data: what `data=` takes: a folder, an archive, hf:name.
@@ -47,6 +54,9 @@ def cache(
         sampling: what training takes: "sample" draws from the moments, "mean" does not.
         batch_size: images at a time.
         workers: processes that decode.
+        resolution: of a text-to-image teacher, where it is not the teacher's own.
+        negative_prompt: what guidance leads away from.
+        precision: "fp32" or "bf16", of the text encoders: a run's frozen_precision.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
@@ -59,15 +69,65 @@ def cache(
         raise ArgumentError(f"sampling: got {sampling!r}; {did_you_mean(sampling, SAMPLING)}")
     if batch_size < 1 or workers < 1:
         raise ArgumentError(f"batch_size, workers: expected at least 1, got {batch_size} and {workers}")
-    checkpoint = resolve_checkpoint(teacher)
-    denoiser = load_denoiser(checkpoint)
-    latents = attach_latent_space(denoiser, checkpoint, vae)
-    if latents is None:
-        raise ArgumentError(f"teacher {str(teacher)!r}: makes pixels; pass the images to distill as they are")
+    opened = open_teacher(teacher, vae=vae, resolution=resolution)
     source = open_source(str(data))
-    resolution = latents.factor * denoiser.sample_shape[-1]
     folder = claim_folder(Path(output))
     _, chosen = start(device)
+    encode_data(
+        source,
+        opened,
+        folder,
+        device=chosen,
+        recipe=recipe,
+        flip=flip,
+        sampling=sampling,
+        negative_prompt=negative_prompt,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+    )
+    return Path(output)
+
+
+def encode_data(
+    source: Source,
+    teacher: Teacher,
+    folder: Path,
+    *,
+    device: torch.device,
+    recipe: str = "center-box",
+    flip: bool = False,
+    sampling: str = "sample",
+    negative_prompt: str = "",
+    precision: str = "fp32",
+    batch_size: int = 64,
+    workers: int = 2,
+) -> None:
+    """`cache` of an open source for a loaded teacher, into a folder that is made or replaced."""
+    latents, checkpoint = teacher.latents, teacher.checkpoint
+    if latents is None:
+        raise ArgumentError(f"teacher {checkpoint.name!r}: makes pixels; pass the images to distill as they are")
+    resolution = teacher.image_size
+    index, write_text = None, None
+    if teacher.denoiser.text_shapes is not None:
+        if source.captions is None:
+            raise DataError(
+                f"data {source.name}: images without captions, but teacher {checkpoint.name!r} is told prompts; "
+                "expected photo.txt beside photo.jpg, a metadata.jsonl, or a caption column"
+            )
+        assert checkpoint.folder is not None
+        prompts, index = distinct(source.captions)
+        encoders = open_prompt_encoder(checkpoint, resolution, precision)
+        described = {
+            "encoder": encoding_facts(checkpoint.folder, resolution, precision),
+            "null_prompt": negative_prompt,
+        }
+
+        def write_text(path: Path) -> None:
+            with encoders.on(device):
+                null = encoders.null(negative_prompt)
+                write_embeddings(path, prompt_batches(encoders, prompts), null=null, meta=described)
+
     meta = {
         **latents.facts(),
         "sampling": sampling,
@@ -79,16 +139,21 @@ def cache(
     with ImageLoader(
         source, (3, resolution, resolution), recipe=recipe, batch_size=batch_size, seed=_SEED, workers=workers
     ) as loader:
-        batches = _moments(loader, source, latents, batch_size, flip, chosen)
-        write_latents(folder, batches, meta, source.num_classes)
+        batches = _moments(loader, source, latents, index, batch_size, flip, device)
+        write_latents(folder, batches, meta, source.num_classes, write_text)
         for name, reason in loader.skipped:
             tqdm.write(f"skipped {name}: {reason}")
-    return Path(output)
 
 
 def _moments(
-    loader: ImageLoader, source: Source, latents: LatentSpace, batch_size: int, flip: bool, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+    loader: ImageLoader,
+    source: Source,
+    latents: LatentSpace,
+    captions: Tensor | None,
+    batch_size: int,
+    flip: bool,
+    device: torch.device,
+) -> Iterator[Moments]:
     """Every item once, in the loader's order; without those that cannot be decoded."""
     order, items = EpochOrder(len(source), batch_size, _SEED), len(source)
     with tqdm(total=items, desc="encode", unit="img", mininterval=0.5) as bar:
@@ -99,7 +164,8 @@ def _moments(
             if not bool(kept.any()):
                 continue
             images, labels = to_unit(upload(batch.images[kept], device)), batch.labels[kept]
-            yield latents.moments(images), labels
+            rest = (labels,) if captions is None else (labels, captions[batch.rows[kept]])
+            yield latents.moments(images), *rest
             if flip:
-                yield latents.moments(images.flip(-1)), labels
-            bar.update(int(kept.sum()))
+                yield latents.moments(images.flip(-1)), *rest
+            bar.update(len(labels))

@@ -24,6 +24,7 @@ app = typer.Typer(
 Guidance = Annotated[float, typer.Option(help="Of a teacher that knows a label for `no class`; 1 is off.")]
 Network = Annotated[str | None, typer.Option(help="module:function of a student of your own network.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Resolution = Annotated[int | None, typer.Option(help="Of a text-to-image teacher, where it is not its own.")]
 Steps = Annotated[
     int,
     typer.Option("--steps", help="Heun steps of a teacher: 2 x steps - 1 evaluations an image."),
@@ -106,14 +107,19 @@ def generate(
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
     batch_size: Annotated[int, typer.Option(help="Images per evaluation.")] = 256,
     class_labels: Annotated[str | None, typer.Option(help="Classes to draw in turn, as 0,1,2; all by default.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What a text-to-image model draws; several in turn.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
     steps: Steps = 18,
     guidance_scale: Guidance = 1.0,
+    negative_prompt: Annotated[str, typer.Option(help="What a guided text-to-image teacher leads away from.")] = "",
+    resolution: Resolution = None,
     network: Network = None,
     device: Device = "auto",
 ) -> None:
     """Generate images: one evaluation each from a student, or the few it was trained for; many from a teacher.
 
     Example: fdistill generate runs/digits --num-images 100 --seed 0 --class-labels 3,7 --output images
+    Example: fdistill generate runs/t2i --num-images 8 --prompt "a bold seven" --output images
     """
     try:
         labels = [int(label) for label in class_labels.split(",")] if class_labels is not None else None
@@ -122,8 +128,10 @@ def generate(
             f"class-labels: got {class_labels!r}, expected whole numbers and commas, as in 0,1,2"
         ) from error
 
+    from fdistill.data.prompts import read_prompts
     from fdistill.generation import generate as run
 
+    told = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
     folder = run(
         student,
         num_images=num_images,
@@ -131,8 +139,11 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         class_labels=labels,
+        prompts=told or None,
         num_steps=steps,
         guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        resolution=resolution,
         network=network,
         device=device,
     )
@@ -178,17 +189,46 @@ def evaluate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A published .pkl, or a .pt, .pth or .safetensors state dict.")],
+    source: Annotated[Path, typer.Argument(help="A published .pkl, .pt, .pth or .safetensors file.")],
     output: Annotated[Path, typer.Option(help="The teacher folder; must not exist or be empty.")],
     family: Annotated[str | None, typer.Option(help="Of a state dict: dit or sit.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Of a text-to-image checkpoint: folder or hub id of the pipeline it comes from.")
+    ] = None,
 ) -> None:
-    """Turn a published EDM or EDM2 pickle, or a DiT or SiT state dict, into a safetensors folder; nothing in it is run.
+    """Turn a published file into a safetensors folder: an EDM or EDM2 pickle, a DiT or SiT state dict, or, with --base,
+    a single-file text-to-image checkpoint. Nothing in it is run.
 
     Example: fdistill convert edm-cifar10-32x32-cond-vp.pkl --output teachers/cifar10-cond
+    Example: fdistill convert mine.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 --output teachers/mine
     """
+    if base is not None:
+        from fdistill.teacher import copy_single_file
+
+        typer.echo(f"teacher: {copy_single_file(source, base, output)}")
+        return
     from fdistill.convert import convert as run
 
     typer.echo(f"teacher: {run(source, output, family=family)}")
+
+
+@app.command()
+def export(
+    student: Annotated[Path, typer.Argument(help="A student or run folder of a text-to-image student.")],
+    format: Annotated[str, typer.Option(help="lora, comfy (all weights in one file) or comfy-lora.")],
+    output: Annotated[Path, typer.Option(help="A .safetensors file.")],
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; the student's own by default.")] = None,
+) -> None:
+    """Write a student as one file for other programs: the adapters of a LoRA run, or weights under ComfyUI's names.
+
+    Example: fdistill export runs/sd15 --format comfy --dtype fp16 --output sd15-one-step.safetensors
+    """
+    from fdistill.export import export_student
+    from fdistill.pipeline import student_folder
+
+    for sentence in export_student(student_folder(student), format, output, dtype):
+        typer.echo(sentence)
+    typer.echo(f"exported: {output}")
 
 
 @app.command()
@@ -220,9 +260,12 @@ def cache(
     sampling: Annotated[str, typer.Option(help="What training takes of each latent: sample or mean.")] = "sample",
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
     workers: Annotated[int, typer.Option(help="Processes that decode.")] = 2,
+    resolution: Resolution = None,
+    negative_prompt: Annotated[str, typer.Option(help="The negative_prompt of the runs that will read this.")] = "",
+    precision: Annotated[str, typer.Option(help="The frozen_precision of those runs: fp32 or bf16.")] = "fp32",
     device: Device = "auto",
 ) -> None:
-    """Encode images once with a latent teacher's autoencoder, for `distill data=FOLDER`.
+    """Encode images, and the captions of a text-to-image teacher's, once, for `distill data=FOLDER`.
 
     Example: fdistill cache photos --teacher teachers/dit --recipe adm --flip --output latents
     """
@@ -238,6 +281,9 @@ def cache(
         sampling=sampling,
         batch_size=batch_size,
         workers=workers,
+        resolution=resolution,
+        negative_prompt=negative_prompt,
+        precision=precision,
         device=device,
     )
     typer.echo(f"latents: {folder}")

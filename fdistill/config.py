@@ -11,193 +11,37 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from fdistill.ema_profiles import MAX_SIGMA_REL, MIN_SIGMA_REL, profile_name
 from fdistill.errors import ConfigError, did_you_mean
 from fdistill.methods import METHODS, check_combination
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-RelativeWidth = Annotated[float, Field(ge=MIN_SIGMA_REL, le=MAX_SIGMA_REL)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
-
-
-Weighting = Literal["edm", "inverse-sigma2", "min-snr", "uniform"]
-
-
-class OptimizerConfig(_Section):
-    """AdamW of one role; gradients are clipped to a global norm before every update."""
-
-    lr: Positive = 1e-4
-    beta1: Decay = 0.0
-    beta2: Decay = 0.999
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.0
-    grad_clip: Positive = 10.0
+from fdistill.sections import (
+    CLIPLossConfig,
+    Count,
+    CountOrZero,
+    DiscriminatorConfig,
+    EMAConfig,
+    FakeScoreConfig,
+    Fraction,
+    GeneratorConfig,
+    ImagesConfig,
+    LevelsConfig,
+    LogConfig,
+    MatchingLevelsConfig,
+    ObjectiveConfig,
+    Positive,
+    RatioConfig,
+    RegressionConfig,
+    Section,
+    SmokeConfig,
+    StudentConfig,
+    TeacherSamplesConfig,
+)
 
 
-class FakeScoreConfig(OptimizerConfig):
-    """The fake-score network: keeps learning to denoise what the student makes."""
-
-    weighting: Weighting = "edm"
-    min_snr_gamma: Positive = 5.0
-    lora_rank: CountOrZero = Field(default=0, description="train adapters of this rank on a shared teacher; 0 is all")
-
-
-class DiscriminatorConfig(OptimizerConfig):
-    """Heads on features of the fake-score network ("fake") or of the teacher."""
-
-    source: Literal["fake", "teacher"] = "fake"
-    features: list[str] = Field(default=["mid"], min_length=1)
-    head: Literal["convolutional", "channel-mean"] = "convolutional"
-    gan_weight: NonNegative = Field(default=1e-2, description="of the discriminator's loss in the critic's")
-    gan_weighting: Weighting = "uniform"
-    r1_weight: NonNegative = Field(default=0.0, description="gamma of the R1 penalty on noised data; 0 is off")
-
-
-class GeneratorConfig(OptimizerConfig):
-    """The student."""
-
-    gan_weight: NonNegative = Field(default=1e-3, description="of the GAN term beside distribution matching")
-    weighting: Literal["normalised", "uniform", "vsd"] = Field(
-        default="normalised", description="of the score difference over samples and noise levels"
-    )
-
-
-class StudentConfig(_Section):
-    """The student's network, where it is not a copy of the teacher."""
-
-    checkpoint: str | None = Field(default=None, description="start from this checkpoint; null is the teacher")
-    network: dict[str, Any] = Field(
-        default_factory=dict, description="changes to the network's config, such as fewer blocks; what fits is copied"
-    )
-
-
-class ObjectiveConfig(_Section):
-    """What only some methods have: SiD's alpha, SIM's pseudo-Huber constant, Uni-Instruct's biased variant."""
-
-    alpha: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    huber_c: Positive | None = None
-    detach_weight: bool = False
-
-
-class RegressionConfig(_Section):
-    """DMD's regression on pairs of noise and what the teacher's ODE makes of it from the student's level."""
-
-    weight: NonNegative = 0.0
-    pairs: CountOrZero = 2000
-
-
-class ImagesConfig(_Section):
-    """How image files become what the teacher was trained on."""
-
-    recipe: Literal["exact", "center-box", "center-lanczos", "adm", "squash"] = "exact"
-    flip: bool = Field(default=False, description="mirror every other image, at random")
-    workers: Count = Field(default=2, description="processes that decode, for each process that trains")
-
-
-class TeacherSamplesConfig(_Section):
-    """Samples of the teacher's own sampler (Heun, 2 num_steps - 1 evaluations), made once and cached."""
-
-    count: Count = Field(default=2000, description="with data=teacher-samples, how many stand in for data")
-    num_steps: Count = 18
-
-
-class LevelsConfig(_Section):
-    """How training levels are drawn. low and high cut `uniform` (over t) or `karras` (over the Karras grid)."""
-
-    sampler: Literal["karras", "uniform", "lognormal"] = "karras"
-    low: Fraction = 0.0
-    high: Fraction = 1.0
-    rho: Positive = 7.0
-    mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
-    std: Positive = 1.2
-
-    @model_validator(mode="after")
-    def _ordered(self) -> LevelsConfig:
-        if self.low >= self.high:
-            raise ValueError(f"expected low < high, got {self.low} and {self.high}")
-        return self
-
-
-class MatchingLevelsConfig(LevelsConfig):
-    """Levels at which scores are compared: the ends, where they say least, are left out (DMD2)."""
-
-    low: Fraction = 0.02
-    high: Fraction = 0.98
-
-
-class RatioConfig(_Section):
-    """The density ratio and its two-stage normalisation."""
-
-    lower: Annotated[float, Field(gt=0, le=1)] = 0.1
-    upper: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 20.0
-    num_bins: Count = 10
-    bin_edges: Literal["log-sigma", "linear"] = "log-sigma"
-    momentum: Decay = 0.0
-    warmup: CountOrZero = Field(default=50, description="iterations in which weights ramp from 1 to h / mean(h)")
-
-
-class EMAConfig(_Section):
-    """Averages of the student's weights, one for each decay (per iteration) and one for each relative width of a power
-    function (EDM2); the exported student is one of them."""
-
-    decays: list[Decay] = [0.98]
-    sigma_rel: list[RelativeWidth] = []
-    export: float | str = Field(default=0.98, description="one of decays, or one of sigma_rel as sigma_rel=0.1")
-    snapshot_every: CountOrZero = Field(
-        default=0, description="keep the averages of sigma_rel every so many iterations, for `fdistill ema`; 0 is off"
-    )
-
-    @field_validator("export", mode="before")
-    @classmethod
-    def _average(cls, value: Any) -> Any:
-        """sigma_rel=0.10 and sigma_rel=0.1 are one name."""
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-            raise ValueError(f"got {value!r}, expected one of decays, or one of sigma_rel as sigma_rel=0.1")
-        kind, _, width = str(value).partition("=")
-        try:
-            return profile_name(float(width)) if kind == "sigma_rel" else value
-        except ValueError:
-            return value
-
-    @model_validator(mode="after")
-    def _fits(self) -> EMAConfig:
-        profiles = [profile_name(width) for width in self.sigma_rel]
-        if self.export not in [*self.decays, *profiles]:
-            raise ValueError(
-                f"export: got {self.export}, expected one of decays {self.decays}"
-                + (f" or {', '.join(profiles)}" if profiles else "")
-            )
-        if self.snapshot_every and not self.sigma_rel:
-            raise ValueError(
-                f"snapshot_every: got {self.snapshot_every}, but snapshots are of sigma_rel, which is empty; "
-                "expected widths such as [0.05, 0.1], or snapshot_every=0"
-            )
-        return self
-
-
-class LogConfig(_Section):
-    """What a run writes, and how often in iterations. 0 turns sample grids, or intermediate checkpoints, off."""
-
-    every: Count = 10
-    samples_every: CountOrZero = 100
-    checkpoint_every: CountOrZero = 100
-    keep_checkpoints: Count = 2
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
-
-
-class DistillConfig(_Section):
+class DistillConfig(Section):
     """One distillation.
 
     An iteration is `critic_steps` updates of the critic (fake score and discriminator) followed by one update of the
@@ -209,11 +53,31 @@ class DistillConfig(_Section):
     null_class: CountOrZero | None = Field(
         default=None, description="the teacher's label for `no class`, its last, where its checkpoint does not say it"
     )
-    guidance_scale: Positive = Field(default=1.0, description="of the teacher, against its null class; 1 is off")
+    teacher_base: str | None = Field(
+        default=None, description="the published pipeline that a single-file teacher was made from: a folder or hub id"
+    )
+    teacher_lora: str | None = Field(default=None, description="a LoRA file that is merged into the teacher")
+    teacher_lora_scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    guidance_scale: Positive = Field(
+        default=1.0, description="of the teacher, against its null class or negative_prompt; 1 is off"
+    )
+    guidance_rescale: Fraction = Field(
+        default=0.0, description="how far the norm of a guided prediction is brought back to the conditional one's"
+    )
+    negative_prompt: str = Field(default="", description="what guidance of a text-to-image teacher leads away from")
+    condition_dropout: Fraction = Field(
+        default=0.0, description="share of the critic's labels or prompts that are replaced by `none`"
+    )
+    resolution: Count | None = Field(
+        default=None, description="of a text-to-image student's images, in pixels; null is the teacher's"
+    )
     vae: str | None = Field(default=None, description="autoencoder of a latent teacher whose folder has none")
     data: str | None = Field(
         default="digits",
         description="embedded; a folder, archive or hf:name; teacher-samples; or null where no method reads images",
+    )
+    prompts: str | None = Field(
+        default=None, description="a file with a prompt a line, for a text-to-image teacher without captioned images"
     )
     images: ImagesConfig = ImagesConfig()
     divergence: str | None = Field(
@@ -229,11 +93,16 @@ class DistillConfig(_Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
+    frozen_precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="in which weights that are not trained are held: the teacher's, text encoders'"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="less memory for a fifth more time, or a third")
     generator: GeneratorConfig = GeneratorConfig()
     fake_score: FakeScoreConfig = FakeScoreConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     regression: RegressionConfig = RegressionConfig()
+    clip_loss: CLIPLossConfig = CLIPLossConfig()
     teacher_samples: TeacherSamplesConfig = TeacherSamplesConfig()
     matching_levels: MatchingLevelsConfig = MatchingLevelsConfig()
     critic_levels: LevelsConfig = LevelsConfig()
@@ -273,18 +142,6 @@ class DistillConfig(_Section):
         """`student_level` as a tuple; None for the teacher's t_max."""
         level = self.student_level
         return tuple(level) if isinstance(level, list) else None if level is None else (level,)
-
-
-class SmokeConfig(_Section):
-    """A recipe's smoke section: what `--smoke` makes in place of its teacher and data, and settings that fit those."""
-
-    network: dict[str, Any] = Field(description="_class_name and settings of a tiny network of the teacher's family")
-    scheduler: dict[str, Any] | None = Field(
-        default=None, description="_class_name and settings of the scheduler beside it"
-    )
-    vae: dict[str, Any] | None = Field(default=None, description="settings of a latent teacher's AutoencoderKL")
-    images: Count = Field(default=16, description="how many, over all classes")
-    overrides: dict[str, Any] = Field(default_factory=dict, description="over the recipe's settings")
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

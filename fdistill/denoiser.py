@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fdistill.condition import Condition, TextCondition
 from fdistill.errors import ArgumentError, did_you_mean
 from fdistill.kernels.checks import wide
 from fdistill.kernels.to_x0 import to_x0
@@ -83,7 +84,9 @@ class Denoiser(nn.Module, ABC):
     Attributes:
         schedule: x_t = schedule.alpha(t) x0 + schedule.sigma(t) eps.
         sample_shape: (C, H, W) of one x0; values nominally in [-1, 1].
-        num_classes: conditions are labels [B] in [0, num_classes); None for an unconditional network.
+        num_classes: conditions are labels [B] in [0, num_classes); None for a network that is told none.
+        text_shapes: conditions are prompts: per prompt, the shape of each tensor of their `TextCondition`; None for a
+            network that is told none.
         null_class: the label that stands for no class; None if the network does not know one.
         sigma_data: standard deviation of the data, used by the EDM loss weighting.
         feature_shapes: (C, H, W) of every tensor that `features` can name, from the input towards the output.
@@ -95,6 +98,7 @@ class Denoiser(nn.Module, ABC):
     schedule: NoiseSchedule
     sample_shape: tuple[int, int, int]
     num_classes: int | None
+    text_shapes: dict[str, tuple[int, ...]] | None = None
     sigma_data: float
     feature_shapes: dict[str, tuple[int, int, int]]
     kind: object = None
@@ -106,7 +110,7 @@ class Denoiser(nn.Module, ABC):
         self,
         network_input: Tensor,
         t: Tensor,
-        condition: Tensor | None,
+        condition: Any,
         features: Sequence[str],
         *,
         output: bool,
@@ -114,9 +118,23 @@ class Denoiser(nn.Module, ABC):
     ) -> tuple[Tensor | None, Features]:
         """What adapters implement: the network's output (None unless `output`) and the named features.
 
+        A condition is labels [B], a `TextCondition` of B prompts, or None, as the network is told.
+
         With `output_grad` False the part of the network that only the output depends on runs without autograd and
         keeps no activations.
         """
+
+    def example_condition(self, count: int, device: torch.device | str) -> Condition | None:
+        """A condition of the kind this network is told: label 0, or prompts that are all zeros."""
+        if self.text_shapes is not None:
+            return TextCondition(
+                {name: torch.zeros(count, *shape, device=device) for name, shape in self.text_shapes.items()}
+            )
+        return torch.zeros(count, dtype=torch.long, device=device) if self.num_classes else None
+
+    def guidance_norm(self, output: Tensor) -> Tensor:
+        """What `GuidedDenoiser` rescales by, [B, 1, 1, 1] or finer: the standard deviation of each sample's output."""
+        return output.std(dim=(1, 2, 3), keepdim=True)
 
     def after_update(self) -> None:
         """Called after every update of the parameters; for networks that keep them normalised."""
@@ -153,7 +171,7 @@ class Denoiser(nn.Module, ABC):
         self,
         network_input: Tensor,
         t: Tensor,
-        condition: Tensor | None,
+        condition: Condition | None,
         features: Sequence[str] = (),
         *,
         form: Preconditioning | None = None,
@@ -175,14 +193,14 @@ class Denoiser(nn.Module, ABC):
         return Prediction(output, form.skip, form.out), tapped
 
     def denoise(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None = None, features: Sequence[str] = ()
+        self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()
     ) -> Tensor | tuple[Tensor, Features]:
         """x0-prediction, differentiable in x_t.
 
         Args:
             x_t: [B, C, H, W], noisy samples at levels t.
             t: [B] levels of `schedule`.
-            condition: [B] class labels, or None for an unconditional network.
+            condition: [B] class labels, a `TextCondition` of B prompts, or None for an unconditional network.
             features: names out of `feature_shapes`.
 
         Returns:
@@ -194,7 +212,7 @@ class Denoiser(nn.Module, ABC):
     forward = denoise
 
     def denoise_with_features(
-        self, x_t: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str]
+        self, x_t: Tensor, t: Tensor, condition: Condition | None, features: Sequence[str]
     ) -> tuple[Tensor, Features]:
         """`denoise` that returns the pair even when no feature is asked for."""
         form = self.preconditioning(t)
@@ -202,7 +220,9 @@ class Denoiser(nn.Module, ABC):
         prediction, tapped = self.predict(fed, t, condition, features, form=form)
         return prediction.x0(x_t), tapped
 
-    def features(self, network_input: Tensor, t: Tensor, condition: Tensor | None, features: Sequence[str]) -> Features:
+    def features(
+        self, network_input: Tensor, t: Tensor, condition: Condition | None, features: Sequence[str]
+    ) -> Features:
         """The named features alone; what lies beyond the last of them is not computed. Arguments as in `predict`."""
         self._check_features(features)
         return self.run(network_input, t, condition, features, output=False, output_grad=False)[1]

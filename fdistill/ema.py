@@ -18,8 +18,14 @@ from fdistill.kernels.ema import ema
 Average = float | str
 
 
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """The state dict without frozen parameters, which may be another network's as well."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+
+
 class EMA:
-    """Shadow copies of `module`'s parameters and buffers, one set for each average; they start as copies.
+    """Shadow copies of `module`'s trainable parameters and buffers, one set for each average; they start as copies.
 
     Args:
         decays: each in [0, 1); after every `update`, shadow = decay * shadow + (1 - decay) * parameter. Integer
@@ -41,7 +47,7 @@ class EMA:
         self._gammas: dict[Average, float] = {profile_name(width): gamma_from_sigma_rel(width) for width in sigma_rel}
         self._module = module
         self.shadows: dict[Average, dict[str, Tensor]] = {
-            average: {name: self._shadow(value) for name, value in module.state_dict().items()}
+            average: {name: self._shadow(value) for name, value in trained_state(module).items()}
             for average in (*self.decays, *self._gammas)
         }
 
@@ -53,7 +59,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         self.updates += 1
-        current = {name: value.detach() for name, value in self._module.state_dict().items()}
+        current = {name: value.detach() for name, value in trained_state(self._module).items()}
         floats = [name for name, value in current.items() if value.is_floating_point()]
         ema(
             [shadow[name] for shadow in self.shadows.values() for name in floats],
@@ -72,12 +78,12 @@ class EMA:
     @contextmanager
     def applied(self, average: Average) -> Iterator[None]:
         """The module holds the averaged weights inside the block, and its own again afterwards."""
-        own = {name: value.clone() for name, value in self._module.state_dict().items()}
-        self._module.load_state_dict(self.shadows[average])
+        own = {name: value.clone() for name, value in trained_state(self._module).items()}
+        self._module.load_state_dict(self.shadows[average], strict=False)
         try:
             yield
         finally:
-            self._module.load_state_dict(own)
+            self._module.load_state_dict(own, strict=False)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The shadows and, if a power-function average needs it, the number of updates."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from fdistill.errors import OutputError
+
+
+def cache_folder() -> Path:
+    """$FDISTILL_CACHE, or fdistill/ in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FDISTILL_CACHE") or Path(home) / "fdistill")
 
 
 @contextmanager

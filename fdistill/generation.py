@@ -15,7 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdistill import __version__
-from fdistill.adapters import Checkpoint, load_teacher, resolve_checkpoint
+from fdistill.adapters import Checkpoint
+from fdistill.adapters.flux import FluxDenoiser
+from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.devices import start
 from fdistill.errors import ArgumentError
@@ -28,6 +30,12 @@ from fdistill.pipeline import is_student, load_student
 from fdistill.report import to_pil
 from fdistill.rng import indexed_normal
 from fdistill.sampler import heun_sample
+from fdistill.teacher import open_teacher
+from fdistill.text import PromptEncoder, describe_cut, open_prompt_encoder
+from fdistill.tiue import TiUEGenerator
+
+#: What images are asked to be: labels int64 [N], N prompts, or nothing.
+Told = Tensor | Sequence[str] | None
 
 
 @dataclass(frozen=True)
@@ -37,14 +45,16 @@ class Source:
     Attributes:
         weights_sha256: hash of the network's weight files.
         latents: the autoencoder that makes images of the network's samples; None for a network of pixels.
+        text: encoders of prompts; None for a network that is told none.
         guidance_scale: of a teacher; None for a student.
     """
 
     name: str
-    model: Generator | Denoiser
+    model: Generator | TiUEGenerator | Denoiser
     num_steps: int | None
     weights_sha256: str
     latents: LatentSpace | None = None
+    text: PromptEncoder | None = None
     guidance_scale: float | None = None
 
     @property
@@ -53,17 +63,23 @@ class Source:
         return self.model if isinstance(self.model, Denoiser) else self.model.denoiser
 
     @torch.no_grad()
-    def sample(self, seed: int, indices: Sequence[int], labels: Tensor | None, device: torch.device) -> Tensor:
-        """Images uint8 [N, C, H, W] on the CPU for N indices and labels; each depends on (seed, index, label)."""
-        labels = None if labels is None else labels.to(device)
+    def sample(self, seed: int, indices: Sequence[int], told: Told, device: torch.device) -> Tensor:
+        """Images uint8 [N, C, H, W] on the CPU for N indices; each depends on (seed, index) and what is told of it."""
+        condition = self._condition(told, device)
         if isinstance(self.model, Denoiser):
             assert self.num_steps is not None
             noise = indexed_normal(seed, indices, self.model.sample_shape).to(device)
-            x0 = heun_sample(self.model, noise, labels, self.num_steps)
+            x0 = heun_sample(self.model, noise, condition, self.num_steps)
         else:
             noise = indexed_normal(seed, indices, noise_shape(self.model)).to(device)
-            x0 = self.model(noise, labels)
+            x0 = self.model(noise, condition)
         return to_uint8(x0 if self.latents is None else self.latents.decode(x0)).cpu()
+
+    def _condition(self, told: Told, device: torch.device) -> Condition | None:
+        if told is None or isinstance(told, Tensor):
+            return None if told is None else told.to(device)
+        assert self.text is not None
+        return self.text.encode(told).to(device)
 
 
 @dataclass
@@ -100,12 +116,15 @@ def open_source(
     *,
     num_steps: int = 18,
     guidance_scale: float = 1.0,
+    negative_prompt: str = "",
+    resolution: int | None = None,
     network: str | None = None,
 ) -> Source:
     """A student folder (or a run that has one), or any teacher that `load_teacher` takes.
 
     Args:
         num_steps, guidance_scale: of a teacher.
+        negative_prompt, resolution: of a text-to-image teacher.
         network: "module:function" of a student of a user's own network.
 
     Raises:
@@ -115,16 +134,50 @@ def open_source(
     for folder in (path, path / "student"):
         if is_student(folder):
             student = load_student(folder, device, network=network)
-            latents = attach_latent_space(student.denoiser, Checkpoint(str(checkpoint), folder), None)
-            return Source(str(checkpoint), student, None, weights_sha256(folder), latents)
+            found = Checkpoint(str(checkpoint), folder)
+            latents = attach_latent_space(student.denoiser, found, None)
+            text = _prompt_encoder(found, student.denoiser, latents)
+            return Source(str(checkpoint), student, None, weights_sha256(folder), latents, text)
     if num_steps < 1:
         raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
-    origin = resolve_checkpoint(checkpoint)
-    teacher = load_teacher(checkpoint, device)
-    latents = attach_latent_space(teacher, origin, None)
-    sha256 = weights_sha256(origin.folder) if origin.folder else origin.fingerprint(teacher)
-    model = teacher if guidance_scale == 1 else GuidedDenoiser(teacher, guidance_scale)
-    return Source(str(checkpoint), model, num_steps, sha256, latents, guidance_scale)
+    teacher = open_teacher(checkpoint, resolution=resolution)
+    origin, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(device), teacher.latents
+    text = _prompt_encoder(origin, denoiser, latents)
+    sha256 = weights_sha256(origin.folder) if origin.folder else origin.fingerprint(denoiser)
+    if isinstance(denoiser, FluxDenoiser) and denoiser.embedded_guidance is not None:
+        denoiser.embedded_guidance = guidance_scale
+    elif guidance_scale != 1:
+        null = None
+        if text is not None:
+            with text.on(device):
+                null = text.null(negative_prompt)
+        denoiser = GuidedDenoiser(denoiser, guidance_scale, null=null)
+    return Source(str(checkpoint), denoiser, num_steps, sha256, latents, text, guidance_scale)
+
+
+def _prompt_encoder(checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None) -> PromptEncoder | None:
+    if denoiser.text_shapes is None:
+        return None
+    return open_prompt_encoder(checkpoint, denoiser.sample_shape[-1] * (1 if latents is None else latents.factor))
+
+
+def told_of(
+    source: Source, count: int, class_labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
+) -> Told:
+    """What `count` images are asked to be: the prompts, or the labels (all by default), in turn.
+
+    Raises:
+        ArgumentError: prompts for a model that is told none, or none for one that is.
+    """
+    if source.text is None:
+        if prompts is not None:
+            raise ArgumentError(f"prompts: {source.name} is told none; expected none, or a text-to-image model")
+        return labels_of(source, count, class_labels)
+    if class_labels is not None or not prompts:
+        raise ArgumentError(
+            f"prompts: {source.name} draws what prompts say; expected at least one, and no class labels"
+        )
+    return [prompts[i % len(prompts)] for i in range(count)]
 
 
 def labels_of(source: Source, count: int, class_labels: Sequence[int] | None) -> Tensor | None:
@@ -159,17 +212,20 @@ def batches(
     source: Source,
     seed: int,
     indices: range,
-    labels: Tensor | None,
+    told: Told,
     batch_size: int,
     device: torch.device,
     *,
     progress: bool,
 ) -> Iterator[tuple[range, Tensor]]:
     """(indices, images) in order, under a progress bar with images/s."""
-    with tqdm(total=len(indices), desc="generate", unit="img", disable=not progress, mininterval=0.5) as bar:
+    with (
+        nullcontext() if source.text is None else source.text.on(device),
+        tqdm(total=len(indices), desc="generate", unit="img", disable=not progress, mininterval=0.5) as bar,
+    ):
         for first in range(0, len(indices), batch_size):
             part = indices[first : first + batch_size]
-            yield part, source.sample(seed, part, None if labels is None else labels[part.start : part.stop], device)
+            yield part, source.sample(seed, part, None if told is None else told[part.start : part.stop], device)
             bar.update(len(part))
 
 
@@ -181,8 +237,11 @@ def generate(
     seed: int = 0,
     batch_size: int = 256,
     class_labels: Sequence[int] | None = None,
+    prompts: Sequence[str] | None = None,
     num_steps: int = 18,
     guidance_scale: float = 1.0,
+    negative_prompt: str = "",
+    resolution: int | None = None,
     network: str | None = None,
     device: str = "auto",
 ) -> Path:
@@ -198,9 +257,13 @@ def generate(
         seed: in [0, 2^64).
         batch_size: images per evaluation and process.
         class_labels: classes to draw, in turn; all by default.
+        prompts: what a text-to-image model draws, in turn.
         num_steps: of Heun's method, for a teacher: 2 num_steps - 1 evaluations an image. A student takes as many as it
             was trained for.
-        guidance_scale: of a teacher that knows a label for "no class"; 1 is off. A student has learnt its teacher's.
+        guidance_scale: of a teacher that knows a label for "no class", or is told prompts; 1 is off. A student has
+            learnt its teacher's.
+        negative_prompt: what guidance of a text-to-image teacher leads away from.
+        resolution: of a text-to-image teacher, where it is not its own.
         network: "module:function" of a student of a user's own network.
         device: "auto", "cpu", "cuda" or "mps".
 
@@ -213,8 +276,19 @@ def generate(
     """
     check_counts(num_images, batch_size, seed)
     state, chosen_device = start(device)
-    source = open_source(checkpoint, chosen_device, num_steps=num_steps, guidance_scale=guidance_scale, network=network)
-    labels = labels_of(source, num_images, class_labels)
+    source = open_source(
+        checkpoint,
+        chosen_device,
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        resolution=resolution,
+        network=network,
+    )
+    told = told_of(source, num_images, class_labels, prompts)
+    cut = "" if source.text is None or prompts is None else describe_cut(source.text.cut(prompts), prompts)
+    if cut and state.is_main_process:
+        tqdm.write(cut)
     folder = claim_folder(Path(output)) if state.is_main_process else Path(output).resolve()
     share = -(-num_images // state.num_processes)
     mine = range(num_images)[state.process_index * share : (state.process_index + 1) * share]
@@ -227,7 +301,7 @@ def generate(
         state.wait_for_everyone()
         seconds = 0.0
         before = time.perf_counter()
-        for part, images in batches(source, seed, mine, labels, batch_size, chosen_device, progress=main):
+        for part, images in batches(source, seed, mine, told, batch_size, chosen_device, progress=main):
             seconds += time.perf_counter() - before
             counted.images += len(part)
             for index, image in zip(part, images, strict=True):
@@ -242,7 +316,8 @@ def generate(
                 "evaluations_per_image": counted.per_image,
                 "num_images": num_images,
                 "seed": seed,
-                "labels": None if labels is None else labels.tolist(),
+                "labels": told.tolist() if isinstance(told, Tensor) else None,
+                **({} if source.text is None else {"prompts": told, "negative_prompt": negative_prompt}),
                 "guidance": source.guidance_scale,
                 "batch_size": batch_size,
                 "processes": state.num_processes,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.errors import ArgumentError
 from fdistill.kernels.checks import wide
@@ -40,7 +41,7 @@ class OneStepGenerator(nn.Module):
     def num_classes(self) -> int | None:
         return self.denoiser.num_classes
 
-    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
         """Standard normal noise [B, C, H, W], labels [B] or None -> x0 [B, C, H, W] float32, nominally in [-1, 1]."""
         t = noise.new_full((len(noise),), self.levels[0], dtype=wide(noise.dtype))  # bfloat16 has no 999
         x_t = expand(self.denoiser.schedule.start(t), noise) * noise
@@ -75,7 +76,7 @@ class FewStepGenerator(nn.Module):
     def num_classes(self) -> int | None:
         return self.denoiser.num_classes
 
-    def forward(self, noise: Tensor, condition: Tensor | None = None) -> Tensor:
+    def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
         """Standard normal noise [B, k, C, H, W] -> x0 [B, C, H, W] after the first k steps, k from 1 to all of them.
 
         Only the last of these evaluations has a gradient: a training step makes a sample for one of the steps from
@@ -105,7 +106,19 @@ def student_generator(denoiser: Denoiser, levels: Sequence[float]) -> Generator:
     return OneStepGenerator(denoiser, levels[0]) if len(levels) == 1 else FewStepGenerator(denoiser, levels)
 
 
-def noise_shape(generator: Generator) -> tuple[int, ...]:
+class Levelled(Protocol):
+    """What takes one noise of `sample_shape` for each of its `levels`."""
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Where noise is put in."""
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+
+
+def noise_shape(generator: Levelled) -> tuple[int, ...]:
     """Shape of the noise of one sample: (C, H, W), or (steps, C, H, W) for more than one step."""
     steps = len(generator.levels)
     return generator.sample_shape if steps == 1 else (steps, *generator.sample_shape)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance of a class-conditional teacher (arXiv 2207.12598)."""
+"""Classifier-free guidance (arXiv 2207.12598), of classes and of prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fdistill.condition import Condition, TextCondition, concat, none_like
 from fdistill.denoiser import Denoiser, Features, Preconditioning, Prediction
 from fdistill.errors import ArgumentError
 
@@ -16,16 +17,27 @@ class GuidedDenoiser(Denoiser):
     Features are those of the conditional half.
 
     Args:
-        denoiser: class-conditional, with a `null_class`.
+        denoiser: class-conditional, with a `null_class`, or told prompts.
         guidance_scale: 1 is the denoiser itself.
+        null: the one prompt that stands for none, or that is led away from; for a denoiser that is told prompts.
+        rescale: in [0, 1]: how far the guided output's norm (`Denoiser.guidance_norm`) is brought back to that of the
+            conditional output, against the colours that large scales saturate (Lin et al. 2023, arXiv 2305.08891,
+            section 3.4).
 
     Raises:
-        ArgumentError: the denoiser has no label for "no class".
+        ArgumentError: the denoiser has no label for "no class", or is told prompts and there is no `null`.
     """
 
-    def __init__(self, denoiser: Denoiser, guidance_scale: float):
+    def __init__(
+        self, denoiser: Denoiser, guidance_scale: float, *, null: TextCondition | None = None, rescale: float = 0.0
+    ):
         super().__init__()
-        if denoiser.num_classes is None or denoiser.null_class is None:
+        if denoiser.text_shapes is not None:
+            if null is None or len(null) != 1:
+                raise ArgumentError("null: expected the one prompt that stands for none, as a TextCondition")
+            for name, value in null.tensors.items():
+                self.register_buffer(f"null_{name}", value.to(next(denoiser.parameters()).device), persistent=False)
+        elif denoiser.num_classes is None or denoiser.null_class is None:
             known = "no classes" if denoiser.num_classes is None else "no label for `no class`"
             raise ArgumentError(
                 f"guidance_scale: got {guidance_scale:g}, but the teacher knows {known}; expected 1, or null_class set "
@@ -33,14 +45,23 @@ class GuidedDenoiser(Denoiser):
             )
         self.denoiser = denoiser
         self.guidance_scale = guidance_scale
+        self.rescale = rescale
         self.schedule = denoiser.schedule
         self.sample_shape = denoiser.sample_shape
         self.num_classes = denoiser.num_classes
-        self.null_class: int = denoiser.null_class
+        self.null_class = denoiser.null_class
+        self.text_shapes = denoiser.text_shapes
         self.sigma_data = denoiser.sigma_data
         self.feature_shapes = denoiser.feature_shapes
         self.latent_scaling = denoiser.latent_scaling
         self.kind = denoiser.kind if denoiser.kind is not None else id(denoiser)
+
+    @property
+    def _none(self) -> TextCondition | int:
+        if self.text_shapes is None:
+            assert self.null_class is not None
+            return self.null_class
+        return TextCondition({name: self.get_buffer(f"null_{name}") for name in self.text_shapes})
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
         return self.denoiser.preconditioning(t)
@@ -49,7 +70,7 @@ class GuidedDenoiser(Denoiser):
         self,
         network_input: Tensor,
         t: Tensor,
-        condition: Tensor | None,
+        condition: Condition | None,
         features: Sequence[str],
         *,
         output: bool,
@@ -61,19 +82,20 @@ class GuidedDenoiser(Denoiser):
         self,
         network_input: Tensor,
         t: Tensor,
-        condition: Tensor | None,
+        condition: Condition | None,
         features: Sequence[str] = (),
         *,
         form: Preconditioning | None = None,
         output_grad: bool = True,
     ) -> tuple[Prediction, Features]:
         if condition is None:
-            raise ArgumentError(f"condition: a guided network wants class labels [B] in [0, {self.num_classes})")
+            wanted = "prompts" if self.text_shapes is not None else f"class labels [B] in [0, {self.num_classes})"
+            raise ArgumentError(f"condition: a guided network wants {wanted}")
         self._check_features(features)
         both, tapped = self.run(
             torch.cat([network_input, network_input]),
             torch.cat([t, t]),
-            torch.cat([condition, torch.full_like(condition, self.null_class)]),
+            concat(condition, none_like(condition, self._none)),
             features,
             output=True,
             output_grad=output_grad,
@@ -82,4 +104,8 @@ class GuidedDenoiser(Denoiser):
         conditional, unconditional = both.chunk(2)
         form = self.preconditioning(t) if form is None else form
         prediction = Prediction(conditional, form.skip, form.out, unconditional, self.guidance_scale)
+        if self.rescale:
+            guided = prediction.guided().output
+            back = self.denoiser.guidance_norm(conditional) / self.denoiser.guidance_norm(guided)
+            prediction = Prediction(guided * torch.lerp(torch.ones_like(back), back, self.rescale), form.skip, form.out)
         return prediction, {name: value[: len(t)] for name, value in tapped.items()}

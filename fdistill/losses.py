@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fdistill.denoiser import Prediction
 from fdistill.errors import ArgumentError, did_you_mean
-from fdistill.kernels.checks import check_positive, check_rows, check_samples
+from fdistill.kernels.checks import check_positive, check_rows, check_samples, wide
 from fdistill.kernels.denoising import denoising
 from fdistill.kernels.implicit import implicit
 from fdistill.kernels.matching import matching
@@ -98,6 +98,7 @@ def _matching(
     backend: str,
 ) -> Tensor:
     x_t, (teacher, fake) = _checked(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
+    fake = fake.guided()
     if teacher.unconditional is not None:
         unconditional, guidance_scale = teacher.unconditional, teacher.guidance_scale
     if unconditional is not None:
@@ -345,3 +346,18 @@ def r1_penalty(real_logits: Tensor, x_t: Tensor) -> Tensor:
     total = real_logits.float().reshape(len(real_logits), -1).mean(1).sum()
     (gradient,) = torch.autograd.grad(total, x_t, create_graph=True)
     return gradient.float().flatten(1).square().sum(1)
+
+
+def noise_kl_loss(eps: Tensor) -> Tensor:
+    """KL divergence of a normal distribution with the mean and variance of predicted noise from the standard normal:
+    (mean^2 + variance - 1 - log variance) / 2, the regulariser of TiUE (One-Way Ticket, arXiv 2505.21960).
+
+    Args:
+        eps: [B, K, ...] K predictions for each sample; mean and unbiased variance are over the dimensions after them.
+
+    Returns:
+        [B] float32 (float64 for float64 eps), mean over the predictions. The published code sums over batch and
+        predictions: its weight 0.1 for 8 samples of 4 predictions is 3.2 on the mean of this.
+    """
+    variance, mean = torch.var_mean(eps.to(wide(eps.dtype)).flatten(2), dim=2)
+    return ((mean.square() + variance - 1 - variance.log()) / 2).mean(1)

@@ -173,10 +173,21 @@ def check_combination(config: DistillConfig) -> None:
                     f"discriminator.{setting}: got {value!r}, but method={name} has no discriminator; leave it out, "
                     f"or choose a method that has one: {able}"
                 )
+    if config.frozen_precision == "bf16" and config.precision != "bf16":
+        raise ValueError(
+            "frozen_precision: bf16 weights are computed with in bf16; expected precision=bf16 as well, or fp32"
+        )
+    generator = config.generator
+    if generator.gan_gradient_ratio and not (method.objective == "matching" and generator.gan_weight):
+        raise ValueError(
+            f"generator.gan_gradient_ratio: got {generator.gan_gradient_ratio}, but method={name} with "
+            f"generator.gan_weight={generator.gan_weight} has no GAN term beside matching; expected 0"
+        )
+    _check_student(config, method)
     if config.discriminator.head == "channel-mean" and config.discriminator.source != "fake":
         raise ValueError("discriminator.source: the channel-mean head has no weights to train; expected fake")
     levels = config.student_levels or ()
-    if isinstance(config.student_level, list):
+    if isinstance(config.student_level, list) and config.student.generator == "denoiser":
         if len(levels) not in (1, 2, 4) or any(a <= b for a, b in pairwise(levels)):
             raise ValueError(f"student_level: got {list(levels)}; expected 1, 2 or 4 falling levels, as in [80.0, 2.5]")
         if len(levels) > 1 and not method.few_step:
@@ -184,3 +195,22 @@ def check_combination(config: DistillConfig) -> None:
             raise ValueError(
                 f"student_level: method={name} trains one-step students; expected one level, or method={able}"
             )
+
+
+def _check_student(config: DistillConfig, method: Method) -> None:
+    student, name = config.student, config.method
+    if student.lora_rank and (student.checkpoint or student.network):
+        raise ValueError(
+            f"student.lora_rank: got {student.lora_rank}, but adapters are on the teacher's own weights; expected 0, "
+            "or neither student.checkpoint nor student.network"
+        )
+    if student.lora_rank and config.ema.snapshot_every:
+        raise ValueError("ema.snapshot_every: snapshots are of whole networks; expected 0 with student.lora_rank")
+    if student.noise_kl_weight and student.generator != "tiue":
+        raise ValueError("student.noise_kl_weight: is of the noise that tiue's decoders predict; expected 0")
+    beyond = {"student.noise_kl_weight": student.noise_kl_weight, "clip_loss.weight": config.clip_loss.weight}
+    for key, value in beyond.items():
+        if value and method.objective != "matching":
+            raise ValueError(f"{key}: got {value}, which method={name} does not add; expected 0, or method=f-distill")
+    if student.generator == "tiue" and config.regression.weight:
+        raise ValueError("regression.weight: the teacher's pairs are of a student of one level; expected 0 with tiue")

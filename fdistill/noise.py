@@ -253,6 +253,16 @@ def uniform_levels(schedule: NoiseSchedule, u: Tensor, *, low: float = 0.0, high
     return schedule.t_min + (schedule.t_max - schedule.t_min) * (low + (high - low) * u)
 
 
+def shifted_levels(
+    schedule: NoiseSchedule, u: Tensor, *, shift: float = 3.0, low: float = 0.0, high: float = 1.0
+) -> Tensor:
+    """Uniform levels moved towards noise, shift t / (1 + (shift - 1) t) of the way: as rectified flows of large images
+    are trained and sampled (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
+    """
+    fraction = low + (high - low) * u
+    return schedule.t_min + (schedule.t_max - schedule.t_min) * shift * fraction / (1 + (shift - 1) * fraction)
+
+
 def karras_levels(
     schedule: NoiseSchedule, u: Tensor, *, rho: float = 7.0, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
@@ -274,6 +284,7 @@ def lognormal_levels(schedule: NoiseSchedule, u: Tensor, *, mean: float = -1.2, 
 
 LEVEL_SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "uniform": uniform_levels,
+    "shifted": shifted_levels,
     "karras": karras_levels,
     "lognormal": lognormal_levels,
 }

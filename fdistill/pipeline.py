@@ -14,20 +14,28 @@ from safetensors.torch import load_file, save_file
 
 from fdistill.adapters import FAMILIES, Checkpoint, load_denoiser, resolve_checkpoint, set_null_class
 from fdistill.adapters.parametrisation import load_scheduler, read_scheduler_config
+from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.checkpoint import load_exactly, unshared
 from fdistill.denoiser import Denoiser
 from fdistill.errors import CheckpointError
 from fdistill.files import atomic_folder, read_json_object
-from fdistill.generator import Generator, student_generator
+from fdistill.generator import student_generator
 from fdistill.latents import LatentSpace
+from fdistill.lora import has_adapters, merged
+from fdistill.lora_file import LORA_FILE, save_lora
+from fdistill.model_card import OWN_USAGE, model_card, usage
 from fdistill.one_step import OneStepPipeline
+from fdistill.text import text_components
+from fdistill.text_pipeline import save_text_pipeline
+from fdistill.tiue import Student, TiUEGenerator
+from fdistill.tiue_pipeline import tiue_pipeline
 
 STUDENT_FILE = "fdistill_student.json"
 _OWN_NETWORK = "network.safetensors"
 
 
 def save_student(
-    generator: Generator,
+    generator: Student,
     folder: Path,
     *,
     origin: Checkpoint,
@@ -52,38 +60,63 @@ def save_student(
     denoiser = generator.denoiser
     with atomic_folder(folder) as temporary:
         facts: dict[str, Any] = {"levels": list(generator.levels), "null_class": denoiser.null_class, **card}
+        if isinstance(generator, TiUEGenerator):
+            facts["decoder_levels"] = list(generator.decoder_levels)
+        if isinstance(denoiser, TextDenoiser):
+            facts["size"] = denoiser.sample_shape[-1]
+        if has_adapters(denoiser):
+            if origin.factory is None:
+                network: Any = denoiser.network
+                component = getattr(FAMILIES[type(network).__name__], "COMPONENT", "unet")
+                save_lora(network, temporary / LORA_FILE, component)
+            denoiser = merged(denoiser)
         if origin.factory is not None:
             save_file(unshared(denoiser.state_dict()), temporary / _OWN_NETWORK)
             facts["network"] = origin.name
-            usage = _OWN_USAGE.format(name=origin.name)
+            how = OWN_USAGE.format(name=origin.name)
         else:
-            pipeline, call = _pipeline(generator, origin, latents)
-            pipeline.save_pretrained(temporary)
-            facts |= {"pipeline": type(pipeline).__name__, "call": call}
-            usage = _usage(generator, type(pipeline), call)
+            name, call = _save_pipeline(temporary, generator, denoiser, origin, latents)
+            facts |= {"pipeline": name, "call": call}
+            how = usage(generator, name, call)
         (temporary / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(_model_card(generator, usage, card, config), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(generator, how, card, config), encoding="utf-8")
         (temporary / "training_config.yaml").write_text(config, encoding="utf-8")
         samples.save(temporary / "samples.png")
 
 
-def _pipeline(
-    generator: Generator, origin: Checkpoint, latents: LatentSpace | None
-) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    denoiser: Any = generator.denoiser
+def _save_pipeline(
+    folder: Path, generator: Student, denoiser: Any, origin: Checkpoint, latents: LatentSpace | None
+) -> tuple[str, dict[str, Any]]:
+    """Fills a folder; the pipeline's class, and the arguments it has to be called with.
+
+    Args:
+        denoiser: the generator's, without adapters.
+    """
+    assert origin.folder is not None
     vae = latents.vae if latents is not None else None
-    family = FAMILIES[type(denoiser.network).__name__]
-    native: tuple[DiffusionPipeline, dict[str, Any]] | None
-    native = family.native_pipeline(denoiser, generator.levels, origin.index, vae)
-    if native is not None:
-        return native
-    scheduler = load_scheduler(read_scheduler_config(origin.folder)) if origin.folder else None
-    student: dict[str, Any] = {"levels": list(generator.levels), "null_class": denoiser.null_class}
-    if denoiser.latent_scaling is not None:
-        scale, bias = denoiser.latent_scaling
-        student |= {"latent_scale": list(scale), "latent_bias": list(bias)}
-    pipeline = OneStepPipeline(denoiser.network, scheduler, vae, student)
-    return pipeline, {}
+    scheduler = load_scheduler(read_scheduler_config(origin.folder))
+    if isinstance(generator, TiUEGenerator):
+        # Prepared on the CPU: the copy has the weights of `denoiser`.
+        copied = TiUEGenerator(denoiser, generator.decoder_levels)
+        assert scheduler is not None
+        pipeline: DiffusionPipeline = tiue_pipeline(copied, scheduler, vae, text_components(origin))
+        call: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0}
+    elif isinstance(denoiser, TextDenoiser):
+        assert latents is not None
+        return save_text_pipeline(denoiser, generator.levels, origin.folder, folder, latents)
+    else:
+        family = FAMILIES[type(denoiser.network).__name__]
+        native = family.native_pipeline(denoiser, generator.levels, origin.index, vae)
+        if native is not None:
+            pipeline, call = native
+        else:
+            student: dict[str, Any] = {"levels": list(generator.levels), "null_class": denoiser.null_class}
+            if denoiser.latent_scaling is not None:
+                scale, bias = denoiser.latent_scaling
+                student |= {"latent_scale": list(scale), "latent_bias": list(bias)}
+            pipeline, call = OneStepPipeline(denoiser.network, scheduler, vae, student), {}
+    pipeline.save_pretrained(folder)
+    return type(pipeline).__name__, call
 
 
 def is_student(folder: Path) -> bool:
@@ -111,7 +144,7 @@ def student_folder(path: str | Path) -> Path:
     return folder
 
 
-def load_student(path: str | Path, device: torch.device | str = "cpu", *, network: str | None = None) -> Generator:
+def load_student(path: str | Path, device: torch.device | str = "cpu", *, network: str | None = None) -> Student:
     """An exported student as (noise, condition) -> x0, frozen, in eval mode, float32: a `OneStepGenerator`, or a
     `FewStepGenerator` if it was trained for more steps. A latent student's x0 are latents.
 
@@ -134,7 +167,13 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
     else:
         denoiser = load_denoiser(Checkpoint(str(path), folder))
     set_null_class(denoiser, facts.get("null_class"))
-    generator = student_generator(denoiser, levels)
+    if isinstance(denoiser, TextDenoiser):
+        denoiser.resize(int(facts["size"]))
+    generator: Student
+    if "decoder_levels" in facts:
+        generator = TiUEGenerator(denoiser, [float(level) for level in facts["decoder_levels"]])
+    else:
+        generator = student_generator(denoiser, levels)
     return generator.eval().requires_grad_(False).to(device)
 
 
@@ -151,67 +190,3 @@ def _own_network(folder: Path, facts: dict[str, Any], network: str | None) -> De
         raise CheckpointError(f"{folder / _OWN_NETWORK}: cannot be read ({error}); copy the folder again") from error
     load_exactly(denoiser, tensors, f"student {str(folder)!r}")
     return denoiser
-
-
-_OWN_USAGE = """```python
-from fdistill import load_student
-
-generator = load_student("path/to/this/folder", network="{name}")
-```"""
-
-
-def _usage(generator: Generator, pipeline_class: type, call: dict[str, Any]) -> str:
-    """Python that draws sixteen images."""
-    loader = "OneStepPipeline" if pipeline_class is OneStepPipeline else "DiffusionPipeline"
-    library = "fdistill" if pipeline_class is OneStepPipeline else "diffusers"
-    classes = "class_labels=[3] * 16" if generator.num_classes else "batch_size=16"
-    if generator.num_classes and pipeline_class.__name__ == "ConsistencyModelPipeline":
-        classes = "batch_size=16, class_labels=[3] * 16"
-    arguments = ", ".join([classes, *(f"{key}={value}" for key, value in call.items())])
-    return f"""```python
-from {library} import {loader}
-
-pipeline = {loader}.from_pretrained("path/to/this/folder")
-images = pipeline({arguments}).images
-```"""
-
-
-def _rows(values: dict[str, Any]) -> str:
-    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
-    return "\n".join(f"| {key} | {value} |" for key, value in shown.items())
-
-
-def _model_card(generator: Generator, usage: str, card: dict[str, Any], config: str) -> str:
-    rows = _rows({key: value for key, value in card.items() if key != "metrics"})
-    metrics = {key: value for key, value in card.get("metrics", {}).items() if isinstance(value, (int, float))}
-    steps = len(generator.levels)
-    return f"""---
-library_name: diffusers
-tags: [one-step, distillation, fdistill]
----
-# {steps}-step student of `{card.get("teacher")}`
-
-Network evaluations an image: {steps}. No guidance: what the teacher's had was learnt. Call the pipeline with
-these arguments: its own defaults may be many steps, or guided.
-
-![Samples](samples.png)
-
-{usage}
-
-| | |
-|---|---|
-| noise level of each step | {", ".join(f"{level:g}" for level in generator.levels)} |
-{rows}
-
-## Training
-
-The last record of the run; losses and norms are means over the iterations since the record before it.
-
-| | |
-|---|---|
-{_rows(metrics)}
-
-```yaml
-{config.strip()}
-```
-"""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.noise import expand, noise_to_signal, noise_to_signal_range
 
@@ -32,7 +33,7 @@ def sampling_levels(denoiser: Denoiser, num_steps: int, rho: float = 7.0, start_
 def heun_sample(
     denoiser: Denoiser,
     noise: Tensor,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     num_steps: int = 18,
     start_level: float | None = None,
 ) -> Tensor:

@@ -18,10 +18,11 @@ from tqdm import tqdm
 from fdistill import __version__, rng
 from fdistill.build import Distillation, build
 from fdistill.checkpoint import checkpoints, load_checkpoint, save_checkpoint
+from fdistill.condition import Condition, none_like, where
 from fdistill.config import DistillConfig, changed_keys, dump_config, load_config
 from fdistill.data import EpochOrder
 from fdistill.denoiser import Denoiser
-from fdistill.devices import autocast, start, upload
+from fdistill.devices import autocast, start, upload, upload_condition
 from fdistill.distributed import average_gradients
 from fdistill.ema_profiles import profile_name
 from fdistill.errors import ConfigError, FDistillError, NonFiniteError, OutputError
@@ -38,7 +39,7 @@ from fdistill.step import Pairs, StepResult
 from fdistill.training_data import TrainingData, stored_data, training_data
 
 _GRID, _LARGE_GRID = 80, 16  # samples in a picture; the second of latents and of images above 64 pixels
-_ITERATION, _DROPOUT, _STUDENT_STEP = 2, 3, 4  # streams of a run's random numbers, beside the data's
+_ITERATION, _DROPOUT, _STUDENT_STEP, _CONDITION = 2, 3, 4, 7  # streams of a run's random numbers, beside the data's
 
 
 def distill(
@@ -141,7 +142,7 @@ def describe(config: DistillConfig) -> str:
     """What a run would do: the text of `--dry-run`. Loads the teacher and builds all networks, writes nothing."""
     state, device = start(config.device)
     run = build(config, device)
-    data = stored_data(config, run.networks.teacher, run.latents)  # refuses what does not fit
+    data = stored_data(config, run)  # refuses what does not fit
     if data is not None:
         one = config.model_copy(update={"batch_size": 1})
         with TrainingData(data, None).loader(one, run.networks.teacher, 0) as loader:
@@ -211,11 +212,32 @@ def _train(
         run.ratio.num_bins,
     )
 
-    def batch() -> tuple[Tensor, Tensor | None]:
+    def batch() -> tuple[Tensor, Condition | None, Tensor]:
         read = next(loader)
-        labels = upload(read.labels, device) if networks.teacher.num_classes else None
         images = upload(read.images, device)
-        return images if images.is_floating_point() else to_unit(images), labels
+        condition = read.text if read.text is not None else read.labels if networks.teacher.num_classes else None
+        return (
+            images if images.is_floating_point() else to_unit(images),
+            None if condition is None else upload_condition(condition, device),
+            read.rows,
+        )
+
+    def told(condition: Condition | None, number: int) -> dict[str, Condition]:
+        """What the critic is told: the condition, or that there is none."""
+        if not config.condition_dropout or condition is None or run.none is None:
+            return {}
+        draws = torch.Generator().manual_seed(rng.derived_seed(config.seed, _CONDITION, run.iteration, number))
+        dropped = torch.rand(config.batch_size, generator=draws)[rank * local : (rank + 1) * local]
+        return {
+            "told": where(upload(dropped < config.condition_dropout, device), none_like(condition, run.none), condition)
+        }
+
+    def image_loss(rows: Tensor) -> dict[str, Any]:
+        if run.clip is None or run.text is None:
+            return {}
+        features = run.clip.encode_prompts(run.text.prompts(rows))
+        clip = run.clip
+        return {"image_loss": lambda x0: clip(x0, features), "image_weight": config.clip_loss.weight}
 
     def options(phase: int) -> dict[str, int]:
         """Which of a few-step student's steps makes the samples: the same for a whole batch, a host's draw."""
@@ -232,8 +254,11 @@ def _train(
         if data.pairs is None or pair_order is None:
             return {}
         rows = pair_order.rows(run.iteration)[rank * local : (rank + 1) * local]
-        labels = upload(data.pairs.labels[rows], device) if networks.teacher.num_classes else None
-        return {"pairs": Pairs(upload(data.pairs.noise(rows), device), upload(data.pairs.x0[rows], device), labels)}
+        condition: Condition | None = data.pairs.labels[rows] if networks.teacher.num_classes else None
+        if run.text is not None:
+            condition = run.text.rows(rows % len(run.text.index))
+        uploaded = None if condition is None else upload_condition(condition, device)
+        return {"pairs": Pairs(upload(data.pairs.noise(rows), device), upload(data.pairs.x0[rows], device), uploaded)}
 
     def ramp() -> dict[str, float]:
         if not (run.divergence.needs_ratio and config.ratio.warmup):
@@ -282,13 +307,19 @@ def _train(
             # For dropout, which must differ between processes.
             torch.manual_seed(rng.derived_seed(config.seed, _DROPOUT, run.iteration, rank))
             for k in range(config.critic_steps):
-                real_x0, labels = batch()
+                real_x0, condition, rows = batch()
                 with autocast(device, config.precision):
-                    result = run.critic_update(real_x0, labels, generator, **options(k))
+                    result = run.critic_update(real_x0, condition, generator, **options(k), **told(condition, k))
                 update(result, critic_clips)
             with autocast(device, config.precision):
                 result = run.student_update(
-                    labels, generator, batch_size=local, **ramp(), **pairs(), **options(config.critic_steps)
+                    condition,
+                    generator,
+                    batch_size=local,
+                    **ramp(),
+                    **pairs(),
+                    **options(config.critic_steps),
+                    **image_loss(rows),
                 )
             update(result, {"generator": config.generator.grad_clip})
             run.ema.update()
@@ -359,10 +390,13 @@ def _trackers(config: DistillConfig, folder: Path, iteration: int, main: bool) -
                 tracker.finish()
 
 
-def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Condition | None]:
     teacher = run.networks.teacher
-    count = _GRID if run.latents is None and teacher.sample_shape[-1] <= 64 else _LARGE_GRID
+    count = _LARGE_GRID if run.image_size > 64 else _GRID
     noise = rng.indexed_normal(config.seed, range(count), noise_shape(run.student)).to(device)
+    if run.text is not None:  # prompts from all over the list
+        rows = torch.arange(count) * len(run.text.index) // count
+        return noise, run.text.rows(rows).to(device)
     return noise, torch.arange(count, device=device) % teacher.num_classes if teacher.num_classes else None
 
 
@@ -371,18 +405,18 @@ def _images(run: Distillation, x0: Tensor) -> Tensor:
 
 
 def _save_teacher_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
-    noise, labels = _grid_inputs(run, config, device)
+    noise, condition = _grid_inputs(run, config, device)
     noise = noise.reshape(len(noise), -1, *run.networks.teacher.sample_shape)[:, 0]
-    x0 = heun_sample(run.networks.teacher, noise, labels)
+    x0 = heun_sample(run.networks.teacher, noise, condition)
     save_grid(_images(run, x0), folder / "samples" / "teacher.png")
 
 
 @torch.no_grad()
 def _student_images(run: Distillation, config: DistillConfig, device: torch.device) -> Tensor:
     """Samples of the weights that are exported, for noise that is the same all along."""
-    noise, labels = _grid_inputs(run, config, device)
+    noise, condition = _grid_inputs(run, config, device)
     student = run.student
     with run.ema.applied(config.ema.export):
-        images = _images(run, student.eval()(noise, labels))
+        images = _images(run, student.eval()(noise, condition))
     student.train()
     return images

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +13,19 @@ from accelerate import PartialState
 
 from fdistill import rng
 from fdistill.build import Distillation
+from fdistill.condition import Condition
 from fdistill.config import DistillConfig
 from fdistill.data import TEACHER_SAMPLES, ImageLoader, Source, open_source
+from fdistill.data.embeddings import Captions
 from fdistill.data.latents import META_FILE, LatentSource, check_latents
-from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatents
+from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatents, prompts_alone
 from fdistill.data.source import ArraySource
 from fdistill.data.teacher_samples import TeacherSamples, teacher_samples
 from fdistill.denoiser import Denoiser
 from fdistill.errors import ConfigError
-from fdistill.generator import Generator
 from fdistill.images import to_uint8
-from fdistill.latents import LatentSpace
 from fdistill.methods import METHODS
+from fdistill.tiue import Student
 
 Data = Source | ScaledLatents | FixedSamples
 
@@ -52,22 +55,26 @@ class TrainingData:
         )
 
 
-def stored_data(config: DistillConfig, teacher: Denoiser, latents: LatentSpace | None) -> Data | None:
-    """The data a config names; None where the teacher has to make them.
+def stored_data(config: DistillConfig, run: Distillation) -> Data | None:
+    """The data a config names, with prompts for a teacher that is told some; None where the teacher has to make them.
 
     Raises:
         ConfigError, DataError: nothing there, or data that do not fit the teacher.
     """
+    teacher, latents = run.networks.teacher, run.latents
     if config.data == TEACHER_SAMPLES:
         return None
+    if config.data is None and run.text is not None:
+        return prompts_alone(run.text.embeddings, teacher.sample_shape)
     if config.data is None:
         # Nothing reads the images; the labels, all classes alike, are what the student is asked for.
         classes = teacher.num_classes or 1
         count = classes * max(1, config.batch_size // classes)
         empty = torch.zeros(1, *teacher.sample_shape).expand(count, *teacher.sample_shape)
         return FixedSamples(empty, torch.arange(count) % classes)
-    if (Path(config.data) / META_FILE).is_file():
-        cached = LatentSource(Path(config.data), config.seed)
+    folder = run.latents_folder or Path(config.data)
+    if (folder / META_FILE).is_file():
+        cached = LatentSource(folder, config.seed)
         if latents is None:
             raise ConfigError(
                 f"data {config.data!r}: latents, but teacher {config.teacher!r} makes pixels; expected images"
@@ -95,13 +102,20 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
         ConfigError, DataError: nothing there, or data that do not fit the teacher.
         OutputError: teacher samples cannot be cached.
     """
-    teacher = run.networks.teacher
+    teacher, text = run.networks.teacher, run.text
+
+    def conditions(rows: range) -> Condition | None:
+        index = torch.tensor(rows)
+        if text is not None:
+            return text.rows(index % len(text.index))
+        return index % teacher.num_classes if teacher.num_classes else None
 
     def samples(count: int, start_level: float) -> TeacherSamples:
         with PartialState().local_main_process_first():  # it makes them; the others find them in the cache
             return teacher_samples(
                 teacher,
-                run.checkpoint.fingerprint(teacher),
+                _made_of(run, config),
+                conditions,
                 count=count,
                 num_steps=config.teacher_samples.num_steps,
                 start_level=start_level,
@@ -109,13 +123,15 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
                 progress=PartialState().is_main_process,
             )
 
-    source = stored_data(config, teacher, run.latents)
+    source = stored_data(config, run)
     if source is None:
         made = samples(config.teacher_samples.count, teacher.schedule.t_max)
         if run.latents is None:
             source = ArraySource(TEACHER_SAMPLES, to_uint8(made.x0), made.labels, teacher.num_classes)
         else:
-            source = FixedSamples(made.x0, made.labels)
+            rows = torch.arange(len(made.x0))
+            prompts = None if text is None else Captions(text.embeddings, text.index[rows % len(text.index)])
+            source = FixedSamples(made.x0, made.labels, prompts)
     pairs = None
     if METHODS[config.method].objective == "matching" and config.regression.weight:
         _check_same_start(run.networks.teacher, run.student)
@@ -123,7 +139,19 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
     return TrainingData(source, pairs)
 
 
-def _check_same_start(teacher: Denoiser, student: Generator) -> None:
+def _made_of(run: Distillation, config: DistillConfig) -> str:
+    """A hash of everything that the teacher's samples depend on, but the sampler."""
+    teacher = run.networks.teacher
+    facts = [run.checkpoint.fingerprint(teacher)]
+    if run.text is not None:
+        text = run.text
+        facts += [json.dumps(text.prompts(torch.arange(len(text.index)))), config.negative_prompt]
+        facts += [str(teacher.sample_shape), str(config.guidance_rescale), str(config.guidance_scale)]
+        facts += [config.frozen_precision]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+def _check_same_start(teacher: Denoiser, student: Student) -> None:
     """Raises ConfigError where the teacher's sampler cannot start from the noise that the student does."""
     level = torch.tensor(student.levels[0], dtype=torch.float64)
     own, others = student.denoiser.schedule, teacher.schedule

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fdistill import distill, load_student
 from fdistill.build import build
-from fdistill.config import DistillConfig, GeneratorConfig, dump_config, load_config
+from fdistill.config import DistillConfig, dump_config, load_config
 from fdistill.denoiser import Denoiser
 from fdistill.errors import ArgumentError, ConfigError, DataError
 from fdistill.generator import FewStepGenerator
@@ -25,6 +25,7 @@ from fdistill.journal import read_records
 from fdistill.methods import METHODS
 from fdistill.noise import EDMSchedule, karras_levels
 from fdistill.ratio import DensityRatio
+from fdistill.sections import GeneratorConfig
 from fdistill.step import Networks, Pairs, diffratio_step, generator_step, uni_instruct_step
 from fdistill.train import describe
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fdistill.adapters import load_teacher, resolve_checkpoint
-from fdistill.data.teacher_samples import TeacherSamples, cache_folder, teacher_samples
+from fdistill.data.teacher_samples import TeacherSamples, teacher_samples
 from fdistill.errors import OutputError
+from fdistill.files import cache_folder
 from fdistill.sampler import heun_sample, sampling_levels
 
 
@@ -16,7 +17,11 @@ def make(folder: Path, **changes: float) -> TeacherSamples:
     settings = {"count": 10, "num_steps": 4, "start_level": 80.0, **changes}
     teacher = load_teacher(folder)
     fingerprint = resolve_checkpoint(folder).fingerprint(teacher)
-    return teacher_samples(teacher, fingerprint, device=torch.device("cpu"), progress=False, **settings)  # type: ignore[arg-type]
+
+    def labels(rows: range) -> torch.Tensor:
+        return torch.tensor(rows) % 10
+
+    return teacher_samples(teacher, fingerprint, labels, device=torch.device("cpu"), progress=False, **settings)  # type: ignore[arg-type]
 
 
 def test_pairs_are_the_noise_and_what_the_sampler_makes_of_it(tiny_teacher: Path) -> None:

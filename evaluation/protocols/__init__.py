@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from evaluation.protocols.digits import DIGITS
+from evaluation.protocols.digits_t2i import DIGITS_T2I
 from evaluation.protocols.protocol import Protocol
 from fdistill.errors import ArgumentError, did_you_mean
 
-PROTOCOLS: dict[str, Protocol] = {"digits": DIGITS}
+PROTOCOLS: dict[str, Protocol] = {"digits": DIGITS, "digits-t2i": DIGITS_T2I}
 
 
 def get_protocol(name: str) -> Protocol:

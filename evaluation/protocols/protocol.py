@@ -24,6 +24,7 @@ class Protocol:
         load_reference: that data set's images uint8 [M, C, H, W].
         score: computes the metrics.
         provenance: extractor, hash of its weights, resize and dtype.
+        prompts: what each of the samples is asked to be; None for models that are told none.
     """
 
     name: str
@@ -35,3 +36,4 @@ class Protocol:
     load_reference: Callable[[], Tensor]
     score: Score
     provenance: Callable[[], dict[str, Any]]
+    prompts: Callable[[], list[str]] | None = None

@@ -10,10 +10,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diffusers
 import torch
 from torch import nn
 
-from fdistill.adapters import dit, edm, edm2, unet2d
+from fdistill.adapters import dit, edm, edm2, flux, pixart, sana, sd3, unet2d, unet2d_condition
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.assets import EMBEDDED_TEACHERS
@@ -24,14 +25,31 @@ from fdistill.files import read_json_object, weights_sha256
 #: Network class in a checkpoint's config.json -> the adapter that reads it.
 FAMILIES: dict[str, ModuleType] = {
     "UNet2DModel": unet2d,
+    "UNet2DConditionModel": unet2d_condition,
+    "SD3Transformer2DModel": sd3,
+    "FluxTransformer2DModel": flux,
+    "PixArtTransformer2DModel": pixart,
+    "SanaTransformer2DModel": sana,
     "DiTTransformer2DModel": dit,
     "EDMNetwork": edm,
     "EDM2Network": edm2,
 }
+if hasattr(diffusers, "QwenImageTransformer2DModel"):  # since 0.35
+    from fdistill.adapters import qwen_image
+
+    FAMILIES["QwenImageTransformer2DModel"] = qwen_image
 #: Where a checkpoint's network may be; the last is the folder itself.
 _NETWORK_FOLDERS = ("unet", "transformer", "network", ".")
 
-_DOWNLOADED = ["*.json", "*/*.safetensors", "diffusion_pytorch_model.safetensors"]
+_DOWNLOADED = [
+    "*.json",
+    "*/*.json",
+    "*/*.safetensors",
+    "*/*.txt",  # a tokenizer's merges
+    "*/*.model",  # and its sentence pieces
+    "diffusion_pytorch_model.safetensors",
+]
+_NOT_DOWNLOADED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*", "flax/*", "*.msgpack"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +105,8 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
         return Checkpoint(text, path)
     if path.exists():
         raise CheckpointError(
-            f"checkpoint {text!r} is a file; expected a folder: `fdistill convert` makes one of a pickle or state dict"
+            f"checkpoint {text!r} is a file; expected a folder: `fdistill convert` makes one of a pickle, a state dict "
+            "or a single-file pipeline"
         )
     module, separator, function = text.partition(":")
     if separator and module.replace(".", "").isidentifier() and function.isidentifier():
@@ -122,7 +141,9 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=_DOWNLOADED, etag_timeout=5))
+        return Path(
+            snapshot_download(hub_id, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED, etag_timeout=5)
+        )
     except GatedRepoError as error:
         raise CheckpointError(
             f"checkpoint {hub_id!r}: its owner gives access on request; accept the conditions on "
@@ -145,11 +166,14 @@ def find_network(folder: Path) -> tuple[ModuleType, Path]:
     for place in _NETWORK_FOLDERS:
         config = folder / place / "config.json"
         try:
-            name = str(read_json_object(config).get("_class_name"))
+            settings = read_json_object(config)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{config}: cannot be read ({error})") from error
+        name = str(settings.get("_class_name"))
+        if name == "Transformer2DModel" and settings.get("norm_type") == "ada_norm_single":
+            name = "PixArtTransformer2DModel"  # as PixArt was published, before it had a class of its own
         if name in FAMILIES:
             return FAMILIES[name], config.parent
         found = f"{config}: network class {name!r} is not supported; {did_you_mean(name, FAMILIES)}"
@@ -158,6 +182,24 @@ def find_network(folder: Path) -> tuple[ModuleType, Path]:
         or f"{folder}: not a checkpoint this version can read; expected config.json of the network in it, or in "
         f"{', '.join(f'{place}/' for place in _NETWORK_FOLDERS[:-1])}"
     )
+
+
+def supported_pipelines() -> list[str]:
+    """The text-to-image pipelines of diffusers that are read."""
+    families = [family for family in FAMILIES.values() if hasattr(family, "PIPELINES")]
+    return [pipeline.__name__ for family in families for pipeline in family.PIPELINES]
+
+
+def check_pipeline(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a text-to-image checkpoint whose pipeline is not read: others tell networks of the
+    same class other things.
+    """
+    name = checkpoint.index.get("_class_name")
+    if name not in (None, "TiUEPipeline", *supported_pipelines()):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r}: pipeline class {name!r} is not supported; "
+            f"{did_you_mean(str(name), supported_pipelines())}"
+        )
 
 
 def wrap(network: nn.Module, scheduler: Mapping[str, Any] | None) -> Denoiser:
@@ -195,6 +237,8 @@ def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> D
     else:
         assert checkpoint.folder is not None
         adapter, network = find_network(checkpoint.folder)
+        if hasattr(adapter, "PIPELINES"):
+            check_pipeline(checkpoint)
         model = load_network(adapter.NETWORK, network)
         try:
             denoiser = adapter.wrap(model, read_scheduler_config(checkpoint.folder))

@@ -21,8 +21,9 @@ from fdistill.adapters.parametrisation import (
     one_step_scheduler,
     parametrisation_from_scheduler,
 )
+from fdistill.condition import Condition, as_labels
 from fdistill.denoiser import Denoiser, Features, Preconditioning
-from fdistill.errors import ArgumentError, CheckpointError
+from fdistill.errors import CheckpointError
 
 
 def _drop_variances(network: DiTTransformer2DModel) -> None:
@@ -89,15 +90,15 @@ class DiTDenoiser(Denoiser):
         self,
         network_input: Tensor,
         t: Tensor,
-        condition: Tensor | None,
+        condition: Condition | None,
         features: Sequence[str],
         *,
         output: bool,
         output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
         transformer: Any = self.network
-        if condition is None:
-            raise ArgumentError(f"condition: this network wants class labels [B] in [0, {self.num_classes})")
+        labels = as_labels(condition, self.num_classes)
+        assert labels is not None
         timestep = self.parametrisation.timestep(t)
         names = list(self.feature_shapes)
         last = max((names.index(name) for name in features), default=-1)
@@ -108,13 +109,13 @@ class DiTDenoiser(Denoiser):
                 return None, tapped
             # Without output gradients only the features do.
             with nullcontext() if output_grad or i <= last else torch.no_grad():
-                hidden = block(hidden, timestep=timestep, class_labels=condition)
+                hidden = block(hidden, timestep=timestep, class_labels=labels)
             if names[i] in features:
                 tapped[names[i]] = rearrange(hidden, "b (h w) c -> b c h w", h=self.feature_shapes[names[i]][1])
         if not output:
             return None, tapped
         with nullcontext() if output_grad else torch.no_grad():
-            return self._project(hidden, timestep, condition), tapped
+            return self._project(hidden, timestep, labels), tapped
 
     def _project(self, hidden: Tensor, timestep: Tensor, labels: Tensor) -> Tensor:
         transformer: Any = self.network

@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 
 from fdistill.adapters.parametrisation import EDMPreconditioning
+from fdistill.condition import Condition, as_labels
 from fdistill.denoiser import Denoiser, Features, Preconditioning
-from fdistill.errors import ArgumentError
 from fdistill.networks import EDM2Network, EDMNetwork
 from fdistill.networks.skeleton import UNet
 from fdistill.noise import EDMSchedule
@@ -60,14 +60,14 @@ class EDMDenoiser(Denoiser):
         self,
         network_input: Tensor,
         t: Tensor,
-        condition: Tensor | None,
+        condition: Condition | None,
         features: Sequence[str],
         *,
         output: bool,
         output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
         unet = self._unet()
-        rows = self._class_rows(condition, network_input.dtype)
+        rows = self._class_rows(as_labels(condition, self.num_classes), network_input.dtype)
         embedding = unet.embed(self.parametrisation.timestep(t), rows, None, network_input.dtype)
         hidden, skips, tapped = unet.encode(network_input, embedding, features)
         if output or "mid" in features:
@@ -82,10 +82,8 @@ class EDMDenoiser(Denoiser):
 
     def _class_rows(self, labels: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Labels [B] as one-hot rows [B, label_dim]; a label beyond them is a row of zeros."""
-        if self.num_classes is None:
+        if self.num_classes is None or labels is None:
             return None
-        if labels is None:
-            raise ArgumentError(f"condition: this network wants class labels [B] in [0, {self.num_classes})")
         return (labels[:, None] == torch.arange(self.network.config.label_dim, device=labels.device)).to(dtype)
 
 

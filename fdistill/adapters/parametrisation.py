@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import diffusers
 import torch
-from diffusers import DDIMScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    LCMScheduler,
+    SchedulerMixin,
+)
 from torch import Tensor
 
 from fdistill.adapters.pretrained import quiet_diffusers
@@ -157,6 +163,8 @@ def _parametrisation(config: Mapping[str, Any]) -> Parametrisation:
     scheduler = getattr(diffusers, name, None)
     if "beta_schedule" in config and isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin):
         kind = str(config.get("prediction_type", "epsilon"))
+        if kind == "flow_prediction":  # Sana's solver, whose betas are not read
+            return DirectPrediction(FlowSchedule(), "flow", time_scale=float(config["num_train_timesteps"]))
         if kind not in _PREDICTION_TYPES:
             raise CheckpointError(f"{name}: prediction_type got {kind!r}; {did_you_mean(kind, _PREDICTION_TYPES)}")
         vp = vp_schedule_from_config(config)
@@ -225,6 +233,39 @@ def one_step_scheduler(form: DirectPrediction, level: float) -> DDIMScheduler | 
         trained_betas=betas.tolist(),
         prediction_type=kinds[form.prediction],
         timestep_spacing="trailing",
+        steps_offset=1,  # not read with this spacing, but StableDiffusionPipeline wants it
         set_alpha_to_one=True,
         clip_sample=False,
     )
+
+
+def student_scheduler(form: Parametrisation, levels: Sequence[float]) -> tuple[SchedulerMixin, dict[str, Any]] | None:
+    """A scheduler of diffusers' with which a text-to-image pipeline runs a student at these levels, and the arguments
+    it has to be called with; None where there is no such thing.
+
+    One step is one of DDIM or Euler. A few are those of latent consistency models (arXiv 2310.04378), whose scheduler
+    renoises x0 to the next level; the boundary condition that it has beside is scaled away.
+    """
+    if not isinstance(form, DirectPrediction):
+        return None
+    if isinstance(form.schedule, FlowSchedule):
+        if list(levels) == [1.0]:
+            return FlowMatchEulerDiscreteScheduler(), {"num_inference_steps": 1}
+        return FlowMatchLCMScheduler(), {"sigmas": list(levels)}
+    if len(levels) == 1:
+        scheduler = one_step_scheduler(form, levels[0])
+        return None if scheduler is None else (scheduler, {"num_inference_steps": 1})
+    kinds = {kind: name for name, kind in _PREDICTION_TYPES.items()}
+    if not isinstance(form.schedule, VPSchedule) or any(level != int(level) for level in levels):
+        return None
+    alphas_cumprod = form.schedule.alphas_cumprod
+    betas = 1 - alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
+    few_steps = LCMScheduler(
+        num_train_timesteps=len(betas),
+        trained_betas=betas.tolist(),
+        prediction_type=kinds[form.prediction],
+        steps_offset=1,
+        timestep_scaling=1e6,
+        clip_sample=False,
+    )
+    return few_steps, {"timesteps": [int(level) for level in levels]}

@@ -29,6 +29,7 @@ from fdistill.adapters.parametrisation import (
     one_step_scheduler,
     parametrisation_from_scheduler,
 )
+from fdistill.condition import Condition, as_labels
 from fdistill.denoiser import Denoiser, Features, Preconditioning
 from fdistill.errors import ArgumentError, CheckpointError
 from fdistill.noise import expand
@@ -86,14 +87,15 @@ class UNet2DDenoiser(Denoiser):
         self,
         network_input: Tensor,
         t: Tensor,
-        condition: Tensor | None,
+        condition: Condition | None,
         features: Sequence[str],
         *,
         output: bool,
         output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
         timestep = self.parametrisation.timestep(t)
-        hidden, residuals, embedding, tapped = self._encode(network_input, timestep, condition, features)
+        labels = as_labels(condition, self.num_classes)
+        hidden, residuals, embedding, tapped = self._encode(network_input, timestep, labels, features)
         if not output:
             return None, tapped
         with nullcontext() if output_grad else torch.no_grad():

@@ -10,4 +10,4 @@ DIGITS_DATA = _ROOT / "digits" / "digits.npz"
 DIGITS_FEATURES = _ROOT / "digits-features"
 
 #: Teachers that `teacher=NAME` finds without a path.
-EMBEDDED_TEACHERS = {"digits": _ROOT / "digits-teacher"}
+EMBEDDED_TEACHERS = {"digits": _ROOT / "digits-teacher", "digits-t2i": _ROOT / "digits-t2i"}

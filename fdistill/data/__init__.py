@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fdistill.data.cifar10 import is_cifar10, open_cifar10
+from fdistill.data.digit_captions import load_captioned_digits
 from fdistill.data.digits import load_digits
 from fdistill.data.edm_zip import LABEL_FILE, open_edm_folder, open_edm_zip
 from fdistill.data.folder import open_folder
@@ -21,6 +23,7 @@ from fdistill.data.webdataset import open_webdataset
 from fdistill.errors import ConfigError, DataError, did_you_mean
 
 __all__ = [
+    "CAPTIONED",
     "RECIPES",
     "SOURCES",
     "TEACHER_SAMPLES",
@@ -34,6 +37,7 @@ __all__ = [
 ]
 
 SOURCES = {"digits": load_digits}
+CAPTIONED = {"digit-captions": load_captioned_digits}
 TEACHER_SAMPLES = "teacher-samples"  # data=teacher-samples: see data/teacher_samples.py
 
 
@@ -66,6 +70,10 @@ def open_source(where: str) -> Source:
     if where in SOURCES:
         data = load_data(where)
         return ArraySource(where, data.images, data.labels, int(data.labels.max()) + 1)
+    if where in CAPTIONED:
+        images, prompts = CAPTIONED[where]()
+        labels = torch.tensor([prompt.digit for prompt in prompts])
+        return ArraySource(where, images, labels, 10, [prompt.text for prompt in prompts])
     if where.startswith("hf:"):
         return open_hub(where)
     path = Path(where)
@@ -74,7 +82,7 @@ def open_source(where: str) -> Source:
     if "{" in path.name and path.suffix == ".tar":
         return open_webdataset(where)
     if not path.is_file():
-        nearest = did_you_mean(where, [*SOURCES, TEACHER_SAMPLES])
+        nearest = did_you_mean(where, [*SOURCES, *CAPTIONED, TEACHER_SAMPLES])
         raise DataError(f"data {where!r}: no such file or folder; {nearest}, a path, or hf:owner/name")
     if is_cifar10(path):
         return open_cifar10(path)

@@ -28,6 +28,8 @@ class ZipSource:
         labels: int64 [len(members)].
     """
 
+    captions: Sequence[str] | None = None
+
     def __init__(self, path: Path, members: Sequence[str], labels: Tensor, num_classes: int | None):
         self.name, self.members, self.labels, self.num_classes = str(path), members, labels, num_classes
         self._archive = PerProcess(partial(zipfile.ZipFile, path))

@@ -1,17 +1,24 @@
-"""A folder of image files: one sub-folder per class, or all at the top without labels."""
+"""A folder of image files: one sub-folder per class, or all at the top without labels.
+
+Captions, where a source is asked for them: `photo.txt` beside `photo.jpg`, or a metadata.jsonl or captions.jsonl at the
+top with lines such as {"file_name": "photo.jpg", "text": "a photo"}, as of Hugging Face's image folders.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
+from fdistill.data.captions import all_or_none, caption_text, decoded, json_lines, named_caption
 from fdistill.data.source import IMAGE_SUFFIXES, Encoded, class_labels, is_image
 from fdistill.errors import DataError
 
 _EXPECTED = f"expected images ({' '.join(sorted(IMAGE_SUFFIXES))}) in it, or one sub-folder of images per class"
+_LISTS = ("metadata.jsonl", "captions.jsonl")
 
 
 class FolderSource:
@@ -35,14 +42,76 @@ class FolderSource:
     def encoded(self, index: int) -> Encoded:
         return (self.root / self.files[index]).read_bytes()
 
+    @cached_property
+    def captions(self) -> list[str] | None:
+        """Of a list if one has captions, else of text files.
+
+        Raises:
+            DataError: one is empty, not UTF-8 or not text, an image has none or two, or one has no image.
+        """
+        for name in _LISTS:
+            if (self.root / name).is_file():
+                listed = self._listed(name)
+                if listed:
+                    captions = [listed.get(file) for file in self.files]
+                    return all_or_none(captions, self.item_name, [], f"data {self.root}, {name}")
+        texts = {_key(file): file for file in _files(self.root, _is_text)}
+        keys = [_key(file) for file in self.files]
+        strays = [texts[key] for key in sorted(texts.keys() - set(keys))]
+        captions = [self._beside(texts[key]) if key in texts else None for key in keys]
+        return all_or_none(captions, self.item_name, strays, f"data {self.root}")
+
+    def _listed(self, name: str) -> dict[str, str]:
+        where, found = f"data {self.root}, {name}", {}
+        for number, row in json_lines(self._read(name), where):
+            value, file = named_caption(row), row.get("file_name")
+            if value is None:
+                continue
+            if not isinstance(file, str):
+                raise DataError(f'{where}, line {number}: a caption without "file_name"; expected the image it is of')
+            file = PurePosixPath(file).as_posix()
+            if file in found:
+                raise DataError(f"{where}, line {number}: a second caption of {file}; expected one an image")
+            found[file] = caption_text(value, f"{where}, line {number}")
+        # A name is only looked up among the images below this folder: none leads out of it.
+        strays = sorted(found.keys() - set(self.files))
+        if strays:
+            raise DataError(
+                f"{where}: captions without an image in this folder: {len(strays)}, the first is of {strays[0]!r}; add "
+                "the images, or remove their lines"
+            )
+        return found
+
+    def _beside(self, file: str) -> str:
+        where = f"data {self.root}, {file}"
+        return caption_text(decoded(self._read(file), where), where)
+
+    def _read(self, file: str) -> bytes:
+        try:
+            return (self.root / file).read_bytes()
+        except OSError as error:
+            raise DataError(f"data {self.root}, {file}: cannot be read ({error.strerror}); copy it again") from error
+
 
 def image_files(root: Path) -> list[str]:
     """Image files anywhere below `root`, relative to it, sorted; hidden folders are left out."""
+    return _files(root, is_image)
+
+
+def _files(root: Path, wanted: Callable[[str], bool]) -> list[str]:
     found = []
     for folder, inner, names in os.walk(root):
         inner[:] = [name for name in inner if not name.startswith(".")]
-        found += [(Path(folder) / name).relative_to(root).as_posix() for name in names if is_image(name)]
+        found += [(Path(folder) / name).relative_to(root).as_posix() for name in names if wanted(name)]
     return sorted(found)
+
+
+def _is_text(name: str) -> bool:
+    return name.lower().endswith(".txt") and not name.startswith(".")
+
+
+def _key(file: str) -> str:
+    return PurePosixPath(file).with_suffix("").as_posix()
 
 
 def open_folder(root: Path) -> FolderSource:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
+from fdistill.data.captions import CAPTION_KEYS, all_or_none, caption_text
 from fdistill.data.source import Encoded, class_labels
-from fdistill.data.teacher_samples import cache_folder
 from fdistill.errors import DataError
-from fdistill.files import read_json_object
+from fdistill.files import cache_folder, read_json_object
 
 _IMAGE_NAMES, _LABEL_NAMES = ("image", "img", "jpg", "png"), ("label", "labels", "cls")
+_CAPTION_NAMES = (*CAPTION_KEYS, "txt")  # txt: as `datasets` calls it in WebDataset shards
 _TIMEOUT = 10  # seconds for the hub to answer at all
 
 
@@ -25,11 +27,12 @@ class HuggingFaceSource:
     Args:
         images: the data set, with no column but `column`, which is not decoded.
         labels: int64 [len(images)].
+        texts: the data set, with no column but that of its captions, or None.
     """
 
-    def __init__(self, name: str, images: Any, column: str, labels: Tensor, num_classes: int | None):
+    def __init__(self, name: str, images: Any, column: str, labels: Tensor, num_classes: int | None, texts: Any):
         self.name, self.labels, self.num_classes = name, labels, num_classes
-        self._images, self._column = images, column
+        self._images, self._column, self._texts = images, column, texts
 
     def __len__(self) -> int:
         return len(self._images)
@@ -46,6 +49,23 @@ class HuggingFaceSource:
                 "followed; write it again with its images embedded"
             )
         return content
+
+    @cached_property
+    def captions(self) -> list[str] | None:
+        """Of the column caption, text, prompt or txt, the first there is; of a row with a list of texts, the first.
+
+        Raises:
+            DataError: one is empty or not text, or some rows have none.
+        """
+        if self._texts is None:
+            return None
+        (column,) = self._texts.column_names
+        where = f"data {self.name}, column {column!r}"
+        captions = [
+            None if value is None else caption_text(value, f"{where}, {self.item_name(row)}")
+            for row, value in enumerate(self._texts[:][column])
+        ]
+        return all_or_none(captions, self.item_name, [], where)
 
 
 def open_hub(where: str) -> HuggingFaceSource:
@@ -157,7 +177,9 @@ def _from_dataset(data: Any, where: str, datasets: ModuleType) -> HuggingFaceSou
     encoded = data.select_columns([column])
     if isinstance(kinds[column], datasets.Image):
         encoded = encoded.cast_column(column, datasets.Image(decode=False))
-    return HuggingFaceSource(where, encoded.with_format(None), column, labels, num_classes)
+    caption = next((name for name in _CAPTION_NAMES if name in kinds and name not in (column, label)), None)
+    texts = None if caption is None else data.select_columns([caption]).with_format(None)
+    return HuggingFaceSource(where, encoded.with_format(None), column, labels, num_classes, texts)
 
 
 def _holds_images(name: str, kind: Any, datasets: ModuleType) -> bool:

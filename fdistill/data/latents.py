@@ -2,6 +2,8 @@
 
 A folder of latents-00000.safetensors, ... (moments [n, 2 C, h, w], float16 or float32: mean, then standard deviation,
 of the autoencoder's own latents, before any scaling; labels int64 [n]), and latents.json, which says of what they are.
+With captions, each of them is encoded once, in text/ (see data/embeddings.py), and the files above also hold captions
+int64 [n]: which of them each image has.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fdistill.data.embeddings import Captions, EmbeddingSource
 from fdistill.data.source import PerProcess, class_labels
 from fdistill.errors import DataError
 from fdistill.files import atomic_folder, read_json_object
@@ -29,6 +32,7 @@ META_FILE = "latents.json"
 META_KEYS = ("vae", "latent_scale", "latent_bias", "sampling", "recipe", "resolution", "source", "flip")
 SAMPLING = ("mean", "sample")
 
+_TEXT = "text"
 _NOISE = 6  # stream of a run's random numbers
 _SHARD_BYTES = 2**28
 
@@ -41,6 +45,7 @@ class LatentSource:
         labels: int64 [N], zeros if the data set had none.
         num_classes: None without labels.
         shape: (C, h, w) of a latent.
+        text: the captions of the N images, as their embeddings; None if the data set had none.
 
     Args:
         folder: written by `write_latents`.
@@ -68,11 +73,13 @@ class LatentSource:
             )
         self._shards = [PerProcess(partial(_open, folder / file)) for file in files]
         self._ends = list(accumulate(counts))
-        shapes, labels = set(), []
+        shapes, labels, captions = set(), [], []
         for file, shard, count in zip(files, self._shards, counts, strict=True):
             try:
                 shape = shard.get().get_slice("moments").get_shape()
                 labels.append(shard.get().get_tensor("labels"))
+                if "captions" in shard.get().keys():  # noqa: SIM118 (no mapping)
+                    captions.append(shard.get().get_tensor("captions"))
             except (OSError, SafetensorError) as error:
                 raise DataError(f"latents {folder}: {file} is damaged ({error}); make them again") from error
             if len(shape) != 4 or shape[0] != count or shape[1] % 2 or labels[-1].shape != (count,):
@@ -83,6 +90,7 @@ class LatentSource:
         channels, *size = shapes.pop()
         self.shape = (channels // 2, *size)
         self.labels = torch.cat(labels)
+        self.text = _captions(folder, captions, len(self.labels))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -110,30 +118,46 @@ class LatentSource:
         return mean + std * indexed_normal(derived_seed(self._seed, _NOISE, draw), rows.tolist(), self.shape)
 
 
+#: (moments [B, 2 C, h, w], labels int64 [B]), with captions also which of the prompts each image has, int64 [B].
+Moments = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]
+
+
 def write_latents(
-    folder: Path, batches: Iterable[tuple[Tensor, Tensor]], meta: Mapping[str, Any], num_classes: int | None
+    folder: Path,
+    batches: Iterable[Moments],
+    meta: Mapping[str, Any],
+    num_classes: int | None,
+    write_text: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes a folder for `LatentSource`, whole or not at all.
 
     Args:
         folder: to be made, or replaced.
-        batches: (moments float16 or float32 [B, 2 C, h, w], labels int64 [B]), on any device.
+        batches: (moments float16 or float32 [B, 2 C, h, w], labels int64 [B]), on any device; with `write_text` also
+            the number of each image's prompt, int64 [B].
         meta: the META_KEYS; "latent_scale" and "latent_bias" are noted, and applied by whoever reads.
         num_classes: None for a data set without labels.
+        write_text: writes the folder of the prompts' embeddings, as `partial(write_embeddings, batches=..., ...)` does;
+            called before the first batch is asked for.
 
     Raises:
-        DataError: meta lacks a key, moments have another shape or are not finite, or there are none.
+        DataError: meta lacks a key, moments have another shape or are not finite, there are none, or an image has no
+            prompt.
         OutputError: the folder cannot be written.
     """
     missing = [key for key in META_KEYS if key not in meta]
     if missing or meta["sampling"] not in SAMPLING:
         raise DataError(f"latents: meta lacks {', '.join(missing) or 'a known sampling'}; expected {META_KEYS}")
     with atomic_folder(folder) as temporary:
+        prompts = None
+        if write_text is not None:
+            write_text(temporary / _TEXT)
+            prompts = len(EmbeddingSource(temporary / _TEXT))
         shards = {}
-        for number, (moments, labels) in enumerate(_shards(batches)):
+        for number, shard in enumerate(_shards(batches, prompts)):
             name = f"latents-{number:05d}.safetensors"
-            save_file({"moments": moments, "labels": labels}, temporary / name)
-            shards[name] = len(labels)
+            save_file(shard, temporary / name)
+            shards[name] = len(shard["labels"])
         if not shards:
             raise DataError("latents: no images to encode; expected at least one")
         described = {**meta, "num_classes": num_classes, "count": sum(shards.values()), "shards": shards}
@@ -154,10 +178,26 @@ def _open(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
 
-def _shards(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches joined to about _SHARD_BYTES each."""
-    held: list[tuple[Tensor, Tensor]] = []
-    for moments, labels in batches:
+def _captions(folder: Path, index: list[Tensor], count: int) -> Captions | None:
+    if not index and not (folder / _TEXT).exists():
+        return None
+    embeddings, joined = EmbeddingSource(folder / _TEXT), torch.cat([torch.empty(0, dtype=torch.long), *index])
+    if joined.shape != (count,) or not _in_range(joined, len(embeddings)):
+        raise DataError(
+            f"latents {folder}: numbers of {len(joined)} captions for {count} images; expected one each, from 0 to "
+            f"{len(embeddings) - 1}; make them again"
+        )
+    return Captions(embeddings, joined)
+
+
+def _in_range(index: Tensor, count: int) -> bool:
+    return index.dtype == torch.long and bool(((index >= 0) & (index < count)).all())
+
+
+def _shards(batches: Iterable[Moments], prompts: int | None) -> Iterator[dict[str, Tensor]]:
+    """Batches, checked, joined to about _SHARD_BYTES each; `prompts`: how many there are to choose from."""
+    held: list[dict[str, Tensor]] = []
+    for moments, labels, *captions in batches:
         if moments.ndim != 4 or moments.shape[1] % 2 or moments.dtype not in (torch.float16, torch.float32):
             raise DataError(
                 f"latents: moments are {moments.dtype} {list(moments.shape)}; expected [B, 2 C, h, w] of float16 or "
@@ -165,7 +205,16 @@ def _shards(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, 
             )
         if not bool(torch.isfinite(moments).all()):
             raise DataError("latents: the autoencoder's moments are not finite; encode in float32")
-        held.append((moments.cpu(), class_labels(labels, len(moments), "latents")[0]))
+        held.append({"moments": moments.cpu(), "labels": class_labels(labels, len(moments), "latents")[0]})
+        if len(captions) != (prompts is not None):
+            raise DataError("latents: numbers of captions without captions, or the other way round; expected both")
+        for index in captions:
+            if index.shape != (len(moments),) or not _in_range(index, prompts or 0):
+                raise DataError(
+                    f"latents: caption numbers {index.dtype} {list(index.shape)} for {len(moments)} images; expected "
+                    f"one int64 each, below {prompts}"
+                )
+            held[-1]["captions"] = index.cpu()
         if len(held) * math.prod(moments.shape) * moments.element_size() >= _SHARD_BYTES:
             yield _joined(held)
             held = []
@@ -173,5 +222,5 @@ def _shards(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, 
         yield _joined(held)
 
 
-def _joined(held: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    return torch.cat([moments for moments, _ in held]).contiguous(), torch.cat([labels for _, labels in held])
+def _joined(held: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in held]).contiguous() for name in held[0]}

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fdistill.condition import TextCondition
 from fdistill.data.order import EpochOrder
 from fdistill.data.recipes import RECIPES, open_image, pixels, to_channels
 from fdistill.data.source import ArraySource, Source
@@ -32,11 +33,14 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Batch:
-    """images uint8 [B, C, H, W], their labels int64 [B], and the rows of the data set they are, int64 [B]."""
+    """images uint8 [B, C, H, W], their labels int64 [B], the rows of the data set they are, int64 [B], and what their
+    prompts were encoded to (on the CPU), if the data set holds that.
+    """
 
     images: Tensor
     labels: Tensor
     rows: Tensor
+    text: TextCondition | None = None
 
 
 @dataclass(frozen=True)

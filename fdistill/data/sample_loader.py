@@ -1,11 +1,13 @@
-"""Batches of samples that are no images any more: cached latents, or a latent teacher's own samples."""
+"""Batches of samples that are no images any more: cached latents, a teacher's own samples, or prompts alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from fdistill.data.embeddings import Captions, Embeddings
 from fdistill.data.latents import LatentSource
 from fdistill.data.loader import Batch
 from fdistill.data.order import EpochOrder
@@ -24,6 +26,11 @@ class ScaledLatents:
         """int64 [N]."""
         return self.source.labels
 
+    @property
+    def text(self) -> Captions | None:
+        """The prompts of the N rows, if they were cached with the latents."""
+        return self.source.text
+
     def samples(self, rows: Tensor, draw: int) -> Tensor:
         """float32 [len(rows), C, h, w]; where latents are drawn from their moments, the draw-th time."""
         return self.scaling.to_samples(self.source.latent(rows, draw))
@@ -31,19 +38,27 @@ class ScaledLatents:
 
 @dataclass(frozen=True)
 class FixedSamples:
-    """x0 float32 [N, C, h, w] and labels int64 [N], as they are."""
+    """x0 float32 [N, C, h, w] and labels int64 [N], as they are; with text, a prompt for each of the N."""
 
     x0: Tensor
     labels: Tensor
+    text: Captions | None = None
 
     def samples(self, rows: Tensor, draw: int) -> Tensor:
         """float32 [len(rows), C, h, w]."""
         return self.x0[rows]
 
 
+def prompts_alone(embeddings: Embeddings, sample_shape: tuple[int, ...]) -> FixedSamples:
+    """A row for each prompt, for a run that reads no images: x0 is zeros [N, *sample_shape] that take no memory."""
+    count = len(embeddings)
+    x0 = torch.zeros(1, *sample_shape).expand(count, *sample_shape)
+    return FixedSamples(x0, torch.zeros(count, dtype=torch.long), Captions(embeddings, torch.arange(count)))
+
+
 class SampleLoader:
     """Iterates over batches number `first`, `first` + 1, ... without end, as `ImageLoader` does; their images are
-    float32 samples.
+    float32 samples, and their text is that of the source.
 
     Args:
         batch_size: of all processes together, a multiple of `processes`.
@@ -72,7 +87,8 @@ class SampleLoader:
 
     def __next__(self) -> Batch:
         rows = self._order.rows(self._next)[self._mine]
-        batch = Batch(self._source.samples(rows, self._next), self._source.labels[rows], rows)
+        text = self._source.text.rows(rows) if self._source.text is not None else None
+        batch = Batch(self._source.samples(rows, self._next), self._source.labels[rows], rows, text)
         self._next += 1
         return batch
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import PurePosixPath
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -33,6 +33,10 @@ class Source(Protocol):
     @property
     def num_classes(self) -> int | None:
         """None for a source without labels."""
+
+    @property
+    def captions(self) -> Sequence[str] | None:
+        """One text per item, read at first use; None for a source without. DataError if they are damaged."""
 
     def __len__(self) -> int:
         """The number of items, at least 1."""
@@ -101,10 +105,19 @@ class ArraySource:
     Args:
         images: uint8 [N, C, H, W] with N >= 1.
         labels: int64 [N].
+        captions: N texts, or None.
     """
 
-    def __init__(self, name: str, images: Tensor, labels: Tensor, num_classes: int | None):
+    def __init__(
+        self,
+        name: str,
+        images: Tensor,
+        labels: Tensor,
+        num_classes: int | None,
+        captions: Sequence[str] | None = None,
+    ):
         self.name, self.images, self.labels, self.num_classes = name, images, labels, num_classes
+        self.captions = captions
 
     def __len__(self) -> int:
         return len(self.images)

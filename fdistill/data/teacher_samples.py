@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -18,8 +17,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
-from fdistill.files import atomic_file
+from fdistill.files import atomic_file, cache_folder
 from fdistill.rng import indexed_normal
 from fdistill.sampler import heun_sample
 
@@ -38,15 +38,10 @@ class TeacherSamples:
         return indexed_normal(_SEED, rows.tolist(), self.x0.shape[1:])
 
 
-def cache_folder() -> Path:
-    """$FDISTILL_CACHE, or fdistill/ in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FDISTILL_CACHE") or Path(home) / "fdistill")
-
-
 def teacher_samples(
     teacher: Denoiser,
     fingerprint: str,
+    conditions: Callable[[range], Condition | None],
     *,
     count: int,
     num_steps: int,
@@ -58,7 +53,8 @@ def teacher_samples(
 
     Args:
         teacher: on `device`.
-        fingerprint: of its weights and of what they mean: part of the cache's key.
+        fingerprint: of its weights, of what they mean and of the conditions: part of the cache's key.
+        conditions: rows -> what the teacher is told for them: labels or prompts, on the CPU, or None.
         count: at least 1.
         num_steps: of Heun's method, 2 num_steps - 1 evaluations a sample.
         start_level: where the sampler starts, with schedule.start(start_level) times standard normal noise.
@@ -87,10 +83,11 @@ def teacher_samples(
         for first in range(0, count, _BATCH):
             rows = range(first, min(first + _BATCH, count))
             noise = indexed_normal(_SEED, rows, teacher.sample_shape).to(device)
-            condition = labels[rows.start : rows.stop].to(device) if teacher.num_classes else None
+            told = conditions(rows)
+            condition = None if told is None else told.to(device)
             parts.append(heun_sample(teacher, noise, condition, num_steps, start_level=start_level).float().cpu())
             bar.update(len(rows))
-    x0 = torch.cat(parts)
+    x0 = torch.cat(parts).contiguous()
     own = path.with_name(f"{name}.{uuid.uuid4().hex}")  # another run may be making the same samples
     with atomic_file(own) as temporary:
         save_file({"x0": x0}, temporary)

@@ -1,4 +1,6 @@
-"""WebDataset shards: uncompressed tar files in which `key.png` and `key.cls` or `key.json` are one sample.
+"""WebDataset shards: uncompressed tar files in which `key.png` and `key.cls`, `key.txt` or `key.json` are one sample.
+
+A label is in .cls, or in .json as "label"; a caption in .txt, or in .json as "caption", "text" or "prompt".
 
 Members are found by an index of offsets, made once by walking the headers, so any sample is one read away.
 """
@@ -10,15 +12,18 @@ import re
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 from torch import Tensor
 
+from fdistill.data.captions import all_or_none, caption_text, decoded, named_caption
 from fdistill.data.source import IMAGE_SUFFIXES, Encoded, PerProcess, class_labels
 from fdistill.errors import DataError
 
+_NO_CAPTION, _IN_TEXT, _IN_JSON = range(3)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _EXPECTED = {"cls": "one integer", "json": 'an object with an integer "label"'}
 
@@ -29,6 +34,7 @@ class _Sample:
     offset: int
     size: int
     label: int | None = None
+    caption: tuple[int, int, int] = (0, 0, _NO_CAPTION)
 
 
 class TarSource:
@@ -38,6 +44,9 @@ class TarSource:
         members: names of the images.
         places: int64 [len(members), 3]: number of the shard, offset and size in bytes.
         labels: int64 [len(members)].
+        texts: int64 [len(members), 3]: offset and size of the member with the caption, and what it is: 0 if there is
+            none, 1 for .txt, 2 for .json.
+        strays: names of captions without an image.
     """
 
     def __init__(
@@ -48,10 +57,13 @@ class TarSource:
         places: np.ndarray[tuple[int, int], np.dtype[np.int64]],
         labels: Tensor,
         num_classes: int | None,
+        texts: np.ndarray[tuple[int, int], np.dtype[np.int64]],
+        strays: Sequence[str],
     ):
         self.name, self.shards, self.members, self.places = name, shards, members, places
+        self._texts, self._strays = texts, strays
         self.labels, self.num_classes = labels, num_classes
-        self._files = [PerProcess(partial(open, shard, "rb")) for shard in shards]
+        self._files = [PerProcess(partial(_opened, shard)) for shard in shards]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -60,11 +72,35 @@ class TarSource:
         return f"{self.shards[self.places[index, 0]].name}:{self.members[index]}"
 
     def encoded(self, index: int) -> Encoded:
-        shard, offset, size = self.places[index].tolist()
+        return self._read(*self.places[index].tolist())
+
+    @cached_property
+    def captions(self) -> list[str] | None:
+        """One per image, read from the shards.
+
+        Raises:
+            DataError: one is empty, not UTF-8 or not text, an image has none, or one has no image.
+        """
+        captions = [self._caption(row) for row in range(len(self))]
+        return all_or_none(captions, self.item_name, self._strays, f"data {self.name}")
+
+    def _caption(self, row: int) -> str | None:
+        offset, size, kind = self._texts[row].tolist()
+        if kind == _NO_CAPTION:
+            return None
+        where = f"data {self.name}, caption of {self.item_name(row)}"
+        content = self._read(self.places[row, 0], offset, size)
+        value = named_caption(json.loads(content)) if kind == _IN_JSON else decoded(content, where)
+        return caption_text(value, where)
+
+    def _read(self, shard: int, offset: int, size: int) -> bytes:
         file = self._files[shard].get()
         file.seek(offset)
-        content: bytes = file.read(size)
-        return content
+        return file.read(size)
+
+
+def _opened(shard: Path) -> BinaryIO:
+    return shard.open("rb")
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -89,7 +125,8 @@ def open_webdataset(where: str) -> TarSource:
     shards = sorted(path.glob("*.tar")) if path.is_dir() else [Path(name) for name in expand_braces(where)]
     if not shards:
         raise DataError(f"data {where}: no .tar files; expected shards, or a pattern like shard-{{0000..0009}}.tar")
-    samples = [(number, sample) for number, shard in enumerate(shards) for sample in _samples(shard)]
+    strays: list[str] = []
+    samples = [(number, sample) for number, shard in enumerate(shards) for sample in _samples(shard, strays)]
     if not samples:
         raise DataError(f"data {where}: no images in these tar files; expected members such as 0001.jpg and 0001.cls")
     unlabelled = [sample for _, sample in samples if sample.label is None]
@@ -101,12 +138,15 @@ def open_webdataset(where: str) -> TarSource:
     places = np.array([(number, sample.offset, sample.size) for number, sample in samples], dtype=np.int64)
     given = None if unlabelled else [sample.label for _, sample in samples]
     labels = class_labels(given, len(samples), f"data {where}")
-    return TarSource(where, shards, [sample.member for _, sample in samples], places, *labels)
+    texts = np.array([sample.caption for _, sample in samples], dtype=np.int64)
+    return TarSource(where, shards, [sample.member for _, sample in samples], places, *labels, texts, strays)
 
 
-def _samples(shard: Path) -> Iterator[_Sample]:
+def _samples(shard: Path, strays: list[str]) -> Iterator[_Sample]:
+    """The images of a shard; names of captions without one are added to `strays`."""
     samples: dict[str, _Sample] = {}
     labels: dict[str, int | None] = {}
+    captions: dict[str, tuple[str, tuple[int, int, int]]] = {}
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
@@ -121,28 +161,34 @@ def _samples(shard: Path) -> Iterator[_Sample]:
                             f"data {shard}: {samples[key].member} and {member.name} share a key; expected one image"
                         )
                     samples[key] = _Sample(member.name, member.offset_data, member.size)
+                elif extension == "txt":
+                    captions[key] = member.name, (member.offset_data, member.size, _IN_TEXT)
                 elif extension in _EXPECTED:
                     file = archive.extractfile(member)
-                    text = file.read() if file else b""
-                    label = _label(text, extension, f"data {shard}, {member.name}")
+                    value = _value(file.read() if file else b"", extension, f"data {shard}, {member.name}")
                     if extension == "cls" or key not in labels:
-                        labels[key] = label
+                        labels[key] = value if extension == "cls" else value.get("label")
+                    if extension == "json" and named_caption(value) is not None and key not in captions:
+                        captions[key] = member.name, (member.offset_data, member.size, _IN_JSON)
     except (OSError, tarfile.TarError) as error:
         raise DataError(
             f"data {shard}: not a whole uncompressed tar file ({error}); copy or unpack it again"
         ) from error
     for key, sample in samples.items():
         sample.label = labels.get(key)
+        if key in captions:
+            sample.caption = captions[key][1]
+    strays += [f"{shard.name}:{captions[key][0]}" for key in captions if key not in samples]
     return iter(samples.values())
 
 
-def _label(text: bytes, extension: str, where: str) -> int | None:
-    """The integer of a .cls; of a .json its "label", None if it has none."""
+def _value(text: bytes, extension: str, where: str) -> Any:
+    """The integer of a .cls; the object of a .json, whose "label" is an integer, if it has one."""
     try:
         value = json.loads(text)
-        label: int | None = value.get("label") if extension == "json" else value
+        label = value.get("label") if extension == "json" else value
     except (ValueError, AttributeError) as error:
         raise DataError(f"{where}: got {text[:40]!r}; expected {_EXPECTED[extension]}") from error
     if type(label) is not int and (extension, label) != ("json", None):
         raise DataError(f"{where}: label {label!r}; expected {_EXPECTED[extension]}")
-    return label
+    return value

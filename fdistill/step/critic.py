@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fdistill import rng
+from fdistill.condition import Condition
 from fdistill.losses import denoising_loss, denoising_weight, gan_discriminator_loss, r1_penalty
 from fdistill.noise import karras_levels
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen, renoise
@@ -18,7 +19,7 @@ from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, froz
 def critic_step(
     networks: Networks,
     real_x0: Tensor,
-    condition: Tensor | None,
+    condition: Condition | None,
     generator: torch.Generator,
     *,
     levels: LevelDraw = karras_levels,
@@ -28,6 +29,7 @@ def critic_step(
     gan_weighting: str = "uniform",
     r1_weight: float = 0.0,
     student_steps: int | None = None,
+    told: Condition | None = None,
     backend: str = "auto",
 ) -> StepResult:
     """One update of the critic: the fake-score network learns to denoise what the student makes now, and the
@@ -43,13 +45,14 @@ def critic_step(
     Args:
         networks: the roles.
         real_x0: [B, C, H, W] data in [-1, 1]; without a GAN term only its shape is used.
-        condition: [B] class labels of the data, also those the student is asked for; None if unconditional.
+        condition: [B] class labels or prompts of the data, also those the student is asked for; None if unconditional.
         generator: source of all randomness; its device is where the networks live.
         levels: (schedule, uniform draws [B]) -> t [B].
         weighting, min_snr_gamma: see `denoising_weight`.
         gan_weight, r1_weight: 0 leaves the term out.
         gan_weighting: weight of the GAN losses over noise levels, one of those of `denoising_weight`; SiDA's is "edm".
         student_steps: how many of its steps a `FewStepGenerator` takes.
+        told: what the critic is told instead of `condition`: the same with some of it dropped; None is all of it.
         backend: "auto", "triton" or "reference", of noise, weights and losses.
     """
     batch, schedule = len(real_x0), networks.teacher.schedule
@@ -60,14 +63,16 @@ def critic_step(
 
     with torch.no_grad():
         fake_x0 = networks.draw_samples(generator, batch, condition, student_steps)
+    condition = condition if told is None else told
+    fake_score = networks.learning or networks.fake_score
     with frozen(networks.teacher):
         t = levels(schedule, rng.uniform(generator, batch))
-        read = [networks.fake_score]
+        read = [fake_score]
         if gan_weight and networks.tapped is networks.teacher:
             read.append(networks.teacher)
         x_t, inputs, forms = renoise(read, fake_x0, t, generator, backend=backend)
-        taps = networks.taps(networks.fake_score) if gan_weight else ()
-        prediction, features = networks.fake_score.predict(inputs[0], t, condition, taps, form=forms[0])
+        taps = networks.taps(fake_score) if gan_weight else ()
+        prediction, features = fake_score.predict(inputs[0], t, condition, taps, form=forms[0])
         denoising = denoising_loss(prediction, fake_x0, level_weight(weighting, t), x_t=x_t, backend=backend)
         loss = denoising.mean()
         logs = {"fake_score/denoising": PerSample(denoising.detach(), t)}
@@ -106,7 +111,7 @@ class DiscriminatorLosses(NamedTuple):
 def discriminator_losses(
     networks: Networks,
     real_x0: Tensor,
-    condition: Tensor | None,
+    condition: Condition | None,
     generator: torch.Generator,
     fake_logits: Tensor,
     t_fake: Tensor,

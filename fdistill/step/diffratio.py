@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdistill import rng
+from fdistill.condition import Condition
 from fdistill.losses import score_difference_loss, score_difference_weight
 from fdistill.noise import karras_levels
 from fdistill.step.critic import discriminator_losses
@@ -18,7 +19,7 @@ from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, froz
 def ratio_critic_step(
     networks: Networks,
     real_x0: Tensor,
-    condition: Tensor | None,
+    condition: Condition | None,
     generator: torch.Generator,
     *,
     levels: LevelDraw = karras_levels,
@@ -55,7 +56,7 @@ def ratio_critic_step(
 
 def diffratio_step(
     networks: Networks,
-    condition: Tensor | None,
+    condition: Condition | None,
     generator: torch.Generator,
     *,
     batch_size: int,

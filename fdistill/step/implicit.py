@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdistill import rng
+from fdistill.condition import Condition
 from fdistill.distributed import global_mean
 from fdistill.divergence import Divergence, Function, widened
 from fdistill.losses import (
@@ -36,7 +37,7 @@ class _Evaluated(NamedTuple):
 
 def _evaluate(
     networks: Networks,
-    condition: Tensor | None,
+    condition: Condition | None,
     generator: torch.Generator,
     batch_size: int,
     levels: LevelDraw,
@@ -48,7 +49,7 @@ def _evaluate(
     x0 = networks.draw_samples(generator, batch_size, condition, None)
     t = levels(schedule, rng.uniform(generator, batch_size))
     with frozen(networks.teacher, networks.fake_score, networks.discriminator):
-        pair = (networks.teacher, networks.fake_score)
+        pair = networks.pair
         x_t, inputs, forms = renoise(pair, x0, t, generator, backend=backend)
         predictions, features = [], {}
         for network, network_input, form in zip(pair, inputs, forms, strict=True):
@@ -82,7 +83,7 @@ def _result(
 
 def sid_step(
     networks: Networks,
-    condition: Tensor | None,
+    condition: Condition | None,
     generator: torch.Generator,
     *,
     batch_size: int,
@@ -121,7 +122,7 @@ def sid_step(
 
 def sim_step(
     networks: Networks,
-    condition: Tensor | None,
+    condition: Condition | None,
     generator: torch.Generator,
     *,
     batch_size: int,
@@ -139,7 +140,7 @@ def sim_step(
 
 def uni_instruct_step(
     networks: Networks,
-    condition: Tensor | None,
+    condition: Condition | None,
     generator: torch.Generator,
     *,
     batch_size: int,

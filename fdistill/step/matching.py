@@ -4,16 +4,20 @@ Diff-Instruct, VSD.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fdistill import rng
+from fdistill.condition import Condition
+from fdistill.distributed import sum_over_processes
 from fdistill.divergence import Divergence, Function
 from fdistill.losses import (
     gan_generator_loss,
     matching_loss,
+    noise_kl_loss,
     regression_loss,
     score_difference_loss,
     score_difference_weight,
@@ -28,12 +32,12 @@ class Pairs(NamedTuple):
 
     noise: Tensor
     x0: Tensor
-    condition: Tensor | None
+    condition: Condition | None
 
 
 def generator_step(
     networks: Networks,
-    condition: Tensor | None,
+    condition: Condition | None,
     generator: torch.Generator,
     *,
     batch_size: int,
@@ -43,6 +47,10 @@ def generator_step(
     weighting: str = "normalised",
     ratio_ramp: float = 1.0,
     gan_weight: float = 1e-3,
+    gan_gradient_ratio: float = 0.0,
+    noise_kl_weight: float = 0.0,
+    image_loss: Callable[[Tensor], Tensor] | None = None,
+    image_weight: float = 0.0,
     pairs: Pairs | None = None,
     regression_weight: float = 0.25,
     student_steps: int | None = None,
@@ -51,6 +59,7 @@ def generator_step(
     """One update of the student along h(r) (score_teacher - score_fake), plus the GAN and the regression term.
 
     loss = mean(matching_loss(x0, teacher_x0, fake_x0, weight=h)) + gan_weight mean softplus(-l_fake)
+           + noise_kl_weight mean KL(predicted noise || normal) + image_weight mean image_loss(x0)
            + regression_weight mean |student(z) - teacher's ODE(z)|^2
 
     It reaches the student alone. Logits are read at the same (x_t, t) as the score difference; where the heads sit on
@@ -58,7 +67,7 @@ def generator_step(
 
     Args:
         networks: the roles.
-        condition: [B] class labels, or None.
+        condition: [B] class labels, prompts, or None.
         generator: source of all randomness.
         batch_size: B.
         divergence: anything `get_divergence` takes; with reverse KL h = 1 and no ratio is read.
@@ -69,6 +78,12 @@ def generator_step(
         ratio_ramp: in [0, 1]: the weight is 1 + ratio_ramp (h - 1), for the time in which the discriminator is
             untrained.
         gan_weight: 0 leaves the term out.
+        gan_gradient_ratio: above 0, gan_weight is chosen in every update such that the gradient of the GAN term on x0
+            has this times the norm of the matching loss's, over the global batch; its value is logged.
+        noise_kl_weight: of `TiUEGenerator.sample_with_predictions`'s noise (One-Way Ticket, arXiv 2505.21960); 0 leaves
+            the term out.
+        image_loss: x0 [B, C, H, W] -> [B], such as a `ClipHinge`.
+        image_weight: of that term.
         pairs: for the regression term (DMD, arXiv 2311.18828); None leaves it out.
         regression_weight: of that term.
         student_steps: how many of its steps a `FewStepGenerator` takes.
@@ -80,10 +95,13 @@ def generator_step(
     divergence = checked_divergence(divergence, ratio)
     read = gan_weight > 0 or divergence.needs_ratio
     schedule = networks.teacher.schedule
-    x0 = networks.draw_samples(generator, batch_size, condition, student_steps)
+    if noise_kl_weight:
+        x0, predicted_noise = networks.draw_samples_with_noise(generator, batch_size, condition)
+    else:
+        x0 = networks.draw_samples(generator, batch_size, condition, student_steps)
     t = levels(schedule, rng.uniform(generator, batch_size))
     with frozen(networks.teacher, networks.fake_score, networks.discriminator):
-        pair = (networks.teacher, networks.fake_score)
+        pair = networks.pair
         # Without a GAN term nothing needs a gradient in x_t, and no network keeps activations.
         x_t, inputs, forms = renoise(pair, x0 if gan_weight else x0.detach(), t, generator, backend=backend)
         predictions, features = [], {}
@@ -114,10 +132,38 @@ def generator_step(
     logs["generator/matching"] = PerSample(matching.detach(), t)
     if gan_weight and logits is not None:
         gan = gan_generator_loss(logits)
-        loss = loss + gan_weight * gan.mean()
         logs["generator/gan"] = PerSample(gan.detach(), t)
+        if gan_gradient_ratio:
+            loss, chosen = balanced(matching.mean(), gan.mean(), x0, gan_gradient_ratio)
+            logs["generator/gan_weight"] = PerSample(chosen.expand(batch_size), t)
+        else:
+            loss = loss + gan_weight * gan.mean()
+    if noise_kl_weight:
+        kl = noise_kl_loss(predicted_noise)
+        loss = loss + noise_kl_weight * kl.mean()
+        logs["generator/noise_kl"] = PerSample(kl.detach(), t)
+    if image_loss is not None:
+        image = image_loss(x0)
+        loss = loss + image_weight * image.mean()
+        logs["generator/image"] = PerSample(image.detach(), t)
     if pairs is not None:
         regression = regression_loss(networks.generator(pairs.noise, pairs.condition), pairs.x0)
         loss = loss + regression_weight * regression.mean()
         logs["generator/regression"] = PerSample(regression.detach(), torch.full_like(regression, schedule.t_max))
     return StepResult(loss, logs)
+
+
+def balanced(loss: Tensor, other: Tensor, x0: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """loss + w other, with w such that |w d other / d x0| = ratio |d loss / d x0| over all processes; and w (0-d).
+
+    The result has that gradient on x0, from which it goes on to the student; its value means nothing.
+
+    Args:
+        loss, other: 0-d, functions of x0 alone.
+        x0: any shape, part of a graph.
+    """
+    (first,) = torch.autograd.grad(loss, x0)
+    (second,) = torch.autograd.grad(other, x0)
+    norms = sum_over_processes(torch.stack([first.square().sum(), second.square().sum()])).sqrt()
+    weight = ratio * norms[0] / norms[1].clamp(min=torch.finfo(norms.dtype).tiny)
+    return (x0 * (first + weight * second)).sum(), weight

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fdistill import rng
+from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser, Preconditioning
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, Function, get_divergence
@@ -19,6 +20,7 @@ from fdistill.generator import FewStepGenerator
 from fdistill.kernels import renoise as kernels
 from fdistill.noise import NoiseSchedule
 from fdistill.ratio import DensityRatio
+from fdistill.tiue import TiUEGenerator
 
 LevelDraw = Callable[[NoiseSchedule, Tensor], Tensor]
 
@@ -32,6 +34,8 @@ class Networks:
             `FewStepGenerator`, or any differentiable module, such as an image or a field seen under random views.
         discriminator: None for methods that have none.
         tapped: the network that the discriminator reads: `fake_score` or `teacher`; None without one.
+        compared: the fake score as the student's update sees it, where it is guided there; None is `fake_score`.
+        learning: the fake score as its own update sees it, where it is guided there; None is `fake_score`.
     """
 
     teacher: Denoiser
@@ -39,10 +43,20 @@ class Networks:
     generator: nn.Module
     discriminator: Discriminator | ChannelMean | None = None
     tapped: Denoiser | None = None
+    compared: Denoiser | None = None
+    learning: Denoiser | None = None
+
+    @property
+    def pair(self) -> tuple[Denoiser, Denoiser]:
+        """Teacher and fake score, whose difference the student follows."""
+        return self.teacher, self.compared or self.fake_score
 
     def taps(self, network: Denoiser) -> tuple[str, ...]:
         """The features to ask of `network`."""
-        return self.discriminator.features if self.discriminator is not None and network is self.tapped else ()
+        if self.discriminator is None:
+            return ()
+        plain = self.fake_score if network in (self.compared, self.learning) else network
+        return self.discriminator.features if plain is self.tapped else ()
 
     def tapped_discriminator(self) -> tuple[Discriminator | ChannelMean, Denoiser]:
         """The discriminator and the network it reads; ArgumentError if there is none."""
@@ -51,7 +65,7 @@ class Networks:
         return self.discriminator, self.tapped
 
     def draw_samples(
-        self, generator: torch.Generator, batch: int, condition: Tensor | None, student_steps: int | None
+        self, generator: torch.Generator, batch: int, condition: Condition | None, student_steps: int | None
     ) -> Tensor:
         """[batch, C, H, W] student samples; of a `FewStepGenerator` after `student_steps` steps, all by default."""
         shape: tuple[int, ...] = self.generator.sample_shape  # type: ignore[assignment]
@@ -60,6 +74,15 @@ class Networks:
         noise = rng.normal(generator, batch, shape)
         x0: Tensor = self.generator(noise, condition)
         return x0
+
+    def draw_samples_with_noise(
+        self, generator: torch.Generator, batch: int, condition: Condition | None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples of a `TiUEGenerator` [batch, C, H, W], and the noise [batch, K, C, H, W] its decoders predicted."""
+        assert isinstance(self.generator, TiUEGenerator)
+        noise = rng.normal(generator, batch, self.generator.sample_shape)
+        x0, predicted = self.generator.sample_with_predictions(noise, condition)
+        return x0, predicted
 
 
 class Noised(NamedTuple):

@@ -1,0 +1,127 @@
+"""The transformer of Qwen-Image (rectified flow, arXiv 2508.02324); importing this needs diffusers 0.35."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
+from fdistill.adapters.text_to_image import TextDenoiser, depths, tokens_as_image
+from fdistill.condition import TextCondition
+from fdistill.errors import ArgumentError, CheckpointError
+
+NETWORK = QwenImageTransformer2DModel
+PIPELINES: tuple[type[DiffusionPipeline], ...] = (QwenImagePipeline,)
+COMPONENT = "transformer"
+_TOKENS = 512  # max_sequence_length of its pipeline's call
+#: With what its pipeline draws as a student does: unguided, at the size it is told.
+UNGUIDED: dict[str, Any] = {"true_cfg_scale": 1.0}
+#: The tokenizer of its pipeline, and how many tokens of a prompt are read.
+TOKENIZERS: dict[str, int | None] = {"tokenizer": _TOKENS}
+
+_PATCH = 2  # of latents in a token
+_SIZE = 128  # of latents where nobody says otherwise, as in QwenImagePipeline
+_VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
+
+
+class QwenImageDenoiser(TextDenoiser):
+    """A QwenImageTransformer2DModel; latents [B, C, H, W] become tokens of 2 x 2 here. Features, all images of its
+    image tokens: "block0", "block1", ... and the blocks at a share of its depth, "depth25", "depth50", "depth75" and
+    "depth99".
+    """
+
+    def __init__(self, network: QwenImageTransformer2DModel, parametrisation: Parametrisation):
+        config: Any = network.config
+        channels, rest = divmod(config.in_channels, _PATCH**2)
+        if rest or config.patch_size != _PATCH or config.out_channels not in (None, channels):
+            raise CheckpointError(
+                f"QwenImageTransformer2DModel with {config.in_channels} input and {config.out_channels} output "
+                f"channels and patch_size {config.patch_size}: expected patch_size {_PATCH}, and {_PATCH**2} times as "
+                "many inputs as outputs"
+            )
+        extra = [name for name in _VARIANTS if getattr(config, name, False)]  # not in every version of diffusers
+        if extra:
+            raise CheckpointError(
+                f"QwenImageTransformer2DModel with {', '.join(extra)}: expected the text-to-image network of "
+                "Qwen-Image; editing, layered and guidance-distilled ones are not supported"
+            )
+        text = {"prompt_embeds": (_TOKENS, config.joint_attention_dim), "prompt_embeds_mask": (_TOKENS,)}
+        super().__init__(network, parametrisation, channels=channels, size=_SIZE, text_shapes=text)
+
+    def with_network(self, network: QwenImageTransformer2DModel) -> QwenImageDenoiser:
+        """The same reading of another network of this class, for latents of the same size."""
+        other = QwenImageDenoiser(network, self.parametrisation)
+        other.resize(self.sample_shape[1])
+        return other
+
+    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
+        config: Any = self.network.config
+        tokens, rest = divmod(size, _PATCH)
+        if rest or tokens < 1:
+            raise ArgumentError(f"latents of {size} x {size}: expected a multiple of {_PATCH}, Qwen-Image's patches")
+        return dict.fromkeys(self._taps(), (config.num_attention_heads * config.attention_head_dim, tokens, tokens))
+
+    def _taps(self) -> dict[str, nn.Module]:
+        network: Any = self.network
+        blocks = network.transformer_blocks
+        taps = {f"block{i}": block for i, block in enumerate(blocks)}
+        return taps | {name: blocks[i] for name, i in depths(len(blocks)).items()}
+
+    def _read(self, name: str, result: Any) -> Tensor:
+        return tokens_as_image(result[1], self.feature_shapes[name][1])  # the first are text
+
+    def _call(self, network_input: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
+        height, width = (side // _PATCH for side in network_input.shape[-2:])
+        patches = rearrange(network_input, "b c (h p) (w q) -> b (h w) (c p q)", p=_PATCH, q=_PATCH)
+        tokens: Tensor = self.network(
+            hidden_states=self._cast(patches),
+            timestep=timestep,
+            encoder_hidden_states=self._cast(condition["prompt_embeds"]),
+            encoder_hidden_states_mask=condition["prompt_embeds_mask"],
+            img_shapes=[[(1, height, width)]] * len(patches),
+            return_dict=False,
+        )[0]
+        return rearrange(tokens, "b (h w) (c p q) -> b c (h p) (w q)", h=height, p=_PATCH, q=_PATCH)
+
+
+def wrap(network: QwenImageTransformer2DModel, scheduler: Mapping[str, Any] | None) -> QwenImageDenoiser:
+    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit, or if
+    this version of diffusers lets the network see the padding of prompts.
+    """
+    if tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 37):
+        raise CheckpointError(
+            f"QwenImageTransformer2DModel: diffusers {diffusers.__version__} lets it attend to the padding of prompts; "
+            "install diffusers 0.37 or later"
+        )
+    form = parametrisation_from_scheduler(scheduler)
+    if not isinstance(form, DirectPrediction) or form.prediction != "flow":
+        raise CheckpointError(
+            f"QwenImageTransformer2DModel with {dict(scheduler or {}).get('_class_name')}: expected a flow-matching "
+            "scheduler, such as FlowMatchEulerDiscreteScheduler"
+        )
+    return QwenImageDenoiser(network, DirectPrediction(form.schedule, "flow", time_scale=1.0))
+
+
+def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
+    """What the network is told of prompts, all padded to 512 tokens, which the mask hides; the same at every
+    resolution.
+    """
+    embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=_TOKENS)
+    if mask is None:
+        mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long)
+    missing = _TOKENS - embeds.shape[1]
+    return TextCondition(
+        {"prompt_embeds": F.pad(embeds, (0, 0, 0, missing)), "prompt_embeds_mask": F.pad(mask, (0, missing))}
+    )
+
+
+def encode_null(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
+    """What guidance leads away from: a negative prompt, or the empty one."""
+    return encode_prompts(pipeline, [negative_prompt], resolution)

@@ -1,0 +1,111 @@
+"""The transformer of Sana (rectified flow with linear attention, arXiv 2410.10629)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
+from torch import Tensor, nn
+
+from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
+from fdistill.adapters.text_to_image import TextDenoiser, depths, tokens_as_image
+from fdistill.condition import TextCondition
+from fdistill.errors import ArgumentError, CheckpointError
+
+NETWORK = SanaTransformer2DModel
+PIPELINES: tuple[type[DiffusionPipeline], ...] = (SanaPipeline,)
+COMPONENT = "transformer"
+_TOKENS = 300
+#: With what its pipeline draws as a student does: unguided, at the size it is told.
+UNGUIDED: dict[str, Any] = {"guidance_scale": 0.0, "use_resolution_binning": False}
+#: The tokenizer of its pipeline, and how many tokens of a prompt are read; the instruction before it has its own.
+TOKENIZERS: dict[str, int | None] = {"tokenizer": _TOKENS}
+
+
+class SanaDenoiser(TextDenoiser):
+    """A SanaTransformer2DModel. Features, all images of its tokens: "block0", "block1", ... and the blocks at a share
+    of its depth, "depth25", "depth50", "depth75" and "depth99".
+    """
+
+    def __init__(self, network: SanaTransformer2DModel, parametrisation: Parametrisation):
+        config: Any = network.config
+        if config.guidance_embeds:
+            raise CheckpointError(
+                "SanaTransformer2DModel with guidance_embeds: expected a network that is told no guidance scale; "
+                "Sana-Sprint, a student of a few steps, is not supported as a teacher"
+            )
+        if config.out_channels not in (None, config.in_channels):
+            raise CheckpointError(
+                f"SanaTransformer2DModel with {config.in_channels} input and {config.out_channels} output channels: "
+                "expected as many outputs as inputs"
+            )
+        text = {"prompt_embeds": (_TOKENS, config.caption_channels), "prompt_attention_mask": (_TOKENS,)}
+        super().__init__(
+            network, parametrisation, channels=config.in_channels, size=config.sample_size, text_shapes=text
+        )
+
+    def with_network(self, network: SanaTransformer2DModel) -> SanaDenoiser:
+        """The same reading of another network of this class, for latents of the same size."""
+        other = SanaDenoiser(network, self.parametrisation)
+        other.resize(self.sample_shape[1])
+        return other
+
+    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
+        config: Any = self.network.config
+        tokens, rest = divmod(size, config.patch_size)
+        if rest or tokens < 1:
+            raise ArgumentError(
+                f"latents of {size} x {size}: expected a multiple of {config.patch_size}, Sana's patches"
+            )
+        return dict.fromkeys(self._taps(), (config.num_attention_heads * config.attention_head_dim, tokens, tokens))
+
+    def _taps(self) -> dict[str, nn.Module]:
+        network: Any = self.network
+        blocks = network.transformer_blocks
+        taps = {f"block{i}": block for i, block in enumerate(blocks)}
+        return taps | {name: blocks[i] for name, i in depths(len(blocks)).items()}
+
+    def _read(self, name: str, result: Any) -> Tensor:
+        return tokens_as_image(result, self.feature_shapes[name][1])
+
+    def _call(self, network_input: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
+        network: Any = self.network
+        output: Tensor = network(
+            network_input,
+            encoder_hidden_states=self._cast(condition["prompt_embeds"]),
+            encoder_attention_mask=condition["prompt_attention_mask"],
+            timestep=timestep * network.config.timestep_scale,
+            return_dict=False,
+        )[0]
+        return output
+
+
+def wrap(network: SanaTransformer2DModel, scheduler: Mapping[str, Any] | None) -> SanaDenoiser:
+    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
+    return SanaDenoiser(network, parametrisation_from_scheduler(scheduler))
+
+
+def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
+    """What the network is told of prompts, after the pipeline's own instruction to its language model; the same at
+    every resolution.
+    """
+    instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
+    return _encode(pipeline, list(prompts), instruction)
+
+
+def encode_null(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
+    """What guidance leads away from: a negative prompt, or the empty one, without the instruction."""
+    return _encode(pipeline, [negative_prompt], None)
+
+
+def _encode(pipeline: Any, prompts: list[str], instruction: list[str] | None) -> TextCondition:
+    embeds, mask, _, _ = pipeline.encode_prompt(
+        prompts,
+        do_classifier_free_guidance=False,
+        clean_caption=True,
+        max_sequence_length=_TOKENS,
+        complex_human_instruction=instruction,
+    )
+    return TextCondition({"prompt_embeds": embeds, "prompt_attention_mask": mask})

@@ -1,0 +1,113 @@
+"""What all text-to-image networks of diffusers have in common as denoisers."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from fdistill.adapters.parametrisation import Parametrisation
+from fdistill.adapters.taps import run_tapped
+from fdistill.condition import Condition, TextCondition
+from fdistill.denoiser import Denoiser, Features, Preconditioning
+from fdistill.errors import ArgumentError
+
+
+class TextDenoiser(Denoiser):
+    """A network that is told prompts, and its parametrisation.
+
+    Args:
+        network: of diffusers; its own forward runs.
+        parametrisation: what it is fed and predicts.
+        channels: of its latents.
+        size: height and width of its latents; `resize` changes it.
+        text_shapes: per prompt, the shapes of the tensors that the family's `encode_prompts` makes.
+    """
+
+    text_shapes: dict[str, tuple[int, ...]]
+
+    def __init__(
+        self,
+        network: nn.Module,
+        parametrisation: Parametrisation,
+        *,
+        channels: int,
+        size: int,
+        text_shapes: dict[str, tuple[int, ...]],
+    ):
+        super().__init__()
+        self.network = network
+        self.parametrisation = parametrisation
+        self.schedule = parametrisation.schedule
+        self.sigma_data = parametrisation.sigma_data
+        self.kind = parametrisation.kind
+        self.num_classes = None
+        self.text_shapes = text_shapes
+        self.sample_shape = (channels, size, size)
+        self.feature_shapes = self._feature_shapes(size)
+
+    def resize(self, size: int) -> None:
+        """Latents of another height and width."""
+        self.sample_shape = (self.sample_shape[0], size, size)
+        self.feature_shapes = self._feature_shapes(size)
+
+    @abstractmethod
+    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
+        """For latents of this size."""
+
+    @abstractmethod
+    def _taps(self) -> dict[str, nn.Module]:
+        """The module behind every name in `feature_shapes`."""
+
+    @abstractmethod
+    def _read(self, name: str, result: Any) -> Tensor:
+        """The feature [B, C, H, W] in what its module returned."""
+
+    @abstractmethod
+    def _call(self, network_input: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
+        """The network's own forward: [B, C, H, W] latents and [B] timesteps -> [B, C, H, W]."""
+
+    def preconditioning(self, t: Tensor) -> Preconditioning:
+        return self.parametrisation.preconditioning(t)
+
+    def run(
+        self,
+        network_input: Tensor,
+        t: Tensor,
+        condition: Condition | None,
+        features: Sequence[str],
+        *,
+        output: bool,
+        output_grad: bool,
+    ) -> tuple[Tensor | None, Features]:
+        if not isinstance(condition, TextCondition):
+            got = "None" if condition is None else "labels"
+            raise ArgumentError(f"condition: got {got}; this network wants a TextCondition, as PromptEncoder makes")
+        text, timestep = condition, self.parametrisation.timestep(t)
+        return run_tapped(
+            lambda: self._call(network_input, timestep, text),
+            self._taps(),
+            self._read,
+            features,
+            output=output,
+            output_grad=output_grad,
+        )
+
+    def _cast(self, value: Tensor) -> Tensor:
+        """A floating-point tensor of a condition in the network's precision; others as they are."""
+        return value.to(next(self.network.parameters()).dtype) if value.is_floating_point() else value
+
+
+def tokens_as_image(tokens: Tensor, height: int) -> Tensor:
+    """[B, h * w, C] -> [B, C, h, w]."""
+    return rearrange(tokens, "b (h w) c -> b c h w", h=height)
+
+
+def depths(blocks: int) -> dict[str, int]:
+    """Names that mean a share of a transformer's depth, as heads are placed at 50, 75 and 99 % of it, and the block
+    that each one is.
+    """
+    return {f"depth{share}": min(blocks - 1, blocks * share // 100) for share in (25, 50, 75, 99)}

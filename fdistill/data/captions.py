@@ -1,0 +1,130 @@
+"""Captions as sources find them: text files and JSON in UTF-8, one text for every image or for none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdistill.errors import DataError
+
+#: What a caption is called in JSON; of several, the first.
+CAPTION_KEYS = ("caption", "text", "prompt")
+
+
+def decoded(content: bytes, where: str) -> str:
+    """UTF-8 with or without a byte order mark.
+
+    Raises:
+        DataError: bytes that are no UTF-8, or zero bytes, with the number of their line.
+    """
+    zero = content.find(b"\0")
+    if zero >= 0:
+        raise DataError(
+            f"{where}: a zero byte in line {_line(content, zero)}, so this is a binary or UTF-16 file; save it as UTF-8"
+        )
+    try:
+        return content.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: byte {content[error.start]:#04x} in line {_line(content, error.start)} is not UTF-8; save the "
+            "file as UTF-8"
+        ) from error
+
+
+def text_lines(content: bytes, where: str) -> list[tuple[int, str]]:
+    """(number from 1, line without surrounding spaces) of each line that is not blank; CRLF is a line's end too.
+
+    Raises:
+        DataError: as of `decoded`.
+    """
+    # Not splitlines(), which also splits at characters such as U+2028 that JSON and prompts may hold.
+    lines = [(number, line.strip()) for number, line in enumerate(decoded(content, where).split("\n"), 1)]
+    return [(number, line) for number, line in lines if line]
+
+
+def json_lines(content: bytes, where: str) -> list[tuple[int, dict[str, Any]]]:
+    """(line number, object) of a .jsonl file; blank lines are skipped.
+
+    Raises:
+        DataError: not UTF-8, or a line that is no JSON object.
+    """
+    found = []
+    for number, line in text_lines(content, where):
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: line {number} is not JSON ({error}); expected one object a line") from error
+        if not isinstance(value, dict):
+            raise DataError(f"{where}: line {number} is {line[:40]!r}; expected one object a line")
+        found.append((number, value))
+    return found
+
+
+def named_caption(row: Mapping[str, Any]) -> Any:
+    """What a JSON object has under the first of CAPTION_KEYS that is not null; None if it has none."""
+    return next((row[key] for key in CAPTION_KEYS if row.get(key) is not None), None)
+
+
+def caption_text(value: Any, where: str) -> str:
+    """A caption without surrounding spaces; of a list of captions the first.
+
+    Raises:
+        DataError: not text, empty, or not to be written as UTF-8.
+    """
+    if isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {str(value)[:40]!r} is no text; expected a caption, or a list of captions")
+    text = value.strip()
+    if not text:
+        raise DataError(f"{where}: empty; expected a caption")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can spell
+        raise DataError(f"{where}: {text[:40]!a} is not UTF-8; write the caption anew") from error
+    return text
+
+
+def all_or_none(
+    captions: Sequence[str | None], image: Callable[[int], str], strays: Sequence[str], where: str
+) -> list[str] | None:
+    """The captions of all images, or None if no image has one.
+
+    Args:
+        captions: one for each image, None where there is none.
+        image: its name.
+        strays: captions that have no image. They count only where images have captions: without, a README.txt is none.
+        where: for messages.
+
+    Raises:
+        DataError: some images have no caption, or some captions no image.
+    """
+    missing = [row for row, caption in enumerate(captions) if caption is None]
+    if len(missing) == len(captions):
+        return None
+    if missing:
+        raise DataError(
+            f"{where}: images without a caption: {len(missing)} of {len(captions)}, the first is {image(missing[0])}; "
+            "caption all of them, or remove those without"
+        )
+    if strays:
+        raise DataError(
+            f"{where}: captions without an image: {len(strays)}, the first is {strays[0]!r}; add their images, or "
+            "remove what is no caption"
+        )
+    return [caption for caption in captions if caption is not None]
+
+
+def distinct(captions: Sequence[str]) -> tuple[list[str], Tensor]:
+    """(each caption once, in the order of their first rows; int64 [len(captions)]: which of them each row has)."""
+    places: dict[str, int] = {}
+    index = [places.setdefault(caption, len(places)) for caption in captions]
+    return list(places), torch.tensor(index, dtype=torch.long)
+
+
+def _line(content: bytes, position: int) -> int:
+    return content.count(b"\n", 0, position) + 1

@@ -21,6 +21,7 @@ from fdistill.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fdistill.condition import Condition, none_like, where
 from fdistill.config import DistillConfig, changed_keys, dump_config, load_config
 from fdistill.data import EpochOrder
+from fdistill.data.sample_loader import FixedSamples, ScaledLatents
 from fdistill.denoiser import Denoiser
 from fdistill.devices import autocast, start, upload, upload_condition
 from fdistill.distributed import average_gradients
@@ -30,12 +31,14 @@ from fdistill.files import atomic_file, writing
 from fdistill.generator import noise_shape
 from fdistill.images import to_uint8, to_unit
 from fdistill.journal import Journal, append_record, read_records, scalars, truncate_records
+from fdistill.lora import has_adapters
 from fdistill.methods import METHODS
 from fdistill.pipeline import save_student
 from fdistill.report import grid, save_curves, save_grid
 from fdistill.sampler import heun_sample
 from fdistill.snapshots import save_snapshot, truncate_snapshots
 from fdistill.step import Pairs, StepResult
+from fdistill.tiue import TiUEGenerator
 from fdistill.training_data import TrainingData, stored_data, training_data
 
 _GRID, _LARGE_GRID = 80, 16  # samples in a picture; the second of latents and of images above 64 pixels
@@ -152,6 +155,8 @@ def describe(config: DistillConfig) -> str:
     }
     levels = run.student.levels
     evaluations = "one evaluation from level" if len(levels) == 1 else f"{len(levels)} evaluations at levels"
+    if isinstance(run.student, TiUEGenerator):
+        levels, evaluations = run.student.decoder_levels, "one encoder, decoders at levels"
     discriminator = "none"
     if run.networks.discriminator is not None:
         on = f"{config.discriminator.source} features {', '.join(config.discriminator.features)}"
@@ -161,7 +166,8 @@ def describe(config: DistillConfig) -> str:
         f"teacher        {config.teacher} ({type(run.networks.fake_score).__name__}), "
         f"samples {run.networks.teacher.sample_shape}, {run.networks.teacher.num_classes or 'no'} classes",
         f"guidance       {config.guidance_scale:g}",
-        f"student        {evaluations} {', '.join(f'{level:g}' for level in levels)}{_start(run)}",
+        *([] if run.text is None else [_prompts(run, config)]),
+        f"student        {evaluations} {', '.join(f'{level:g}' for level in levels)}{_start(run, config)}",
         f"divergence     {(config.divergence and run.divergence.name) or 'the method has its own'}",
         f"discriminator  {discriminator}",
         "trained        " + ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
@@ -172,8 +178,17 @@ def describe(config: DistillConfig) -> str:
     return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def _start(run: Distillation) -> str:
+def _prompts(run: Distillation, config: DistillConfig) -> str:
+    assert run.text is not None
+    prompts = run.text.embeddings.prompts
+    negative = f", away from {config.negative_prompt!r}" if config.negative_prompt else ""
+    return f"text           {len(prompts)} prompts, such as {prompts[0]!r}{negative}; images of {run.image_size} pixels"
+
+
+def _start(run: Distillation, config: DistillConfig) -> str:
     origin = "" if run.origin is run.checkpoint else f", from {run.origin.name}"
+    if has_adapters(run.student):
+        origin += f", adapters of rank {config.student.lora_rank} on the teacher's weights"
     if run.resized is None:
         return origin
     copied, new = run.resized.copied, run.resized.new
@@ -233,10 +248,10 @@ def _train(
         }
 
     def image_loss(rows: Tensor) -> dict[str, Any]:
-        if run.clip is None or run.text is None:
+        clip, text = run.clip, data.source.text if isinstance(data.source, ScaledLatents | FixedSamples) else None
+        if clip is None or text is None:
             return {}
-        features = run.clip.encode_prompts(run.text.prompts(rows))
-        clip = run.clip
+        features = clip.encode_prompts(text.prompts(rows))
         return {"image_loss": lambda x0: clip(x0, features), "image_weight": config.clip_loss.weight}
 
     def options(phase: int) -> dict[str, int]:

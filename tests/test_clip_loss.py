@@ -27,10 +27,8 @@ CONFIG = {
 PROMPTS = ["a bold seven", "a thin three", "a horse"]
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the architecture "tiny-fdistill", which open_clip knows from here on."""
-    folder = tmp_path_factory.mktemp("clip")
+def tiny_clip_file(folder: Path) -> Path:
+    """Weights of the architecture "tiny-fdistill", which open_clip knows from here on."""
     (folder / "tiny-fdistill.json").write_text(json.dumps(CONFIG))
     open_clip.add_model_config(folder / "tiny-fdistill.json")
     torch.manual_seed(0)
@@ -38,6 +36,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "tiny.safetensors"
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
     return path
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_clip_file(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture

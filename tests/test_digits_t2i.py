@@ -74,6 +74,8 @@ def test_captions_say_the_truth() -> None:
             )
             if captions[row].weight is not None:
                 assert (captions[row].weight == "bold") == (ink[row] > of_class), row
+    english = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+    assert english == DIGIT_WORDS
     phrasings = {
         phrase: sum(p.text == phrase.format(weight=p.weight, digit=DIGIT_WORDS[p.digit]) for p in captions)
         for phrase in WEIGHTED + PLAIN
@@ -207,6 +209,7 @@ def test_schedule_is_that_of_stable_diffusion(pipeline: Any) -> None:
     assert pipeline.scheduler.alphas_cumprod[-1].item() == pytest.approx(0.00466, abs=1e-5)
     config = pipeline.scheduler.config
     assert (config.clip_sample, config.steps_offset, config.set_alpha_to_one) == (False, 1, False)
+    assert config.prediction_type == "v_prediction"
 
 
 def test_it_draws_the_digit_asked_for_in_the_weight_asked_for(pipeline: Any) -> None:
@@ -216,6 +219,10 @@ def test_it_draws_the_digit_asked_for_in_the_weight_asked_for(pipeline: Any) -> 
     assert (classes == torch.tensor([p.digit for p in prompts])).double().mean() >= 0.95
     ink = {weight: digit_ink(samples[[p.weight == weight for p in prompts]]).mean() for weight in ("bold", "thin")}
     assert ink["bold"] > ink["thin"] + 0.03
+    of_data = (
+        digit_ink(load_digit_images()[0]).mean().item()
+    )  # v read as epsilon draws legible digits, half again as bold
+    assert digit_ink(samples).mean().item() == pytest.approx(of_data, abs=0.03)
 
 
 def test_the_empty_prompt_draws_any_digit(pipeline: Any) -> None:

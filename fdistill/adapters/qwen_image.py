@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -76,6 +76,11 @@ class QwenImageDenoiser(TextDenoiser):
 
     def _read(self, name: str, result: Any) -> Tensor:
         return tokens_as_image(result[1], self.feature_shapes[name][1])  # the first are text
+
+    def guidance_norm(self, output: Tensor) -> Tensor:
+        """The norm of each token, to which QwenImagePipeline brings a guided prediction back."""
+        squares = reduce(output.square(), "b c (h p) (w q) -> b 1 h w", "sum", p=_PATCH, q=_PATCH)
+        return repeat(squares.sqrt(), "b 1 h w -> b 1 (h p) (w q)", p=_PATCH, q=_PATCH)
 
     def _call(self, network_input: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
         height, width = (side // _PATCH for side in network_input.shape[-2:])

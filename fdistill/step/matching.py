@@ -162,7 +162,7 @@ def balanced(loss: Tensor, other: Tensor, x0: Tensor, ratio: float) -> tuple[Ten
         loss, other: 0-d, functions of x0 alone.
         x0: any shape, part of a graph.
     """
-    (first,) = torch.autograd.grad(loss, x0)
+    (first,) = torch.autograd.grad(loss, x0, retain_graph=True)  # both go through the noised x0
     (second,) = torch.autograd.grad(other, x0)
     norms = sum_over_processes(torch.stack([first.square().sum(), second.square().sum()])).sqrt()
     weight = ratio * norms[0] / norms[1].clamp(min=torch.finfo(norms.dtype).tiny)

@@ -1,0 +1,265 @@
+"""Bytes of weights, gradients, optimiser and averages in a distillation of text-to-image networks, as Markdown.
+
+python scripts/memory_table.py [--out FILE]
+
+The networks are built from their published settings on the meta device, so nothing is downloaded or allocated; one with
+another number of parameters than was published is refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from torch import Tensor, nn
+
+from fdistill.adapters import wrap
+from fdistill.adapters.text_to_image import TextDenoiser
+from fdistill.config import DistillConfig, load_config
+from fdistill.discriminator import Discriminator
+from fdistill.ema import trained_state
+from fdistill.files import atomic_file
+from fdistill.lora import FAKE, STUDENT, lora_copy
+from fdistill.sections import LoRAConfig
+
+RANK = 64
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+MODES = ("full", "LoRA")
+_BETAS = {
+    "_class_name": "DDIMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+_LINEAR = {"_class_name": "DDIMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+
+
+def _sd15() -> Any:
+    return UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+
+
+def _sdxl() -> Any:
+    return UNet2DConditionModel(
+        sample_size=128,
+        block_out_channels=(320, 640, 1280),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        attention_head_dim=(5, 10, 20),
+        cross_attention_dim=2048,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
+    )
+
+
+def _sd35_medium() -> Any:
+    return SD3Transformer2DModel(
+        sample_size=128,
+        num_layers=24,
+        attention_head_dim=64,
+        num_attention_heads=24,
+        joint_attention_dim=4096,
+        caption_projection_dim=1536,
+        pooled_projection_dim=2048,
+        pos_embed_max_size=384,
+        dual_attention_layers=tuple(range(13)),
+        qk_norm="rms_norm",
+    )
+
+
+def _flux_dev() -> Any:
+    return FluxTransformer2DModel(guidance_embeds=True)
+
+
+def _pixart_sigma() -> Any:
+    return PixArtTransformer2DModel(
+        num_attention_heads=16,
+        attention_head_dim=72,
+        in_channels=4,
+        out_channels=8,
+        num_layers=28,
+        cross_attention_dim=1152,
+        sample_size=128,
+        caption_channels=4096,
+        attention_bias=True,
+        interpolation_scale=2,
+        use_additional_conditions=False,
+    )
+
+
+#: Recipe -> (its network, the scheduler beside it, its published size in millions, positions of image patches apart).
+NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {
+    "sd15": (_sd15, _BETAS, 859.5),
+    "sdxl": (_sdxl, _BETAS, 2567.5),
+    "sd35-medium": (_sd35_medium, _FLOW, 2243.2),
+    "flux-dev": (_flux_dev, _FLOW, 11901.4),
+    "pixart-sigma": (_pixart_sigma, _LINEAR, 610.9),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one role holds on the device, in bytes.
+
+    Attributes:
+        trained: parameters that an optimiser changes.
+        weights: trained ones and frozen ones of its own, not those it shares.
+    """
+
+    role: str
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    averages: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.averages
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _own(module: nn.Module, shared: nn.Module | None = None) -> list[Tensor]:
+    """Parameters and buffers that are not another network's."""
+    others = set() if shared is None else {id(tensor) for tensor in (*shared.parameters(), *shared.buffers())}
+    return [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in others]
+
+
+def _trained_row(role: str, module: nn.Module, shared: nn.Module | None = None, decays: int = 0) -> Row:
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    averages = decays * sum(4 * value.numel() for value in trained_state(module).values())
+    return Row(
+        role,
+        sum(parameter.numel() for parameter in trained),
+        _bytes(_own(module, shared)),
+        _bytes(trained),
+        2 * _bytes(trained),  # AdamW's two moments, in the precision of the weights
+        averages,
+    )
+
+
+def published(network: str, resolution: int | None = None) -> TextDenoiser:
+    """A published network on the meta device, frozen, float32, for latents of the resolution: its own, or in pixels."""
+    build, scheduler, millions = NETWORKS[network]
+    with torch.device("meta"):
+        built = build()
+    size = sum(parameter.numel() for parameter in built.parameters()) / 1e6
+    if abs(size - millions) > 0.1:
+        raise ValueError(f"{network}: {size:.1f} M parameters, published with {millions} M; expected its own settings")
+    denoiser = wrap(built, scheduler).requires_grad_(False)
+    assert isinstance(denoiser, TextDenoiser)
+    if resolution is not None:
+        denoiser.resize(resolution // 8)
+    return denoiser
+
+
+def rows(network: str, config: DistillConfig) -> list[Row]:
+    """Teacher, fake score, student and, if there is one, discriminator's heads of a distillation of one of NETWORKS."""
+
+    def trained(section: LoRAConfig, role: str) -> tuple[TextDenoiser, nn.Module | None]:
+        if not section.lora_rank:
+            return published(network).requires_grad_(True), None
+        copied = lora_copy(
+            teacher,
+            section.lora_rank,
+            adapter=role,
+            setting=role,
+            alpha=section.lora_alpha,
+            targets=section.lora_targets,
+        )
+        assert isinstance(copied, TextDenoiser)
+        return copied, teacher
+
+    teacher = published(network, config.resolution)
+    if config.frozen_precision == "bf16":
+        teacher.to(torch.bfloat16)
+    fake, shared_with_fake = trained(config.fake_score, FAKE)
+    student, shared_with_student = trained(config.student, STUDENT)
+    found = [
+        Row("teacher", 0, _bytes(_own(teacher)), 0, 0, 0),
+        _trained_row("fake score", fake, shared_with_fake),
+        _trained_row("student", student, shared_with_student, len(config.ema.decays)),
+    ]
+    if config.discriminator.gan_weight:
+        with torch.device("meta"):
+            heads = Discriminator(teacher, config.discriminator.features)
+        found.append(_trained_row("heads", heads))
+    return found
+
+
+def in_mode(recipe: str, mode: str, frozen: str = "bf16") -> DistillConfig:
+    """A recipe with all weights of student and fake score trained ("full"), or adapters of rank 64 ("LoRA")."""
+    adapters = {"lora_rank": RANK, "lora_targets": TARGETS} if mode == "LoRA" else {"lora_rank": 0}
+    settings = {f"{role}.{key}": value for role in ("student", "fake_score") for key, value in adapters.items()}
+    return load_config(recipe, {**settings, "precision": "bf16", "frozen_precision": frozen})
+
+
+def beyond_base(network: str, frozen: str) -> tuple[int, int]:
+    """Bytes of both adapters with gradients, optimiser and averages, and of the base in a precision."""
+    base, fake, student = rows(network, in_mode(network, "LoRA", frozen))[:3]
+    return fake.total + student.total, base.total
+
+
+def table() -> str:
+    """Both modes of every network, a line for each role, in GB (1e9 bytes)."""
+    lines = [
+        "| network | mode | role | trained, M | weights | gradients | AdamW | EMA | sum, GB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for recipe in NETWORKS:
+        for mode in MODES:
+            found = rows(recipe, in_mode(recipe, mode))
+            for row in found:
+                parts = (row.weights, row.gradients, row.optimizer, row.averages, row.total)
+                numbers = " | ".join(f"{part / 1e9:.2f}" for part in parts)
+                lines.append(f"| {recipe} | {mode} | {row.role} | {row.trained / 1e6:.1f} | {numbers} |")
+            sums = [
+                sum(getattr(row, part) for row in found) for part in ("weights", "gradients", "optimizer", "averages")
+            ]
+            numbers = " | ".join(f"{part / 1e9:.2f}" for part in (*sums, sum(sums)))
+            trained = sum(row.trained for row in found) / 1e6
+            lines.append(f"| {recipe} | {mode} | **all** | {trained:.1f} | {numbers} |")
+    return "\n".join(lines)
+
+
+def bound() -> str:
+    """What LoRA mode holds beyond the base, heads apart, as a share of it."""
+    lines = ["| network | base in | base, GB | adapters, GB | share |", "|---|---|---|---|---|"]
+    for network in NETWORKS:
+        for frozen in ("fp32", "bf16"):
+            beyond, base = beyond_base(network, frozen)
+            lines.append(
+                f"| {network} | {frozen} | {base / 1e9:.2f} | {beyond / 1e9:.2f} | {100 * beyond / base:.1f} % |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="a file for both tables")
+    out = parser.parse_args().out
+    text = f"{table()}\n\n{bound()}\n"
+    print(text, end="")
+    if out is not None:
+        with atomic_file(out) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

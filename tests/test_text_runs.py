@@ -1,0 +1,262 @@
+"""Runs of text-to-image teachers beyond the plain one: captioned images, adapters resumed, TiUE, CLIP, commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from test_clip_loss import tiny_clip_file
+from test_text_to_image import LORA, PROMPTS, SETTINGS
+from text_families import RESOLUTION, sd15, sd21v
+from text_families_dit import HAS_QWEN_IMAGE, qwen_image
+
+from fdistill import distill, load_student
+from fdistill.adapters import load_teacher
+from fdistill.caching import cache
+from fdistill.cli import app
+from fdistill.data.latents import LatentSource
+from fdistill.errors import CheckpointError, ConfigError, DataError
+from fdistill.guidance import GuidedDenoiser
+from fdistill.lora_file import LORA_FILE
+from fdistill.pipeline import student_folder
+from fdistill.tiue import TiUEGenerator
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sd15(tmp_path_factory.mktemp("teacher") / "sd15")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join(PROMPTS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("captioned")
+    random = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(random.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(PROMPTS[i % len(PROMPTS)], encoding="utf-8")
+    return folder
+
+
+def run(output: Path, teacher: Path, **changes: Any) -> Path:
+    return distill("digits", output=output, **{**SETTINGS, "teacher": str(teacher), "iterations": 2, **changes})
+
+
+def test_captioned_images_are_encoded_once_and_trained_on(captioned: Path, teacher: Path, tmp_path: Path) -> None:
+    folder = cache(captioned, teacher=teacher, output=tmp_path / "latents", workers=1, negative_prompt="a house")
+    source = LatentSource(folder)
+    assert source.text is not None
+    assert sorted(source.text.embeddings.prompts) == sorted(PROMPTS)  # each caption once
+    said = source.text.prompts(torch.arange(8))
+    assert sorted(said) == sorted(2 * PROMPTS)
+    settings = {"data": str(folder), "negative_prompt": "a house"}
+    student = run(tmp_path / "run", teacher, **settings)
+    assert load_student(student).sample_shape == (4, 8, 8)
+    with pytest.raises(DataError, match="cached with negative prompt 'a house'"):
+        run(tmp_path / "other", teacher, data=str(folder))
+    with pytest.raises(DataError, match=r"for another resolution or"):
+        run(tmp_path / "other", teacher, **settings, frozen_precision="bf16", precision="bf16")
+    (tmp_path / "p.txt").write_text("a cat")
+    with pytest.raises(ConfigError, match="whose captions are the prompts"):
+        run(tmp_path / "other", teacher, data=str(captioned), prompts=str(tmp_path / "p.txt"))
+
+
+def test_images_without_captions_are_refused(captioned: Path, teacher: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "0.png").write_bytes((captioned / "0.png").read_bytes())
+    with pytest.raises(DataError, match="images without captions"):
+        cache(bare, teacher=teacher, output=tmp_path / "latents", workers=1)
+
+
+def test_a_run_without_images_needs_no_discriminator(teacher: Path, prompts: Path, tmp_path: Path) -> None:
+    student = run(tmp_path / "run", teacher, prompts=str(prompts), data=None, method="diff-instruct")
+    assert load_student(student).denoiser.text_shapes is not None
+    with pytest.raises(ConfigError, match="got null, but method=f-distill shows real images"):
+        run(tmp_path / "other", teacher, prompts=str(prompts), data=None)
+
+
+def test_long_and_short_guidance_and_regression(teacher: Path, prompts: Path, tmp_path: Path) -> None:
+    run(
+        tmp_path / "sid",
+        teacher,
+        prompts=str(prompts),
+        data=None,
+        method="sid",
+        **{"fake_score.guidance_scale": 2.0, "fake_score.training_guidance_scale": 2.0, "guidance_rescale": 0.7},
+    )
+    run(tmp_path / "dmd", teacher, prompts=str(prompts), data=None, method="dmd", **{"regression.pairs": 6})
+    record = json.loads((tmp_path / "dmd" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["generator/regression"] > 0
+
+
+def test_a_resumed_run_of_adapters_is_the_uninterrupted_one(teacher: Path, prompts: Path, tmp_path: Path) -> None:
+    settings = {**LORA, "prompts": str(prompts), "log.checkpoint_every": 2}
+    whole = run(tmp_path / "whole", teacher, **{**settings, "iterations": 4})
+    run(tmp_path / "parts", teacher, **settings)
+    parts = run(tmp_path / "parts", teacher, **{**settings, "iterations": 4}, resume=True)
+    first, second = (load_file(student / LORA_FILE) for student in (whole, parts))
+    assert first
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    # The checkpoint has adapters and heads alone: no copy of the base.
+    state = next((tmp_path / "whole" / "checkpoints").glob("*/state.safetensors"))
+    names = [name for name in load_file(state) if name.startswith(("generator.", "fake_score.", "ema."))]
+    assert names
+    assert all(".lora_" in name for name in names)
+
+
+_RELOAD = """
+import sys, numpy as np, torch
+from fdistill import TiUEPipeline
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(sys.argv[1])
+assert type(pipeline).__name__ == "TiUEPipeline"
+latents = torch.from_numpy(np.load(sys.argv[2]))
+np.save(sys.argv[3], pipeline(["a cat", "the moon"], latents=latents, output_type="np").images)
+"""
+
+
+def test_tiue_trains_against_a_lora_critic_and_loads_again(prompts: Path, tmp_path: Path) -> None:
+    """ "One-Way Ticket": VSD, both scores guided, KL of the predicted noise, four decoders."""
+    teacher = sd21v(tmp_path / "sd21v")
+    student = run(
+        tmp_path / "run",
+        teacher,
+        prompts=str(prompts),
+        data=None,
+        method="vsd",
+        guidance_scale=4.5,
+        student_level=[751, 501, 251, 1],
+        **{
+            "student.generator": "tiue",
+            "student.noise_kl_weight": 0.1,
+            "fake_score.guidance_scale": 4.5,
+            "fake_score.lora_rank": 4,
+            "fake_score.lora_alpha": 6.75,
+            "fake_score.lora_targets": ["to_q", "to_v"],
+        },
+    )
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert record["generator/noise_kl"] > 0
+    generator = load_student(tmp_path / "run")
+    assert isinstance(generator, TiUEGenerator)
+    assert generator.decoder_levels == (751.0, 501.0, 251.0, 1.0)
+    noise = torch.randn(2, *generator.sample_shape, generator=torch.Generator().manual_seed(0))
+    np.save(tmp_path / "noise.npy", noise.numpy())
+    arguments = [str(student), str(tmp_path / "noise.npy"), str(tmp_path / "images.npy")]
+    subprocess.run([sys.executable, "-c", _RELOAD, *arguments], check=True, cwd=tmp_path)
+    from fdistill.generation import open_source
+
+    source = open_source(student, torch.device("cpu"))
+    assert source.text is not None
+    assert source.latents is not None
+    with torch.no_grad():
+        x0 = generator(noise, source.text.encode(["a cat", "the moon"]))
+    own = (source.latents.decode(x0) / 2 + 0.5).clamp(0, 1)
+    theirs = torch.from_numpy(np.load(tmp_path / "images.npy")).movedim(-1, 1)
+    torch.testing.assert_close(theirs, own, rtol=0, atol=1e-4)
+
+
+def test_clip_loss_pulls_images_towards_prompts(teacher: Path, prompts: Path, tmp_path: Path) -> None:
+    weights = tiny_clip_file(tmp_path)
+    settings = {
+        "prompts": str(prompts),
+        "clip_loss.weight": 0.1,
+        "clip_loss.model": "tiny-fdistill",
+        "clip_loss.margin": 1.0,
+    }
+    run(tmp_path / "run", teacher, **settings, **{"clip_loss.weights": str(weights)})
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < record["generator/image"] <= 2
+    with pytest.raises(ConfigError, match=r"clip_loss.weights is null"):
+        run(tmp_path / "other", teacher, **settings)
+
+
+def test_commands(captioned: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def command(*arguments: object) -> str:
+        app([str(argument) for argument in arguments], standalone_mode=False)
+        return capsys.readouterr().out
+
+    command("cache", captioned, "--teacher", teacher, "--output", tmp_path / "latents", "--workers", "1")
+    settings = {**SETTINGS, **LORA, "teacher": teacher, "data": tmp_path / "latents", "iterations": 1}
+    overrides = [
+        f"{key}={json.dumps(value) if not isinstance(value, Path) else value}" for key, value in settings.items()
+    ]
+    command("distill", "digits", *overrides, "--output", tmp_path / "run")
+    command("generate", tmp_path / "run", "--num-images", 2, "--prompt", "a cat", "--output", tmp_path / "images")
+    assert json.loads((tmp_path / "images" / "manifest.json").read_text())["prompts"] == ["a cat", "a cat"]
+    command("export", tmp_path / "run", "--format", "lora", "--output", tmp_path / "lora.safetensors")
+    assert (
+        load_file(tmp_path / "lora.safetensors").keys()
+        == load_file(student_folder(tmp_path / "run") / LORA_FILE).keys()
+    )
+    said = command(
+        "export", tmp_path / "run", "--format", "comfy", "--dtype", "fp16", "--output", tmp_path / "comfy.safetensors"
+    )
+    assert "ComfyUI" in said  # a UNet of this size is none that it knows
+    names = load_file(tmp_path / "comfy.safetensors")
+    assert any(name.startswith("model.diffusion_model.input_blocks.") for name in names)
+    base = ["--base", teacher, "--output", tmp_path / "converted"]
+    command("convert", tmp_path / "comfy.safetensors", *base)
+    assert load_teacher(tmp_path / "converted").sample_shape == (4, 8, 8)
+
+
+def test_dry_run_of_a_text_run(
+    teacher: Path, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**SETTINGS, **LORA, "teacher": teacher, "prompts": prompts}
+    overrides = [
+        f"{key}={json.dumps(value) if not isinstance(value, Path) else value}" for key, value in settings.items()
+    ]
+    app(["distill", "digits", *overrides, "--output", str(tmp_path / "run"), "--dry-run"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert "4 prompts" in said
+    assert "adapters of rank 4" in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not HAS_QWEN_IMAGE, reason="this diffusers has no Qwen-Image")
+def test_rescaled_guidance_of_qwen_image_is_its_pipelines(tmp_path: Path) -> None:
+    """comb * |cond| / |comb| for each token, as QwenImagePipeline does it after true CFG."""
+    from einops import rearrange
+
+    denoiser = load_teacher(qwen_image(tmp_path / "qwen"))
+    denoiser.resize(RESOLUTION // 2)  # type: ignore[operator]
+    torch.manual_seed(0)
+    conditional, guided = torch.randn(2, 2, *denoiser.sample_shape)
+
+    def tokens(value: torch.Tensor) -> torch.Tensor:
+        return rearrange(value, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
+
+    expected = tokens(guided) * (
+        tokens(conditional).norm(dim=-1, keepdim=True) / tokens(guided).norm(dim=-1, keepdim=True)
+    )
+    rescaled = guided * denoiser.guidance_norm(conditional) / denoiser.guidance_norm(guided)
+    torch.testing.assert_close(tokens(rescaled), expected)
+    assert GuidedDenoiser.__doc__
+
+
+def test_a_gated_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def gated(*_: Any, **__: Any) -> None:
+        raise GatedRepoError.__new__(GatedRepoError)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
+    with pytest.raises(CheckpointError, match=r"gives access on request.*hf auth login"):
+        distill("digits", output=tmp_path / "run", teacher="black-forest-labs/FLUX.1-dev")

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from fdistill import rng
-from fdistill.adapters import FAMILIES, Checkpoint, load_denoiser, resolve_checkpoint
+from fdistill.adapters import FAMILIES, Checkpoint
+from fdistill.adapters.parametrisation import student_scheduler
+from fdistill.adapters.text_to_image import TextDenoiser
+from fdistill.condition import Condition
 from fdistill.data import ImageLoader, open_source
 from fdistill.denoiser import Denoiser
 from fdistill.devices import start
@@ -20,8 +23,11 @@ from fdistill.latents import LatentSpace, attach_latent_space
 from fdistill.noise import add_noise, noise_to_signal
 from fdistill.pipeline import is_student, load_student
 from fdistill.sampler import heun_sample, sampling_levels
+from fdistill.teacher import open_teacher
+from fdistill.text import open_prompt_encoder
 
 _LEVELS, _SEED = 8, 0
+_PROMPT = "a photo"  # where images have no captions
 #: A trained network is better than the best linear denoiser; one that is read wrongly is worse at some level.
 _TOLERANCE = 1.05
 
@@ -44,7 +50,7 @@ class LevelCheck:
 
 
 @torch.no_grad()
-def check_predictions(denoiser: Denoiser, x0: Tensor, labels: Tensor | None) -> list[LevelCheck]:
+def check_predictions(denoiser: Denoiser, x0: Tensor, condition: Condition | None) -> list[LevelCheck]:
     """Errors of x0-predictions on noised samples x0 [B, C, H, W], from the noisiest level to the cleanest."""
     schedule = denoiser.schedule
     mean = x0.mean(dim=(0, 2, 3), keepdim=True)
@@ -53,7 +59,7 @@ def check_predictions(denoiser: Denoiser, x0: Tensor, labels: Tensor | None) -> 
     checks = []
     for level in sampling_levels(denoiser, _LEVELS).to(x0.device):
         t = level.expand(len(x0))
-        prediction, _ = denoiser.denoise_with_features(add_noise(schedule, x0, noise, t), t, labels, ())
+        prediction, _ = denoiser.denoise_with_features(add_noise(schedule, x0, noise, t), t, condition, ())
         alpha, sigma = schedule.alpha(level), schedule.sigma(level)
         linear = sigma**2 * variance / (alpha**2 * variance + sigma**2)
         checks.append(
@@ -94,10 +100,10 @@ def inspect(
     folder = next((place for place in (Path(checkpoint), Path(checkpoint) / "student") if is_student(place)), None)
     if folder is not None:
         found, denoiser = Checkpoint(str(checkpoint), folder), load_student(folder).denoiser.to(chosen)
+        latents = attach_latent_space(denoiser, found, vae)
     else:
-        found = resolve_checkpoint(checkpoint)
-        denoiser = load_denoiser(found).requires_grad_(False).to(chosen)
-    latents = attach_latent_space(denoiser, found, vae)
+        teacher = open_teacher(checkpoint, vae=vae)
+        found, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(chosen), teacher.latents
     network: Any = getattr(denoiser, "network", denoiser)
     schedule = denoiser.schedule
     facts = {
@@ -105,15 +111,15 @@ def inspect(
         "adapter": f"{type(denoiser).__module__}.{type(denoiser).__name__}",
         "pipeline": found.index.get("_class_name", "none"),
         "samples": f"{denoiser.sample_shape}, {_space(latents)}",
-        "classes": _classes(denoiser),
+        "told": _told(denoiser),
         "levels": f"{type(schedule).__name__}, t from {schedule.t_min:g} to {schedule.t_max:g}",
         "prediction": _prediction(denoiser),
         "features": ", ".join(f"{name} {shape}" for name, shape in denoiser.feature_shapes.items()),
         "student": f"one step from {schedule.t_max:g}, exported as {_export(denoiser, latents, found.index)}",
     }
-    x0, labels = _samples(denoiser, latents, data, recipe, num_images, chosen)
+    x0, condition = _samples(found, denoiser, latents, data, recipe, num_images, chosen)
     facts["checked on"] = f"{num_images} of {data}" if data else _OWN_SAMPLES
-    return facts, check_predictions(denoiser, x0, labels)
+    return facts, check_predictions(denoiser, x0, condition)
 
 
 def _space(latents: LatentSpace | None) -> str:
@@ -122,11 +128,13 @@ def _space(latents: LatentSpace | None) -> str:
     return f"latents of an autoencoder, {latents.factor} pixels each way"
 
 
-def _classes(denoiser: Denoiser) -> str:
+def _told(denoiser: Denoiser) -> str:
+    if denoiser.text_shapes is not None:
+        return "prompts, as " + ", ".join(f"{name} {shape}" for name, shape in denoiser.text_shapes.items())
     if denoiser.num_classes is None:
-        return "none"
+        return "nothing"
     null = "no label for `no class`" if denoiser.null_class is None else f"`no class` is {denoiser.null_class}"
-    return f"{denoiser.num_classes}, {null}"
+    return f"{denoiser.num_classes} classes, {null}"
 
 
 def _prediction(denoiser: Denoiser) -> str:
@@ -140,19 +148,34 @@ def _export(denoiser: Denoiser, latents: LatentSpace | None, index: dict[str, An
     network = getattr(denoiser, "network", None)
     if type(network).__name__ not in FAMILIES:
         return "weights for your own function"
+    if isinstance(denoiser, TextDenoiser):
+        runs = student_scheduler(denoiser.parametrisation, (denoiser.schedule.t_max,)) is not None
+        return (
+            f"diffusers.{index.get('_class_name')}"
+            if runs
+            else "nothing: no scheduler of diffusers runs it in one step"
+        )
     vae = None if latents is None else latents.vae
     native = FAMILIES[type(network).__name__].native_pipeline(denoiser, (denoiser.schedule.t_max,), index, vae)
     return f"diffusers.{type(native[0]).__name__}" if native is not None else "fdistill.OneStepPipeline"
 
 
 def _samples(
-    denoiser: Denoiser, latents: LatentSpace | None, data: str | None, recipe: str, count: int, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
+    checkpoint: Checkpoint,
+    denoiser: Denoiser,
+    latents: LatentSpace | None,
+    data: str | None,
+    recipe: str,
+    count: int,
+    device: torch.device,
+) -> tuple[Tensor, Condition | None]:
     classes = denoiser.num_classes
     if data is None:
         noise = rng.indexed_normal(_SEED, range(count), denoiser.sample_shape).to(device)
-        labels = torch.arange(count, device=device) % classes if classes else None
-        return heun_sample(denoiser, noise, labels), labels
+        condition: Condition | None = torch.arange(count, device=device) % classes if classes else None
+        if denoiser.text_shapes is not None:
+            condition = _encoded(checkpoint, denoiser, latents, [_PROMPT] * count, device)
+        return heun_sample(denoiser, noise, condition), condition
     channels, size = denoiser.sample_shape[0], denoiser.sample_shape[-1]
     shape = (channels, size, size) if latents is None else (3, latents.factor * size, latents.factor * size)
     source = open_source(data)
@@ -166,7 +189,19 @@ def _samples(
     x0 = to_unit(batch.images.to(device))
     if latents is not None:
         x0 = latents.scaling.to_samples(latents.moments(x0).chunk(2, dim=1)[0])
+    if denoiser.text_shapes is not None:
+        captions = source.captions
+        told = [_PROMPT if captions is None else captions[row] for row in batch.rows.tolist()]
+        return x0, _encoded(checkpoint, denoiser, latents, told, device)
     return x0, batch.labels.to(device) if classes else None
+
+
+def _encoded(
+    checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None, prompts: list[str], device: torch.device
+) -> Condition:
+    encoders = open_prompt_encoder(checkpoint, denoiser.sample_shape[-1] * (1 if latents is None else latents.factor))
+    with encoders.on(device):
+        return encoders.encode(prompts).to(device)
 
 
 def describe(facts: dict[str, Any], checks: list[LevelCheck]) -> str:

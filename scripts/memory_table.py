@@ -216,32 +216,32 @@ def beyond_base(network: str, frozen: str) -> tuple[int, int]:
     return fake.total + student.total, base.total
 
 
-def table() -> str:
-    """Both modes of every network, a line for each role, in GB (1e9 bytes)."""
+def table(networks: Iterable[str] = NETWORKS) -> str:
+    """Both modes of the networks, a line for each role, in GB (1e9 bytes)."""
     lines = [
         "| network | mode | role | trained, M | weights | gradients | AdamW | EMA | sum, GB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for recipe in NETWORKS:
+    for network in networks:
         for mode in MODES:
-            found = rows(recipe, in_mode(recipe, mode))
+            found = rows(network, in_mode(network, mode))
             for row in found:
                 parts = (row.weights, row.gradients, row.optimizer, row.averages, row.total)
                 numbers = " | ".join(f"{part / 1e9:.2f}" for part in parts)
-                lines.append(f"| {recipe} | {mode} | {row.role} | {row.trained / 1e6:.1f} | {numbers} |")
+                lines.append(f"| {network} | {mode} | {row.role} | {row.trained / 1e6:.1f} | {numbers} |")
             sums = [
                 sum(getattr(row, part) for row in found) for part in ("weights", "gradients", "optimizer", "averages")
             ]
             numbers = " | ".join(f"{part / 1e9:.2f}" for part in (*sums, sum(sums)))
             trained = sum(row.trained for row in found) / 1e6
-            lines.append(f"| {recipe} | {mode} | **all** | {trained:.1f} | {numbers} |")
+            lines.append(f"| {network} | {mode} | **all** | {trained:.1f} | {numbers} |")
     return "\n".join(lines)
 
 
-def bound() -> str:
+def bound(networks: Iterable[str] = NETWORKS) -> str:
     """What LoRA mode holds beyond the base, heads apart, as a share of it."""
     lines = ["| network | base in | base, GB | adapters, GB | share |", "|---|---|---|---|---|"]
-    for network in NETWORKS:
+    for network in networks:
         for frozen in ("fp32", "bf16"):
             beyond, base = beyond_base(network, frozen)
             lines.append(

@@ -66,6 +66,7 @@ LAYERS = [
         "caching",
         "posthoc_ema",
         "smoke",
+        "tiny_pipelines",
         "train",
         "cli",
         "__init__",

@@ -23,7 +23,7 @@ from fdistill.adapters import load_teacher
 from fdistill.caching import cache
 from fdistill.cli import app
 from fdistill.data.latents import LatentSource
-from fdistill.errors import CheckpointError, ConfigError, DataError
+from fdistill.errors import ConfigError, DataError
 from fdistill.guidance import GuidedDenoiser
 from fdistill.lora_file import LORA_FILE
 from fdistill.pipeline import student_folder
@@ -248,15 +248,3 @@ def test_rescaled_guidance_of_qwen_image_is_its_pipelines(tmp_path: Path) -> Non
     rescaled = guided * denoiser.guidance_norm(conditional) / denoiser.guidance_norm(guided)
     torch.testing.assert_close(tokens(rescaled), expected)
     assert GuidedDenoiser.__doc__
-
-
-def test_a_gated_teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-    from huggingface_hub.errors import GatedRepoError
-
-    def gated(*_: Any, **__: Any) -> None:
-        raise GatedRepoError.__new__(GatedRepoError)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", gated)
-    with pytest.raises(CheckpointError, match=r"gives access on request.*hf auth login"):
-        distill("digits", output=tmp_path / "run", teacher="black-forest-labs/FLUX.1-dev")

@@ -47,6 +47,7 @@ LORA: dict[str, Any] = {
     "student.lora_targets": ["to_q", "to_k", "to_v", "to_out.0"],
     "fake_score.lora_rank": 4,
     "fake_score.lora_alpha": 8.0,
+    "generator.lr": 1e-4,  # untrained networks that move further have more than 1e-4 of rounding error
     "gradient_checkpointing": True,
 }
 
@@ -158,14 +159,17 @@ def test_five_iterations_export_and_the_same_image_in_plain_diffusers(
             assert shared == ([base, base] if mode == "lora" else [set(), set()]), name
             assert (student / LORA_FILE).is_file() == (mode == "lora")
             latents = tmp_path / f"{output.name}.npy"
-            np.save(latents, pipeline_latents(name, drawn.noise).numpy())
+            # One of each prompt, as they were encoded: encoders round differently in batches of another size, by 1e-5,
+            # of which these networks, untrained, make more than 1e-4.
+            rows = [drawn.prompts.index(prompt) for prompt in PROMPTS]
+            np.save(latents, pipeline_latents(name, drawn.noise[rows]).numpy())
             images = tmp_path / f"{output.name}-images.npy"
-            expected[f"{name} {mode}"] = (drawn.images, images)
+            expected[f"{name} {mode}"] = (drawn.images[rows], images)
             jobs.append(
                 {
                     "student": str(student),
                     "pipeline": FAMILIES[name][1],
-                    "prompts": drawn.prompts,
+                    "prompts": PROMPTS,
                     "latents": str(latents),
                     "images": str(images),
                     "call": facts["call"],

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fdistill import distill, load_teacher
+from fdistill.build import build
 from fdistill.config import load_config
 from fdistill.data import load_data
 from fdistill.errors import CheckpointError, ConfigError, DataError
@@ -114,7 +115,7 @@ def test_images_of_another_size_need_a_recipe(digits: Path, tiny_teacher: Path, 
 def test_data_that_are_not_the_teachers_are_refused(digits: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     def check(data: object, **changes: object) -> None:
         config = load_config("digits", {"teacher": str(tiny_teacher), "data": str(data), **changes})
-        stored_data(config, load_teacher(tiny_teacher), None)
+        stored_data(config, build(config, torch.device("cpu")))
 
     for number in range(11):
         path = tmp_path / "eleven" / f"{number:02d}" / "image.png"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -32,30 +31,20 @@ from fdistill.kernels.checks import check_positive
 from fdistill.latents import LatentSpace
 from fdistill.lora import FAKE, STUDENT, lora_copy
 from fdistill.methods import METHODS
-from fdistill.noise import LEVEL_SAMPLERS, noise_to_signal_range
+from fdistill.noise import noise_to_signal_range
 from fdistill.ratio import DensityRatio
 from fdistill.run_text import latents_folder, open_run_text
-from fdistill.sections import LevelsConfig, LoRAConfig, OptimizerConfig
+from fdistill.sections import LoRAConfig, OptimizerConfig
 from fdistill.step import (
-    LevelDraw,
     Networks,
-    StepResult,
-    critic_step,
-    diffratio_step,
-    generator_step,
-    ratio_critic_step,
-    sid_step,
-    sim_step,
-    uni_instruct_step,
 )
 from fdistill.teacher import open_teacher
 from fdistill.text_pipeline import check_exportable
 from fdistill.tiue import Student, TiUEGenerator, leading_levels
+from fdistill.updates import Update, critic_update, student_update
 
 if TYPE_CHECKING:
     from fdistill.clip_loss import ClipHinge
-
-Update = Callable[..., StepResult]
 
 
 @dataclass
@@ -194,8 +183,10 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
 
     torch.manual_seed(config.seed)
     try:
-        if isinstance(unguided, FluxDenoiser) and unguided.embedded_guidance is not None:
-            unguided.embedded_guidance = config.guidance_scale  # it and its copies are told the scale
+        told = _told_guidance(unguided)
+        _check_guidance(config, told)
+        if isinstance(unguided, FluxDenoiser) and told:
+            unguided.embedded_guidance = config.guidance_scale
         # Copies whose weights are trained are made before the frozen ones lose precision.
         copies = {
             role: None if section.lora_rank else copy.deepcopy(unguided)
@@ -214,7 +205,7 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         if config.gradient_checkpointing:
             for denoiser in (unguided, student, fake_score):
                 checkpoint_activations(denoiser)
-        teacher = _guided(unguided, config.guidance_scale, null, config.guidance_rescale)
+        teacher = _guided(unguided, 1.0 if told else config.guidance_scale, null, config.guidance_rescale)
         compared = _guided(fake_score, config.fake_score.guidance_scale, null, config.guidance_rescale)
         learning = _guided(fake_score, config.fake_score.training_guidance_scale, null, config.guidance_rescale)
         generator = _generator(config, student)
@@ -267,8 +258,8 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         optimizers=optimizers,
         ema=EMA(generator, config.ema.decays, config.ema.sigma_rel),
         ratio=ratio,
-        critic_update=_critic_update(config, networks),
-        student_update=_student_update(config, networks, divergence, ratio),
+        critic_update=critic_update(config, networks),
+        student_update=student_update(config, networks, divergence, ratio),
     )
 
 
@@ -283,9 +274,31 @@ def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) 
     )
 
 
+def _told_guidance(denoiser: Denoiser) -> bool:
+    """Whether a network was distilled to be told a guidance scale, which it and its copies then are."""
+    return isinstance(denoiser, FluxDenoiser) and denoiser.embedded_guidance is not None
+
+
 def _guided(denoiser: Denoiser, scale: float, null: TextCondition | None, rescale: float) -> Denoiser:
-    told = isinstance(denoiser, FluxDenoiser) and denoiser.embedded_guidance is not None
-    return denoiser if scale == 1 or told else GuidedDenoiser(denoiser, scale, null=null, rescale=rescale)
+    return denoiser if scale == 1 else GuidedDenoiser(denoiser, scale, null=null, rescale=rescale)
+
+
+def _check_guidance(config: DistillConfig, told: bool) -> None:
+    """Raises ConfigError where a setting of guidance is one that nothing reads."""
+    fake = config.fake_score
+    of_fake = {"guidance_scale": fake.guidance_scale, "training_guidance_scale": fake.training_guidance_scale}
+    if told:
+        for name, scale in of_fake.items():
+            if scale != 1:
+                raise ConfigError(
+                    f"fake_score.{name}: got {scale:g}, but this network is told guidance_scale, as the teacher is; "
+                    "expected 1"
+                )
+    if (told or config.guidance_scale == 1) and set(of_fake.values()) == {1.0}:
+        unread = {"guidance_rescale": config.guidance_rescale, "negative_prompt": config.negative_prompt}
+        for name, value in unread.items():
+            if value:
+                raise ConfigError(f"{name}: got {value!r}, but nothing is guided; expected guidance_scale above 1")
 
 
 def _clip_hinge(
@@ -350,59 +363,6 @@ def _check_weights(config: DistillConfig, divergence: Divergence) -> None:
                 f"divergence {divergence.name!r}: h({at:g}) is {h:g}, more than a float holds; expected ratio.lower "
                 "and ratio.upper closer together, or a divergence that grows less"
             )
-
-
-def _critic_update(config: DistillConfig, networks: Networks) -> Update:
-    levels = level_draw(config.critic_levels)
-    if METHODS[config.method].objective == "diffratio":
-        return partial(ratio_critic_step, networks, levels=levels, r1_weight=config.discriminator.r1_weight)
-    return partial(
-        critic_step,
-        networks,
-        levels=levels,
-        weighting=config.fake_score.weighting,
-        min_snr_gamma=config.fake_score.min_snr_gamma,
-        gan_weight=config.discriminator.gan_weight,
-        gan_weighting=config.discriminator.gan_weighting,
-        r1_weight=config.discriminator.r1_weight,
-    )
-
-
-def _student_update(config: DistillConfig, networks: Networks, divergence: Divergence, ratio: DensityRatio) -> Update:
-    objective, generator = METHODS[config.method].objective, config.generator
-    common: dict[str, Any] = {"levels": level_draw(config.matching_levels)}
-    if objective == "sim":
-        assert config.objective.huber_c is not None
-        return partial(sim_step, networks, **common, huber_c=config.objective.huber_c)
-    common.update(weighting=generator.weighting)
-    if objective == "diffratio":
-        return partial(diffratio_step, networks, **common)
-    common.update(gan_weight=generator.gan_weight)
-    if objective == "sid":
-        assert config.objective.alpha is not None
-        return partial(sid_step, networks, **common, alpha=config.objective.alpha)
-    common.update(divergence=divergence, ratio=ratio)
-    if objective == "uni-instruct":
-        return partial(uni_instruct_step, networks, **common, detach_weight=config.objective.detach_weight)
-    return partial(
-        generator_step,
-        networks,
-        **common,
-        gan_gradient_ratio=generator.gan_gradient_ratio,
-        noise_kl_weight=config.student.noise_kl_weight,
-        regression_weight=config.regression.weight,
-    )
-
-
-def level_draw(config: LevelsConfig) -> LevelDraw:
-    """The level sampler a config section describes."""
-    used = {
-        "karras": {"low", "high", "rho"},
-        "uniform": {"low", "high"},
-        "shifted": {"low", "high", "shift"},
-        "lognormal": {"mean", "std"},
-    }[config.sampler]
-    return partial(LEVEL_SAMPLERS[config.sampler], **config.model_dump(include=used))
 
 
 def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:

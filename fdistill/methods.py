@@ -151,6 +151,8 @@ def check_combination(config: DistillConfig) -> None:
             f"generator: method={name} evaluates no teacher to normalise by, and its classifier is all it follows; "
             "expected weighting=vsd or uniform, and gan_weight=0"
         )
+    if method.objective == "diffratio" and config.condition_dropout:
+        raise ValueError(f"condition_dropout: method={name} has no score that could learn it; expected 0")
     if name == "dmd" and not config.regression.pairs:
         raise ValueError("regression.pairs: method=dmd regresses on teacher pairs; expected a number above 0")
     if method.divergence is None and config.divergence is not None:

@@ -57,6 +57,7 @@ LAYERS = [
     },
     {
         "build",
+        "updates",
         "run_text",
         "training_data",
         "journal",

@@ -104,6 +104,26 @@ def test_long_and_short_guidance_and_regression(teacher: Path, prompts: Path, tm
     assert record["generator/regression"] > 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"guidance_scale": 1.0, "negative_prompt": "ugly"}, r"negative_prompt: got 'ugly', but nothing is guided"),
+        ({"guidance_scale": 1.0, "guidance_rescale": 0.5}, r"guidance_rescale: got 0\.5, but nothing is guided"),
+        ({"frozen_precision": "bf16"}, r"expected precision=bf16 as well"),
+        ({"student.lora_rank": 4, "student.network": {"layers_per_block": 1}}, r"student\.lora_rank: got 4"),
+        ({"student.noise_kl_weight": 0.1}, r"noise that tiue's decoders predict"),
+        ({"generator.gan_gradient_ratio": 1.0, "generator.gan_weight": 0.0}, r"gan_gradient_ratio: got 1\.0"),
+        ({"student.lora_rank": 4, "student.lora_targets": ["to_nothing"]}, r"no layer's name ends so"),
+        ({"student.generator": "tiue", "regression.weight": 0.1, "method": "dmd"}, r"regression\.weight"),
+    ],
+)
+def test_settings_that_nothing_reads_are_refused(
+    changes: dict[str, Any], message: str, teacher: Path, prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(tmp_path / "run", teacher, prompts=str(prompts), **changes)
+
+
 def test_a_resumed_run_of_adapters_is_the_uninterrupted_one(teacher: Path, prompts: Path, tmp_path: Path) -> None:
     settings = {**LORA, "prompts": str(prompts), "log.checkpoint_every": 2}
     whole = run(tmp_path / "whole", teacher, **{**settings, "iterations": 4})

@@ -283,7 +283,7 @@ def test_no_text_encoder_and_no_autoencoder_in_a_step(
             finally:
                 inside.clear()
 
-        monkeypatch.setattr(f"fdistill.build.{name}", watched)
+        monkeypatch.setattr(f"fdistill.updates.{name}", watched)
     distill("digits", output=tmp_path / "second", **settings)
     first, second = (
         json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[-1]) for run in ("first", "second")

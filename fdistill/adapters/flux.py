@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
-from fdistill.adapters.text_to_image import TextDenoiser, depths, tokens_as_image
+from fdistill.adapters.text_to_image import TextDenoiser, TokenDenoiser
 from fdistill.condition import TextCondition
 from fdistill.errors import ArgumentError, CheckpointError
 
@@ -30,7 +30,7 @@ _SIZE = 128  # of latents where nobody says otherwise, as in FluxPipeline
 _GUIDANCE = 3.5  # FluxPipeline's default
 
 
-class FluxDenoiser(TextDenoiser):
+class FluxDenoiser(TokenDenoiser):
     """A FluxTransformer2DModel; latents [B, C, H, W] become tokens of 2 x 2 here. Features, all images of its image
     tokens: "block0", "block1", ... (blocks of two streams, then those of one, counted on) and the blocks at a share of
     its depth, "depth25", "depth50", "depth75" and "depth99".
@@ -39,6 +39,8 @@ class FluxDenoiser(TextDenoiser):
         embedded_guidance: the guidance scale that the network is told, 3.5 at first; None for a network that is not
             told any, as that of schnell.
     """
+
+    patch = _PATCH
 
     embedded_guidance: float | None
 
@@ -59,35 +61,17 @@ class FluxDenoiser(TextDenoiser):
         super().__init__(network, parametrisation, channels=channels, size=_SIZE, text_shapes=text)
         self.embedded_guidance = _GUIDANCE if config.guidance_embeds else None
 
-    def with_network(self, network: FluxTransformer2DModel) -> FluxDenoiser:
+    def with_network(self, network: nn.Module) -> TextDenoiser:
         """The same reading of another network of this class, for latents of the same size and the same guidance."""
-        other = FluxDenoiser(network, self.parametrisation)
-        other.resize(self.sample_shape[1])
+        other = super().with_network(network)
+        assert isinstance(other, FluxDenoiser)
         if None not in (other.embedded_guidance, self.embedded_guidance):
             other.embedded_guidance = self.embedded_guidance
         return other
 
-    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
-        config: Any = self.network.config
-        tokens, rest = divmod(size, _PATCH)
-        if rest or tokens < 1:
-            raise ArgumentError(
-                f"latents of {size} x {size}: expected a multiple of {_PATCH}, the side of Flux's patches"
-            )
-        width = config.num_attention_heads * config.attention_head_dim
-        return dict.fromkeys(self._taps(), (width, tokens, tokens))
-
-    def _taps(self) -> dict[str, nn.Module]:
+    def _blocks(self) -> Sequence[nn.Module]:
         network: Any = self.network
-        blocks = [*network.transformer_blocks, *network.single_transformer_blocks]
-        taps = {f"block{i}": block for i, block in enumerate(blocks)}
-        return taps | {name: blocks[i] for name, i in depths(len(blocks)).items()}
-
-    def _read(self, name: str, result: Any) -> Tensor:
-        _, height, width = self.feature_shapes[name]
-        # Text and image tokens; single blocks of older diffusers return both in one tensor, text first.
-        tokens = result if isinstance(result, Tensor) else result[1]
-        return tokens_as_image(tokens[:, -height * width :], height)
+        return [*network.transformer_blocks, *network.single_transformer_blocks]
 
     def _call(self, network_input: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
         height, width = (side // _PATCH for side in network_input.shape[-2:])

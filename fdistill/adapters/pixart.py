@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
-from fdistill.adapters.text_to_image import TextDenoiser, depths, tokens_as_image
+from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.condition import TextCondition
-from fdistill.errors import ArgumentError, CheckpointError
+from fdistill.errors import CheckpointError
 
 NETWORK = PixArtTransformer2DModel
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (PixArtAlphaPipeline, PixArtSigmaPipeline)
@@ -39,9 +39,8 @@ def _drop_variances(network: PixArtTransformer2DModel) -> None:
     transformer.register_to_config(out_channels=channels)
 
 
-class PixArtDenoiser(TextDenoiser):
-    """A PixArtTransformer2DModel. Features, all images of its tokens: "block0", "block1", ... and the blocks at a share
-    of its depth, "depth25", "depth50", "depth75" and "depth99".
+class PixArtDenoiser(TokenDenoiser):
+    """A PixArtTransformer2DModel.
 
     Every condition holds the resolution and the aspect ratio, which only the networks of PixArt-alpha for 1024 pixels
     are told.
@@ -66,30 +65,6 @@ class PixArtDenoiser(TextDenoiser):
         super().__init__(
             network, parametrisation, channels=config.in_channels, size=config.sample_size, text_shapes=text
         )
-
-    def with_network(self, network: PixArtTransformer2DModel) -> PixArtDenoiser:
-        """The same reading of another network of this class, for latents of the same size."""
-        other = PixArtDenoiser(network, self.parametrisation)
-        other.resize(self.sample_shape[1])
-        return other
-
-    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
-        config: Any = self.network.config
-        tokens, rest = divmod(size, config.patch_size)
-        if rest or tokens < 1:
-            raise ArgumentError(
-                f"latents of {size} x {size}: expected a multiple of {config.patch_size}, PixArt's patches"
-            )
-        return dict.fromkeys(self._taps(), (config.num_attention_heads * config.attention_head_dim, tokens, tokens))
-
-    def _taps(self) -> dict[str, nn.Module]:
-        network: Any = self.network
-        blocks = network.transformer_blocks
-        taps = {f"block{i}": block for i, block in enumerate(blocks)}
-        return taps | {name: blocks[i] for name, i in depths(len(blocks)).items()}
-
-    def _read(self, name: str, result: Any) -> Tensor:
-        return tokens_as_image(result, self.feature_shapes[name][1])
 
     def _call(self, network_input: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
         network: Any = self.network

@@ -9,13 +9,13 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
 from einops import rearrange, reduce, repeat
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
-from fdistill.adapters.text_to_image import TextDenoiser, depths, tokens_as_image
+from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.condition import TextCondition
-from fdistill.errors import ArgumentError, CheckpointError
+from fdistill.errors import CheckpointError
 
 NETWORK = QwenImageTransformer2DModel
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (QwenImagePipeline,)
@@ -31,11 +31,10 @@ _SIZE = 128  # of latents where nobody says otherwise, as in QwenImagePipeline
 _VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
-class QwenImageDenoiser(TextDenoiser):
-    """A QwenImageTransformer2DModel; latents [B, C, H, W] become tokens of 2 x 2 here. Features, all images of its
-    image tokens: "block0", "block1", ... and the blocks at a share of its depth, "depth25", "depth50", "depth75" and
-    "depth99".
-    """
+class QwenImageDenoiser(TokenDenoiser):
+    """A QwenImageTransformer2DModel; latents [B, C, H, W] become tokens of 2 x 2 here."""
+
+    patch = _PATCH
 
     def __init__(self, network: QwenImageTransformer2DModel, parametrisation: Parametrisation):
         config: Any = network.config
@@ -54,28 +53,6 @@ class QwenImageDenoiser(TextDenoiser):
             )
         text = {"prompt_embeds": (_TOKENS, config.joint_attention_dim), "prompt_embeds_mask": (_TOKENS,)}
         super().__init__(network, parametrisation, channels=channels, size=_SIZE, text_shapes=text)
-
-    def with_network(self, network: QwenImageTransformer2DModel) -> QwenImageDenoiser:
-        """The same reading of another network of this class, for latents of the same size."""
-        other = QwenImageDenoiser(network, self.parametrisation)
-        other.resize(self.sample_shape[1])
-        return other
-
-    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
-        config: Any = self.network.config
-        tokens, rest = divmod(size, _PATCH)
-        if rest or tokens < 1:
-            raise ArgumentError(f"latents of {size} x {size}: expected a multiple of {_PATCH}, Qwen-Image's patches")
-        return dict.fromkeys(self._taps(), (config.num_attention_heads * config.attention_head_dim, tokens, tokens))
-
-    def _taps(self) -> dict[str, nn.Module]:
-        network: Any = self.network
-        blocks = network.transformer_blocks
-        taps = {f"block{i}": block for i, block in enumerate(blocks)}
-        return taps | {name: blocks[i] for name, i in depths(len(blocks)).items()}
-
-    def _read(self, name: str, result: Any) -> Tensor:
-        return tokens_as_image(result[1], self.feature_shapes[name][1])  # the first are text
 
     def guidance_norm(self, output: Tensor) -> Tensor:
         """The norm of each token, to which QwenImagePipeline brings a guided prediction back."""

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
-from fdistill.adapters.text_to_image import TextDenoiser, depths, tokens_as_image
+from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.condition import TextCondition
-from fdistill.errors import ArgumentError, CheckpointError
+from fdistill.errors import CheckpointError
 
 NETWORK = SanaTransformer2DModel
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (SanaPipeline,)
@@ -24,10 +24,8 @@ UNGUIDED: dict[str, Any] = {"guidance_scale": 0.0, "use_resolution_binning": Fal
 TOKENIZERS: dict[str, int | None] = {"tokenizer": _TOKENS}
 
 
-class SanaDenoiser(TextDenoiser):
-    """A SanaTransformer2DModel. Features, all images of its tokens: "block0", "block1", ... and the blocks at a share
-    of its depth, "depth25", "depth50", "depth75" and "depth99".
-    """
+class SanaDenoiser(TokenDenoiser):
+    """A SanaTransformer2DModel."""
 
     def __init__(self, network: SanaTransformer2DModel, parametrisation: Parametrisation):
         config: Any = network.config
@@ -45,30 +43,6 @@ class SanaDenoiser(TextDenoiser):
         super().__init__(
             network, parametrisation, channels=config.in_channels, size=config.sample_size, text_shapes=text
         )
-
-    def with_network(self, network: SanaTransformer2DModel) -> SanaDenoiser:
-        """The same reading of another network of this class, for latents of the same size."""
-        other = SanaDenoiser(network, self.parametrisation)
-        other.resize(self.sample_shape[1])
-        return other
-
-    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
-        config: Any = self.network.config
-        tokens, rest = divmod(size, config.patch_size)
-        if rest or tokens < 1:
-            raise ArgumentError(
-                f"latents of {size} x {size}: expected a multiple of {config.patch_size}, Sana's patches"
-            )
-        return dict.fromkeys(self._taps(), (config.num_attention_heads * config.attention_head_dim, tokens, tokens))
-
-    def _taps(self) -> dict[str, nn.Module]:
-        network: Any = self.network
-        blocks = network.transformer_blocks
-        taps = {f"block{i}": block for i, block in enumerate(blocks)}
-        return taps | {name: blocks[i] for name, i in depths(len(blocks)).items()}
-
-    def _read(self, name: str, result: Any) -> Tensor:
-        return tokens_as_image(result, self.feature_shapes[name][1])
 
     def _call(self, network_input: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
         network: Any = self.network

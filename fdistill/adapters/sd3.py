@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
-from torch import Tensor, nn
+from torch import Tensor
 
 from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
-from fdistill.adapters.text_to_image import TextDenoiser, depths, tokens_as_image
+from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.condition import TextCondition
-from fdistill.errors import ArgumentError, CheckpointError
+from fdistill.errors import CheckpointError
 
 NETWORK = SD3Transformer2DModel
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (StableDiffusion3Pipeline,)
@@ -23,10 +23,8 @@ UNGUIDED: dict[str, Any] = {"guidance_scale": 0.0}
 TOKENIZERS: dict[str, int | None] = {"tokenizer": None, "tokenizer_2": None, "tokenizer_3": _T5_TOKENS}
 
 
-class SD3Denoiser(TextDenoiser):
-    """An SD3Transformer2DModel. Features, all images of its image tokens: "block0", "block1", ... and the blocks at a
-    share of its depth, "depth25", "depth50", "depth75" and "depth99".
-    """
+class SD3Denoiser(TokenDenoiser):
+    """An SD3Transformer2DModel."""
 
     def __init__(self, network: SD3Transformer2DModel, parametrisation: Parametrisation):
         config: Any = network.config
@@ -42,33 +40,6 @@ class SD3Denoiser(TextDenoiser):
         super().__init__(
             network, parametrisation, channels=config.in_channels, size=config.sample_size, text_shapes=text
         )
-
-    def with_network(self, network: SD3Transformer2DModel) -> SD3Denoiser:
-        """The same reading of another network of this class, for latents of the same size."""
-        other = SD3Denoiser(network, self.parametrisation)
-        other.resize(self.sample_shape[1])
-        return other
-
-    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
-        config: Any = self.network.config
-        tokens, rest = divmod(size, config.patch_size)
-        if rest or not 0 < tokens <= config.pos_embed_max_size:
-            raise ArgumentError(
-                f"latents of {size} x {size}: expected a multiple of {config.patch_size} up to "
-                f"{config.patch_size * config.pos_embed_max_size}, for which this SD3Transformer2DModel has positions"
-            )
-        width = config.num_attention_heads * config.attention_head_dim
-        return dict.fromkeys(self._taps(), (width, tokens, tokens))
-
-    def _taps(self) -> dict[str, nn.Module]:
-        network: Any = self.network
-        blocks = list(network.transformer_blocks)
-        taps = {f"block{i}": block for i, block in enumerate(blocks)}
-        return taps | {name: blocks[i] for name, i in depths(len(blocks)).items()}
-
-    def _read(self, name: str, result: Any) -> Tensor:
-        _, image_tokens = result  # after the text's
-        return tokens_as_image(image_tokens, self.feature_shapes[name][1])
 
     def _call(self, network_input: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
         output: Tensor = self.network(

@@ -15,6 +15,8 @@ from fdistill.condition import Condition, TextCondition
 from fdistill.denoiser import Denoiser, Features, Preconditioning
 from fdistill.errors import ArgumentError
 
+_DEPTHS = (25, 50, 75, 99)  # per cent, at which others place heads on transformers
+
 
 class TextDenoiser(Denoiser):
     """A network that is told prompts, and its parametrisation.
@@ -48,6 +50,13 @@ class TextDenoiser(Denoiser):
         self.text_shapes = text_shapes
         self.sample_shape = (channels, size, size)
         self.feature_shapes = self._feature_shapes(size)
+
+    def with_network(self, network: nn.Module) -> TextDenoiser:
+        """The same reading of another network of this class, for latents of the same size."""
+        # Families are made of a network and its parametrisation.
+        other = type(self)(network, self.parametrisation)  # type: ignore[call-arg]
+        other.resize(self.sample_shape[-1])
+        return other
 
     def resize(self, size: int) -> None:
         """Latents of another height and width."""
@@ -101,13 +110,38 @@ class TextDenoiser(Denoiser):
         return value.to(next(self.network.parameters()).dtype) if value.is_floating_point() else value
 
 
-def tokens_as_image(tokens: Tensor, height: int) -> Tensor:
-    """[B, h * w, C] -> [B, C, h, w]."""
-    return rearrange(tokens, "b (h w) c -> b c h w", h=height)
-
-
-def depths(blocks: int) -> dict[str, int]:
-    """Names that mean a share of a transformer's depth, as heads are placed at 50, 75 and 99 % of it, and the block
-    that each one is.
+class TokenDenoiser(TextDenoiser):
+    """A transformer over patches of latents. Features, all images of its image tokens: "block0", "block1", ... and the
+    blocks at a share of its depth, "depth25", "depth50", "depth75" and "depth99".
     """
-    return {f"depth{share}": min(blocks - 1, blocks * share // 100) for share in (25, 50, 75, 99)}
+
+    #: Side of the patches that the adapter itself makes; None where the network does, as its config says.
+    patch: int | None = None
+
+    def _blocks(self) -> Sequence[nn.Module]:
+        network: Any = self.network
+        return list(network.transformer_blocks)
+
+    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
+        config: Any = self.network.config
+        patch = self.patch or config.patch_size
+        tokens, rest = divmod(size, patch)
+        most = getattr(config, "pos_embed_max_size", None)
+        if rest or tokens < 1 or (most is not None and tokens > most):
+            limit = "" if most is None else f" up to {patch * most}, for which it has positions"
+            raise ArgumentError(
+                f"latents of {size} x {size}: expected a multiple of {patch}{limit}; patches of "
+                f"{type(self.network).__name__} have that side"
+            )
+        return dict.fromkeys(self._taps(), (config.num_attention_heads * config.attention_head_dim, tokens, tokens))
+
+    def _taps(self) -> dict[str, nn.Module]:
+        blocks = self._blocks()
+        taps = {f"block{i}": block for i, block in enumerate(blocks)}
+        return taps | {f"depth{share}": blocks[min(len(blocks) - 1, len(blocks) * share // 100)] for share in _DEPTHS}
+
+    def _read(self, name: str, result: Any) -> Tensor:
+        _, height, width = self.feature_shapes[name]
+        # Blocks that carry text as well return it first; older diffusers' both in one tensor.
+        tokens = result if isinstance(result, Tensor) else result[1]
+        return rearrange(tokens[:, -height * width :], "b (h w) c -> b c h w", h=height)

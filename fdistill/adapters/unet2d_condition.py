@@ -56,12 +56,6 @@ class UNet2DConditionDenoiser(TextDenoiser):
             raise CheckpointError(f"UNet2DConditionModel: expected one integer as sample_size, got {size!r}")
         super().__init__(network, parametrisation, channels=config.in_channels, size=size, text_shapes=text)
 
-    def with_network(self, network: UNet2DConditionModel) -> UNet2DConditionDenoiser:
-        """The same reading of another network of this class."""
-        other = UNet2DConditionDenoiser(network, self.parametrisation)
-        other.resize(self.sample_shape[-1])
-        return other
-
     def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
         config: Any = self.network.config
         channels = config.block_out_channels

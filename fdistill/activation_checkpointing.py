@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
+import torch
 from torch.nn import Parameter
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from fdistill.denoiser import Denoiser
@@ -34,20 +36,43 @@ def checkpoint_activations(denoiser: Denoiser) -> None:
 
 
 def _contexts(parameters: Sequence[Parameter]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around a block, and around it again: then its parameters are trained or not as they were the first time.
+    """Around a block, and around it again: what it runs under is then as it was the first time.
 
-    A step treats some networks as constants while it evaluates them, and no longer when it calls backward.
+    A step treats some networks as constants while it evaluates them, and no longer when it calls backward; and R1 asks
+    for attention that can be differentiated twice while it evaluates.
     """
-    return nullcontext(), _as_they_are_now(parameters, [parameter.requires_grad for parameter in parameters])
+    return nullcontext(), _AsItWas(parameters)
 
 
-@contextmanager
-def _as_they_are_now(parameters: Sequence[Parameter], flags: Sequence[bool]) -> Iterator[None]:
-    later = [parameter.requires_grad for parameter in parameters]
-    for parameter, flag in zip(parameters, flags, strict=True):
-        parameter.requires_grad_(flag)
-    try:
-        yield
-    finally:
-        for parameter, flag in zip(parameters, later, strict=True):
+class _AsItWas(AbstractContextManager[None]):
+    """Which parameters are trained, and how attention is computed, as when this was made. It can be entered again, as a
+    second backward through the same block does.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]):
+        self._parameters = parameters
+        self._flags = [parameter.requires_grad for parameter in parameters]
+        self._attention = [backend for backend, enabled in _BACKENDS.items() if enabled()]
+        self._open: list[ExitStack] = []
+
+    def __enter__(self) -> None:
+        stack = ExitStack()
+        self._open.append(stack)
+        stack.enter_context(sdpa_kernel(self._attention))
+        stack.callback(self._set, [parameter.requires_grad for parameter in self._parameters])
+        self._set(self._flags)
+
+    def __exit__(self, *error: object) -> None:
+        self._open.pop().close()
+
+    def _set(self, flags: Sequence[bool]) -> None:
+        for parameter, flag in zip(self._parameters, flags, strict=True):
             parameter.requires_grad_(flag)
+
+
+_BACKENDS: dict[SDPBackend, Callable[[], bool]] = {
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+}

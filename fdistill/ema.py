@@ -19,9 +19,12 @@ Average = float | str
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without frozen parameters, which may be another network's as well."""
-    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
-    return {name: value for name, value in module.state_dict().items() if name not in frozen}
+    """The state dict without frozen parameters, which may be another network's as well; of a network with adapters,
+    without buffers too.
+    """
+    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    adapters = any(".lora_" in name for name in trained)
+    return {name: value for name, value in module.state_dict().items() if trained.get(name, not adapters)}
 
 
 class EMA:

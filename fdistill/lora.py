@@ -49,7 +49,7 @@ def lora_copy(
         )
     from peft import LoraConfig, inject_adapter_in_model
 
-    shared = {id(parameter): parameter for parameter in denoiser.parameters()}
+    shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
     adapted: Denoiser = copy.deepcopy(denoiser, shared)
     layers = [name for name, module in adapted.named_modules() if _takes_adapters(module)]
     chosen = [name for name in layers if targets is None or any(_ends(name, target) for target in targets)]

@@ -161,6 +161,12 @@ def _check_same_start(teacher: Denoiser, student: Student) -> None:
             f"regression.weight: pairs start at the student's level {student.levels[0]:g}, which means another noise "
             "to the teacher; expected a student with the teacher's noise schedule, or a method without regression"
         )
+    start, sigma = theirs[0].item(), theirs[2].item()
+    if abs(start - sigma) > 0.05 * sigma:
+        raise ConfigError(
+            f"regression.weight: pairs start at the student's level {student.levels[0]:g} from pure noise, where the "
+            "teacher's sampler expects signal as well; expected student_level=null, or a method without regression"
+        )
 
 
 def _check_data(

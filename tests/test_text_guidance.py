@@ -244,3 +244,20 @@ def test_frozen_parameters_stay_frozen_where_activations_are_computed_again() ->
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
     with frozen(roles.fake_score):
         assert not any(p.requires_grad for p in roles.fake_score.parameters())
+
+
+def test_r1_where_activations_are_computed_again() -> None:
+    """Its attention is differentiated twice, and its blocks run backward twice."""
+    from fdistill.activation_checkpointing import checkpoint_activations
+
+    gradients = []
+    for again in (False, True):
+        roles = networks()
+        if again:
+            checkpoint_activations(roles.fake_score)
+            roles.fake_score.train()
+        real = torch.randn(3, *roles.teacher.sample_shape, generator=torch.Generator().manual_seed(1))
+        options: dict[str, Any] = {"levels": uniform_levels, "gan_weight": 1.0, "r1_weight": 1.0}
+        critic_step(roles, real, prompts(3), torch.Generator().manual_seed(7), **options).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in roles.fake_score.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-5)

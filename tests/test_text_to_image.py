@@ -47,14 +47,13 @@ LORA: dict[str, Any] = {
     "student.lora_targets": ["to_q", "to_k", "to_v", "to_out.0"],
     "fake_score.lora_rank": 4,
     "fake_score.lora_alpha": 8.0,
-    "generator.lr": 1e-4,  # untrained networks that move further have more than 1e-4 of rounding error
     "gradient_checkpointing": True,
 }
 
 
 #: At the last timestep an eps-prediction becomes x0 with 15 times its rounding error (with PixArt's betas 158 times),
 #: of which these networks, untrained, have too much for 1e-4.
-LEVELS = {"sdxl": 199.0, "pixart": 399.0, "pixart-alpha": 399.0}
+LEVELS = {"sdxl": 399.0, "pixart": 399.0, "pixart-alpha": 399.0}
 
 
 def features(name: str) -> list[str]:

@@ -21,6 +21,7 @@ from fdistill.condition import TextCondition
 from fdistill.config import DistillConfig
 from fdistill.data.embeddings import Captions
 from fdistill.denoiser import Denoiser
+from fdistill.devices import autocast
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, get_divergence
 from fdistill.ema import EMA, trained_state
@@ -215,7 +216,8 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
             head = Discriminator if config.discriminator.head == "convolutional" else ChannelMean
             discriminator = head(tapped, config.discriminator.features).to(device)
         if METHODS[config.method].objective == "diffratio":
-            _freeze_beyond(fake_score, config.discriminator.features)
+            with autocast(device, config.precision):
+                _freeze_beyond(fake_score, config.discriminator.features)
         low, high = (teacher.schedule.t_min, teacher.schedule.t_max)
         check_positive("sigma(t_min) of the teacher's schedule", teacher.schedule.sigma(torch.tensor(low)))
         if config.ratio.bin_edges == "log-sigma":
@@ -294,6 +296,8 @@ def _check_guidance(config: DistillConfig, told: bool) -> None:
                     f"fake_score.{name}: got {scale:g}, but this network is told guidance_scale, as the teacher is; "
                     "expected 1"
                 )
+    if METHODS[config.method].objective == "diffratio" and set(of_fake.values()) != {1.0}:
+        raise ConfigError(f"fake_score.guidance_scale: method={config.method} evaluates no fake score; expected 1")
     if (told or config.guidance_scale == 1) and set(of_fake.values()) == {1.0}:
         unread = {"guidance_rescale": config.guidance_rescale, "negative_prompt": config.negative_prompt}
         for name, value in unread.items():
@@ -339,6 +343,8 @@ def _student_network(
         start = load_denoiser(origin, null_class=config.null_class)
         if isinstance(start, TextDenoiser):
             start.resize(teacher.sample_shape[-1])
+        if isinstance(start, FluxDenoiser) and _told_guidance(start):
+            start.embedded_guidance = config.guidance_scale
         alike = (start.sample_shape, start.num_classes, (start.text_shapes or {}).keys())
         if alike != (teacher.sample_shape, teacher.num_classes, (teacher.text_shapes or {}).keys()):
             raise ConfigError(

@@ -22,7 +22,8 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
     """The state dict without frozen parameters, which may be another network's as well; of a network with adapters,
     without buffers too.
     """
-    trained = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    named = module.named_parameters(remove_duplicate=False)
+    trained = {name: parameter.requires_grad for name, parameter in named}
     adapters = any(".lora_" in name for name in trained)
     return {name: value for name, value in module.state_dict().items() if trained.get(name, not adapters)}
 

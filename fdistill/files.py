@@ -115,5 +115,7 @@ def weights_sha256(folder: Path) -> str:
     """Hash of all safetensors files below a folder, in the order of their paths."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
-        digest.update(path.read_bytes())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
     return digest.hexdigest()

@@ -84,7 +84,10 @@ def merged(denoiser: Denoiser) -> Denoiser:
     from peft.tuners.lora import LoraLayer
 
     with torch.no_grad():
-        plain = copy.deepcopy(denoiser).to("cpu", torch.float32)
+        # Copied to the CPU one by one: the whole network may not fit a second time where it is.
+        tensors = (*denoiser.parameters(), *denoiser.buffers())
+        memo = {id(tensor): copy.deepcopy(tensor.cpu()) for tensor in tensors}
+        plain = copy.deepcopy(denoiser, memo).to("cpu", torch.float32)
         for name, module in list(plain.named_modules()):
             if isinstance(module, LoraLayer):
                 layer: Any = module

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import uuid
 from pathlib import Path
 
 import torch
@@ -12,13 +9,13 @@ from accelerate import PartialState
 
 from fdistill import __version__
 from fdistill.caching import encode_data
+from fdistill.component_files import made_once
 from fdistill.config import DistillConfig
 from fdistill.data import CAPTIONED, TEACHER_SAMPLES, open_source
 from fdistill.data.embeddings import Captions, EmbeddingSource, write_embeddings
 from fdistill.data.latents import META_FILE, LatentSource
 from fdistill.data.prompts import read_prompts
 from fdistill.errors import ConfigError, DataError
-from fdistill.files import cache_folder
 from fdistill.teacher import Teacher
 from fdistill.text import encoding_facts, open_prompt_encoder, prompt_batches
 
@@ -41,6 +38,11 @@ def open_run_text(
             raise ConfigError(f"prompts: got {config.prompts!r}, but teacher {config.teacher!r} is told none")
         return None
     encoder = encoding_facts(_folder(teacher), teacher.image_size, config.frozen_precision)
+    if config.prompts is not None and config.data not in (None, TEACHER_SAMPLES):
+        raise ConfigError(
+            f"prompts: got {config.prompts!r} beside data {config.data!r}, whose captions are the prompts; expected "
+            f"data={TEACHER_SAMPLES} or data=null"
+        )
     if stored is not None:
         captions = LatentSource(stored, config.seed).text
         if captions is None:
@@ -61,11 +63,6 @@ def open_run_text(
         raise ConfigError(
             f"prompts: got null, but teacher {config.teacher!r} is told prompts; expected a file with one a line, or "
             "data of captioned images"
-        )
-    if config.data not in (None, TEACHER_SAMPLES):
-        raise ConfigError(
-            f"prompts: got {config.prompts!r} beside data {config.data!r}, whose captions are the prompts; expected "
-            f"data={TEACHER_SAMPLES} or data=null"
         )
     prompts = read_prompts(Path(config.prompts))
     with PartialState().local_main_process_first():
@@ -96,24 +93,29 @@ def latents_folder(config: DistillConfig, teacher: Teacher, device: torch.device
         return None if config.data is None else Path(config.data)
     if config.data not in CAPTIONED or teacher.latents is None:
         return None
-    facts = [teacher.checkpoint.fingerprint(teacher.denoiser), teacher.image_size, config.data, config.frozen_precision]
-    facts += [config.negative_prompt, encoding_facts(_folder(teacher), 0, ""), __version__]
-    name = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
-    folder = cache_folder() / "latents" / name
+    facts = {
+        "teacher": teacher.checkpoint.fingerprint(teacher.denoiser),
+        "encoders": encoding_facts(_folder(teacher), teacher.image_size, config.frozen_precision),
+        "autoencoder": teacher.latents.facts(),
+        "data": config.data,
+        "recipe": config.images.recipe,
+        "null_prompt": config.negative_prompt,
+        "version": __version__,
+    }
+
+    def encode(folder: Path) -> None:
+        encode_data(
+            open_source(str(config.data)),
+            teacher,
+            folder,
+            device=device,
+            recipe=config.images.recipe,
+            negative_prompt=config.negative_prompt,
+            precision=config.frozen_precision,
+        )
+
     with PartialState().local_main_process_first():
-        if not folder.is_dir():
-            own = folder.with_name(f"{name}.{uuid.uuid4().hex}")  # another run may be making the same
-            encode_data(
-                open_source(config.data),
-                teacher,
-                own,
-                device=device,
-                recipe=config.images.recipe,
-                negative_prompt=config.negative_prompt,
-                precision=config.frozen_precision,
-            )
-            own.replace(folder)
-    return folder
+        return made_once("latents", facts, encode)
 
 
 def _check(source: EmbeddingSource, encoder: str, negative_prompt: str) -> None:
@@ -139,18 +141,12 @@ def encoded_prompts(
 ) -> EmbeddingSource:
     """A prompt list's embeddings, from $FDISTILL_CACHE if they are there."""
     encoder = encoding_facts(_folder(teacher), teacher.image_size, precision)
-    key = json.dumps([encoder, negative_prompt, prompts])
-    name = hashlib.sha256(key.encode()).hexdigest()[:32]
-    folder = cache_folder() / "text" / name
-    if not folder.is_dir():
-        own = folder.with_name(f"{name}.{uuid.uuid4().hex}")  # another run may be making the same
+
+    def encode(folder: Path) -> None:
         encoders = open_prompt_encoder(teacher.checkpoint, teacher.image_size, precision)
         with encoders.on(device):
-            write_embeddings(
-                own,
-                prompt_batches(encoders, prompts),
-                null=encoders.null(negative_prompt),
-                meta={"encoder": encoder, "null_prompt": negative_prompt},
-            )
-        own.replace(folder)
-    return EmbeddingSource(folder)
+            null, meta = encoders.null(negative_prompt), {"encoder": encoder, "null_prompt": negative_prompt}
+            write_embeddings(folder, prompt_batches(encoders, prompts), null=null, meta=meta)
+
+    facts = {"encoder": encoder, "null_prompt": negative_prompt, "prompts": prompts}
+    return EmbeddingSource(made_once("text", facts, encode))

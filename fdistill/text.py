@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from fdistill.files import read_json_object
 
 _BATCH = 32  # prompts that the encoders see at once
 _SHOWN = 256  # prompts between two updates of progress
-_END = 2**20  # bytes
+_SAMPLES, _SAMPLE = 256, 2**16  # places in a file and bytes at each: all of files up to 16 MB
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,9 @@ def _quiet() -> Iterator[None]:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         for library, (verbosity, bars) in zip(libraries, before, strict=True):
             library.set_verbosity(verbosity)
@@ -182,18 +185,20 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
         for part, entry in checkpoint.index.items()
         if part in unused or (isinstance(entry, list) and entry[0] is None)
     }
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         with _quiet():
             pipeline = getattr(diffusers, name).from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
+                torch_dtype=dtype,  # newer versions call it dtype, and take this with a warning
                 **absent,
             )
             if absent.get("text_encoder_3", ...) is None:  # then zeros as wide as the transformer reads stand for it
                 settings = read_json_object(network / "config.json")
                 pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**settings))
-            pipeline.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+            pipeline.to(dtype)
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: its text encoders cannot be loaded ({' '.join(str(error).split())[:400]}); expected the "
@@ -204,7 +209,7 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
 
 def encoders_sha256(folder: Path) -> str:
     """What tells the text encoders and tokenizers of a pipeline folder from others: of every file its name, its size
-    and its ends, as whole files may have tens of gigabytes.
+    and samples from all over it, as whole files may have tens of gigabytes.
     """
     digest = hashlib.sha256()
     for part in sorted(path for path in folder.glob("t*") if path.name.startswith(("text_encoder", "tokenizer"))):
@@ -213,9 +218,9 @@ def encoders_sha256(folder: Path) -> str:
                 size = path.stat().st_size
                 digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
                 with path.open("rb") as file:
-                    digest.update(file.read(_END))
-                    file.seek(max(0, size - _END))
-                    digest.update(file.read())
+                    for place in range(0, size, max(_SAMPLE, size // _SAMPLES)):
+                        file.seek(place)
+                        digest.update(file.read(_SAMPLE))
     return digest.hexdigest()
 
 

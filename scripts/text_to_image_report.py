@@ -37,7 +37,7 @@ def draw(sources: dict[str, Source], path: Path) -> None:
         axis.imshow(strip.permute(1, 2, 0), interpolation="nearest")
         axis.set_title(prompt, fontsize=8, pad=2)
         axis.axis("off")
-    figure.suptitle("teacher, guidance 2, 35 evaluations (left) and student, one evaluation (right)", fontsize=10)
+    figure.suptitle("teacher, guidance 2, 70 evaluations (left) and student, one evaluation (right)", fontsize=10)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)

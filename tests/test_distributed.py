@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from text_families import sd15
 
 from fdistill.checkpoint import checkpoints
 
@@ -107,6 +108,20 @@ def test_collectives_draws_and_ratio(tmp_path: Path) -> None:
         torch.testing.assert_close(result["gradient"], weight.grad / 2)
 
 
+TEXT = [
+    "teacher=sd15",
+    "prompts=prompts.txt",
+    "data=teacher-samples",
+    "teacher_samples.count=32",
+    "teacher_samples.num_steps=2",
+    "student_level=null",
+    "guidance_scale=2.0",
+    "fake_score.guidance_scale=1.5",
+    "condition_dropout=0.5",
+    "student.lora_rank=4",
+    "fake_score.lora_rank=4",
+    "generator.gan_gradient_ratio=0.5",
+]
 SAMPLES = ["teacher_samples.count=32", "teacher_samples.num_steps=3", "regression.pairs=32"]
 
 
@@ -117,8 +132,9 @@ SAMPLES = ["teacher_samples.count=32", "teacher_samples.num_steps=3", "regressio
         (4, ["method=uni-instruct", "data=teacher-samples", *SAMPLES]),
         (4, ["method=dmd", *SAMPLES]),
         (4, ["method=dmd2", "student_level=[2.5,0.5]"]),
+        (4, TEXT),
     ],
-    ids=["f-distill", "uni-instruct-data-free", "dmd", "dmd2-two-steps"],
+    ids=["f-distill", "uni-instruct-data-free", "dmd", "dmd2-two-steps", "text-to-image-lora"],
 )
 def test_two_processes_train_as_one(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iterations: int, method: list[str]
@@ -140,6 +156,10 @@ def test_two_processes_train_as_one(
         "discriminator.eps=1e-4",
         *method,
     ]
+    if method is TEXT:
+        sd15(tmp_path / "sd15")
+        (tmp_path / "prompts.txt").write_text("a cat\na dog on a mat\nthe moon\nan old house\n")
+    monkeypatch.chdir(tmp_path)
     for processes in (1, 2):
         output = tmp_path / str(processes)
         monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / f"cache{processes}"))

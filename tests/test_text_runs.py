@@ -15,18 +15,24 @@ from PIL import Image
 from safetensors.torch import load_file
 from test_clip_loss import tiny_clip_file
 from test_text_to_image import LORA, PROMPTS, SETTINGS
-from text_families import RESOLUTION, sd15, sd21v
+from text_families import RESOLUTION, flux_dev, sd15, sd21v
 from text_families_dit import HAS_QWEN_IMAGE, qwen_image
 
-from fdistill import distill, load_student
-from fdistill.adapters import load_teacher
+from fdistill import distill, load_student, train
+from fdistill.adapters import load_teacher, resolve_checkpoint
+from fdistill.build import build
 from fdistill.caching import cache
 from fdistill.cli import app
+from fdistill.config import load_config
 from fdistill.data.latents import LatentSource
+from fdistill.data.recipes import RECIPES
 from fdistill.errors import ConfigError, DataError
+from fdistill.generation import open_source
 from fdistill.guidance import GuidedDenoiser
+from fdistill.latents import attach_latent_space
 from fdistill.lora_file import LORA_FILE
 from fdistill.pipeline import student_folder
+from fdistill.text import open_prompt_encoder
 from fdistill.tiue import TiUEGenerator
 
 
@@ -71,6 +77,9 @@ def test_captioned_images_are_encoded_once_and_trained_on(captioned: Path, teach
     with pytest.raises(DataError, match=r"for another resolution or"):
         run(tmp_path / "other", teacher, **settings, frozen_precision="bf16", precision="bf16")
     (tmp_path / "p.txt").write_text("a cat")
+    for data in (captioned, folder):
+        with pytest.raises(ConfigError, match="whose captions are the prompts"):
+            run(tmp_path / "other", teacher, data=str(data), prompts=str(tmp_path / "p.txt"))
     with pytest.raises(ConfigError, match="whose captions are the prompts"):
         run(tmp_path / "other", teacher, data=str(captioned), prompts=str(tmp_path / "p.txt"))
 
@@ -179,8 +188,6 @@ def test_tiue_trains_against_a_lora_critic_and_loads_again(prompts: Path, tmp_pa
     np.save(tmp_path / "noise.npy", noise.numpy())
     arguments = [str(student), str(tmp_path / "noise.npy"), str(tmp_path / "images.npy")]
     subprocess.run([sys.executable, "-c", _RELOAD, *arguments], check=True, cwd=tmp_path)
-    from fdistill.generation import open_source
-
     source = open_source(student, torch.device("cpu"))
     assert source.text is not None
     assert source.latents is not None
@@ -268,3 +275,150 @@ def test_rescaled_guidance_of_qwen_image_is_its_pipelines(tmp_path: Path) -> Non
     rescaled = guided * denoiser.guidance_norm(conditional) / denoiser.guidance_norm(guided)
     torch.testing.assert_close(tokens(rescaled), expected)
     assert GuidedDenoiser.__doc__
+
+
+def test_a_config_reaches_the_networks(teacher: Path, prompts: Path) -> None:
+    settings = {
+        **SETTINGS,
+        **LORA,
+        "teacher": str(teacher),
+        "prompts": str(prompts),
+        "guidance_rescale": 0.3,
+        "precision": "bf16",
+        "frozen_precision": "bf16",
+        "fake_score.guidance_scale": 1.5,
+        "fake_score.training_guidance_scale": 2.5,
+        "generator.gan_gradient_ratio": 0.7,
+    }
+    built = build(load_config("digits", settings), torch.device("cpu"))
+    networks = built.networks
+    assert isinstance(networks.teacher, GuidedDenoiser)
+    assert isinstance(networks.compared, GuidedDenoiser)
+    assert isinstance(networks.learning, GuidedDenoiser)
+    scales = [network.guidance_scale for network in (networks.teacher, networks.compared, networks.learning)]
+    assert scales == [2.0, 1.5, 2.5]
+    assert networks.teacher.rescale == networks.compared.rescale == 0.3
+    assert built.student_update.keywords["gan_gradient_ratio"] == 0.7  # type: ignore[attr-defined]
+    assert {p.dtype for p in networks.teacher.parameters()} == {torch.bfloat16}
+    trained = [p for role in built.optimizers for p in built.role(role).parameters() if p.requires_grad]
+    assert {p.dtype for p in trained} == {torch.float32}
+    scaling = {
+        name: {s for module in role.modules() for s in getattr(module, "scaling", {}).values()}
+        for name, role in (("student", built.student), ("fake", networks.fake_score))
+    }
+    assert scaling == {"student": {1.0}, "fake": {2.0}}  # alpha 8 for rank 4
+
+
+def test_flux_is_told_the_scale_wherever_its_student_starts(prompts: Path, tmp_path: Path) -> None:
+    folder = flux_dev(tmp_path / "flux")
+    settings = {
+        **SETTINGS,
+        "teacher": str(folder),
+        "prompts": str(prompts),
+        "resolution": RESOLUTION,
+        "discriminator.features": ["depth50"],
+        "student.checkpoint": str(folder),
+    }
+    built = build(load_config("digits", settings), torch.device("cpu"))
+    denoisers = (built.networks.teacher, built.networks.fake_score, built.student.denoiser)
+    assert [denoiser.embedded_guidance for denoiser in denoisers] == [2.0, 2.0, 2.0]
+    with pytest.raises(ConfigError, match="this network is told guidance_scale"):
+        build(load_config("digits", {**settings, "fake_score.guidance_scale": 2.0}), torch.device("cpu"))
+
+
+def test_the_critic_is_told_the_null_prompt_now_and_then(
+    teacher: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[list[bool]] = []
+    made = train.build
+
+    def watched(*arguments: Any) -> Any:
+        built = made(*arguments)
+        update, none = built.critic_update, built.none["prompt_embeds"]
+
+        def critic_update(*inputs: Any, **options: Any) -> Any:
+            rows = options["told"]["prompt_embeds"]
+            told.append([torch.equal(row, none[0]) for row in rows])
+            assert all(
+                torch.equal(a, b) or dropped
+                for a, b, dropped in zip(rows, inputs[1]["prompt_embeds"], told[-1], strict=True)
+            )
+            return update(*inputs, **options)
+
+        built.critic_update = critic_update
+        return built
+
+    monkeypatch.setattr(train, "build", watched)
+    run(tmp_path / "run", teacher, prompts=str(prompts), condition_dropout=0.5, batch_size=8, iterations=4)
+    assert 8 <= sum(sum(rows) for rows in told) <= 24
+    assert len({tuple(rows) for rows in told}) > 1
+
+
+def test_what_encoders_make_of_prompts(teacher: Path, captioned: Path, tmp_path: Path) -> None:
+    encoders = open_prompt_encoder(resolve_checkpoint(teacher), 16)
+    assert not torch.equal(encoders.null("a house")["prompt_embeds"], encoders.null("")["prompt_embeds"])
+    torch.testing.assert_close(encoders.null("")["prompt_embeds"], encoders.encode([""])["prompt_embeds"])
+    long = " ".join(["a dog"] * 60 + ["an old house"])
+    (cut,) = encoders.cut(["a cat", long])
+    assert (cut.index, cut.tokenizer) == (1, "tokenizer")
+    assert cut.dropped.endswith("an old house")
+    # What is kept is what the encoder sees, but for the last token, which may be cut within a word.
+    whole, kept = (encoders.encode([text])["prompt_embeds"] for text in (long, long.removesuffix(cut.dropped)))
+    torch.testing.assert_close(whole[:, : cut.limit - 2], kept[:, : cut.limit - 2])
+    assert len(encoders.cut([long.removesuffix(cut.dropped)])) == 0
+    # Every cached image has the embedding of its own caption.
+    folder = cache(captioned, teacher=teacher, output=tmp_path / "latents", workers=1, sampling="mean")
+    source = LatentSource(folder)
+    assert source.text is not None
+    expected = {
+        (captioned / f"{i}.txt").read_text(): encoders.encode([(captioned / f"{i}.txt").read_text()])["prompt_embeds"][
+            0
+        ]
+        for i in range(8)
+    }
+    latents = attach_latent_space(load_teacher(teacher), resolve_checkpoint(teacher), None)
+    assert latents is not None
+    by_image = {}
+    for i in range(8):
+        image = Image.open(captioned / f"{i}.png")
+        pixels = RECIPES["center-box"](image, 16)
+        x = torch.from_numpy(np.asarray(pixels)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        by_image[i] = latents.moments(x)[0]
+    for row in range(8):
+        mean, std = source.moments(torch.tensor([row]))
+        own = torch.cat([mean, std], dim=1)[0]
+        image = min(by_image, key=lambda i: (by_image[i] - own).abs().max().item())
+        caption = (captioned / f"{image}.txt").read_text()
+        assert source.text.prompts(torch.tensor([row])) == [caption]
+        torch.testing.assert_close(
+            source.text.rows(torch.tensor([row]))["prompt_embeds"][0], expected[caption], rtol=1e-3, atol=1e-4
+        )
+
+
+def test_few_steps_are_the_pipelines(teacher: Path, prompts: Path, tmp_path: Path) -> None:
+    """A student of two steps, against its pipeline with the noise between them from the same generator."""
+    from diffusers import DiffusionPipeline
+
+    student = run(tmp_path / "run", teacher, prompts=str(prompts), student_level=[749, 249])
+    generator = load_student(student)
+    call = json.loads((student / "fdistill_student.json").read_text())["call"]
+    assert call["timesteps"] == [749, 249]
+    noise = torch.randn(2, 2, *generator.sample_shape, generator=torch.Generator().manual_seed(0))
+    pipeline = DiffusionPipeline.from_pretrained(student)
+    pipeline.set_progress_bar_config(disable=True)
+    random = torch.Generator().manual_seed(5)
+    between = torch.randn(2, *generator.sample_shape, generator=random)
+    noise[:, 1] = between
+    images = pipeline(
+        ["a cat", "the moon"],
+        latents=noise[:, 0].clone(),
+        generator=torch.Generator().manual_seed(5),
+        output_type="pt",
+        **call,
+    ).images
+    source = open_source(student, torch.device("cpu"))
+    assert source.text is not None
+    assert source.latents is not None
+    with torch.no_grad():
+        x0 = generator(noise, source.text.encode(["a cat", "the moon"]))
+    torch.testing.assert_close(images, (source.latents.decode(x0) / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)

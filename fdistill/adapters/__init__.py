@@ -49,7 +49,17 @@ _DOWNLOADED = [
     "*/*.model",  # and its sentence pieces
     "diffusion_pytorch_model.safetensors",
 ]
-_NOT_DOWNLOADED = ["*.fp16.safetensors", "*.non_ema.safetensors", "safety_checker/*", "flax/*", "*.msgpack"]
+_NOT_DOWNLOADED = [
+    "*.fp16.safetensors",
+    "*.fp16-*",
+    "*.index.fp16.json",
+    "*.bf16.safetensors",
+    "*.bf16-*",
+    "*.non_ema.safetensors",
+    "safety_checker/*",
+    "text_encoders/*",  # single files for other programs
+    "vae_1_0/*",
+]
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,10 @@ class UNet2DConditionDenoiser(TextDenoiser):
     def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
         config: Any = self.network.config
         channels = config.block_out_channels
-        shapes = {f"down{i}": (width, size >> i, size >> i) for i, width in enumerate(channels)}
+        sides = [-(-size >> i) for i in range(len(channels))]  # strided convolutions round up
+        shapes = {f"down{i}": (width, sides[i], sides[i]) for i, width in enumerate(channels)}
         if self.network.mid_block is not None:
-            last = len(channels) - 1
-            shapes["mid"] = (channels[-1], size >> last, size >> last)
+            shapes["mid"] = (channels[-1], sides[-1], sides[-1])
         return shapes
 
     def _taps(self) -> dict[str, nn.Module]:

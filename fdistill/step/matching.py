@@ -165,5 +165,5 @@ def balanced(loss: Tensor, other: Tensor, x0: Tensor, ratio: float) -> tuple[Ten
     (first,) = torch.autograd.grad(loss, x0, retain_graph=True)  # both go through the noised x0
     (second,) = torch.autograd.grad(other, x0)
     norms = sum_over_processes(torch.stack([first.square().sum(), second.square().sum()])).sqrt()
-    weight = ratio * norms[0] / norms[1].clamp(min=torch.finfo(norms.dtype).tiny)
+    weight = ratio * norms[0] / torch.maximum(norms[1], 1e-6 * norms[0]).clamp(min=torch.finfo(norms.dtype).tiny)
     return (x0 * (first + weight * second)).sum(), weight

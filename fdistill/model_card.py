@@ -36,6 +36,7 @@ pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
 
 def _rows(values: dict[str, Any]) -> str:
     shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+    shown |= {key: "; ".join(map(str, value)) for key, value in values.items() if isinstance(value, list)}
     return "\n".join(f"| {key} | {value} |" for key, value in shown.items())
 
 

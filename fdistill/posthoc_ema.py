@@ -12,15 +12,15 @@ from fdistill.devices import start
 from fdistill.ema_profiles import gamma_from_sigma_rel, posthoc_weights, profile_name
 from fdistill.errors import ArgumentError, CheckpointError
 from fdistill.files import claim_folder, read_json_object
-from fdistill.generation import labels_of, open_source
-from fdistill.generator import Generator
+from fdistill.generation import open_source, told_of
 from fdistill.pipeline import STUDENT_FILE, save_student, student_folder
 from fdistill.report import grid
 from fdistill.snapshots import Snapshot, combine, find_snapshots
+from fdistill.tiue import Student
 
 _SAMPLES = 20  # in the model card's picture
 #: What `save_student` says itself, and what was measured with the other weights.
-_NOT_OF_THE_CARD = ("levels", "null_class", "network", "pipeline", "call", "metrics")
+_NOT_OF_THE_CARD = ("levels", "decoder_levels", "size", "null_class", "network", "pipeline", "call", "metrics")
 
 
 def reconstruct_student(
@@ -55,7 +55,7 @@ def reconstruct_student(
     folder = claim_folder(Path(output))
     _, chosen_device = start(device)
     source = open_source(original, chosen_device, network=network)
-    assert isinstance(source.model, Generator)
+    assert isinstance(source.model, Student)
     coefficients = posthoc_weights(
         [snapshot.iteration for snapshot in used],
         [gamma_from_sigma_rel(snapshot.sigma_rel) for snapshot in used],
@@ -65,8 +65,8 @@ def reconstruct_student(
     load_exactly(source.model, combine(used, coefficients.tolist()), f"snapshots of {run}")
     facts = read_json_object(original / STUDENT_FILE)
     own = network if network is not None and "network" in facts else None
-    labels = labels_of(source, _SAMPLES, None)
-    samples = grid(source.sample(int(facts.get("seed", 0)), range(_SAMPLES), labels, chosen_device))
+    told = told_of(source, _SAMPLES, prompts=facts.get("prompts"))
+    samples = grid(source.sample(int(facts.get("seed", 0)), range(_SAMPLES), told, chosen_device))
     card = {key: value for key, value in facts.items() if key not in _NOT_OF_THE_CARD}
     card |= {"iterations": last, "ema": profile_name(sigma_rel), "ema_snapshots": len(used)}
     save_student(

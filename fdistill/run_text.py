@@ -50,7 +50,6 @@ def open_run_text(
                 f"data {config.data!r}: latents without captions, but teacher {config.teacher!r} is told prompts; "
                 "expected latents of captioned images"
             )
-        assert isinstance(captions.embeddings, EmbeddingSource)
         _check(captions.embeddings, encoder, config.negative_prompt)
         return captions
     if config.prompts is None:

@@ -211,6 +211,7 @@ def _card(config: DistillConfig, run: Distillation, folder: Path) -> dict[str, A
         "ema": config.ema.export,
         "seed": config.seed,
         "num_classes": run.student.num_classes,
+        **({} if run.text is None else {"prompts": _grid_prompts(run)[:16]}),
         "fdistill_version": __version__,
     }
 
@@ -405,13 +406,27 @@ def _trackers(config: DistillConfig, folder: Path, iteration: int, main: bool) -
                 tracker.finish()
 
 
+def _grid_count(run: Distillation) -> int:
+    return _LARGE_GRID if run.image_size > 64 else _GRID
+
+
+def _grid_rows(run: Distillation) -> Tensor:
+    """Rows from all over the prompts, one for each sample in a picture."""
+    assert run.text is not None
+    return torch.arange(_grid_count(run)) * len(run.text.index) // _grid_count(run)
+
+
+def _grid_prompts(run: Distillation) -> list[str]:
+    assert run.text is not None
+    return run.text.prompts(_grid_rows(run))
+
+
 def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Condition | None]:
     teacher = run.networks.teacher
-    count = _LARGE_GRID if run.image_size > 64 else _GRID
+    count = _grid_count(run)
     noise = rng.indexed_normal(config.seed, range(count), noise_shape(run.student)).to(device)
-    if run.text is not None:  # prompts from all over the list
-        rows = torch.arange(count) * len(run.text.index) // count
-        return noise, run.text.rows(rows).to(device)
+    if run.text is not None:
+        return noise, run.text.rows(_grid_rows(run)).to(device)
     return noise, torch.arange(count, device=device) % teacher.num_classes if teacher.num_classes else None
 
 

@@ -17,9 +17,7 @@ from fdistill.condition import TextCondition
 from fdistill.data.captions import distinct
 from fdistill.data.embeddings import (
     Captions,
-    EmbeddingsInMemory,
     EmbeddingSource,
-    check_embeddings,
     write_embeddings,
 )
 from fdistill.data.latents import LatentSource, write_latents
@@ -227,25 +225,11 @@ def test_damaged_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert "\n" not in str(caught.value)
 
 
-def test_embeddings_of_another_encoder_are_refused(tmp_path: Path) -> None:
-    source = written(tmp_path / "e")
-    check_embeddings(source, "0123abcd", SHAPES)
-    with pytest.raises(DataError, match="made by text encoder '0123abcd', but this teacher's is '4567'"):
-        check_embeddings(source, "4567", SHAPES)
-    for shapes in (SHAPES | {"pooled": (4,)}, {"prompt_embeds": (5, 4)}):
-        with pytest.raises(DataError, match="but this teacher takes"):
-            check_embeddings(source, "0123abcd", shapes)
-
-
-def test_in_memory_is_the_same(tmp_path: Path) -> None:
-    source, memory = written(tmp_path / "e"), EmbeddingsInMemory(encoded(10), prompts(10), encoded(1, seed=1))
+def test_captions_of_rows(tmp_path: Path) -> None:
     index, rows = torch.tensor([7, 0, 7, 3, 9]), torch.tensor([4, 1, 4])
-    assert len(source) == len(memory)
-    assert same(source.rows(index), memory.rows(index))
-    for embeddings in (source, memory):
-        captions = Captions(embeddings, index)
-        assert same(captions.rows(rows), encoded(10).rows(torch.tensor([9, 0, 9])))
-        assert captions.prompts(rows) == [prompts(10)[9], prompts(10)[0], prompts(10)[9]]
+    captions = Captions(written(tmp_path / "e"), index)
+    assert same(captions.rows(rows), encoded(10).rows(torch.tensor([9, 0, 9])))
+    assert captions.prompts(rows) == [prompts(10)[9], prompts(10)[0], prompts(10)[9]]
 
 
 CAPTIONS = [prompts(10)[number] for number in (3, 3, 1, 0, 3, 9, 2, 1, 4, 5, 6, 7, 8)]
@@ -316,7 +300,7 @@ def test_latents_and_captions_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_the_loader_gives_every_row_its_prompt(tmp_path: Path) -> None:
     scaled = ScaledLatents(latents(tmp_path / "l"), LatentScaling((2.0,), (1.0,)))
-    memory = EmbeddingsInMemory(encoded(10), prompts(10), encoded(1, seed=1))
+    memory = written(tmp_path / "embeddings")
     index = torch.tensor([prompts(10).index(caption) for caption in CAPTIONS])
     fixed = FixedSamples(scaled.samples(torch.arange(13), 0), torch.zeros(13).long(), Captions(memory, index))
     halves = [

@@ -18,7 +18,7 @@ from test_text_to_image import LORA, PROMPTS, SETTINGS
 from text_families import RESOLUTION, flux_dev, sd15, sd21v
 from text_families_dit import HAS_QWEN_IMAGE, qwen_image
 
-from fdistill import distill, load_student, train
+from fdistill import distill, load_student, reconstruct_student, train
 from fdistill.adapters import load_teacher, resolve_checkpoint
 from fdistill.build import build
 from fdistill.caching import cache
@@ -422,3 +422,14 @@ def test_few_steps_are_the_pipelines(teacher: Path, prompts: Path, tmp_path: Pat
     with torch.no_grad():
         x0 = generator(noise, source.text.encode(["a cat", "the moon"]))
     torch.testing.assert_close(images, (source.latents.decode(x0) / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("generator", ["denoiser", "tiue"])
+def test_another_average_of_a_text_student(teacher: Path, prompts: Path, tmp_path: Path, generator: str) -> None:
+    settings = {"ema.sigma_rel": [0.05, 0.1], "ema.snapshot_every": 1, "student.generator": generator}
+    student = run(tmp_path / "run", teacher, prompts=str(prompts), **settings)
+    other = reconstruct_student(tmp_path / "run", sigma_rel=0.1, output=tmp_path / "other")
+    assert PROMPTS[0] in (student / "README.md").read_text()
+    first, second = (load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (student, other))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert type(load_student(other)) is type(load_student(student))

@@ -112,29 +112,10 @@ class EmbeddingSource:
 
 
 @dataclass(frozen=True)
-class EmbeddingsInMemory:
-    """What `EmbeddingSource` is, held in memory: condition of N rows, N prompts, null of one row."""
-
-    condition: TextCondition
-    prompts: Sequence[str]
-    null: TextCondition
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def rows(self, index: Tensor) -> TextCondition:
-        """The prompts of an index int64 [B]."""
-        return self.condition.rows(index)
-
-
-Embeddings = EmbeddingSource | EmbeddingsInMemory
-
-
-@dataclass(frozen=True)
 class Captions:
     """The prompts of a data set's rows: row i has prompt number index[i], int64 [N], of `embeddings`."""
 
-    embeddings: Embeddings
+    embeddings: EmbeddingSource
     index: Tensor
 
     def rows(self, rows: Tensor) -> TextCondition:
@@ -190,26 +171,6 @@ def write_embeddings(
         }
         described = {**meta, "count": sum(shards.values()), "tensors": tensors, "shards": shards}
         (temporary / META_FILE).write_text(json.dumps(described, indent=1), encoding="utf-8")
-
-
-def check_embeddings(source: EmbeddingSource, encoder: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises DataError where the prompts were encoded by another encoder, or to other tensors than a network takes.
-
-    Args:
-        source: cached embeddings.
-        encoder: as a run would write it in their meta.
-        shapes: of every tensor, without the batch: a denoiser's `text_shapes`.
-    """
-    if source.shapes != dict(shapes):
-        raise DataError(
-            f"embeddings {source.name}: tensors {source.shapes}, but this teacher takes {dict(shapes)}; encode the "
-            "prompts again with fdistill cache"
-        )
-    if source.meta["encoder"] != encoder:
-        raise DataError(
-            f"embeddings {source.name}: made by text encoder {source.meta['encoder']!r}, but this teacher's is "
-            f"{encoder!r}; encode the prompts again with fdistill cache"
-        )
 
 
 _Kinds = dict[str, tuple[tuple[int, ...], torch.dtype]]

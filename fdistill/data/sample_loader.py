@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdistill.data.embeddings import Captions, Embeddings
+from fdistill.data.embeddings import Captions, EmbeddingSource
 from fdistill.data.latents import LatentSource
 from fdistill.data.loader import Batch
 from fdistill.data.order import EpochOrder
@@ -49,7 +49,7 @@ class FixedSamples:
         return self.x0[rows]
 
 
-def prompts_alone(embeddings: Embeddings, sample_shape: tuple[int, ...]) -> FixedSamples:
+def prompts_alone(embeddings: EmbeddingSource, sample_shape: tuple[int, ...]) -> FixedSamples:
     """A row for each prompt, for a run that reads no images: x0 is zeros [N, *sample_shape] that take no memory."""
     count = len(embeddings)
     x0 = torch.zeros(1, *sample_shape).expand(count, *sample_shape)

@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.comfy import network_layout
@@ -184,7 +185,10 @@ def _convert(path: Path, shapes: Shapes, kind: str | None, base: Path) -> dict[s
     whole = _has(shapes, _NETWORK)
     try:
         kept: dict[str, Any] = {"subfolder": place, "torch_dtype": _dtype(path, _NETWORK if whole else "")}
-        made: dict[str, Any] = {place: cls.from_single_file(_network_of(path, shapes), **kept, **where)}
+        if kind is None:
+            made: dict[str, Any] = {place: _as_it_is(cls, path, base / place, kept["torch_dtype"])}
+        else:
+            made = {place: cls.from_single_file(_network_of(path, shapes), **kept, **where)}
         if _has(shapes, *_AUTOENCODER):
             kept = {"subfolder": "vae", "torch_dtype": _dtype(path, *_AUTOENCODER)}
             made["vae"] = AutoencoderKL.from_single_file(str(path), **kept, **where)
@@ -208,6 +212,13 @@ def _convert(path: Path, shapes: Shapes, kind: str | None, base: Path) -> dict[s
                 "expected a whole checkpoint, or one of the network alone"
             )
     return made
+
+
+def _as_it_is(cls: Any, path: Path, folder: Path, dtype: torch.dtype) -> Any:
+    """A network under the names of diffusers, which older versions of it do not take from a single file."""
+    network = cls.from_config(cls.load_config(folder)).to(dtype)
+    network.load_state_dict(load_file(path))
+    return network
 
 
 def _dtype(path: Path, *starts: str) -> torch.dtype:

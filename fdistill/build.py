@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fdistill.activation_checkpointing import checkpoint_activations
 from fdistill.adapters import Checkpoint, load_denoiser, resolve_checkpoint
-from fdistill.adapters.flux import FluxDenoiser
 from fdistill.adapters.resize import Resized, resized
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.checkpoint import load_exactly, load_optimizer_tensors, optimizer_tensors, take
@@ -184,9 +183,9 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
 
     torch.manual_seed(config.seed)
     try:
-        told = _told_guidance(unguided)
+        told = unguided.embedded_guidance is not None
         _check_guidance(config, told)
-        if isinstance(unguided, FluxDenoiser) and told:
+        if told:
             unguided.embedded_guidance = config.guidance_scale
         # Copies whose weights are trained are made before the frozen ones lose precision.
         copies = {
@@ -276,17 +275,16 @@ def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) 
     )
 
 
-def _told_guidance(denoiser: Denoiser) -> bool:
-    """Whether a network was distilled to be told a guidance scale, which it and its copies then are."""
-    return isinstance(denoiser, FluxDenoiser) and denoiser.embedded_guidance is not None
-
-
 def _guided(denoiser: Denoiser, scale: float, null: TextCondition | None, rescale: float) -> Denoiser:
     return denoiser if scale == 1 else GuidedDenoiser(denoiser, scale, null=null, rescale=rescale)
 
 
 def _check_guidance(config: DistillConfig, told: bool) -> None:
-    """Raises ConfigError where a setting of guidance is one that nothing reads."""
+    """Raises ConfigError where a setting of guidance is one that nothing reads.
+
+    Args:
+        told: whether the network is told the scale, and its copies with it.
+    """
     fake = config.fake_score
     of_fake = {"guidance_scale": fake.guidance_scale, "training_guidance_scale": fake.training_guidance_scale}
     if told:
@@ -343,7 +341,7 @@ def _student_network(
         start = load_denoiser(origin, null_class=config.null_class)
         if isinstance(start, TextDenoiser):
             start.resize(teacher.sample_shape[-1])
-        if isinstance(start, FluxDenoiser) and _told_guidance(start):
+        if start.embedded_guidance is not None:
             start.embedded_guidance = config.guidance_scale
         alike = (start.sample_shape, start.num_classes, (start.text_shapes or {}).keys())
         if alike != (teacher.sample_shape, teacher.num_classes, (teacher.text_shapes or {}).keys()):

@@ -93,6 +93,8 @@ class Denoiser(nn.Module, ABC):
         kind: networks of equal kind have the same preconditioning, which is computed once for all of them; None where
             nobody else has it.
         latent_scaling: how samples follow from an autoencoder's latents; None for a network of pixels.
+        embedded_guidance: the guidance scale that a network which was distilled to be told one is told; None for all
+            others, which `GuidedDenoiser` guides.
     """
 
     schedule: NoiseSchedule
@@ -104,6 +106,7 @@ class Denoiser(nn.Module, ABC):
     kind: object = None
     null_class: int | None = None
     latent_scaling: LatentScaling | None = None
+    embedded_guidance: float | None = None
 
     @abstractmethod
     def run(

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from fdistill import __version__
 from fdistill.adapters import Checkpoint
-from fdistill.adapters.flux import FluxDenoiser
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.devices import start
@@ -144,7 +143,7 @@ def open_source(
     origin, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(device), teacher.latents
     text = _prompt_encoder(origin, denoiser, latents)
     sha256 = weights_sha256(origin.folder) if origin.folder else origin.fingerprint(denoiser)
-    if isinstance(denoiser, FluxDenoiser) and denoiser.embedded_guidance is not None:
+    if denoiser.embedded_guidance is not None:
         denoiser.embedded_guidance = guidance_scale
     elif guidance_scale != 1:
         null = None

@@ -88,16 +88,23 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ArgumentError("class_labels: this student is unconditional; expected None")
         noise = randn_tensor((batch_size, *noise_shape(student)), generator=generator, device=device)
         samples = student(noise, labels)
-        if self.vae is not None:
-            scaling = LatentScaling(self.config.student["latent_scale"], self.config.student["latent_bias"])
-            samples = self.vae.decode(scaling.to_latents(samples).to(self.vae.dtype)).sample
-        images = (samples / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return pipeline_output(self, samples, output_type, return_dict)
+
+
+def pipeline_output(
+    pipeline: Any, samples: torch.Tensor, output_type: str, return_dict: bool
+) -> ImagePipelineOutput | tuple[Any]:
+    """What a pipeline of ours returns for a student's samples [B, C, H, W]; its settings say what latents they are."""
+    if pipeline.vae is not None:
+        scaling = LatentScaling(pipeline.config.student["latent_scale"], pipeline.config.student["latent_bias"])
+        samples = pipeline.vae.decode(scaling.to_latents(samples).to(pipeline.vae.dtype)).sample
+    images: Any = (samples / 2 + 0.5).clamp(0, 1)
+    if output_type != "pt":
+        images = images.cpu().permute(0, 2, 3, 1).float().numpy()
+        if output_type == "pil":
+            images = pipeline.numpy_to_pil(images)
+    pipeline.maybe_free_model_hooks()
+    return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
 # `DiffusionPipeline.from_pretrained` looks a pipeline's class up in diffusers, by the name in model_index.json.

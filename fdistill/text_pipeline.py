@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fdistill.adapters import find_network
-from fdistill.adapters.flux import FluxDenoiser, fold_guidance
 from fdistill.adapters.parametrisation import student_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.component_files import share_files
@@ -49,9 +48,9 @@ def save_text_pipeline(
     family, _ = find_network(origin)
     component = family.COMPONENT
     network: Any = denoiser.network
-    if isinstance(denoiser, FluxDenoiser) and denoiser.embedded_guidance is not None:
+    if denoiser.embedded_guidance is not None:
         network = copy.deepcopy(network).cpu()
-        fold_guidance(network, denoiser.embedded_guidance)
+        family.fold_guidance(network, denoiser.embedded_guidance)
     share_files(origin, folder, without=[component, "scheduler", "vae"])
     network.save_pretrained(folder / component)
     scheduler.save_pretrained(folder / "scheduler")

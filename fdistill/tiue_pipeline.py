@@ -24,8 +24,8 @@ from fdistill.adapters import set_null_class, unet2d_condition, wrap
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.condition import Condition
-from fdistill.denoiser import LatentScaling
 from fdistill.errors import ArgumentError
+from fdistill.one_step import pipeline_output
 from fdistill.tiue import TiUEGenerator
 
 
@@ -150,16 +150,7 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
         elif latents.shape != shape:
             raise ArgumentError(f"latents: expected noise of shape {shape}, got {tuple(latents.shape)}")
         samples = student(latents.to(device), condition)
-        if self.vae is not None:
-            scaling = LatentScaling(self.config.student["latent_scale"], self.config.student["latent_bias"])
-            samples = self.vae.decode(scaling.to_latents(samples).to(self.vae.dtype)).sample
-        images = (samples / 2 + 0.5).clamp(0, 1)
-        if output_type != "pt":
-            images = images.cpu().permute(0, 2, 3, 1).float().numpy()
-            if output_type == "pil":
-                images = self.numpy_to_pil(images)
-        self.maybe_free_model_hooks()
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        return pipeline_output(self, samples, output_type, return_dict)
 
     def _condition(
         self,

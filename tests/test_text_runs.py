@@ -274,7 +274,6 @@ def test_rescaled_guidance_of_qwen_image_is_its_pipelines(tmp_path: Path) -> Non
     )
     rescaled = guided * denoiser.guidance_norm(conditional) / denoiser.guidance_norm(guided)
     torch.testing.assert_close(tokens(rescaled), expected)
-    assert GuidedDenoiser.__doc__
 
 
 def test_a_config_reaches_the_networks(teacher: Path, prompts: Path) -> None:

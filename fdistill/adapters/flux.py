@@ -42,8 +42,6 @@ class FluxDenoiser(TokenDenoiser):
 
     patch = _PATCH
 
-    embedded_guidance: float | None
-
     def __init__(self, network: FluxTransformer2DModel, parametrisation: Parametrisation):
         config: Any = network.config
         channels, rest = divmod(config.in_channels, _PATCH**2)

@@ -89,7 +89,9 @@ def distill(
 
     if dry_run:
         train.check_output(output, config, resume)
-        typer.echo(train.describe(config))
+        from fdistill.dry_run import describe
+
+        typer.echo(describe(config))
         return
     student = train.distill(config, output=output, resume=resume)
     typer.echo(f"student: {student}")

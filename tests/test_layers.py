@@ -58,6 +58,7 @@ LAYERS = [
     {
         "build",
         "updates",
+        "dry_run",
         "run_text",
         "training_data",
         "journal",

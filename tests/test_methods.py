@@ -19,6 +19,7 @@ from fdistill import distill, load_student
 from fdistill.build import build
 from fdistill.config import DistillConfig, dump_config, load_config
 from fdistill.denoiser import Denoiser
+from fdistill.dry_run import describe
 from fdistill.errors import ArgumentError, ConfigError, DataError
 from fdistill.generator import FewStepGenerator
 from fdistill.journal import read_records
@@ -27,7 +28,6 @@ from fdistill.noise import EDMSchedule, karras_levels
 from fdistill.ratio import DensityRatio
 from fdistill.sections import GeneratorConfig
 from fdistill.step import Networks, Pairs, diffratio_step, generator_step, uni_instruct_step
-from fdistill.train import describe
 
 QUICK = {"batch_size": 8, "iterations": 2, "log.every": 1, "log.samples_every": 0, "log.tracker": "none"}
 SMALL = {"regression.pairs": 16, "teacher_samples.count": 16, "teacher_samples.num_steps": 3}

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DConditionM
 from PIL import Image
 from typer.testing import CliRunner
 
-from fdistill import distill, load_config, load_student, load_teacher, smoke, train
+from fdistill import distill, load_config, load_student, load_teacher, smoke
 from fdistill.adapters import wrap
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.cli import app
@@ -23,6 +23,7 @@ from fdistill.config import dump_config, load_smoke
 from fdistill.data.latents import LatentSource
 from fdistill.data.prompts import read_prompts
 from fdistill.divergence import get_divergence
+from fdistill.dry_run import describe
 from fdistill.errors import CheckpointError, ConfigError
 from fdistill.lora_file import LORA_FILE
 from fdistill.methods import METHODS
@@ -301,7 +302,7 @@ def test_without_the_teacher_there_is_one_sentence_that_says_so(
         with pytest.raises(
             CheckpointError, match=f"checkpoint {re.escape(repr(config.teacher))}: no such fol"
         ) as caught:
-            train.describe(config)
+            describe(config)
         assert "\n" not in str(caught.value)
 
 

@@ -14,8 +14,8 @@ from fdistill import distill, load_student, load_teacher
 from fdistill.adapters.resize import resized
 from fdistill.build import build
 from fdistill.config import load_config
+from fdistill.dry_run import describe
 from fdistill.errors import CheckpointError, ConfigError
-from fdistill.train import describe
 
 SETTINGS: dict[str, Any] = {
     "data": None,

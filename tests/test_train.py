@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from fdistill import distill, load_student
 from fdistill.checkpoint import checkpoints
 from fdistill.config import load_config
+from fdistill.dry_run import describe
 from fdistill.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
-from fdistill.train import describe
 
 QUICK = {"batch_size": 8, "iterations": 4, "log.every": 2, "log.samples_every": 2, "log.checkpoint_every": 2}
 

@@ -18,8 +18,8 @@ from fdistill import distill, load_teacher
 from fdistill.build import build
 from fdistill.config import load_config
 from fdistill.data import load_data
+from fdistill.dry_run import describe
 from fdistill.errors import CheckpointError, ConfigError, DataError
-from fdistill.train import describe
 from fdistill.training_data import stored_data
 
 QUICK: dict[str, Any] = {

@@ -1,0 +1,53 @@
+"""Feature networks by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from evaluation.extractors.clip import CLIP_MODELS, ClipModel, open_clip_model
+from evaluation.extractors.digits import open_captioned_digits, open_digits
+from evaluation.extractors.dinov2 import open_dinov2
+from evaluation.extractors.extractor import Extractor, full_precision
+from evaluation.extractors.inception import open_inception, open_inception_clean
+from evaluation.extractors.lpips import LPIPS, open_lpips
+from evaluation.weights import Weights
+from fdistill.errors import ArgumentError, did_you_mean
+
+__all__ = [
+    "EXTRACTORS",
+    "LPIPS",
+    "ClipModel",
+    "Extractor",
+    "full_precision",
+    "open_clip_model",
+    "open_extractor",
+    "open_lpips",
+]
+
+
+def _image_side(name: str) -> Callable[[torch.device, Weights], Extractor]:
+    return lambda device, weights: open_clip_model(name, device, weights).extractor
+
+
+EXTRACTORS: dict[str, Callable[[torch.device, Weights], Extractor]] = {
+    "inception": open_inception,
+    "inception-clean": open_inception_clean,
+    "dinov2": open_dinov2,
+    **{name: _image_side(name) for name in CLIP_MODELS},
+    "digits": open_digits,
+    "digits-captioned": open_captioned_digits,
+}
+
+
+def open_extractor(name: str, device: torch.device, weights: Weights) -> Extractor:
+    """The feature network of a name in `EXTRACTORS`, on a device.
+
+    Raises:
+        ArgumentError: an unknown name.
+        CheckpointError: weights that are nowhere, unreadable, or of another network.
+    """
+    if name not in EXTRACTORS:
+        raise ArgumentError(f"extractor {name!r}: {did_you_mean(name, EXTRACTORS)}")
+    return EXTRACTORS[name](device, weights)

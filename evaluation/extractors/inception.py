@@ -1,0 +1,80 @@
+"""The Inception of FID: TensorFlow's of 2015-12-05, with torch-fidelity's network (arXiv 1706.08500)."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from evaluation.extractors.extractor import Extractor, prepare_each, runner
+from evaluation.weights import PUBLISHED, Weights, brief, file_sha256, find_weights, is_published, read_state_dict
+from fdistill.errors import CheckpointError
+
+_OUTPUTS = {"pool": 2048, "logits": 1008}
+_SIZE = 299
+
+
+def open_inception(device: torch.device, weights: Weights) -> Extractor:
+    """FID's own: TensorFlow 1's bilinear resizing, then pool [B, 2048] and logits without bias [B, 1008]. Bit-equal to
+    torch-fidelity's.
+    """
+    network, sha256, published = _load(device, weights)
+
+    def compute(images: Tensor) -> dict[str, Tensor]:
+        pool, logits = network(images.to(device))
+        return {"pool": pool, "logits": logits}
+
+    preparation = "TensorFlow 1 bilinear without antialiasing to 299x299 in float32, (x - 128) / 128"
+    return Extractor("inception", _OUTPUTS, runner(compute, device), preparation, sha256, published)
+
+
+def open_inception_clean(device: torch.device, weights: Weights) -> Extractor:
+    """Clean-FID's: the same network behind `clean_resize` (arXiv 2104.11222)."""
+    network, sha256, published = _load(device, weights)
+    parts = dict(network.named_children())
+    classifier: Any = parts.pop("fc")
+    layers = nn.Sequential(*parts.values())  # in the order in which the network's forward calls them
+
+    def compute(images: Tensor) -> dict[str, Tensor]:
+        pool = layers((clean_resize(images).to(device) - 128) / 128).flatten(1)
+        return {"pool": pool, "logits": pool @ classifier.weight.T}
+
+    preparation = "PIL bicubic to 299x299, each channel in float32, clipped to [0, 255], not rounded; (x - 128) / 128"
+    return Extractor("inception-clean", _OUTPUTS, runner(compute, device), preparation, sha256, published)
+
+
+def clean_resize(images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in [0, 255]: antialiased, not rounded (arXiv 2104.11222)."""
+    return prepare_each(images, _clean_resize)
+
+
+def _clean_resize(image: NDArray[Any]) -> Tensor:
+    channels = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(image, 2, 0)]
+    resized = [np.asarray(channel.resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)) for channel in channels]
+    return torch.from_numpy(np.stack(resized).clip(0, 255))
+
+
+def _load(device: torch.device, weights: Weights) -> tuple[nn.Module, str, bool]:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    file = PUBLISHED["inception"]
+    path = find_weights("inception", file, weights)
+    # torch-fidelity unpickles whatever is in the file it is given, so it is given one made here, of tensors alone.
+    own = io.BytesIO()
+    torch.save(read_state_dict(path), own)
+    own.seek(0)
+    try:
+        network = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=own
+        )
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: is no Inception of FID ({brief(error)}); expected {file.name} from {file.url}"
+        ) from error
+    sha256 = file_sha256(path)
+    return network.to(device), sha256, is_published(path, sha256, file)

@@ -1,0 +1,256 @@
+"""Where the weights of published feature networks are: given by the user, in a cache, or downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import urllib.request
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
+
+#: What the user gave: {network: file or folder}; "" stands for a folder of files, or a file, under published names.
+Weights = Mapping[str, Path]
+
+_TIMEOUT = 5  # seconds, for the first answer of a server
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class PublishedFile:
+    """A weights file as its authors published it.
+
+    Attributes:
+        name: its path in a folder of weights and in the torch hub cache.
+        sha256: its hash, or as much of its beginning as is known.
+        repository: the Hugging Face repository that it is in; then it is looked for in that cache too.
+    """
+
+    name: str
+    url: str
+    sha256: str
+    repository: str = ""
+
+
+def _in_repository(repository: str, sha256: str) -> PublishedFile:
+    file = "open_clip_model.safetensors"
+    name = f"{repository.split('/')[1]}/{file}"
+    return PublishedFile(name, f"https://huggingface.co/{repository}/resolve/main/{file}", sha256, repository)
+
+
+_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+
+PUBLISHED: dict[str, PublishedFile] = {
+    "inception": PublishedFile(
+        "weights-inception-2015-12-05-6726825d.pth",
+        _FIDELITY + "weights-inception-2015-12-05-6726825d.pth",
+        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+    ),
+    "dinov2": PublishedFile(
+        "dinov2_vitl14_pretrain.pth",
+        "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+        "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
+    ),
+    "vgg16": PublishedFile(
+        "vgg16-397923af.pth",
+        "https://download.pytorch.org/models/vgg16-397923af.pth",
+        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+    ),
+    "lpips": PublishedFile(
+        "weights-vgg16-lpips.pth",
+        _FIDELITY + "weights-vgg16-lpips.pth",
+        "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    ),
+    "clip-b32": _in_repository(
+        "timm/vit_base_patch32_clip_224.openai", "e6d1bd7789aa45192b3bf90570a789b478bae1b74ebcce7eddd908e83a2b7c31"
+    ),
+    "clip-l14": _in_repository(
+        "timm/vit_large_patch14_clip_224.openai", "9ce2e8a8ebfff3793d7d375ad6d3c35cb9aebf3de7ace0fc7308accab7cd207e"
+    ),
+    "clip-g14": _in_repository("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", ""),
+}
+
+
+def parse_weights(texts: Sequence[str]) -> dict[str, Path]:
+    """--weights NAME=PATH and PATH, any number of them, as `Weights`.
+
+    Raises:
+        ArgumentError: an unknown name, a name given twice, a file under no published name.
+        CheckpointError: a path where nothing is.
+    """
+    networks = (*PUBLISHED, "clip")
+    found: dict[str, Path] = {}
+    for text in texts:
+        network, separator, place = text.partition("=")
+        if not separator or Path(text).expanduser().exists():
+            network, place = "", text
+        elif network not in networks:
+            raise ArgumentError(f"weights {text!r}: unknown network {network!r}; {did_you_mean(network, networks)}")
+        path = Path(place).expanduser()
+        if not place or not path.exists():
+            raise CheckpointError(f"weights {text!r}: no such file or folder; expected NAME=PATH or a path")
+        names = [Path(file.name).name for file in PUBLISHED.values()]
+        if not network and path.is_file() and path.name not in names:
+            raise ArgumentError(
+                f"weights {text!r}: a file without its published name, so it is unclear which network it is for; pass "
+                f"NAME=PATH with one of {', '.join(networks)}"
+            )
+        if network in found:
+            what = f"{network!r} is given twice" if network else "a second path without a name"
+            raise ArgumentError(f"weights {text!r}: {what}; pass each network once, as NAME=PATH")
+        found[network] = path
+    return found
+
+
+def find_weights(network: str, file: PublishedFile, given: Weights) -> Path:
+    """The weights of a network: given[network], else the file of that name in given[""], the torch hub cache, the
+    Hugging Face cache, or a download into one of these. All processes must call it together; the first of each machine
+    downloads.
+
+    Raises:
+        CheckpointError: given[network] is no file, or nowhere is one; the latter at once where there is no network or
+            HF_HUB_OFFLINE is set.
+    """
+    if network in given:
+        place = given[network]
+        place = place / Path(file.name).name if place.is_dir() else place
+        if not place.is_file():
+            raise CheckpointError(
+                f"weights {network}={given[network]}: no such file; expected {file.name} from {file.url}"
+            )
+        return place
+    problem = ""
+    with PartialState().local_main_process_first():  # nothing may be raised in here: the others would wait for ever
+        path = _in_given(file, given) or _in_caches(file)
+        if path is None:
+            problem = _download(file)
+            path = _in_caches(file)
+    if path is None:
+        raise CheckpointError(
+            f"{network}: its weights {Path(file.name).name} are not here and cannot be downloaded ({problem}); fetch "
+            f"{file.url} on another machine and put it at {_hub_path(file)}, or pass --weights {network}=PATH"
+        )
+    return path
+
+
+def _in_given(file: PublishedFile, given: Weights) -> Path | None:
+    place = given.get("")
+    if place is None:
+        return None
+    if place.is_dir():
+        return place / file.name if (place / file.name).is_file() else None
+    # Files of repositories all have the same name, which names none of them.
+    return place if place.name == file.name else None
+
+
+def _hub_path(file: PublishedFile) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / file.name
+
+
+def _in_caches(file: PublishedFile) -> Path | None:
+    path = _hub_path(file)
+    if path.is_file():
+        return path
+    if file.repository:
+        cached = huggingface_hub.try_to_load_from_cache(file.repository, Path(file.name).name)
+        if isinstance(cached, str):
+            return Path(cached)
+    return None
+
+
+def _download(file: PublishedFile) -> str:
+    """Downloads into a cache; what went wrong, or nothing."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        return "HF_HUB_OFFLINE is set"
+    try:
+        # The downloads themselves wait for minutes or try again and again where there is no network.
+        urllib.request.urlopen(file.url, timeout=_TIMEOUT).close()
+        if file.repository:
+            huggingface_hub.hf_hub_download(file.repository, Path(file.name).name)
+        else:
+            path = _hub_path(file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(file.url, str(path), hash_prefix=file.sha256)
+    except Exception as error:  # of three libraries, and whatever it is, the next process must have its turn
+        return brief(error)
+    return ""
+
+
+def brief(error: Exception) -> str:
+    """The first 160 characters of another library's message, in one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, on the CPU: .safetensors, or what torch.save wrote of tensors alone.
+    Nothing in it is executed.
+
+    Raises:
+        CheckpointError: unreadable, a TorchScript archive, or more than tensors in it.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        zipped = zipfile.is_zipfile(path)
+        if zipped and _is_torchscript(path):
+            raise CheckpointError(
+                f"{path}: is a TorchScript archive, which is a program and is not run; expected plain tensors, for "
+                "CLIP open_clip_model.safetensors of the model's Hugging Face repository"
+            )
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than tensors, or is damaged, and is not executed ({brief(error)}); expected a state "
+            "dict as published, or .safetensors"
+        ) from error
+    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read as weights ({brief(error)}); expected .safetensors or a state dict written by "
+            "torch.save, so download it again"
+        ) from error
+    if not isinstance(state, Mapping):
+        raise CheckpointError(f"{path}: expected tensors by name, got {type(state).__name__}; pass a state dict")
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path}: expected tensors by name, got {type(value).__name__} for {name!r}; pass the state dict alone"
+            )
+    return dict(state)
+
+
+def _is_torchscript(path: Path) -> bool:
+    with zipfile.ZipFile(path) as archive:
+        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def is_published(path: Path, sha256: str, file: PublishedFile) -> bool:
+    """Whether a file with this hash is the published one.
+
+    Where no hash is known beforehand, a file in the Hugging Face cache is, if its hash is the one that the hub keeps it
+    under in that repository.
+    """
+    if file.sha256:
+        return sha256.startswith(file.sha256)
+    blob = path.resolve()
+    folder = f"models--{file.repository.replace('/', '--')}"
+    return bool(file.repository) and blob.name == sha256 and folder in blob.parts

@@ -314,21 +314,33 @@ def load_restricted(path: Path) -> Any:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            if size == 0:
-                raise CheckpointError("is empty; download it again")
-            if file.read(4) == b"PK\x03\x04":
-                raise CheckpointError("is a zip archive as of torch.save; if it is a state dict, name it .pt")
-            file.seek(0)
-            return _Machine(_Stream(file, size), size).load()
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+            return _load(file, size, str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror or error}); check the path") from error
+
+
+def loads_restricted(data: bytes, name: str) -> Any:
+    """`load_restricted` of bytes, as of the pickle inside a file of torch.save; `name` is what errors call it."""
+    return _load(io.BytesIO(data), len(data), name)
+
+
+def _load(file: BinaryIO, size: int, name: str) -> Any:
+    try:
+        if size == 0:
+            raise CheckpointError("is empty; download it again")
+        if file.read(4) == b"PK\x03\x04":
+            raise CheckpointError("is a zip archive as of torch.save; if it is a state dict, name it .pt")
+        file.seek(0)
+        return _Machine(_Stream(file, size), size).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
     except EOFError as error:
-        raise CheckpointError(f"{path}: ends in the middle of a pickle; download it again") from error
+        raise CheckpointError(f"{name}: ends in the middle of a pickle; download it again") from error
+    except OSError:
+        raise
     except Exception as error:
         raise CheckpointError(
-            f"{path}: not a pickle of a published network, or a damaged one "
+            f"{name}: not a pickle of a published network, or a damaged one "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); download it again"
         ) from error
 

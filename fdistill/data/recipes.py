@@ -31,13 +31,13 @@ def exact(image: PILImage, size: int) -> PILImage:
 
 
 def center_box(image: PILImage, size: int) -> PILImage:
-    """The largest central square, averaged over areas (PIL's BOX): the centre crop of EDM's and StyleGAN's data set
-    tools (Karras et al. 2022, 2020), with the box filter."""
+    """The largest central square, averaged over areas (PIL's BOX): StyleGAN's data set tool with its box filter
+    (Karras et al. 2020)."""
     return _central_square(image).resize((size, size), Resampling.BOX)
 
 
 def center_lanczos(image: PILImage, size: int) -> PILImage:
-    """The largest central square, resized with LANCZOS: what DMD2's evaluation does with COCO (Yin et al. 2024)."""
+    """The largest central square, resized with LANCZOS: EDM's data set tool, "center-crop" (Karras et al. 2022)."""
     return _central_square(image).resize((size, size), Resampling.LANCZOS)
 
 

@@ -1,0 +1,343 @@
+"""Images to measure, from whatever `fdistill.data` opens: in order, each once, none skipped.
+
+A training set may lose an image that cannot be read; a score may not. What would change it silently (another size,
+transparency, more than 8 bits, a damaged file) is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from PIL.Image import Image as PILImage
+from torch import Tensor
+
+from evaluation.preparation import (
+    UnusableImageError,
+    check_settings,
+    decoded,
+    in_threads,
+    is_grey,
+    is_lossy,
+    opened,
+    prepared,
+    threads_for,
+)
+from fdistill.data import open_source
+from fdistill.data.folder import FolderSource
+from fdistill.data.source import ArraySource, Source, class_labels
+from fdistill.errors import ArgumentError, DataError
+from fdistill.files import read_json_object
+
+__all__ = ["MANIFEST", "Images", "open_images", "prepared"]
+
+MANIFEST = "manifest.json"
+
+#: What of a manifest is provenance.
+_MANIFEST_FACTS = (
+    "checkpoint",
+    "checkpoint_sha256",
+    "kind",
+    "seed",
+    "guidance",
+    "negative_prompt",
+    "evaluations_per_image",
+    "images_per_second",
+    "device",
+)
+_ROUNDED = "round values x of [-1, 1] by (x * 127.5 + 128).clip(0, 255).astype('uint8')"
+_LISTED = 5
+_HASHED_AT_ONCE = 64
+_CHUNK = 1 << 24
+
+_T = TypeVar("_T")
+
+
+class Images(Protocol):
+    """Images by index: image i is the same whatever batch it is in."""
+
+    @property
+    def name(self) -> str:
+        """Where they come from."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """int64 [N]."""
+
+    prompts: Sequence[str] | None  # what each was asked to be, or its caption; DataError if captions are damaged
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What provenance says about them."""
+
+    def __len__(self) -> int:
+        """At least 1."""
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [B, C, H, W] on the CPU."""
+
+    def sha256(self) -> str | None:
+        """Of their content; None for images that are made while they are read."""
+
+
+def open_images(
+    where: str | Path,
+    *,
+    channels: int,
+    recipe: str = "exact",
+    size: int | None = None,
+    max_images: int | None = None,
+) -> Images:
+    """What `fdistill.data.open_source` opens, as images of one size; of a folder in the order of the files' names.
+
+    Labels and prompts are those of a folder's manifest.json, as `fdistill generate` writes it, else the source's own.
+
+    Args:
+        channels: 3, of which greyscale becomes three equal ones, or 1.
+        recipe: a key of `fdistill.data.RECIPES`; "exact" resamples nothing.
+        size: of the square that the recipe makes; None with "exact": that of the first image, square or not.
+        max_images: only the first; all, where there are not as many.
+
+    Raises:
+        ArgumentError: settings that fit nothing.
+        DataError: nothing there, images that are not uint8, another first image than asked for, or a manifest that is
+            damaged or of other images. `read` and `sha256` raise it for the other images.
+    """
+    check_settings(channels, recipe, size)
+    if max_images is not None and max_images < 1:
+        raise ArgumentError(f"max_images: expected at least 1, got {max_images}")
+    try:
+        source: Source = _mapped_npz(Path(where)) or open_source(str(where))
+    except DataError as error:
+        raise DataError(f"{error}; {_ROUNDED}" if "expected uint8" in str(error) else str(error)) from error
+    if isinstance(source, ArraySource):
+        return _ArrayImages(source, max_images, channels, recipe, size)
+    return _FileImages(source, max_images, channels, recipe, size)
+
+
+class _SourceImages:
+    """What images in memory and images in files share: labels, prompts, facts, and the form that they get."""
+
+    def __init__(self, source: Source, max_images: int | None, channels: int, recipe: str, size: int | None):
+        self.name, self._source = source.name, source
+        self._count = len(source) if max_images is None else min(max_images, len(source))
+        self._channels, self._recipe, self._size = channels, recipe, size
+        manifest = _read_manifest(source.root, len(source)) if isinstance(source, FolderSource) else {}
+        self._told: Sequence[str] | None = manifest.get("prompts")
+        self._origin = {key: manifest[key] for key in _MANIFEST_FACTS if key in manifest}
+        labels = source.labels if source.num_classes is not None else None
+        labels = torch.tensor(manifest["labels"]) if manifest.get("labels") is not None else labels
+        self.labels = None if labels is None else labels[: self._count]
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def prompts(self) -> Sequence[str] | None:
+        """As of `Images`; captions are read at first use, as most scores need none."""
+        texts = self._source.captions if self._told is None else self._told
+        return None if texts is None else texts[: self._count]
+
+    @prompts.setter
+    def prompts(self, prompts: Sequence[str] | None) -> None:
+        self._told = prompts
+
+    def _facts(self, lossy: int, grey: int, width: int, height: int) -> dict[str, Any]:
+        return {
+            **self._origin,
+            "available": len(self._source),
+            "recipe": self._recipe,
+            "resolution": f"{width}x{height}",
+            "lossy_files": lossy,
+            "greyscale_expanded": grey if self._channels == 3 else 0,
+        }
+
+    def _named(self, digest: Any) -> str:
+        if self._recipe != "exact":
+            digest.update(f"{self._recipe} {self._size}".encode())
+        return str(digest.hexdigest())
+
+
+class _ArrayImages(_SourceImages):
+    """Images in memory, or in a file that is mapped into it."""
+
+    def __init__(self, source: ArraySource, max_images: int | None, channels: int, recipe: str, size: int | None):
+        super().__init__(source, max_images, channels, recipe, size)
+        self._images = source.images[: self._count]
+        self._made = self.read([0]).shape
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As of `Images`."""
+        grey = self._count if self._images.shape[1] == 1 else 0
+        return self._facts(0, grey, self._made[3], self._made[2])
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [B, C, H, W]."""
+        chosen = self._images[list(indices)]
+        return prepared(chosen, self.name, channels=self._channels, recipe=self._recipe, size=self._size)
+
+    @cached_property
+    def _sha256(self) -> str:
+        digest = hashlib.sha256(str(list(self._images.shape)).encode())
+        for image in self._images:
+            digest.update(image.contiguous().numpy())
+        return self._named(digest)
+
+    def sha256(self) -> str:
+        """Of shape and pixels, and of the recipe if one resamples."""
+        return self._sha256
+
+
+class _FileImages(_SourceImages):
+    """Encoded images: files, members of archives, rows of data sets. Facts count what has been read or hashed."""
+
+    def __init__(self, source: Source, max_images: int | None, channels: int, recipe: str, size: int | None):
+        super().__init__(source, max_images, channels, recipe, size)
+        self._lossy: set[int] = set()
+        self._grey: set[int] = set()
+        self._threads = 1
+        # An archive has one position in its file, so its members are read one at a time.
+        self._turn: AbstractContextManager[Any] = nullcontext() if isinstance(source, FolderSource) else Lock()
+        self._only = (size, size) if recipe == "exact" and size is not None else None
+        ((_, first),) = self._usable(self._open, [0])
+        self._made = first.size if size is None else (size, size)
+        self._threads = threads_for(*first.size)
+        if recipe == "exact":
+            self._only = self._made
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """As of `Images`."""
+        return self._facts(len(self._lossy), len(self._grey), *self._made)
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """uint8 [B, C, H, W].
+
+        Raises:
+            DataError: images that are damaged, or of another size or kind than asked for, by name.
+        """
+        width, height = self._made
+        made = np.empty((len(indices), self._channels, height, width), np.uint8)
+        return torch.from_numpy(np.stack(self._usable(self._pixels, indices), out=made))
+
+    def sha256(self) -> str:
+        """Of the files' bytes in their order, and of the recipe if one resamples; not of their names.
+
+        Looks at every image's header on its way, so what does not fit is known before anything is computed.
+
+        Raises:
+            DataError: as `read`, but for damage past the header.
+        """
+        return self._sha256
+
+    @cached_property
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        problems: list[str] = []
+        for first in range(0, self._count, _HASHED_AT_ONCE):
+            block = range(first, min(first + _HASHED_AT_ONCE, self._count))
+            for result in in_threads(self._attempt(self._open), block, self._threads):
+                if isinstance(result, str):
+                    problems.append(result)
+                    continue
+                digest.update(len(result[0]).to_bytes(8, "little"))
+                digest.update(result[0])
+        self._refuse(problems)
+        return self._named(digest)
+
+    def _usable(self, work: Callable[[int], _T], indices: Sequence[int]) -> list[_T]:
+        results = in_threads(self._attempt(work), indices, self._threads)
+        self._refuse([result for result in results if isinstance(result, str)])
+        return [result for result in results if not isinstance(result, str)]
+
+    def _attempt(self, work: Callable[[int], _T]) -> Callable[[int], _T | str]:
+        """What `work` returns, or what was wrong with the image."""
+
+        def attempt(index: int) -> _T | str:
+            try:
+                return work(index)
+            except UnusableImageError as error:
+                return f"{self._source.item_name(index)} {error}"
+
+        return attempt
+
+    def _refuse(self, problems: Sequence[str]) -> None:
+        if problems:
+            more = "" if len(problems) <= _LISTED else f"; and {len(problems) - _LISTED} more"
+            raise DataError(f"images {self.name}: {'; '.join(problems[:_LISTED])}{more}")
+
+    def _open(self, index: int) -> tuple[bytes, PILImage]:
+        """The file's bytes, and the image before it is decoded."""
+        try:
+            with self._turn:
+                encoded = self._source.encoded(index)
+        except OSError as error:
+            raise UnusableImageError(f"cannot be read ({error.strerror or error}); check the file") from error
+        assert isinstance(encoded, bytes)
+        image = opened(encoded, self._channels, self._only)
+        if is_lossy(encoded, image):
+            self._lossy.add(index)
+        if is_grey(image):
+            self._grey.add(index)
+        return encoded, image
+
+    def _pixels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return decoded(self._open(index)[1], self._channels, self._recipe, self._made[0])
+
+
+def _read_manifest(folder: Path, count: int) -> dict[str, Any]:
+    """What `fdistill generate` wrote about a folder's images; empty where there is none."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}); generate the images again or remove it") from error
+    if manifest.get("labels") is not None:
+        class_labels(manifest["labels"], count, str(path))
+    prompts = manifest.get("prompts")
+    if prompts is not None:
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise DataError(f"{path}: prompts are no list of texts; expected one for each image")
+        if len(prompts) != count:
+            raise DataError(f"{path}: {len(prompts)} prompts for {count} images; expected one for each")
+    return manifest
+
+
+def _mapped_npz(path: Path) -> ArraySource | None:
+    """Images of an uncompressed .npz that are not loaded (50,000 of 256x256 are 10 GB); None of anything else than
+    uint8 [N, H, W, 1 or 3], which is then opened, or refused, as training data are."""
+    if path.suffix != ".npz" or not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as arrays, path.open("rb") as file:
+            key = next(key for key in ("images", "arr_0") if key in arrays.files)
+            member = arrays.zip.getinfo(f"{key}.npy")
+            file.seek(member.header_offset + 26)
+            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # past the name and the extra field
+            if member.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
+                return None
+            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+            if dtype != np.uint8 or by_columns or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+                return None
+            with arrays.zip.open(member) as stream:
+                while stream.read(_CHUNK):
+                    pass  # to the end, where a damaged file fails its checksum
+            images = np.memmap(file, dtype, "c", file.tell(), shape)  # "c", as torch warns of what is read-only
+            labels = next((arrays[key] for key in ("labels", "y", "arr_1") if key in arrays.files), None)
+    except (OSError, ValueError, StopIteration, struct.error, zipfile.BadZipFile):
+        return None
+    found = class_labels(labels, len(images), f"data {path}")
+    return ArraySource(str(path), torch.from_numpy(images.transpose(0, 3, 1, 2)), *found)

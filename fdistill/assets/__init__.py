@@ -11,3 +11,6 @@ DIGITS_FEATURES = _ROOT / "digits-features"
 
 #: Teachers that `teacher=NAME` finds without a path.
 EMBEDDED_TEACHERS = {"digits": _ROOT / "digits-teacher", "digits-t2i": _ROOT / "digits-t2i"}
+
+#: A small open_clip model that judges how well captions fit digits: scores named `clip_digits`.
+CLIP_DIGITS = _ROOT / "clip-digits"

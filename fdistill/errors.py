@@ -31,7 +31,7 @@ class OutputError(FDistillError):
 
 
 class NonFiniteError(FDistillError):
-    """A loss or gradient became NaN or infinite; training stopped before it could be saved."""
+    """A loss, a gradient or an image became NaN or infinite; nothing of it was saved."""
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

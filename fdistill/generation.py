@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from fdistill import __version__
@@ -19,22 +19,24 @@ from fdistill.adapters import Checkpoint
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.devices import start
-from fdistill.errors import ArgumentError
+from fdistill.diffusers_pipeline import only_diffusers_runs
+from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.files import atomic_folder, claim_folder, partial_path, weights_sha256, writing
 from fdistill.generator import Generator, noise_shape
 from fdistill.guidance import GuidedDenoiser
-from fdistill.images import to_uint8
+from fdistill.image_source import Evaluations, Told, finite_uint8
 from fdistill.latents import LatentSpace, attach_latent_space
 from fdistill.pipeline import is_student, load_student
+from fdistill.pipeline_source import PipelineSource, open_pipeline
 from fdistill.report import to_pil
 from fdistill.rng import indexed_normal
 from fdistill.sampler import heun_sample
 from fdistill.teacher import open_teacher
-from fdistill.text import PromptEncoder, describe_cut, open_prompt_encoder
+from fdistill.text import EncodesPrompts, PromptEncoder, describe_cut, open_prompt_encoder
 from fdistill.tiue import TiUEGenerator
 
-#: What images are asked to be: labels int64 [N], N prompts, or nothing.
-Told = Tensor | Sequence[str] | None
+#: What runs a checkpoint: fdistill's own sampler, or the pipeline of diffusers that the checkpoint is.
+SAMPLERS = ("heun", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Source:
     num_steps: int | None
     weights_sha256: str
     latents: LatentSpace | None = None
-    text: PromptEncoder | None = None
+    text: EncodesPrompts | None = None
     guidance_scale: float | None = None
 
     @property
@@ -61,9 +63,59 @@ class Source:
         """The network that is evaluated."""
         return self.model if isinstance(self.model, Denoiser) else self.model.denoiser
 
+    @property
+    def kind(self) -> str:
+        """ "student" or "teacher"."""
+        return "student" if self.num_steps is None else "teacher"
+
+    @property
+    def sampler(self) -> str | None:
+        """Of a teacher; None for a student."""
+        return None if self.num_steps is None else "heun"
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether prompts are what it is told."""
+        return self.text is not None
+
+    @property
+    def num_classes(self) -> int | None:
+        """Labels are in [0, num_classes); None if it is told none."""
+        return self.model.num_classes
+
+    def on(self, device: torch.device) -> AbstractContextManager[None]:
+        """The text encoders, if there are any, are on the device inside the block, as `sample` wants them."""
+        return nullcontext() if self.text is None else self.text.on(device)
+
+    def cut(self, prompts: Sequence[str]) -> str:
+        """One sentence on prompts that are too long for the text encoders; empty if there are none."""
+        return "" if self.text is None else describe_cut(self.text.cut(prompts), prompts)
+
+    @contextmanager
+    def counted(self) -> Iterator[Evaluations]:
+        """Counts the samples the network is evaluated on inside the block; the images are the caller's to count."""
+        if isinstance(self.model, TiUEGenerator):  # which runs the parts of its network
+            counted, steps = Evaluations(), len(self.model.levels)
+
+            def count(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+                counted.network += steps * len(arguments[0])
+
+            hook = self.model.register_forward_pre_hook(count)
+            try:
+                yield counted
+            finally:
+                hook.remove()
+        else:
+            with counted_evaluations(self.denoiser) as counted:
+                yield counted
+
     @torch.no_grad()
     def sample(self, seed: int, indices: Sequence[int], told: Told, device: torch.device) -> Tensor:
-        """Images uint8 [N, C, H, W] on the CPU for N indices; each depends on (seed, index) and what is told of it."""
+        """Images uint8 [N, C, H, W] on the CPU for N indices; each depends on (seed, index) and what is told of it.
+
+        Raises:
+            NonFiniteError: an image is not finite.
+        """
         condition = self._condition(told, device)
         if isinstance(self.model, Denoiser):
             assert self.num_steps is not None
@@ -72,7 +124,7 @@ class Source:
         else:
             noise = indexed_normal(seed, indices, noise_shape(self.model)).to(device)
             x0 = self.model(noise, condition)
-        return to_uint8(x0 if self.latents is None else self.latents.decode(x0)).cpu()
+        return finite_uint8(x0 if self.latents is None else self.latents.decode(x0), indices, self.name)
 
     def _condition(self, told: Told, device: torch.device) -> Condition | None:
         if told is None or isinstance(told, Tensor):
@@ -81,16 +133,8 @@ class Source:
         return self.text.encode(told).to(device)
 
 
-@dataclass
-class Evaluations:
-    """Network evaluations, and the images they were spent on, as counted while it ran."""
-
-    network: int = 0
-    images: int = 0
-
-    @property
-    def per_image(self) -> float:
-        return self.network / max(1, self.images)
+#: Whatever makes images.
+ImageSource = Source | PipelineSource
 
 
 @contextmanager
@@ -118,17 +162,37 @@ def open_source(
     negative_prompt: str = "",
     resolution: int | None = None,
     network: str | None = None,
-) -> Source:
-    """A student folder (or a run that has one), or any teacher that `load_teacher` takes.
+    sampler: str = "heun",
+) -> ImageSource:
+    """A student folder (or a run that has one), any teacher that `load_teacher` takes, or any pipeline of diffusers.
 
     Args:
         num_steps, guidance_scale: of a teacher.
         negative_prompt, resolution: of a text-to-image teacher.
         network: "module:function" of a student of a user's own network.
+        sampler: "heun", or "pipeline" for the checkpoint's own class of pipeline and scheduler (see `open_pipeline`).
+
+    Returns:
+        A `Source`; a `PipelineSource` with sampler "pipeline".
 
     Raises:
         CheckpointError: neither.
     """
+    if sampler not in SAMPLERS:
+        raise ArgumentError(f"sampler: got {sampler!r}; {did_you_mean(sampler, SAMPLERS)}")
+    if sampler == "pipeline":
+        if network is not None:
+            raise ArgumentError(
+                f"network: got {network!r}, but a network of your own is in no pipeline; leave one of the two out"
+            )
+        return open_pipeline(
+            checkpoint,
+            device,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            resolution=resolution,
+        )
     path = Path(checkpoint)
     for folder in (path, path / "student"):
         if is_student(folder):
@@ -139,7 +203,12 @@ def open_source(
             return Source(str(checkpoint), student, None, weights_sha256(folder), latents, text)
     if num_steps < 1:
         raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
-    teacher = open_teacher(checkpoint, resolution=resolution)
+    try:
+        teacher = open_teacher(checkpoint, resolution=resolution)
+    except CheckpointError as error:
+        if only_diffusers_runs(checkpoint):
+            raise CheckpointError(f"{error}; `--sampler pipeline` runs it with diffusers' own") from error
+        raise
     origin, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(device), teacher.latents
     text = _prompt_encoder(origin, denoiser, latents)
     sha256 = weights_sha256(origin.folder) if origin.folder else origin.fingerprint(denoiser)
@@ -161,14 +230,14 @@ def _prompt_encoder(checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentS
 
 
 def told_of(
-    source: Source, count: int, class_labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
+    source: ImageSource, count: int, class_labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
 ) -> Told:
     """What `count` images are asked to be: the prompts, or the labels (all by default), in turn.
 
     Raises:
         ArgumentError: prompts for a model that is told none, or none for one that is.
     """
-    if source.text is None:
+    if not source.takes_prompts:
         if prompts is not None:
             raise ArgumentError(f"prompts: {source.name} is told none; expected none, or a text-to-image model")
         return labels_of(source, count, class_labels)
@@ -179,13 +248,13 @@ def told_of(
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
-def labels_of(source: Source, count: int, class_labels: Sequence[int] | None) -> Tensor | None:
+def labels_of(source: ImageSource, count: int, class_labels: Sequence[int] | None) -> Tensor | None:
     """Labels int64 [count]: the given classes in turn, all classes by default; None for an unconditional model.
 
     Raises:
         ArgumentError: a class the model does not have, or classes asked of an unconditional model.
     """
-    classes = source.model.num_classes
+    classes = source.num_classes
     if classes is None:
         if class_labels:
             raise ArgumentError(f"class_labels: {source.name} is unconditional; expected none")
@@ -208,7 +277,7 @@ def check_counts(num_images: int, batch_size: int, seed: int) -> None:
 
 
 def batches(
-    source: Source,
+    source: ImageSource,
     seed: int,
     indices: range,
     told: Told,
@@ -219,7 +288,7 @@ def batches(
 ) -> Iterator[tuple[range, Tensor]]:
     """(indices, images) in order, under a progress bar with images/s."""
     with (
-        nullcontext() if source.text is None else source.text.on(device),
+        source.on(device),
         tqdm(total=len(indices), desc="generate", unit="img", disable=not progress, mininterval=0.5) as bar,
     ):
         for first in range(0, len(indices), batch_size):
@@ -242,6 +311,7 @@ def generate(
     negative_prompt: str = "",
     resolution: int | None = None,
     network: str | None = None,
+    sampler: str = "heun",
     device: str = "auto",
 ) -> Path:
     """Writes output/000000.png ... and output/manifest.json, all or nothing.
@@ -257,13 +327,16 @@ def generate(
         batch_size: images per evaluation and process.
         class_labels: classes to draw, in turn; all by default.
         prompts: what a text-to-image model draws, in turn.
-        num_steps: of Heun's method, for a teacher: 2 num_steps - 1 evaluations an image. A student takes as many as it
-            was trained for.
+        num_steps: of Heun's method, for a teacher: 2 num_steps - 1 evaluations an image; of a pipeline's own scheduler.
+            A student takes as many as it was trained for.
         guidance_scale: of a teacher that knows a label for "no class", or is told prompts; 1 is off. A student has
-            learnt its teacher's.
+            learnt its teacher's. A pipeline is called with it: most classes take 0 and 1 for off, and those of networks
+            that are told the number (LCM, FLUX.1-dev) tell it.
         negative_prompt: what guidance of a text-to-image teacher leads away from.
         resolution: of a text-to-image teacher, where it is not its own.
         network: "module:function" of a student of a user's own network.
+        sampler: "heun", or "pipeline": any pipeline of diffusers with its own scheduler, teachers and students of
+            others (LCM, SD-Turbo, ...) alike; a student of fdistill as its card says that other programs call it.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
@@ -272,6 +345,7 @@ def generate(
     Raises:
         ArgumentError, CheckpointError, OutputError: before anything is written; a full disk later on leaves nothing
             behind.
+        NonFiniteError: an image is not finite; nothing is left behind either.
     """
     check_counts(num_images, batch_size, seed)
     state, chosen_device = start(device)
@@ -283,9 +357,10 @@ def generate(
         negative_prompt=negative_prompt,
         resolution=resolution,
         network=network,
+        sampler=sampler,
     )
     told = told_of(source, num_images, class_labels, prompts)
-    cut = "" if source.text is None or prompts is None else describe_cut(source.text.cut(prompts), prompts)
+    cut = "" if prompts is None else source.cut(prompts)
     if cut and state.is_main_process:
         tqdm.write(cut)
     folder = claim_folder(Path(output)) if state.is_main_process else Path(output).resolve()
@@ -295,7 +370,7 @@ def generate(
     with (
         writing(folder),
         atomic_folder(folder) if main else nullcontext(partial_path(folder)) as temporary,
-        counted_evaluations(source.denoiser) as counted,
+        source.counted() as counted,
     ):
         state.wait_for_everyone()
         seconds = 0.0
@@ -311,12 +386,14 @@ def generate(
             manifest = {
                 "checkpoint": source.name,
                 "checkpoint_sha256": source.weights_sha256,
-                "kind": "teacher" if source.num_steps else "student",
+                "kind": source.kind,
+                "sampler": source.sampler,
+                "steps": source.num_steps,
                 "evaluations_per_image": counted.per_image,
                 "num_images": num_images,
                 "seed": seed,
                 "labels": told.tolist() if isinstance(told, Tensor) else None,
-                **({} if source.text is None else {"prompts": told, "negative_prompt": negative_prompt}),
+                **({"prompts": told, "negative_prompt": negative_prompt} if source.takes_prompts else {}),
                 "guidance": source.guidance_scale,
                 "batch_size": batch_size,
                 "processes": state.num_processes,

@@ -8,11 +8,11 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Protocol
 
 import diffusers
 import torch
@@ -72,7 +72,7 @@ class PromptEncoder:
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextCondition:
         """At least one prompt, where the encoders are; ends that they do not take are cut off (`cut` says which)."""
-        with _quiet():
+        with quiet():
             parts = [
                 self._family.encode_prompts(self._pipeline, list(prompts[first : first + _BATCH]), self._resolution)
                 for first in range(0, len(prompts), _BATCH)
@@ -82,7 +82,7 @@ class PromptEncoder:
     @torch.no_grad()
     def null(self, negative_prompt: str = "") -> TextCondition:
         """What guidance leads away from, as one prompt: the empty one as the family is trained with it, or another."""
-        with _quiet():
+        with quiet():
             null: TextCondition = self._family.encode_null(self._pipeline, negative_prompt, self._resolution)
         return null
 
@@ -126,8 +126,21 @@ def describe_cut(cut: Sequence[CutPrompt], prompts: Sequence[str]) -> str:
     return "; ".join(sentences)
 
 
+class EncodesPrompts(Protocol):
+    """What a source of images needs of text encoders: a `PromptEncoder`, or prompts that were encoded before."""
+
+    def on(self, device: torch.device) -> AbstractContextManager[None]:
+        """`encode` may be called inside the block."""
+
+    def encode(self, prompts: Sequence[str]) -> TextCondition:
+        """At least one prompt."""
+
+    def cut(self, prompts: Sequence[str]) -> list[CutPrompt]:
+        """The prompts that are too long."""
+
+
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the libraries' own lines, such as one for each prompt that is cut, and bars for loading."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
@@ -187,7 +200,7 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
     }
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
-        with _quiet():
+        with quiet():
             pipeline = getattr(diffusers, name).from_pretrained(
                 folder,
                 local_files_only=True,

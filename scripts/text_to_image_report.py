@@ -14,13 +14,13 @@ import torch
 
 from fdistill.data.digit_captions import DIGIT_WORDS, WEIGHT_WORDS
 from fdistill.files import atomic_file
-from fdistill.generation import Source, open_source
+from fdistill.generation import ImageSource, open_source
 
 ACCURACY, SECONDS, COPIES = 0.9, 600, 4
 METRICS = ("prompt_accuracy", "ink_bold", "ink_thin", "fd_digits")
 
 
-def draw(sources: dict[str, Source], path: Path) -> None:
+def draw(sources: dict[str, ImageSource], path: Path) -> None:
     """Bold and thin digits of every kind, each source's beside the other's, for the same noise."""
     prompts = [f"a {weight} handwritten {word}" for word in DIGIT_WORDS for weight in reversed(WEIGHT_WORDS)]
     figure, axes = plt.subplots(len(prompts) // 2, 2, figsize=(9, 7), layout="constrained")

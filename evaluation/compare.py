@@ -1,0 +1,151 @@
+"""Several results of one protocol as one table and one figure: quality against evaluations and seconds an image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from evaluation.comparison.entries import Comparison, Entry, comparison_of, read_entry
+from evaluation.comparison.table import markdown_table
+from fdistill.errors import ArgumentError
+from fdistill.files import atomic_folder, claim_folder, read_json_object
+
+
+def compare(
+    inputs: Sequence[str | Path],
+    *,
+    output: str | Path | None = None,
+    names: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
+    protocol: str | None = None,
+    **options: Any,
+) -> Comparison:
+    """Puts results side by side, for `text_table`, `markdown_table` and `draw` of `evaluation.comparison` to show.
+
+    A number that was measured otherwise than most others of its metric (on another count of samples, against another
+    reference, by another extractor) is kept with a note, and not ranked.
+
+    Args:
+        inputs: two or more, each a JSON file that `evaluate` wrote, or anything that `evaluate` takes, which is then
+            measured.
+        output: a folder for comparison.md, comparison.json and comparison.png; must not exist or be empty.
+        names: one for each input; by default as much of its path as tells it from the others.
+        metrics: columns of the table, of which the first is drawn; by default all that the results hold, from the first
+            one that all have.
+        protocol: of all of them; by default that of the JSON files, or "digits" where there are none.
+        options: further arguments of `evaluation.evaluate.evaluate`, for inputs that are to be measured.
+
+    Raises:
+        ArgumentError: fewer than two inputs, one given twice, JSON files that are no results or of another protocol,
+            results without a common metric, or options that nothing is left for.
+        OutputError: the folder cannot be written.
+        FDistillError: whatever `evaluate` raises, after all JSON files were read.
+    """
+    if len(inputs) < 2:
+        raise ArgumentError(f"inputs: got {len(inputs)}; expected two or more results, students or folders to compare")
+    called = short_names(inputs) if names is None else _checked(names, inputs)
+    entries: dict[str, Entry] = {}
+    for name, where in zip(called, inputs, strict=True):
+        if _is_result(where):
+            entries[name] = read_entry(name, str(where), _read(Path(where)))
+            own = entries[name].protocol
+            if protocol not in (None, own):
+                raise ArgumentError(
+                    f"{where}: was measured by protocol {own!r}, and is to be compared by {protocol!r}; "
+                    "numbers of two protocols do not compare, so evaluate all by one"
+                )
+            protocol = own
+    if options and len(entries) == len(inputs):
+        raise ArgumentError(f"{', '.join(options)}: every input is a result already, so nothing is left to evaluate")
+    folder = None if output is None else claim_folder(Path(output))
+    rank = 0
+    if len(entries) < len(inputs):
+        from evaluation.evaluate import evaluate
+        from evaluation.protocols import get_protocol
+        from fdistill.rng import world
+
+        protocol = protocol or "digits"
+        if metrics is not None:
+            groups = {metric.name: metric.outputs for metric in get_protocol(protocol).metrics}
+            metrics = [output for name in metrics for output in groups.get(name, (name,))]
+        for name, where in zip(called, inputs, strict=True):
+            if name not in entries:
+                entries[name] = read_entry(
+                    name, str(where), evaluate(where, protocol=protocol, metrics=metrics, **options)
+                )
+        rank, _ = world()
+    comparison = comparison_of([entries[name] for name in called], metrics)
+    if folder is not None and rank == 0:
+        _write(comparison, folder)
+    return comparison
+
+
+def _write(comparison: Comparison, folder: Path) -> None:
+    from evaluation.comparison.figure import draw
+
+    record = {
+        "protocol": comparison.protocol,
+        "metrics": comparison.metrics,
+        "results": [
+            {"name": entry.name, "not_ranked": dict(entry.unlike), **entry.result} for entry in comparison.entries
+        ],
+    }
+    with atomic_folder(folder) as temporary:
+        (temporary / "comparison.md").write_text(markdown_table(comparison), encoding="utf-8")
+        (temporary / "comparison.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        draw(comparison).savefig(temporary / "comparison.png", dpi=200)
+
+
+def _is_result(where: str | Path) -> bool:
+    return Path(where).suffix == ".json"
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        return read_json_object(path)
+    except OSError as error:
+        raise ArgumentError(
+            f"{path}: cannot be read ({error.strerror or error}); expected a file of `fdistill evaluate --output`"
+        ) from error
+    except ValueError as error:
+        raise ArgumentError(f"{path}: {error}; expected a file of `fdistill evaluate --output`") from error
+
+
+def short_names(inputs: Sequence[str | Path]) -> list[str]:
+    """The last part of each path without .json, and as many parts before it as tell it from the others.
+
+    Parts at the end that all have in common are left out: runs/a/scores.json and runs/b/scores.json are a and b.
+
+    Raises:
+        ArgumentError: two inputs are the same.
+    """
+    for i, where in enumerate(inputs):
+        if str(where) in map(str, inputs[:i]):
+            raise ArgumentError(f"inputs: {where} is there twice; expected each once")
+    parts = [
+        PurePath(str(where).removesuffix(".json") if _is_result(where) else str(where)).parts or (".",)
+        for where in inputs
+    ]
+    while min(map(len, parts)) > 1 and len({part[-1] for part in parts}) == 1:
+        parts = [part[:-1] for part in parts]
+    lengths = [1] * len(parts)
+    while True:
+        names = ["/".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
+        longer = [
+            length + 1 if names.count(name) > 1 and length < len(part) else length
+            for name, part, length in zip(names, parts, lengths, strict=True)
+        ]
+        if longer == lengths:
+            return names if len(set(names)) == len(names) else [str(where) for where in inputs]
+        lengths = longer
+
+
+def _checked(names: Sequence[str], inputs: Sequence[str | Path]) -> list[str]:
+    if len(names) != len(inputs):
+        raise ArgumentError(f"names: got {len(names)} for {len(inputs)} inputs; expected one for each")
+    for name in names:
+        if not name.strip() or not name.isprintable() or list(names).count(name) > 1:
+            raise ArgumentError(f"names: got {name!r}; expected names of one line, each once")
+    return list(names)

@@ -1,0 +1,171 @@
+"""A comparison as a figure: quality against evaluations an image and against seconds an image."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from evaluation.comparison.entries import Comparison, Entry
+from evaluation.comparison.labels import place_labels
+from evaluation.score import higher_is_better
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_MARKERS = {"student": "o", "teacher": "s"}
+_OTHER_MARKER = "D"
+_LOG_FROM = 4.0  # distances whose largest is so many times the smallest get a logarithmic axis
+_ROOM = 0.12  # of an axis, beyond its outermost points
+_FONT = 8
+
+
+def draw(comparison: Comparison) -> Figure:
+    """The comparison's first metric over evaluations (left) and seconds (right) an image, each point with its name.
+
+    Spreads are error bars, and open points are not ranked. What is not drawn is said below.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    metric = comparison.metrics[0]
+    measured = [entry for entry in comparison.entries if metric in entry.scores]
+    evaluated = {e.name: e.evaluations_per_image for e in measured if e.evaluations_per_image is not None}
+    timed = {e.name: e.seconds_per_image for e in measured if e.seconds_per_image is not None}
+    devices = {entry.name: entry.device or "an unknown device" for entry in measured if entry.name in timed}
+    usual = max(devices.values(), key=list(devices.values()).count, default="")
+    elsewhere = {name: f" (on {device})" for name, device in devices.items() if device != usual}
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    drawn = [entry for entry in measured if entry.name in evaluated | timed]
+    colours = {entry.name: f"C{i % 10}" for i, entry in enumerate(comparison.entries)}
+    for axes, across in ((left, evaluated), (right, timed)):
+        _points(axes, metric, [entry for entry in drawn if entry.name in across], across, colours)
+    left.set_xlabel("evaluations per image")
+    right.set_xlabel("seconds per image")
+    _quality_axis(left, comparison, drawn)
+    _legend(figure, drawn)
+    seconds = f"Seconds on {usual}{', if not said otherwise' if elsewhere else ''}" if usual else ""
+    below = "\n".join(textwrap.wrap(_below(comparison, seconds), 150))
+    figure.supxlabel(below, fontsize=_FONT, color="0.3", parse_math=False)
+    figure.draw_without_rendering()  # settles the layout, which the names must not change any more
+    figure.set_layout_engine("none")
+    for axes, across, suffixes in ((left, evaluated, {}), (right, timed, elsewhere)):
+        _names(axes, metric, [entry for entry in drawn if entry.name in across], across, colours, suffixes)
+    return figure
+
+
+def _names(
+    axes: Any,
+    metric: str,
+    entries: Sequence[Entry],
+    across: Mapping[str, float],
+    colours: Mapping[str, str],
+    suffixes: Mapping[str, str],
+) -> None:
+    from matplotlib.colors import to_rgb
+
+    names = [entry.name + suffixes.get(entry.name, "") for entry in entries]
+    scores = [entry.scores[metric] for entry in entries]
+    points = [(across[entry.name], score.value) for entry, score in zip(entries, scores, strict=True)]
+    bars = [(x, y - (score.spread or 0), y + (score.spread or 0)) for (x, y), score in zip(points, scores, strict=True)]
+    dark = [tuple(0.6 * part for part in to_rgb(colours[entry.name])) for entry in entries]
+    place_labels(axes, points, names, dark, bars, _FONT)
+
+
+def _points(
+    axes: Any, metric: str, entries: Sequence[Entry], across: Mapping[str, float], colours: Mapping[str, str]
+) -> None:
+    for entry in entries:
+        score, colour = entry.scores[metric], colours[entry.name]
+        axes.errorbar(
+            across[entry.name],
+            score.value,
+            yerr=score.spread,
+            fmt=_marker(entry),
+            color=colour,
+            markerfacecolor="white" if metric in entry.unlike else colour,
+            markersize=6.5,
+            capsize=3,
+            elinewidth=1,
+        )
+    axes.grid(True, which="major", color="0.92", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if entries:
+        _logarithmic(axes.xaxis, axes.set_xlim, axes.set_xscale, [across[entry.name] for entry in entries])
+    else:
+        axes.set_xticks([])
+        axes.text(0.5, 0.5, "not known of any", transform=axes.transAxes, ha="center", color="0.5", fontsize=_FONT)
+
+
+def _quality_axis(axes: Any, comparison: Comparison, entries: Sequence[Entry]) -> None:
+    """Logarithmic for a distance, which is better lower, where values differ by much; else linear."""
+    metric = comparison.metrics[0]
+    higher = higher_is_better(metric)
+    way = {True: " (higher is better)", False: " (lower is better)", None: ""}[higher]
+    axes.set_ylabel(comparison.full_name(metric) + way)
+    if not entries:
+        return
+    scores = [entry.scores[metric] for entry in entries]
+    low = min(score.value - (score.spread or 0) for score in scores)
+    high = max(score.value + (score.spread or 0) for score in scores)
+    if higher is False and low > 0 and high / low >= _LOG_FROM:
+        _logarithmic(axes.yaxis, axes.set_ylim, axes.set_yscale, [low, high])
+    else:
+        room = _ROOM * ((high - low) or abs(high) or 1)
+        axes.set_ylim(low - room, high + room)
+
+
+def _logarithmic(axis: Any, set_limits: Any, set_scale: Any, values: Sequence[float]) -> None:
+    """An axis with plain numbers at 1, 2 and 5 times powers of ten, or at those alone where it spans many."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = min(values), max(values)
+    room = max((high / low) ** _ROOM, 1.3)
+    set_scale("log")
+    set_limits(low / room, high * room)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,)))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _marker(entry: Entry) -> str:
+    return _MARKERS.get(str(entry.provenance.get("kind")), _OTHER_MARKER)
+
+
+def _legend(figure: Any, entries: Sequence[Entry]) -> None:
+    """Which shape is what, where there are several."""
+    from matplotlib.lines import Line2D
+
+    kinds = {_marker(entry): str(entry.provenance.get("kind") or "other") for entry in entries}
+    if len(kinds) > 1:
+        handles = [Line2D([], [], marker=m, linestyle="", color="0.4", label=kind) for m, kind in kinds.items()]
+        figure.legend(handles=handles, loc="outside upper center", ncols=len(kinds), frameon=False, fontsize=_FONT)
+
+
+def _below(comparison: Comparison, seconds: str) -> str:
+    """What the seconds, bars and open points are, and what is not drawn."""
+    metric = comparison.metrics[0]
+    scores = [entry.scores[metric] for entry in comparison.entries if metric in entry.scores]
+    spreads = dict.fromkeys(score.spread_of or "unknown" for score in scores if score.spread is not None)
+    unlike = [f"{entry.name} ({entry.unlike[metric]})" for entry in comparison.entries if metric in entry.unlike]
+    absent = []
+    for entry in comparison.entries:
+        known = (
+            (f"no {comparison.full_name(metric)}", entry.scores.get(metric)),
+            ("no evaluations per image", entry.evaluations_per_image),
+            ("no seconds per image", entry.seconds_per_image),
+        )
+        lacks = [what for what, value in known if value is None]
+        if lacks:
+            absent.append(f"{entry.name} ({', '.join(lacks)})")
+    said = [
+        f"Protocol {comparison.protocol}",
+        seconds,
+        f"Bars: spread over {' or '.join(spreads)}" if spreads else "",
+        f"Open: not ranked, {', '.join(unlike)}" if unlike else "",
+        f"Not in both panels: {', '.join(absent)}" if absent else "",
+    ]
+    return ". ".join(sentence for sentence in said if sentence) + "."

@@ -1,49 +1,36 @@
-"""Scores of a folder of samples, a student or a teacher by a named protocol, with everything needed to repeat them."""
+"""Scores of images, a student, a teacher or a pipeline by a named protocol, with all that is needed to repeat them."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from evaluation.against import open_against
+from evaluation.classifier import with_classifier
+from evaluation.extractors import Extractor
+from evaluation.generated import GeneratedImages
+from evaluation.images import open_images
+from evaluation.measure import Measurement, Setting, measure
 from evaluation.protocols import get_protocol
 from evaluation.protocols.protocol import Protocol
-from evaluation.samples import read_images, read_manifest
-from fdistill import __version__
+from evaluation.score import Score
+from evaluation.weights import Weights
+from fdistill import __version__, rng
+from fdistill.data.prompts import read_prompts
+from fdistill.data.source import is_image
 from fdistill.devices import start
-from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.errors import ArgumentError
 from fdistill.files import atomic_file, check_file
-from fdistill.generation import Source, batches, check_counts, counted_evaluations, open_source, told_of
+from fdistill.generation import check_counts, open_source
 from fdistill.pipeline import is_student
 
-_MANIFEST_KEYS = (
-    "checkpoint",
-    "checkpoint_sha256",
-    "kind",
-    "seed",
-    "guidance",
-    "evaluations_per_image",
-    "images_per_second",
-    "device",
-)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """images uint8 [N, C, H, W], labels [N] or None, and where they came from."""
-
-    images: Tensor
-    labels: Tensor | None
-    provenance: dict[str, Any]
+_ARCHIVES = (".zip", ".npz", ".tar", ".parquet")
 
 
 def evaluate(
@@ -53,136 +40,200 @@ def evaluate(
     protocol: str = "digits",
     metrics: Sequence[str] | None = None,
     output: str | Path | None = None,
-    seed: int = 0,
+    seeds: Sequence[int] = (0,),
+    num_images: int | None = None,
+    prompts: str | Path | None = None,
+    weights: Weights | None = None,
+    batch_size: int = 64,
+    sampler: str = "heun",
     num_steps: int = 18,
     guidance_scale: float = 1.0,
+    negative_prompt: str = "",
+    resolution: int | None = None,
     network: str | None = None,
     device: str = "auto",
+    replicates: int = 20,
+    classifier: str | None = None,
 ) -> dict[str, Any]:
     """Measures generated images.
 
     Args:
-        samples: a folder of PNG files, or a student or teacher, which is then asked for the protocol's sample count.
-        reference: the protocol's own data set by default, its name, or a folder of PNG files.
+        samples: images (a folder, zip or npz), or what makes them: a student, a run folder, a teacher, or any diffusers
+            pipeline, which is then asked for the protocol's sample count.
+        reference: images, or a file of statistics (see `evaluation.references`); the protocol's own where it has one.
         protocol: a key of `evaluation.protocols.PROTOCOLS`.
-        metrics: names out of the protocol's; by default all that the samples allow (class accuracy needs labels).
+        metrics: names out of the protocol's; by default those it is known for, as far as samples and reference allow.
         output: a JSON file to write the result to.
-        seed, num_steps, guidance_scale, network, device: as in `fdistill.generate`, where `samples` is a checkpoint.
+        seeds: of generated samples. Several give each score's mean, and its standard deviation over them.
+        num_images: another count than the protocol's; it will show in the names of scores.
+        prompts: a file with a prompt a line, for a protocol that asks for one, or for images without.
+        weights: where files of published weights are, as `evaluation.weights.parse_weights` makes it.
+        batch_size: images at a time, in generation and extraction. Features vary in their last bits with it.
+        sampler, num_steps, guidance_scale, negative_prompt, resolution, network, device: as in `fdistill.generate`,
+            where `samples` is a checkpoint.
+        replicates: of the bootstrap that gives distances their spread; 0 leaves it out.
+        classifier: "module:function", which returns a torch module from images float32 [B, C, H, W] in [-1, 1] to
+            logits [B, classes], for class_accuracy in protocols that have no classifier of their own.
 
     Returns:
-        {"metrics": {name: number}, "provenance": {...}}. A score of another sample count or against another reference
-        than the protocol's says so in its name: "fd_digits@500", "fd_digits vs folder".
+        {"metrics": {name: number}, "spread": {name: {"value": number, "of": text}}, "provenance": {...}}. A score of
+        another sample count, reference or extractor than the protocol's says so in its name: "fd_digits@500",
+        "fid vs folder", "fid (other weights 1a2b3c4d)".
 
     Raises:
-        ArgumentError, CheckpointError: samples, reference, protocol or metric that cannot be used.
+        ArgumentError, CheckpointError, DataError: samples, reference, protocol, metric or weights that cannot be used.
+        NonFiniteError: a generated image is not finite.
         OutputError: the JSON file cannot be written.
     """
     chosen = get_protocol(protocol)
-    wanted = tuple(metrics) if metrics else chosen.metrics
-    for name in wanted:
-        if name not in chosen.metrics:
-            raise ArgumentError(f"metrics: protocol {protocol!r} has no {name!r}; {did_you_mean(name, chosen.metrics)}")
-    real, reference_name = _reference(chosen, reference)
-    folder = Path(samples)
     if output is not None:
         check_file(Path(output))
-    # A run folder has pictures of its own, so what is a student is asked for samples before files are looked for.
-    a_folder_of_images = not is_student(folder) and not is_student(folder / "student") and any(folder.glob("*.png"))
-    if a_folder_of_images:
-        made = _read(folder, chosen)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ArgumentError(f"seeds: got {list(seeds)}; expected one or more, each once")
+    if replicates < 0:
+        raise ArgumentError(f"replicates: got {replicates}; expected 0, or how often samples are drawn anew")
+    count = chosen.num_samples if num_images is None else num_images
+    for seed in seeds:
+        check_counts(1 if count is None else count, batch_size, seed)
+    _, on = start(device)
+    own: dict[str, Extractor] = {}
+    if classifier is not None:
+        chosen, own["classifier"] = with_classifier(chosen, classifier, on)
+    setting = Setting(chosen, on, metrics, batch_size, weights or {}, replicates, own)
+    if prompts is not None and chosen.prompts is not None:
+        raise ArgumentError(f"prompts: protocol {protocol!r} has its own; leave them out")
+    listed = None if prompts is None else read_prompts(Path(prompts))
+    against = open_against(chosen, reference)
+    measurements: list[Measurement] = []
+    if holds_images(samples):
+        recipes = {"": (chosen.recipe, chosen.size), **chosen.views}
+        views = {
+            view: open_images(samples, channels=chosen.channels, recipe=recipe, size=size, max_images=count)
+            for view, (recipe, size) in recipes.items()
+        }
+        images = views[""]
+        if listed is not None:
+            told = in_turn(listed, len(images))
+            if images.prompts is not None and list(images.prompts) != told:
+                raise ArgumentError(
+                    f"prompts: {prompts} is not what the images of {samples} were drawn from; leave it out, or "
+                    "generate the images anew"
+                )
+            images.prompts = told
+        measurements.append(measure(views, against, setting))
     else:
-        _, chosen_device = start(device)
-        check_counts(chosen.num_samples, 1, seed)
-        source = open_source(
-            samples, chosen_device, num_steps=num_steps, guidance_scale=guidance_scale, network=network
-        )
-        made = _generate(source, chosen, seed, chosen_device)
-    for what, images in ((str(samples), made.images), (reference_name, real)):
-        if tuple(images.shape[1:]) != chosen.sample_shape:
+        if count is None:
             raise ArgumentError(
-                f"{what}: images of {tuple(images.shape[1:])} (C, H, W); "
-                f"protocol {protocol!r} expected {chosen.sample_shape}"
+                f"num_images: protocol {protocol!r} takes any number; say how many images {samples} is to make"
             )
-    missing = [name for name in wanted if name in chosen.needs_labels and made.labels is None]
-    if missing and metrics:
-        raise ArgumentError(
-            f"metrics: {', '.join(missing)} needs labels, and {samples} has no manifest.json with labels"
+        source = open_source(
+            samples,
+            on,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+            resolution=resolution,
+            network=network,
+            sampler=sampler,
         )
-    scores = chosen.score(made.images, made.labels, real, tuple(name for name in wanted if name not in missing))
-    count = len(made.images)
-    suffix = "" if count == chosen.num_samples else f"@{count}"
-    suffix += "" if reference_name == chosen.reference else f" vs {Path(reference_name).name}"
-    result = {
-        "metrics": {name + suffix: value for name, value in scores.items()},
-        "provenance": {
-            "protocol": protocol,
-            "num_samples": count,
-            "protocol_num_samples": chosen.num_samples,
-            "reference": reference_name,
-            "reference_num_samples": len(real),
-            "reference_sha256": hashlib.sha256(real.numpy().tobytes()).hexdigest(),
-            **chosen.provenance(),
-            **made.provenance,
-            "versions": _versions(),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        },
-    }
-    if output is not None:
+        asked = _told(chosen, listed, count) if source.takes_prompts else None
+        for seed in seeds:
+            made = GeneratedImages(source, seed, count, asked, on, chosen)
+            measurements.append(measure(made.views(chosen), against, setting))
+    result = _result(measurements, None if holds_images(samples) else list(seeds))
+    if output is not None and rng.world()[0] == 0:
         with atomic_file(Path(output)) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
 
 
-def _reference(protocol: Protocol, reference: str | Path | None) -> tuple[Tensor, str]:
-    if reference is None or str(reference) == protocol.reference:
-        return protocol.load_reference(), protocol.reference
-    if not Path(reference).is_dir():
+def holds_images(where: str | Path) -> bool:
+    """Whether it is images that are there, and not something that makes them.
+
+    A run folder has pictures of its own, so what is a student or a pipeline is not looked through for any.
+    """
+    path = Path(where)
+    if path.is_file():
+        return path.suffix in _ARCHIVES
+    if not path.is_dir() or is_student(path) or is_student(path / "student") or (path / "model_index.json").is_file():
+        return False
+    return any(is_image(file.name) for file in path.rglob("*"))
+
+
+def _told(protocol: Protocol, listed: list[str] | None, count: int) -> list[str]:
+    """What a text-to-image model is asked for."""
+    if listed is None and protocol.prompts is None:
         raise ArgumentError(
-            f"reference {str(reference)!r}: no such folder; expected one of .png files, or {protocol.reference!r}, "
-            f"the data of protocol {protocol.name!r}"
+            f"prompts: protocol {protocol.name!r} has none of its own; pass a file with one a line "
+            f"({protocol.reference})"
         )
-    return read_images(Path(reference)), str(reference)
-
-
-def _read(folder: Path, protocol: Protocol) -> Samples:
-    images, manifest = read_images(folder), read_manifest(folder)
-    if protocol.prompts is not None and manifest.get("prompts") != protocol.prompts()[: len(images)]:
+    if listed is not None and protocol.asks_prompts and len(listed) < count:
         raise ArgumentError(
-            f"{folder}: its manifest.json does not say that its images were drawn from the prompts of protocol "
-            f"{protocol.name!r}, in their order; evaluate the student or teacher itself, or generate them from those"
+            f"prompts: {len(listed)} for {count} images, and protocol {protocol.name!r} draws each once"
         )
-    labels = manifest.get("labels")
-    if labels is not None and not (
-        isinstance(labels, list) and len(labels) == len(images) and all(type(label) is int for label in labels)
-    ):
-        raise ArgumentError(
-            f"{folder}: expected {len(images)} whole numbers as labels in manifest.json, one for each image; "
-            "generate the samples again"
-        )
-    provenance = {"samples": str(folder), **{key: manifest.get(key) for key in _MANIFEST_KEYS}}
-    return Samples(images, None if labels is None else torch.tensor(labels), provenance)
+    return protocol.prompts() if listed is None and protocol.prompts is not None else in_turn(listed or [], count)
 
 
-def _generate(source: Source, protocol: Protocol, seed: int, device: torch.device) -> Samples:
-    count = protocol.num_samples
-    told = told_of(source, count, prompts=None if protocol.prompts is None else protocol.prompts())
-    with counted_evaluations(source.denoiser) as evaluations:
-        images = [part for _, part in batches(source, seed, range(count), told, 256, device, progress=True)]
-        evaluations.images = count
-    provenance = {
-        "samples": "generated",
-        "checkpoint": source.name,
-        "checkpoint_sha256": source.weights_sha256,
-        "kind": "teacher" if source.num_steps else "student",
-        "seed": seed,
-        "guidance": source.guidance_scale,
-        "evaluations_per_image": evaluations.per_image,
-        "device": str(device),
+def in_turn(prompts: Sequence[str], count: int) -> list[str]:
+    """A prompt for each of `count` images."""
+    return [prompts[i % len(prompts)] for i in range(count)]
+
+
+def _result(measurements: Sequence[Measurement], generated: list[int] | None) -> dict[str, Any]:
+    """One result of the measurements of several seeds: means, and their standard deviation.
+
+    Args:
+        generated: the seeds; None for images that were there.
+    """
+    first = measurements[0]
+    scores = {name: _over_seeds([one.scores[name] for one in measurements]) for name in first.scores}
+    return {
+        "metrics": {name: score.value for name, score in scores.items()},
+        "spread": {
+            name: {"value": score.spread, "of": score.spread_of}
+            for name, score in scores.items()
+            if score.spread is not None
+        },
+        **(
+            {}
+            if len(measurements) == 1
+            else {
+                "seeds": {
+                    str(seed): {name: score.value for name, score in one.scores.items()}
+                    for seed, one in zip(generated or [], measurements, strict=True)
+                }
+            }
+        ),
+        "provenance": {
+            **first.provenance,
+            **({} if generated is None else {"seeds": generated}),
+            "versions": _versions(),
+            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        },
     }
-    return Samples(torch.cat(images), told if isinstance(told, Tensor) else None, provenance)
+
+
+def _over_seeds(scores: Sequence[Score]) -> Score:
+    if len(scores) == 1:
+        return scores[0]
+    values = [score.value for score in scores]
+    return Score(statistics.fmean(values), statistics.stdev(values), f"{len(values)} seeds")
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """A result as lines for a terminal."""
+    metrics, spreads = result["metrics"], result["spread"]
+    width = max(len(name) for name in metrics)
+    lines = []
+    for name, value in metrics.items():
+        spread = spreads.get(name)
+        lines.append(
+            f"{name:<{width}}  {value:.4f}" + ("" if spread is None else f" +- {spread['value']:.4f}  ({spread['of']})")
+        )
+    return "\n".join(lines)
 
 
 def _versions() -> dict[str, str]:
-    packages = ("torch", "torch-fidelity", "diffusers", "numpy")
+    packages = ("torch", "torch-fidelity", "open-clip-torch", "diffusers", "numpy", "pillow")
     found = {package: importlib.metadata.version(package) for package in packages}
     return {"fdistill": __version__, "python": platform.python_version(), **found}

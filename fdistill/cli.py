@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,13 +22,37 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Guidance = Annotated[float, typer.Option(help="Of a teacher that knows a label for `no class`; 1 is off.")]
+Guidance = Annotated[
+    float,
+    typer.Option(
+        help="Of a teacher that knows a label for `no class`, or is told prompts; 1 is off. With --sampler pipeline, "
+        "what the pipeline is called with: 0 and 1 are off, but LCM and FLUX.1-dev are told the number."
+    ),
+]
 Network = Annotated[str | None, typer.Option(help="module:function of a student of your own network.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Resolution = Annotated[int | None, typer.Option(help="Of a text-to-image teacher, where it is not its own.")]
+Protocol = Annotated[str, typer.Option(help="How to measure; its name is written beside the scores.")]
+Metrics = Annotated[str | None, typer.Option(help="Some of the protocol's, as fid,recall.")]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(help="Published weights: NETWORK=FILE, or a folder of files under their published names; repeat."),
+]
+BatchSize = Annotated[int, typer.Option(help="Images at a time; features vary in their last bits with it.")]
+NegativePrompt = Annotated[str, typer.Option(help="What a guided text-to-image teacher leads away from.")]
 Steps = Annotated[
     int,
-    typer.Option("--steps", help="Heun steps of a teacher: 2 x steps - 1 evaluations an image."),
+    typer.Option(
+        "--steps",
+        help="Heun steps of a teacher: 2 x steps - 1 evaluations an image; or steps of a pipeline's scheduler.",
+    ),
+]
+Sampler = Annotated[
+    str,
+    typer.Option(
+        help="heun; or pipeline: any pipeline of diffusers (LCM, SD-Turbo, ...) with its own scheduler, or a student "
+        "of fdistill as other programs call it."
+    ),
 ]
 
 
@@ -113,22 +138,19 @@ def generate(
     prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
     steps: Steps = 18,
     guidance_scale: Guidance = 1.0,
-    negative_prompt: Annotated[str, typer.Option(help="What a guided text-to-image teacher leads away from.")] = "",
+    negative_prompt: NegativePrompt = "",
     resolution: Resolution = None,
     network: Network = None,
+    sampler: Sampler = "heun",
     device: Device = "auto",
 ) -> None:
     """Generate images: one evaluation each from a student, or the few it was trained for; many from a teacher.
 
     Example: fdistill generate runs/digits --num-images 100 --seed 0 --class-labels 3,7 --output images
     Example: fdistill generate runs/t2i --num-images 8 --prompt "a bold seven" --output images
+    Example: fdistill generate stabilityai/sd-turbo --sampler pipeline --steps 1 --num-images 9 --prompt a --output out
     """
-    try:
-        labels = [int(label) for label in class_labels.split(",")] if class_labels is not None else None
-    except ValueError as error:
-        raise ArgumentError(
-            f"class-labels: got {class_labels!r}, expected whole numbers and commas, as in 0,1,2"
-        ) from error
+    labels = None if class_labels is None else _whole_numbers("class-labels", class_labels)
 
     from fdistill.data.prompts import read_prompts
     from fdistill.generation import generate as run
@@ -147,6 +169,7 @@ def generate(
         negative_prompt=negative_prompt,
         resolution=resolution,
         network=network,
+        sampler=sampler,
         device=device,
     )
     typer.echo(f"images: {folder}")
@@ -155,38 +178,145 @@ def generate(
 @app.command()
 def evaluate(
     samples: Annotated[
-        str, typer.Argument(metavar="SAMPLES_OR_STUDENT", help="A folder of PNG files, a student, or a teacher.")
+        str,
+        typer.Argument(
+            metavar="SAMPLES",
+            help="Images (a folder, zip or npz), or what makes them: a student, run, teacher or diffusers pipeline.",
+        ),
     ],
-    reference: Annotated[str | None, typer.Option(help="A data set's name or a folder of PNG files.")] = None,
-    protocol: Annotated[str, typer.Option(help="How to measure; its name is written beside the scores.")] = "digits",
-    metrics: Annotated[str | None, typer.Option(help="Some of the protocol's metrics, as fd_digits,recall.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Images, or statistics: .npz, EDM2's .pkl, torch-fidelity's .pt.")
+    ] = None,
+    protocol: Protocol = "digits",
+    metrics: Metrics = None,
     output: Annotated[Path | None, typer.Option(help="A JSON file for scores and provenance.")] = None,
-    seed: Annotated[int, typer.Option(help="For samples drawn from a checkpoint.")] = 0,
+    seeds: Annotated[str, typer.Option(help="Of generated samples; of several, as 0,1,2, mean and deviation.")] = "0",
+    num_images: Annotated[int | None, typer.Option(help="Not the protocol's; it shows in scores' names.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of them, where the protocol has none.")] = None,
+    weights: Weights = None,
+    batch_size: BatchSize = 64,
+    sampler: Sampler = "heun",
     steps: Steps = 18,
     guidance_scale: Guidance = 1.0,
+    negative_prompt: NegativePrompt = "",
+    resolution: Resolution = None,
+    replicates: Annotated[int, typer.Option(help="Of the bootstrap behind the spread of distances; 0: none.")] = 20,
+    classifier: Annotated[
+        str | None, typer.Option(help="module:function of a network from images in [-1, 1] to logits.")
+    ] = None,
     network: Network = None,
     device: Device = "auto",
 ) -> None:
     """Score generated images by a named protocol.
 
-    Example: fdistill evaluate runs/digits --reference digits --output scores.json
+    Example: fdistill evaluate runs/digits --output scores.json
+    Example: fdistill evaluate runs/cifar10 --protocol cifar10-fid50k --reference cifar10-32x32.npz --seeds 0,1,2
+    Example: fdistill evaluate lcm --sampler pipeline --steps 4 --protocol folder --reference photos --num-images 5000
     """
+    from evaluation.evaluate import describe
     from evaluation.evaluate import evaluate as run
+    from evaluation.weights import parse_weights
 
     result = run(
         samples,
         reference=reference,
         protocol=protocol,
-        metrics=metrics.split(",") if metrics is not None else None,
+        metrics=None if metrics is None else metrics.split(","),
         output=output,
-        seed=seed,
+        seeds=_whole_numbers("seeds", seeds),
+        num_images=num_images,
+        prompts=prompts,
+        weights=parse_weights(weights or []),
+        batch_size=batch_size,
+        sampler=sampler,
         num_steps=steps,
         guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        resolution=resolution,
+        replicates=replicates,
+        classifier=classifier,
         network=network,
         device=device,
     )
-    for name, value in result["metrics"].items():
-        typer.echo(f"{name:<18} {value:.4f}")
+    typer.echo(describe(result))
+
+
+@app.command()
+def compare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="A B ...", help="Results (.json) of evaluate, or anything that evaluate takes."),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(help="A folder for comparison.md, .json and .png; must not exist or be empty."),
+    ] = None,
+    names: Annotated[str | None, typer.Option(help="Of the rows, as ours,teacher; short ones by default.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="Columns, as fid,recall; the first is drawn.")] = None,
+    protocol: Annotated[str | None, typer.Option(help="By default that of the results, or digits.")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Of what is still to be measured; as are the next ones.")
+    ] = None,
+    num_images: Annotated[int | None, typer.Option(help="Not the protocol's.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file of them, where the protocol has none.")] = None,
+    weights: Weights = None,
+    steps: Annotated[int | None, typer.Option(help="Heun steps of teachers.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+) -> None:
+    """Put results side by side: one table, and a figure of quality against evaluations and seconds an image.
+
+    Example: fdistill compare student.json teacher.json runs/digits --output comparison
+    """
+    from evaluation.compare import compare as run
+    from evaluation.comparison.table import text_table
+    from evaluation.weights import parse_weights
+
+    options: dict[str, Any] = {
+        "reference": reference,
+        "num_images": num_images,
+        "prompts": prompts,
+        "weights": parse_weights(weights) if weights else None,
+        "num_steps": steps,
+        "device": device,
+    }
+    comparison = run(
+        inputs,
+        output=output,
+        names=None if names is None else names.split(","),
+        metrics=None if metrics is None else metrics.split(","),
+        protocol=protocol,
+        **{name: value for name, value in options.items() if value is not None},
+    )
+    typer.echo(text_table(comparison))
+
+
+@app.command()
+def reference(
+    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, an embedded data set.")],
+    output: Annotated[Path, typer.Option(help="An .npz file.")],
+    protocol: Protocol = "digits",
+    metrics: Metrics = None,
+    weights: Weights = None,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
+) -> None:
+    """Make a file of statistics to evaluate against, prepared as a protocol prepares its reference.
+
+    Example: fdistill reference data/cifar10.zip --protocol cifar10-fid50k --output cifar10.npz
+    """
+    from evaluation.make_reference import make_reference
+    from evaluation.weights import parse_weights
+
+    path = make_reference(
+        data,
+        output=output,
+        protocol=protocol,
+        metrics=None if metrics is None else metrics.split(","),
+        weights=parse_weights(weights or []),
+        batch_size=batch_size,
+        device=device,
+    )
+    typer.echo(f"reference: {path}")
 
 
 @app.command()
@@ -312,8 +442,20 @@ def ema(
     typer.echo(f"student: {folder}")
 
 
+def _whole_numbers(name: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError as error:
+        raise ArgumentError(f"{name}: got {text!r}, expected whole numbers and commas, as in 0,1,2") from error
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    typer.secho(f"warning: {message}", fg="yellow", err=True)
+
+
 def main() -> None:
     """Runs the command; an error a user can mend is one message and exit status 1."""
+    warnings.showwarning = _show_warning
     sys.path.append(str(Path.cwd()))  # where module:function is looked for last, as with `python -m`
     try:
         app()

@@ -23,6 +23,7 @@ from fdistill.sections import (
     CountOrZero,
     DiscriminatorConfig,
     EMAConfig,
+    EvalConfig,
     FakeScoreConfig,
     Fraction,
     GeneratorConfig,
@@ -108,6 +109,7 @@ class DistillConfig(Section):
     critic_levels: LevelsConfig = LevelsConfig()
     ratio: RatioConfig = RatioConfig()
     ema: EMAConfig = EMAConfig()
+    eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 
     @model_validator(mode="before")
@@ -155,7 +157,7 @@ def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 
 #: Settings that may change when a run is resumed; all others define the run.
-RESUMABLE = ("iterations", "device", "log")
+RESUMABLE = ("iterations", "device", "log", "eval")
 _SMOKE = "smoke"  # section of a recipe's file that is no setting of a run
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
+
+T = TypeVar("T")
 
 
 def _active() -> bool:
@@ -38,6 +41,23 @@ def gather_rows(value: Tensor) -> Tensor:
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, value.contiguous())
     return torch.cat(parts)
+
+
+def from_main_process(make: Callable[[], T]) -> T:
+    """What `make` returns in the main process, on all of them; or the error that it raises there."""
+    if not _active():
+        return make()
+    found: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            found[0] = make()
+        except Exception as error:
+            found[1] = error
+    dist.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    result: T = found[0]
+    return result
 
 
 def average_gradients(parameters: Iterable[Parameter]) -> None:

@@ -74,6 +74,7 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     logged = {name for record in records for name in record}
     panels = [(title, [name for name in names if name in logged]) for title, names in _PANELS]
     panels = [(title, names) for title, names in panels if names]
+    panels += [(name.removeprefix("eval/"), [name]) for name in sorted(logged) if name.startswith("eval/")]
     rows = [record.get("discriminator/accuracy_per_bin") for record in records]
     count = len(panels) + any(rows)
     height, width = (1, count) if count <= 3 else (2, -(-count // 2))
@@ -84,6 +85,10 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     iterations = [record["iteration"] for record in records]
     for axes, (title, names) in zip(figure.axes, panels, strict=False):
         for name in names:
+            if name.startswith("eval/"):  # measured now and then
+                there = [(record["iteration"], record[name]) for record in records if name in record]
+                axes.plot(*zip(*there, strict=True), marker="o", markersize=4, label=name)
+                continue
             label = name.replace("generator/grad", "student grad").removeprefix("generator/")
             label = label.replace("/", " ").replace("_", " ")
             axes.plot(iterations, [record.get(name, np.nan) for record in records], label=label)

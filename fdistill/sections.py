@@ -222,6 +222,20 @@ class LogConfig(Section):
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
 
 
+class EvalConfig(Section):
+    """Scores of the exported average while it learns; the best so far is kept as a student of its own, in best/."""
+
+    every: CountOrZero = Field(default=0, description="iterations between measurements; 0 is off")
+    protocol: str = Field(default="digits", description="one that `fdistill evaluate` knows")
+    num_images: Count | None = Field(default=None, description="null is the protocol's count")
+    metrics: list[str] | None = Field(default=None, description="names out of the protocol's; null is its own choice")
+    metric: str | None = Field(default=None, description="the one that says which is best; null is the first")
+    reference: str | None = Field(default=None, description="images or statistics, where the protocol has none")
+    prompts: str | None = Field(default=None, description="a file with one a line, where the protocol has none")
+    weights: list[str] = Field(default=[], description="files of published weights, as --weights of evaluate")
+    batch_size: Count = 64
+
+
 class SmokeConfig(Section):
     """A recipe's smoke section: what `--smoke` makes in place of its teacher and data, and settings that fit those."""
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
@@ -28,17 +28,18 @@ from fdistill.distributed import average_gradients
 from fdistill.ema_profiles import profile_name
 from fdistill.errors import ConfigError, FDistillError, NonFiniteError, OutputError
 from fdistill.files import atomic_file, writing
-from fdistill.generator import noise_shape
-from fdistill.images import to_uint8, to_unit
+from fdistill.images import to_unit
 from fdistill.journal import Journal, append_record, read_records, scalars, truncate_records
 from fdistill.pipeline import save_student
 from fdistill.report import grid, save_curves, save_grid
-from fdistill.sampler import heun_sample
+from fdistill.sample_grids import grid_prompts, save_teacher_grid, student_images
 from fdistill.snapshots import save_snapshot, truncate_snapshots
 from fdistill.step import Pairs, StepResult
 from fdistill.training_data import TrainingData, training_data
 
-_GRID, _LARGE_GRID = 80, 16  # samples in a picture; the second of latents and of images above 64 pixels
+if TYPE_CHECKING:
+    from evaluation.watch import Watch
+
 _ITERATION, _DROPOUT, _STUDENT_STEP, _CONDITION = 2, 3, 4, 7  # streams of a run's random numbers, beside the data's
 
 
@@ -53,8 +54,8 @@ def distill(
 
     Args:
         config: the name of an embedded config, a YAML file, or a DistillConfig.
-        output: the run folder: config.yaml, metrics.jsonl, samples/, checkpoints/, ema/, student/. Must not exist or
-            be empty.
+        output: the run folder: config.yaml, metrics.jsonl, samples/, checkpoints/, ema/, student/, and with eval.every
+            best/, the student that scored best. Must not exist or be empty.
         resume: go on from the newest checkpoint in `output`, or start if there is none.
         **overrides: settings over the config's: divergence="forward-kl"; dotted ones as **{"generator.lr": 1e-5}.
 
@@ -77,6 +78,11 @@ def distill(
     state.wait_for_everyone()  # before the main process writes into what the others are still checking
     run = build(config, device)
     data = training_data(config, run, device)
+    watch = None
+    if config.eval.every:
+        from evaluation.watch import Watch
+
+        watch = Watch(config, run, device)
     found = checkpoints(folder / "checkpoints")
     if found:
         tensors, meta = load_checkpoint(found[-1])
@@ -98,21 +104,25 @@ def distill(
         truncate_records(folder / "metrics.jsonl", run.iteration)
         truncate_snapshots(folder / "ema", run.iteration)
     state.wait_for_everyone()
-    _train(run, data, config, folder, device, main=state.is_main_process)
+    _train(run, data, watch, config, folder, device, main=state.is_main_process)
     student = folder / "student"
     if state.is_main_process:
-        with run.ema.applied(config.ema.export):
-            save_student(
-                run.student,
-                student,
-                origin=run.origin,
-                latents=run.latents,
-                card=_card(config, run, folder),
-                config=dump_config(config),
-                samples=grid(_student_images(run, config, device)),
-            )
+        _save_student(run, config, folder, student, device)
     state.wait_for_everyone()
     return student
+
+
+def _save_student(run: Distillation, config: DistillConfig, folder: Path, student: Path, device: torch.device) -> None:
+    with run.ema.applied(config.ema.export):
+        save_student(
+            run.student,
+            student,
+            origin=run.origin,
+            latents=run.latents,
+            card=_card(config, run, folder),
+            config=dump_config(config),
+            samples=grid(student_images(run, config, device)),
+        )
 
 
 def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
@@ -154,13 +164,20 @@ def _card(config: DistillConfig, run: Distillation, folder: Path) -> dict[str, A
         "ema": config.ema.export,
         "seed": config.seed,
         "num_classes": run.student.num_classes,
-        **({} if run.text is None else {"prompts": _grid_prompts(run)[:16]}),
+        **({} if run.text is None else {"prompts": grid_prompts(run)[:16]}),
         "fdistill_version": __version__,
     }
 
 
 def _train(
-    run: Distillation, data: TrainingData, config: DistillConfig, folder: Path, device: torch.device, *, main: bool
+    run: Distillation,
+    data: TrainingData,
+    watch: Watch | None,
+    config: DistillConfig,
+    folder: Path,
+    device: torch.device,
+    *,
+    main: bool,
 ) -> None:
     networks, schedule, student = run.networks, run.networks.teacher.schedule, run.student
     generator = torch.Generator(device)
@@ -259,8 +276,8 @@ def _train(
         ) as bar,
     ):
         if run.iteration == 0 and main and config.log.samples_every:
-            _save_teacher_grid(run, config, folder, device)
-            save_grid(_student_images(run, config, device), folder / "samples" / f"{run.iteration:06d}.png")
+            save_teacher_grid(run, config, folder, device)
+            save_grid(student_images(run, config, device), folder / "samples" / f"{run.iteration:06d}.png")
         while run.iteration < config.iterations:
             generator.manual_seed(rng.derived_seed(config.seed, _ITERATION, run.iteration))
             # For dropout, which must differ between processes.
@@ -288,10 +305,11 @@ def _train(
             last = run.iteration == config.iterations
             due = _due(run.iteration, config.log.checkpoint_every) or last
             keep = _due(run.iteration, config.ema.snapshot_every) or (last and config.ema.snapshot_every > 0)
-            if _due(run.iteration, config.log.every) or due or keep:
+            measured = watch is not None and (_due(run.iteration, config.eval.every) or last)
+            if _due(run.iteration, config.log.every) or due or keep or measured:
                 try:
                     record = journal.record()
-                    if due or keep:
+                    if due or keep or measured:
                         run.check_finite()
                 except NonFiniteError as error:
                     raise _stopped(error, run.iteration, folder) from error
@@ -303,12 +321,18 @@ def _train(
                     "data/skipped": len(loader.skipped),
                     **record,
                 }
+                if watch is not None and measured:
+                    scores = _scores(watch, run, config)
+                    best = watch.is_best(scores, read_records(folder / "metrics.jsonl"))
+                    record |= scores
                 if main:
                     append_record(folder / "metrics.jsonl", record)
                     for tracker in trackers:
                         tracker.log(scalars(record), step=run.iteration)
+                if main and measured and best:
+                    _save_student(run, config, folder, folder / "best", device)
             if main and config.log.samples_every and (_due(run.iteration, config.log.samples_every) or last):
-                save_grid(_student_images(run, config, device), folder / "samples" / f"{run.iteration:06d}.png")
+                save_grid(student_images(run, config, device), folder / "samples" / f"{run.iteration:06d}.png")
             if main and keep:  # before the checkpoint, so that a run resumed from it has every snapshot up to it
                 for width in config.ema.sigma_rel:
                     save_snapshot(folder / "ema", run.iteration, width, run.ema.shadows[profile_name(width)])
@@ -317,6 +341,15 @@ def _train(
                 save_checkpoint(folder / "checkpoints", run.iteration, run.state(), meta, config.log.keep_checkpoints)
     if main:
         save_curves(read_records(folder / "metrics.jsonl"), folder / "curves.png")
+
+
+def _scores(watch: Watch, run: Distillation, config: DistillConfig) -> dict[str, float]:
+    """Of the weights that are exported."""
+    run.student.eval()
+    with run.ema.applied(config.ema.export):
+        scores = watch.scores()
+    run.student.train()
+    return scores
 
 
 def _due(iteration: int, every: int) -> bool:
@@ -347,49 +380,3 @@ def _trackers(config: DistillConfig, folder: Path, iteration: int, main: bool) -
         finally:
             for tracker in trackers:
                 tracker.finish()
-
-
-def _grid_count(run: Distillation) -> int:
-    return _LARGE_GRID if run.image_size > 64 else _GRID
-
-
-def _grid_rows(run: Distillation) -> Tensor:
-    """Rows from all over the prompts, one for each sample in a picture."""
-    assert run.text is not None
-    return torch.arange(_grid_count(run)) * len(run.text.index) // _grid_count(run)
-
-
-def _grid_prompts(run: Distillation) -> list[str]:
-    assert run.text is not None
-    return run.text.prompts(_grid_rows(run))
-
-
-def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Condition | None]:
-    teacher = run.networks.teacher
-    count = _grid_count(run)
-    noise = rng.indexed_normal(config.seed, range(count), noise_shape(run.student)).to(device)
-    if run.text is not None:
-        return noise, run.text.rows(_grid_rows(run)).to(device)
-    return noise, torch.arange(count, device=device) % teacher.num_classes if teacher.num_classes else None
-
-
-def _images(run: Distillation, x0: Tensor) -> Tensor:
-    return to_uint8(x0 if run.latents is None else run.latents.decode(x0))
-
-
-def _save_teacher_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
-    noise, condition = _grid_inputs(run, config, device)
-    noise = noise.reshape(len(noise), -1, *run.networks.teacher.sample_shape)[:, 0]
-    x0 = heun_sample(run.networks.teacher, noise, condition)
-    save_grid(_images(run, x0), folder / "samples" / "teacher.png")
-
-
-@torch.no_grad()
-def _student_images(run: Distillation, config: DistillConfig, device: torch.device) -> Tensor:
-    """Samples of the weights that are exported, for noise that is the same all along."""
-    noise, condition = _grid_inputs(run, config, device)
-    student = run.student
-    with run.ema.applied(config.ema.export):
-        images = _images(run, student.eval()(noise, condition))
-    student.train()
-    return images

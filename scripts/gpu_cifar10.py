@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fdistill
-from evaluation.frechet import frechet_distance
+from evaluation.metrics.frechet import frechet_distance
+from evaluation.moments import Moments
 from fdistill.data.npz import open_npz
 from fdistill.devices import start
 from fdistill.files import atomic_file
@@ -235,13 +236,15 @@ def report(work: Path, out: Path, scale: Scale, facts: dict[str, Any], device: t
         f"student, {divergence}": fdistill.load_student(work / f"student-{divergence}", device)
         for divergence in DIVERGENCES
     }
-    rows: dict[str, Any] = {"test images": {"frechet_train": frechet_distance(features["test"], features["train"])}}
+    of_images = {key: Moments.of(values) for key, values in features.items()}
+    distance = frechet_distance(of_images["test"], of_images["train"])
+    rows: dict[str, Any] = {"test images": {"frechet_train": distance}}
     panels: list[tuple[str, Path]] = []
     for name, sample in samplers.items():
         images, speed = draw(sample, shape, scale.samples, device)
         own, classes = extract(network, images, device)
         rows[name] = {
-            **{f"frechet_{key}": frechet_distance(own, reference) for key, reference in features.items()},
+            **{f"frechet_{key}": frechet_distance(Moments.of(own), moments) for key, moments in of_images.items()},
             "class_accuracy": (classes == torch.arange(len(images)) % 10).double().mean().item(),
             "images_per_second": speed,
         }

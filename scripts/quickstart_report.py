@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from evaluation.samples import read_images
+from evaluation.images import open_images
 from fdistill.config import load_config
 from fdistill.files import atomic_file
 from fdistill.report import save_grid, save_side_by_side
@@ -30,7 +30,7 @@ def main() -> int:
     scores: dict[str, dict[str, Any]] = {}
     for who in ("teacher", "student"):
         scores[who] = json.loads((run / "scores" / f"{who}.json").read_text())
-        save_grid(read_images(run / "images" / who)[:100], run / f"{who}.png")
+        save_grid(open_images(run / "images" / who, channels=1).read(range(100)), run / f"{who}.png")
     divergence = json.loads((run / "student" / "fdistill_student.json").read_text())["divergence"]
     teacher, student = (scores[who]["metrics"] for who in ("teacher", "student"))
     nfe = {who: scores[who]["provenance"]["evaluations_per_image"] for who in scores}

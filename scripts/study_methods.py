@@ -116,7 +116,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(arguments.jobs) as pool:
         list(pool.map(train, [(seed, row) for seed in seeds for row in rows]))
-    scores = {"teacher": [evaluate("digits", seed=seed)["metrics"] for seed in seeds]}
+    scores = {"teacher": [evaluate("digits", seeds=[seed])["metrics"] for seed in seeds]}
     for row in rows:
         files = [output / run_name(row, seed) / "scores.json" for seed in seeds]
         scores[row] = [json.loads(file.read_text())["metrics"] for file in files]

@@ -29,7 +29,8 @@ from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from evaluation.digit_features import extract, load_digit_features
-from evaluation.frechet import frechet_distance
+from evaluation.metrics.frechet import frechet_distance
+from evaluation.moments import Moments
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.data.digit_captions import (
     WEIGHT_WORDS,
@@ -303,13 +304,14 @@ def measure(samples: Tensor, prompts: list[DigitPrompt], training_images: Tensor
     """Scores of one sample for each prompt."""
     network = load_digit_features()
     features, classes = extract(network, as_digits(samples))
+    distance = frechet_distance(Moments.of(features), Moments.of(extract(network, as_digits(training_images))[0]))
     ink = {weight: digit_ink(samples[[p.weight == weight for p in prompts]]).mean().item() for weight in WEIGHT_WORDS}
     real, drawn = (to_unit(as_digits(x)).flatten(1) for x in (training_images, samples))
     return {
         "accuracy": (classes == torch.tensor([p.digit for p in prompts])).double().mean().item(),
         "ink_bold": round(ink["bold"], 3),
         "ink_thin": round(ink["thin"], 3),
-        "fd_digits": round(frechet_distance(features, extract(network, as_digits(training_images))[0]), 2),
+        "fd_digits": round(distance, 2),
         **nearest(torch.cdist(drawn, real)),
     }
 

@@ -18,7 +18,8 @@ from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, 
 from tqdm import trange
 
 from evaluation.digit_features import extract, load_digit_features
-from evaluation.frechet import frechet_distance
+from evaluation.metrics.frechet import frechet_distance
+from evaluation.moments import Moments
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.unet2d import UNet2DDenoiser, wrap
 from fdistill.assets import EMBEDDED_TEACHERS
@@ -84,7 +85,7 @@ def score(denoiser: UNet2DDenoiser) -> tuple[float, float, float]:
     seconds = time.perf_counter() - start
     network = load_digit_features()
     features, classes = extract(network, to_uint8(samples))
-    distance = frechet_distance(features, extract(network, images)[0])
+    distance = frechet_distance(Moments.of(features), Moments.of(extract(network, images)[0]))
     return distance, (classes == labels).double().mean().item(), len(images) / seconds
 
 

@@ -34,7 +34,7 @@ def test_distil_generate_evaluate(tiny_teacher: Path, tmp_path: Path) -> None:
     assert len(list(images.glob("*.png"))) == 70
     done = fdistill("evaluate", str(images), "--metrics", "fd_digits,class_accuracy", "--output", str(scores))
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^fd_digits@70 +\d+\.\d+$", done.stdout, re.MULTILINE)
+    assert re.search(r"^fd_digits@70 +\d+\.\d+ \+- \d", done.stdout, re.MULTILINE)
     assert set(json.loads(scores.read_text())["metrics"]) == {"fd_digits@70", "class_accuracy@70"}
 
 

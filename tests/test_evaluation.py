@@ -1,23 +1,18 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from evaluation.digit_features import DigitFeatures, extract, load_digit_features
+from evaluation.digit_features import DigitFeatures, extract, load_digit_features, weights_sha256
 from evaluation.evaluate import evaluate
-from evaluation.frechet import frechet_distance
-from evaluation.precision_recall import precision_recall
-from evaluation.samples import read_images
 from fdistill import distill
 from fdistill.assets import DIGITS_FEATURES
 from fdistill.data.digits import load_digits
-from fdistill.errors import ArgumentError, CheckpointError, OutputError
+from fdistill.errors import ArgumentError, CheckpointError, DataError, OutputError
 from fdistill.images import to_unit
 
 
@@ -28,49 +23,6 @@ def write(folder: Path, images: torch.Tensor, labels: torch.Tensor | None = None
     if labels is not None:
         (folder / "manifest.json").write_text(json.dumps({"labels": labels.tolist(), "seed": 5}))
     return folder
-
-
-def test_frechet_distance_of_known_gaussians() -> None:
-    """Features whose sample mean and covariance are exactly what is asked for."""
-    random = np.random.default_rng(0)
-    white = random.normal(size=(500, 4))
-    white -= white.mean(0)
-    white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white, rowvar=False))).T
-    scale, shift = np.array([1.0, 2.0, 0.5, 3.0]), np.array([0.3, -0.2, 0.0, 1.0])
-    distance = frechet_distance(torch.from_numpy(white), torch.from_numpy(white * scale + shift))
-    assert math.isclose(distance, (shift**2).sum() + ((scale - 1) ** 2).sum(), rel_tol=1e-9)
-    assert abs(frechet_distance(torch.from_numpy(white), torch.from_numpy(white))) < 1e-8
-
-
-def test_frechet_distance_against_a_symmetric_square_root() -> None:
-    random = np.random.default_rng(1)
-    x, y = random.normal(size=(300, 6)) @ random.normal(size=(6, 6)), random.normal(size=(200, 6)) + 0.5
-
-    def root(matrix: np.ndarray) -> np.ndarray:
-        values, vectors = np.linalg.eigh(matrix)
-        return (vectors * np.sqrt(values.clip(0))) @ vectors.T
-
-    s1, s2 = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    expected = ((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root(root(s1) @ s2 @ root(s1)))
-    assert math.isclose(frechet_distance(torch.from_numpy(x), torch.from_numpy(y)), expected, rel_tol=1e-9)
-
-
-def test_frechet_distance_refuses_singular_covariances() -> None:
-    with pytest.raises(ArgumentError, match="singular"):
-        frechet_distance(torch.randn(4, 4), torch.randn(9, 4))
-    with pytest.raises(ArgumentError, match="expected"):
-        frechet_distance(torch.randn(9, 4), torch.randn(9, 3))
-
-
-def test_precision_and_recall_are_not_swapped() -> None:
-    torch.manual_seed(0)
-    real = torch.cat([torch.randn(200, 2), torch.randn(200, 2) + 30])
-    one_mode = torch.randn(200, 2)
-    precision, recall = precision_recall(one_mode, real)
-    assert precision > 0.9
-    assert 0.4 < recall < 0.55
-    with pytest.raises(ArgumentError, match="more than 3"):
-        precision_recall(torch.randn(3, 2), real)
 
 
 def test_the_embedded_network_reads_digits() -> None:
@@ -95,19 +47,15 @@ def test_real_digits_score_as_they_should(tmp_path: Path) -> None:
     assert (scores["precision"], scores["recall"]) == (1.0, 1.0)
     assert scores["class_accuracy"] > 0.98
     assert json.loads((tmp_path / "scores.json").read_text()) == result
-    for key in (
-        "protocol",
-        "extractor",
-        "extractor_sha256",
-        "reference",
-        "reference_sha256",
-        "resize",
-        "dtype",
-        "seed",
-    ):
-        assert result["provenance"][key] is not None, key
+    provenance = result["provenance"]
+    for key in ("protocol", "extractors", "reference", "recipe", "dtype", "seeds", "batch_size", "samples_sha256"):
+        assert provenance[key] is not None, key
+    assert provenance["extractors"]["digits"]["sha256"] == weights_sha256()
+    assert provenance["extractors"]["digits"]["preparation"]
+    assert provenance["reference"]["name"] == "digits"
+    assert len(provenance["reference"]["sha256"]) == 64
     assert result["provenance"]["num_samples"] == 1797
-    assert result["provenance"]["seed"] == 5
+    assert result["provenance"]["seeds"] == [5]
     assert {"fdistill", "torch", "torch-fidelity", "numpy", "python"} <= result["provenance"]["versions"].keys()
     shuffled = torch.randperm(1797)
     again = evaluate(write(tmp_path / "shuffled", images[shuffled]), reference=folder)
@@ -153,7 +101,7 @@ def test_a_run_folder_is_sampled_though_it_holds_pictures(tiny_teacher: Path, tm
 def test_manifests_that_make_no_sense_are_refused(manifest: str, tmp_path: Path) -> None:
     folder = write(tmp_path / "images", load_digits()[0][:1])
     (folder / "manifest.json").write_text(manifest)
-    with pytest.raises(ArgumentError, match=r"manifest\.json"):
+    with pytest.raises(DataError, match=r"manifest\.json"):
         evaluate(folder)
 
 
@@ -165,37 +113,25 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="protocol: got 'digit'"):
         evaluate(folder, protocol="digit")
     with pytest.raises(ArgumentError, match="seed"):
-        evaluate("digits", seed=-1)
+        evaluate("digits", seeds=[-1])
     with pytest.raises(ArgumentError, match="needs labels"):
         evaluate(folder, metrics=["class_accuracy"])
-    with pytest.raises(ArgumentError, match="no such folder"):
+    with pytest.raises(ArgumentError, match="each once"):
+        evaluate("digits", seeds=[1, 1])
+    with pytest.raises(DataError, match="no such file or folder"):
         evaluate(folder, reference="mnist")
     with pytest.raises(CheckpointError, match="no such folder"):
         evaluate(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArgumentError, match=r"no \.png"):
+    with pytest.raises(DataError, match="no images"):
         evaluate(folder, reference=tmp_path / "empty")
+    with pytest.raises(ArgumentError, match=r"fd_digits of 60 samples in 64 features is refused.*more than 64"):
+        evaluate(write(tmp_path / "few", images[:60]), metrics=["fd_digits"])
+    with pytest.raises(ArgumentError, match="fid needs a reference"):
+        evaluate(folder, protocol="folder", metrics=["fid"])
+    with pytest.raises(ArgumentError, match="say how many"):
+        evaluate("digits", protocol="folder")
+    with pytest.raises(ArgumentError, match="prompts: protocol 'digits-t2i' has its own"):
+        evaluate(folder, protocol="digits-t2i", prompts=folder / "prompts.txt")
     with pytest.raises(OutputError, match="cannot write"):
         evaluate(folder, metrics=["fd_digits"], output=folder / "000000.png" / "scores.json")
-
-
-def test_images_that_do_not_belong_are_refused(tmp_path: Path) -> None:
-    images, _ = load_digits()
-    mixed = write(tmp_path / "mixed", images[:3])
-    Image.new("L", (9, 8)).save(mixed / "000003.png")
-    with pytest.raises(ArgumentError, match="expected one size"):
-        read_images(mixed)
-    large = tmp_path / "large"
-    large.mkdir()
-    Image.new("RGB", (16, 16)).save(large / "0.png")
-    with pytest.raises(ArgumentError, match=r"\(3, 16, 16\).*expected \(1, 8, 8\)"):
-        evaluate(large)
-    broken = write(tmp_path / "broken", images[:2])
-    (broken / "000001.png").write_bytes(b"not a png")
-    with pytest.raises(ArgumentError, match="cannot be read as an image"):
-        read_images(broken)
-    alpha = tmp_path / "alpha"
-    alpha.mkdir()
-    Image.new("RGBA", (8, 8)).save(alpha / "0.png")
-    with pytest.raises(ArgumentError, match="mode RGBA"):
-        read_images(alpha)

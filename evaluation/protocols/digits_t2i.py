@@ -1,54 +1,68 @@
-"""`digits-t2i`: 500 digits drawn from captions: is it the digit that was asked for, and is a bold one bolder?
+"""`digits-t2i`: 500 digits drawn from captions: is it the digit that was asked for, is a bold one bolder, and how like
+its caption does the embedded CLIP model of digits find it?
 
 Images are brought to the digit network's 8x8 by box averages; its distance is called fd_digits, never FID.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from evaluation.digit_features import extract, load_digit_features, weights_sha256
-from evaluation.frechet import frechet_distance
+from evaluation.metric import Measured, Metric, clip, density_and_coverage, feature_diversity, frechet
+from evaluation.metrics.accuracy import accuracy
 from evaluation.protocols.protocol import Protocol
-from fdistill.data.digit_captions import as_digits, digit_ink, evaluation_prompts, load_digit_images
+from evaluation.score import Score
+from fdistill.data.digit_captions import DigitPrompt, evaluation_prompts
+from fdistill.errors import ArgumentError
+
+_FEATURES = "digits-captioned.features"
 
 
-def _score(images: Tensor, labels: Tensor | None, reference: Tensor, metrics: tuple[str, ...]) -> dict[str, float]:
-    prompts = evaluation_prompts()[: len(images)]
-    network = load_digit_features()
-    features, classes = extract(network, as_digits(images))
-    ink = digit_ink(images)
-    scores = {
-        "prompt_accuracy": (classes == torch.tensor([prompt.digit for prompt in prompts])).double().mean().item(),
-        "fd_digits": frechet_distance(features, extract(network, as_digits(reference))[0]),
-    }
-    for weight in ("bold", "thin"):
-        asked = torch.tensor([prompt.weight == weight for prompt in prompts])
-        scores[f"ink_{weight}"] = ink[asked].double().mean().item()
-    return {name: scores[name] for name in metrics}
+def _prompts(at: Measured) -> Sequence[DigitPrompt]:
+    known = evaluation_prompts()[: len(at.images)]
+    if at.images.prompts is None or list(at.images.prompts) != [prompt.text for prompt in known]:
+        raise ArgumentError(
+            f"{at.images.name}: its images were not drawn from the prompts of protocol 'digits-t2i', in their order; "
+            "evaluate the student or teacher itself, or generate them from those"
+        )
+    return known
 
 
-def _provenance() -> dict[str, Any]:
-    return {
-        "extractor": "digits-features (embedded)",
-        "extractor_sha256": weights_sha256(),
-        "resize": "box averages to 8x8, means of the three colours, rounded",
-        "dtype": "float32 features, float64 statistics",
-    }
+def _prompt_accuracy(at: Measured) -> dict[str, Score]:
+    digits = torch.tensor([prompt.digit for prompt in _prompts(at)])
+    return {"prompt_accuracy": accuracy(at.samples["digits-captioned.logits"], digits)}
+
+
+def _ink(at: Measured) -> dict[str, Score]:
+    ink, prompts = at.samples["digits-captioned.ink"][:, 0].double(), _prompts(at)
+
+    def of(weight: str) -> Score:
+        asked: Tensor = ink[torch.tensor([prompt.weight == weight for prompt in prompts])]
+        return Score(asked.mean().item(), asked.std().item() / len(asked) ** 0.5, "standard error")
+
+    return {"ink_bold": of("bold"), "ink_thin": of("thin")}
 
 
 DIGITS_T2I = Protocol(
     name="digits-t2i",
+    metrics=(
+        Metric(
+            "prompt_accuracy", ("prompt_accuracy",), ("digits-captioned.logits",), _prompt_accuracy, needs="prompts"
+        ),
+        Metric("ink", ("ink_bold", "ink_thin"), ("digits-captioned.ink",), _ink, needs="prompts"),
+        frechet("fd_digits", _FEATURES),
+        clip("clip-digits", name="clip_digits"),
+        density_and_coverage(_FEATURES),
+        feature_diversity("diversity_digits", _FEATURES),
+    ),
+    default=("prompt_accuracy", "ink_bold", "ink_thin", "fd_digits", "clip_digits"),
     num_samples=500,
-    sample_shape=(3, 16, 16),
-    metrics=("prompt_accuracy", "ink_bold", "ink_thin", "fd_digits"),
-    needs_labels=(),
-    reference="digit-captions",
-    load_reference=lambda: load_digit_images()[0],
-    score=_score,
-    provenance=_provenance,
+    size=16,
+    reference="the 1,797 captioned digits",
+    embedded="digit-captions",
+    reference_count=1797,
     prompts=lambda: [prompt.text for prompt in evaluation_prompts()],
 )

@@ -1,0 +1,70 @@
+"""A classifier of the user's own beside a protocol's extractors, for the accuracy of class-conditional samples."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from evaluation.extractors.extractor import Extractor, runner
+from evaluation.metric import class_accuracy
+from evaluation.protocols.protocol import Protocol
+from fdistill.errors import ArgumentError
+from fdistill.images import to_unit
+
+
+def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tuple[Protocol, Extractor]:
+    """The protocol with class_accuracy by this classifier, and the extractor "classifier" that it then needs.
+
+    Args:
+        name: "module:function" without arguments, which returns a module from images in [-1, 1] to logits.
+
+    Raises:
+        ArgumentError: nothing there that can be imported, or that returns such a module; a protocol with its own.
+    """
+    if "class_accuracy" in protocol.names():
+        raise ArgumentError(f"classifier: protocol {protocol.name!r} has its own; leave it out")
+    if protocol.size is None:
+        raise ArgumentError(f"classifier: protocol {protocol.name!r} takes images of any size; choose one of a size")
+    module, _, function = name.partition(":")
+    try:
+        network = getattr(importlib.import_module(module), function)()
+        network = network.to(device).eval().requires_grad_(False)
+        with torch.no_grad():
+            logits = network(torch.zeros(1, protocol.channels, protocol.size, protocol.size, device=device))
+    except Exception as error:  # a stranger's function may raise anything
+        raise ArgumentError(
+            f"classifier {name!r}: {type(error).__name__}: {error}; expected module:function that Python can import, "
+            "which returns a torch module from images to logits"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise ArgumentError(f"classifier {name!r}: its module returned no tensor [B, classes]")
+
+    def compute(images: Tensor) -> dict[str, Tensor]:
+        return {"logits": network(to_unit(images.to(device)))}
+
+    extractor = Extractor(
+        "classifier",
+        {"logits": logits.shape[1]},
+        runner(compute, device, (protocol.channels, protocol.size, protocol.size)),
+        f"{name}, images in [-1, 1]",
+        _weights_sha256(network),
+        published=True,  # there is only one: the user's
+    )
+    extended = replace(
+        protocol,
+        metrics=(*protocol.metrics, class_accuracy("classifier.logits")),
+        default=(*protocol.default, "class_accuracy"),
+    )
+    return extended, extractor
+
+
+def _weights_sha256(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

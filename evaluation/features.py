@@ -1,0 +1,257 @@
+"""Images through extractors, batch by batch: rows of features, or their moments, of all processes together.
+
+Batches begin at multiples of the batch size whatever the number of processes, as a network's features differ in their
+last bits with the batch that an image is in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import queue
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from evaluation.extractors import Extractor, full_precision
+from evaluation.images import Images
+from evaluation.moments import Moments
+from fdistill import rng
+from fdistill.errors import OutputError
+from fdistill.files import atomic_file, cache_folder
+
+#: By "label.output", as "inception.pool".
+Rows = dict[str, Tensor]
+#: What encodes prompts: N texts -> float32 [N, D].
+EncodeText = Callable[[Sequence[str]], Tensor]
+
+_T = TypeVar("_T")
+_AHEAD = 2  # batches that are read while one is in the extractors
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An extractor and the images it looks at: those of a protocol, or another view of them.
+
+    Attributes:
+        label: before the dot in names of features: the extractor's name, with "@view" where it has one of its own.
+    """
+
+    label: str
+    extractor: Extractor
+    images: Images
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """{"label.output": number of features}."""
+        return {f"{self.label}.{output}": width for output, width in self.extractor.outputs.items()}
+
+
+def extract_rows(
+    readings: Sequence[Reading],
+    *,
+    batch_size: int,
+    device: torch.device,
+    texts: Mapping[str, tuple[Sequence[str], EncodeText]] | None = None,
+    describe: str = "features",
+) -> Rows:
+    """Features of all images in their order, the same on all processes; every image is read once for all extractors.
+
+    Args:
+        readings: of views of the same images.
+        texts: by the name of the output, a prompt for each image and what encodes it; read beside the images.
+        describe: what the progress bar says; empty for none.
+
+    Returns:
+        {"label.output": float32 [N, D]} on the CPU.
+    """
+    count = len(readings[0].images)
+    share = _share(count, batch_size)
+    rows: Rows = {}
+    for part, found in _stream(readings, share, batch_size, device, describe, texts or {}):
+        here = slice(part.start - share.start, part.stop - share.start)
+        for name, values in found.items():
+            if name not in rows:
+                rows[name] = torch.empty(len(share), values.shape[1])
+            rows[name][here] = values
+    widths = {name: width for reading in readings for name, width in reading.widths.items()}
+    for name in texts or {}:  # as wide as the images' features, which a process without any image cannot see
+        widths[name] = widths[f"{name.split('.')[0]}.image"]
+    local = {name: rows.get(name, torch.empty(0, width)) for name, width in sorted(widths.items())}
+    return {name: _gathered(values, count, batch_size, device) for name, values in local.items()}
+
+
+def extract_moments(
+    readings: Sequence[Reading], *, batch_size: int, device: torch.device, describe: str = "features"
+) -> dict[str, Moments]:
+    """Mean and covariance of all images' features, in float64; no row is kept."""
+    moments = {name: Moments(width) for reading in readings for name, width in reading.widths.items()}
+    share = _share(len(readings[0].images), batch_size)
+    for _, found in _stream(readings, share, batch_size, device, describe, {}):
+        for name, values in found.items():
+            moments[name].update(values)
+    return {name: values.over_processes() for name, values in moments.items()}
+
+
+def cached_rows(readings: Sequence[Reading], *, batch_size: int, device: torch.device, describe: str) -> Rows:
+    """`extract_rows`, kept on disk for images whose content is known; an unwritable cache costs a warning."""
+    files = {reading.label: _cache_file(reading, batch_size) for reading in readings}
+    rows: Rows = {}
+    missing = []
+    for reading in readings:
+        file = files[reading.label]
+        found = None if file is None else _read_cache(file, reading)
+        rows.update(found or {})
+        if found is None:
+            missing.append(reading)
+    if rng.world()[1] > 1:
+        # Every process must take the same way: where one has not found a file that another has, all extract.
+        absent = torch.tensor([float(reading in missing) for reading in readings], device=device)
+        dist.all_reduce(absent, dist.ReduceOp.MAX)
+        missing = [reading for reading, flag in zip(readings, absent.tolist(), strict=True) if flag]
+    if not missing:
+        return rows
+    new = extract_rows(missing, batch_size=batch_size, device=device, describe=describe)
+    for reading in missing:
+        file = files[reading.label]
+        if file is not None and rng.world()[0] == 0:
+            _write_cache(file, {name: new[f"{reading.label}.{name}"] for name in reading.extractor.outputs})
+    return rows | new
+
+
+def _share(count: int, batch_size: int) -> range:
+    """This process's images: whole batches, the last process's being the ones that are left."""
+    rank, processes = rng.world()
+    return range(count)[slice(*_bounds(count, batch_size, rank, processes))]
+
+
+def _bounds(count: int, batch_size: int, rank: int, processes: int) -> tuple[int, int]:
+    batches = -(-count // batch_size)
+    per_process = -(-batches // processes) * batch_size
+    return min(count, rank * per_process), min(count, (rank + 1) * per_process)
+
+
+def _stream(
+    readings: Sequence[Reading],
+    share: range,
+    batch_size: int,
+    device: torch.device,
+    describe: str,
+    texts: Mapping[str, tuple[Sequence[str], EncodeText]],
+) -> Iterator[tuple[range, Rows]]:
+    """(indices, {name: rows}) of one batch after another, while the next ones are read or generated in a thread."""
+    views = {id(reading.images): reading.images for reading in readings}
+    quiet = rng.world()[0] != 0 or not describe
+    parts = [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
+    batches = ((part, {key: images.read(part) for key, images in views.items()}) for part in parts)
+    # Around both threads: precision is a setting of the whole process, and images must not depend on who was first.
+    with (
+        full_precision(device),
+        tqdm(total=len(share), desc=describe, unit="img", disable=quiet, mininterval=0.5) as bar,
+    ):
+        for part, seen in ahead(batches):
+            found = {
+                f"{reading.label}.{name}": rows
+                for reading in readings
+                for name, rows in reading.extractor.run(seen[id(reading.images)]).items()
+            }
+            for name, (prompts, encode) in texts.items():
+                found[name] = encode([prompts[i] for i in part])
+            yield part, found
+            bar.update(len(part))
+
+
+def ahead(items: Iterable[_T], depth: int = _AHEAD) -> Iterator[_T]:
+    """The items, made in a thread up to `depth` ahead of their use; an error in the thread is raised here."""
+    done = object()
+    line: queue.Queue[object] = queue.Queue(depth)
+    stop = threading.Event()
+
+    def put(item: object) -> bool:
+        while not stop.is_set():
+            try:
+                line.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put(item):
+                    return
+            put(done)
+        except BaseException as error:
+            put(_Raised(error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while (item := line.get()) is not done:
+            if isinstance(item, _Raised):
+                raise item.error
+            yield item  # type: ignore[misc]
+    finally:
+        stop.set()
+        thread.join()
+
+
+class _Raised:
+    def __init__(self, error: BaseException):
+        self.error = error
+
+
+def _gathered(rows: Tensor, count: int, batch_size: int, device: torch.device) -> Tensor:
+    """The rows of all processes, of which each has its own number."""
+    if not (dist.is_initialized() and dist.get_world_size() > 1):
+        return rows
+    processes = dist.get_world_size()
+    gathered = torch.empty(count, rows.shape[1])
+    for rank in range(processes):
+        first, last = _bounds(count, batch_size, rank, processes)
+        part = rows if rank == dist.get_rank() else torch.empty(last - first, rows.shape[1])
+        sent = part.to(device)
+        if len(sent):
+            dist.broadcast(sent, rank)
+        gathered[first:last] = sent.cpu()
+    return gathered
+
+
+def _cache_file(reading: Reading, batch_size: int) -> Path | None:
+    content, extractor = reading.images.sha256(), reading.extractor
+    if content is None:
+        return None
+    facts = [content, len(reading.images), extractor.name, extractor.sha256, extractor.preparation, batch_size]
+    return cache_folder() / "features" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
+
+
+def _read_cache(file: Path, reading: Reading) -> Rows | None:
+    try:
+        found = load_file(file)
+    except (OSError, SafetensorError):
+        return None
+    shapes = {name: (len(reading.images), width) for name, width in reading.extractor.outputs.items()}
+    if {name: tuple(rows.shape) for name, rows in found.items()} != shapes:
+        return None
+    return {f"{reading.label}.{name}": rows for name, rows in found.items()}
+
+
+def _write_cache(file: Path, rows: Rows) -> None:
+    try:
+        with atomic_file(file) as temporary:
+            save_file(rows, temporary)
+    except OutputError as error:
+        warnings.warn(
+            f"features are not kept: {error}; set FDISTILL_CACHE to a folder that can be written", stacklevel=2
+        )

@@ -1,0 +1,262 @@
+"""Samples measured by a protocol: features are extracted once for all metrics; a score's name says what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation.against import Against
+from evaluation.extractors import Extractor, open_extractor
+from evaluation.extractors.clip import open_clip_model
+from evaluation.features import Reading, Rows, cached_rows, extract_rows
+from evaluation.generated import GeneratedImages
+from evaluation.images import Images
+from evaluation.metric import Measured, Metric
+from evaluation.moments import Moments
+from evaluation.protocols.protocol import Protocol
+from evaluation.score import Score
+from evaluation.weights import Weights
+from fdistill.distributed import from_main_process
+from fdistill.errors import ArgumentError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How samples are measured.
+
+    Attributes:
+        metrics: names out of the protocol's; None for those it is known for, as far as samples and reference allow.
+        weights: where files of published weights are.
+        replicates: of the bootstrap that gives distances their spread; 0 for none.
+        own: extractors of the user's own, by name.
+        progress: whether bars are shown.
+    """
+
+    protocol: Protocol
+    device: torch.device
+    metrics: Sequence[str] | None = None
+    batch_size: int = 64
+    weights: Weights = field(default_factory=dict)
+    replicates: int = 20
+    own: Mapping[str, Extractor] = field(default_factory=dict)
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        known = self.protocol.names()
+        for name in self.metrics or ():
+            if name not in known:
+                raise ArgumentError(
+                    f"metrics: protocol {self.protocol.name!r} has no {name!r}; {did_you_mean(name, known)}"
+                )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Scores by their full names, and what there is to know of how they were made."""
+
+    scores: dict[str, Score]
+    provenance: dict[str, Any]
+
+
+def measure(views: Mapping[str, Images], against: Against | None, setting: Setting) -> Measurement:
+    """Scores of images; computed by the main process from the features of all, returned by each.
+
+    Args:
+        views: the samples, as the protocol prepares them ("") and as its other views want them.
+
+    Raises:
+        ArgumentError: metrics that these samples or this reference do not allow.
+    """
+    protocol, images = setting.protocol, views[""]
+    count = len(images)
+    chosen = _chosen(images, against, setting)
+    metrics = list(dict.fromkeys(protocol.names()[name] for name in chosen))
+    prefixes = {metric.clip[0]: metric.clip[1] for metric in metrics if metric.clip is not None}
+    labels = dict.fromkeys(key.split(".")[0] for metric in metrics for key in metric.features)
+    clips = {label: open_clip_model(_network(label), setting.device, setting.weights) for label in prefixes}
+    extractors = {label: clips[label].extractor if label in clips else _open(label, setting) for label in labels}
+    _check_counts(metrics, extractors, count, against)
+    if protocol.num_samples is not None and count < protocol.num_samples:
+        warnings.warn(
+            f"{images.name}: {count} images, and protocol {protocol.name!r} wants {protocol.num_samples}; scores carry "
+            "the count in their names, and are not those that papers give",
+            stacklevel=2,
+        )
+    texts = {
+        f"{label}.text": (images.prompts or [], partial(clips[label].encode_prompts, prefix=prefix))
+        for label, prefix in prefixes.items()
+    }
+    readings = [Reading(label, e, views[label.partition("@")[2]]) for label, e in extractors.items()]
+    how: dict[str, Any] = {
+        "batch_size": setting.batch_size,
+        "device": setting.device,
+        "describe": "samples" if setting.progress else "",
+    }
+    with images.measured(setting.batch_size) if isinstance(images, GeneratedImages) else nullcontext():
+        rows: Rows = {}
+        if readings:
+            rows = extract_rows(readings, texts=texts, **how) if texts else cached_rows(readings, **how)
+        measured = Measured(
+            rows,
+            *_reference(metrics, extractors, against, setting),
+            images=images,
+            device=setting.device,
+            weights=setting.weights,
+            replicates=setting.replicates,
+        )
+        scores = from_main_process(
+            lambda: {name: score for metric in metrics for name, score in metric.compute(measured).items()}
+        )
+    _warn_of_lossy(images)
+    named = {}
+    for name, score in scores.items():
+        metric = protocol.names()[name]
+        if name in chosen or metric.name in chosen:
+            named[_full_name(name, metric, protocol, count, against, extractors)] = score
+    return Measurement(named, _provenance(images, against, extractors, setting))
+
+
+def _network(label: str) -> str:
+    return label.partition("@")[0]
+
+
+def _open(label: str, setting: Setting) -> Extractor:
+    name = _network(label)
+    return setting.own[name] if name in setting.own else open_extractor(name, setting.device, setting.weights)
+
+
+def _full_name(
+    name: str,
+    metric: Metric,
+    protocol: Protocol,
+    count: int,
+    against: Against | None,
+    extractors: Mapping[str, Extractor],
+) -> str:
+    """A score's name, which says what of the protocol was not kept to."""
+    whole = name if protocol.num_samples in (None, count) else f"{name}@{count}"
+    if metric.against is not None and against is not None and not against.is_protocols:
+        whole += f" vs {Path(against.name).name}"
+    labels = dict.fromkeys(key.split(".")[0] for key in metric.features)
+    other = [extractors[label].sha256[:8] for label in labels if not extractors[label].published]
+    return whole + (f" (other weights {', '.join(other)})" if other else "")
+
+
+def _warn_of_lossy(images: Images) -> None:
+    lossy = images.facts.get("lossy_files", 0)
+    if lossy:
+        warnings.warn(
+            f"{images.name}: {lossy} of {len(images)} samples are lossy files (JPEG, WebP), whose artefacts a network "
+            "sees; scores are of those files, not of what was generated: write PNG",
+            stacklevel=3,
+        )
+
+
+def _chosen(images: Images, against: Against | None, setting: Setting) -> list[str]:
+    """Names of what is measured; those asked for must be possible, of the protocol's own the possible ones are."""
+    known, chosen = setting.protocol.names(), []
+    for name in setting.metrics or setting.protocol.default:
+        metric = known[name]
+        problem = _problem(metric, images, against)
+        if problem is None:
+            chosen.append(name)
+        elif setting.metrics:
+            raise ArgumentError(f"metrics: {name} {problem}")
+    if not chosen:
+        name = setting.protocol.default[0]
+        raise ArgumentError(f"metrics: {name} {_problem(known[name], images, against)}")
+    return chosen
+
+
+def _problem(metric: Metric, images: Images, against: Against | None) -> str | None:
+    if metric.against is not None and against is None:
+        return "needs a reference; pass images or a file of statistics"
+    if metric.against == "rows" and against is not None and not against.has_rows:
+        return f"needs the reference's images, and {against.name} holds statistics alone; pass the images"
+    if metric.needs == "labels" and images.labels is None:
+        return f"needs labels, and {images.name} has no manifest.json with labels"
+    if metric.needs == "prompts" and images.prompts is None:
+        return f"needs prompts, and {images.name} has none; pass a file with one for each image"
+    return None
+
+
+def _check_counts(
+    metrics: Sequence[Metric], extractors: Mapping[str, Extractor], count: int, against: Against | None
+) -> None:
+    """Before hours are spent: a covariance of fewer samples than features is singular."""
+    for metric in metrics:
+        for key in metric.features if metric.against == "moments" else ():
+            extractor, output = key.split(".")
+            width = extractors[extractor].outputs[output]
+            have = {"samples": count}
+            if against is not None and against.count is not None:
+                have["reference images"] = against.count
+            for what, number in have.items():
+                if number <= width:
+                    raise ArgumentError(
+                        f"metrics: {metric.name} of {number} {what} in {width} features is refused, as their "
+                        f"covariance is singular and the distance says little; expected more than {width}, or "
+                        "metrics that need fewer, such as kid"
+                    )
+
+
+def _reference(
+    metrics: Sequence[Metric], extractors: Mapping[str, Extractor], against: Against | None, setting: Setting
+) -> tuple[Mapping[str, Moments], Rows]:
+    """(moments, rows) of what the metrics need of the reference."""
+
+    def needed(kind: str) -> dict[str, Extractor]:
+        keys = (key for metric in metrics if metric.against == kind for key in metric.features)
+        return {label: extractors[label] for label in dict.fromkeys(key.split(".")[0] for key in keys)}
+
+    if against is None:
+        return {}, {}
+    rows, moments = needed("rows"), needed("moments")
+    return (
+        against.moments(moments, setting.batch_size, setting.device) if moments else {},
+        against.rows(rows, setting.batch_size, setting.device) if rows else {},
+    )
+
+
+def _provenance(
+    images: Images, against: Against | None, extractors: Mapping[str, Extractor], setting: Setting
+) -> dict[str, Any]:
+    protocol = setting.protocol
+    prompts = None if images.prompts is None else "\n".join(images.prompts)
+    return {
+        "protocol": protocol.name,
+        "num_samples": len(images),
+        "protocol_num_samples": protocol.num_samples,
+        "samples": images.name,
+        "samples_sha256": images.sha256(),
+        **({} if prompts is None else {"prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest()}),
+        "recipe": protocol.recipe,
+        "reference": None if against is None else against.provenance(),
+        "extractors": {
+            label: {"sha256": e.sha256, "published": e.published, "preparation": e.preparation}
+            for label, e in extractors.items()
+        },
+        "dtype": "float32 features, float64 statistics",
+        "batch_size": setting.batch_size,
+        **protocol.facts,
+        **images.facts,
+        **_told_by_manifest(images.facts),
+    }
+
+
+def _told_by_manifest(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What a folder's manifest says, under the names that generated samples have it by."""
+    found: dict[str, Any] = {}
+    if "seed" in facts:
+        found["seeds"] = [facts["seed"]]
+    if facts.get("images_per_second"):
+        found["seconds_per_image"] = 1 / facts["images_per_second"]
+    return found

@@ -1,0 +1,197 @@
+"""What a protocol may measure: each metric with the features it reads, and the names of its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from evaluation.images import Images
+from evaluation.metrics.accuracy import accuracy
+from evaluation.metrics.clip_score import clip_scores
+from evaluation.metrics.density_coverage import density_coverage
+from evaluation.metrics.diversity import mean_of_groups, pairs_within_groups
+from evaluation.metrics.fid_infinity import frechet_infinity
+from evaluation.metrics.frechet import frechet_score
+from evaluation.metrics.inception_score import inception_score
+from evaluation.metrics.kernel_distance import kernel_distance
+from evaluation.metrics.memorisation import authenticity
+from evaluation.metrics.precision_recall import precision_recall
+from evaluation.moments import Moments
+from evaluation.score import Score
+from evaluation.weights import Weights
+from fdistill.errors import ArgumentError
+
+_PAIRS, _GROUPS = 10, 100  # image pairs for each class or prompt, and how many of those, for diversity
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What metrics are computed from.
+
+    Attributes:
+        samples: {"extractor.output": float32 [N, D]} of the samples.
+        moments, reference: the same names' moments, and rows, of the reference.
+        images: the samples themselves, by index.
+        replicates: of the bootstrap.
+    """
+
+    samples: Mapping[str, Tensor]
+    moments: Mapping[str, Moments]
+    reference: Mapping[str, Tensor]
+    images: Images
+    device: torch.device
+    weights: Weights
+    replicates: int = 20
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to measure.
+
+    Attributes:
+        name: as in --metrics.
+        outputs: the names of its numbers.
+        features: outputs of extractors that it reads, of the samples and, as `against` says, of the reference.
+        against: what of the reference it needs: its moments, its rows (so its images), or nothing.
+        needs: what of the samples it needs beside: "labels" or "prompts".
+        clip: name of the CLIP model whose text encoder it needs, and what comes before each prompt.
+    """
+
+    name: str
+    outputs: tuple[str, ...]
+    features: tuple[str, ...]
+    compute: Callable[[Measured], dict[str, Score]]
+    against: Literal["moments", "rows"] | None = None
+    needs: Literal["labels", "prompts"] | None = None
+    clip: tuple[str, str] | None = None
+
+
+def frechet(name: str, features: str) -> Metric:
+    """Frechet distance in these features; "fid" is the name of that in Inception's pool, and of no other."""
+
+    def compute(at: Measured) -> dict[str, Score]:
+        score = frechet_score(at.samples[features], at.moments[features], replicates=at.replicates, seed=at.seed)
+        return {name: score}
+
+    return Metric(name, (name,), (features,), compute, "moments")
+
+
+def infinity(name: str, features: str) -> Metric:
+    """The same distance, extrapolated to infinitely many samples."""
+
+    def compute(at: Measured) -> dict[str, Score]:
+        return {name: frechet_infinity(at.samples[features], at.moments[features], seed=at.seed)}
+
+    return Metric(name, (name,), (features,), compute, "moments")
+
+
+def kid(name: str, features: str) -> Metric:
+    def compute(at: Measured) -> dict[str, Score]:
+        return {name: kernel_distance(at.samples[features], at.reference[features])}
+
+    return Metric(name, (name,), (features,), compute, "rows")
+
+
+def inception(features: str, *, shuffled: bool = True) -> Metric:
+    def compute(at: Measured) -> dict[str, Score]:
+        return {"inception_score": inception_score(at.samples[features], shuffled=shuffled)}
+
+    return Metric("inception_score", ("inception_score",), (features,), compute)
+
+
+def precision_and_recall(features: str) -> Metric:
+    def compute(at: Measured) -> dict[str, Score]:
+        rows = at.samples[features].to(at.device), at.reference[features].to(at.device)
+        return dict(zip(("precision", "recall"), precision_recall(*rows), strict=True))
+
+    return Metric("precision_recall", ("precision", "recall"), (features,), compute, "rows")
+
+
+def density_and_coverage(features: str) -> Metric:
+    def compute(at: Measured) -> dict[str, Score]:
+        rows = at.samples[features].to(at.device), at.reference[features].to(at.device)
+        return dict(zip(("density", "coverage"), density_coverage(*rows), strict=True))
+
+    return Metric("density_coverage", ("density", "coverage"), (features,), compute, "rows")
+
+
+def memorisation(features: str) -> Metric:
+    """Whether samples are copies; the reference must be the training images."""
+
+    def compute(at: Measured) -> dict[str, Score]:
+        return {"authenticity": authenticity(at.samples[features].to(at.device), at.reference[features].to(at.device))}
+
+    return Metric("authenticity", ("authenticity",), (features,), compute, "rows")
+
+
+def class_accuracy(logits: str) -> Metric:
+    """Share of samples that the extractor's classifier puts into the class they were asked to be of."""
+
+    def compute(at: Measured) -> dict[str, Score]:
+        assert at.images.labels is not None
+        return {"class_accuracy": accuracy(at.samples[logits], at.images.labels)}
+
+    return Metric("class_accuracy", ("class_accuracy",), (logits,), compute, needs="labels")
+
+
+def clip(model: str, prefix: str = "", name: str = "clip") -> Metric:
+    """Likeness of each image and its prompt: the mean cosine, and the two other numbers that go by this name."""
+    image, text = f"{model}.image", f"{model}.text"
+    outputs = ("clip_cosine", "clip_x100", "clipscore") if name == "clip" else (name,)
+
+    def compute(at: Measured) -> dict[str, Score]:
+        scores = clip_scores(at.samples[image], at.samples[text])
+        return scores if name == "clip" else {name: scores["clip_cosine"]}
+
+    return Metric(name, outputs, (image,), compute, needs="prompts", clip=(model, prefix))
+
+
+def lpips_diversity() -> Metric:
+    """Mean LPIPS between images of one class or one prompt: 10 pairs of each, of at most 100 of them, evenly chosen."""
+
+    def compute(at: Measured) -> dict[str, Score]:
+        from evaluation.extractors.lpips import open_lpips
+
+        pairs, groups = _diversity_pairs(at)
+        network = open_lpips(at.device, at.weights)
+        distances = [
+            network(at.images.read([i for i, _ in part]), at.images.read([j for _, j in part])).cpu()
+            for part in (pairs[first : first + 32] for first in range(0, len(pairs), 32))
+        ]
+        return {"lpips_diversity": mean_of_groups(torch.cat(distances), groups)}
+
+    return Metric("lpips_diversity", ("lpips_diversity",), (), compute)
+
+
+def feature_diversity(name: str, features: str) -> Metric:
+    """The same, with distances between features in place of LPIPS."""
+
+    def compute(at: Measured) -> dict[str, Score]:
+        pairs, groups = _diversity_pairs(at)
+        first, second = (at.samples[features][[pair[side] for pair in pairs]].double() for side in (0, 1))
+        return {name: mean_of_groups((first - second).norm(dim=1), groups)}
+
+    return Metric(name, (name,), (features,), compute)
+
+
+def _diversity_pairs(at: Measured) -> tuple[list[tuple[int, int]], list[Hashable]]:
+    """(pairs of images, the class or prompt of each pair)."""
+    labels, prompts = at.images.labels, at.images.prompts
+    told: Sequence[Hashable] = ["all"] * len(at.images) if prompts is None else prompts
+    if labels is not None:
+        told = labels.tolist()
+    pairs = pairs_within_groups(told, pairs_per_group=_PAIRS, seed=at.seed)
+    found = list(dict.fromkeys(told[i] for i, _ in pairs))
+    if not found:
+        raise ArgumentError(
+            f"diversity: no two of {at.images.name}'s images have the same class or prompt; give prompts that each are "
+            "drawn several times, as 10 prompts for 100 images"
+        )
+    chosen = set(found[:: -(-len(found) // _GROUPS)])
+    pairs = [pair for pair in pairs if told[pair[0]] in chosen]
+    return pairs, [told[i] for i, _ in pairs]

@@ -111,6 +111,7 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
             device=setting.device,
             weights=setting.weights,
             replicates=setting.replicates,
+            strata=None if protocol.random_labels else images.labels,
         )
         scores = from_main_process(
             lambda: {name: score for metric in metrics for name, score in metric.compute(measured).items()}

@@ -37,6 +37,7 @@ class Measured:
         moments, reference: the same names' moments, and rows, of the reference.
         images: the samples themselves, by index.
         replicates: of the bootstrap.
+        strata: the samples' labels, where every set of samples has as many of each; else None.
     """
 
     samples: Mapping[str, Tensor]
@@ -47,6 +48,13 @@ class Measured:
     weights: Weights
     replicates: int = 20
     seed: int = 0
+    strata: Tensor | None = None
+
+    def on_device(self, features: str) -> tuple[Tensor, Tensor]:
+        """(rows of the samples, of the reference), where distances between all of them are computed: in float64, which
+        MPS has not."""
+        device = torch.device("cpu") if self.device.type == "mps" else self.device
+        return self.samples[features].to(device), self.reference[features].to(device)
 
 
 @dataclass(frozen=True)
@@ -75,8 +83,8 @@ def frechet(name: str, features: str) -> Metric:
     """Frechet distance in these features; "fid" is the name of that in Inception's pool, and of no other."""
 
     def compute(at: Measured) -> dict[str, Score]:
-        score = frechet_score(at.samples[features], at.moments[features], replicates=at.replicates, seed=at.seed)
-        return {name: score}
+        rows, moments = at.samples[features], at.moments[features]
+        return {name: frechet_score(rows, moments, replicates=at.replicates, seed=at.seed, strata=at.strata)}
 
     return Metric(name, (name,), (features,), compute, "moments")
 
@@ -106,16 +114,14 @@ def inception(features: str, *, shuffled: bool = True) -> Metric:
 
 def precision_and_recall(features: str) -> Metric:
     def compute(at: Measured) -> dict[str, Score]:
-        rows = at.samples[features].to(at.device), at.reference[features].to(at.device)
-        return dict(zip(("precision", "recall"), precision_recall(*rows), strict=True))
+        return dict(zip(("precision", "recall"), precision_recall(*at.on_device(features)), strict=True))
 
     return Metric("precision_recall", ("precision", "recall"), (features,), compute, "rows")
 
 
 def density_and_coverage(features: str) -> Metric:
     def compute(at: Measured) -> dict[str, Score]:
-        rows = at.samples[features].to(at.device), at.reference[features].to(at.device)
-        return dict(zip(("density", "coverage"), density_coverage(*rows), strict=True))
+        return dict(zip(("density", "coverage"), density_coverage(*at.on_device(features)), strict=True))
 
     return Metric("density_coverage", ("density", "coverage"), (features,), compute, "rows")
 
@@ -124,7 +130,7 @@ def memorisation(features: str) -> Metric:
     """Whether samples are copies; the reference must be the training images."""
 
     def compute(at: Measured) -> dict[str, Score]:
-        return {"authenticity": authenticity(at.samples[features].to(at.device), at.reference[features].to(at.device))}
+        return {"authenticity": authenticity(*at.on_device(features))}
 
     return Metric("authenticity", ("authenticity",), (features,), compute, "rows")
 

@@ -222,7 +222,9 @@ def test_captioned_digits_are_read_by_the_same_network() -> None:
     rows = extractor.run(pictures)
     means = pictures.double().reshape(300, 3, 8, 2, 8, 2).mean((1, 3, 5))[:, None]
     assert torch.allclose(rows["features"], load_digit_features()(to_unit(means))[0], atol=1e-5)
-    assert {name: value.shape[1] for name, value in rows.items()} == extractor.outputs == {"features": 64, "logits": 10}
+    assert {name: value.shape[1] for name, value in rows.items()} == extractor.outputs
+    assert extractor.outputs == {"features": 64, "logits": 10, "ink": 1}
+    assert torch.allclose(rows["ink"][:, 0], pictures.double().mean((1, 2, 3)).float() / 255)
     assert (rows["logits"].argmax(1) == labels[:300]).float().mean() > 0.98
 
 

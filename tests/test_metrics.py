@@ -155,6 +155,24 @@ def test_frechet_spread_is_that_of_new_samples() -> None:
     assert frechet_score(sets[0], reference, replicates=0).spread is None
 
 
+def test_frechet_spread_of_classes_in_turn_is_that_of_new_samples_in_turn() -> None:
+    """Classes far from one another, as many of each in every set: their shares do not vary, nor must a replicate's."""
+    width, classes = 4, 8
+    strata = torch.arange(400) % classes
+    centres = 6 * normal(99, classes, width)
+    sets = [normal(seed, 400, width) + 0.3 + centres[strata] for seed in range(100)]
+    covariance = torch.eye(width, dtype=torch.float64) + torch.cov(centres.T, correction=0)
+    reference = Moments.known(centres.mean(0), covariance)
+    actual = statistics.stdev(frechet_score(rows, reference, replicates=0).value for rows in sets)
+    within, across = (
+        statistics.mean(frechet_score(rows, reference, strata=groups).spread or 0 for rows in sets[:12])
+        for groups in (strata, None)
+    )
+    assert 0.6 < within / actual < 1.8
+    assert across / actual > 3
+    assert frechet_score(sets[0], reference, strata=strata).spread_of == "20 bootstrap replicates within classes"
+
+
 def test_frechet_score_refuses() -> None:
     reference = Moments.of(normal(0, 50, 4))
     with pytest.raises(ArgumentError, match=r"samples: expected more than 4 rows.* singular .* got 4"):

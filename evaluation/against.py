@@ -34,6 +34,7 @@ class Against:
     def __init__(self, name: str, views: Mapping[str, Images], statistics: Reference | None, is_protocols: bool):
         self.name, self.views, self.statistics, self.is_protocols = name, views, statistics, is_protocols
         self._rows: Rows = {} if statistics is None else dict(statistics.rows)
+        self._moments: dict[str, Moments] = {}
 
     @property
     def has_rows(self) -> bool:
@@ -44,6 +45,14 @@ class Against:
     def count(self) -> int | None:
         """Number of images that it stands for, where known."""
         return self.statistics.count if self.statistics is not None else len(self.views[""])
+
+    @property
+    def resolution(self) -> str | None:
+        """Of its images as they are prepared, as "32x32", where known."""
+        if self.statistics is None:
+            return str(self.views[""].facts["resolution"])
+        side = self.statistics.resolution
+        return None if side is None else f"{side}x{side}"
 
     def moments(
         self, extractors: Mapping[str, Extractor], batch_size: int, device: torch.device
@@ -57,8 +66,11 @@ class Against:
             _check_features(self.statistics, extractors)
             return self.statistics.moments
         if len(self.views[""]) > _KEPT_ROWS:
-            readings = self._readings(extractors)
-            return extract_moments(readings, batch_size=batch_size, device=device, describe="reference")
+            missing = [r for r in self._readings(extractors) if not r.widths.keys() <= self._moments.keys()]
+            if missing:
+                how: dict[str, Any] = {"batch_size": batch_size, "device": device, "describe": "reference"}
+                self._moments |= extract_moments(missing, **how)
+            return self._moments
         rows = self.rows(extractors, batch_size, device)
         wanted = {name for reading in self._readings(extractors) for name in reading.widths}
         return {name: Moments.of(values) for name, values in rows.items() if name in wanted}
@@ -70,7 +82,7 @@ class Against:
         missing = {
             label: extractor
             for label, extractor in extractors.items()
-            if any(f"{label}.{output}" not in self._rows for output in extractor.outputs)
+            if not any(name.split(".")[0] == label for name in self._rows)
         }
         if missing and not self.views:
             raise ArgumentError(
@@ -128,7 +140,7 @@ def open_against(protocol: Protocol, reference: str | Path | None) -> Against | 
         images = {} if statistics.images is None else {"": statistics.images}
         ours = statistics.kind == "fdistill" and statistics.facts.get("protocol") == protocol.name
         known = statistics.kind in protocol.reference_kinds or (
-            ours and statistics.count in (None, protocol.reference_count)
+            ours and protocol.reference_count in (None, statistics.count)
         )
         return Against(where, images, statistics, known)
     recipes = {"": (protocol.reference_recipe, protocol.size), **protocol.views}

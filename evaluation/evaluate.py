@@ -26,10 +26,12 @@ from fdistill.data.prompts import read_prompts
 from fdistill.data.source import is_image
 from fdistill.devices import start
 from fdistill.errors import ArgumentError
-from fdistill.files import atomic_file, check_file
+from fdistill.files import atomic_file, check_file, read_json_object
 from fdistill.generation import check_counts, open_source
-from fdistill.pipeline import is_student
+from fdistill.pipeline import STUDENT_FILE, is_student, student_folder
 
+#: What provenance says of a student's training; "ema" is the average that its weights are.
+_TRAINING = ("method", "divergence", "teacher", "teacher_guidance", "iterations", "ema", "seed")
 _ARCHIVES = (".zip", ".npz", ".tar", ".parquet")
 
 
@@ -113,6 +115,7 @@ def evaluate(
         }
         images = views[""]
         if listed is not None:
+            _check_enough(chosen, listed, len(images))
             told = in_turn(listed, len(images))
             if images.prompts is not None and list(images.prompts) != told:
                 raise ArgumentError(
@@ -140,6 +143,8 @@ def evaluate(
         for seed in seeds:
             made = GeneratedImages(source, seed, count, asked, on, chosen)
             measurements.append(measure(made.views(chosen), against, setting))
+        if source.kind == "student":
+            measurements[0].provenance["student"] = _training(samples)
     result = _result(measurements, None if holds_images(samples) else list(seeds))
     if output is not None and rng.world()[0] == 0:
         with atomic_file(Path(output)) as temporary:
@@ -160,6 +165,11 @@ def holds_images(where: str | Path) -> bool:
     return any(is_image(file.name) for file in path.rglob("*"))
 
 
+def _training(samples: str | Path) -> dict[str, Any]:
+    facts = read_json_object(student_folder(samples) / STUDENT_FILE)
+    return {key: facts[key] for key in _TRAINING if key in facts}
+
+
 def _told(protocol: Protocol, listed: list[str] | None, count: int) -> list[str]:
     """What a text-to-image model is asked for."""
     if listed is None and protocol.prompts is None:
@@ -167,11 +177,15 @@ def _told(protocol: Protocol, listed: list[str] | None, count: int) -> list[str]
             f"prompts: protocol {protocol.name!r} has none of its own; pass a file with one a line "
             f"({protocol.reference})"
         )
+    _check_enough(protocol, listed, count)
+    return protocol.prompts() if listed is None and protocol.prompts is not None else in_turn(listed or [], count)
+
+
+def _check_enough(protocol: Protocol, listed: Sequence[str] | None, count: int) -> None:
     if listed is not None and protocol.asks_prompts and len(listed) < count:
         raise ArgumentError(
             f"prompts: {len(listed)} for {count} images, and protocol {protocol.name!r} draws each once"
         )
-    return protocol.prompts() if listed is None and protocol.prompts is not None else in_turn(listed or [], count)
 
 
 def in_turn(prompts: Sequence[str], count: int) -> list[str]:

@@ -94,7 +94,7 @@ class GeneratedImages:
 
     @contextmanager
     def measured(self, batch_size: int) -> Iterator[None]:
-        """Reading inside the block; afterwards `facts` say evaluations and seconds an image.
+        """Reading inside the block, where `facts` say what size images are made in, evaluations and seconds an image.
 
         Seconds are the median of a few batches made before the block, with nothing else running.
         """
@@ -102,7 +102,7 @@ class GeneratedImages:
         indices = range(min(batch_size, self._count))
         with source.on(self._device):
             with source.counted() as counted:
-                self._sample(indices)
+                first = self._sample(indices)
                 counted.images = len(indices)
             seconds: list[float] = []
             while len(seconds) < _TIMED and sum(seconds) < _ENOUGH_SECONDS:
@@ -110,6 +110,7 @@ class GeneratedImages:
                 self._sample(indices)
                 seconds.append(time.perf_counter() - before)
             self.facts |= {
+                "resolution": f"{first.shape[3]}x{first.shape[2]}",
                 "evaluations_per_image": counted.per_image,
                 "seconds_per_image": statistics.median(seconds) / len(indices),
                 "timed_batch_size": len(indices),

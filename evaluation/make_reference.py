@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evaluation.extractors import open_extractor
 from evaluation.features import Reading, Rows, cached_rows, extract_moments
-from evaluation.images import open_images
+from evaluation.images import Images, open_images
 from evaluation.measure import Setting
 from evaluation.moments import Moments
 from evaluation.protocols import get_protocol
@@ -85,8 +85,14 @@ def make_reference(
             protocol=chosen.name,
             extractors={label: {"sha256": e.sha256, "preparation": e.preparation} for label, e in extractors.items()},
             count=len(images),
-            resolution=chosen.size,
+            resolution=_side(images),
             source=images.name,
             source_sha256=images.sha256(),
         )
     return path
+
+
+def _side(images: Images) -> int | None:
+    """Of square images; None of others."""
+    width, _, height = str(images.facts["resolution"]).partition("x")
+    return int(width) if width == height else None

@@ -23,7 +23,7 @@ from evaluation.metric import Measured, Metric
 from evaluation.moments import Moments
 from evaluation.protocols.protocol import Protocol
 from evaluation.score import Score
-from evaluation.weights import Weights
+from evaluation.weights import PUBLISHED, Weights, file_sha256, find_weights, is_published
 from fdistill.distributed import from_main_process
 from fdistill.errors import ArgumentError, did_you_mean
 
@@ -84,6 +84,9 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
     clips = {label: open_clip_model(_network(label), setting.device, setting.weights) for label in prefixes}
     extractors = {label: clips[label].extractor if label in clips else _open(label, setting) for label in labels}
     _check_counts(metrics, extractors, count, against)
+    # Found by all processes together, as one of them may have to download; only the main one will load them.
+    files = {name: find_weights(name, PUBLISHED[name], setting.weights) for m in metrics for name in m.files}
+    networks = _networks(extractors, files)
     if protocol.num_samples is not None and count < protocol.num_samples:
         warnings.warn(
             f"{images.name}: {count} images, and protocol {protocol.name!r} wants {protocol.num_samples}; scores carry "
@@ -100,16 +103,20 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
         "device": setting.device,
         "describe": "samples" if setting.progress else "",
     }
+    # Before hours are spent on samples: a reference may turn out not to be of these features.
+    moments, reference_rows = _reference(metrics, extractors, against, setting)
     with images.measured(setting.batch_size) if isinstance(images, GeneratedImages) else nullcontext():
+        _check_resolution(images, against, protocol)
         rows: Rows = {}
         if readings:
             rows = extract_rows(readings, texts=texts, **how) if texts else cached_rows(readings, **how)
         measured = Measured(
             rows,
-            *_reference(metrics, extractors, against, setting),
+            moments,
+            reference_rows,
             images=images,
             device=setting.device,
-            weights=setting.weights,
+            weights={**setting.weights, **files},
             replicates=setting.replicates,
             strata=None if protocol.random_labels else images.labels,
         )
@@ -121,8 +128,8 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
     for name, score in scores.items():
         metric = protocol.names()[name]
         if name in chosen or metric.name in chosen:
-            named[_full_name(name, metric, protocol, count, against, extractors)] = score
-    return Measurement(named, _provenance(images, against, extractors, setting))
+            named[_full_name(name, metric, protocol, count, against, networks)] = score
+    return Measurement(named, _provenance(images, against, networks, setting))
 
 
 def _network(label: str) -> str:
@@ -134,20 +141,32 @@ def _open(label: str, setting: Setting) -> Extractor:
     return setting.own[name] if name in setting.own else open_extractor(name, setting.device, setting.weights)
 
 
+def _networks(extractors: Mapping[str, Extractor], files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """What provenance says of each network."""
+    known: dict[str, dict[str, Any]] = {
+        label: {"sha256": e.sha256, "published": e.published, "preparation": e.preparation}
+        for label, e in extractors.items()
+    }
+    for name, path in files.items():
+        sha256 = file_sha256(path)
+        known[name] = {"sha256": sha256, "published": is_published(path, sha256, PUBLISHED[name])}
+    return known
+
+
 def _full_name(
     name: str,
     metric: Metric,
     protocol: Protocol,
     count: int,
     against: Against | None,
-    extractors: Mapping[str, Extractor],
+    networks: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """A score's name, which says what of the protocol was not kept to."""
     whole = name if protocol.num_samples in (None, count) else f"{name}@{count}"
     if metric.against is not None and against is not None and not against.is_protocols:
         whole += f" vs {Path(against.name).name}"
-    labels = dict.fromkeys(key.split(".")[0] for key in metric.features)
-    other = [extractors[label].sha256[:8] for label in labels if not extractors[label].published]
+    used = dict.fromkeys([*(key.split(".")[0] for key in metric.features), *metric.files])
+    other = [networks[name]["sha256"][:8] for name in used if not networks[name]["published"]]
     return whole + (f" (other weights {', '.join(other)})" if other else "")
 
 
@@ -209,6 +228,17 @@ def _check_counts(
                     )
 
 
+def _check_resolution(images: Images, against: Against | None, protocol: Protocol) -> None:
+    """A network's features of 32x32 and of 64x64 do not compare; a protocol of one size has checked it already."""
+    if protocol.size is not None or against is None or against.resolution is None:
+        return
+    if images.facts["resolution"] != against.resolution:
+        raise ArgumentError(
+            f"reference {against.name}: of images of {against.resolution}, and those of {images.name} are "
+            f"{images.facts['resolution']}; expected both of one size"
+        )
+
+
 def _reference(
     metrics: Sequence[Metric], extractors: Mapping[str, Extractor], against: Against | None, setting: Setting
 ) -> tuple[Mapping[str, Moments], Rows]:
@@ -228,7 +258,7 @@ def _reference(
 
 
 def _provenance(
-    images: Images, against: Against | None, extractors: Mapping[str, Extractor], setting: Setting
+    images: Images, against: Against | None, networks: Mapping[str, Mapping[str, Any]], setting: Setting
 ) -> dict[str, Any]:
     protocol = setting.protocol
     prompts = None if images.prompts is None else "\n".join(images.prompts)
@@ -241,10 +271,7 @@ def _provenance(
         **({} if prompts is None else {"prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest()}),
         "recipe": protocol.recipe,
         "reference": None if against is None else against.provenance(),
-        "extractors": {
-            label: {"sha256": e.sha256, "published": e.published, "preparation": e.preparation}
-            for label, e in extractors.items()
-        },
+        "extractors": networks,
         "dtype": "float32 features, float64 statistics",
         "batch_size": setting.batch_size,
         **protocol.facts,

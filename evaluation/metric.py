@@ -68,6 +68,7 @@ class Metric:
         against: what of the reference it needs: its moments, its rows (so its images), or nothing.
         needs: what of the samples it needs beside: "labels" or "prompts".
         clip: name of the CLIP model whose text encoder it needs, and what comes before each prompt.
+        files: further weights that it loads, keys of `evaluation.weights.PUBLISHED`.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Metric:
     against: Literal["moments", "rows"] | None = None
     needs: Literal["labels", "prompts"] | None = None
     clip: tuple[str, str] | None = None
+    files: tuple[str, ...] = ()
 
 
 def frechet(name: str, features: str) -> Metric:
@@ -171,7 +173,7 @@ def lpips_diversity() -> Metric:
         ]
         return {"lpips_diversity": mean_of_groups(torch.cat(distances), groups)}
 
-    return Metric("lpips_diversity", ("lpips_diversity",), (), compute)
+    return Metric("lpips_diversity", ("lpips_diversity",), (), compute, files=("vgg16", "lpips"))
 
 
 def feature_diversity(name: str, features: str) -> Metric:

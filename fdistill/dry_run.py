@@ -8,6 +8,7 @@ from fdistill.devices import start
 from fdistill.lora import has_adapters
 from fdistill.methods import METHODS
 from fdistill.tiue import TiUEGenerator
+from fdistill.train import open_watch
 from fdistill.training_data import TrainingData, stored_data
 
 
@@ -20,6 +21,7 @@ def describe(config: DistillConfig) -> str:
         one = config.model_copy(update={"batch_size": 1})
         with TrainingData(data, None).loader(one, run.networks.teacher, 0) as loader:
             next(loader)  # and what cannot be decoded to the teacher's samples
+    watch = open_watch(config, run, device)
     millions = {
         name: sum(p.numel() for p in run.role(name).parameters() if p.requires_grad) / 1e6 for name in run.optimizers
     }
@@ -43,6 +45,7 @@ def describe(config: DistillConfig) -> str:
         "trained        " + ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
         f"iterations     {config.iterations}, each {config.critic_steps} critic updates and then 1 student update "
         f"of {config.batch_size} samples",
+        *([] if watch is None else [f"evaluated      every {config.eval.every} and at last, {watch.describe()}"]),
         f"device         {device}, {config.precision}, {state.num_processes} process(es)",
     ]
     return dump_config(config) + "\n" + "\n".join(lines)

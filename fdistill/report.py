@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from einops import rearrange
@@ -12,6 +13,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from fdistill.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _GRID_WIDTH = 800
 
@@ -70,11 +74,12 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     What a method does not have gets no panel.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    logged = {name for record in records for name in record}
+    logged = dict.fromkeys(name for record in records for name in record)
     panels = [(title, [name for name in names if name in logged]) for title, names in _PANELS]
     panels = [(title, names) for title, names in panels if names]
-    panels += [(name.removeprefix("eval/"), [name]) for name in sorted(logged) if name.startswith("eval/")]
+    panels += [(name.removeprefix("eval/"), [name]) for name in logged if name.startswith("eval/")]
     rows = [record.get("discriminator/accuracy_per_bin") for record in records]
     count = len(panels) + any(rows)
     height, width = (1, count) if count <= 3 else (2, -(-count // 2))
@@ -84,16 +89,16 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         axes.remove()
     iterations = [record["iteration"] for record in records]
     for axes, (title, names) in zip(figure.axes, panels, strict=False):
+        axes.set_title(textwrap.fill(title, 40))
+        axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        if names[0].startswith("eval/"):
+            _plot_scores(axes, {r["iteration"]: r[names[0]] for r in records if names[0] in r})
+            continue
         for name in names:
-            if name.startswith("eval/"):  # measured now and then
-                there = [(record["iteration"], record[name]) for record in records if name in record]
-                axes.plot(*zip(*there, strict=True), marker="o", markersize=4, label=name)
-                continue
             label = name.replace("generator/grad", "student grad").removeprefix("generator/")
             label = label.replace("/", " ").replace("_", " ")
             axes.plot(iterations, [record.get(name, np.nan) for record in records], label=label)
-        axes.set_title(title)
-        axes.set_xlabel("iteration")
         axes.legend(fontsize=8)
         if title.startswith("discriminator"):
             axes.set_ylim(0, 1)
@@ -110,3 +115,12 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         last.set_xlabel("iteration")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
+
+
+def _plot_scores(axes: Axes, scores: Mapping[int, float]) -> None:
+    """What was measured now and then, by iteration."""
+    axes.plot(list(scores), list(scores.values()), marker="o", markersize=4)
+    if min(scores.values()) > 0 and max(scores.values()) > 10 * min(scores.values()) and max(scores.values()) > 1:
+        axes.set_yscale("log")  # a distance falls by orders of magnitude; a share stays as it is
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)

@@ -78,11 +78,7 @@ def distill(
     state.wait_for_everyone()  # before the main process writes into what the others are still checking
     run = build(config, device)
     data = training_data(config, run, device)
-    watch = None
-    if config.eval.every:
-        from evaluation.watch import Watch
-
-        watch = Watch(config, run, device)
+    watch = open_watch(config, run, device)
     found = checkpoints(folder / "checkpoints")
     if found:
         tensors, meta = load_checkpoint(found[-1])
@@ -112,14 +108,30 @@ def distill(
     return student
 
 
-def _save_student(run: Distillation, config: DistillConfig, folder: Path, student: Path, device: torch.device) -> None:
+def open_watch(config: DistillConfig, run: Distillation, device: torch.device) -> Watch | None:
+    """What scores the student as it learns; None where nothing does. Raises as `evaluation.watch.Watch`."""
+    if not config.eval.every:
+        return None
+    from evaluation.watch import Watch
+
+    return Watch(config, run, device)
+
+
+def _save_student(
+    run: Distillation,
+    config: DistillConfig,
+    folder: Path,
+    student: Path,
+    device: torch.device,
+    **facts: str,
+) -> None:
     with run.ema.applied(config.ema.export):
         save_student(
             run.student,
             student,
             origin=run.origin,
             latents=run.latents,
-            card=_card(config, run, folder),
+            card={**_card(config, run, folder), **facts},
             config=dump_config(config),
             samples=grid(student_images(run, config, device)),
         )
@@ -307,10 +319,15 @@ def _train(
             keep = _due(run.iteration, config.ema.snapshot_every) or (last and config.ema.snapshot_every > 0)
             measured = watch is not None and (_due(run.iteration, config.eval.every) or last)
             if _due(run.iteration, config.log.every) or due or keep or measured:
+                scores: dict[str, float] = {}
                 try:
                     record = journal.record()
                     if due or keep or measured:
                         run.check_finite()
+                    if watch is not None and measured:
+                        before = time.perf_counter()
+                        scores = _scores(watch, run, config)
+                        start_of_run += time.perf_counter() - before  # seconds are of training alone
                 except NonFiniteError as error:
                     raise _stopped(error, run.iteration, folder) from error
                 seconds = time.perf_counter() - start_of_run
@@ -320,17 +337,16 @@ def _train(
                     "seconds": seconds,
                     "data/skipped": len(loader.skipped),
                     **record,
+                    **scores,
                 }
-                if watch is not None and measured:
-                    scores = _scores(watch, run, config)
-                    best = watch.is_best(scores, read_records(folder / "metrics.jsonl"))
-                    record |= scores
                 if main:
+                    earlier = read_records(folder / "metrics.jsonl") if scores else []
                     append_record(folder / "metrics.jsonl", record)
                     for tracker in trackers:
                         tracker.log(scalars(record), step=run.iteration)
-                if main and measured and best:
-                    _save_student(run, config, folder, folder / "best", device)
+                    # Before the checkpoint: what is resumed from it has the best student of the records up to it.
+                    if watch is not None and scores and watch.is_best(scores, earlier):
+                        _save_student(run, config, folder, folder / "best", device, kept_for=watch.reason(scores))
             if main and config.log.samples_every and (_due(run.iteration, config.log.samples_every) or last):
                 save_grid(student_images(run, config, device), folder / "samples" / f"{run.iteration:06d}.png")
             if main and keep:  # before the checkpoint, so that a run resumed from it has every snapshot up to it

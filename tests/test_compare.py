@@ -495,7 +495,7 @@ def test_two_things_are_measured_and_compared(tiny_teacher: Path, tmp_path: Path
     assert (old.evaluations_per_image, new.evaluations_per_image, folder.evaluations_per_image) == (1, 3, None)
     assert new.seconds_per_image is not None
     assert new.seconds_per_image > 0
-    assert new.scores["fd_digits"].spread_of == "3 bootstrap replicates"
+    assert new.scores["fd_digits"].spread_of == "3 bootstrap replicates within classes"
     assert not any(entry.unlike for entry in comparison.entries)
     table = text_table(comparison)
     assert table.startswith("Protocol digits, 200 samples, reference digits ")

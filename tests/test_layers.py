@@ -50,6 +50,7 @@ LAYERS = [
         "data",
         "checkpoint",
         "pipeline",
+        "network_source",
         "pipeline_source",
         "diffusers_pipeline",
         "snapshots",

@@ -65,7 +65,8 @@ def evaluate(
         reference: images, or a file of statistics (see `evaluation.references`); the protocol's own where it has one.
         protocol: a key of `evaluation.protocols.PROTOCOLS`.
         metrics: names out of the protocol's; by default those it is known for, as far as samples and reference allow.
-        output: a JSON file to write the result to.
+        output: a JSON file to write the result to; beside it, where authenticity is measured, a picture of the samples
+            nearest to a training image, each above it.
         seeds: of generated samples. Several give each score's mean, and its standard deviation over them.
         num_images: another count than the protocol's; it will show in the names of scores.
         prompts: a file with a prompt a line, for a protocol that asks for one, or for images without.
@@ -149,6 +150,9 @@ def evaluate(
     if output is not None and rng.world()[0] == 0:
         with atomic_file(Path(output)) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        for name, picture in measurements[0].pictures.items():
+            with atomic_file(Path(output).with_suffix(f".{name}.png")) as temporary:
+                picture.save(temporary, format="PNG")
     return result
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image as PILImage
 
 from evaluation.against import Against
 from evaluation.extractors import Extractor, open_extractor
@@ -24,6 +25,7 @@ from evaluation.moments import Moments
 from evaluation.protocols.protocol import Protocol
 from evaluation.score import Score
 from evaluation.weights import PUBLISHED, Weights, file_sha256, find_weights, is_published
+from fdistill import rng
 from fdistill.distributed import from_main_process
 from fdistill.errors import ArgumentError, did_you_mean
 
@@ -60,10 +62,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Scores by their full names, and what there is to know of how they were made."""
+    """Scores by their full names, what there is to know of how they were made, and pictures by metric, which the main
+    process has."""
 
     scores: dict[str, Score]
     provenance: dict[str, Any]
+    pictures: dict[str, PILImage]
 
 
 def measure(views: Mapping[str, Images], against: Against | None, setting: Setting) -> Measurement:
@@ -115,6 +119,7 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
             moments,
             reference_rows,
             images=images,
+            reference_images=None if against is None else against.views.get(""),
             device=setting.device,
             weights={**setting.weights, **files},
             replicates=setting.replicates,
@@ -123,13 +128,15 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
         scores = from_main_process(
             lambda: {name: score for metric in metrics for name, score in metric.compute(measured).items()}
         )
+        drawn = {m.name: m.picture(measured) for m in metrics if m.picture is not None and rng.world()[0] == 0}
     _warn_of_lossy(images)
     named = {}
     for name, score in scores.items():
         metric = protocol.names()[name]
         if name in chosen or metric.name in chosen:
             named[_full_name(name, metric, protocol, count, against, networks)] = score
-    return Measurement(named, _provenance(images, against, networks, setting))
+    pictures = {name: picture for name, picture in drawn.items() if picture is not None}
+    return Measurement(named, _provenance(images, against, networks, setting), pictures)
 
 
 def _network(label: str) -> str:

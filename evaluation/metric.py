@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from evaluation.images import Images
@@ -18,13 +19,15 @@ from evaluation.metrics.fid_infinity import frechet_infinity
 from evaluation.metrics.frechet import frechet_score
 from evaluation.metrics.inception_score import inception_score
 from evaluation.metrics.kernel_distance import kernel_distance
-from evaluation.metrics.memorisation import authenticity
+from evaluation.metrics.memorisation import authenticity, nearest
 from evaluation.metrics.precision_recall import precision_recall
 from evaluation.moments import Moments
 from evaluation.score import Score
 from evaluation.weights import Weights
 from fdistill.errors import ArgumentError
+from fdistill.report import grid
 
+_SHOWN = 10
 _PAIRS, _GROUPS = 10, 100  # image pairs for each class or prompt, and how many of those, for diversity
 
 
@@ -35,7 +38,7 @@ class Measured:
     Attributes:
         samples: {"extractor.output": float32 [N, D]} of the samples.
         moments, reference: the same names' moments, and rows, of the reference.
-        images: the samples themselves, by index.
+        images, reference_images: the samples, and the reference where it has images, by index.
         replicates: of the bootstrap.
         strata: the samples' labels, where every set of samples has as many of each; else None.
     """
@@ -44,6 +47,7 @@ class Measured:
     moments: Mapping[str, Moments]
     reference: Mapping[str, Tensor]
     images: Images
+    reference_images: Images | None
     device: torch.device
     weights: Weights
     replicates: int = 20
@@ -67,6 +71,7 @@ class Metric:
         features: outputs of extractors that it reads, of the samples and, as `against` says, of the reference.
         against: what of the reference it needs: its moments, its rows (so its images), or nothing.
         needs: what of the samples it needs beside: "labels" or "prompts".
+        picture: what to look at beside the number, if anything.
         clip: name of the CLIP model whose text encoder it needs, and what comes before each prompt.
         files: further weights that it loads, keys of `evaluation.weights.PUBLISHED`.
     """
@@ -78,6 +83,7 @@ class Metric:
     against: Literal["moments", "rows"] | None = None
     needs: Literal["labels", "prompts"] | None = None
     clip: tuple[str, str] | None = None
+    picture: Callable[[Measured], PILImage | None] | None = None
     files: tuple[str, ...] = ()
 
 
@@ -134,7 +140,16 @@ def memorisation(features: str) -> Metric:
     def compute(at: Measured) -> dict[str, Score]:
         return {"authenticity": authenticity(*at.on_device(features))}
 
-    return Metric("authenticity", ("authenticity",), (features,), compute, "rows")
+    def picture(at: Measured) -> PILImage | None:
+        """The samples that are nearest to a training image, each above it."""
+        if at.reference_images is None:
+            return None
+        distances, neighbours = nearest(*at.on_device(features))
+        closest = distances.argsort()[:_SHOWN]
+        above, below = at.images.read(closest.tolist()), at.reference_images.read(neighbours[closest].tolist())
+        return grid(torch.cat([above, below]), columns=len(closest))
+
+    return Metric("authenticity", ("authenticity",), (features,), compute, "rows", picture=picture)
 
 
 def class_accuracy(logits: str) -> Metric:

@@ -27,7 +27,7 @@ from fdistill.config import DistillConfig
 from fdistill.data.embeddings import EmbeddingSource
 from fdistill.data.prompts import read_prompts
 from fdistill.errors import ArgumentError, ConfigError, DataError
-from fdistill.generation import Source
+from fdistill.network_source import Source
 from fdistill.run_text import encoded_prompts
 from fdistill.teacher import Teacher
 from fdistill.text import CutPrompt

@@ -229,7 +229,9 @@ class EvalConfig(Section):
     protocol: str = Field(default="digits", description="one that `fdistill evaluate` knows")
     num_images: Count | None = Field(default=None, description="null is the protocol's count")
     metrics: list[str] | None = Field(default=None, description="names out of the protocol's; null is its own choice")
-    metric: str | None = Field(default=None, description="the one that says which is best; null is the first that can be measured")
+    metric: str | None = Field(
+        default=None, description="the one that says which is best; null is the first that can be measured"
+    )
     reference: str | None = Field(default=None, description="images or statistics, where the protocol has none")
     prompts: str | None = Field(default=None, description="a file with one a line, where the protocol has none")
     weights: list[str] = Field(default=[], description="files of published weights, as --weights of evaluate")

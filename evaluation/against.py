@@ -139,7 +139,7 @@ def open_against(protocol: Protocol, reference: str | Path | None) -> Against | 
             )
         images = {} if statistics.images is None else {"": statistics.images}
         ours = statistics.kind == "fdistill" and statistics.facts.get("protocol") == protocol.name
-        known = statistics.kind in protocol.reference_kinds or (
+        known = Path(where).name in protocol.reference_files or (
             ours and protocol.reference_count in (None, statistics.count)
         )
         return Against(where, images, statistics, known)

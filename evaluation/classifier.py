@@ -50,8 +50,8 @@ def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tupl
         "classifier",
         {"logits": logits.shape[1]},
         runner(compute, device, (protocol.channels, protocol.size, protocol.size)),
-        f"{name}, images in [-1, 1]",
-        _weights_sha256(network),
+        f"{name}, weights {_weights_sha256(network)}, images in [-1, 1]",
+        "",
         published=True,  # there is only one: the user's
     )
     extended = replace(

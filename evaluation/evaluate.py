@@ -109,6 +109,8 @@ def evaluate(
     against = open_against(chosen, reference)
     measurements: list[Measurement] = []
     if holds_images(samples):
+        if len(seeds) > 1:
+            raise ArgumentError(f"seeds: the images of {samples} are made already; pass no seeds, or what makes them")
         recipes = {"": (chosen.recipe, chosen.size), **chosen.views}
         views = {
             view: open_images(samples, channels=chosen.channels, recipe=recipe, size=size, max_images=count)
@@ -140,6 +142,8 @@ def evaluate(
             network=network,
             sampler=sampler,
         )
+        if listed is not None and not source.takes_prompts:
+            raise ArgumentError(f"prompts: {source.name} is told none; leave them out, or pass a text-to-image model")
         asked = _told(chosen, listed, count) if source.takes_prompts else None
         for seed in seeds:
             made = GeneratedImages(source, seed, count, asked, on, chosen)

@@ -230,7 +230,7 @@ def _gathered(rows: Tensor, count: int, batch_size: int, device: torch.device) -
 
 def _cache_file(reading: Reading, batch_size: int) -> Path | None:
     content, extractor = reading.images.sha256(), reading.extractor
-    if content is None:
+    if content is None or not extractor.sha256:
         return None
     facts = [content, len(reading.images), extractor.name, extractor.sha256, extractor.preparation, batch_size]
     return cache_folder() / "features" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"

@@ -25,7 +25,6 @@ from evaluation.moments import Moments
 from evaluation.protocols.protocol import Protocol
 from evaluation.score import Score
 from evaluation.weights import PUBLISHED, Weights, file_sha256, find_weights, is_published
-from fdistill import rng
 from fdistill.distributed import from_main_process
 from fdistill.errors import ArgumentError, did_you_mean
 
@@ -125,17 +124,21 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
             replicates=setting.replicates,
             strata=None if protocol.random_labels else images.labels,
         )
-        scores = from_main_process(
-            lambda: {name: score for metric in metrics for name, score in metric.compute(measured).items()}
-        )
-        drawn = {m.name: m.picture(measured) for m in metrics if m.picture is not None and rng.world()[0] == 0}
+        pictures: dict[str, PILImage] = {}
+
+        def compute() -> dict[str, Score]:
+            for metric in metrics:
+                picture = None if metric.picture is None else metric.picture(measured)
+                pictures.update({} if picture is None else {metric.name: picture})
+            return {name: score for metric in metrics for name, score in metric.compute(measured).items()}
+
+        scores = from_main_process(compute)
     _warn_of_lossy(images)
     named = {}
     for name, score in scores.items():
         metric = protocol.names()[name]
         if name in chosen or metric.name in chosen:
             named[_full_name(name, metric, protocol, count, against, networks)] = score
-    pictures = {name: picture for name, picture in drawn.items() if picture is not None}
     return Measurement(named, _provenance(images, against, networks, setting), pictures)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -238,7 +239,8 @@ def evaluate(
         network=network,
         device=device,
     )
-    typer.echo(describe(result))
+    if _is_main_process():
+        typer.echo(describe(result))
 
 
 @app.command()
@@ -287,7 +289,8 @@ def compare(
         protocol=protocol,
         **{name: value for name, value in options.items() if value is not None},
     )
-    typer.echo(text_table(comparison))
+    if _is_main_process():
+        typer.echo(text_table(comparison))
 
 
 @app.command()
@@ -316,7 +319,8 @@ def reference(
         batch_size=batch_size,
         device=device,
     )
-    typer.echo(f"reference: {path}")
+    if _is_main_process():
+        typer.echo(f"reference: {path}")
 
 
 @app.command()
@@ -449,8 +453,13 @@ def _whole_numbers(name: str, text: str) -> list[int]:
         raise ArgumentError(f"{name}: got {text!r}, expected whole numbers and commas, as in 0,1,2") from error
 
 
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"  # as torchrun and accelerate number them
+
+
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    typer.secho(f"warning: {message}", fg="yellow", err=True)
+    if _is_main_process():
+        typer.secho(f"warning: {message}", fg="yellow", err=True)
 
 
 def main() -> None:

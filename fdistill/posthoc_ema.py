@@ -12,7 +12,8 @@ from fdistill.devices import start
 from fdistill.ema_profiles import gamma_from_sigma_rel, posthoc_weights, profile_name
 from fdistill.errors import ArgumentError, CheckpointError
 from fdistill.files import claim_folder, read_json_object
-from fdistill.generation import Source, open_source, told_of
+from fdistill.generation import open_source, told_of
+from fdistill.network_source import Source
 from fdistill.pipeline import STUDENT_FILE, save_student, student_folder
 from fdistill.report import grid
 from fdistill.snapshots import Snapshot, combine, find_snapshots

@@ -26,7 +26,7 @@ class Extractor:
         outputs: the width of each output by name.
         run: uint8 [B, C, H, W] on the CPU -> {output: float32 [B, D] on the CPU}; ArgumentError for anything else.
         preparation: how an image of any size becomes the network's input.
-        sha256: of the weights file.
+        sha256: of the weights file; empty for a network that is more than its weights: its features are not kept.
         published: the weights are the published ones.
     """
 

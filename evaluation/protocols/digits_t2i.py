@@ -22,7 +22,8 @@ _FEATURES = "digits-captioned.features"
 
 
 def _prompts(at: Measured) -> Sequence[DigitPrompt]:
-    known = evaluation_prompts()[: len(at.images)]
+    listed = evaluation_prompts()
+    known = [listed[i % len(listed)] for i in range(len(at.images))]
     if at.images.prompts is None or list(at.images.prompts) != [prompt.text for prompt in known]:
         raise ArgumentError(
             f"{at.images.name}: its images were not drawn from the prompts of protocol 'digits-t2i', in their order; "

@@ -1,4 +1,7 @@
-"""`folder`: any images against any others of their size, as they are."""
+"""`folder`: any images against any others of their size, as they are.
+
+clip_own is the mean cosine by a CLIP model of the user's own, an open_clip folder: --weights clip=FOLDER.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from evaluation.protocols.protocol import Protocol
 
 FOLDER = Protocol(
     name="folder",
-    metrics=(*photograph_metrics(), clip("clip-l14")),
+    metrics=(*photograph_metrics(), clip("clip-l14"), clip("clip", name="clip_own")),
     default=("fid",),
     num_samples=None,
     reference="the images, or statistics, that are given",

@@ -24,7 +24,8 @@ class Protocol:
             "inception-clean@patch" are of the view "patch".
         reference: in words, what it measures against.
         embedded: name of the data set it measures against where none is given; None if one must be given.
-        reference_kinds: kinds of statistics files that are that reference ("EDM npz"); others show in a score's name.
+        reference_files: names of published statistics files that are that reference; others show in a score's name, as
+            nothing in a file tells of which images it is.
         reference_count: how many images it has, where images are given.
         prompts: what each sample is asked to be; None for classes, or prompts that must be given.
         random_labels: whether classes are drawn evenly at random, as (seed, i) has it, and not in turn.
@@ -43,7 +44,7 @@ class Protocol:
     reference_recipe: str = "exact"
     views: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     embedded: str | None = None
-    reference_kinds: tuple[str, ...] = ()
+    reference_files: tuple[str, ...] = ()
     reference_count: int | None = None
     prompts: Callable[[], list[str]] | None = None
     random_labels: bool = False

@@ -138,10 +138,10 @@ def open_against(protocol: Protocol, reference: str | Path | None) -> Against | 
                 f"{protocol.name!r} compares {protocol.size}x{protocol.size}; pass {protocol.reference}"
             )
         images = {} if statistics.images is None else {"": statistics.images}
-        ours = statistics.kind == "fdistill" and statistics.facts.get("protocol") == protocol.name
-        known = Path(where).name in protocol.reference_files or (
-            ours and protocol.reference_count in (None, statistics.count)
-        )
+        ours = statistics.kind == "fdistill"
+        known = Path(where).name in protocol.reference_files and not ours
+        if ours and statistics.facts.get("protocol") == protocol.name:
+            known = protocol.reference_count is not None and statistics.count == protocol.reference_count
         return Against(where, images, statistics, known)
     recipes = {"": (protocol.reference_recipe, protocol.size), **protocol.views}
     views = {
@@ -149,7 +149,7 @@ def open_against(protocol: Protocol, reference: str | Path | None) -> Against | 
         for view, (recipe, size) in recipes.items()
     }
     own = where == protocol.embedded
-    known = own if protocol.embedded is not None else protocol.reference_count in (None, len(views[""]))
+    known = own if protocol.embedded is not None else protocol.reference_count == len(views[""])
     return Against(where, views, None, known)
 
 

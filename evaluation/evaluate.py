@@ -102,7 +102,7 @@ def evaluate(
     own: dict[str, Extractor] = {}
     if classifier is not None:
         chosen, own["classifier"] = with_classifier(chosen, classifier, on)
-    setting = Setting(chosen, on, metrics, batch_size, weights or {}, replicates, own)
+    setting = Setting(chosen, on, metrics, batch_size, weights or {}, replicates, own, pictures=output is not None)
     if prompts is not None and chosen.prompts is not None:
         raise ArgumentError(f"prompts: protocol {protocol!r} has its own; leave them out")
     listed = None if prompts is None else read_prompts(Path(prompts))
@@ -118,12 +118,15 @@ def evaluate(
         }
         images = views[""]
         if listed is not None:
-            _check_enough(chosen, listed, len(images))
             told = in_turn(listed, len(images))
             if images.prompts is not None and list(images.prompts) != told:
                 raise ArgumentError(
                     f"prompts: {prompts} is not what the images of {samples} were drawn from; leave it out, or "
                     "generate the images anew"
+                )
+            if images.prompts is None and len(listed) < len(images):
+                raise ArgumentError(
+                    f"prompts: {len(listed)} in {prompts} for {len(images)} images; expected one for each, in order"
                 )
             images.prompts = told
         measurements.append(measure(views, against, setting))
@@ -183,7 +186,7 @@ def _told(protocol: Protocol, listed: list[str] | None, count: int) -> list[str]
     if listed is None and protocol.prompts is None:
         raise ArgumentError(
             f"prompts: protocol {protocol.name!r} has none of its own; pass a file with one a line "
-            f"({protocol.reference})"
+            f"({protocol.reference}), or choose a protocol that has, such as digits-t2i"
         )
     _check_enough(protocol, listed, count)
     return protocol.prompts() if listed is None and protocol.prompts is not None else in_turn(listed or [], count)

@@ -65,7 +65,7 @@ def extract_rows(
     texts: Mapping[str, tuple[Sequence[str], EncodeText]] | None = None,
     describe: str = "features",
 ) -> Rows:
-    """Features of all images in their order, the same on all processes; every image is read once for all extractors.
+    """Features of all images in their order, the same on all processes; every view of an image is read once.
 
     Args:
         readings: of views of the same images.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evaluation.extractors import full_precision
 from evaluation.images import Images, prepared
 from evaluation.protocols.protocol import Protocol
 from fdistill.generation import ImageSource, told_of
@@ -61,6 +62,8 @@ class GeneratedImages:
             "steps": source.num_steps,
             "device": str(device),
         }
+        if self.labels is not None:
+            self.facts["classes"] = "random, by seed and number" if protocol.random_labels else "in turn"
 
     def __len__(self) -> int:
         return self._count
@@ -100,7 +103,7 @@ class GeneratedImages:
         """
         source = self._source
         indices = range(min(batch_size, self._count))
-        with source.on(self._device):
+        with source.on(self._device), full_precision(self._device):  # as samples are made
             with source.counted() as counted:
                 first = self._sample(indices)
                 counted.images = len(indices)

@@ -68,6 +68,14 @@ def make_reference(
     }
     extractors = {label: open_extractor(label.partition("@")[0], on, setting.weights) for label in every}
     readings = {label: Reading(label, e, views[label.partition("@")[2]]) for label, e in extractors.items()}
+    count = len(views[""])
+    for label in labels["moments"]:
+        width = max(extractors[label].outputs.values())
+        if count <= width:
+            raise ArgumentError(
+                f"data {data}: {count} images, and the covariance of {width} features needs more than {width}; pass "
+                "more, or metrics that need single images alone, such as recall"
+            )
     rows: Rows = {}
     if labels["rows"]:
         some = [readings[label] for label in labels["rows"]]

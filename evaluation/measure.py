@@ -39,6 +39,7 @@ class Setting:
         replicates: of the bootstrap that gives distances their spread; 0 for none.
         own: extractors of the user's own, by name.
         progress: whether bars are shown.
+        pictures: whether metrics draw what there is to see.
     """
 
     protocol: Protocol
@@ -49,6 +50,7 @@ class Setting:
     replicates: int = 20
     own: Mapping[str, Extractor] = field(default_factory=dict)
     progress: bool = True
+    pictures: bool = False
 
     def __post_init__(self) -> None:
         known = self.protocol.names()
@@ -112,7 +114,12 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
         _check_resolution(images, against, protocol)
         rows: Rows = {}
         if readings:
-            rows = extract_rows(readings, texts=texts, **how) if texts else cached_rows(readings, **how)
+            with_text = [reading for reading in readings if reading.label in prefixes]
+            if texts and images.sha256() is not None:
+                others = [reading for reading in readings if reading not in with_text]
+                rows = extract_rows(with_text, texts=texts, **how) | (cached_rows(others, **how) if others else {})
+            else:
+                rows = extract_rows(readings, texts=texts, **how) if texts else cached_rows(readings, **how)
         measured = Measured(
             rows,
             moments,
@@ -128,7 +135,7 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
 
         def compute() -> dict[str, Score]:
             for metric in metrics:
-                picture = None if metric.picture is None else metric.picture(measured)
+                picture = metric.picture(measured) if setting.pictures and metric.picture is not None else None
                 pictures.update({} if picture is None else {metric.name: picture})
             return {name: score for metric in metrics for name, score in metric.compute(measured).items()}
 
@@ -172,7 +179,7 @@ def _full_name(
     networks: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """A score's name, which says what of the protocol was not kept to."""
-    whole = name if protocol.num_samples in (None, count) else f"{name}@{count}"
+    whole = name if count == protocol.num_samples else f"{name}@{count}"
     if metric.against is not None and against is not None and not against.is_protocols:
         whole += f" vs {Path(against.name).name}"
     used = dict.fromkeys([*(key.split(".")[0] for key in metric.features), *metric.files])
@@ -192,23 +199,27 @@ def _warn_of_lossy(images: Images) -> None:
 
 def _chosen(images: Images, against: Against | None, setting: Setting) -> list[str]:
     """Names of what is measured; those asked for must be possible, of the protocol's own the possible ones are."""
-    known, chosen = setting.protocol.names(), []
+    known, chosen, left_out = setting.protocol.names(), [], {}
     for name in setting.metrics or setting.protocol.default:
         metric = known[name]
-        problem = _problem(metric, images, against)
+        problem = _problem(metric, images, against, setting.protocol)
         if problem is None:
             chosen.append(name)
         elif setting.metrics:
             raise ArgumentError(f"metrics: {name} {problem}")
+        else:
+            left_out[name] = problem
     if not chosen:
         name = setting.protocol.default[0]
-        raise ArgumentError(f"metrics: {name} {_problem(known[name], images, against)}")
+        raise ArgumentError(f"metrics: {name} {_problem(known[name], images, against, setting.protocol)}")
+    for name, problem in left_out.items():
+        warnings.warn(f"left out: {name} {problem}", stacklevel=3)
     return chosen
 
 
-def _problem(metric: Metric, images: Images, against: Against | None) -> str | None:
+def _problem(metric: Metric, images: Images, against: Against | None, protocol: Protocol) -> str | None:
     if metric.against is not None and against is None:
-        return "needs a reference; pass images or a file of statistics"
+        return f"needs a reference; pass {protocol.reference}"
     if metric.against == "rows" and against is not None and not against.has_rows:
         return f"needs the reference's images, and {against.name} holds statistics alone; pass the images"
     if metric.needs == "labels" and images.labels is None:
@@ -221,20 +232,21 @@ def _problem(metric: Metric, images: Images, against: Against | None) -> str | N
 def _check_counts(
     metrics: Sequence[Metric], extractors: Mapping[str, Extractor], count: int, against: Against | None
 ) -> None:
-    """Before hours are spent: a covariance of fewer samples than features is singular."""
+    """Before hours are spent."""
     for metric in metrics:
-        for key in metric.features if metric.against == "moments" else ():
+        for key in metric.features:
             extractor, output = key.split(".")
             width = extractors[extractor].outputs[output]
             have = {"samples": count}
-            if against is not None and against.count is not None:
+            if metric.against is not None and against is not None and against.count is not None:
                 have["reference images"] = against.count
             for what, number in have.items():
-                if number <= width:
+                least = width + 1 if what != "samples" and metric.against == "moments" else metric.least(width)
+                if number < least:
+                    why = f", as the covariance of {width} features is singular" if least == width + 1 else ""
                     raise ArgumentError(
-                        f"metrics: {metric.name} of {number} {what} in {width} features is refused, as their "
-                        f"covariance is singular and the distance says little; expected more than {width}, or "
-                        "metrics that need fewer, such as kid"
+                        f"metrics: {metric.name} of {number} {what} is refused{why}; expected at least {least}, or "
+                        "other metrics"
                     )
 
 
@@ -272,6 +284,7 @@ def _provenance(
 ) -> dict[str, Any]:
     protocol = setting.protocol
     prompts = None if images.prompts is None else "\n".join(images.prompts)
+    labels = None if images.labels is None else " ".join(str(label) for label in images.labels.tolist())
     return {
         "protocol": protocol.name,
         "num_samples": len(images),
@@ -279,10 +292,11 @@ def _provenance(
         "samples": images.name,
         "samples_sha256": images.sha256(),
         **({} if prompts is None else {"prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest()}),
+        **({} if labels is None else {"labels_sha256": hashlib.sha256(labels.encode()).hexdigest()}),
         "recipe": protocol.recipe,
         "reference": None if against is None else against.provenance(),
         "extractors": networks,
-        "dtype": "float32 features, float64 statistics",
+        "dtype": "float32 features, float64 statistics; distances for precision and recall in float32",
         "batch_size": setting.batch_size,
         **protocol.facts,
         **images.facts,

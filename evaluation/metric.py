@@ -69,6 +69,7 @@ class Metric:
         name: as in --metrics.
         outputs: the names of its numbers.
         features: outputs of extractors that it reads, of the samples and, as `against` says, of the reference.
+        least: how many samples it needs, and how many images of the reference, given the number of features.
         against: what of the reference it needs: its moments, its rows (so its images), or nothing.
         needs: what of the samples it needs beside: "labels" or "prompts".
         picture: what to look at beside the number, if anything.
@@ -80,6 +81,7 @@ class Metric:
     outputs: tuple[str, ...]
     features: tuple[str, ...]
     compute: Callable[[Measured], dict[str, Score]]
+    least: Callable[[int], int] = lambda width: 1
     against: Literal["moments", "rows"] | None = None
     needs: Literal["labels", "prompts"] | None = None
     clip: tuple[str, str] | None = None
@@ -94,7 +96,7 @@ def frechet(name: str, features: str) -> Metric:
         rows, moments = at.samples[features], at.moments[features]
         return {name: frechet_score(rows, moments, replicates=at.replicates, seed=at.seed, strata=at.strata)}
 
-    return Metric(name, (name,), (features,), compute, "moments")
+    return Metric(name, (name,), (features,), compute, lambda width: width + 1, "moments")
 
 
 def infinity(name: str, features: str) -> Metric:
@@ -103,35 +105,35 @@ def infinity(name: str, features: str) -> Metric:
     def compute(at: Measured) -> dict[str, Score]:
         return {name: frechet_infinity(at.samples[features], at.moments[features], seed=at.seed)}
 
-    return Metric(name, (name,), (features,), compute, "moments")
+    return Metric(name, (name,), (features,), compute, lambda width: 4 * width, "moments")
 
 
 def kid(name: str, features: str) -> Metric:
     def compute(at: Measured) -> dict[str, Score]:
         return {name: kernel_distance(at.samples[features], at.reference[features])}
 
-    return Metric(name, (name,), (features,), compute, "rows")
+    return Metric(name, (name,), (features,), compute, lambda width: 1000, "rows")
 
 
 def inception(features: str, *, shuffled: bool = True) -> Metric:
     def compute(at: Measured) -> dict[str, Score]:
         return {"inception_score": inception_score(at.samples[features], shuffled=shuffled)}
 
-    return Metric("inception_score", ("inception_score",), (features,), compute)
+    return Metric("inception_score", ("inception_score",), (features,), compute, lambda width: 10)
 
 
 def precision_and_recall(features: str) -> Metric:
     def compute(at: Measured) -> dict[str, Score]:
         return dict(zip(("precision", "recall"), precision_recall(*at.on_device(features)), strict=True))
 
-    return Metric("precision_recall", ("precision", "recall"), (features,), compute, "rows")
+    return Metric("precision_recall", ("precision", "recall"), (features,), compute, lambda width: 4, "rows")
 
 
 def density_and_coverage(features: str) -> Metric:
     def compute(at: Measured) -> dict[str, Score]:
         return dict(zip(("density", "coverage"), density_coverage(*at.on_device(features)), strict=True))
 
-    return Metric("density_coverage", ("density", "coverage"), (features,), compute, "rows")
+    return Metric("density_coverage", ("density", "coverage"), (features,), compute, lambda width: 6, "rows")
 
 
 def memorisation(features: str) -> Metric:
@@ -149,7 +151,7 @@ def memorisation(features: str) -> Metric:
         above, below = at.images.read(closest.tolist()), at.reference_images.read(neighbours[closest].tolist())
         return grid(torch.cat([above, below]), columns=len(closest))
 
-    return Metric("authenticity", ("authenticity",), (features,), compute, "rows", picture=picture)
+    return Metric("authenticity", ("authenticity",), (features,), compute, lambda width: 2, "rows", picture=picture)
 
 
 def class_accuracy(logits: str) -> Metric:

@@ -133,8 +133,7 @@ def is_lossy(encoded: bytes, image: PILImage) -> bool:
 
 def expected_size(size: tuple[int, int]) -> str:
     """The part of a message that says what would do."""
-    others = ", ".join(name for name in RECIPES if name != "exact")
-    return f"expected {size[0]}x{size[1]}, or a recipe that resamples: {others}"
+    return f"expected {size[0]}x{size[1]}; bring them to that size first, or choose another protocol"
 
 
 def threads_for(width: int, height: int) -> int:

@@ -262,7 +262,9 @@ def compare(
     num_images: Annotated[int | None, typer.Option(help="Not the protocol's.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of them, where the protocol has none.")] = None,
     weights: Weights = None,
-    steps: Annotated[int | None, typer.Option(help="Heun steps of teachers.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="As 0,1,2; not with images.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="heun or pipeline.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of teachers and pipelines.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
 ) -> None:
     """Put results side by side: one table, and a figure of quality against evaluations and seconds an image.
@@ -278,6 +280,8 @@ def compare(
         "num_images": num_images,
         "prompts": prompts,
         "weights": parse_weights(weights) if weights else None,
+        "seeds": None if seeds is None else _whole_numbers("seeds", seeds),
+        "sampler": sampler,
         "num_steps": steps,
         "device": device,
     }

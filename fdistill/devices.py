@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -28,7 +29,8 @@ def start(device: str) -> tuple[PartialState, torch.device]:
         raise ConfigError(
             f"device: {device!r} is not available to torch {torch.__version__} here; expected auto, {have}"
         )
-    state = PartialState(cpu=kind == "cpu")
+    # While one process computes scores or encodes prompts the others wait; torch's own limit is 10 minutes on GPUs.
+    state = PartialState(cpu=kind == "cpu", timeout=timedelta(hours=12))
     return state, torch.device(kind, state.local_process_index) if kind == "cuda" else torch.device(kind)
 
 

@@ -197,9 +197,9 @@ def test_scores_are_torch_fidelitys_of_the_same_images(
     near = prc_features_to_metric(pool.double(), real_pool.double(), prc_neighborhood=3, verbose=False)
     mark = f" (other weights {found['provenance']['extractors']['inception']['sha256'][:8]})"
     assert found["metrics"] == {
-        f"inception_score{mark}": pytest.approx(score["inception_score_mean"], rel=1e-6),
-        f"precision{mark}": pytest.approx(near["precision"]),
-        f"recall{mark}": pytest.approx(near["recall"]),
+        f"inception_score@10{mark}": pytest.approx(score["inception_score_mean"], rel=1e-6),
+        f"precision@10 vs real{mark}": pytest.approx(near["precision"]),
+        f"recall@10 vs real{mark}": pytest.approx(near["recall"]),
     }
 
 
@@ -215,11 +215,13 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_extracted(
 
     monkeypatch.setattr(features, "_stream", extracted)
     few, real = digits(tmp_path / "few", 64), digits(tmp_path / "real", 70)
-    with pytest.raises(ArgumentError, match=r"fd_digits of 64 samples in 64 features is refused, as their covariance"):
+    with pytest.raises(
+        ArgumentError, match=r"fd_digits of 64 samples is refused, as the covariance of 64 features is singular"
+    ):
         evaluate(few, reference=real, metrics=["fd_digits"])
-    with pytest.raises(ArgumentError, match=r"of 64 reference images in 64 features is refused.*more than 64"):
+    with pytest.raises(ArgumentError, match=r"of 64 reference images is refused.*at least 65"):
         evaluate(real, reference=few, metrics=["fd_digits"])
-    with pytest.raises(ArgumentError, match=r"of 5 samples in 64 features is refused"):
+    with pytest.raises(ArgumentError, match=r"of 5 samples is refused"):
         evaluate("digits", num_images=5, metrics=["fd_digits"])
     pictures = write(tmp_path / "pictures", noise(5, 16))
     with pytest.raises(CheckpointError, match=r"vgg16: its weights .* are not here"):
@@ -474,7 +476,7 @@ def test_a_pipeline_is_scored_by_a_clip_of_ones_own(
     assert status == 0, err
     result = json.loads(output.read_text())
     told = result["provenance"]
-    mark = f" (other weights {told['extractors']['clip-l14']['sha256'][:8]})"
+    mark = f"@{told['num_samples']} (other weights {told['extractors']['clip-l14']['sha256'][:8]})"
     assert result["metrics"].keys() == {name + mark for name in ("clip_cosine", "clip_x100", "clipscore")}
     assert abs(result["metrics"]["clip_cosine" + mark]) <= 1
     assert result["metrics"]["clip_x100" + mark] == pytest.approx(max(0, 100 * result["metrics"]["clip_cosine" + mark]))

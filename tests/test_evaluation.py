@@ -125,7 +125,7 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no images"):
         evaluate(folder, reference=tmp_path / "empty")
-    with pytest.raises(ArgumentError, match=r"fd_digits of 60 samples in 64 features is refused.*more than 64"):
+    with pytest.raises(ArgumentError, match=r"fd_digits of 60 samples is refused.*at least 65"):
         evaluate(write(tmp_path / "few", images[:60]), metrics=["fd_digits"])
     with pytest.raises(ArgumentError, match="fid needs a reference"):
         evaluate(folder, protocol="folder", metrics=["fid"])

@@ -317,7 +317,7 @@ UNUSABLE: dict[str, tuple[Callable[[], bytes], str]] = {
     "one transparent colour": (lambda: encoded(PIXELS[0], transparency=(1, 2, 3)), r"is transparent \(RGB\)"),
     "16 bits, grey": (lambda: encoded(PIXELS[0, ..., 0].astype(np.uint16) * 257), "has 16 bits a channel"),
     "16 bits, RGB": (lambda: png_of_16_bits(2, 3), "has 16 bits a channel; expected 8-bit RGB or greyscale"),
-    "another size": (lambda: encoded(PIXELS[0, :-1]), "is 8x9; expected 8x10, or a recipe that resamples: "),
+    "another size": (lambda: encoded(PIXELS[0, :-1]), "is 8x9; expected 8x10; bring them to that size first"),
     "text": (lambda: b"<html>not found</html>", "is no PNG, JPEG, WEBP, BMP"),
     "empty": (lambda: b"", "is no PNG, JPEG, WEBP, BMP"),
     "GIF": (lambda: encoded(PIXELS[0], "GIF"), "is no PNG, JPEG, WEBP, BMP"),
@@ -360,7 +360,7 @@ def test_what_would_change_a_score_silently_is_refused_by_name(kind: str, form: 
 
 def test_the_first_image_is_looked_at_at_once(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "a")
-    with pytest.raises(DataError, match=r"000000\.png is 8x10; expected 32x32, or a recipe that resamples: center-box"):
+    with pytest.raises(DataError, match=r"000000\.png is 8x10; expected 32x32; bring them to that size first"):
         open_images(folder, channels=3, size=32)
     with pytest.raises(DataError, match=r"are 8x10; expected 32x32"):
         open_images(saved("x", np.savez, arr_0=PIXELS)(tmp_path), channels=3, size=32)

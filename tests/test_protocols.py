@@ -412,9 +412,9 @@ def test_own_references_give_the_images_own_number(small: Recorder, tmp_path: Pa
 
 def test_own_references_are_prepared_as_the_protocols(small: Recorder, tmp_path: Path) -> None:
     """EDM's ImageNet: squares and LANCZOS of photographs, which as samples are refused."""
-    photographs = write(tmp_path / "photographs", [smooth(70 + i, 90, i) for i in range(6)])
+    photographs = write(tmp_path / "photographs", [smooth(70 + i, 90, i) for i in range(10)])
     path = make_reference(photographs, output=tmp_path / "own.npz", protocol="imagenet64-fid50k", device="cpu")
-    squares = [smooth(70 + i, 90, i) for i in range(6)]
+    squares = [smooth(70 + i, 90, i) for i in range(10)]
     squares = [p[:, (90 - len(p)) // 2 :][:, : len(p)] for p in squares]
     held = statistics([lanczos(p, 64).permute(1, 2, 0).numpy() for p in squares])
     with np.load(path) as arrays:
@@ -427,16 +427,20 @@ def test_the_folder_protocol_takes_any_images_of_one_size(small: Recorder, tmp_p
     large = write(tmp_path / "large", noise(10, 2, size=48))
     how: dict[str, Any] = {"protocol": "folder", "replicates": 0, "device": "cpu"}
     value = evaluate(samples, reference=train, **how)["metrics"]
-    assert value.keys() == {"fid"}
+    assert value.keys() == {"fid@10 vs train"}  # any number of any images is no one's protocol
     own = make_reference(train, output=tmp_path / "own.npz", protocol="folder", device="cpu")
-    assert evaluate(samples, reference=own, **how)["metrics"] == {"fid": pytest.approx(value["fid"], rel=1e-9)}
+    assert evaluate(samples, reference=own, **how)["metrics"] == {
+        "fid@10 vs own.npz": pytest.approx(value["fid@10 vs train"], rel=1e-9)
+    }
+    with pytest.raises(ArgumentError, match="6 images, and the covariance of 8 features needs more than 8"):
+        make_reference(write(tmp_path / "few", noise(6, 1)), output=tmp_path / "f.npz", protocol="folder", device="cpu")
     small.seen.clear()
     for reference, made in ((train, "32x32"), (own, "32x32")):
         with pytest.raises(ArgumentError, match=f"of images of {made}, and those of .*large are 48x48"):
             evaluate(large, reference=reference, **how)
     named = tmp_path / "mine-32x32.npz"
     np.savez(named, **statistics(noise(11, 1)))
-    assert evaluate(samples, reference=named, **how)["metrics"].keys() == {"fid vs mine-32x32.npz"}
+    assert evaluate(samples, reference=named, **how)["metrics"].keys() == {"fid@10 vs mine-32x32.npz"}
     with pytest.raises(ArgumentError, match=r"of images of 32x32, and those of .*large are 48x48"):
         evaluate(large, reference=named, **how)
     assert all(image.shape[1] == 32 for image in small.seen)  # nothing of the large ones was extracted
@@ -529,8 +533,9 @@ def test_captions_are_a_prompt_each_for_protocols_that_draw_each_once(tmp_path: 
     samples = write(tmp_path / "samples", noise(3, 0))
     told = tmp_path / "prompts.txt"
     told.write_text("one\ntwo\n")
-    with pytest.raises(ArgumentError, match="2 for 3 images, and protocol 'coco30k-dmd2' draws each once"):
-        evaluate(samples, protocol="coco30k-dmd2", metrics=["clip_cosine"], prompts=told)
+    for protocol in ("coco30k-dmd2", "folder"):  # a list that is too short is not begun again
+        with pytest.raises(ArgumentError, match=r"prompts: 2 in .* for 3 images; expected one for each"):
+            evaluate(samples, protocol=protocol, metrics=["clip"], prompts=told)
 
 
 def test_prompts_are_those_of_their_images(tmp_path: Path) -> None:

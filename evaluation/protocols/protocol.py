@@ -18,7 +18,7 @@ class Protocol:
         num_samples: the full sample count; scores of any other count carry it in their name. None for any.
         channels: 3, or 1 for greyscale.
         size: height and width of prepared images; None for any, if all are alike.
-        recipe: how samples are prepared, a key of `fdistill.data.RECIPES`.
+        recipe: how samples are prepared, a key of `evaluation.recipes.RECIPES`.
         reference_recipe: how images that are given as reference are prepared.
         views: other preparations of the same images that some extractors look at, (recipe, size) by name: features of
             "inception-clean@patch" are of the view "patch".

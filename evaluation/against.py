@@ -12,7 +12,7 @@ import torch
 
 from evaluation.extractors import Extractor
 from evaluation.features import Reading, Rows, cached_rows, extract_moments
-from evaluation.images import Images, open_images
+from evaluation.images import Images, open_views
 from evaluation.moments import Moments
 from evaluation.protocols.protocol import Protocol
 from evaluation.references import Reference, read_reference
@@ -144,10 +144,7 @@ def open_against(protocol: Protocol, reference: str | Path | None) -> Against | 
             known = protocol.reference_count is not None and statistics.count == protocol.reference_count
         return Against(where, images, statistics, known)
     recipes = {"": (protocol.reference_recipe, protocol.size), **protocol.views}
-    views = {
-        view: open_images(where, channels=protocol.channels, recipe=recipe, size=size)
-        for view, (recipe, size) in recipes.items()
-    }
+    views = open_views(where, recipes, channels=protocol.channels)
     own = where == protocol.embedded
     known = own if protocol.embedded is not None else protocol.reference_count == len(views[""])
     return Against(where, views, None, known)

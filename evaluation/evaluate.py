@@ -15,7 +15,7 @@ from evaluation.against import open_against
 from evaluation.classifier import with_classifier
 from evaluation.extractors import Extractor
 from evaluation.generated import GeneratedImages
-from evaluation.images import open_images
+from evaluation.images import open_views
 from evaluation.measure import Measurement, Setting, measure
 from evaluation.protocols import get_protocol
 from evaluation.protocols.protocol import Protocol
@@ -112,10 +112,7 @@ def evaluate(
         if len(seeds) > 1:
             raise ArgumentError(f"seeds: the images of {samples} are made already; pass no seeds, or what makes them")
         recipes = {"": (chosen.recipe, chosen.size), **chosen.views}
-        views = {
-            view: open_images(samples, channels=chosen.channels, recipe=recipe, size=size, max_images=count)
-            for view, (recipe, size) in recipes.items()
-        }
+        views = open_views(samples, recipes, channels=chosen.channels, max_images=count)
         images = views[""]
         if listed is not None:
             told = in_turn(listed, len(images))

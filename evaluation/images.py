@@ -10,7 +10,7 @@ import hashlib
 import os
 import struct
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -123,6 +123,16 @@ def open_images(
     if isinstance(source, ArraySource):
         return _ArrayImages(source, max_images, channels, recipe, size)
     return _FileImages(source, max_images, channels, recipe, size)
+
+
+def open_views(
+    where: str | Path, views: Mapping[str, tuple[str, int | None]], *, channels: int, max_images: int | None = None
+) -> dict[str, Images]:
+    """`open_images` in several preparations: (recipe, size) by name."""
+    return {
+        name: open_images(where, channels=channels, recipe=recipe, size=size, max_images=max_images)
+        for name, (recipe, size) in views.items()
+    }
 
 
 class _SourceImages:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from evaluation.extractors import open_extractor
 from evaluation.features import Reading, Rows, cached_rows, extract_moments
-from evaluation.images import Images, open_images
+from evaluation.images import Images, open_views
 from evaluation.measure import Setting
 from evaluation.moments import Moments
 from evaluation.protocols import get_protocol
@@ -62,10 +62,7 @@ def make_reference(
             f"metrics: {', '.join(metrics or chosen.default)} need no reference; expected one that does"
         )
     recipes = {"": (chosen.reference_recipe, chosen.size), **chosen.views}
-    views = {
-        view: open_images(data, channels=chosen.channels, recipe=recipe, size=size)
-        for view, (recipe, size) in recipes.items()
-    }
+    views = open_views(data, recipes, channels=chosen.channels)
     extractors = {label: open_extractor(label.partition("@")[0], on, setting.weights) for label in every}
     readings = {label: Reading(label, e, views[label.partition("@")[2]]) for label, e in extractors.items()}
     count = len(views[""])

@@ -23,7 +23,7 @@ from families import FAMILIES
 from PIL import Image
 from torch import Tensor
 
-from fdistill import OneStepPipeline, distill, generate, load_student, load_teacher, train
+from fdistill import OneStepPipeline, distill, generate, load_student, load_teacher, sample_grids
 from fdistill.adapters import find_network
 from fdistill.errors import ArgumentError, CheckpointError
 from fdistill.generator import noise_shape
@@ -54,14 +54,14 @@ def test_five_iterations_export_reload_sample(
     name: str, checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[Tensor, Tensor]] = []
-    images_of = train._images
+    images_of = sample_grids._images
 
     def recorded(run: Any, x0: Tensor) -> Tensor:
         decoded = x0 if run.latents is None else run.latents.decode(x0)
         drawn.append((x0, (decoded / 2 + 0.5).clamp(0, 1)))
         return images_of(run, x0)
 
-    monkeypatch.setattr(train, "_images", recorded)
+    monkeypatch.setattr(sample_grids, "_images", recorded)
     level = 700 if name in EPS else None
     student = distill(
         "digits", output=tmp_path / "run", teacher=str(checkpoints[name]), **SETTINGS | {"student_level": level}

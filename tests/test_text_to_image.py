@@ -20,7 +20,7 @@ from text_families import RESOLUTION, TEXT_FAMILIES
 from text_families_dit import SANA_RESOLUTION, TEXT_FAMILIES_DIT
 from torch import Tensor
 
-from fdistill import distill, generate, load_student, train
+from fdistill import distill, generate, load_student, sample_grids, train
 from fdistill.errors import ArgumentError, CheckpointError, ConfigError
 from fdistill.lora import has_adapters
 from fdistill.lora_file import LORA_FILE
@@ -87,7 +87,7 @@ class Drawn:
         self.weights: dict[str, set[int]] = {}
 
     def record(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        decode, inputs = train._images, train._grid_inputs
+        decode, inputs = sample_grids._images, sample_grids._grid_inputs
 
         def grid_inputs(run: Any, config: Any, device: torch.device) -> Any:
             noise, condition = inputs(run, config, device)
@@ -101,8 +101,8 @@ class Drawn:
             self.images = (run.latents.decode(x0) / 2 + 0.5).clamp(0, 1)
             return decode(run, x0)
 
-        monkeypatch.setattr(train, "_grid_inputs", grid_inputs)
-        monkeypatch.setattr(train, "_images", images)
+        monkeypatch.setattr(sample_grids, "_grid_inputs", grid_inputs)
+        monkeypatch.setattr(sample_grids, "_images", images)
 
 
 _DRAW = """

@@ -65,15 +65,15 @@ class Against:
         if self.statistics is not None:
             _check_features(self.statistics, extractors)
             return self.statistics.moments
-        if len(self.views[""]) > _KEPT_ROWS:
-            missing = [r for r in self._readings(extractors) if not r.widths.keys() <= self._moments.keys()]
-            if missing:
-                how: dict[str, Any] = {"batch_size": batch_size, "device": device, "describe": "reference"}
-                self._moments |= extract_moments(missing, **how)
-            return self._moments
-        rows = self.rows(extractors, batch_size, device)
-        wanted = {name for reading in self._readings(extractors) for name in reading.widths}
-        return {name: Moments.of(values) for name, values in rows.items() if name in wanted}
+        missing = [r for r in self._readings(extractors) if not r.widths.keys() <= self._moments.keys()]
+        if missing and len(self.views[""]) > _KEPT_ROWS:
+            how: dict[str, Any] = {"batch_size": batch_size, "device": device, "describe": "reference"}
+            self._moments |= extract_moments(missing, **how)
+        elif missing:
+            rows = self.rows({reading.label: reading.extractor for reading in missing}, batch_size, device)
+            names = [name for reading in missing for name in reading.widths]
+            self._moments |= {name: Moments.of(rows[name]) for name in names}
+        return self._moments
 
     def rows(self, extractors: Mapping[str, Extractor], batch_size: int, device: torch.device) -> Rows:
         """Features of its single images."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -51,7 +51,6 @@ class Measured:
     device: torch.device
     weights: Weights
     replicates: int = 20
-    seed: int = 0
     strata: Tensor | None = None
 
     def on_device(self, features: str) -> tuple[Tensor, Tensor]:
@@ -94,7 +93,7 @@ def frechet(name: str, features: str) -> Metric:
 
     def compute(at: Measured) -> dict[str, Score]:
         rows, moments = at.samples[features], at.moments[features]
-        return {name: frechet_score(rows, moments, replicates=at.replicates, seed=at.seed, strata=at.strata)}
+        return {name: frechet_score(rows, moments, replicates=at.replicates, strata=at.strata)}
 
     return Metric(name, (name,), (features,), compute, lambda width: width + 1, "moments")
 
@@ -103,7 +102,7 @@ def infinity(name: str, features: str) -> Metric:
     """The same distance, extrapolated to infinitely many samples."""
 
     def compute(at: Measured) -> dict[str, Score]:
-        return {name: frechet_infinity(at.samples[features], at.moments[features], seed=at.seed)}
+        return {name: frechet_infinity(at.samples[features], at.moments[features])}
 
     return Metric(name, (name,), (features,), compute, lambda width: 4 * width, "moments")
 
@@ -164,16 +163,21 @@ def class_accuracy(logits: str) -> Metric:
     return Metric("class_accuracy", ("class_accuracy",), (logits,), compute, needs="labels")
 
 
-def clip(model: str, prefix: str = "", name: str = "clip") -> Metric:
+def clip(model: str, prefix: str = "") -> Metric:
     """Likeness of each image and its prompt: the mean cosine, and the two other numbers that go by this name."""
     image, text = f"{model}.image", f"{model}.text"
-    outputs = ("clip_cosine", "clip_x100", "clipscore") if name == "clip" else (name,)
 
     def compute(at: Measured) -> dict[str, Score]:
-        scores = clip_scores(at.samples[image], at.samples[text])
-        return scores if name == "clip" else {name: scores["clip_cosine"]}
+        return clip_scores(at.samples[image], at.samples[text])
 
-    return Metric(name, outputs, (image,), compute, needs="prompts", clip=(model, prefix))
+    outputs = ("clip_cosine", "clip_x100", "clipscore")
+    return Metric("clip", outputs, (image,), compute, needs="prompts", clip=(model, prefix))
+
+
+def cosine(name: str, model: str) -> Metric:
+    """The mean cosine alone, under a name of its own, as by this model it is no CLIP score."""
+    every = clip(model)
+    return replace(every, name=name, outputs=(name,), compute=lambda at: {name: every.compute(at)["clip_cosine"]})
 
 
 def lpips_diversity() -> Metric:
@@ -210,7 +214,7 @@ def _diversity_pairs(at: Measured) -> tuple[list[tuple[int, int]], list[Hashable
     told: Sequence[Hashable] = ["all"] * len(at.images) if prompts is None else prompts
     if labels is not None:
         told = labels.tolist()
-    pairs = pairs_within_groups(told, pairs_per_group=_PAIRS, seed=at.seed)
+    pairs = pairs_within_groups(told, pairs_per_group=_PAIRS, seed=0)
     found = list(dict.fromkeys(told[i] for i, _ in pairs))
     if not found:
         raise ArgumentError(

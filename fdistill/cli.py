@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from fdistill import __version__
-from fdistill.errors import ArgumentError, ConfigError, FDistillError
+from fdistill.cli_evaluation import compare, evaluate, reference
+from fdistill.cli_options import (
+    Device,
+    Guidance,
+    NegativePrompt,
+    Network,
+    Resolution,
+    Sampler,
+    Steps,
+    is_main_process,
+    whole_numbers,
+)
+from fdistill.errors import ConfigError, FDistillError
 
 app = typer.Typer(
     name="fdistill",
@@ -22,39 +33,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Guidance = Annotated[
-    float,
-    typer.Option(
-        help="Of a teacher that knows a label for `no class`, or is told prompts; 1 is off. With --sampler pipeline, "
-        "what the pipeline is called with: 0 and 1 are off, but LCM and FLUX.1-dev are told the number."
-    ),
-]
-Network = Annotated[str | None, typer.Option(help="module:function of a student of your own network.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Resolution = Annotated[int | None, typer.Option(help="Of a text-to-image teacher, where it is not its own.")]
-Protocol = Annotated[str, typer.Option(help="How to measure; its name is written beside the scores.")]
-Metrics = Annotated[str | None, typer.Option(help="Some of the protocol's, as fid,recall.")]
-Weights = Annotated[
-    list[str] | None,
-    typer.Option(help="Published weights: NETWORK=FILE, or a folder of files under their published names; repeat."),
-]
-BatchSize = Annotated[int, typer.Option(help="Images at a time; features vary in their last bits with it.")]
-NegativePrompt = Annotated[str, typer.Option(help="What a guided text-to-image teacher leads away from.")]
-Steps = Annotated[
-    int,
-    typer.Option(
-        "--steps",
-        help="Heun steps of a teacher: 2 x steps - 1 evaluations an image; or steps of a pipeline's scheduler.",
-    ),
-]
-Sampler = Annotated[
-    str,
-    typer.Option(
-        help="heun; or pipeline: any pipeline of diffusers (LCM, SD-Turbo, ...) with its own scheduler, or a student "
-        "of fdistill as other programs call it."
-    ),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -151,7 +129,7 @@ def generate(
     Example: fdistill generate runs/t2i --num-images 8 --prompt "a bold seven" --output images
     Example: fdistill generate stabilityai/sd-turbo --sampler pipeline --steps 1 --num-images 9 --prompt a --output out
     """
-    labels = None if class_labels is None else _whole_numbers("class-labels", class_labels)
+    labels = None if class_labels is None else whole_numbers("class-labels", class_labels)
 
     from fdistill.data.prompts import read_prompts
     from fdistill.generation import generate as run
@@ -176,155 +154,9 @@ def generate(
     typer.echo(f"images: {folder}")
 
 
-@app.command()
-def evaluate(
-    samples: Annotated[
-        str,
-        typer.Argument(
-            metavar="SAMPLES",
-            help="Images (a folder, zip or npz), or what makes them: a student, run, teacher or diffusers pipeline.",
-        ),
-    ],
-    reference: Annotated[
-        str | None, typer.Option(help="Images, or statistics: .npz, EDM2's .pkl, torch-fidelity's .pt.")
-    ] = None,
-    protocol: Protocol = "digits",
-    metrics: Metrics = None,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for scores and provenance.")] = None,
-    seeds: Annotated[str, typer.Option(help="Of generated samples; of several, as 0,1,2, mean and deviation.")] = "0",
-    num_images: Annotated[int | None, typer.Option(help="Not the protocol's; it shows in scores' names.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of them, where the protocol has none.")] = None,
-    weights: Weights = None,
-    batch_size: BatchSize = 64,
-    sampler: Sampler = "heun",
-    steps: Steps = 18,
-    guidance_scale: Guidance = 1.0,
-    negative_prompt: NegativePrompt = "",
-    resolution: Resolution = None,
-    replicates: Annotated[int, typer.Option(help="Of the bootstrap behind the spread of distances; 0: none.")] = 20,
-    classifier: Annotated[
-        str | None, typer.Option(help="module:function of a network from images in [-1, 1] to logits.")
-    ] = None,
-    network: Network = None,
-    device: Device = "auto",
-) -> None:
-    """Score generated images by a named protocol.
-
-    Example: fdistill evaluate runs/digits --output scores.json
-    Example: fdistill evaluate runs/cifar10 --protocol cifar10-fid50k --reference cifar10-32x32.npz --seeds 0,1,2
-    Example: fdistill evaluate lcm --sampler pipeline --steps 4 --protocol folder --reference photos --num-images 5000
-    """
-    from evaluation.evaluate import describe
-    from evaluation.evaluate import evaluate as run
-    from evaluation.weights import parse_weights
-
-    result = run(
-        samples,
-        reference=reference,
-        protocol=protocol,
-        metrics=None if metrics is None else metrics.split(","),
-        output=output,
-        seeds=_whole_numbers("seeds", seeds),
-        num_images=num_images,
-        prompts=prompts,
-        weights=parse_weights(weights or []),
-        batch_size=batch_size,
-        sampler=sampler,
-        num_steps=steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        resolution=resolution,
-        replicates=replicates,
-        classifier=classifier,
-        network=network,
-        device=device,
-    )
-    if _is_main_process():
-        typer.echo(describe(result))
-
-
-@app.command()
-def compare(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(metavar="A B ...", help="Results (.json) of evaluate, or anything that evaluate takes."),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(help="A folder for comparison.md, .json and .png; must not exist or be empty."),
-    ] = None,
-    names: Annotated[str | None, typer.Option(help="Of the rows, as ours,teacher; short ones by default.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Columns, as fid,recall; the first is drawn.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="By default that of the results, or digits.")] = None,
-    reference: Annotated[
-        str | None, typer.Option(help="Of what is still to be measured; as are the next ones.")
-    ] = None,
-    num_images: Annotated[int | None, typer.Option(help="Not the protocol's.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of them, where the protocol has none.")] = None,
-    weights: Weights = None,
-    seeds: Annotated[str | None, typer.Option(help="As 0,1,2; not with images.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="heun or pipeline.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of teachers and pipelines.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
-) -> None:
-    """Put results side by side: one table, and a figure of quality against evaluations and seconds an image.
-
-    Example: fdistill compare student.json teacher.json runs/digits --output comparison
-    """
-    from evaluation.compare import compare as run
-    from evaluation.comparison.table import text_table
-    from evaluation.weights import parse_weights
-
-    options: dict[str, Any] = {
-        "reference": reference,
-        "num_images": num_images,
-        "prompts": prompts,
-        "weights": parse_weights(weights) if weights else None,
-        "seeds": None if seeds is None else _whole_numbers("seeds", seeds),
-        "sampler": sampler,
-        "num_steps": steps,
-        "device": device,
-    }
-    comparison = run(
-        inputs,
-        output=output,
-        names=None if names is None else names.split(","),
-        metrics=None if metrics is None else metrics.split(","),
-        protocol=protocol,
-        **{name: value for name, value in options.items() if value is not None},
-    )
-    if _is_main_process():
-        typer.echo(text_table(comparison))
-
-
-@app.command()
-def reference(
-    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, an embedded data set.")],
-    output: Annotated[Path, typer.Option(help="An .npz file.")],
-    protocol: Protocol = "digits",
-    metrics: Metrics = None,
-    weights: Weights = None,
-    batch_size: BatchSize = 64,
-    device: Device = "auto",
-) -> None:
-    """Make a file of statistics to evaluate against, prepared as a protocol prepares its reference.
-
-    Example: fdistill reference data/cifar10.zip --protocol cifar10-fid50k --output cifar10.npz
-    """
-    from evaluation.make_reference import make_reference
-    from evaluation.weights import parse_weights
-
-    path = make_reference(
-        data,
-        output=output,
-        protocol=protocol,
-        metrics=None if metrics is None else metrics.split(","),
-        weights=parse_weights(weights or []),
-        batch_size=batch_size,
-        device=device,
-    )
-    if _is_main_process():
-        typer.echo(f"reference: {path}")
+app.command()(evaluate)
+app.command()(compare)
+app.command()(reference)
 
 
 @app.command()
@@ -450,19 +282,8 @@ def ema(
     typer.echo(f"student: {folder}")
 
 
-def _whole_numbers(name: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise ArgumentError(f"{name}: got {text!r}, expected whole numbers and commas, as in 0,1,2") from error
-
-
-def _is_main_process() -> bool:
-    return os.environ.get("RANK", "0") == "0"  # as torchrun and accelerate number them
-
-
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    if _is_main_process():
+    if is_main_process():
         typer.secho(f"warning: {message}", fg="yellow", err=True)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from evaluation.metric import Measured, Metric, clip, density_and_coverage, feature_diversity, frechet
+from evaluation.metric import Measured, Metric, cosine, density_and_coverage, feature_diversity, frechet
 from evaluation.metrics.accuracy import accuracy
 from evaluation.protocols.protocol import Protocol
 from evaluation.score import Score
@@ -55,7 +55,7 @@ DIGITS_T2I = Protocol(
         ),
         Metric("ink", ("ink_bold", "ink_thin"), ("digits-captioned.ink",), _ink, needs="prompts"),
         frechet("fd_digits", _FEATURES),
-        clip("clip-digits", name="clip_digits"),
+        cosine("clip_digits", "clip-digits"),
         density_and_coverage(_FEATURES),
         feature_diversity("diversity_digits", _FEATURES),
     ),

@@ -5,13 +5,13 @@ clip_own is the mean cosine by a CLIP model of the user's own, an open_clip fold
 
 from __future__ import annotations
 
-from evaluation.metric import clip
+from evaluation.metric import clip, cosine
 from evaluation.protocols.photographs import photograph_metrics
 from evaluation.protocols.protocol import Protocol
 
 FOLDER = Protocol(
     name="folder",
-    metrics=(*photograph_metrics(), clip("clip-l14"), clip("clip", name="clip_own")),
+    metrics=(*photograph_metrics(), clip("clip-l14"), cosine("clip_own", "clip")),
     default=("fid",),
     num_samples=None,
     reference="the images, or statistics, that are given",

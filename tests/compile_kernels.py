@@ -1,9 +1,10 @@
 """Compiles every kernel for a GPU that is not there, and prints what the assembler says: one JSON object a launch.
 
-    python tests/compile_kernels.py [CAPABILITY ...]
+    python tests/compile_kernels.py [CAPABILITY | KERNEL ...]
 
 Launches are intercepted and compiled with the arguments they came with, so what is compiled is what would run. Triton
-brings its own assembler; no driver is needed. Run by test_kernels_compile.py in a process of its own, since Triton's
+brings its own assembler; no driver is needed. Instructions are counted of the kernels that are named, for the last
+capability: that takes longer than to compile. Run by test_kernels_compile.py in a process of its own, since Triton's
 interpreter, in which the other tests run kernels, replaces the compiler for good.
 """
 
@@ -15,7 +16,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,27 +55,34 @@ def source(kernel: JITFunction, arguments: tuple[Any, ...], settings: dict[str, 
     return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def describe(kernel: JITFunction, cubin: bytes, capability: int) -> dict[str, Any]:
+def dump(cubin: bytes, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
+        command = [str(TOOLS / "cuobjdump"), option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-        def tool(option: str) -> str:
-            command = [str(TOOLS / "cuobjdump"), option, file.name]
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-        usage, assembly = tool("--dump-resource-usage"), tool("--dump-sass")
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", assembly, re.M)
+def describe(kernel: JITFunction, assembled: Mapping[str, Any]) -> dict[str, Any]:
+    """Spilled registers are on the stack; loads and stores are the widths, in bytes, of those that can be wide."""
+    usage, assembly = dump(assembled["cubin"], "--dump-resource-usage"), assembled["ptx"]
+
+    def widths(access: str) -> list[int]:
+        found = re.findall(rf"\b{access}\.global\S*?(?:\.v(\d))?\.b(\d+)\b", assembly)
+        return sorted({int(count or 1) * int(bits) // 8 for count, bits in found})
+
     return {
         "kernel": kernel.fn.__name__.strip("_"),
-        "capability": capability,
         "registers": int(re.findall(r"REG:(\d+)", usage)[-1]),
         "stack": int(re.findall(r"STACK:(\d+)", usage)[-1]),
-        "local": sum(name.startswith(("LDL", "STL")) for name in instructions),
-        "loads": sorted({name for name in instructions if name.startswith("LDG")}),
-        "stores": sorted({name for name in instructions if name.startswith("STG")}),
-        "instructions": len([name for name in instructions if name != "NOP"]),
+        "loads": widths("ld"),
+        "stores": widths("st"),
     }
+
+
+def count_instructions(cubin: bytes) -> int:
+    pattern = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)"
+    return len([name for name in re.findall(pattern, dump(cubin, "--dump-sass"), re.M) if name != "NOP"])
 
 
 def launches() -> Iterator[str]:
@@ -118,7 +126,7 @@ def launches() -> Iterator[str]:
     yield "batch and weights"
 
 
-def main(capabilities: list[int]) -> None:
+def main(capabilities: list[int], counted: list[str]) -> None:
     assert os.environ.get("TRITON_INTERPRET", "0") != "1", "nothing is compiled in the interpreter"
     seen: set[str] = set()
     rows: list[dict[str, Any]] = []
@@ -132,8 +140,10 @@ def main(capabilities: list[int]) -> None:
                 seen.add(key)
                 compiled = triton.compile(made, target=GPUTarget("cuda", capability, 32), options=options)
                 constants = {kernel.arg_names[k[0]]: v for k, v in made.constants.items()}
-                row = describe(kernel, compiled.asm["cubin"], capability)
-                rows.append({**row, **options, "constants": constants})
+                row = {"capability": capability, **describe(kernel, compiled.asm), **options, "constants": constants}
+                if row["kernel"] in counted and capability == capabilities[-1]:
+                    row["instructions"] = count_instructions(compiled.asm["cubin"])
+                rows.append(row)
 
     JITFunction.run = compile_instead
     for sample in launches():
@@ -143,4 +153,5 @@ def main(capabilities: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    main([int(text) for text in sys.argv[1:]] or [80, 90])
+    numbers, names = ([text for text in sys.argv[1:] if text.isdecimal() == number] for number in (True, False))
+    main([int(number) for number in numbers] or [80, 90], names)

@@ -4,9 +4,12 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from fdistill.cli import main
 
 
 def fdistill(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -77,13 +80,30 @@ def test_version() -> None:
         (["evaluate", "digits", "--output", "/"], "is a folder"),
     ],
 )
-def test_errors_are_one_message_and_status_one(arguments: list[str], message: str, tmp_path: Path) -> None:
-    done = fdistill(*[argument.replace("OUT", str(tmp_path / "out")) for argument in arguments])
+def test_errors_are_one_message_and_status_one(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["fdistill", *[part.replace("OUT", str(tmp_path / "out")) for part in arguments]])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    said = capsys.readouterr().err
+    assert exit_.value.code == 1
+    assert said.startswith("error: ")
+    assert message in said
+    assert not any(tmp_path.iterdir())
+
+
+def test_an_error_ends_the_process_without_a_traceback(tmp_path: Path) -> None:
+    done = fdistill("evaluate", str(tmp_path / "nowhere"))
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not any(tmp_path.iterdir())
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_divergence_from_a_file_in_the_current_folder(tiny_teacher: Path, tmp_path: Path) -> None:

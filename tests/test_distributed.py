@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from PIL import Image, ImageChops
+from processes import launch, launch_commands
 from safetensors.torch import load_file
 from text_families import sd15
 
+from evaluation.evaluate import evaluate
+from fdistill import cli, train
 from fdistill.checkpoint import checkpoints
+from fdistill.journal import read_records
 
 WORKER = """
 import sys
@@ -52,31 +55,6 @@ save_file({
 }, Path(sys.argv[1]) / f"{rank}.safetensors")
 dist.destroy_process_group()
 """
-
-
-def launch(arguments: list[str], processes: int = 2) -> None:
-    """torchrun on the CPU, each process with one thread."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "--master-port",
-        str(port),
-    ]
-    done = subprocess.run(
-        [*command, *arguments],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_collectives_draws_and_ratio(tmp_path: Path) -> None:
@@ -125,25 +103,22 @@ TEXT = [
 SAMPLES = ["teacher_samples.count=32", "teacher_samples.num_steps=3", "regression.pairs=32"]
 
 
-@pytest.mark.parametrize(
-    ("iterations", "method"),
-    [
-        (20, []),
-        (4, ["method=uni-instruct", "data=teacher-samples", *SAMPLES]),
-        (4, ["method=dmd", *SAMPLES]),
-        (4, ["method=dmd2", "student_level=[2.5,0.5]"]),
-        (4, TEXT),
-    ],
-    ids=["f-distill", "uni-instruct-data-free", "dmd", "dmd2-two-steps", "text-to-image-lora"],
-)
-def test_two_processes_train_as_one(
-    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, iterations: int, method: list[str]
-) -> None:
+#: Iterations, and settings.
+METHODS: dict[str, tuple[int, list[str]]] = {
+    "f-distill": (20, ["eval.every=10", "eval.num_images=100", 'eval.metrics=["fd_digits"]']),
+    "uni-instruct-data-free": (4, ["method=uni-instruct", "data=teacher-samples", *SAMPLES]),
+    "dmd": (4, ["method=dmd", *SAMPLES]),
+    "dmd2-two-steps": (4, ["method=dmd2", "student_level=[2.5,0.5]"]),
+    "text-to-image-lora": (4, TEXT),
+}
+NUM_IMAGES = 7
+
+
+def commands(teacher: Path, output: str) -> list[list[str]]:
+    """A run of every method, and images of the teacher, in the current folder."""
     settings = [
-        f"teacher={tiny_teacher}",
+        f"teacher={teacher}",
         "batch_size=16",
-        f"iterations={iterations}",
-        f"log.every={iterations // 4}",
         "log.samples_every=0",
         "log.tracker=none",
         "device=cpu",
@@ -154,51 +129,74 @@ def test_two_processes_train_as_one(
         "generator.eps=1e-4",
         "fake_score.eps=1e-4",
         "discriminator.eps=1e-4",
-        *method,
     ]
-    if method is TEXT:
-        sd15(tmp_path / "sd15")
-        (tmp_path / "prompts.txt").write_text("a cat\na dog on a mat\nthe moon\nan old house\n")
-    monkeypatch.chdir(tmp_path)
-    for processes in (1, 2):
-        output = tmp_path / str(processes)
-        monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / f"cache{processes}"))
-        launch(["-m", "fdistill", "distill", "digits", *settings, "--output", str(output)], processes)
-    one, two = (load_file(checkpoints(tmp_path / n / "checkpoints")[-1] / "state.safetensors") for n in ("1", "2"))
+    runs = [
+        ["distill", "digits", *settings, f"iterations={n}", f"log.every={n // 4}", *own, "--output", f"{output}/{name}"]
+        for name, (n, own) in METHODS.items()
+    ]
+    images = ["generate", str(teacher), "--num-images", str(NUM_IMAGES), "--steps", "2", "--device", "cpu", "--seed=3"]
+    return [*runs, [*images, "--output", f"{output}/images"]]
+
+
+class Runs(NamedTuple):
+    """Folders of the same commands run by one process and by two."""
+
+    one: Path
+    two: Path
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("processes")
+    sd15(folder / "sd15")
+    (folder / "prompts.txt").write_text("a cat\na dog on a mat\nthe moon\nan old house\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(train, "save_curves", lambda *_: None)
+        patch.setenv("FDISTILL_CACHE", str(folder / "cache-one"))
+        for arguments in commands(tiny_teacher, "one"):
+            cli.app(arguments, standalone_mode=False)
+        patch.setenv("FDISTILL_CACHE", str(folder / "cache-two"))
+        launch_commands(commands(tiny_teacher, "two"), folder)
+    return Runs(folder / "one", folder / "two")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_train_as_one(runs: Runs, method: str) -> None:
+    one, two = (load_file(checkpoints(of / method / "checkpoints")[-1] / "state.safetensors") for of in runs)
     assert one.keys() == two.keys()
     for name, value in one.items():
         if name.startswith(("generator.", "fake_score.", "discriminator.", "ema.", "ratio.")):
             torch.testing.assert_close(
                 two[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
             )
-    from fdistill.journal import read_records
-
-    first, second = (read_records(tmp_path / n / "metrics.jsonl") for n in ("1", "2"))
+    first, second = (read_records(of / method / "metrics.jsonl") for of in runs)
     assert len(first) == len(second) == 4
     for key, value in first[-1].items():
         if isinstance(value, float) and key not in ("seconds", "images_per_second"):
             assert abs(second[-1][key] - value) <= 1e-4 * (1 + abs(value)), key
 
 
-def test_two_processes_generate_the_same_images(tiny_teacher: Path, tmp_path: Path) -> None:
-    from PIL import Image, ImageChops
+def test_two_processes_score_as_one(runs: Runs) -> None:
+    name = "eval/fd_digits@100"
+    one, two = (
+        {r["iteration"]: r[name] for r in read_records(of / "f-distill" / "metrics.jsonl") if name in r} for of in runs
+    )
+    assert list(one) == [10, 20]
+    assert two == pytest.approx(one, rel=1e-3)
+    chosen = re.search(r"after (\d+) iterations", (runs.two / "f-distill" / "best" / "README.md").read_text())
+    assert chosen is not None
+    best = min(one, key=lambda iteration: one[iteration])
+    assert int(chosen[1]) == best
+    with pytest.warns(UserWarning, match="scores carry the count"):
+        alone = evaluate(runs.two / "f-distill" / "best", num_images=100, metrics=["fd_digits"], replicates=0)
+    assert alone["metrics"]["fd_digits@100"] == pytest.approx(two[best], rel=1e-6)
 
-    for processes in (1, 2):
-        arguments = [
-            "generate",
-            str(tiny_teacher),
-            "--num-images",
-            "7",
-            "--steps",
-            "2",
-            "--device",
-            "cpu",
-            "--seed",
-            "3",
-        ]
-        launch(["-m", "fdistill", *arguments, "--output", str(tmp_path / str(processes))], processes)
-    names = sorted(path.name for path in (tmp_path / "1").glob("*.png"))
-    assert names == [f"{i:06d}.png" for i in range(7)] == sorted(path.name for path in (tmp_path / "2").glob("*.png"))
+
+def test_two_processes_generate_the_same_images(runs: Runs) -> None:
+    names = sorted(path.name for path in (runs.one / "images").glob("*.png"))
+    assert names == [f"{i:06d}.png" for i in range(NUM_IMAGES)]
+    assert names == sorted(path.name for path in (runs.two / "images").glob("*.png"))
     for name in names:
-        difference = ImageChops.difference(Image.open(tmp_path / "1" / name), Image.open(tmp_path / "2" / name))
-        assert (difference.getextrema()[1]) <= 1
+        difference = ImageChops.difference(*(Image.open(of / "images" / name) for of in runs))
+        assert difference.getextrema()[1] <= 1

@@ -18,8 +18,8 @@ import torch
 import torchvision  # type: ignore[import-untyped]
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from PIL import Image
+from processes import launch_commands
 from safetensors.torch import load_file, save_file
-from test_distributed import launch
 from test_extractors import inception_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -66,15 +66,6 @@ def noise(count: int, size: int, seed: int = 0, channels: int = 3) -> Tensor:
 # --- processes
 
 
-COMMANDS = """
-import json, sys
-from fdistill.cli import app
-
-for arguments in json.loads(open(sys.argv[1]).read()):
-    app(arguments, standalone_mode=False)
-"""
-
-
 @SMALL
 def test_two_processes_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd counts, a last batch that is not full, fewer batches than processes, prompts, LPIPS, which only
@@ -118,16 +109,14 @@ def test_two_processes_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ]
 
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "commands.py").write_text(COMMANDS)
     for processes, folder in ((1, "one"), (2, "two")):
         monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / f"cache-{folder}"))
         (tmp_path / folder).mkdir()
-        (tmp_path / "arguments.json").write_text(json.dumps(commands(folder)))
         if processes == 1:
             for arguments in commands(folder):
                 cli.app(arguments, standalone_mode=False)
         else:
-            launch([str(tmp_path / "commands.py"), "arguments.json"], processes)
+            launch_commands(commands(folder), tmp_path)
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert names == {path.name for path in (tmp_path / "two").iterdir()}
     names = {name for name in names if name.endswith((".json", ".npz"))}

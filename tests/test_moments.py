@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import launch
 from safetensors.torch import load_file
-from test_distributed import launch
 
 from evaluation.moments import Moments
 from fdistill.errors import ArgumentError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from dataclasses import replace
@@ -14,7 +13,6 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from test_distributed import launch
 from text_families import sd15
 
 from evaluation.against import open_against
@@ -292,21 +290,6 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
         assert chosen_at(folder / "best") == chosen_at(whole / "best")
         for student in ("best", "student"):
             assert same(weights(folder / student), weights(whole / student))
-
-
-def test_two_processes_score_as_one(tiny_teacher: Path, tmp_path: Path) -> None:
-    changes = {f"{role}.eps": 1e-4 for role in ("generator", "fake_score", "discriminator")}
-    settings = {"iterations": 2, "eval.every": 1, "generator.lr": 1e-3, "device": "cpu", **changes}
-    one = run(tiny_teacher, tmp_path / "one", **settings)
-    listed = [f"{key}={json.dumps(value)}" for key, value in {**SETTINGS, **settings}.items()]
-    two = tmp_path / "two"
-    launch(["-m", "fdistill", "distill", "digits", f"teacher={tiny_teacher}", *listed, "--output", str(two)])
-    assert scored(two) == pytest.approx(scored(one), rel=1e-3)
-    assert list(scored(two)) == [1, 2]
-    iteration, _ = chosen_at(two / "best")
-    assert iteration == chosen_at(one / "best")[0]
-    alone = evaluate(two / "best", num_images=COUNT, metrics=["fd_digits"], replicates=0)["metrics"]
-    assert alone[f"fd_digits@{COUNT}"] == pytest.approx(scored(two)[iteration], rel=1e-6)
 
 
 @pytest.fixture(scope="module")

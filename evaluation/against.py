@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evaluation.extractors import Extractor
-from evaluation.features import Reading, Rows, cached_rows, extract_moments
+from evaluation.features import Reading, Rows, cached_moments, cached_rows
 from evaluation.images import Images, open_views
 from evaluation.moments import Moments
 from evaluation.protocols.protocol import Protocol
@@ -67,8 +67,7 @@ class Against:
             return self.statistics.moments
         missing = [r for r in self._readings(extractors) if not r.widths.keys() <= self._moments.keys()]
         if missing and len(self.views[""]) > _KEPT_ROWS:
-            how: dict[str, Any] = {"batch_size": batch_size, "device": device, "describe": "reference"}
-            self._moments |= extract_moments(missing, **how)
+            self._moments |= cached_moments(missing, batch_size=batch_size, device=device, describe="reference")
         elif missing:
             rows = self.rows({reading.label: reading.extractor for reading in missing}, batch_size, device)
             names = [name for reading in missing for name in reading.widths]

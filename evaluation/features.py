@@ -34,6 +34,8 @@ from fdistill.files import atomic_file, cache_folder
 Rows = dict[str, Tensor]
 #: What encodes prompts: N texts -> float32 [N, D].
 EncodeText = Callable[[Sequence[str]], Tensor]
+#: Of tensors in a file, by name.
+Shapes = dict[str, tuple[int, ...]]
 
 _T = TypeVar("_T")
 _AHEAD = 2  # batches that are read while one is in the extractors
@@ -105,13 +107,55 @@ def extract_moments(
 
 def cached_rows(readings: Sequence[Reading], *, batch_size: int, device: torch.device, describe: str) -> Rows:
     """`extract_rows`, kept on disk for images whose content is known; an unwritable cache costs a warning."""
-    files = {reading.label: _cache_file(reading, batch_size) for reading in readings}
-    rows: Rows = {}
+
+    def extract(missing: Sequence[Reading]) -> Rows:
+        return extract_rows(missing, batch_size=batch_size, device=device, describe=describe)
+
+    def shapes(reading: Reading) -> Shapes:
+        return {name: (len(reading.images), width) for name, width in reading.extractor.outputs.items()}
+
+    return _cached(readings, "rows", shapes, extract, batch_size, device)
+
+
+def cached_moments(
+    readings: Sequence[Reading], *, batch_size: int, device: torch.device, describe: str
+) -> dict[str, Moments]:
+    """`extract_moments`, kept in the same way."""
+
+    def extract(missing: Sequence[Reading]) -> Rows:
+        made = extract_moments(missing, batch_size=batch_size, device=device, describe=describe)
+        means = {f"{name}.mean": moments.mean for name, moments in made.items()}
+        return means | {f"{name}.covariance": moments.covariance for name, moments in made.items()}
+
+    def shapes(reading: Reading) -> Shapes:
+        widths = reading.extractor.outputs.items()
+        means: Shapes = {f"{name}.mean": (width,) for name, width in widths}
+        return means | {f"{name}.covariance": (width, width) for name, width in widths}
+
+    found = _cached(readings, "moments", shapes, extract, batch_size, device)
+    return {
+        name: Moments.known(found[f"{name}.mean"], found[f"{name}.covariance"], len(reading.images))
+        for reading in readings
+        for name in reading.widths
+    }
+
+
+def _cached(
+    readings: Sequence[Reading],
+    kind: str,
+    shapes: Callable[[Reading], Shapes],
+    extract: Callable[[Sequence[Reading]], Rows],
+    batch_size: int,
+    device: torch.device,
+) -> Rows:
+    """What `extract` makes of readings, as "label.name", from files where they hold tensors of these shapes."""
+    files = {reading.label: _cache_file(reading, kind, batch_size) for reading in readings}
+    tensors: Rows = {}
     missing = []
     for reading in readings:
         file = files[reading.label]
-        found = None if file is None else _read_cache(file, reading)
-        rows.update(found or {})
+        found = None if file is None else _read_cache(file, shapes(reading))
+        tensors.update({f"{reading.label}.{name}": tensor for name, tensor in (found or {}).items()})
         if found is None:
             missing.append(reading)
     if rng.world()[1] > 1:
@@ -120,13 +164,13 @@ def cached_rows(readings: Sequence[Reading], *, batch_size: int, device: torch.d
         dist.all_reduce(absent, dist.ReduceOp.MAX)
         missing = [reading for reading, flag in zip(readings, absent.tolist(), strict=True) if flag]
     if not missing:
-        return rows
-    new = extract_rows(missing, batch_size=batch_size, device=device, describe=describe)
+        return tensors
+    new = extract(missing)
     for reading in missing:
         file = files[reading.label]
         if file is not None and rng.world()[0] == 0:
-            _write_cache(file, {name: new[f"{reading.label}.{name}"] for name in reading.extractor.outputs})
-    return rows | new
+            _write_cache(file, {name: new[f"{reading.label}.{name}"] for name in shapes(reading)})
+    return tensors | new
 
 
 def _share(count: int, batch_size: int) -> range:
@@ -228,29 +272,26 @@ def _gathered(rows: Tensor, count: int, batch_size: int, device: torch.device) -
     return gathered
 
 
-def _cache_file(reading: Reading, batch_size: int) -> Path | None:
+def _cache_file(reading: Reading, kind: str, batch_size: int) -> Path | None:
     content, extractor = reading.images.sha256(), reading.extractor
     if content is None or not extractor.sha256:
         return None
-    facts = [content, len(reading.images), extractor.name, extractor.sha256, extractor.preparation, batch_size]
+    facts = [kind, content, len(reading.images), extractor.name, extractor.sha256, extractor.preparation, batch_size]
     return cache_folder() / "features" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
 
-def _read_cache(file: Path, reading: Reading) -> Rows | None:
+def _read_cache(file: Path, shapes: Shapes) -> Rows | None:
     try:
         found = load_file(file)
     except (OSError, SafetensorError):
         return None
-    shapes = {name: (len(reading.images), width) for name, width in reading.extractor.outputs.items()}
-    if {name: tuple(rows.shape) for name, rows in found.items()} != shapes:
-        return None
-    return {f"{reading.label}.{name}": rows for name, rows in found.items()}
+    return found if {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes else None
 
 
-def _write_cache(file: Path, rows: Rows) -> None:
+def _write_cache(file: Path, tensors: Rows) -> None:
     try:
         with atomic_file(file) as temporary:
-            save_file(rows, temporary)
+            save_file(tensors, temporary)
     except OutputError as error:
         warnings.warn(
             f"features are not kept: {error}; set FDISTILL_CACHE to a folder that can be written", stacklevel=2

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evaluation import features
 from evaluation.extractors import Extractor
-from evaluation.features import Reading, ahead, cached_rows, extract_moments, extract_rows
+from evaluation.features import Reading, ahead, cached_moments, cached_rows, extract_moments, extract_rows
 
 CPU = torch.device("cpu")
 
@@ -118,6 +118,25 @@ def test_rows_are_kept_by_content_extractor_and_batch(tmp_path: Path, monkeypatc
     ]:
         cached_rows([Reading("mean", other, images)], batch_size=batch_size, **how)
         assert images.reads
+
+
+def test_moments_are_kept_beside_rows_of_the_same_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path))
+    extractor, batches = mean_extractor()
+    reading = Reading("mean", extractor, Numbered(50, "x"))
+    how: dict[str, Any] = {"batch_size": 7, "device": CPU, "describe": ""}
+    cached_rows([reading], **how)
+    first = cached_moments([reading], **how)["mean.both"]
+    assert len(batches) == 2 * 8
+    again = cached_moments([reading], **how)["mean.both"]
+    cached_rows([reading], **how)
+    assert len(batches) == 2 * 8
+    plain = extract_moments([reading], **how)["mean.both"]
+    for kept in (first, again):
+        assert kept.count == plain.count == 50
+        torch.testing.assert_close(kept.mean, plain.mean, rtol=0, atol=0)
+        torch.testing.assert_close(kept.covariance, plain.covariance, rtol=1e-14, atol=0)
+    assert torch.equal(first.covariance, again.covariance)
 
 
 def test_a_damaged_or_unwritable_cache_costs_a_warning_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

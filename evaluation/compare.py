@@ -35,7 +35,8 @@ def compare(
         metrics: columns of the table, of which the first is drawn; by default all that the results hold, from the first
             one that all have.
         protocol: of all of them; by default that of the JSON files, or "digits" where there are none.
-        options: further arguments of `evaluation.evaluate.evaluate`, for inputs that are to be measured.
+        options: further arguments of `evaluation.evaluate.evaluate`, for inputs that are to be measured; num_steps for
+            those of them that take steps.
 
     Raises:
         ArgumentError: fewer than two inputs, one given twice, JSON files that are no results or of another protocol,
@@ -62,8 +63,9 @@ def compare(
     folder = None if output is None else claim_folder(Path(output))
     rank = 0
     if len(entries) < len(inputs):
-        from evaluation.evaluate import evaluate
+        from evaluation.evaluate import evaluate, holds_images
         from evaluation.protocols import get_protocol
+        from fdistill.pipeline import find_student
         from fdistill.rng import world
 
         protocol = protocol or "digits"
@@ -72,9 +74,9 @@ def compare(
             metrics = [output for name in metrics for output in groups.get(name, (name,))]
         for name, where in zip(called, inputs, strict=True):
             if name not in entries:
-                entries[name] = read_entry(
-                    name, str(where), evaluate(where, protocol=protocol, metrics=metrics, **options)
-                )
+                steps_are_its_own = holds_images(where) or find_student(where) is not None
+                how = {key: value for key, value in options.items() if key != "num_steps" or not steps_are_its_own}
+                entries[name] = read_entry(name, str(where), evaluate(where, protocol=protocol, metrics=metrics, **how))
         rank, _ = world()
     comparison = comparison_of([entries[name] for name in called], metrics)
     if folder is not None and rank == 0:

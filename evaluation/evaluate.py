@@ -27,8 +27,8 @@ from fdistill.data.source import is_image
 from fdistill.devices import start
 from fdistill.errors import ArgumentError
 from fdistill.files import atomic_file, check_file, read_json_object
-from fdistill.generation import check_counts, open_source
-from fdistill.pipeline import STUDENT_FILE, is_student, student_folder
+from fdistill.generation import check_counts, check_unread, open_source
+from fdistill.pipeline import STUDENT_FILE, find_student, student_folder
 
 #: What provenance says of a student's training; "ema" is the average that its weights are.
 _TRAINING = ("method", "divergence", "teacher", "teacher_guidance", "iterations", "ema", "seed")
@@ -48,8 +48,8 @@ def evaluate(
     weights: Weights | None = None,
     batch_size: int = 64,
     sampler: str = "heun",
-    num_steps: int = 18,
-    guidance_scale: float = 1.0,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
     resolution: int | None = None,
     network: str | None = None,
@@ -109,8 +109,15 @@ def evaluate(
     against = open_against(chosen, reference)
     measurements: list[Measurement] = []
     if holds_images(samples):
-        if len(seeds) > 1:
-            raise ArgumentError(f"seeds: the images of {samples} are made already; pass no seeds, or what makes them")
+        check_unread(
+            f"the images of {samples} are made already",
+            seeds=None if tuple(seeds) == (0,) else seeds,
+            steps=num_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt or None,
+            resolution=resolution,
+            network=network,
+        )
         recipes = {"": (chosen.recipe, chosen.size), **chosen.views}
         views = open_views(samples, recipes, channels=chosen.channels, max_images=count)
         images = views[""]
@@ -168,7 +175,7 @@ def holds_images(where: str | Path) -> bool:
     path = Path(where)
     if path.is_file():
         return path.suffix in _ARCHIVES
-    if not path.is_dir() or is_student(path) or is_student(path / "student") or (path / "model_index.json").is_file():
+    if not path.is_dir() or find_student(path) or (path / "model_index.json").is_file():
         return False
     return any(is_image(file.name) for file in path.rglob("*"))
 

@@ -10,10 +10,10 @@ import typer
 from fdistill.errors import ArgumentError
 
 Guidance = Annotated[
-    float,
+    float | None,
     typer.Option(
-        help="Of a teacher that knows a label for `no class`, or is told prompts; 1 is off. With --sampler pipeline, "
-        "what the pipeline is called with: 0 and 1 are off, but LCM and FLUX.1-dev are told the number."
+        help="Of a teacher that knows a label for `no class`, or is told prompts; 1, the default, is off. With "
+        "--sampler pipeline, what the pipeline is called with: 0 and 1 are off, but LCM and FLUX.1-dev are told it."
     ),
 ]
 Network = Annotated[str | None, typer.Option(help="module:function of a student of your own network.")]
@@ -28,10 +28,11 @@ Weights = Annotated[
 BatchSize = Annotated[int, typer.Option(help="Images at a time; features vary in their last bits with it.")]
 NegativePrompt = Annotated[str, typer.Option(help="What a guided text-to-image teacher leads away from.")]
 Steps = Annotated[
-    int,
+    int | None,
     typer.Option(
         "--steps",
-        help="Heun steps of a teacher: 2 x steps - 1 evaluations an image; or steps of a pipeline's scheduler.",
+        help="Heun steps of a teacher: 2 x steps - 1 evaluations an image; or steps of a pipeline's scheduler. 18 by "
+        "default; a student has its own.",
     ),
 ]
 Sampler = Annotated[

@@ -23,7 +23,7 @@ from fdistill.guidance import GuidedDenoiser
 from fdistill.image_source import Told
 from fdistill.latents import LatentSpace, attach_latent_space
 from fdistill.network_source import Source
-from fdistill.pipeline import is_student, load_student
+from fdistill.pipeline import find_student, load_student
 from fdistill.pipeline_source import PipelineSource, open_pipeline
 from fdistill.report import to_pil
 from fdistill.teacher import open_teacher
@@ -41,8 +41,8 @@ def open_source(
     checkpoint: str | Path,
     device: torch.device,
     *,
-    num_steps: int = 18,
-    guidance_scale: float = 1.0,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
     resolution: int | None = None,
     network: str | None = None,
@@ -51,7 +51,7 @@ def open_source(
     """A student folder (or a run that has one), any teacher that `load_teacher` takes, or any pipeline of diffusers.
 
     Args:
-        num_steps, guidance_scale: of a teacher.
+        num_steps, guidance_scale: of a teacher; by default 18 and 1, which is none.
         negative_prompt, resolution: of a text-to-image teacher.
         network: "module:function" of a student of a user's own network.
         sampler: "heun", or "pipeline" for the checkpoint's own class of pipeline and scheduler (see `open_pipeline`).
@@ -61,9 +61,21 @@ def open_source(
 
     Raises:
         CheckpointError: neither.
+        ArgumentError: something of a teacher's for a student, which has learnt it.
     """
     if sampler not in SAMPLERS:
         raise ArgumentError(f"sampler: got {sampler!r}; {did_you_mean(sampler, SAMPLERS)}")
+    student_folder = find_student(checkpoint)
+    if student_folder is not None:
+        check_unread(
+            f"{checkpoint} is a student, whose training has settled that",
+            steps=num_steps,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt or None,
+            resolution=resolution,
+        )
+    num_steps = 18 if num_steps is None else num_steps
+    guidance_scale = 1.0 if guidance_scale is None else guidance_scale
     if sampler == "pipeline":
         if network is not None:
             raise ArgumentError(
@@ -77,14 +89,12 @@ def open_source(
             negative_prompt=negative_prompt,
             resolution=resolution,
         )
-    path = Path(checkpoint)
-    for folder in (path, path / "student"):
-        if is_student(folder):
-            student = load_student(folder, device, network=network)
-            found = Checkpoint(str(checkpoint), folder)
-            latents = attach_latent_space(student.denoiser, found, None)
-            text = _prompt_encoder(found, student.denoiser, latents)
-            return Source(str(checkpoint), student, None, weights_sha256(folder), latents, text)
+    if student_folder is not None:
+        student = load_student(student_folder, device, network=network)
+        found = Checkpoint(str(checkpoint), student_folder)
+        latents = attach_latent_space(student.denoiser, found, None)
+        text = _prompt_encoder(found, student.denoiser, latents)
+        return Source(str(checkpoint), student, None, weights_sha256(student_folder), latents, text)
     if num_steps < 1:
         raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
     try:
@@ -105,6 +115,13 @@ def open_source(
                 null = text.null(negative_prompt)
         denoiser = GuidedDenoiser(denoiser, guidance_scale, null=null)
     return Source(str(checkpoint), denoiser, num_steps, sha256, latents, text, guidance_scale)
+
+
+def check_unread(why: str, **options: object) -> None:
+    """Raises ArgumentError if one of the options is given (not None), which nothing would read."""
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ArgumentError(f"{', '.join(given)}: {why}; leave {'it' if len(given) == 1 else 'them'} out")
 
 
 def _prompt_encoder(checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None) -> PromptEncoder | None:
@@ -190,8 +207,8 @@ def generate(
     batch_size: int = 256,
     class_labels: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
-    num_steps: int = 18,
-    guidance_scale: float = 1.0,
+    num_steps: int | None = None,
+    guidance_scale: float | None = None,
     negative_prompt: str = "",
     resolution: int | None = None,
     network: str | None = None,
@@ -212,10 +229,10 @@ def generate(
         class_labels: classes to draw, in turn; all by default.
         prompts: what a text-to-image model draws, in turn.
         num_steps: of Heun's method, for a teacher: 2 num_steps - 1 evaluations an image; of a pipeline's own scheduler.
-            A student takes as many as it was trained for.
-        guidance_scale: of a teacher that knows a label for "no class", or is told prompts; 1 is off. A student has
-            learnt its teacher's. A pipeline is called with it: most classes take 0 and 1 for off, and those of networks
-            that are told the number (LCM, FLUX.1-dev) tell it.
+            18 by default. A student takes as many as it was trained for, and is given none.
+        guidance_scale: of a teacher that knows a label for "no class", or is told prompts; 1, the default, is off. A
+            student has learnt its teacher's. A pipeline is called with it: most classes take 0 and 1 for off, and those
+            of networks that are told the number (LCM, FLUX.1-dev) tell it.
         negative_prompt: what guidance of a text-to-image teacher leads away from.
         resolution: of a text-to-image teacher, where it is not its own.
         network: "module:function" of a student of a user's own network.

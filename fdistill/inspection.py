@@ -21,7 +21,7 @@ from fdistill.errors import DataError
 from fdistill.images import to_unit
 from fdistill.latents import LatentSpace, attach_latent_space
 from fdistill.noise import add_noise, noise_to_signal
-from fdistill.pipeline import is_student, load_student
+from fdistill.pipeline import find_student, load_student
 from fdistill.sampler import heun_sample, sampling_levels
 from fdistill.teacher import open_teacher
 from fdistill.text import open_prompt_encoder
@@ -97,7 +97,7 @@ def inspect(
         CheckpointError, DataError: what cannot be read.
     """
     _, chosen = start(device)
-    folder = next((place for place in (Path(checkpoint), Path(checkpoint) / "student") if is_student(place)), None)
+    folder = find_student(checkpoint)
     if folder is not None:
         found, denoiser = Checkpoint(str(checkpoint), folder), load_student(folder).denoiser.to(chosen)
         latents = attach_latent_space(denoiser, found, vae)

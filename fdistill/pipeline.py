@@ -119,27 +119,23 @@ def _save_pipeline(
     return type(pipeline).__name__, call
 
 
-def is_student(folder: Path) -> bool:
-    """Whether a folder holds an exported student (and not a teacher)."""
-    return (folder / STUDENT_FILE).is_file()
+def find_student(path: str | Path) -> Path | None:
+    """The student folder at `path`, or in the run folder `path`; None if what is there is no student, as a teacher."""
+    places = (Path(path), Path(path) / "student")
+    return next((folder for folder in places if (folder / STUDENT_FILE).is_file()), None)
 
 
 def student_folder(path: str | Path) -> Path:
-    """The student folder at `path`, or in the run folder `path`.
+    """`find_student`, where nothing else will do.
 
     Raises:
         CheckpointError: no such folder, or one that is not a student.
     """
-    folder = Path(path)
-    if is_student(folder / "student"):
-        folder = folder / "student"
-    if not folder.is_dir():
+    folder = find_student(path)
+    if folder is None:
+        missing = f"no {STUDENT_FILE} in it" if Path(path).is_dir() else "no such folder"
         raise CheckpointError(
-            f"student {str(path)!r}: no such folder; expected what `fdistill distill` wrote to OUTPUT/student"
-        )
-    if not is_student(folder):
-        raise CheckpointError(
-            f"student {str(path)!r}: no {STUDENT_FILE} in it; expected what `fdistill distill` wrote to OUTPUT/student"
+            f"student {str(path)!r}: {missing}; expected what `fdistill distill` wrote to OUTPUT/student"
         )
     return folder
 

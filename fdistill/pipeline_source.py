@@ -22,7 +22,7 @@ from fdistill.diffusers_pipeline import (
 from fdistill.errors import ArgumentError, CheckpointError, FDistillError
 from fdistill.files import read_json_object, weights_sha256
 from fdistill.image_source import Evaluations, Told, finite_uint8
-from fdistill.pipeline import STUDENT_FILE, is_student
+from fdistill.pipeline import STUDENT_FILE, find_student
 from fdistill.rng import derived_seed
 from fdistill.text import PromptEncoder, describe_cut, quiet
 from fdistill.tiue_pipeline import TiUEPipeline
@@ -194,8 +194,8 @@ def open_pipeline(
     """A pipeline folder, or a hub id, in float32 on a device. No code out of it is run, and no pickle read.
 
     Args:
-        checkpoint: also a student of fdistill, or a run folder that has one, which is called as its card says; then the
-            arguments below are not read.
+        checkpoint: also a student of fdistill, or a run folder that has one, which is called as its card says, and not
+            by the arguments below.
         num_steps: the call's num_inference_steps.
         guidance_scale: the call's guidance_scale, which most classes take 0 and 1 for off in; the true_cfg_scale of
             those whose network is told none but which have that. 1 or 0 for a class that takes neither.
@@ -206,12 +206,11 @@ def open_pipeline(
         CheckpointError: no pipeline, files that cannot be read, or a class that diffusers has not.
         ArgumentError: an argument that this class does not take.
     """
-    path = Path(checkpoint)
-    for folder in (path, path / "student"):
-        if is_student(folder):
-            facts = _student_facts(folder)
-            pipeline = load_pipeline(Checkpoint(str(checkpoint), folder)).to(device)
-            return PipelineSource(str(checkpoint), folder, pipeline, facts.get("call", {}), student=facts)
+    folder = find_student(checkpoint)
+    if folder is not None:
+        facts = _student_facts(folder)
+        pipeline = load_pipeline(Checkpoint(str(checkpoint), folder)).to(device)
+        return PipelineSource(str(checkpoint), folder, pipeline, facts.get("call", {}), student=facts)
     found = resolve_checkpoint(checkpoint)
     pipeline = load_pipeline(found)
     assert found.folder is not None

@@ -24,7 +24,7 @@ from fdistill.config import load_config
 from fdistill.divergence import ALIASES
 from fdistill.journal import read_records
 from fdistill.methods import METHODS
-from fdistill.pipeline import is_student
+from fdistill.pipeline import find_student
 
 METRICS = ("fd_digits", "precision", "recall", "class_accuracy")
 QUIET = ["log.samples_every=0", "log.checkpoint_every=0", "log.tracker=none"]
@@ -107,7 +107,7 @@ def main() -> None:
     def train(job: tuple[int, str]) -> None:
         seed, row = job
         folder = output / run_name(row, seed)
-        if not is_student(folder / "student"):
+        if find_student(folder) is None:
             distil(row, iterations[row], folder, [f"seed={seed}", *arguments.overrides])
         if not (folder / "scores.json").is_file():
             command = [sys.executable, "-m", "fdistill", "evaluate", str(folder), "--seeds", str(seed)]

@@ -431,6 +431,8 @@ def test_the_command_tells_errors_in_one_line(
         ),
         (["--prompts", tmp_path / "nowhere.txt"], r"prompts .*nowhere\.txt: cannot be read"),
         (["--seeds", "0,a"], r"seeds: got '0,a', expected whole numbers"),
+        (["--seeds", "1"], r"seeds: the images of .* are made already; leave it out"),
+        (["--steps", "4", "--guidance-scale", "2"], r"steps, guidance_scale: the images of .*; leave them out"),
         (["--replicates", "-1"], r"replicates: got -1"),
         (["--classifier", "nowhere:f"], r"classifier: protocol 'digits' has its own"),
         (["--protocol", "cifar10-fid50k", "--classifier", "nowhere:f"], r"classifier 'nowhere:f': ModuleNotFoundError"),

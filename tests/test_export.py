@@ -13,7 +13,7 @@ import torch
 
 from fdistill import distill, load_student
 from fdistill.errors import CheckpointError
-from fdistill.pipeline import is_student
+from fdistill.pipeline import find_student
 
 OUTSIDE = """
 import sys, numpy, torch
@@ -43,7 +43,7 @@ def test_plain_diffusers_draws_the_trainers_sample(student: Path, tmp_path: Path
 
 
 def test_the_folder_says_what_it_is(student: Path) -> None:
-    assert is_student(student)
+    assert find_student(student) == find_student(student.parent) == student
     facts = json.loads((student / "fdistill_student.json").read_text())
     assert facts["levels"] == [2.5]
     assert facts["method"] == "f-distill"

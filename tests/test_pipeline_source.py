@@ -440,8 +440,8 @@ class TestStudents:
         return output
 
     def test_it_is_run_as_other_programs_do(self, run: Path, tmp_path: Path) -> None:
-        """With its own number of steps, whatever is asked of teachers."""
-        folder = generate(run, num_images=3, seed=2, output=tmp_path / "i", sampler="pipeline", num_steps=7)
+        """With its own number of steps, and not as many as a teacher."""
+        folder = generate(run, num_images=3, seed=2, output=tmp_path / "i", sampler="pipeline")
         manifest = json.loads((folder / "manifest.json").read_text())
         assert (manifest["kind"], manifest["steps"], manifest["evaluations_per_image"]) == ("student", 1, 1)
         assert manifest["guidance"] is None
@@ -457,10 +457,10 @@ class TestStudents:
         shutil.copytree(run / "student", student)
         facts = json.loads((student / "fdistill_student.json").read_text())
         (student / "fdistill_student.json").write_text(json.dumps({**facts, "null_class": 9}))
-        assert opened(student).num_classes == 9
+        assert open_source(student, CPU, sampler="pipeline").num_classes == 9
         (student / "fdistill_student.json").write_text("[]")
         with pytest.raises(CheckpointError, match=r"fdistill_student.json: cannot be read"):
-            opened(student)
+            open_source(student, CPU, sampler="pipeline")
 
     def test_pipelines_of_ours_count_what_they_do(self, tmp_path: Path) -> None:
         torch.manual_seed(0)

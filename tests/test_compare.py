@@ -296,6 +296,26 @@ def names_in(figure: Figure, panel: int) -> list[str]:
     return [text.get_text() for text in texts_in(figure, panel)]
 
 
+def test_one_checkpoint_with_several_numbers_of_steps_is_a_line() -> None:
+    def teacher(evaluations: float, fid: float, **more: Any) -> dict[str, Any]:
+        told = {**TEACHER, "checkpoint_sha256": "a" * 64, "sampler": "heun", **more}
+        return result({"fid": fid}, **(told | {"evaluations_per_image": evaluations}))
+
+    comparison = of(
+        long=teacher(35, 2.0),
+        short=teacher(9, 8.0),
+        guided=teacher(17, 3.0, guidance=2.0),
+        other=teacher(19, 5.0, checkpoint_sha256="b" * 64),
+        student=result({"fid": 4.0}),
+    )
+    left = draw(comparison).axes[0]
+    lines = [line.get_xydata().tolist() for line in left.lines if line.get_linestyle() == "-"]
+    assert [line for line in lines if len(line) > 1] == [[[9, 8], [35, 2]]]
+    colours = [container[0].get_color() for container in left.containers]
+    assert colours[0] == colours[1]
+    assert len(set(colours)) == 4
+
+
 def test_points_lie_where_the_numbers_say() -> None:
     comparison = of(
         a=result({"fid": 2.0}, {"fid": 0.5}), b=result({"fid": 20.0}, {"fid": 1.0}, **TEACHER), c=result({"fid": 4.0})

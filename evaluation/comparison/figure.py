@@ -23,7 +23,8 @@ _FONT = 8
 def draw(comparison: Comparison) -> Figure:
     """The comparison's first metric over evaluations (left) and seconds (right) an image, each point with its name.
 
-    Spreads are error bars, and open points are not ranked. What is not drawn is said below.
+    Spreads are error bars, and open points are not ranked. Points of one checkpoint with several numbers of steps are
+    joined. What is not drawn is said below.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -37,9 +38,10 @@ def draw(comparison: Comparison) -> Figure:
     elsewhere = {name: f" (on {device})" for name, device in devices.items() if device != usual}
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, right = figure.subplots(1, 2, sharey=True, gridspec_kw={"wspace": 0.08})
     drawn = [entry for entry in measured if entry.name in evaluated | timed]
-    colours = {entry.name: f"C{i % 10}" for i, entry in enumerate(comparison.entries)}
+    series = list(dict.fromkeys(map(_series, comparison.entries)))
+    colours = {entry.name: f"C{series.index(_series(entry)) % 10}" for entry in comparison.entries}
     for axes, across in ((left, evaluated), (right, timed)):
         _points(axes, metric, [entry for entry in drawn if entry.name in across], across, colours)
     left.set_xlabel("evaluations per image")
@@ -90,6 +92,10 @@ def _points(
             capsize=3,
             elinewidth=1,
         )
+    for one in dict.fromkeys(map(_series, entries)):
+        joined = sorted((across[entry.name], entry.scores[metric].value) for entry in entries if _series(entry) == one)
+        colour = next(colours[entry.name] for entry in entries if _series(entry) == one)
+        axes.plot(*zip(*joined, strict=True), color=colour, linewidth=1, alpha=0.5)
     axes.grid(True, which="major", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -129,6 +135,12 @@ def _logarithmic(axis: Any, set_limits: Any, set_scale: Any, values: Sequence[fl
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 500 else (1,)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _series(entry: Entry) -> tuple[object, ...]:
+    """What results that differ in their steps alone have in common."""
+    facts = entry.provenance
+    return (facts.get("checkpoint_sha256") or entry.name, facts.get("sampler"), facts.get("guidance"))
 
 
 def _marker(entry: Entry) -> str:

@@ -336,7 +336,8 @@ def test_text_to_image(text_teacher: dict[str, Any], tmp_path: Path, monkeypatch
         folder, protocol="digits-t2i", num_images=20, seeds=[3], metrics=["prompt_accuracy", "clip_digits"]
     )["metrics"]
     assert len(found) == 2
-    assert found == pytest.approx({name: record[f"eval/{name}"] for name in found}, abs=1e-6)
+    # Prompts are encoded in other batches here, whose last bits may turn a pixel into the next whole number.
+    assert found == pytest.approx({name: record[f"eval/{name}"] for name in found}, abs=2e-5)
     assert load_student(folder / "best").denoiser.text_shapes is not None
     assert "the best clip_digits@20 so far" in (folder / "best" / "README.md").read_text()
 

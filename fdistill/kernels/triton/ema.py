@@ -13,7 +13,7 @@ from torch import Tensor
 from fdistill.kernels.reference.ema import ema as reference_ema
 from fdistill.kernels.triton.rows import on_device
 
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS = 2048, 8
 
 
 @triton.jit

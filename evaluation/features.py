@@ -11,7 +11,7 @@ import json
 import queue
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -38,6 +38,7 @@ EncodeText = Callable[[Sequence[str]], Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
 _T = TypeVar("_T")
+_TEXTS = 256  # encoded at once
 _AHEAD = 2  # batches that are read while one is in the extractors
 
 
@@ -64,14 +65,12 @@ def extract_rows(
     *,
     batch_size: int,
     device: torch.device,
-    texts: Mapping[str, tuple[Sequence[str], EncodeText]] | None = None,
     describe: str = "features",
 ) -> Rows:
     """Features of all images in their order, the same on all processes; every view of an image is read once.
 
     Args:
         readings: of views of the same images.
-        texts: by the name of the output, a prompt for each image and what encodes it; read beside the images.
         describe: what the progress bar says; empty for none.
 
     Returns:
@@ -80,17 +79,34 @@ def extract_rows(
     count = len(readings[0].images)
     share = _share(count, batch_size)
     rows: Rows = {}
-    for part, found in _stream(readings, share, batch_size, device, describe, texts or {}):
+    for part, found in _stream(readings, share, batch_size, device, describe):
         here = slice(part.start - share.start, part.stop - share.start)
         for name, values in found.items():
             if name not in rows:
                 rows[name] = torch.empty(len(share), values.shape[1])
             rows[name][here] = values
     widths = {name: width for reading in readings for name, width in reading.widths.items()}
-    for name in texts or {}:  # as wide as the images' features, which a process without any image cannot see
-        widths[name] = widths[f"{name.split('.')[0]}.image"]
     local = {name: rows.get(name, torch.empty(0, width)) for name, width in sorted(widths.items())}
     return {name: _gathered(values, count, batch_size, device) for name, values in local.items()}
+
+
+def extract_texts(
+    prompts: Sequence[str], encode: EncodeText, *, device: torch.device, describe: str = "prompts"
+) -> Tensor:
+    """Features float32 [N, D] of prompts in their order, on the CPU and the same on all processes; those that are there
+    several times are encoded once.
+    """
+    different = list(dict.fromkeys(prompts))
+    share = _share(len(different), _TEXTS)
+    quiet = rng.world()[0] != 0 or not describe
+    rows = encode(different[:1])[:0]  # as wide as the others, for a process without any
+    with tqdm(total=len(share), desc=describe, unit="prompt", disable=quiet, mininterval=0.5) as bar:
+        for first in range(0, len(share), _TEXTS):
+            part = share[first : first + _TEXTS]
+            rows = torch.cat([rows, encode(different[part.start : part.stop])])
+            bar.update(len(part))
+    numbers = {prompt: number for number, prompt in enumerate(different)}
+    return _gathered(rows, len(different), _TEXTS, device)[[numbers[prompt] for prompt in prompts]]
 
 
 def extract_moments(
@@ -99,7 +115,7 @@ def extract_moments(
     """Mean and covariance of all images' features, in float64; no row is kept."""
     moments = {name: Moments(width) for reading in readings for name, width in reading.widths.items()}
     share = _share(len(readings[0].images), batch_size)
-    for _, found in _stream(readings, share, batch_size, device, describe, {}):
+    for _, found in _stream(readings, share, batch_size, device, describe):
         for name, values in found.items():
             moments[name].update(values)
     return {name: values.over_processes() for name, values in moments.items()}
@@ -191,7 +207,6 @@ def _stream(
     batch_size: int,
     device: torch.device,
     describe: str,
-    texts: Mapping[str, tuple[Sequence[str], EncodeText]],
 ) -> Iterator[tuple[range, Rows]]:
     """(indices, {name: rows}) of one batch after another, while the next ones are read or generated in a thread."""
     views = {id(reading.images): reading.images for reading in readings}
@@ -209,8 +224,6 @@ def _stream(
                 for reading in readings
                 for name, rows in reading.extractor.run(seen[id(reading.images)]).items()
             }
-            for name, (prompts, encode) in texts.items():
-                found[name] = encode([prompts[i] for i in part])
             yield part, found
             bar.update(len(part))
 

@@ -16,8 +16,8 @@ from PIL.Image import Image as PILImage
 
 from evaluation.against import Against
 from evaluation.extractors import Extractor, open_extractor
-from evaluation.extractors.clip import open_clip_model
-from evaluation.features import Reading, Rows, cached_rows, extract_rows
+from evaluation.extractors.clip import ClipModel, open_clip_model
+from evaluation.features import Reading, Rows, cached_rows, extract_texts
 from evaluation.generated import GeneratedImages
 from evaluation.images import Images
 from evaluation.metric import Measured, Metric
@@ -98,28 +98,18 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
             "the count in their names, and are not those that papers give",
             stacklevel=2,
         )
-    texts = {
-        f"{label}.text": (images.prompts or [], partial(clips[label].encode_prompts, prefix=prefix))
-        for label, prefix in prefixes.items()
-    }
     readings = [Reading(label, e, views[label.partition("@")[2]]) for label, e in extractors.items()]
+    # Before hours are spent on samples: a reference may turn out not to be of these features.
+    moments, reference_rows = _reference(metrics, extractors, against, setting)
+    texts = _texts(clips, prefixes, images.prompts or [], setting)
     how: dict[str, Any] = {
         "batch_size": setting.batch_size,
         "device": setting.device,
         "describe": "samples" if setting.progress else "",
     }
-    # Before hours are spent on samples: a reference may turn out not to be of these features.
-    moments, reference_rows = _reference(metrics, extractors, against, setting)
     with images.measured(setting.batch_size) if isinstance(images, GeneratedImages) else nullcontext():
         _check_resolution(images, against, protocol)
-        rows: Rows = {}
-        if readings:
-            with_text = [reading for reading in readings if reading.label in prefixes]
-            if texts and images.sha256() is not None:
-                others = [reading for reading in readings if reading not in with_text]
-                rows = extract_rows(with_text, texts=texts, **how) | (cached_rows(others, **how) if others else {})
-            else:
-                rows = extract_rows(readings, texts=texts, **how) if texts else cached_rows(readings, **how)
+        rows = texts | (cached_rows(readings, **how) if readings else {})
         measured = Measured(
             rows,
             moments,
@@ -147,6 +137,19 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
         if name in chosen or metric.name in chosen:
             named[_full_name(name, metric, protocol, count, against, networks)] = score
     return Measurement(named, _provenance(images, against, networks, setting), pictures)
+
+
+def _texts(
+    clips: Mapping[str, ClipModel], prefixes: Mapping[str, str], prompts: Sequence[str], setting: Setting
+) -> Rows:
+    """{"label.text": features of the prompts, behind the metric's prefix}."""
+    describe = "prompts" if setting.progress else ""
+    return {
+        f"{label}.text": extract_texts(
+            prompts, partial(clips[label].encode_prompts, prefix=prefix), device=setting.device, describe=describe
+        )
+        for label, prefix in prefixes.items()
+    }
 
 
 def _network(label: str) -> str:

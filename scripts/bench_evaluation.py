@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.extractors import Extractor, open_clip_model, open_extractor
-from evaluation.features import Reading, extract_rows
+from evaluation.features import Reading, extract_rows, extract_texts
 from evaluation.images import open_images
 from evaluation.metrics.clip_score import clip_scores
 from evaluation.metrics.frechet import frechet_score
@@ -131,7 +131,7 @@ def random_inception(path: Path) -> Path:
 
 
 def clip(device: torch.device) -> dict[str, Any]:
-    """Seconds for the scores of 30,000 images and prompts, in one pass, by the embedded CLIP model of digits."""
+    """Seconds for the scores of 30,000 images and prompts, each read once, by the embedded CLIP model of digits."""
     prompts = [prompt.text for prompt in evaluation_prompts(PROMPTS // 10)]
     pixels = np.random.default_rng(0).integers(0, 256, (PROMPTS, 16, 16, 3), np.uint8)
     with tempfile.TemporaryDirectory() as name:
@@ -146,13 +146,12 @@ def clip(device: torch.device) -> dict[str, Any]:
             return read(indices)
 
         images.read = counting  # type: ignore[method-assign]
-        rows: dict[str, Tensor] = {}
 
         def run() -> None:
-            texts = {"clip-digits.text": (prompts, model.encode_prompts)}
+            text = extract_texts(prompts, model.encode_prompts, device=device, describe="")
             readings = [Reading("clip-digits", model.extractor, images)]
-            rows.update(extract_rows(readings, batch_size=BATCH, device=device, texts=texts, describe=""))
-            clip_scores(rows["clip-digits.image"], rows["clip-digits.text"])
+            rows = extract_rows(readings, batch_size=BATCH, device=device, describe="")
+            clip_scores(rows["clip-digits.image"], text)
 
         return {"prompts": PROMPTS, "seconds": round(seconds(run), 1), "images_read": sum(reads)}
 

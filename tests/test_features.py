@@ -15,7 +15,15 @@ from torch import Tensor
 
 from evaluation import features
 from evaluation.extractors import Extractor
-from evaluation.features import Reading, ahead, cached_moments, cached_rows, extract_moments, extract_rows
+from evaluation.features import (
+    Reading,
+    ahead,
+    cached_moments,
+    cached_rows,
+    extract_moments,
+    extract_rows,
+    extract_texts,
+)
 
 CPU = torch.device("cpu")
 
@@ -62,22 +70,27 @@ def test_every_image_is_read_once_in_order_the_last_batch_too(count: int, batch_
     assert max(batches) <= batch_size
 
 
-def test_one_pass_serves_all_extractors_views_and_texts() -> None:
+def test_one_pass_serves_all_extractors_and_views() -> None:
     images, smaller = Numbered(10), Numbered(10)
     first, second, third = (mean_extractor(name)[0] for name in ("a", "b", "c"))
     readings = [Reading("a", first, images), Reading("b", second, images), Reading("c@small", third, smaller)]
-    asked: list[Sequence[str]] = []
+    rows = extract_rows(readings, batch_size=4, device=CPU)
+    assert [len(batch) for batch in images.reads] == [len(batch) for batch in smaller.reads] == [4, 4, 2]
+    assert rows["a.both"][:, 0].tolist() == rows["c@small.both"][:, 0].tolist() == list(range(10))
+
+
+def test_prompts_are_those_of_their_images_and_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "_TEXTS", 3)
+    asked: list[list[str]] = []
 
     def encode(prompts: Sequence[str]) -> Tensor:
-        asked.append(prompts)
-        return torch.tensor([[float(prompt.split()[1])] * 2 for prompt in prompts])
+        asked.append(list(prompts))
+        return torch.tensor([[float(prompt)] * 2 for prompt in prompts]).reshape(-1, 2)
 
-    clip = Extractor("clip", {"image": 2}, lambda x: {"image": torch.zeros(len(x), 2)}, "none", "s", True)
-    texts = {"clip.text": (images.prompts, encode)}
-    rows = extract_rows([*readings, Reading("clip", clip, images)], batch_size=4, device=CPU, texts=texts)
-    assert [len(batch) for batch in images.reads] == [len(batch) for batch in smaller.reads] == [4, 4, 2]
-    assert rows["clip.text"][:, 0].tolist() == rows["c@small.both"][:, 0].tolist() == list(range(10))
-    assert [len(prompts) for prompts in asked] == [4, 4, 2]
+    wanted = [5, 3, 5, 0, 1, 2, 4, 3, 6, 5]
+    rows = extract_texts([str(number) for number in wanted], encode, device=CPU)
+    assert rows.tolist() == [[number] * 2 for number in wanted]
+    assert asked[1:] == [["5", "3", "0"], ["1", "2", "4"], ["6"]]
 
 
 def test_moments_are_those_of_the_rows() -> None:

@@ -53,7 +53,6 @@ from evaluation.against import open_against
 from evaluation.evaluate import evaluate
 from evaluation.extractors import EXTRACTORS, Extractor
 from evaluation.extractors.clip import load_clip_folder
-from evaluation.features import extract_rows
 from evaluation.generated import GeneratedImages
 from evaluation.make_reference import make_reference
 from evaluation.protocols import PROTOCOLS, get_protocol
@@ -536,23 +535,3 @@ def test_captions_are_a_prompt_each_for_protocols_that_draw_each_once(tmp_path: 
     for protocol in ("coco30k-dmd2", "folder"):  # a list that is too short is not begun again
         with pytest.raises(ArgumentError, match=r"prompts: 2 in .* for 3 images; expected one for each"):
             evaluate(samples, protocol=protocol, metrics=["clip"], prompts=told)
-
-
-def test_prompts_are_those_of_their_images(tmp_path: Path) -> None:
-    """Text rows are of image i, not of its neighbour, in every batch."""
-    from evaluation.extractors import open_clip_model
-    from evaluation.features import Reading
-    from evaluation.images import open_images
-
-    clip = open_clip_model("clip-digits", CPU, {})
-    images = open_images(write(tmp_path / "images", noise(7, 0, size=16)), channels=3)
-    prompts = [f"a {weight} {digit}" for weight in ("bold", "thin") for digit in ("one", "two", "three", "four")][:7]
-    rows = extract_rows(
-        [Reading("clip-digits", clip.extractor, images)],
-        batch_size=3,
-        device=CPU,
-        texts={"clip-digits.text": (prompts, clip.encode_prompts)},
-        describe="",
-    )
-    torch.testing.assert_close(rows["clip-digits.text"], clip.encode_prompts(prompts), atol=1e-5, rtol=1e-5)
-    assert (rows["clip-digits.text"][1:] - rows["clip-digits.text"][:-1]).abs().amax(1).min() > 0.01

@@ -32,6 +32,8 @@ def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tupl
     module, _, function = name.partition(":")
     try:
         network = getattr(importlib.import_module(module), function)()
+        if not isinstance(network, nn.Module):
+            raise TypeError(f"the function returned a {type(network).__name__}")
         network = network.to(device).eval().requires_grad_(False)
         with torch.no_grad():
             logits = network(torch.zeros(1, protocol.channels, protocol.size, protocol.size, device=device))

@@ -35,8 +35,8 @@ def compare(
         metrics: columns of the table, of which the first is drawn; by default all that the results hold, from the first
             one that all have.
         protocol: of all of them; by default that of the JSON files, or "digits" where there are none.
-        options: further arguments of `evaluation.evaluate.evaluate`, for inputs that are to be measured; num_steps for
-            those of them that take steps.
+        options: further arguments of `evaluation.evaluate.evaluate`, for inputs that are to be measured: num_steps for
+            teachers and pipelines, sampler and seeds for whatever makes images.
 
     Raises:
         ArgumentError: fewer than two inputs, one given twice, JSON files that are no results or of another protocol,
@@ -63,25 +63,43 @@ def compare(
     folder = None if output is None else claim_folder(Path(output))
     rank = 0
     if len(entries) < len(inputs):
-        from evaluation.evaluate import evaluate, holds_images
+        from evaluation.evaluate import evaluate
         from evaluation.protocols import get_protocol
-        from fdistill.pipeline import find_student
         from fdistill.rng import world
 
         protocol = protocol or "digits"
         if metrics is not None:
             groups = {metric.name: metric.outputs for metric in get_protocol(protocol).metrics}
             metrics = [output for name in metrics for output in groups.get(name, (name,))]
-        for name, where in zip(called, inputs, strict=True):
-            if name not in entries:
-                steps_are_its_own = holds_images(where) or find_student(where) is not None
-                how = {key: value for key, value in options.items() if key != "num_steps" or not steps_are_its_own}
-                entries[name] = read_entry(name, str(where), evaluate(where, protocol=protocol, metrics=metrics, **how))
+        left = {name: where for name, where in zip(called, inputs, strict=True) if name not in entries}
+        ways = {name: _ways(where, options) for name, where in left.items()}
+        for option in options:
+            if not any(option in way for way in ways.values()):
+                raise ArgumentError(f"{option}: none of {', '.join(left)} takes it; leave it out")
+        for name, where in left.items():
+            result = evaluate(where, protocol=protocol, metrics=metrics, **ways[name])
+            entries[name] = read_entry(name, str(where), result)
         rank, _ = world()
     comparison = comparison_of([entries[name] for name in called], metrics)
     if folder is not None and rank == 0:
         _write(comparison, folder)
     return comparison
+
+
+def _ways(where: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that an input takes. What is not there is said here, before anything is measured."""
+    from evaluation.evaluate import holds_images
+    from fdistill.adapters import resolve_checkpoint
+    from fdistill.pipeline import find_student
+
+    if holds_images(where):
+        unread: tuple[str, ...] = ("num_steps", "sampler", "seeds")
+    elif find_student(where) is not None:
+        unread = ("num_steps",)
+    else:
+        resolve_checkpoint(where)
+        unread = ()
+    return {key: value for key, value in options.items() if key not in unread}
 
 
 def _write(comparison: Comparison, folder: Path) -> None:

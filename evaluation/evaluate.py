@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import warnings
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,6 +34,10 @@ from fdistill.pipeline import STUDENT_FILE, find_student, student_folder
 #: What provenance says of a student's training; "ema" is the average that its weights are.
 _TRAINING = ("method", "divergence", "teacher", "teacher_guidance", "iterations", "ema", "seed")
 _ARCHIVES = (".zip", ".npz", ".tar", ".parquet")
+_OF_CHECKPOINTS = (".json", ".safetensors")
+_EXPECTED = (
+    "images (a folder, .zip, .npz, .tar or .parquet), or the folder or hub id of a student, run, teacher or pipeline"
+)
 
 
 def evaluate(
@@ -93,8 +98,8 @@ def evaluate(
         check_file(Path(output))
     if not seeds or len(set(seeds)) < len(seeds):
         raise ArgumentError(f"seeds: got {list(seeds)}; expected one or more, each once")
-    if replicates < 0:
-        raise ArgumentError(f"replicates: got {replicates}; expected 0, or how often samples are drawn anew")
+    if replicates < 0 or replicates == 1:
+        raise ArgumentError(f"replicates: got {replicates}; expected 0 for no spread, or at least 2")
     count = chosen.num_samples if num_images is None else num_images
     for seed in seeds:
         check_counts(1 if count is None else count, batch_size, seed)
@@ -117,10 +122,21 @@ def evaluate(
             negative_prompt=negative_prompt or None,
             resolution=resolution,
             network=network,
+            sampler=None if sampler == "heun" else sampler,
         )
         recipes = {"": (chosen.recipe, chosen.size), **chosen.views}
-        views = open_views(samples, recipes, channels=chosen.channels, max_images=count)
+        ordered = listed is not None or chosen.prompts is not None or chosen.asks_prompts
+        views = open_views(samples, recipes, channels=chosen.channels, max_images=count, in_order=ordered)
         images = views[""]
+        there = images.facts["available"]
+        if num_images is not None and there < num_images:
+            raise ArgumentError(f"num_images: got {num_images}, and {samples} holds {there}; expected at most as many")
+        if there > len(images):
+            warnings.warn(
+                f"{samples}: holds {there:,} images, of which {'the first ' if ordered else ''}{len(images):,}"
+                f"{'' if ordered else ', drawn evenly and the same each time,'} are measured",
+                stacklevel=2,
+            )
         if listed is not None:
             told = in_turn(listed, len(images))
             if images.prompts is not None and list(images.prompts) != told:
@@ -171,10 +187,18 @@ def holds_images(where: str | Path) -> bool:
     """Whether it is images that are there, and not something that makes them.
 
     A run folder has pictures of its own, so what is a student or a pipeline is not looked through for any.
+
+    Raises:
+        ArgumentError: a file or folder that can be neither.
     """
     path = Path(where)
-    if path.is_file():
-        return path.suffix in _ARCHIVES
+    if path.suffix in _ARCHIVES and path.is_file():
+        return True
+    if path.is_file() or (path.suffix in _ARCHIVES and not path.exists()):
+        what = "is a file of another kind" if path.is_file() else "no such file"
+        raise ArgumentError(f"samples {where}: {what}; expected {_EXPECTED}")
+    if path.is_dir() and not any(file.suffix in _OF_CHECKPOINTS or is_image(file.name) for file in path.rglob("*")):
+        raise ArgumentError(f"samples {where}: has neither images nor a network in it; expected {_EXPECTED}")
     if not path.is_dir() or find_student(path) or (path / "model_index.json").is_file():
         return False
     return any(is_image(file.name) for file in path.rglob("*"))
@@ -189,8 +213,8 @@ def _told(protocol: Protocol, listed: list[str] | None, count: int) -> list[str]
     """What a text-to-image model is asked for."""
     if listed is None and protocol.prompts is None:
         raise ArgumentError(
-            f"prompts: protocol {protocol.name!r} has none of its own; pass a file with one a line "
-            f"({protocol.reference}), or choose a protocol that has, such as digits-t2i"
+            f"prompts: protocol {protocol.name!r} has none of its own, and a text-to-image model is to be told some; "
+            "pass a file with one a line, or choose a protocol that has them, such as digits-t2i"
         )
     _check_enough(protocol, listed, count)
     return protocol.prompts() if listed is None and protocol.prompts is not None else in_turn(listed or [], count)
@@ -256,9 +280,8 @@ def describe(result: Mapping[str, Any]) -> str:
     lines = []
     for name, value in metrics.items():
         spread = spreads.get(name)
-        lines.append(
-            f"{name:<{width}}  {value:.4f}" + ("" if spread is None else f" +- {spread['value']:.4f}  ({spread['of']})")
-        )
+        told = "" if spread is None else f" +- {spread['value']:.4f}  ({spread['of']})"
+        lines.append(f"{name:<{width}}  {round(value, 4) + 0.0:.4f}{told}")  # -0.0 + 0.0 is 0.0
     return "\n".join(lines)
 
 

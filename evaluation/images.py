@@ -97,6 +97,7 @@ def open_images(
     recipe: str = "exact",
     size: int | None = None,
     max_images: int | None = None,
+    in_order: bool = True,
 ) -> Images:
     """What `fdistill.data.open_source` opens, as images of one size; of a folder in the order of the files' names.
 
@@ -106,12 +107,15 @@ def open_images(
         channels: 3, of which greyscale becomes three equal ones, or 1.
         recipe: a key of `fdistill.data.RECIPES`; "exact" resamples nothing.
         size: of the square that the recipe makes; None with "exact": that of the first image, square or not.
-        max_images: only the first; all, where there are not as many.
+        max_images: no more than so many; all, where there are not as many.
+        in_order: which these are: the first, or drawn evenly from all, the same each time, as images may lie class by
+            class.
 
     Raises:
         ArgumentError: settings that fit nothing.
-        DataError: nothing there, images that are not uint8, another first image than asked for, or a manifest that is
-            damaged or of other images. `read` and `sha256` raise it for the other images.
+        DataError: nothing there, images that are not uint8, another first image than asked for, a manifest that is
+            damaged or of other images, folders below with manifests of their own. `read` and `sha256` raise it for the
+            other images.
     """
     check_settings(channels, recipe, size)
     if max_images is not None and max_images < 1:
@@ -120,43 +124,58 @@ def open_images(
         source: Source = _mapped_npz(Path(where)) or open_source(str(where))
     except DataError as error:
         raise DataError(f"{error}; {_ROUNDED}" if "expected uint8" in str(error) else str(error)) from error
+    rows = range(len(source) if max_images is None else min(max_images, len(source)))
+    if len(rows) < len(source) and not in_order:
+        drawn: list[int] = sorted(np.random.default_rng(0).permutation(len(source))[: len(rows)].tolist())
+        return _opened(source, drawn, channels, recipe, size)
+    return _opened(source, rows, channels, recipe, size)
+
+
+def _opened(source: Source, rows: Sequence[int], channels: int, recipe: str, size: int | None) -> Images:
     if isinstance(source, ArraySource):
-        return _ArrayImages(source, max_images, channels, recipe, size)
-    return _FileImages(source, max_images, channels, recipe, size)
+        return _ArrayImages(source, rows, channels, recipe, size)
+    return _FileImages(source, rows, channels, recipe, size)
 
 
 def open_views(
-    where: str | Path, views: Mapping[str, tuple[str, int | None]], *, channels: int, max_images: int | None = None
+    where: str | Path,
+    views: Mapping[str, tuple[str, int | None]],
+    *,
+    channels: int,
+    max_images: int | None = None,
+    in_order: bool = True,
 ) -> dict[str, Images]:
     """`open_images` in several preparations: (recipe, size) by name."""
     return {
-        name: open_images(where, channels=channels, recipe=recipe, size=size, max_images=max_images)
+        name: open_images(where, channels=channels, recipe=recipe, size=size, max_images=max_images, in_order=in_order)
         for name, (recipe, size) in views.items()
     }
 
 
 class _SourceImages:
-    """What images in memory and images in files share: labels, prompts, facts, and the form that they get."""
+    """What images in memory and images in files share: labels, prompts, facts, and the form that they get.
 
-    def __init__(self, source: Source, max_images: int | None, channels: int, recipe: str, size: int | None):
-        self.name, self._source = source.name, source
-        self._count = len(source) if max_images is None else min(max_images, len(source))
+    Args:
+        rows: numbers of the images in the source.
+    """
+
+    def __init__(self, source: Source, rows: Sequence[int], channels: int, recipe: str, size: int | None):
+        self.name, self._source, self._rows = source.name, source, rows
         self._channels, self._recipe, self._size = channels, recipe, size
         manifest = _read_manifest(source.root, len(source)) if isinstance(source, FolderSource) else {}
-        self._told: Sequence[str] | None = manifest.get("prompts")
+        self._told: Sequence[str] | None = _rows_of(manifest.get("prompts"), rows)
         self._origin = {key: manifest[key] for key in _MANIFEST_FACTS if key in manifest}
         labels = source.labels if source.num_classes is not None else None
         labels = torch.tensor(manifest["labels"]) if manifest.get("labels") is not None else labels
-        self.labels = None if labels is None else labels[: self._count]
+        self.labels = None if labels is None else labels[list(rows)]
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._rows)
 
     @property
     def prompts(self) -> Sequence[str] | None:
         """As of `Images`; captions are read at first use, as most scores need none."""
-        texts = self._source.captions if self._told is None else self._told
-        return None if texts is None else texts[: self._count]
+        return _rows_of(self._source.captions, self._rows) if self._told is None else self._told
 
     @prompts.setter
     def prompts(self, prompts: Sequence[str] | None) -> None:
@@ -181,27 +200,27 @@ class _SourceImages:
 class _ArrayImages(_SourceImages):
     """Images in memory, or in a file that is mapped into it."""
 
-    def __init__(self, source: ArraySource, max_images: int | None, channels: int, recipe: str, size: int | None):
-        super().__init__(source, max_images, channels, recipe, size)
-        self._images = source.images[: self._count]
+    def __init__(self, source: ArraySource, rows: Sequence[int], channels: int, recipe: str, size: int | None):
+        super().__init__(source, rows, channels, recipe, size)
+        self._images = source.images
         self._made = self.read([0]).shape
 
     @property
     def facts(self) -> dict[str, Any]:
         """As of `Images`."""
-        grey = self._count if self._images.shape[1] == 1 else 0
+        grey = len(self) if self._images.shape[1] == 1 else 0
         return self._facts(0, grey, self._made[3], self._made[2])
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W]."""
-        chosen = self._images[list(indices)]
+        chosen = self._images[[self._rows[index] for index in indices]]
         return prepared(chosen, self.name, channels=self._channels, recipe=self._recipe, size=self._size)
 
     @cached_property
     def _sha256(self) -> str:
-        digest = hashlib.sha256(str(list(self._images.shape)).encode())
-        for image in self._images:
-            digest.update(image.contiguous().numpy())
+        digest = hashlib.sha256(str([len(self), *self._images.shape[1:]]).encode())
+        for row in self._rows:
+            digest.update(self._images[row].contiguous().numpy().tobytes())
         return self._named(digest)
 
     def sha256(self) -> str:
@@ -212,8 +231,8 @@ class _ArrayImages(_SourceImages):
 class _FileImages(_SourceImages):
     """Encoded images: files, members of archives, rows of data sets. Facts count what has been read or hashed."""
 
-    def __init__(self, source: Source, max_images: int | None, channels: int, recipe: str, size: int | None):
-        super().__init__(source, max_images, channels, recipe, size)
+    def __init__(self, source: Source, rows: Sequence[int], channels: int, recipe: str, size: int | None):
+        super().__init__(source, rows, channels, recipe, size)
         self._lossy: set[int] = set()
         self._grey: set[int] = set()
         self._threads = 1
@@ -255,8 +274,8 @@ class _FileImages(_SourceImages):
     def _sha256(self) -> str:
         digest = hashlib.sha256()
         problems: list[str] = []
-        for first in range(0, self._count, _HASHED_AT_ONCE):
-            block = range(first, min(first + _HASHED_AT_ONCE, self._count))
+        for first in range(0, len(self), _HASHED_AT_ONCE):
+            block = range(first, min(first + _HASHED_AT_ONCE, len(self)))
             for result in in_threads(self._attempt(self._open), block, self._threads):
                 if isinstance(result, str):
                     problems.append(result)
@@ -278,7 +297,7 @@ class _FileImages(_SourceImages):
             try:
                 return work(index)
             except UnusableImageError as error:
-                return f"{self._source.item_name(index)} {error}"
+                return f"{self._source.item_name(self._rows[index])} {error}"
 
         return attempt
 
@@ -291,7 +310,7 @@ class _FileImages(_SourceImages):
         """The file's bytes, and the image before it is decoded."""
         try:
             with self._turn:
-                encoded = self._source.encoded(index)
+                encoded = self._source.encoded(self._rows[index])
         except OSError as error:
             raise UnusableImageError(f"cannot be read ({error.strerror or error}); check the file") from error
         assert isinstance(encoded, bytes)
@@ -306,10 +325,17 @@ class _FileImages(_SourceImages):
         return decoded(self._open(index)[1], self._channels, self._recipe, self._made[0])
 
 
+def _rows_of(texts: Sequence[str] | None, rows: Sequence[int]) -> Sequence[str] | None:
+    return None if texts is None else [texts[row] for row in rows]
+
+
 def _read_manifest(folder: Path, count: int) -> dict[str, Any]:
     """What `fdistill generate` wrote about a folder's images; empty where there is none."""
     path = folder / MANIFEST
     if not path.is_file():
+        sets = sorted(below.parent.name for below in folder.glob(f"*/{MANIFEST}"))
+        if sets:
+            raise DataError(f"images {folder}: are generated sets in folders ({', '.join(sets)}); pass one of these")
         return {}
     try:
         manifest = read_json_object(path)

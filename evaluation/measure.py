@@ -28,6 +28,8 @@ from evaluation.weights import PUBLISHED, Weights, file_sha256, find_weights, is
 from fdistill.distributed import from_main_process
 from fdistill.errors import ArgumentError, did_you_mean
 
+_PER_CLASS = 20  # so many samples a class, drawn at random, leave none of 1,000 classes out but once in 500,000 times
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -99,6 +101,7 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
             stacklevel=2,
         )
     readings = [Reading(label, e, views[label.partition("@")[2]]) for label, e in extractors.items()]
+    _check_resolution(images, against, protocol)
     # Before hours are spent on samples: a reference may turn out not to be of these features.
     moments, reference_rows = _reference(metrics, extractors, against, setting)
     texts = _texts(clips, prefixes, images.prompts or [], setting)
@@ -135,7 +138,7 @@ def measure(views: Mapping[str, Images], against: Against | None, setting: Setti
     for name, score in scores.items():
         metric = protocol.names()[name]
         if name in chosen or metric.name in chosen:
-            named[_full_name(name, metric, protocol, count, against, networks)] = score
+            named[_full_name(name, metric, protocol, images, against, networks)] = score
     return Measurement(named, _provenance(images, against, networks, setting), pictures)
 
 
@@ -177,12 +180,16 @@ def _full_name(
     name: str,
     metric: Metric,
     protocol: Protocol,
-    count: int,
+    images: Images,
     against: Against | None,
     networks: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """A score's name, which says what of the protocol was not kept to."""
+    count = len(images)
     whole = name if count == protocol.num_samples else f"{name}@{count}"
+    if images.labels is not None and protocol.num_classes is not None and count >= _PER_CLASS * protocol.num_classes:
+        there = len(images.labels.unique())
+        whole += f" ({there} of {protocol.num_classes} classes)" if there < protocol.num_classes else ""
     if metric.against is not None and against is not None and not against.is_protocols:
         whole += f" vs {Path(against.name).name}"
     used = dict.fromkeys([*(key.split(".")[0] for key in metric.features), *metric.files])
@@ -222,11 +229,11 @@ def _chosen(images: Images, against: Against | None, setting: Setting) -> list[s
 
 def _problem(metric: Metric, images: Images, against: Against | None, protocol: Protocol) -> str | None:
     if metric.against is not None and against is None:
-        return f"needs a reference; pass {protocol.reference}"
+        return f"needs a reference (--reference): {protocol.reference}"
     if metric.against == "rows" and against is not None and not against.has_rows:
         return f"needs the reference's images, and {against.name} holds statistics alone; pass the images"
     if metric.needs == "labels" and images.labels is None:
-        return f"needs labels, and {images.name} has no manifest.json with labels"
+        return f"needs labels, and {images.name} has none: no manifest.json, folders or array that tells them"
     if metric.needs == "prompts" and images.prompts is None:
         return f"needs prompts, and {images.name} has none; pass a file with one for each image"
     return None
@@ -257,10 +264,11 @@ def _check_resolution(images: Images, against: Against | None, protocol: Protoco
     """A network's features of 32x32 and of 64x64 do not compare; a protocol of one size has checked it already."""
     if protocol.size is not None or against is None or against.resolution is None:
         return
-    if images.facts["resolution"] != against.resolution:
+    resolution = images.facts.get("resolution", against.resolution)  # of samples not known before the first is made
+    if resolution != against.resolution:
         raise ArgumentError(
             f"reference {against.name}: of images of {against.resolution}, and those of {images.name} are "
-            f"{images.facts['resolution']}; expected both of one size"
+            f"{resolution}; expected both of one size"
         )
 
 

@@ -72,6 +72,7 @@ def distill(
 ) -> None:
     """Distil a teacher into a student of one step or a few.
 
+    \b
     Example: fdistill distill digits divergence=forward-kl generator.lr=1e-4 --output runs/forward-kl
     """
     names = [argument for argument in arguments or [] if "=" not in argument]
@@ -125,6 +126,7 @@ def generate(
 ) -> None:
     """Generate images: one evaluation each from a student, or the few it was trained for; many from a teacher.
 
+    \b
     Example: fdistill generate runs/digits --num-images 100 --seed 0 --class-labels 3,7 --output images
     Example: fdistill generate runs/t2i --num-images 8 --prompt "a bold seven" --output images
     Example: fdistill generate stabilityai/sd-turbo --sampler pipeline --steps 1 --num-images 9 --prompt a --output out
@@ -171,6 +173,7 @@ def convert(
     """Turn a published file into a safetensors folder: an EDM or EDM2 pickle, a DiT or SiT state dict, or, with --base,
     a single-file text-to-image checkpoint. Nothing in it is run.
 
+    \b
     Example: fdistill convert edm-cifar10-32x32-cond-vp.pkl --output teachers/cifar10-cond
     Example: fdistill convert mine.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 --output teachers/mine
     """
@@ -193,6 +196,7 @@ def export(
 ) -> None:
     """Write a student as one file for other programs: the adapters of a LoRA run, or weights under ComfyUI's names.
 
+    \b
     Example: fdistill export runs/sd15 --format comfy --dtype fp16 --output sd15-one-step.safetensors
     """
     from fdistill.export import export_student
@@ -213,6 +217,7 @@ def inspect(
 ) -> None:
     """Say what a checkpoint is, what distill would do with it, and whether its x0-predictions make sense.
 
+    \b
     Example: fdistill inspect digits --data digits
     """
     from fdistill.inspection import describe
@@ -239,6 +244,7 @@ def cache(
 ) -> None:
     """Encode images, and the captions of a text-to-image teacher's, once, for `distill data=FOLDER`.
 
+    \b
     Example: fdistill cache photos --teacher teachers/dit --recipe adm --flip --output latents
     """
     from fdistill.caching import cache as run
@@ -272,6 +278,7 @@ def ema(
 ) -> None:
     """Make a student of another average of a run's weights, from the snapshots that ema.snapshot_every kept.
 
+    \b
     Example: fdistill ema runs/digits --sigma-rel 0.08 --output students/digits-0.08
     """
     from fdistill.posthoc_ema import reconstruct_student

@@ -57,6 +57,7 @@ def evaluate(
 ) -> None:
     """Score generated images by a named protocol.
 
+    \b
     Example: fdistill evaluate runs/digits --output scores.json
     Example: fdistill evaluate runs/cifar10 --protocol cifar10-fid50k --reference cifar10-32x32.npz --seeds 0,1,2
     Example: fdistill evaluate lcm --sampler pipeline --steps 4 --protocol folder --reference photos --num-images 5000
@@ -108,13 +109,14 @@ def compare(
     num_images: Annotated[int | None, typer.Option(help="Not the protocol's.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="A file of them, where the protocol has none.")] = None,
     weights: Weights = None,
-    seeds: Annotated[str | None, typer.Option(help="As 0,1,2; not with images.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="heun or pipeline.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="As 0,1,2, of what makes images.")] = None,
+    sampler: Annotated[str | None, typer.Option(help="heun or pipeline; of what makes images.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of teachers and pipelines.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
 ) -> None:
     """Put results side by side: one table, and a figure of quality against evaluations and seconds an image.
 
+    \b
     Example: fdistill compare student.json teacher.json runs/digits --output comparison
     """
     from evaluation.compare import compare as run
@@ -154,6 +156,7 @@ def reference(
 ) -> None:
     """Make a file of statistics to evaluate against, prepared as a protocol prepares its reference.
 
+    \b
     Example: fdistill reference data/cifar10.zip --protocol cifar10-fid50k --output cifar10.npz
     """
     from evaluation.make_reference import make_reference

@@ -41,6 +41,10 @@ def check_file(path: Path) -> None:
     with writing(path):
         if not path.name or path.is_dir():
             raise OutputError(f"output {path}: is a folder; expected the name of a file")
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            what = "no folder" if not parent.is_dir() else "a folder that cannot be written"
+            raise OutputError(f"cannot write {path}: {parent} is {what}; choose another place")
 
 
 def claim_folder(path: Path) -> Path:

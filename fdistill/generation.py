@@ -103,8 +103,14 @@ def open_source(
         if only_diffusers_runs(checkpoint):
             raise CheckpointError(f"{error}; `--sampler pipeline` runs it with diffusers' own") from error
         raise
+    check_unread(f"{checkpoint} is a teacher, and no student of a network of your own", network=network)
     origin, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(device), teacher.latents
     text = _prompt_encoder(origin, denoiser, latents)
+    if text is None or guidance_scale == 1 or denoiser.embedded_guidance is not None:
+        check_unread(
+            f"{checkpoint} is not led away from a prompt, as no text-to-image teacher is without guidance_scale",
+            negative_prompt=negative_prompt or None,
+        )
     sha256 = weights_sha256(origin.folder) if origin.folder else origin.fingerprint(denoiser)
     if denoiser.embedded_guidance is not None:
         denoiser.embedded_guidance = guidance_scale

@@ -161,6 +161,8 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
     if "network" in facts:
         denoiser = _own_network(folder, facts, network)
     else:
+        if network is not None:
+            raise CheckpointError(f"network: got {network!r}, and {path} has its network in its folder; leave it out")
         denoiser = load_denoiser(Checkpoint(str(path), folder))
     set_null_class(denoiser, facts.get("null_class"))
     if isinstance(denoiser, TextDenoiser):

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -307,13 +308,18 @@ def test_one_checkpoint_with_several_numbers_of_steps_is_a_line() -> None:
         guided=teacher(17, 3.0, guidance=2.0),
         other=teacher(19, 5.0, checkpoint_sha256="b" * 64),
         student=result({"fid": 4.0}),
+        few=result({"fid@5000": 9.0}, **TEACHER, checkpoint_sha256="a" * 64, sampler="heun", num_samples=5000),
     )
     left = draw(comparison).axes[0]
     lines = [line.get_xydata().tolist() for line in left.lines if line.get_linestyle() == "-"]
     assert [line for line in lines if len(line) > 1] == [[[9, 8], [35, 2]]]
     colours = [container[0].get_color() for container in left.containers]
-    assert colours[0] == colours[1]
+    assert colours[0] == colours[1] == colours[5]
     assert len(set(colours)) == 4
+    again = of(a=teacher(35, 2.0), b=teacher(35, 2.2))  # of two seeds
+    assert not [
+        line for line in draw(again).axes[0].lines if len(line.get_xydata()) > 1 and line.get_linestyle() == "-"
+    ]
 
 
 def test_points_lie_where_the_numbers_say() -> None:
@@ -542,4 +548,14 @@ def test_nothing_is_left_where_measuring_fails(tiny_teacher: Path, tmp_path: Pat
         compare([other, tiny_teacher], output=tmp_path / "out")
     with pytest.raises(ArgumentError, match="did you mean 'fd_digits'"):
         compare([done, tiny_teacher], metrics=["fd_digit"], output=tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("evaluation.evaluate.evaluate", lambda *_, **__: pytest.fail("measured too early"))
+        with pytest.raises(FDistillError, match="'nowhere': no such folder"):
+            compare([tiny_teacher, "nowhere"])
+    images = tmp_path / "images"
+    images.mkdir()
+    Image.new("L", (8, 8)).save(images / "0.png")
+    with pytest.raises(ArgumentError, match="num_steps: none of images takes it; leave it out"):
+        compare([done, images], num_steps=3)
+    shutil.rmtree(images)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done.json", "other.json"]

@@ -418,6 +418,46 @@ def test_a_classifier_of_ones_own(
     assert result["provenance"]["extractors"]["classifier"]["preparation"].startswith(f"{__name__}:brightness")
 
 
+@SMALL
+def test_of_too_many_images_an_even_part_is_measured(tmp_path: Path) -> None:
+    images, labels = load_digits()
+    order = labels.argsort(stable=True)
+    folder = write(tmp_path / "by class", images[order], labels=labels[order].tolist())
+    with pytest.warns(UserWarning, match=r"holds 1,797 images, of which 400, drawn evenly and the same each time, are"):
+        result = evaluate(folder, metrics=["fd_digits", "class_accuracy"], num_images=400, replicates=0)
+    assert result["metrics"]["fd_digits@400"] < 2  # the first 400, of three classes, are at 100
+    assert result["metrics"]["class_accuracy@400"] > 0.95
+    with pytest.raises(ArgumentError, match=r"num_images: got 1798, and .* holds 1797; expected at most as many"):
+        evaluate(folder, num_images=1798)
+
+
+@SMALL
+def test_samples_of_some_classes_say_so(tmp_path: Path) -> None:
+    images, labels = load_digits()
+    folder = write(tmp_path / "some", images[labels > 5], labels=labels[labels > 5].tolist())
+    few = write(tmp_path / "few", images[labels > 5][:100], labels=labels[labels > 5][:100].tolist())
+    how: dict[str, Any] = {"metrics": ["class_accuracy"], "replicates": 0}
+    count = int((labels > 5).sum())
+    assert list(evaluate(folder, **how)["metrics"]) == [f"class_accuracy@{count} (4 of 10 classes)"]
+    assert list(evaluate(few, **how)["metrics"]) == ["class_accuracy@100"]  # that few may lack some by chance
+
+
+def test_what_is_no_samples_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("")
+    cases = [
+        (tmp_path / "nowhere.zip", "no such file; expected images"),
+        (tmp_path / "notes" / "a.txt", "is a file of another kind; expected images"),
+        (tmp_path / "notes", "has neither images nor a network in it; expected images"),
+    ]
+    for where, said in cases:
+        with pytest.raises(ArgumentError, match=said):
+            evaluate(where)
+    (tmp_path / "no.npz").write_bytes(b"no archive")
+    with pytest.raises(DataError, match=r"no \.npz file, or one with pickled objects"):
+        evaluate(tmp_path / "no.npz")
+
+
 def test_the_command_tells_errors_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -433,6 +473,10 @@ def test_the_command_tells_errors_in_one_line(
         (["--seeds", "0,a"], r"seeds: got '0,a', expected whole numbers"),
         (["--seeds", "1"], r"seeds: the images of .* are made already; leave it out"),
         (["--steps", "4", "--guidance-scale", "2"], r"steps, guidance_scale: the images of .*; leave them out"),
+        (["--sampler", "pipeline"], r"sampler: the images of .*; leave it out"),
+        (["--replicates", "1"], r"replicates: got 1; expected 0 for no spread, or at least 2"),
+        (["--sampler", "pipeline"], r"sampler: the images of .*; leave it out"),
+        (["--replicates", "1"], r"replicates: got 1; expected 0 for no spread, or at least 2"),
         (["--replicates", "-1"], r"replicates: got -1"),
         (["--classifier", "nowhere:f"], r"classifier: protocol 'digits' has its own"),
         (["--protocol", "cifar10-fid50k", "--classifier", "nowhere:f"], r"classifier 'nowhere:f': ModuleNotFoundError"),

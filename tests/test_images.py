@@ -127,6 +127,30 @@ def test_every_form_gives_the_same_images_and_labels(form: str, tmp_path: Path) 
     assert few.labels.tolist() == LABELS[:6]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_less_than_all_may_be_drawn_evenly(form: str, tmp_path: Path) -> None:
+    """Images in files may lie class by class; labels, hashes and messages go with the images that are drawn."""
+    drawn = open_images(FORMS[form](tmp_path), channels=3, max_images=6, in_order=False)
+    rows = [next(i for i in range(COUNT) if torch.equal(image, tensor()[i])) for image in everything(drawn)]
+    assert rows == sorted(set(rows))
+    assert len(rows) == 6
+    assert rows != list(range(6))
+    assert drawn.labels is not None
+    assert drawn.labels.tolist() == [LABELS[row] for row in rows]
+    (tmp_path / "again").mkdir()
+    where = FORMS[form](tmp_path / "again")
+    assert open_images(where, channels=3, max_images=6).sha256() != drawn.sha256()
+    assert open_images(where, channels=3, max_images=6, in_order=False).sha256() == drawn.sha256()
+
+
+def test_several_generated_sets_are_no_set(tmp_path: Path) -> None:
+    for name in ("student", "teacher"):
+        folder_of(tmp_path / name)
+        (tmp_path / name / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match=r"generated sets in folders \(student, teacher\); pass one of these"):
+        open_images(tmp_path, channels=3)
+
+
 @pytest.mark.parametrize(
     ("suffix", "kind", "options"),
     [("png", "PNG", {}), ("PNG", "PNG", {}), ("bmp", "BMP", {}), ("webp", "WEBP", {"lossless": True})],
@@ -421,7 +445,7 @@ def test_float_arrays_are_refused_with_the_way_to_round_them(value: float, save:
     [
         ({"arr_0": np.zeros((2, 8, 8, 4), np.uint8)}, "of 4 channels; expected 3"),
         ({"arr_0": np.zeros((2, 8, 8, 5), np.uint8)}, "neither 1, 3 nor 4 channels"),
-        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "expected uint8"),
+        ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "none; expected at least one"),
         ({"mu": np.zeros(3)}, "expected 'images' or 'arr_0'"),
         ({"arr_0": PIXELS, "y": np.array([0, 1])}, "2 labels for 13 images"),
         ({"arr_0": PIXELS, "y": np.array([{}] * 13)}, "cannot be read as plain arrays"),

@@ -147,6 +147,8 @@ def test_protocols_are_those_of_the_papers(name: str) -> None:
     own_clip = {("clip", "")} if name == "folder" else set()
     assert {metric.clip for metric in protocol.metrics} - {None} == ({clip} if clip else set()) | own_clip
     assert (dict(protocol.views), protocol.random_labels) == (views, random_labels)
+    classes = 10 if name in ("digits", "cifar10-fid50k") else 1000 if name.startswith("imagenet") else None
+    assert protocol.num_classes == classes
     assert protocol.asks_prompts == name.startswith("coco")
     assert [metric.name for metric in protocol.metrics if "@patch" in str(metric.features)] == (
         ["patch_fid"] if "patch" in views else []

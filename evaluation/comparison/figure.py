@@ -93,9 +93,11 @@ def _points(
             elinewidth=1,
         )
     for one in dict.fromkeys(map(_series, entries)):
-        joined = sorted((across[entry.name], entry.scores[metric].value) for entry in entries if _series(entry) == one)
-        colour = next(colours[entry.name] for entry in entries if _series(entry) == one)
-        axes.plot(*zip(*joined, strict=True), color=colour, linewidth=1, alpha=0.5)
+        joined = [entry for entry in entries if _series(entry) == one and metric not in entry.unlike]
+        steps = {entry.evaluations_per_image for entry in joined}
+        if len(joined) > 1 and len(steps) == len(joined):
+            line = sorted((across[entry.name], entry.scores[metric].value) for entry in joined)
+            axes.plot(*zip(*line, strict=True), color=colours[joined[0].name], linewidth=1, alpha=0.5)
     axes.grid(True, which="major", color="0.92", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -138,7 +140,7 @@ def _logarithmic(axis: Any, set_limits: Any, set_scale: Any, values: Sequence[fl
 
 
 def _series(entry: Entry) -> tuple[object, ...]:
-    """What results that differ in their steps alone have in common."""
+    """What results of one checkpoint with several numbers of steps have in common."""
     facts = entry.provenance
     return (facts.get("checkpoint_sha256") or entry.name, facts.get("sampler"), facts.get("guidance"))
 

@@ -16,6 +16,7 @@ CIFAR10_FID50K = Protocol(
     reference="EDM's cifar10-32x32.npz, clean-fid's cifar10_legacy_tensorflow_train_32.npz, or the training images",
     reference_files=("cifar10-32x32.npz", "cifar10_legacy_tensorflow_train_32.npz"),
     reference_count=50_000,
+    num_classes=10,
     random_labels=True,
     facts={
         "published_as": "the least FID of three times 50,000 samples",

@@ -33,6 +33,7 @@ DIGITS = Protocol(
     ),
     default=("fd_digits", "precision", "recall", "class_accuracy"),
     num_samples=1797,
+    num_classes=10,
     channels=1,
     size=8,
     reference="the 1,797 embedded digits",

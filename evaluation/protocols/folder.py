@@ -14,5 +14,5 @@ FOLDER = Protocol(
     metrics=(*photograph_metrics(), clip("clip-l14"), cosine("clip_own", "clip")),
     default=("fid",),
     num_samples=None,
-    reference="the images, or statistics, that are given",
+    reference="any images, or statistics",
 )

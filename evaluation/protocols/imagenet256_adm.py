@@ -20,6 +20,7 @@ IMAGENET256_ADM = Protocol(
     reference_recipe="adm",
     reference_files=("VIRTUAL_imagenet256_labeled.npz",),
     reference_count=1_281_167,
+    num_classes=1000,
     random_labels=True,
     facts={
         "published_as": "one set of 50,000 samples",

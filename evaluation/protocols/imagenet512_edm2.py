@@ -20,6 +20,7 @@ IMAGENET512_EDM2 = Protocol(
     reference_recipe="adm",
     reference_files=("img512.pkl",),
     reference_count=1_281_167,
+    num_classes=1000,
     random_labels=True,
     facts={
         "published_as": "the least of several times 50,000 samples",

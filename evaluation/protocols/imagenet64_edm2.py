@@ -17,6 +17,7 @@ IMAGENET64_EDM2 = Protocol(
     reference_recipe="adm",
     reference_files=("img64.pkl",),
     reference_count=1_281_167,
+    num_classes=1000,
     random_labels=True,
     facts={
         "published_as": "the least FID of several times 50,000 samples",

@@ -17,6 +17,7 @@ IMAGENET64_FID50K = Protocol(
     reference_recipe="center-lanczos",
     reference_files=("imagenet-64x64.npz",),
     reference_count=1_281_167,
+    num_classes=1000,
     random_labels=True,
     facts={
         "published_as": "the least FID of three times 50,000 samples",

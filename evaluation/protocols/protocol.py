@@ -28,6 +28,7 @@ class Protocol:
             nothing in a file tells of which images it is.
         reference_count: how many images it has, where images are given.
         prompts: what each sample is asked to be; None for classes, or prompts that must be given.
+        num_classes: how many classes there are samples of; None where there are none.
         random_labels: whether classes are drawn evenly at random, as (seed, i) has it, and not in turn.
         asks_prompts: whether a list of prompts must be given.
         facts: what else one has to know to repeat it, for provenance.
@@ -47,6 +48,7 @@ class Protocol:
     reference_files: tuple[str, ...] = ()
     reference_count: int | None = None
     prompts: Callable[[], list[str]] | None = None
+    num_classes: int | None = None
     random_labels: bool = False
     asks_prompts: bool = False
     facts: Mapping[str, str] = field(default_factory=dict)

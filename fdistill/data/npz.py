@@ -28,12 +28,14 @@ def open_npz(path: Path) -> ArraySource:
             images = next((archive[name] for name in _IMAGES if name in names), None)
             labels = next((archive[name] for name in _LABELS if name in names), None)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(
-            f"data {path}: cannot be read as plain arrays ({error}); write it anew with np.savez"
-        ) from error
+        # NumPy advises to unpickle what it does not know, which would run the file's code.
+        why = "no .npz file, or one with pickled objects" if "pickle" in str(error) else str(error)
+        raise DataError(f"data {path}: cannot be read as plain arrays ({why}); write it anew with np.savez") from error
     if images is None:
         raise DataError(f"data {path}: arrays {', '.join(names) or 'none'}; expected 'images' or 'arr_0'")
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or 0 in images.shape:
+    if images.size == 0:
+        raise DataError(f"data {path}: images are {images.dtype} {list(images.shape)}, none; expected at least one")
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise DataError(
             f"data {path}: images are {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, C] in [0, 255]"
         )

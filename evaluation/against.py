@@ -57,7 +57,7 @@ class Against:
     def moments(
         self, extractors: Mapping[str, Extractor], batch_size: int, device: torch.device
     ) -> Mapping[str, Moments]:
-        """Of every output of the extractors, which are given by label.
+        """Of every output of the extractors, which are given by label; of their rows where these are known already.
 
         Raises:
             ArgumentError: statistics of other features.
@@ -66,12 +66,13 @@ class Against:
             _check_features(self.statistics, extractors)
             return self.statistics.moments
         missing = [r for r in self._readings(extractors) if not r.widths.keys() <= self._moments.keys()]
-        if missing and len(self.views[""]) > _KEPT_ROWS:
-            self._moments |= cached_moments(missing, batch_size=batch_size, device=device, describe="reference")
-        elif missing:
-            rows = self.rows({reading.label: reading.extractor for reading in missing}, batch_size, device)
-            names = [name for reading in missing for name in reading.widths]
-            self._moments |= {name: Moments.of(rows[name]) for name in names}
+        if len(self.views[""]) <= _KEPT_ROWS:
+            self.rows({reading.label: reading.extractor for reading in missing}, batch_size, device)
+        streamed = [reading for reading in missing if not reading.widths.keys() <= self._rows.keys()]
+        if streamed:
+            self._moments |= cached_moments(streamed, batch_size=batch_size, device=device, describe="reference")
+        names = [name for reading in missing if reading not in streamed for name in reading.widths]
+        self._moments |= {name: Moments.of(self._rows[name]) for name in names}
         return self._moments
 
     def rows(self, extractors: Mapping[str, Extractor], batch_size: int, device: torch.device) -> Rows:

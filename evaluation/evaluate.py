@@ -16,7 +16,7 @@ from evaluation.against import open_against
 from evaluation.classifier import with_classifier
 from evaluation.extractors import Extractor
 from evaluation.generated import GeneratedImages
-from evaluation.images import open_views
+from evaluation.images import Images, open_views
 from evaluation.measure import Measurement, Setting, measure
 from evaluation.protocols import get_protocol
 from evaluation.protocols.protocol import Protocol
@@ -124,31 +124,7 @@ def evaluate(
             network=network,
             sampler=None if sampler == "heun" else sampler,
         )
-        recipes = {"": (chosen.recipe, chosen.size), **chosen.views}
-        ordered = listed is not None or chosen.prompts is not None or chosen.asks_prompts
-        views = open_views(samples, recipes, channels=chosen.channels, max_images=count, in_order=ordered)
-        images = views[""]
-        there = images.facts["available"]
-        if num_images is not None and there < num_images:
-            raise ArgumentError(f"num_images: got {num_images}, and {samples} holds {there}; expected at most as many")
-        if there > len(images):
-            warnings.warn(
-                f"{samples}: holds {there:,} images, of which {'the first ' if ordered else ''}{len(images):,}"
-                f"{'' if ordered else ', drawn evenly and the same each time,'} are measured",
-                stacklevel=2,
-            )
-        if listed is not None:
-            told = in_turn(listed, len(images))
-            if images.prompts is not None and list(images.prompts) != told:
-                raise ArgumentError(
-                    f"prompts: {prompts} is not what the images of {samples} were drawn from; leave it out, or "
-                    "generate the images anew"
-                )
-            if images.prompts is None and len(listed) < len(images):
-                raise ArgumentError(
-                    f"prompts: {len(listed)} in {prompts} for {len(images)} images; expected one for each, in order"
-                )
-            images.prompts = told
+        views = _images_there(samples, chosen, num_images, listed)
         measurements.append(measure(views, against, setting))
     else:
         if count is None:
@@ -183,6 +159,39 @@ def evaluate(
     return result
 
 
+def _images_there(
+    samples: str | Path, protocol: Protocol, num_images: int | None, listed: list[str] | None
+) -> dict[str, Images]:
+    """The images in the protocol's views, with the listed prompts if there are any."""
+    recipes = {"": (protocol.recipe, protocol.size), **protocol.views}
+    count = protocol.num_samples if num_images is None else num_images
+    ordered = listed is not None or protocol.prompts is not None or protocol.asks_prompts
+    views = open_views(samples, recipes, channels=protocol.channels, max_images=count, in_order=ordered)
+    images = views[""]
+    there = images.facts["available"]
+    if num_images is not None and there < num_images:
+        raise ArgumentError(f"num_images: got {num_images}, and {samples} holds {there}; expected at most as many")
+    if there > len(images):
+        warnings.warn(
+            f"{samples}: holds {there:,} images, of which {'the first ' if ordered else ''}{len(images):,}"
+            f"{'' if ordered else ', drawn evenly and the same each time,'} are measured",
+            stacklevel=3,
+        )
+    if listed is not None:
+        told = in_turn(listed, len(images))
+        if images.prompts is not None and list(images.prompts) != told:
+            raise ArgumentError(
+                f"prompts: the list is not what the images of {samples} were drawn from; leave it out, or generate the "
+                "images anew"
+            )
+        if images.prompts is None and len(listed) < len(images):
+            raise ArgumentError(
+                f"prompts: {len(listed)} in the list for {len(images)} images; expected one for each, in order"
+            )
+        images.prompts = told
+    return views
+
+
 def holds_images(where: str | Path) -> bool:
     """Whether it is images that are there, and not something that makes them.
 
@@ -197,11 +206,13 @@ def holds_images(where: str | Path) -> bool:
     if path.is_file() or (path.suffix in _ARCHIVES and not path.exists()):
         what = "is a file of another kind" if path.is_file() else "no such file"
         raise ArgumentError(f"samples {where}: {what}; expected {_EXPECTED}")
-    if path.is_dir() and not any(file.suffix in _OF_CHECKPOINTS or is_image(file.name) for file in path.rglob("*")):
-        raise ArgumentError(f"samples {where}: has neither images nor a network in it; expected {_EXPECTED}")
     if not path.is_dir() or find_student(path) or (path / "model_index.json").is_file():
         return False
-    return any(is_image(file.name) for file in path.rglob("*"))
+    if any(is_image(file.name) for file in path.rglob("*")):
+        return True
+    if not any(file.suffix in _OF_CHECKPOINTS for file in path.rglob("*")):
+        raise ArgumentError(f"samples {where}: has neither images nor a network in it; expected {_EXPECTED}")
+    return False
 
 
 def _training(samples: str | Path) -> dict[str, Any]:

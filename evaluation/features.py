@@ -99,14 +99,14 @@ def extract_texts(
     different = list(dict.fromkeys(prompts))
     share = _share(len(different), _TEXTS)
     quiet = rng.world()[0] != 0 or not describe
-    rows = encode(different[:1])[:0]  # as wide as the others, for a process without any
+    parts = [] if share else [encode(different[:1])[:0]]  # none, as wide as the others'
     with tqdm(total=len(share), desc=describe, unit="prompt", disable=quiet, mininterval=0.5) as bar:
         for first in range(0, len(share), _TEXTS):
             part = share[first : first + _TEXTS]
-            rows = torch.cat([rows, encode(different[part.start : part.stop])])
+            parts.append(encode(different[part.start : part.stop]))
             bar.update(len(part))
     numbers = {prompt: number for number, prompt in enumerate(different)}
-    return _gathered(rows, len(different), _TEXTS, device)[[numbers[prompt] for prompt in prompts]]
+    return _gathered(torch.cat(parts), len(different), _TEXTS, device)[[numbers[prompt] for prompt in prompts]]
 
 
 def extract_moments(

@@ -124,14 +124,9 @@ def open_images(
         source: Source = _mapped_npz(Path(where)) or open_source(str(where))
     except DataError as error:
         raise DataError(f"{error}; {_ROUNDED}" if "expected uint8" in str(error) else str(error)) from error
-    rows = range(len(source) if max_images is None else min(max_images, len(source)))
+    rows: Sequence[int] = range(len(source) if max_images is None else min(max_images, len(source)))
     if len(rows) < len(source) and not in_order:
-        drawn: list[int] = sorted(np.random.default_rng(0).permutation(len(source))[: len(rows)].tolist())
-        return _opened(source, drawn, channels, recipe, size)
-    return _opened(source, rows, channels, recipe, size)
-
-
-def _opened(source: Source, rows: Sequence[int], channels: int, recipe: str, size: int | None) -> Images:
+        rows = sorted(np.random.default_rng(0).permutation(len(source))[: len(rows)].tolist())
     if isinstance(source, ArraySource):
         return _ArrayImages(source, rows, channels, recipe, size)
     return _FileImages(source, rows, channels, recipe, size)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from evaluation.against import Against
 from evaluation.extractors import open_extractor
-from evaluation.features import Reading, Rows, cached_rows, extract_moments
 from evaluation.images import Images, open_views
 from evaluation.measure import Setting
-from evaluation.moments import Moments
 from evaluation.protocols import get_protocol
 from evaluation.references import write_reference
 from evaluation.weights import Weights
@@ -64,7 +63,6 @@ def make_reference(
     recipes = {"": (chosen.reference_recipe, chosen.size), **chosen.views}
     views = open_views(data, recipes, channels=chosen.channels)
     extractors = {label: open_extractor(label.partition("@")[0], on, setting.weights) for label in every}
-    readings = {label: Reading(label, e, views[label.partition("@")[2]]) for label, e in extractors.items()}
     count = len(views[""])
     for label in labels["moments"]:
         width = max(extractors[label].outputs.values())
@@ -73,14 +71,10 @@ def make_reference(
                 f"data {data}: {count} images, and the covariance of {width} features needs more than {width}; pass "
                 "more, or metrics that need single images alone, such as recall"
             )
-    rows: Rows = {}
-    if labels["rows"]:
-        some = [readings[label] for label in labels["rows"]]
-        rows = cached_rows(some, batch_size=batch_size, device=on, describe="reference")
-    moments = {name: Moments.of(values) for name, values in rows.items()}
-    rest = [readings[label] for label in labels["moments"] if label not in labels["rows"]]
-    if rest:
-        moments |= extract_moments(rest, batch_size=batch_size, device=on, describe="reference")
+    against = Against(str(data), views, None, False)
+    some = {label: extractors[label] for label in labels["rows"]}
+    rows = dict(against.rows(some, batch_size, on)) if some else {}  # of these alone: moments may read more of them
+    moments = against.moments(extractors, batch_size, on)
     if rng.world()[0] == 0:
         images = views[""]
         write_reference(

@@ -283,11 +283,10 @@ def _reference(
 
     if against is None:
         return {}, {}
-    rows, moments = needed("rows"), needed("moments")
-    return (
-        against.moments(moments, setting.batch_size, setting.device) if moments else {},
-        against.rows(rows, setting.batch_size, setting.device) if rows else {},
-    )
+    how = (setting.batch_size, setting.device)
+    wanted = {kind: needed(kind) for kind in ("rows", "moments")}
+    rows = against.rows(wanted["rows"], *how) if wanted["rows"] else {}  # first, as moments can be made of them
+    return against.moments(wanted["moments"], *how) if wanted["moments"] else {}, rows
 
 
 def _provenance(

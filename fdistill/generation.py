@@ -95,6 +95,7 @@ def open_source(
         latents = attach_latent_space(student.denoiser, found, None)
         text = _prompt_encoder(found, student.denoiser, latents)
         return Source(str(checkpoint), student, None, weights_sha256(student_folder), latents, text)
+    check_unread(f"{checkpoint} is no student of a network of your own", network=network)
     if num_steps < 1:
         raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
     try:
@@ -103,7 +104,6 @@ def open_source(
         if only_diffusers_runs(checkpoint):
             raise CheckpointError(f"{error}; `--sampler pipeline` runs it with diffusers' own") from error
         raise
-    check_unread(f"{checkpoint} is a teacher, and no student of a network of your own", network=network)
     origin, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(device), teacher.latents
     text = _prompt_encoder(origin, denoiser, latents)
     if text is None or guidance_scale == 1 or denoiser.embedded_guidance is not None:

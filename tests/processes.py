@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def launch(arguments: Sequence[str], processes: int = 2) -> None:
-    """torchrun with a script's or a module's arguments."""
+def launch(arguments: Sequence[str]) -> None:
+    """A script, or a module, with its arguments in two processes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", str(port)]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
     done = subprocess.run(
         [sys.executable, *torchrun, *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
@@ -28,7 +28,7 @@ def launch(arguments: Sequence[str], processes: int = 2) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def launch_commands(commands: Sequence[Sequence[str]], folder: Path, processes: int = 2) -> None:
+def launch_commands(commands: Sequence[Sequence[str]], folder: Path) -> None:
     """Several of fdistill's commands, one after the other, in the same processes: to start them takes longest.
 
     Args:
@@ -39,4 +39,4 @@ def launch_commands(commands: Sequence[Sequence[str]], folder: Path, processes: 
         "import json\nfrom fdistill.cli import app\n\n"
         f"for arguments in json.loads({json.dumps(commands)!r}):\n    app(arguments, standalone_mode=False)\n"
     )
-    launch([str(script)], processes)
+    launch([str(script)])

@@ -533,5 +533,5 @@ def test_a_pipeline_is_scored_by_a_clip_of_ones_own(
     assert again["metrics"] == {name: pytest.approx(v, abs=2e-3) for name, v in result["metrics"].items()}
     assert again["provenance"]["prompts_sha256"] == told["prompts_sha256"]
     (tmp_path / "other.txt").write_text("a bold seven\n")
-    with pytest.raises(ArgumentError, match=r"other\.txt is not what the images of .* were drawn from"):
+    with pytest.raises(ArgumentError, match=r"prompts: the list is not what the images of .* were drawn from"):
         evaluate(images, protocol="folder", metrics=["clip"], prompts=tmp_path / "other.txt")

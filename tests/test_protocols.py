@@ -499,6 +499,10 @@ def test_many_reference_images_are_streamed_once_for_all_seeds(
     held = statistics(noise(40, 1))
     np.testing.assert_allclose(moments.covariance.numpy(), held["sigma"], rtol=1e-9)
     assert score(samples, train)["fid"] == pytest.approx(expected, rel=1e-9)
+    small.seen.clear()
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "cache"))
+    score(samples, train, ["fid", "recall"])  # whose rows serve both
+    assert len(small.seen) == 30 + 40
 
 
 # --- provenance

@@ -28,7 +28,6 @@ ARCHITECTURES = {
 CLIP_MODELS = (*ARCHITECTURES, "clip-digits", "clip")
 
 _WEIGHTS, _CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
-_PROMPTS = 256  # encoded at once
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class ClipModel:
 
     Attributes:
         extractor: its output "image" [B, D].
-        encode_prompts: (prompts, prefix="") -> float32 [N, D] on the CPU, of prefix + prompt each; what is longer than
-            the model takes is cut, and the end-of-text token kept.
+        encode_prompts: (prompts, prefix="") -> float32 [N, D] on the CPU, of prefix + prompt each, in one batch; what
+            is longer than the model takes is cut, and the end-of-text token kept.
     """
 
     extractor: Extractor
@@ -158,13 +157,10 @@ def _clip_model(
 
     @torch.no_grad()
     def encode_prompts(prompts: Sequence[str], prefix: str = "") -> Tensor:
-        texts = [prefix + prompt for prompt in prompts]
+        tokens = tokenizer([prefix + prompt for prompt in prompts])
         with full_precision(device):
-            parts = [
-                model.encode_text(tokenizer(texts[first : first + _PROMPTS]).to(device)).to("cpu", torch.float32)
-                for first in range(0, len(texts), _PROMPTS)
-            ]
-        return torch.cat(parts)
+            features: Tensor = model.encode_text(tokens.to(device))
+        return features.to("cpu", torch.float32)
 
     size = model.visual.image_size
     height, width = (size, size) if isinstance(size, int) else size

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from evaluation.extractors.extractor import Extractor, runner
 from evaluation.metric import class_accuracy
 from evaluation.protocols.protocol import Protocol
-from fdistill.errors import ArgumentError
-from fdistill.images import to_unit
+from fdistill.base.errors import ArgumentError
+from fdistill.base.images import to_unit
 
 
 def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tuple[Protocol, Extractor]:

@@ -9,8 +9,8 @@ from typing import Any
 
 from evaluation.comparison.entries import Comparison, Entry, comparison_of, read_entry
 from evaluation.comparison.table import markdown_table
-from fdistill.errors import ArgumentError
-from fdistill.files import atomic_folder, claim_folder, read_json_object
+from fdistill.base.errors import ArgumentError
+from fdistill.base.files import atomic_folder, claim_folder, read_json_object
 
 
 def compare(
@@ -65,7 +65,7 @@ def compare(
     if len(entries) < len(inputs):
         from evaluation.evaluate import evaluate
         from evaluation.protocols import get_protocol
-        from fdistill.rng import world
+        from fdistill.base.rng import world
 
         protocol = protocol or "digits"
         if metrics is not None:
@@ -90,7 +90,7 @@ def _ways(where: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that an input takes. What is not there is said here, before anything is measured."""
     from evaluation.evaluate import holds_images
     from fdistill.adapters import resolve_checkpoint
-    from fdistill.pipeline import find_student
+    from fdistill.students.folder import find_student
 
     if holds_images(where):
         unread: tuple[str, ...] = ("num_steps", "sampler", "seeds")

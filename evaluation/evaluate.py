@@ -12,24 +12,25 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from evaluation.against import open_against
 from evaluation.classifier import with_classifier
 from evaluation.extractors import Extractor
 from evaluation.generated import GeneratedImages
 from evaluation.images import Images, open_views
 from evaluation.measure import Measurement, Setting, measure
+from evaluation.metrics.score import Score
 from evaluation.protocols import get_protocol
 from evaluation.protocols.protocol import Protocol
-from evaluation.score import Score
+from evaluation.reference import open_against
 from evaluation.weights import Weights
-from fdistill import __version__, rng
+from fdistill import __version__
+from fdistill.base import rng
+from fdistill.base.devices import start
+from fdistill.base.errors import ArgumentError
+from fdistill.base.files import atomic_file, check_file, read_json_object
 from fdistill.data.prompts import read_prompts
 from fdistill.data.source import is_image
-from fdistill.devices import start
-from fdistill.errors import ArgumentError
-from fdistill.files import atomic_file, check_file, read_json_object
-from fdistill.generation import check_counts, check_unread, open_source
-from fdistill.pipeline import STUDENT_FILE, find_student, student_folder
+from fdistill.generation.generate import check_counts, check_unread, open_source
+from fdistill.students.folder import STUDENT_FILE, find_student, student_folder
 
 #: What provenance says of a student's training; "ema" is the average that its weights are.
 _TRAINING = ("method", "divergence", "teacher", "teacher_guidance", "iterations", "ema", "seed")
@@ -67,7 +68,8 @@ def evaluate(
     Args:
         samples: images (a folder, zip or npz), or what makes them: a student, a run folder, a teacher, or any diffusers
             pipeline, which is then asked for the protocol's sample count.
-        reference: images, or a file of statistics (see `evaluation.references`); the protocol's own where it has one.
+        reference: images, or a file of statistics (see `evaluation.statistics_files`); the protocol's own where it has
+            one.
         protocol: a key of `evaluation.protocols.PROTOCOLS`.
         metrics: names out of the protocol's; by default those it is known for, as far as samples and reference allow.
         output: a JSON file to write the result to; beside it, where authenticity is measured, a picture of the samples

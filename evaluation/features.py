@@ -25,10 +25,10 @@ from tqdm import tqdm
 
 from evaluation.extractors import Extractor, full_precision
 from evaluation.images import Images
-from evaluation.moments import Moments
-from fdistill import rng
-from fdistill.errors import OutputError
-from fdistill.files import atomic_file, cache_folder
+from evaluation.metrics.moments import Moments
+from fdistill.base import rng
+from fdistill.base.errors import OutputError
+from fdistill.base.files import atomic_file, cache_folder
 
 #: By "label.output", as "inception.pool".
 Rows = dict[str, Tensor]

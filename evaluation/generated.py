@@ -16,9 +16,9 @@ from torch import Tensor
 from evaluation.extractors import full_precision
 from evaluation.images import Images, prepared
 from evaluation.protocols.protocol import Protocol
-from fdistill.generation import ImageSource, told_of
-from fdistill.image_source import Told
-from fdistill.rng import derived_seed
+from fdistill.base.rng import derived_seed
+from fdistill.generation.generate import ImageSource, told_of
+from fdistill.generation.maker import Told
 
 _LABELS = 11  # stream of a seed's random numbers
 _TIMED, _ENOUGH_SECONDS = 3, 60.0  # batches, after one that warms up; fewer where they take longer

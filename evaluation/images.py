@@ -33,11 +33,11 @@ from evaluation.preparation import (
     prepared,
     threads_for,
 )
+from fdistill.base.errors import ArgumentError, DataError
+from fdistill.base.files import read_json_object
 from fdistill.data import open_source
 from fdistill.data.folder import FolderSource
 from fdistill.data.source import ArraySource, Source, class_labels
-from fdistill.errors import ArgumentError, DataError
-from fdistill.files import read_json_object
 
 __all__ = ["MANIFEST", "Images", "open_images", "prepared"]
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.against import Against
 from evaluation.extractors import open_extractor
 from evaluation.images import Images, open_views
 from evaluation.measure import Setting
 from evaluation.protocols import get_protocol
-from evaluation.references import write_reference
+from evaluation.reference import Against
+from evaluation.statistics_files import write_reference
 from evaluation.weights import Weights
-from fdistill import rng
-from fdistill.devices import start
-from fdistill.errors import ArgumentError
-from fdistill.files import check_file
+from fdistill.base import rng
+from fdistill.base.devices import start
+from fdistill.base.errors import ArgumentError
+from fdistill.base.files import check_file
 
 
 def make_reference(

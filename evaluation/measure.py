@@ -14,19 +14,19 @@ from typing import Any
 import torch
 from PIL.Image import Image as PILImage
 
-from evaluation.against import Against
 from evaluation.extractors import Extractor, open_extractor
 from evaluation.extractors.clip import ClipModel, open_clip_model
 from evaluation.features import Reading, Rows, cached_rows, extract_texts
 from evaluation.generated import GeneratedImages
 from evaluation.images import Images
 from evaluation.metric import Measured, Metric
-from evaluation.moments import Moments
+from evaluation.metrics.moments import Moments
+from evaluation.metrics.score import Score
 from evaluation.protocols.protocol import Protocol
-from evaluation.score import Score
+from evaluation.reference import Against
 from evaluation.weights import PUBLISHED, Weights, file_sha256, find_weights, is_published
-from fdistill.distributed import from_main_process
-from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.base.distributed import from_main_process
+from fdistill.base.errors import ArgumentError, did_you_mean
 
 _PER_CLASS = 20  # so many samples a class, drawn at random, leave none of 1,000 classes out but once in 500,000 times
 

@@ -20,12 +20,12 @@ from evaluation.metrics.frechet import frechet_score
 from evaluation.metrics.inception_score import inception_score
 from evaluation.metrics.kernel_distance import kernel_distance
 from evaluation.metrics.memorisation import authenticity, nearest
+from evaluation.metrics.moments import Moments
 from evaluation.metrics.precision_recall import precision_recall
-from evaluation.moments import Moments
-from evaluation.score import Score
+from evaluation.metrics.score import Score
 from evaluation.weights import Weights
-from fdistill.errors import ArgumentError
-from fdistill.report import grid
+from fdistill.base.errors import ArgumentError
+from fdistill.training.curves import grid
 
 _SHOWN = 10
 _PAIRS, _GROUPS = 10, 100  # image pairs for each class or prompt, and how many of those, for diversity

@@ -15,8 +15,8 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from evaluation.recipes import RECIPES
+from fdistill.base.errors import ArgumentError, DataError, did_you_mean
 from fdistill.data.recipes import pixels
-from fdistill.errors import ArgumentError, DataError, did_you_mean
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 #: PIL's names of what becomes grey, or RGB. ImageNet has two dozen CMYK files, which every tool converts.

@@ -14,23 +14,23 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from evaluation.against import open_against
 from evaluation.generated import GeneratedImages
 from evaluation.measure import Setting, measure
+from evaluation.metrics.score import higher_is_better
 from evaluation.protocols import get_protocol
 from evaluation.protocols.protocol import Protocol
-from evaluation.score import higher_is_better
+from evaluation.reference import open_against
 from evaluation.weights import parse_weights
-from fdistill.build import Distillation
+from fdistill.base.errors import ArgumentError, ConfigError, DataError
 from fdistill.condition import TextCondition
-from fdistill.config import DistillConfig
+from fdistill.config.schema import DistillConfig
 from fdistill.data.embeddings import EmbeddingSource
 from fdistill.data.prompts import read_prompts
-from fdistill.errors import ArgumentError, ConfigError, DataError
-from fdistill.network_source import Source
-from fdistill.run_text import encoded_prompts
-from fdistill.teacher import Teacher
-from fdistill.text import CutPrompt
+from fdistill.generation.network_maker import Source
+from fdistill.teachers.teacher import Teacher
+from fdistill.teachers.text_encoders import CutPrompt
+from fdistill.training.build import Distillation
+from fdistill.training.prompts import encoded_prompts
 
 _PREFIX = "eval/"
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 
 #: What the user gave: {network: file or folder}; "" stands for a folder of files, or a file, under published names.
 Weights = Mapping[str, Path]

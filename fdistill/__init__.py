@@ -9,26 +9,23 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fdistill.adapters import load_teacher as load_teacher
+    from fdistill.commands.ema import reconstruct_student as reconstruct_student
     from fdistill.condition import TextCondition as TextCondition
-    from fdistill.config import DistillConfig as DistillConfig
-    from fdistill.config import load_config as load_config
+    from fdistill.config.schema import DistillConfig as DistillConfig
+    from fdistill.config.schema import load_config as load_config
     from fdistill.denoiser import Denoiser as Denoiser
     from fdistill.discriminator import ChannelMean as ChannelMean
     from fdistill.discriminator import Discriminator as Discriminator
     from fdistill.divergence import Divergence as Divergence
     from fdistill.divergence import divergence_from as divergence_from
     from fdistill.divergence import get_divergence as get_divergence
-    from fdistill.generation import generate as generate
+    from fdistill.generation.generate import generate as generate
     from fdistill.generator import FewStepGenerator as FewStepGenerator
     from fdistill.generator import OneStepGenerator as OneStepGenerator
     from fdistill.guidance import GuidedDenoiser as GuidedDenoiser
-    from fdistill.lora import lora_copy as lora_copy
     from fdistill.losses import matching_loss as matching_loss
     from fdistill.losses import score_difference_loss as score_difference_loss
     from fdistill.losses import score_difference_weight as score_difference_weight
-    from fdistill.one_step import OneStepPipeline as OneStepPipeline
-    from fdistill.pipeline import load_student as load_student
-    from fdistill.posthoc_ema import reconstruct_student as reconstruct_student
     from fdistill.ratio import DensityRatio as DensityRatio
     from fdistill.step import Networks as Networks
     from fdistill.step import Pairs as Pairs
@@ -39,10 +36,13 @@ if TYPE_CHECKING:
     from fdistill.step import sid_step as sid_step
     from fdistill.step import sim_step as sim_step
     from fdistill.step import uni_instruct_step as uni_instruct_step
-    from fdistill.text import PromptEncoder as PromptEncoder
-    from fdistill.tiue import TiUEGenerator as TiUEGenerator
-    from fdistill.tiue_pipeline import TiUEPipeline as TiUEPipeline
-    from fdistill.train import distill as distill
+    from fdistill.students.folder import load_student as load_student
+    from fdistill.students.lora import lora_copy as lora_copy
+    from fdistill.students.one_step_pipeline import OneStepPipeline as OneStepPipeline
+    from fdistill.students.tiue import TiUEGenerator as TiUEGenerator
+    from fdistill.students.tiue_pipeline import TiUEPipeline as TiUEPipeline
+    from fdistill.teachers.text_encoders import PromptEncoder as PromptEncoder
+    from fdistill.training.loop import distill as distill
 
 # Imported on first use: `import fdistill` and `fdistill --help` then cost no second of torch and diffusers.
 _WHERE = {
@@ -52,34 +52,34 @@ _WHERE = {
     "DensityRatio": "ratio",
     "diffratio_step": "step",
     "Discriminator": "discriminator",
-    "distill": "train",
-    "DistillConfig": "config",
+    "distill": "training.loop",
+    "DistillConfig": "config.schema",
     "Divergence": "divergence",
     "divergence_from": "divergence",
     "FewStepGenerator": "generator",
-    "generate": "generation",
+    "generate": "generation.generate",
     "generator_step": "step",
     "get_divergence": "divergence",
     "GuidedDenoiser": "guidance",
-    "load_config": "config",
-    "load_student": "pipeline",
+    "load_config": "config.schema",
+    "load_student": "students.folder",
     "load_teacher": "adapters",
-    "lora_copy": "lora",
+    "lora_copy": "students.lora",
     "matching_loss": "losses",
     "Networks": "step",
     "OneStepGenerator": "generator",
-    "OneStepPipeline": "one_step",
+    "OneStepPipeline": "students.one_step_pipeline",
     "Pairs": "step",
-    "PromptEncoder": "text",
+    "PromptEncoder": "teachers.text_encoders",
     "ratio_critic_step": "step",
-    "reconstruct_student": "posthoc_ema",
+    "reconstruct_student": "commands.ema",
     "score_difference_loss": "losses",
     "score_difference_weight": "losses",
     "sid_step": "step",
     "sim_step": "step",
     "TextCondition": "condition",
-    "TiUEGenerator": "tiue",
-    "TiUEPipeline": "tiue_pipeline",
+    "TiUEGenerator": "students.tiue",
+    "TiUEPipeline": "students.tiue_pipeline",
     "uni_instruct_step": "step",
 }
 

@@ -1,5 +1,5 @@
 """`python -m fdistill`, for launchers such as `accelerate launch -m fdistill distill ...`."""
 
-from fdistill.cli import main
+from fdistill.commands.cli import main
 
 main()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 
 
 @dataclass(frozen=True)

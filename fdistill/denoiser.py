@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fdistill.base.errors import ArgumentError, did_you_mean
 from fdistill.condition import Condition, TextCondition
-from fdistill.errors import ArgumentError, did_you_mean
 from fdistill.kernels.checks import wide
 from fdistill.kernels.to_x0 import to_x0
 from fdistill.noise import NoiseSchedule, expand

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from fdistill.base.errors import ArgumentError, did_you_mean
 from fdistill.denoiser import Denoiser, Features
-from fdistill.errors import ArgumentError, did_you_mean
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

@@ -16,7 +16,7 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.base.errors import ArgumentError, did_you_mean
 
 Function = Callable[[Tensor], Tensor]
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fdistill.base.errors import ArgumentError
 from fdistill.ema_profiles import decay_at, gamma_from_sigma_rel, profile_name
-from fdistill.errors import ArgumentError
 from fdistill.kernels.ema import ema
 
 #: A decay, or the name of a power-function average, as "sigma_rel=0.1".

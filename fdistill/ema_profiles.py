@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 
 #: The widest profile is gamma = 0, the plain mean of all iterations; below the least one only the last weights count.
 MIN_SIGMA_REL, MAX_SIGMA_REL = 1e-4, 12**-0.5

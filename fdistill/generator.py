@@ -9,9 +9,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
-from fdistill.errors import ArgumentError
 from fdistill.kernels.checks import wide
 from fdistill.kernels.renoise import renoise
 from fdistill.noise import expand

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition, TextCondition, concat, none_like
 from fdistill.denoiser import Denoiser, Features, Preconditioning, Prediction
-from fdistill.errors import ArgumentError
 
 
 class GuidedDenoiser(Denoiser):

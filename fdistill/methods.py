@@ -12,7 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from fdistill.config import DistillConfig
+    from fdistill.config.schema import DistillConfig
 
 #: The update of the student, each a function in `fdistill.step`.
 Objective = Literal["matching", "sid", "sim", "uni-instruct", "diffratio"]

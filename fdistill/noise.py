@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 
 PredictionKind = Literal["x0", "eps", "v", "flow"]
 

@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fdistill.distributed import gather_rows
+from fdistill.base.distributed import gather_rows
+from fdistill.base.errors import ArgumentError, did_you_mean
+from fdistill.base.rng import world
 from fdistill.divergence import Divergence, Function, get_divergence
-from fdistill.errors import ArgumentError, did_you_mean
 from fdistill.kernels import ratio as kernels
 from fdistill.kernels.checks import check_rows
 from fdistill.kernels.reference import ratio as reference
 from fdistill.noise import NoiseSchedule, noise_to_signal
-from fdistill.rng import world
 
 
 @dataclass(frozen=True)

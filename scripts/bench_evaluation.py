@@ -32,10 +32,10 @@ from evaluation.features import Reading, extract_rows, extract_texts
 from evaluation.images import open_images
 from evaluation.metrics.clip_score import clip_scores
 from evaluation.metrics.frechet import frechet_score
+from evaluation.metrics.moments import Moments
 from evaluation.metrics.precision_recall import precision_recall
-from evaluation.moments import Moments
+from fdistill.base.devices import start
 from fdistill.data.digit_captions import evaluation_prompts
-from fdistill.devices import start
 
 BATCH = 64
 SAMPLES = 50_000

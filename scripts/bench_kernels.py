@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fdistill.files import atomic_file
+from fdistill.base.files import atomic_file
 from fdistill.kernels import denoising, ema, implicit, matching, ratio, renoise, scale_rows, to_x0
 from fdistill.kernels.reference import denoising as plain_denoising
 from fdistill.kernels.reference import ema as plain_ema

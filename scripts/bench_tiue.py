@@ -23,8 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fdistill.adapters import wrap
 from fdistill.adapters.parametrisation import scheduler_config
-from fdistill.files import atomic_file
-from fdistill.tiue import TiUEGenerator, leading_levels
+from fdistill.base.files import atomic_file
+from fdistill.students.tiue import TiUEGenerator, leading_levels
 
 
 def make_generator(levels: int, size: int, device: str) -> TiUEGenerator:

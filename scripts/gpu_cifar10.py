@@ -34,15 +34,15 @@ from torch.nn import functional as F
 
 import fdistill
 from evaluation.metrics.frechet import frechet_distance
-from evaluation.moments import Moments
+from evaluation.metrics.moments import Moments
+from fdistill.base.devices import start
+from fdistill.base.files import atomic_file
+from fdistill.base.images import to_uint8, to_unit
+from fdistill.base.rng import indexed_normal
 from fdistill.data.npz import open_npz
-from fdistill.devices import start
-from fdistill.files import atomic_file
-from fdistill.images import to_uint8, to_unit
-from fdistill.journal import read_records
-from fdistill.report import save_grid, save_side_by_side
-from fdistill.rng import indexed_normal
 from fdistill.sampler import evaluations, heun_sample
+from fdistill.training.curves import save_grid, save_side_by_side
+from fdistill.training.journal import read_records
 
 DIVERGENCES = ("reverse-kl", "forward-kl", "jensen-shannon")
 HEUN_STEPS = (9, 18)  # of the teacher: 17 and 35 evaluations

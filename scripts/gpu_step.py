@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdistill.build import Distillation, build
-from fdistill.config import DistillConfig, load_config
-from fdistill.devices import autocast
-from fdistill.files import atomic_file
+from fdistill.base.devices import autocast
+from fdistill.base.files import atomic_file
+from fdistill.config.schema import DistillConfig, load_config
+from fdistill.training.build import Distillation, build
 
 
 def iteration(

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from evaluation.digit_features import DigitFeatures, load_digit_features
-from fdistill import Denoiser, DensityRatio, Discriminator, Networks, critic_step, generator_step, load_teacher, rng
+from evaluation.extractors.digit_features import DigitFeatures, load_digit_features
+from fdistill import Denoiser, DensityRatio, Discriminator, Networks, critic_step, generator_step, load_teacher
+from fdistill.base import rng
+from fdistill.base.files import atomic_file
+from fdistill.base.images import to_unit
 from fdistill.data import load_data
-from fdistill.files import atomic_file
-from fdistill.images import to_unit
-from fdistill.lora import lora_copy
 from fdistill.losses import score_difference_loss, score_difference_weight
 from fdistill.noise import add_noise, karras_levels
 from fdistill.sampler import heun_sample
+from fdistill.students.lora import lora_copy
 
 SIZE, SHIFT, ANGLE = 8, 1.0, math.radians(10)  # pixels, largest shift in pixels, largest rotation
 FREQUENCIES, FREQUENCY_STD, HIDDEN = 32, 0.7, 64

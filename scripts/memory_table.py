@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from fdistill.adapters import wrap
 from fdistill.adapters.text_to_image import TextDenoiser
-from fdistill.config import DistillConfig, load_config
+from fdistill.base.files import atomic_file
+from fdistill.config.schema import DistillConfig, load_config
+from fdistill.config.sections import LoRAConfig
 from fdistill.discriminator import Discriminator
 from fdistill.ema import trained_state
-from fdistill.files import atomic_file
-from fdistill.lora import FAKE, STUDENT, lora_copy
-from fdistill.sections import LoRAConfig
+from fdistill.students.lora import FAKE, STUDENT, lora_copy
 
 RANK = 64
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.images import open_images
-from fdistill.config import load_config
-from fdistill.files import atomic_file
-from fdistill.report import save_grid, save_side_by_side
+from fdistill.base.files import atomic_file
+from fdistill.config.schema import load_config
+from fdistill.training.curves import save_grid, save_side_by_side
 
 #: Multiple of the teacher's fd_digits a student may have; the default divergence is held to more.
 FD_RATIO = {"jensen-shannon": 1.6}

@@ -20,11 +20,11 @@ from statistics import mean, stdev
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from evaluation.evaluate import evaluate
-from fdistill.config import load_config
+from fdistill.config.schema import load_config
 from fdistill.divergence import ALIASES
-from fdistill.journal import read_records
 from fdistill.methods import METHODS
-from fdistill.pipeline import find_student
+from fdistill.students.folder import find_student
+from fdistill.training.journal import read_records
 
 METRICS = ("fd_digits", "precision", "recall", "class_accuracy")
 QUIET = ["log.samples_every=0", "log.checkpoint_every=0", "log.tracker=none"]

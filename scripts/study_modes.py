@@ -22,7 +22,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from fdistill import get_divergence, rng
+from fdistill import get_divergence
+from fdistill.base import rng
 from fdistill.denoiser import Denoiser, Features
 from fdistill.noise import EDMSchedule
 from fdistill.ratio import DensityRatio

@@ -12,9 +12,9 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 
+from fdistill.base.files import atomic_file
 from fdistill.data.digit_captions import DIGIT_WORDS, WEIGHT_WORDS
-from fdistill.files import atomic_file
-from fdistill.generation import ImageSource, open_source
+from fdistill.generation.generate import ImageSource, open_source
 
 ACCURACY, SECONDS, COPIES = 0.9, 600, 4
 METRICS = ("prompt_accuracy", "ink_bold", "ink_thin", "fd_digits")

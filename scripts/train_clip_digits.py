@@ -29,6 +29,8 @@ from tqdm import trange
 from train_digits_t2i import draw, learning_rate, update
 
 from fdistill.assets import CLIP_DIGITS, EMBEDDED_TEACHERS
+from fdistill.base.files import atomic_file, atomic_folder
+from fdistill.base.images import to_uint8, to_unit
 from fdistill.data.digit_captions import (
     DIGIT_WORDS,
     PLAIN,
@@ -40,8 +42,6 @@ from fdistill.data.digit_captions import (
     load_digit_images,
     true_prompts,
 )
-from fdistill.files import atomic_file, atomic_folder
-from fdistill.images import to_uint8, to_unit
 
 SEED, BATCH, RATE, WEIGHT_DECAY = 0, 128, 1.5e-3, 0.1
 #: Fixed: a learned one grows, until pairs that match need only a little more cosine than those that do not.

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from evaluation.digit_features import DigitFeatures, extract
+from evaluation.extractors.digit_features import DigitFeatures, extract
 from evaluation.metrics.frechet import frechet_distance
-from evaluation.moments import Moments
+from evaluation.metrics.moments import Moments
 from fdistill.assets import DIGITS_FEATURES
+from fdistill.base.images import to_unit
 from fdistill.data.digits import load_digits
-from fdistill.images import to_unit
 
 SEED, HELD_OUT, EPOCHS, BATCH = 0, 297, 60, 100
 
@@ -52,7 +52,7 @@ def main() -> None:
     halves = torch.randperm(len(images)).chunk(2)
     distance = frechet_distance(*(Moments.of(features[half]) for half in halves))
     card = {
-        "architecture": "evaluation.digit_features.DigitFeatures",
+        "architecture": "evaluation.extractors.digit_features.DigitFeatures",
         "held_out_accuracy": round(accuracy, 4),
         "held_out_images": HELD_OUT,
         "frechet_distance_of_random_halves": round(distance, 3),

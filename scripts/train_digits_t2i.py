@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from tqdm import trange
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from evaluation.digit_features import extract, load_digit_features
+from evaluation.extractors.digit_features import extract, load_digit_features
 from evaluation.metrics.frechet import frechet_distance
-from evaluation.moments import Moments
+from evaluation.metrics.moments import Moments
 from fdistill.assets import EMBEDDED_TEACHERS
+from fdistill.base.files import atomic_folder
+from fdistill.base.images import to_uint8, to_unit
 from fdistill.data.digit_captions import (
     WEIGHT_WORDS,
     DigitPrompt,
@@ -42,8 +44,6 @@ from fdistill.data.digit_captions import (
     true_prompts,
 )
 from fdistill.ema import EMA
-from fdistill.files import atomic_folder
-from fdistill.images import to_uint8, to_unit
 
 SEED, BATCH, WARM_UP, EMA_DECAY = 0, 128, 100, 0.998
 VAE_ITERATIONS, VAE_BATCH, VAE_RATE, KL_WEIGHT = 800, 64, 2e-3, 1e-4

@@ -17,15 +17,15 @@ import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
 from tqdm import trange
 
-from evaluation.digit_features import extract, load_digit_features
+from evaluation.extractors.digit_features import extract, load_digit_features
 from evaluation.metrics.frechet import frechet_distance
-from evaluation.moments import Moments
+from evaluation.metrics.moments import Moments
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.unet2d import UNet2DDenoiser, wrap
 from fdistill.assets import EMBEDDED_TEACHERS
+from fdistill.base.images import to_uint8, to_unit
 from fdistill.data.digits import load_digits
 from fdistill.ema import EMA
-from fdistill.images import to_uint8, to_unit
 from fdistill.noise import add_noise, lognormal_levels
 from fdistill.sampler import evaluations, heun_sample
 

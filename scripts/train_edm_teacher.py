@@ -21,11 +21,11 @@ from torch import Tensor
 from tqdm import trange
 
 from fdistill.adapters.edm import EDMDenoiser
+from fdistill.base.devices import autocast, start
+from fdistill.base.files import atomic_folder
+from fdistill.base.images import to_unit
 from fdistill.data.npz import open_npz
-from fdistill.devices import autocast, start
 from fdistill.ema import EMA
-from fdistill.files import atomic_folder
-from fdistill.images import to_unit
 from fdistill.losses import denoising_loss, denoising_weight
 from fdistill.networks import EDMNetwork
 from fdistill.noise import add_noise, lognormal_levels

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import tiny_unet
 from torch import nn
 
+from conftest import tiny_unet
 from fdistill.adapters.parametrisation import DirectPrediction
 from fdistill.adapters.unet2d import UNet2DDenoiser
+from fdistill.base.errors import ArgumentError
 from fdistill.discriminator import ChannelMean, Discriminator
-from fdistill.errors import ArgumentError
 from fdistill.losses import gan_discriminator_loss
 from fdistill.noise import FlowSchedule
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import MixtureSameFamily, Normal
 
+from fdistill.base.errors import ArgumentError
 from fdistill.divergence import ALIASES, DIVERGENCES, Divergence, alpha_divergence, divergence_from, get_divergence
-from fdistill.errors import ArgumentError
 
 ALPHAS = [-1.5, -1e-7, 0.0, 1e-7, 0.3, 0.5, 1 - 1e-7, 1.0, 1 + 1e-7, 2.0, 3.0]
 ALL = [*DIVERGENCES, *(f"alpha({a})" for a in ALPHAS)]

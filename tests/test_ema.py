@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from fdistill.base.errors import ArgumentError
 from fdistill.ema import EMA
-from fdistill.errors import ArgumentError
 
 
 def test_several_decays_against_the_closed_form() -> None:

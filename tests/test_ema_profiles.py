@@ -16,17 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GaussianDenoiser
-from families import edm_ncsnpp
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
+from conftest import GaussianDenoiser
 from fdistill import distill, load_student
-from fdistill.checkpoint import checkpoints
-from fdistill.cli import app
-from fdistill.config import dump_config, load_config, validate
+from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, OutputError
+from fdistill.commands.cli import app
+from fdistill.commands.ema import reconstruct_student
+from fdistill.config.schema import dump_config, load_config, validate
 from fdistill.denoiser import Denoiser
 from fdistill.ema import EMA
 from fdistill.ema_profiles import (
@@ -38,11 +38,11 @@ from fdistill.ema_profiles import (
     posthoc_weights,
     sigma_rel_from_gamma,
 )
-from fdistill.errors import ArgumentError, CheckpointError, ConfigError, OutputError
 from fdistill.kernels.ema import ema as ema_kernel
-from fdistill.pipeline import STUDENT_FILE
-from fdistill.posthoc_ema import reconstruct_student
-from fdistill.snapshots import find_snapshots
+from fdistill.students.folder import STUDENT_FILE
+from fdistill.training.checkpoint import checkpoints
+from fdistill.training.snapshots import find_snapshots
+from support.families import edm_ncsnpp
 
 Array = NDArray[np.float64]
 

@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_unet
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
-from families import dit
 
+from conftest import tiny_unet
 from fdistill import GuidedDenoiser, distill, load_teacher
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.unet2d import wrap
+from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError
 from fdistill.denoiser import Denoiser
-from fdistill.errors import ArgumentError, CheckpointError, ConfigError
 from fdistill.losses import implicit_means, matching_loss, score_difference_loss
+from support.families import dit
 
 
 @pytest.fixture

@@ -12,11 +12,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 LAYERS = [
-    {"errors", "files", "config", "sections", "ema_profiles", "methods", "assets"},
-    {"noise", "divergence", "rng", "distributed", "images", "image_source", "unpickle"},
+    {"base.errors", "base.files", "config.schema", "config.sections", "ema_profiles", "methods", "assets"},
+    {"noise", "divergence", "base.rng", "base.distributed", "base.images", "generation.maker", "formats.unpickle"},
     {"kernels"},
     {
-        "activation_checkpointing",
+        "training.activation_checkpointing",
         "condition",
         "denoiser",
         "guidance",
@@ -30,53 +30,53 @@ LAYERS = [
     },
     {
         "adapters",
-        "latents",
-        "one_step",
-        "lora",
-        "lora_file",
-        "model_card",
-        "clip_loss",
-        "comfy",
-        "component_files",
-        "export",
-        "single_file",
-        "teacher",
-        "teacher_lora",
-        "text",
-        "text_pipeline",
-        "tiue",
-        "tiue_pipeline",
+        "teachers.autoencoder",
+        "students.one_step_pipeline",
+        "students.lora",
+        "formats.lora_file",
+        "students.model_card",
+        "training.clip_loss",
+        "formats.comfy",
+        "formats.pipeline_folder",
+        "students.export",
+        "formats.single_file",
+        "teachers.teacher",
+        "formats.merged_lora",
+        "teachers.text_encoders",
+        "students.text_to_image",
+        "students.tiue",
+        "students.tiue_pipeline",
         "step",
         "data",
-        "checkpoint",
-        "pipeline",
-        "network_source",
-        "pipeline_source",
-        "diffusers_pipeline",
-        "snapshots",
-        "convert",
-        "convert_dit",
-        "devices",
+        "training.checkpoint",
+        "students.folder",
+        "generation.network_maker",
+        "generation.pipeline_maker",
+        "generation.diffusers_pipeline",
+        "training.snapshots",
+        "teachers.convert",
+        "teachers.convert_dit",
+        "base.devices",
     },
     {
-        "build",
-        "updates",
-        "dry_run",
-        "run_text",
-        "sample_grids",
-        "training_data",
-        "journal",
-        "report",
-        "generation",
-        "inspection",
-        "caching",
-        "posthoc_ema",
-        "smoke",
-        "tiny_pipelines",
-        "train",
-        "cli",
-        "cli_evaluation",
-        "cli_options",
+        "training.build",
+        "training.updates",
+        "commands.dry_run",
+        "training.prompts",
+        "training.sample_grids",
+        "training.inputs",
+        "training.journal",
+        "training.curves",
+        "generation.generate",
+        "commands.inspect",
+        "training.cache",
+        "commands.ema",
+        "commands.smoke",
+        "commands.tiny_pipelines",
+        "training.loop",
+        "commands.cli",
+        "commands.evaluation",
+        "commands.options",
         "__init__",
         "__main__",
     },
@@ -114,9 +114,9 @@ NAMES = {module_name(path): path for path in FILES}
 
 
 def unit(module: str) -> str:
-    """fdistill.kernels.reference.matching -> kernels: the thing that has a layer."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else "__init__"
+    """fdistill.kernels.reference.matching -> kernels, fdistill.base.files -> base.files: the thing that has a layer."""
+    parts = module.split(".")[1:]
+    return next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in LEVEL), "__init__")
 
 
 @pytest.mark.parametrize("path", FILES, ids=module_name)
@@ -148,10 +148,12 @@ def test_there_is_no_import_cycle() -> None:
 
 def test_only_the_command_line_and_the_loop_call_evaluation() -> None:
     callers = {module_name(p) for p in FILES if any(name.split(".")[0] == "evaluation" for name in imports(p))}
-    assert callers <= {"fdistill.cli_evaluation", "fdistill.train"}
+    assert callers <= {"fdistill.commands.evaluation", "fdistill.training.loop"}
 
 
-@pytest.mark.parametrize("name", [f"fdistill.{unit}" for unit in ("config", "methods", "errors", "files", "cli")])
+@pytest.mark.parametrize(
+    "name", [f"fdistill.{unit}" for unit in ("config.schema", "methods", "base.errors", "base.files", "commands.cli")]
+)
 def test_config_errors_and_command_line_import_without_torch(name: str) -> None:
     code = f"import sys, {name}\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 from fdistill.losses import (
     denoising_loss,
     denoising_weight,

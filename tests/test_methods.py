@@ -10,24 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GaussianDenoiser
 from safetensors.torch import load_file
 from test_step import ExactLogRatio, LinearGenerator
 from torch import Tensor
 
+from conftest import GaussianDenoiser
 from fdistill import distill, load_student
-from fdistill.build import build
-from fdistill.config import DistillConfig, dump_config, load_config
+from fdistill.base.errors import ArgumentError, ConfigError, DataError
+from fdistill.commands.dry_run import describe
+from fdistill.config.schema import DistillConfig, dump_config, load_config
+from fdistill.config.sections import GeneratorConfig
 from fdistill.denoiser import Denoiser
-from fdistill.dry_run import describe
-from fdistill.errors import ArgumentError, ConfigError, DataError
 from fdistill.generator import FewStepGenerator
-from fdistill.journal import read_records
 from fdistill.methods import METHODS
 from fdistill.noise import EDMSchedule, karras_levels
 from fdistill.ratio import DensityRatio
-from fdistill.sections import GeneratorConfig
 from fdistill.step import Networks, Pairs, diffratio_step, generator_step, uni_instruct_step
+from fdistill.training.build import build
+from fdistill.training.journal import read_records
 
 QUICK = {"batch_size": 8, "iterations": 2, "log.every": 1, "log.samples_every": 0, "log.tracker": "none"}
 SMALL = {"regression.pairs": 16, "teacher_samples.count": 16, "teacher_samples.num_steps": 3}
@@ -290,7 +290,7 @@ def test_a_divergence_of_ones_own_by_module_and_function(tiny_teacher: Path, tmp
 @pytest.mark.parametrize("method", ["f-distill", "dmd2", "sida", "uni-instruct", "diffratio"])
 def test_data_free(tiny_teacher: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With teacher samples for data, the data set is not even loaded; the samples are made once."""
-    monkeypatch.setattr("fdistill.training_data.open_source", lambda name: pytest.fail(f"loaded {name}"))
+    monkeypatch.setattr("fdistill.training.inputs.open_source", lambda name: pytest.fail(f"loaded {name}"))
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "cache"))
     run(tiny_teacher, tmp_path / "run", method=method, data="teacher-samples")
     monkeypatch.setattr("fdistill.data.teacher_samples.heun_sample", lambda *a, **k: pytest.fail("made again"))
@@ -366,7 +366,7 @@ def test_what_a_method_lacks_is_said(
 
 
 def test_dry_run_names_the_method_and_makes_no_samples(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fdistill.training_data.teacher_samples", lambda *a, **k: pytest.fail("made samples"))
+    monkeypatch.setattr("fdistill.training.inputs.teacher_samples", lambda *a, **k: pytest.fail("made samples"))
     text = describe(load_config("digits", {"teacher": str(tiny_teacher), "method": "dmd"}))
     assert "method         dmd: reverse KL with regression on the teacher's own ODE pairs" in text
     assert "discriminator  none" in text
@@ -399,7 +399,7 @@ def test_a_lora_critic_shares_its_base_and_trains_its_adapters_alone(tiny_teache
 
 
 def test_without_peft_lora_says_what_to_install(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fdistill.lora.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fdistill.students.lora.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'fdistill\[lora\]'"):
         built(tiny_teacher, method="vsd")
 

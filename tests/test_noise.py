@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from fdistill.errors import ArgumentError, CheckpointError
+from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.noise import (
     EDMSchedule,
     FlowSchedule,

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fdistill import DensityRatio
+from fdistill.base.errors import ArgumentError
 from fdistill.divergence import DIVERGENCES
-from fdistill.errors import ArgumentError
 
 
 def closed_form(

@@ -10,8 +10,8 @@ from fnmatch import fnmatchcase
 from pathlib import PurePath
 from typing import Any
 
-from evaluation.score import Score
-from fdistill.errors import ArgumentError, did_you_mean
+from evaluation.metrics.score import Score
+from fdistill.base.errors import ArgumentError, did_you_mean
 
 #: Metrics that say nothing of a reference.
 _WITHOUT_REFERENCE = ("inception_score", "*accuracy", "*diversity*", "clip*", "ink_*")

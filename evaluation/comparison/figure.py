@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.comparison.entries import Comparison, Entry
 from evaluation.comparison.labels import place_labels
-from evaluation.score import higher_is_better
+from evaluation.metrics.score import higher_is_better
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

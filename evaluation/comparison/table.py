@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluation.comparison.entries import Comparison, Entry, identity
-from evaluation.score import Score, higher_is_better
+from evaluation.metrics.score import Score, higher_is_better
 
 _MAX_DECIMALS = 6
 

@@ -13,7 +13,7 @@ from evaluation.extractors.extractor import Extractor, full_precision
 from evaluation.extractors.inception import open_inception, open_inception_clean
 from evaluation.extractors.lpips import LPIPS, open_lpips
 from evaluation.weights import Weights
-from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.base.errors import ArgumentError, did_you_mean
 
 __all__ = [
     "EXTRACTORS",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from evaluation.extractors.extractor import Extractor, full_precision, prepare_each, runner
 from evaluation.weights import PUBLISHED, Weights, brief, file_sha256, find_weights, is_published, read_state_dict
 from fdistill.assets import CLIP_DIGITS
-from fdistill.errors import ArgumentError, CheckpointError, did_you_mean
-from fdistill.files import read_json_object
+from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.base.files import read_json_object
 
 #: open_clip's (architecture, tag) of the networks in `PUBLISHED`; OpenAI's were trained with QuickGELU.
 ARCHITECTURES = {

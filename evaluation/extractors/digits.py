@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from evaluation.digit_features import FEATURE_DIM, load_digit_features, weights_sha256
+from evaluation.extractors.digit_features import FEATURE_DIM, load_digit_features, weights_sha256
 from evaluation.extractors.extractor import Extractor, runner
 from evaluation.weights import Weights
+from fdistill.base.images import to_unit
 from fdistill.data.digit_captions import as_digits, digit_ink
-from fdistill.images import to_unit
 
 _OUTPUTS = {"features": FEATURE_DIM, "logits": 10}
 

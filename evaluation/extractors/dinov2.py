@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from evaluation.extractors.extractor import Extractor, runner
 from evaluation.weights import PUBLISHED, Weights, brief, file_sha256, find_weights, is_published, read_state_dict
-from fdistill.errors import CheckpointError
+from fdistill.base.errors import CheckpointError
 
 _SIZE, _PATCH, _HEAD = 224, 14, 64
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 
 _THREADS = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="resize")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from evaluation.extractors.extractor import Extractor, prepare_each, runner
 from evaluation.weights import PUBLISHED, Weights, brief, file_sha256, find_weights, is_published, read_state_dict
-from fdistill.errors import CheckpointError
+from fdistill.base.errors import CheckpointError
 
 _OUTPUTS = {"pool": 2048, "logits": 1008}
 _SIZE = 299

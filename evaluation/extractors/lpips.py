@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from evaluation.extractors.extractor import check_images, full_precision
 from evaluation.weights import PUBLISHED, Weights, brief, file_sha256, find_weights, is_published, read_state_dict
-from fdistill.errors import ArgumentError, CheckpointError
+from fdistill.base.errors import ArgumentError, CheckpointError
 
 _BLOCKS: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from evaluation.metrics.rows import check_pair
+from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import mean_score
-from evaluation.rows import check_pair
-from evaluation.score import Score
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 
 
 def clip_scores(image_features: Tensor, text_features: Tensor) -> dict[str, Score]:

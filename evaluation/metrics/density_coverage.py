@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from evaluation.metrics.distances import distance_blocks, neighbour_radii
+from evaluation.metrics.rows import check_pair
+from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import binomial_score, mean_score
-from evaluation.rows import check_pair
-from evaluation.score import Score
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 
 
 def density_coverage(rows: Tensor, reference_rows: Tensor, neighbours: int = 5) -> tuple[Score, Score]:

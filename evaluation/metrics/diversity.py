@@ -9,9 +9,9 @@ from collections.abc import Hashable, Sequence
 import torch
 from torch import Tensor
 
+from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import mean_score
-from evaluation.score import Score
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 
 
 def pairs_within_groups(groups: Sequence[Hashable], *, pairs_per_group: int, seed: int) -> list[tuple[int, int]]:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from evaluation.metrics.frechet import distance_to
-from evaluation.moments import Moments
-from evaluation.rows import check_rows
-from evaluation.score import Score
-from fdistill.errors import ArgumentError
+from evaluation.metrics.moments import Moments
+from evaluation.metrics.rows import check_rows
+from evaluation.metrics.score import Score
+from fdistill.base.errors import ArgumentError
 
 
 def frechet_infinity(rows: Tensor, reference: Moments, *, points: int = 15, seed: int = 0) -> Score:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evaluation.moments import Moments
-from evaluation.score import Score
-from fdistill.errors import ArgumentError
+from evaluation.metrics.moments import Moments
+from evaluation.metrics.score import Score
+from fdistill.base.errors import ArgumentError
 
 
 def frechet_distance(samples: Moments, reference: Moments) -> float:

@@ -6,9 +6,9 @@ import math
 
 from torch import Tensor
 
-from evaluation.rows import check_rows
-from evaluation.score import Score
-from fdistill.errors import ArgumentError
+from evaluation.metrics.rows import check_rows
+from evaluation.metrics.score import Score
+from fdistill.base.errors import ArgumentError
 
 
 def inception_score(logits: Tensor, *, splits: int = 10, shuffled: bool = True, seed: int = 2020) -> Score:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from evaluation.rows import check_pair
-from evaluation.score import Score
-from fdistill.errors import ArgumentError
+from evaluation.metrics.rows import check_pair
+from evaluation.metrics.score import Score
+from fdistill.base.errors import ArgumentError
 
 
 def kernel_distance(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from evaluation.metrics.distances import distance_blocks
+from evaluation.metrics.rows import check_pair, check_rows
+from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import binomial_score
-from evaluation.rows import check_pair, check_rows
-from evaluation.score import Score
 
 _NAMES = ("rows", "training rows")
 _CHUNK = 4096  # rows in float64 at a time

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from evaluation.metrics.rows import check_pair
+from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import binomial_score
-from evaluation.rows import check_pair
-from evaluation.score import Score
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 
 _BLOCK = 1 << 26  # float32 distances at a time: 256 MB, of which torch-fidelity holds up to four copies
 

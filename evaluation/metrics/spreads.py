@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from evaluation.score import Score
+from evaluation.metrics.score import Score
 
 
 def mean_score(values: Tensor, scale: float = 1.0, over: str = "images") -> Score:

@@ -13,7 +13,7 @@ from evaluation.protocols.imagenet64_fid50k import IMAGENET64_FID50K
 from evaluation.protocols.imagenet256_adm import IMAGENET256_ADM
 from evaluation.protocols.imagenet512_edm2 import IMAGENET512_EDM2
 from evaluation.protocols.protocol import Protocol
-from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.base.errors import ArgumentError, did_you_mean
 
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from evaluation.metric import Measured, Metric, cosine, density_and_coverage, feature_diversity, frechet
 from evaluation.metrics.accuracy import accuracy
+from evaluation.metrics.score import Score
 from evaluation.protocols.protocol import Protocol
-from evaluation.score import Score
+from fdistill.base.errors import ArgumentError
 from fdistill.data.digit_captions import DigitPrompt, evaluation_prompts
-from fdistill.errors import ArgumentError
 
 _FEATURES = "digits-captioned.features"
 

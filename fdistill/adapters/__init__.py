@@ -18,9 +18,9 @@ from fdistill.adapters import dit, edm, edm2, flux, pixart, sana, sd3, unet2d, u
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.assets import EMBEDDED_TEACHERS
+from fdistill.base.errors import CheckpointError, did_you_mean
+from fdistill.base.files import read_json_object, weights_sha256
 from fdistill.denoiser import Denoiser
-from fdistill.errors import CheckpointError, did_you_mean
-from fdistill.files import read_json_object, weights_sha256
 
 #: Network class in a checkpoint's config.json -> the adapter that reads it.
 FAMILIES: dict[str, ModuleType] = {

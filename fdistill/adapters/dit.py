@@ -21,9 +21,9 @@ from fdistill.adapters.parametrisation import (
     one_step_scheduler,
     parametrisation_from_scheduler,
 )
+from fdistill.base.errors import CheckpointError
 from fdistill.condition import Condition, as_labels
 from fdistill.denoiser import Denoiser, Features, Preconditioning
-from fdistill.errors import CheckpointError
 
 
 def _drop_variances(network: DiTTransformer2DModel) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser, TokenDenoiser
+from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import TextCondition
-from fdistill.errors import ArgumentError, CheckpointError
 
 NETWORK = FluxTransformer2DModel
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (FluxPipeline,)

@@ -18,9 +18,9 @@ from diffusers import (
 from torch import Tensor
 
 from fdistill.adapters.pretrained import quiet_diffusers
+from fdistill.base.errors import CheckpointError, did_you_mean
+from fdistill.base.files import read_json_object
 from fdistill.denoiser import Preconditioning
-from fdistill.errors import CheckpointError, did_you_mean
-from fdistill.files import read_json_object
 from fdistill.noise import (
     EDMSchedule,
     FlowSchedule,

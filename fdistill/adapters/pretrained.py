@@ -11,7 +11,7 @@ from typing import TypeVar
 from diffusers import ModelMixin
 from safetensors import SafetensorError
 
-from fdistill.errors import CheckpointError
+from fdistill.base.errors import CheckpointError
 
 Network = TypeVar("Network", bound=ModelMixin)
 

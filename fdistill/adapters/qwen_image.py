@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
+from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
-from fdistill.errors import CheckpointError
 
 NETWORK = QwenImageTransformer2DModel
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (QwenImagePipeline,)

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import torch
 
 from fdistill.adapters import set_null_class
+from fdistill.base.errors import CheckpointError, ConfigError, did_you_mean
 from fdistill.denoiser import Denoiser
-from fdistill.errors import CheckpointError, ConfigError, did_you_mean
 
 
 class Resized(NamedTuple):

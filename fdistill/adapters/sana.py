@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
+from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
-from fdistill.errors import CheckpointError
 
 NETWORK = SanaTransformer2DModel
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (SanaPipeline,)

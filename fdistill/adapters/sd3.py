@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
+from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
-from fdistill.errors import CheckpointError
 
 NETWORK = SD3Transformer2DModel
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (StableDiffusion3Pipeline,)

@@ -29,9 +29,9 @@ from fdistill.adapters.parametrisation import (
     one_step_scheduler,
     parametrisation_from_scheduler,
 )
+from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import Condition, as_labels
 from fdistill.denoiser import Denoiser, Features, Preconditioning
-from fdistill.errors import ArgumentError, CheckpointError
 from fdistill.noise import expand
 
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
+from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
-from fdistill.errors import CheckpointError
 
 NETWORK = UNet2DConditionModel
 PIPELINES: tuple[type[DiffusionPipeline], ...] = (StableDiffusionPipeline, StableDiffusionXLPipeline)

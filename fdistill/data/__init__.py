@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fdistill.base.errors import ConfigError, DataError, did_you_mean
 from fdistill.data.cifar10 import is_cifar10, open_cifar10
 from fdistill.data.digit_captions import load_captioned_digits
 from fdistill.data.digits import load_digits
@@ -20,7 +21,6 @@ from fdistill.data.order import EpochOrder
 from fdistill.data.recipes import RECIPES
 from fdistill.data.source import ArraySource, Source
 from fdistill.data.webdataset import open_webdataset
-from fdistill.errors import ConfigError, DataError, did_you_mean
 
 __all__ = [
     "CAPTIONED",

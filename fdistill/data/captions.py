@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdistill.errors import DataError
+from fdistill.base.errors import DataError
 
 #: What a caption is called in JSON; of several, the first.
 CAPTION_KEYS = ("caption", "text", "prompt")

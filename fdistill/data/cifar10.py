@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fdistill.base.errors import DataError
 from fdistill.data.source import ArraySource, class_labels
-from fdistill.errors import DataError
 
 _FOLDERS = {"cifar-10-batches-py": "", "cifar-10-batches-bin": ".bin"}
 _ARCHIVES = {"cifar-10-python.tar.gz": "cifar-10-batches-py", "cifar-10-binary.tar.gz": "cifar-10-batches-bin"}

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fdistill.base.images import to_uint8, to_unit
 from fdistill.data.digits import load_digits
-from fdistill.images import to_uint8, to_unit
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WEIGHT_WORDS = ("thin", "bold")

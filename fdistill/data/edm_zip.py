@@ -13,9 +13,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from fdistill.base.errors import DataError
 from fdistill.data.folder import FolderSource, image_files
 from fdistill.data.source import Encoded, PerProcess, class_labels, is_image
-from fdistill.errors import DataError
 
 LABEL_FILE = "dataset.json"
 

@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fdistill.base.errors import ArgumentError, DataError
+from fdistill.base.files import atomic_folder, read_json_object
 from fdistill.condition import TextCondition
 from fdistill.data.captions import json_lines
 from fdistill.data.source import PerProcess
-from fdistill.errors import ArgumentError, DataError
-from fdistill.files import atomic_folder, read_json_object
 
 META_FILE = "embeddings.json"
 META_KEYS = ("encoder", "null_prompt")

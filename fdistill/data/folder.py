@@ -13,9 +13,9 @@ from pathlib import Path, PurePosixPath
 
 from torch import Tensor
 
+from fdistill.base.errors import DataError
 from fdistill.data.captions import all_or_none, caption_text, decoded, json_lines, named_caption
 from fdistill.data.source import IMAGE_SUFFIXES, Encoded, class_labels, is_image
-from fdistill.errors import DataError
 
 _EXPECTED = f"expected images ({' '.join(sorted(IMAGE_SUFFIXES))}) in it, or one sub-folder of images per class"
 _LISTS = ("metadata.jsonl", "captions.jsonl")

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from fdistill.base.errors import DataError
+from fdistill.base.files import cache_folder, read_json_object
 from fdistill.data.captions import CAPTION_KEYS, all_or_none, caption_text
 from fdistill.data.source import Encoded, class_labels
-from fdistill.errors import DataError
-from fdistill.files import cache_folder, read_json_object
 
 _IMAGE_NAMES, _LABEL_NAMES = ("image", "img", "jpg", "png"), ("label", "labels", "cls")
 _CAPTION_NAMES = (*CAPTION_KEYS, "txt")  # txt: as `datasets` calls it in WebDataset shards

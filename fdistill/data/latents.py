@@ -22,11 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fdistill.base.errors import DataError
+from fdistill.base.files import atomic_folder, read_json_object
+from fdistill.base.rng import derived_seed, indexed_normal
 from fdistill.data.embeddings import Captions, EmbeddingSource
 from fdistill.data.source import PerProcess, class_labels
-from fdistill.errors import DataError
-from fdistill.files import atomic_folder, read_json_object
-from fdistill.rng import derived_seed, indexed_normal
 
 META_FILE = "latents.json"
 META_KEYS = ("vae", "latent_scale", "latent_bias", "sampling", "recipe", "resolution", "source", "flip")

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from fdistill.base.errors import DataError, did_you_mean
+from fdistill.base.rng import derived_seed
 from fdistill.condition import TextCondition
 from fdistill.data.order import EpochOrder
 from fdistill.data.recipes import RECIPES, open_image, pixels, to_channels
 from fdistill.data.source import ArraySource, Source
-from fdistill.errors import DataError, did_you_mean
-from fdistill.rng import derived_seed
 
 _FLIP = 5  # stream of a run's random numbers
 _PREFETCH = 4  # batches that each worker keeps ready

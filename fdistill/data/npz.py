@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fdistill.base.errors import DataError
 from fdistill.data.source import ArraySource, class_labels
-from fdistill.errors import DataError
 
 _IMAGES, _LABELS = ("images", "arr_0"), ("labels", "y", "arr_1")
 _CHANNELS = (1, 3, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdistill.rng import derived_seed
+from fdistill.base.rng import derived_seed
 
 _SHUFFLE = 1  # stream of a run's random numbers
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fdistill.base.errors import DataError
 from fdistill.data.captions import CAPTION_KEYS, caption_text, json_lines, named_caption, text_lines
-from fdistill.errors import DataError
 
 
 def read_prompts(path: Path) -> list[str]:

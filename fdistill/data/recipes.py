@@ -13,8 +13,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.Image import Image as PILImage
 from PIL.Image import Resampling
 
+from fdistill.base.errors import DataError
 from fdistill.data.source import Encoded
-from fdistill.errors import DataError
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 

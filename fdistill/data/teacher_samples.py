@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from fdistill.base.files import atomic_file, cache_folder
+from fdistill.base.rng import indexed_normal
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
-from fdistill.files import atomic_file, cache_folder
-from fdistill.rng import indexed_normal
 from fdistill.sampler import heun_sample
 
 _SEED, _BATCH = 0, 256

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
+from fdistill.base.errors import DataError
 from fdistill.data.captions import all_or_none, caption_text, decoded, named_caption
 from fdistill.data.source import IMAGE_SUFFIXES, Encoded, PerProcess, class_labels
-from fdistill.errors import DataError
 
 _NO_CAPTION, _IN_TEXT, _IN_JSON = range(3)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.base.errors import ArgumentError, did_you_mean
 
 Backend = Literal["auto", "triton", "reference"]
 BACKENDS = ("auto", "triton", "reference")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 
 
 def check_samples(name: str, value: Tensor, like: Tensor | None = None) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 from fdistill.kernels import implementation
 from fdistill.kernels.checks import check_rows, check_samples, wide
 from fdistill.kernels.layout import empty_samples_like, network_input_like

@@ -8,7 +8,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from fdistill.errors import ArgumentError, did_you_mean
+from fdistill.base.errors import ArgumentError, did_you_mean
 from fdistill.networks.dhariwal_unet import DhariwalUNet
 from fdistill.networks.skeleton import UNet
 from fdistill.networks.song_unet import SongUNet

@@ -11,7 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 from fdistill.networks.edm2_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, unit_rms
 from fdistill.networks.skeleton import Levels, Resampling, UNet, build_decoder, build_encoder
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fdistill.errors import ArgumentError
+from fdistill.base.errors import ArgumentError
 from fdistill.networks.skeleton import Resampling
 
 

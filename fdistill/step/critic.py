@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fdistill import rng
+from fdistill.base import rng
 from fdistill.condition import Condition
 from fdistill.losses import denoising_loss, denoising_weight, gan_discriminator_loss, r1_penalty
 from fdistill.noise import karras_levels

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdistill import rng
+from fdistill.base import rng
 from fdistill.condition import Condition
 from fdistill.losses import score_difference_loss, score_difference_weight
 from fdistill.noise import karras_levels

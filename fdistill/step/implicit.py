@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdistill import rng
+from fdistill.base import rng
+from fdistill.base.distributed import global_mean
 from fdistill.condition import Condition
-from fdistill.distributed import global_mean
 from fdistill.divergence import Divergence, Function, widened
 from fdistill.losses import (
     ImplicitMeans,

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdistill import rng
+from fdistill.base import rng
+from fdistill.base.distributed import sum_over_processes
 from fdistill.condition import Condition
-from fdistill.distributed import sum_over_processes
 from fdistill.divergence import Divergence, Function
 from fdistill.losses import (
     gan_generator_loss,

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fdistill import rng
+from fdistill.base import rng
+from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser, Preconditioning
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, Function, get_divergence
-from fdistill.errors import ArgumentError
 from fdistill.generator import FewStepGenerator
 from fdistill.kernels import renoise as kernels
 from fdistill.noise import NoiseSchedule
 from fdistill.ratio import DensityRatio
-from fdistill.tiue import TiUEGenerator
+from fdistill.students.tiue import TiUEGenerator
 
 LevelDraw = Callable[[NoiseSchedule, Tensor], Tensor]
 

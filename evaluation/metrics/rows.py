@@ -1,0 +1,52 @@
+"""Features as rows, one of each image: what every metric asks of them before it counts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fdistill.base.errors import ArgumentError
+
+_CHUNK = 8192  # rows looked at together, so that no copy of all of them is made
+
+
+def check_rows(rows: Tensor, name: str = "rows", *, more_than: int = 0, why: str = "") -> None:
+    """Raises ArgumentError unless rows are floating-point [N, D], finite, and N > more_than; `why` so many."""
+    if rows.ndim != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
+        raise ArgumentError(
+            f"{name}: expected a floating-point tensor [N, D] with a row of features for each image, "
+            f"got {rows.dtype} {list(rows.shape)}"
+        )
+    if len(rows) <= more_than:
+        reason = f", as {why}" if why else ""
+        raise ArgumentError(f"{name}: expected more than {more_than} rows{reason}; got {len(rows)}: give more images")
+    for first in range(0, len(rows), _CHUNK):
+        check_finite(rows[first : first + _CHUNK], name, first)
+
+
+def check_finite(rows: Tensor, name: str, first: int = 0) -> None:
+    """Raises ArgumentError that names the first row with NaN or infinity; row 0 is called `first`."""
+    broken = (~rows.isfinite().all(dim=1)).nonzero()
+    if len(broken):
+        row = int(broken[0])
+        raise ArgumentError(
+            f"{name}: row {first + row} has NaN or infinite features ({len(broken)} such of {len(rows)} looked at); "
+            "expected finite numbers: look at that image and at the extractor's weights"
+        )
+
+
+def check_pair(
+    rows: Tensor,
+    others: Tensor,
+    names: tuple[str, str] = ("rows", "reference rows"),
+    *,
+    more_than: int = 0,
+    why: str = "",
+) -> None:
+    """`check_rows` of both, which must also have the same width."""
+    for values, name in zip((rows, others), names, strict=True):
+        check_rows(values, name, more_than=more_than, why=why)
+    if rows.shape[1] != others.shape[1]:
+        raise ArgumentError(
+            f"{names[0]}, {names[1]}: expected the same number of features, got {rows.shape[1]} and "
+            f"{others.shape[1]}; extract both with the same network"
+        )

@@ -1,0 +1,51 @@
+"""Where a command runs: processes and device by accelerate, autocast by torch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+
+from fdistill.base.errors import ConfigError
+from fdistill.condition import Condition, TextCondition
+
+
+def start(device: str) -> tuple[PartialState, torch.device]:
+    """The process's place among the launched ones (`accelerate launch`, torchrun, or one alone) and its device.
+
+    Args:
+        device: "auto" (CUDA, else MPS, else CPU), "cpu", "cuda" or "mps".
+
+    Raises:
+        ConfigError: a device this machine does not have.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, there in available.items() if there) if device == "auto" else device
+    if not available.get(kind, False):
+        have = ", ".join(name for name, there in available.items() if there)
+        raise ConfigError(
+            f"device: {device!r} is not available to torch {torch.__version__} here; expected auto, {have}"
+        )
+    # While one process computes scores or encodes prompts the others wait; torch's own limit is 10 minutes on GPUs.
+    state = PartialState(cpu=kind == "cpu", timeout=timedelta(hours=12))
+    return state, torch.device(kind, state.local_process_index) if kind == "cuda" else torch.device(kind)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device, without waiting for the copy where the device is a CUDA one."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def upload_condition(condition: Condition, device: torch.device) -> Condition:
+    """`upload` of labels, or of every tensor of prompts."""
+    if isinstance(condition, TextCondition):
+        return TextCondition({name: upload(value, device) for name, value in condition.tensors.items()})
+    return upload(condition, device)
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """With precision "bf16" networks compute in bfloat16 inside the block; weights and losses stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -1,0 +1,125 @@
+"""Files and folders that appear whole or not at all: written beside their final name, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fdistill.base.errors import OutputError
+
+
+def cache_folder() -> Path:
+    """$FDISTILL_CACHE, or fdistill/ in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FDISTILL_CACHE") or Path(home) / "fdistill")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError inside the block (full disk, missing rights) into an OutputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another output path"
+        ) from error
+
+
+def partial_path(path: Path) -> Path:
+    """Where `atomic_file` and `atomic_folder` write before they rename."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def check_file(path: Path) -> None:
+    """Raises OutputError unless `path` can name a file to write."""
+    with writing(path):
+        if not path.name or path.is_dir():
+            raise OutputError(f"output {path}: is a folder; expected the name of a file")
+        parent = next(folder for folder in path.absolute().parents if folder.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            what = "no folder" if not parent.is_dir() else "a folder that cannot be written"
+            raise OutputError(f"cannot write {path}: {parent} is {what}; choose another place")
+
+
+def claim_folder(path: Path) -> Path:
+    """The absolute path of a folder that does not exist; an empty one is removed.
+
+    Raises:
+        OutputError: something is there already, or an empty folder that cannot be replaced.
+    """
+    with writing(path):
+        path = path.resolve()
+        if path == Path.cwd().resolve():
+            raise OutputError(f"output {path}: is the current folder; expected a folder that does not exist yet")
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise OutputError(f"output {path}: exists and is not an empty folder; choose another")
+        if path.is_dir():
+            path.rmdir()
+    return path
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path to write to; renamed to `path` when the block ends, removed when it fails."""
+    check_file(path)
+    temporary = partial_path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder to fill; takes the place of `path` when the block ends, removed when it fails.
+
+    An old folder at `path` is set aside until the new one has its name: if this fails or is killed in between, the old
+    one comes back, at the latest with the next call.
+    """
+    temporary, old = partial_path(path), path.with_name(f".{path.name}.old")
+    with writing(path):
+        if old.exists() and not path.exists():
+            old.replace(path)
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            yield temporary
+            if path.exists():
+                path.replace(old)
+            try:
+                temporary.replace(path)
+            except OSError:
+                if old.exists():
+                    old.replace(path)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that must hold an object; ValueError if it does not, OSError if it cannot be read."""
+    value = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of all safetensors files below a folder, in the order of their paths."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()

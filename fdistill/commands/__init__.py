@@ -1,0 +1,1 @@
+"""The `fdistill` command line."""

@@ -1,0 +1,315 @@
+"""The `fdistill` command."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fdistill import __version__
+from fdistill.base.errors import ConfigError, FDistillError
+from fdistill.commands.evaluation import compare, evaluate, reference
+from fdistill.commands.options import (
+    Device,
+    Guidance,
+    NegativePrompt,
+    Network,
+    Resolution,
+    Sampler,
+    Steps,
+    is_main_process,
+    whole_numbers,
+)
+
+app = typer.Typer(
+    name="fdistill",
+    help="Pretrained diffusion checkpoints into one-step generators.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fdistill {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def distill(
+    output: Annotated[Path, typer.Option(help="The run folder; must not exist or be empty.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [KEY=VALUE]...",
+            help="A config's name or YAML file (default: digits), then settings over it.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved config and what would be done; write nothing.")
+    ] = False,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Try a recipe out: a few iterations, tiny network, random images.")
+    ] = False,
+) -> None:
+    """Distil a teacher into a student of one step or a few.
+
+    \b
+    Example: fdistill distill digits divergence=forward-kl generator.lr=1e-4 --output runs/forward-kl
+    """
+    names = [argument for argument in arguments or [] if "=" not in argument]
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    if len(names) > 1:
+        raise ConfigError(f"expected one CONFIG and key=value settings, got {' '.join(names)}")
+
+    name = names[0] if names else "digits"
+    if smoke:
+        from fdistill.commands.smoke import smoke_config
+
+        config = smoke_config(name, overrides)
+    else:
+        from fdistill.config.schema import load_config
+
+        config = load_config(name, overrides)
+
+    from fdistill.training import loop
+
+    if dry_run:
+        loop.check_output(output, config, resume)
+        from fdistill.commands.dry_run import describe
+
+        typer.echo(describe(config))
+        return
+    student = loop.distill(config, output=output, resume=resume)
+    typer.echo(f"student: {student}")
+
+
+@app.command()
+def generate(
+    student: Annotated[
+        str, typer.Argument(help="A student or run folder; or a teacher: an embedded name, a folder or a hub id.")
+    ],
+    num_images: Annotated[int, typer.Option(help="How many.")],
+    output: Annotated[
+        Path, typer.Option(help="A folder for 000000.png ... and manifest.json; must not exist or be empty.")
+    ],
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images per evaluation.")] = 256,
+    class_labels: Annotated[str | None, typer.Option(help="Classes to draw in turn, as 0,1,2; all by default.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="What a text-to-image model draws; several in turn.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
+    steps: Steps = None,
+    guidance_scale: Guidance = None,
+    negative_prompt: NegativePrompt = "",
+    resolution: Resolution = None,
+    network: Network = None,
+    sampler: Sampler = "heun",
+    device: Device = "auto",
+) -> None:
+    """Generate images: one evaluation each from a student, or the few it was trained for; many from a teacher.
+
+    \b
+    Example: fdistill generate runs/digits --num-images 100 --seed 0 --class-labels 3,7 --output images
+    Example: fdistill generate runs/t2i --num-images 8 --prompt "a bold seven" --output images
+    Example: fdistill generate stabilityai/sd-turbo --sampler pipeline --steps 1 --num-images 9 --prompt a --output out
+    """
+    labels = None if class_labels is None else whole_numbers("class-labels", class_labels)
+
+    from fdistill.data.prompts import read_prompts
+    from fdistill.generation.generate import generate as run
+
+    told = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
+    folder = run(
+        student,
+        num_images=num_images,
+        output=output,
+        seed=seed,
+        batch_size=batch_size,
+        class_labels=labels,
+        prompts=told or None,
+        num_steps=steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        resolution=resolution,
+        network=network,
+        sampler=sampler,
+        device=device,
+    )
+    typer.echo(f"images: {folder}")
+
+
+app.command()(evaluate)
+app.command()(compare)
+app.command()(reference)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="A published .pkl, .pt, .pth or .safetensors file.")],
+    output: Annotated[Path, typer.Option(help="The teacher folder; must not exist or be empty.")],
+    family: Annotated[str | None, typer.Option(help="Of a state dict: dit or sit.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Of a text-to-image checkpoint: folder or hub id of the pipeline it comes from.")
+    ] = None,
+) -> None:
+    """Turn a published file into a safetensors folder: an EDM or EDM2 pickle, a DiT or SiT state dict, or, with --base,
+    a single-file text-to-image checkpoint. Nothing in it is run.
+
+    \b
+    Example: fdistill convert edm-cifar10-32x32-cond-vp.pkl --output teachers/cifar10-cond
+    Example: fdistill convert mine.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 --output teachers/mine
+    """
+    if base is not None:
+        from fdistill.teachers.teacher import copy_single_file
+
+        typer.echo(f"teacher: {copy_single_file(source, base, output)}")
+        return
+    from fdistill.teachers.convert import convert as run
+
+    typer.echo(f"teacher: {run(source, output, family=family)}")
+
+
+@app.command()
+def export(
+    student: Annotated[Path, typer.Argument(help="A student or run folder of a text-to-image student.")],
+    format: Annotated[str, typer.Option(help="lora, comfy (all weights in one file) or comfy-lora.")],
+    output: Annotated[Path, typer.Option(help="A .safetensors file.")],
+    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; the student's own by default.")] = None,
+) -> None:
+    """Write a student as one file for other programs: the adapters of a LoRA run, or weights under ComfyUI's names.
+
+    \b
+    Example: fdistill export runs/sd15 --format comfy --dtype fp16 --output sd15-one-step.safetensors
+    """
+    from fdistill.students.export import export_student
+    from fdistill.students.folder import student_folder
+
+    for sentence in export_student(student_folder(student), format, output, dtype):
+        typer.echo(sentence)
+    typer.echo(f"exported: {output}")
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A teacher: an embedded name, a folder, a hub id; or a student.")],
+    data: Annotated[str | None, typer.Option(help="Images like its training data; its own samples by default.")] = None,
+    recipe: Annotated[str, typer.Option(help="How images are brought to its size.")] = "center-box",
+    vae: Annotated[str | None, typer.Option(help="Autoencoder, where a latent checkpoint has none.")] = None,
+    device: Device = "auto",
+) -> None:
+    """Say what a checkpoint is, what distill would do with it, and whether its x0-predictions make sense.
+
+    \b
+    Example: fdistill inspect digits --data digits
+    """
+    from fdistill.commands.inspect import describe
+    from fdistill.commands.inspect import inspect as run
+
+    typer.echo(describe(*run(checkpoint, data=data, recipe=recipe, vae=vae, device=device)))
+
+
+@app.command()
+def cache(
+    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, hf:name.")],
+    teacher: Annotated[str, typer.Option(help="The latent teacher that will be distilled.")],
+    output: Annotated[Path, typer.Option(help="A folder for the latents; must not exist or be empty.")],
+    vae: Annotated[str | None, typer.Option(help="Autoencoder, where the teacher's folder has none.")] = None,
+    recipe: Annotated[str, typer.Option(help="How images are brought to the teacher's size.")] = "center-box",
+    flip: Annotated[bool, typer.Option("--flip", help="Add every image's mirror image.")] = False,
+    sampling: Annotated[str, typer.Option(help="What training takes of each latent: sample or mean.")] = "sample",
+    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    workers: Annotated[int, typer.Option(help="Processes that decode.")] = 2,
+    resolution: Resolution = None,
+    negative_prompt: Annotated[str, typer.Option(help="The negative_prompt of the runs that will read this.")] = "",
+    precision: Annotated[str, typer.Option(help="The frozen_precision of those runs: fp32 or bf16.")] = "fp32",
+    device: Device = "auto",
+) -> None:
+    """Encode images, and the captions of a text-to-image teacher's, once, for `distill data=FOLDER`.
+
+    \b
+    Example: fdistill cache photos --teacher teachers/dit --recipe adm --flip --output latents
+    """
+    from fdistill.training.cache import cache as run
+
+    folder = run(
+        data,
+        teacher=teacher,
+        output=output,
+        vae=vae,
+        recipe=recipe,
+        flip=flip,
+        sampling=sampling,
+        batch_size=batch_size,
+        workers=workers,
+        resolution=resolution,
+        negative_prompt=negative_prompt,
+        precision=precision,
+        device=device,
+    )
+    typer.echo(f"latents: {folder}")
+
+
+@app.command()
+def ema(
+    run: Annotated[Path, typer.Argument(help="A run folder with snapshots of its averages in ema/.")],
+    sigma_rel: Annotated[float, typer.Option(help="Width of the average, relative to the iterations before it.")],
+    output: Annotated[Path, typer.Option(help="The student folder; must not exist or be empty.")],
+    iteration: Annotated[int | None, typer.Option(help="One with a snapshot; the last by default.")] = None,
+    network: Network = None,
+    device: Device = "auto",
+) -> None:
+    """Make a student of another average of a run's weights, from the snapshots that ema.snapshot_every kept.
+
+    \b
+    Example: fdistill ema runs/digits --sigma-rel 0.08 --output students/digits-0.08
+    """
+    from fdistill.commands.ema import reconstruct_student
+
+    folder = reconstruct_student(
+        run, sigma_rel=sigma_rel, output=output, iteration=iteration, network=network, device=device
+    )
+    typer.echo(f"student: {folder}")
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    if is_main_process():
+        typer.secho(f"warning: {message}", fg="yellow", err=True)
+
+
+def main() -> None:
+    """Runs the command; an error a user can mend is one message and exit status 1."""
+    warnings.showwarning = _show_warning
+    sys.path.append(str(Path.cwd()))  # where module:function is looked for last, as with `python -m`
+    try:
+        app()
+    except FDistillError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.secho(
+            f"error: {where}{error.strerror or error}; check that it exists and may be used", fg="red", err=True
+        )
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""What `--smoke` puts in place of a recipe's teacher and data, so that the recipe runs anywhere within a minute."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from fdistill import __version__
+from fdistill.adapters import FAMILIES, load_denoiser, resolve_checkpoint
+from fdistill.adapters.parametrisation import load_scheduler
+from fdistill.base.errors import ConfigError, did_you_mean
+from fdistill.base.files import atomic_folder, cache_folder
+from fdistill.commands.tiny_pipelines import tiny_pipeline, untrained
+from fdistill.config.schema import DistillConfig, load_config, load_smoke
+from fdistill.config.sections import SmokeConfig
+from fdistill.data import TEACHER_SAMPLES
+from fdistill.teachers.autoencoder import attach_latent_space
+from fdistill.training.cache import cache
+
+#: Settings of every smoke run: over the recipe's, under those of its smoke section.
+SETTINGS: dict[str, Any] = {
+    "iterations": 3,
+    "batch_size": 4,
+    "images.workers": 1,
+    "log.every": 1,
+    "log.samples_every": 0,
+    "log.checkpoint_every": 0,
+    "log.tracker": "none",
+}
+_PROMPTS = "prompts.txt"
+_CAPTIONS = ("a bold seven", "a thin digit", "a red house by the sea", "two cats on a chair, in the evening")
+
+
+def smoke_config(name_or_path: str, overrides: Iterable[str] | Mapping[str, Any] = ()) -> DistillConfig:
+    """A recipe for a few iterations on a tiny untrained teacher of its architecture and on random images, or on the
+    prompts alone of a recipe that reads no images.
+
+    Both are made once, from the recipe's smoke section, in $FDISTILL_CACHE. Arguments as in `load_config`.
+
+    Raises:
+        ConfigError: the config has no smoke section, or one of which no network can be built.
+        OutputError: the cache folder cannot be written.
+    """
+    section = load_smoke(name_or_path)
+    given = dict(overrides) if isinstance(overrides, Mapping) else list(overrides)
+    made: dict[str, Any] = {**SETTINGS, **section.overrides}
+    config = load_config(name_or_path, _under(made, given))
+    key = json.dumps([__version__, section.model_dump(), *_encoding(config), _reads_images(config)], sort_keys=True)
+    name = f"{Path(name_or_path).stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = cache_folder() / "smoke" / name
+    if not folder.is_dir():
+        own = folder.with_name(f"{name}.{uuid.uuid4().hex}")  # another process may be making the same
+        with atomic_folder(own) as temporary:
+            _write(temporary, section, config, name_or_path)
+        try:
+            own.replace(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            shutil.rmtree(own)
+    read = {"prompts": str(folder / _PROMPTS)} if (folder / _PROMPTS).is_file() else {"data": str(folder / "data")}
+    return load_config(name_or_path, _under({"teacher": str(folder / "teacher"), **read, **made}, given))
+
+
+def _under(made: Mapping[str, Any], given: Mapping[str, Any] | list[str]) -> Mapping[str, Any] | list[str]:
+    if isinstance(given, Mapping):
+        return {**made, **given}
+    return [*(f"{key}={json.dumps(value)}" for key, value in made.items()), *given]
+
+
+def _encoding(config: DistillConfig) -> list[Any]:
+    """What images and captions become depends on these settings."""
+    return [config.images.recipe, config.resolution, config.negative_prompt, config.frozen_precision]
+
+
+def _reads_images(config: DistillConfig) -> bool:
+    return config.data not in (None, TEACHER_SAMPLES)
+
+
+def _write(folder: Path, section: SmokeConfig, config: DistillConfig, where: str) -> None:
+    """teacher/, and what a run of it reads: prompts.txt, or data/ with images or what they are encoded to."""
+    teacher, images = folder / "teacher", folder / "images"
+    try:
+        components = _components(section)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        raise ConfigError(
+            f"config {where!r}: nothing can be built from its smoke section ({error}); expected settings of a "
+            "network in it, and of the scheduler and vae if the teacher has them; or a pipeline"
+        ) from error
+    for part, component in components.items():
+        component.save_pretrained(teacher / part)
+    checkpoint = resolve_checkpoint(teacher)
+    denoiser = load_denoiser(checkpoint)
+    if denoiser.text_shapes is not None and not _reads_images(config):
+        (folder / _PROMPTS).write_text("\n".join(_CAPTIONS) + "\n", encoding="utf-8")
+        return
+    latents = attach_latent_space(denoiser, checkpoint, None)
+    size = config.resolution or denoiser.sample_shape[-1] * (latents.factor if latents else 1)
+    mode = "L" if denoiser.sample_shape[0] == 1 else "RGB"
+    exact = latents is None and config.images.recipe == "exact"
+    width = size if exact else size + size // 4  # otherwise there is a side to cut off
+    _write_images(images, section.images, denoiser.num_classes or 1, mode, (width, size))
+    if denoiser.text_shapes is not None:
+        for i, image in enumerate(sorted(images.rglob("*.png"))):
+            image.with_suffix(".txt").write_text(_CAPTIONS[i % len(_CAPTIONS)], encoding="utf-8")
+    if latents is None:
+        images.rename(folder / "data")
+    else:
+        cache(
+            images,
+            teacher=teacher,
+            output=folder / "data",
+            workers=1,
+            resolution=config.resolution,
+            negative_prompt=config.negative_prompt,
+            precision=config.frozen_precision,
+            device="cpu",
+        )
+        shutil.rmtree(images)
+
+
+def _components(section: SmokeConfig) -> dict[str, Any]:
+    """What to save in the teacher's folder, by sub-folder: "." for a whole pipeline."""
+    scheduler = load_scheduler(section.scheduler)
+    if section.pipeline is not None:
+        return {".": tiny_pipeline(section.pipeline, section.network, scheduler)}
+    vae = None if section.vae is None else untrained(partial(AutoencoderKL, **section.vae))
+    components = {"network": _network(section.network), "vae": vae, "scheduler": scheduler}
+    return {part: component for part, component in components.items() if component is not None}
+
+
+def _network(settings: Mapping[str, Any]) -> Any:
+    arguments = dict(settings)
+    name = str(arguments.pop("_class_name", None))
+    if name not in FAMILIES:
+        raise ValueError(f"network._class_name: got {name!r}; {did_you_mean(name, FAMILIES)}")
+    return untrained(lambda: FAMILIES[name].NETWORK(**arguments))
+
+
+def _write_images(folder: Path, count: int, classes: int, mode: str, size: tuple[int, int]) -> None:
+    """Coarse random images, as PNG in a folder for each class."""
+    random = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / f"{i % classes:04d}" / f"{i:06d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (4, 4, len(mode)), dtype=np.uint8)
+        Image.fromarray(pixels.squeeze()).resize(size).save(path)

@@ -1,0 +1,1 @@
+"""A distillation as a typed description, read from YAML and the command line. Imports no torch."""

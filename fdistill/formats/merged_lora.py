@@ -1,0 +1,181 @@
+"""A teacher with a LoRA merged in (W + scale * alpha / rank * up down, arXiv 2106.09685), as a pipeline folder.
+
+Layers are found by name, exactly or not at all: as diffusers calls them, as the model's publisher does, or either with
+underscores for dots (kohya's scripts). So a LoRA of another base cannot pass unnoticed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fdistill.base.errors import CheckpointError
+from fdistill.formats.comfy import network_layout
+from fdistill.formats.comfy.layout import swap_halves
+from fdistill.formats.comfy.text_encoders import without_wrapper
+from fdistill.formats.lora_file import LoraLayer, read_lora
+from fdistill.formats.pipeline_folder import (
+    components,
+    content_hash,
+    made_once,
+    pipeline_files,
+    read_config,
+    read_tensors,
+    share_files,
+    weight_files,
+    weight_shapes,
+)
+
+#: Before a layer's name in a LoRA file, by the component it belongs to; nothing, where the network is meant.
+_PREFIXES = {
+    "unet": ("lora_unet_", "unet.", ""),
+    "transformer": (
+        "base_model.model.",
+        "diffusion_model.",
+        "lora_transformer_",
+        "lora_unet_",
+        "model.diffusion_model.",
+        "transformer.",
+        "",
+    ),
+    "text_encoder": ("lora_te1_", "lora_te_", "text_encoder."),
+    "text_encoder_2": ("lora_te2_", "text_encoder_2."),
+    "text_encoder_3": ("lora_te3_", "text_encoder_3."),
+}
+
+
+def merged_folder(folder: Path, lora: Path, scale: float = 1.0) -> Path:
+    """A copy of a pipeline folder with a LoRA merged into its network and text encoders, made once and cached.
+
+    Weights keep their type; each sum is taken in float32 and rounded once. Files without changes are shared.
+
+    Args:
+        folder: a pipeline folder.
+        lora: a safetensors file in the naming of diffusers, peft, kohya or the model's publisher.
+        scale: times the LoRA's own alpha / rank.
+
+    Returns:
+        $FDISTILL_CACHE/merged/<hash of the pipeline's files, the LoRA and the scale>.
+
+    Raises:
+        CheckpointError: unreadable, no plain LoRA, or of another base: a layer that the pipeline does not have, or of
+            another shape.
+        OutputError: the cache folder cannot be written.
+    """
+    layers = read_lora(lora)
+    key = {
+        "pipeline": content_hash(pipeline_files(folder)),
+        "lora": content_hash([lora]),
+        "scale": float(scale),
+        "format": 1,
+    }
+
+    def fill(temporary: Path) -> None:
+        changes = _assign(folder, lora, layers)
+        share_files(folder, temporary)
+        for component, updates in changes.items():
+            for path in weight_files(folder / component):
+                tensors = read_tensors(path)
+                for name in tensors.keys() & updates.keys():
+                    weight = tensors[name]
+                    merged = weight.float()
+                    for update in updates[name]:
+                        merged = merged + scale * update.delta().reshape(weight.shape)
+                    tensors[name] = merged.to(weight.dtype)
+                shared = temporary / component / path.name
+                shared.unlink()  # it may be a link to the original
+                save_file(tensors, shared, metadata={"format": "pt"})
+
+    return made_once("merged", key, fill)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A layer that a LoRA can name: its weights in diffusers, as in `comfy.layout.Original`, and their shapes."""
+
+    component: str
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    swapped: bool
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """[out, in * ...] of all weights on top of each other."""
+        return sum(shape[0] for shape in self.shapes), prod(self.shapes[0][1:])
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What a LoRA's layer adds to one weight: rows [first, last) of its update."""
+
+    layer: LoraLayer
+    first: int
+    last: int
+    swapped: bool
+
+    def delta(self) -> Tensor:
+        whole = self.layer.delta()
+        return (swap_halves(whole) if self.swapped else whole)[self.first : self.last]
+
+
+def _assign(folder: Path, lora: Path, layers: Mapping[str, LoraLayer]) -> dict[str, dict[str, list[_Update]]]:
+    """Component -> name of a weight -> what is added to it.
+
+    Raises:
+        CheckpointError: a layer of the LoRA is none of the pipeline's, or has another shape.
+    """
+    targets = _targets(folder)
+    unknown = [name for name in layers if name not in targets]
+    if unknown:
+        raise CheckpointError(
+            f"{lora}: {len(unknown)} of {len(layers)} layers are not in {folder}, such as {unknown[0]!r}; the LoRA was "
+            "made for another base model, expected one for this pipeline"
+        )
+    changes: dict[str, dict[str, list[_Update]]] = {}
+    for name, layer in layers.items():
+        target = targets[name]
+        shape = (len(layer.up), prod(layer.down.shape[1:]))
+        if shape != target.matrix or prod(layer.up.shape[1:]) != len(layer.down):
+            raise CheckpointError(
+                f"{lora}: layer {name!r} is for a weight of {shape[0]} x {shape[1]}, but {target.component}'s is of "
+                f"{target.matrix[0]} x {target.matrix[1]}; the LoRA was made for another base model"
+            )
+        first = 0
+        for weight, rows in zip(target.names, (shape[0] for shape in target.shapes), strict=True):
+            update = _Update(layer, first, first + rows, target.swapped)
+            changes.setdefault(target.component, {}).setdefault(weight, []).append(update)
+            first += rows
+    return changes
+
+
+def _targets(folder: Path) -> dict[str, _Target]:
+    """Every name that a LoRA file can have for a layer of the pipeline."""
+    targets: dict[str, _Target] = {}
+    for component, class_name in components(folder).items():
+        if component not in _PREFIXES:
+            continue
+        shapes = weight_shapes(folder / component)
+        layers: dict[str, tuple[tuple[str, ...], bool]] = {}
+        if component in ("unet", "transformer"):
+            with suppress(CheckpointError):  # a network of its own kind has diffusers' names alone
+                config = read_config(folder / component / "config.json")
+                layout = network_layout(class_name, shapes, config) or {}
+                layers = {name: (original.parts, original.swapped) for name, original in layout.items()}
+        for name in shapes:
+            layers[name] = ((name,), False)
+            if component.startswith("text_encoder"):
+                layers[without_wrapper(name)] = layers[f"text_model.{without_wrapper(name)}"] = ((name,), False)
+        for name, (parts, swapped) in layers.items():
+            path, _, leaf = name.rpartition(".")
+            if leaf != "weight":
+                continue
+            target = _Target(component, parts, tuple(shapes[part] for part in parts), swapped)
+            for prefix in _PREFIXES[component]:
+                targets[prefix + (path.replace(".", "_") if prefix.startswith("lora_") else path)] = target
+    return targets

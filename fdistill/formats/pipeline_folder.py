@@ -1,0 +1,162 @@
+"""Pipeline folders as files: the weights of a component read, and a folder made once out of another and cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fdistill.base.errors import CheckpointError
+from fdistill.base.files import atomic_folder, cache_folder, read_json_object
+
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+#: What configs, tokenizers, schedulers and weights are made of; pickles and other formats stay behind.
+_KEPT = (".json", ".txt", ".model", ".safetensors")
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error of a file that is missing, cut short, or no safetensors."""
+    return CheckpointError(
+        f"{path}: cannot be read as safetensors ({error}); the download may have been cut short: fetch it again"
+    )
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file; CheckpointError where it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise unreadable(path, error) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON file of a pipeline folder; CheckpointError where it is missing or no JSON object."""
+    try:
+        return read_json_object(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); expected a pipeline folder of diffusers") from error
+
+
+def weight_files(component: Path) -> list[Path]:
+    """The safetensors file of a component's folder, or its shards.
+
+    Raises:
+        CheckpointError: there is none, or the index of the shards names a file elsewhere.
+    """
+    for name in _WEIGHTS:
+        index = component / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_config(index).get("weight_map", {}).values()))
+            if not shards or any(not isinstance(shard, str) or Path(shard).name != shard for shard in shards):
+                raise CheckpointError(f"{index}: expected file names under weight_map, got {shards[:3]}")
+            return [component / shard for shard in shards]
+        if (component / name).is_file():
+            return [component / name]
+    raise CheckpointError(
+        f"{component}: no weights; expected {' or '.join(_WEIGHTS)} (diffusers writes one of a .bin: from_pretrained, "
+        "then save_pretrained)"
+    )
+
+
+def read_weights(component: Path) -> dict[str, Tensor]:
+    """All tensors of a component's folder."""
+    return {name: value for path in weight_files(component) for name, value in read_tensors(path).items()}
+
+
+def weight_shapes(component: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors of a component's folder, without reading the tensors."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in weight_files(component):
+        try:
+            with safe_open(path, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError) as error:
+            raise unreadable(path, error) from error
+    return shapes
+
+
+def components(folder: Path) -> dict[str, str]:
+    """Component name -> class name, as model_index.json of a pipeline folder has them, without empty ones.
+
+    Raises:
+        CheckpointError: no pipeline folder.
+    """
+    index = read_config(folder / "model_index.json")
+    return {
+        name: str(value[1])
+        for name, value in index.items()
+        if isinstance(value, list) and len(value) == 2 and value[1] and Path(name).name == name
+    }
+
+
+def pipeline_files(folder: Path) -> list[Path]:
+    """model_index.json and the files of the pipeline's components, in the order of their names.
+
+    Without pickles, and without weights of another variant ("model.fp16.safetensors").
+    """
+    found = [folder / "model_index.json"]
+    for name in components(folder):
+        found += [path for path in (folder / name).rglob("*") if path.suffix in _KEPT and path.is_file()]
+    return sorted(path for path in found if path.suffix != ".safetensors" or "." not in path.stem)
+
+
+def share_files(source: Path, target: Path, without: Iterable[str] = ()) -> None:
+    """Gives `target` the pipeline files of `source`: weights as hard links where the disk can, the rest copied.
+
+    Args:
+        without: names of components that stay behind.
+    """
+    for path in pipeline_files(source):
+        relative = path.relative_to(source)
+        if relative.parts[0] in without:
+            continue
+        (target / relative.parent).mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            try:
+                os.link(path.resolve(), target / relative)  # a file of the hub's cache is a link itself
+                continue
+            except OSError:
+                pass  # another disk
+        shutil.copyfile(path, target / relative)
+
+
+def content_hash(files: Iterable[Path]) -> str:
+    """Hash of the contents, in this order."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def made_once(kind: str, key: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
+    """The folder $FDISTILL_CACHE/<kind>/<hash of key>, filled by `fill` if it is not there yet.
+
+    Raises:
+        OutputError: the cache folder cannot be written.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache_folder() / kind / name
+    if path.is_dir():
+        return path
+    own = path.with_name(f"{name}.{uuid.uuid4().hex}")  # another run may be making the same folder
+    with atomic_folder(own) as temporary:
+        fill(temporary)
+    try:
+        own.replace(path)
+    except OSError:
+        shutil.rmtree(own, ignore_errors=True)  # the other run was first
+        if not path.is_dir():
+            raise
+    return path

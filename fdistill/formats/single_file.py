@@ -1,0 +1,237 @@
+"""Checkpoints of one file, as model sites have them, made into pipeline folders by diffusers' own converters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, ModelMixin
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fdistill.base.errors import CheckpointError
+from fdistill.formats.comfy import network_layout
+from fdistill.formats.comfy.layout import assemble
+from fdistill.formats.pipeline_folder import (
+    components,
+    content_hash,
+    made_once,
+    pipeline_files,
+    read_config,
+    read_tensors,
+    share_files,
+    unreadable,
+)
+
+Shapes = dict[str, tuple[int, ...]]
+
+_NETWORK = "model.diffusion_model."
+_LORA_KEYS = (".lora_A.", ".lora_down.", "_lora.down.", ".lora.down.")
+#: What a checkpoint is -> the pipeline class that its base has.
+_PIPELINES = {
+    "Stable Diffusion 1": "StableDiffusionPipeline",
+    "Stable Diffusion 2": "StableDiffusionPipeline",
+    "Stable Diffusion XL": "StableDiffusionXLPipeline",
+    "Stable Diffusion 3": "StableDiffusion3Pipeline",
+    "Flux": "FluxPipeline",
+}
+_AUTOENCODER = ("first_stage_model.", "vae.")
+#: Text encoders that a checkpoint of Stable Diffusion holds: a tensor name's start -> the component.
+_TEXT_ENCODERS = {
+    "cond_stage_model.": "text_encoder",
+    "conditioner.embedders.0.": "text_encoder",
+    "conditioner.embedders.1.": "text_encoder_2",
+}
+
+
+def single_file_to_folder(path: Path, base: Path | None) -> Path:
+    """A checkpoint under its publisher's tensor names as an ordinary pipeline folder, made once and cached.
+
+    Network and autoencoder come from the file, and so do the text encoders of Stable Diffusion 1, 2 and XL; what the
+    file lacks, configs, tokenizers and the scheduler (which says what the network predicts) come from the base. Text
+    encoders of SD3 and Flux always do: fine-tunes leave them as they are. Half precision stays. Nothing is downloaded.
+
+    Args:
+        path: a safetensors file of Stable Diffusion 1, 2, XL or 3, or of Flux: a whole checkpoint or the network alone;
+            or a network under diffusers' names.
+        base: folder of the published pipeline that the checkpoint was trained from.
+
+    Returns:
+        $FDISTILL_CACHE/single-file/<hash of the file and of the base>.
+
+    Raises:
+        CheckpointError: a pickle, truncated, a LoRA, of an unknown kind, no base, or not of this base.
+        OutputError: the cache folder cannot be written.
+    """
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: pickles can run code and are not read; convert the file to .safetensors "
+            "(safetensors.torch.save_file of its state_dict) and pass that"
+        )
+    shapes = _read_shapes(path)
+    kind = _kind(path, shapes)
+    if base is None:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: is {kind or 'a network under the names of diffusers'}; set teacher_base to the "
+            "folder or hub id of the pipeline it was trained from, which gives configs, tokenizer and scheduler"
+        )
+    _check_base(path, kind, base)
+    _check_network(path, shapes, kind, base)
+    key = {"file": content_hash([path]), "base": content_hash(pipeline_files(base)), "name": path.name, "format": 1}
+
+    def fill(folder: Path) -> None:
+        made = _convert(path, shapes, kind, base)
+        share_files(base, folder, without=made)
+        for name, component in made.items():
+            component.save_pretrained(folder / name)
+
+    return made_once("single-file", key, fill)
+
+
+def _read_shapes(path: Path) -> Shapes:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise unreadable(path, error) from error
+
+
+def _has(shapes: Shapes, *starts: str) -> bool:
+    return any(name.startswith(starts) for name in shapes)
+
+
+def _kind(path: Path, shapes: Shapes) -> str | None:
+    """A key of `_PIPELINES`; None for a network under the names of diffusers."""
+    names = {name.removeprefix(_NETWORK): shape for name, shape in shapes.items()}
+    if any(part in name for name in shapes for part in _LORA_KEYS):
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: is a LoRA, not a whole model; set teacher to the pipeline it belongs to and "
+            "teacher_lora to this file"
+        )
+    if "double_blocks.0.img_attn.norm.key_norm.scale" in names and "vector_in.in_layer.weight" in names:
+        return "Flux"
+    if "joint_blocks.0.x_block.attn.qkv.weight" in names:
+        return "Stable Diffusion 3"
+    if "input_blocks.0.0.weight" in names:
+        if "label_emb.0.0.weight" in names:
+            return "Stable Diffusion XL"
+        projection = next((shape for name, shape in names.items() if name.endswith(".1.proj_in.weight")), ())
+        return "Stable Diffusion 2" if len(projection) == 2 else "Stable Diffusion 1"
+    if _has(shapes, "down_blocks.", "transformer_blocks."):
+        return None
+    example = next(iter(shapes), "no tensor")
+    raise CheckpointError(
+        f"checkpoint {str(path)!r}: its tensors (such as {example!r}) are of no known kind; expected "
+        f"{', '.join(_PIPELINES)}, or a network under the names of diffusers"
+    )
+
+
+def _check_base(path: Path, kind: str | None, base: Path) -> None:
+    if not (base / "model_index.json").is_file():
+        raise CheckpointError(f"teacher_base {str(base)!r}: expected a pipeline folder with model_index.json")
+    class_name = read_config(base / "model_index.json").get("_class_name")
+    if kind is None:
+        return
+    found = class_name == _PIPELINES[kind]
+    if found and class_name == "StableDiffusionPipeline":
+        linear = read_config(base / "unet" / "config.json").get("use_linear_projection", False)
+        found = linear == (kind == "Stable Diffusion 2")
+    if not found:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: is {kind}, but teacher_base {str(base)!r} ({class_name}) is not; expected the "
+            "pipeline that the checkpoint was trained from"
+        )
+
+
+def _network_class(base: Path) -> tuple[str, Any]:
+    """Name and class of the base's network."""
+    parts = components(base)
+    for name in ("unet", "transformer"):
+        cls = getattr(diffusers, parts.get(name, ""), None)
+        if isinstance(cls, type) and issubclass(cls, ModelMixin):
+            return name, cls
+    raise CheckpointError(f"teacher_base {str(base)!r}: expected a pipeline with a unet or a transformer of diffusers")
+
+
+def _check_network(path: Path, shapes: Shapes, kind: str | None, base: Path) -> None:
+    """Whether the file has every tensor of the base's network, in its shape, and no other one."""
+    place, cls = _network_class(base)
+    with torch.device("meta"):  # no memory for weights
+        network = cls.from_config(read_config(base / place / "config.json"))
+    tensors = network.state_dict()
+    if kind is not None:
+        layout = network_layout(cls.__name__, list(tensors), network.config)
+        tensors = assemble(layout or {}, tensors)
+    prefix = _NETWORK if _has(shapes, _NETWORK) else ""
+    found = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    expected = {name: tuple(value.shape) for name, value in tensors.items()}
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    if wrong:
+        name = wrong[0]
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: {len(wrong)} tensors of its network are not those of teacher_base's: {name!r} "
+            f"is {found.get(name, 'missing')}, expected {expected.get(name, 'none')}; set teacher_base to the pipeline "
+            "that the checkpoint was trained from"
+        )
+
+
+def _convert(path: Path, shapes: Shapes, kind: str | None, base: Path) -> dict[str, Any]:
+    """The components that the file holds."""
+    place, cls = _network_class(base)
+    where: dict[str, Any] = {"config": str(base), "local_files_only": True}
+    whole = _has(shapes, _NETWORK)
+    try:
+        kept: dict[str, Any] = {"subfolder": place, "torch_dtype": _dtype(path, _NETWORK if whole else "")}
+        if kind is None:
+            made: dict[str, Any] = {place: _as_it_is(cls, path, base / place, kept["torch_dtype"])}
+        else:
+            made = {place: cls.from_single_file(_network_of(path, shapes), **kept, **where)}
+        if _has(shapes, *_AUTOENCODER):
+            kept = {"subfolder": "vae", "torch_dtype": _dtype(path, *_AUTOENCODER)}
+            made["vae"] = AutoencoderKL.from_single_file(str(path), **kept, **where)
+        held = {part for start, part in _TEXT_ENCODERS.items() if _has(shapes, start)}
+        if kind is not None and held:
+            others = {name: made.get(name) for name in components(base) if name not in held}
+            dtype = _dtype(path, *_TEXT_ENCODERS)
+            pipeline_class = getattr(diffusers, _PIPELINES[kind])
+            pipeline = pipeline_class.from_single_file(str(path), torch_dtype=dtype, **where, **others)
+            made |= {name: getattr(pipeline, name) for name in held}
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"checkpoint {str(path)!r}: does not fit teacher_base {str(base)!r} "
+            f"({' '.join(str(error).split())[:400]}); expected the pipeline that the checkpoint was trained from"
+        ) from error
+    for name, component in made.items():
+        missing = [key for key, value in component.state_dict().items() if value.device.type == "meta"]
+        if missing:
+            raise CheckpointError(
+                f"checkpoint {str(path)!r}: {len(missing)} tensors of its {name} are missing, such as {missing[0]!r}; "
+                "expected a whole checkpoint, or one of the network alone"
+            )
+    return made
+
+
+def _as_it_is(cls: Any, path: Path, folder: Path, dtype: torch.dtype) -> Any:
+    """A network under the names of diffusers, which older versions of it do not take from a single file."""
+    network = cls.from_config(cls.load_config(folder)).to(dtype)
+    network.load_state_dict(load_file(path))
+    return network
+
+
+def _dtype(path: Path, *starts: str) -> torch.dtype:
+    """A type that holds all tensors whose names start so exactly."""
+    with safe_open(path, framework="pt") as file:
+        found = {file.get_slice(name).get_dtype() for name in file.keys() if name.startswith(starts)}  # noqa: SIM118
+    if found == {"F16"}:
+        return torch.float16
+    return torch.bfloat16 if found <= {"BF16", "F8_E4M3", "F8_E5M2"} else torch.float32
+
+
+def _network_of(path: Path, shapes: Shapes) -> str | dict[str, Tensor]:
+    """The file; for a UNet alone its tensors under the names of a whole checkpoint, which diffusers wants."""
+    if "input_blocks.0.0.weight" in shapes:
+        return {_NETWORK + name: value for name, value in read_tensors(path).items()}
+    return str(path)

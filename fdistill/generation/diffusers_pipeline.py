@@ -1,0 +1,178 @@
+"""Pipelines of diffusers out of folders: safetensors alone, and no code that is not diffusers' or ours."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from safetensors import SafetensorError
+from torch import nn
+
+from fdistill.adapters import Checkpoint, check_pipeline, find_network, resolve_checkpoint
+from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
+from fdistill.adapters.pretrained import load_network
+from fdistill.base.errors import CheckpointError
+from fdistill.students.one_step_pipeline import OneStepPipeline
+from fdistill.students.tiue_pipeline import TiUEPipeline
+from fdistill.teachers.text_encoders import quiet
+
+#: Classes of ours, which evaluate parts of a network, as often as their settings say.
+OWN_PIPELINES = (OneStepPipeline, TiUEPipeline)
+
+#: Components that would look at images, or write on them, are left out: a black image would be scored, a mark measured.
+_LEFT_OUT: dict[str, Any] = {
+    "safety_checker": None,
+    "feature_extractor": None,
+    "requires_safety_checker": False,
+    "watermarker": None,
+    "add_watermarker": False,
+}
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    SafetensorError,
+)
+_ELSEWHERE = "make images with the program that it comes with, and evaluate their folder"
+#: Names of networks that steps evaluate begin so, or are so.
+_NETWORKS, _OTHER_NETWORKS = ("unet", "transformer", "network"), ("prior", "prior_prior", "decoder")
+
+
+def pipeline_class(checkpoint: Checkpoint) -> type[DiffusionPipeline] | None:
+    """The class of diffusers (or ours) that a pipeline folder names; None where there is none."""
+    name = checkpoint.index.get("_class_name")
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
+
+
+def load_pipeline(checkpoint: Checkpoint) -> DiffusionPipeline:
+    """A pipeline that makes images, in float32 on the CPU, without what would change them and without progress bars.
+
+    Raises:
+        CheckpointError: no pipeline folder, a class that diffusers has not or that makes no images of prompts, labels
+            or noise alone, code instead of components, and files that are missing, truncated or pickles.
+    """
+    folder, name = checkpoint.folder, checkpoint.index.get("_class_name")
+    if folder is None or name is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r}: no model_index.json that can be read; expected a folder that a pipeline "
+            "of diffusers was saved to, or leave out `--sampler pipeline`"
+        )
+    chosen = pipeline_class(checkpoint)
+    if chosen is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r}: pipeline class {name!r} is not one of diffusers {diffusers.__version__}, "
+            f"and code of checkpoints is not run; {_ELSEWHERE}"
+        )
+    _check_call(checkpoint.name, chosen)
+    _check_libraries(checkpoint, folder)
+    takes = inspect.signature(chosen.__init__).parameters
+    given = {key: value for key, value in _LEFT_OUT.items() if key in takes}
+    for part, entry in checkpoint.index.items():
+        network = _network_class(entry)
+        if network is not None and part not in given:
+            place = folder / part if (folder / part).is_dir() else folder  # as in the oldest pipelines
+            given[part] = load_network(network, place)  # which refuses weights that do not fit
+    try:
+        with quiet():
+            pipeline: DiffusionPipeline = chosen.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, **given
+            )
+            pipeline.to(torch.float32)
+    except _LOADING_ERRORS as error:
+        raise CheckpointError(
+            f"{folder}: {name} cannot be loaded ({one_line(error)}); expected all folders that its model_index.json "
+            "names, with safetensors"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _check_call(name: str, chosen: type[DiffusionPipeline]) -> None:
+    """Raises CheckpointError unless a class can be called for images of prompts, labels or noise alone."""
+    takes = call_parameters(chosen)
+    missing = {"generator", "output_type", *([] if chosen in OWN_PIPELINES else ["num_inference_steps"])} - takes.keys()
+    needed = [
+        key
+        for key, parameter in takes.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+        and key not in ("self", "prompt", "class_labels")
+    ]
+    if missing or needed:
+        why = f"takes no {min(missing)}" if missing else f"needs {needed[0]}"
+        raise CheckpointError(
+            f"checkpoint {name!r}: {chosen.__name__} {why}; expected a class that makes images of prompts, of class "
+            "labels or of noise alone"
+        )
+
+
+def _check_libraries(checkpoint: Checkpoint, folder: Path) -> None:
+    """Raises CheckpointError where diffusers would look for a component's class outside of itself and transformers."""
+    for part, entry in checkpoint.index.items():
+        if not isinstance(entry, list) or not entry or entry[0] is None:
+            continue
+        library = str(entry[0])
+        known = library in ("diffusers", "transformers") or hasattr(diffusers.pipelines, library)
+        if not (known or library.startswith("fdistill.")) or (folder / part / f"{library}.py").exists():
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name!r}: its {part} is of {library!r}, and code of checkpoints is not run; "
+                f"{_ELSEWHERE}"
+            )
+    if (folder / "None.py").exists():  # older versions of diffusers take that for a pipeline
+        raise CheckpointError(f"{folder / 'None.py'}: code of checkpoints is not run; remove it")
+
+
+def _network_class(entry: Any) -> type[ModelMixin] | None:
+    """The class of a component, if it is a network of diffusers."""
+    if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers":
+        return None
+    found = getattr(diffusers, str(entry[1]), None)
+    return found if isinstance(found, type) and issubclass(found, ModelMixin) else None
+
+
+def evaluated_networks(pipeline: DiffusionPipeline) -> list[Any]:
+    """The networks that steps evaluate."""
+    parts = pipeline.components.items()
+    return [
+        part
+        for name, part in parts
+        if isinstance(part, nn.Module) and (name.startswith(_NETWORKS) or name in _OTHER_NETWORKS)
+    ]
+
+
+def call_parameters(chosen: type[DiffusionPipeline]) -> Mapping[str, inspect.Parameter]:
+    """What a class of pipelines is called with."""
+    return inspect.signature(chosen.__call__).parameters
+
+
+def one_line(error: Exception) -> str:
+    """What an error of diffusers says, for a message of ours."""
+    return " ".join(str(error).split())[:400]
+
+
+def only_diffusers_runs(name: str | Path) -> bool:
+    """Whether diffusers has a checkpoint's class of pipeline, and no adapter reads its network or scheduler."""
+    try:
+        checkpoint = resolve_checkpoint(name)
+    except CheckpointError:
+        return False
+    if checkpoint.folder is None or pipeline_class(checkpoint) is None:
+        return False
+    try:
+        adapter, _ = find_network(checkpoint.folder)
+        if hasattr(adapter, "PIPELINES"):
+            check_pipeline(checkpoint)
+        parametrisation_from_scheduler(read_scheduler_config(checkpoint.folder))
+    except CheckpointError:
+        return True
+    return False

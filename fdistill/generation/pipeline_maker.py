@@ -1,0 +1,288 @@
+"""Any pipeline of diffusers as something that makes images: its own class, its own scheduler, its own call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fdistill.adapters import Checkpoint, find_network, resolve_checkpoint
+from fdistill.base.errors import ArgumentError, CheckpointError, FDistillError
+from fdistill.base.files import read_json_object, weights_sha256
+from fdistill.base.rng import derived_seed
+from fdistill.generation.diffusers_pipeline import (
+    OWN_PIPELINES,
+    call_parameters,
+    evaluated_networks,
+    load_pipeline,
+    one_line,
+)
+from fdistill.generation.maker import Evaluations, Told, finite_uint8
+from fdistill.students.folder import STUDENT_FILE, find_student
+from fdistill.students.tiue_pipeline import TiUEPipeline
+from fdistill.teachers.text_encoders import PromptEncoder, describe_cut, quiet
+
+#: What an image's random numbers are for.
+_OF_ITS_GENERATOR, _OF_ALL_OTHERS = 0, 1
+
+
+def noise_seed(seed: int, index: int, stream: int = _OF_ITS_GENERATOR) -> int:
+    """What the torch.Generator of image `index` is seeded with; no two images of one seed share it.
+
+    torch's generators on the CPU read 32 bits of a seed: hashes of (seed, index) would meet among 50,000 images.
+    """
+    return (derived_seed(seed, stream) + index) % 2**32
+
+
+class PipelineSource:
+    """What `generation.Source` is, of a pipeline of diffusers; `open_pipeline` makes one.
+
+    All noise of an image, the scheduler's too, comes from one torch.Generator on the CPU with `noise_seed`, so that
+    anybody can make image i again with diffusers alone. It is not the noise that `Source` starts from: the layouts of
+    latents that pipelines take are their own. A pipeline that draws noise past the generators it is given (DiT with a
+    DDPM scheduler does) runs one image at a time, so that image i depends on (seed, i) and what is told of it here too.
+
+    Attributes:
+        kind: "student" of fdistill, else "pipeline".
+        num_steps, guidance_scale: as the pipeline is called; None for a guidance scale that it does not take.
+        num_classes: labels are in [0, num_classes); None if it is told none.
+        weights_sha256: hash of all weight files.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        pipeline: Any,
+        call: Mapping[str, Any],
+        negative_prompt: str = "",
+        student: Mapping[str, Any] | None = None,
+    ):
+        self.name = name
+        self.kind = "pipeline" if student is None else "student"
+        self.weights_sha256 = weights_sha256(folder)
+        self.takes_prompts = _takes_prompts(pipeline)
+        self.num_classes = _num_classes(pipeline)
+        if student is not None and student.get("null_class") is not None:
+            self.num_classes = student["null_class"]  # the last
+        self.num_steps = _num_steps(pipeline, call)
+        scale = call.get("true_cfg_scale", call.get("guidance_scale"))
+        self.guidance_scale: float | None = scale if student is None else None
+        self._folder, self._pipeline, self._call = folder, pipeline, dict(call)
+        self._negative = negative_prompt if negative_prompt or call.get("true_cfg_scale", 1) > 1 else None
+        self._batched = "batch_size" in call_parameters(type(pipeline)) and not self.takes_prompts
+        self._draws_alone: bool | None = None  # not known before the first image
+        self._counting: Evaluations | None = None
+
+    @property
+    def sampler(self) -> str:
+        """Classes of the pipeline and its scheduler."""
+        scheduler = getattr(self._pipeline, "scheduler", None)
+        return type(self._pipeline).__name__ + ("" if scheduler is None else f", {type(scheduler).__name__}")
+
+    def on(self, device: torch.device) -> AbstractContextManager[None]:
+        """Nothing has to move: the whole pipeline is where it was opened."""
+        return nullcontext()
+
+    def cut(self, prompts: Sequence[str]) -> str:
+        """One sentence on prompts that are too long; empty if there are none, or no adapter knows the tokenizers."""
+        try:
+            family, _ = find_network(self._folder)
+        except CheckpointError:
+            return ""
+        if not self.takes_prompts or not hasattr(family, "TOKENIZERS"):
+            return ""
+        return describe_cut(PromptEncoder(family, self._pipeline, 0).cut(prompts), prompts)
+
+    @contextmanager
+    def counted(self) -> Iterator[Evaluations]:
+        """Counts the samples that its networks are evaluated on inside the block; images are the caller's to count."""
+        counted = Evaluations()
+
+        def count(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            first = arguments[0] if arguments else next(iter(options.values()))
+            counted.network += len(first)  # a batch, or a list of samples
+
+        hooks = [
+            network.register_forward_pre_hook(count, with_kwargs=True)
+            for network in ([] if isinstance(self._pipeline, OWN_PIPELINES) else evaluated_networks(self._pipeline))
+        ]
+        self._counting = counted
+        try:
+            yield counted
+        finally:
+            self._counting = None
+            for hook in hooks:
+                hook.remove()
+
+    @torch.no_grad()
+    def sample(self, seed: int, indices: Sequence[int], told: Told, device: torch.device) -> Tensor:
+        """Images uint8 [N, C, H, W] on the CPU for N indices; each depends on (seed, index) and what is told of it.
+
+        Raises:
+            ArgumentError: the pipeline refuses the call.
+            NonFiniteError: an image is not finite.
+        """
+        asked = None if told is None else told.tolist() if isinstance(told, Tensor) else list(told)
+        images: list[Tensor] = []
+        while len(images) < len(indices):
+            first = len(images)
+            last = len(indices) if self._draws_alone is False else first + 1
+            part = indices[first:last]
+            images.extend(self._draw(seed, part, None if asked is None else asked[first:last], device))
+        return finite_uint8(torch.stack(images) * 2 - 1, indices, self.name)
+
+    def _draw(self, seed: int, indices: Sequence[int], told: list[Any] | None, device: torch.device) -> Tensor:
+        """Images float [N, C, H, W] in [0, 1]."""
+        generators = [torch.Generator().manual_seed(noise_seed(seed, index)) for index in indices]
+        call: dict[str, Any] = {**self._call, "generator": generators if len(generators) > 1 else generators[0]}
+        if told is not None:
+            call["prompt" if self.takes_prompts else "class_labels"] = told
+        if self._batched:
+            call["batch_size"] = len(indices)
+        if self._negative is not None:
+            call["negative_prompt"] = [self._negative] * len(indices)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(noise_seed(seed, indices[0], _OF_ALL_OTHERS))
+            before = _random_state(device)
+            images = self._run(call, len(indices))
+            if self._draws_alone is None:
+                self._draws_alone = any(
+                    not torch.equal(a, b) for a, b in zip(before, _random_state(device), strict=True)
+                )
+        if self._counting is not None and isinstance(self._pipeline, OWN_PIPELINES):  # which run parts of a network
+            self._counting.network += len(indices) * self.num_steps
+        return images
+
+    def _run(self, call: dict[str, Any], count: int) -> Tensor:
+        name = type(self._pipeline).__name__
+        try:
+            with quiet():
+                images = self._pipeline(**call, output_type="np").images
+        except FDistillError:
+            raise
+        except (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, ImportError) as error:
+            raise ArgumentError(
+                f"{self.name}: {name} refuses the call ({one_line(error)}); try other steps, another guidance scale, "
+                "resolution or a batch size of 1, or make images with a program of your own and evaluate their folder"
+            ) from error
+        if not isinstance(images, np.ndarray) or images.ndim != 4 or len(images) != count or images.dtype.kind != "f":
+            got = getattr(images, "shape", type(images).__name__)
+            raise CheckpointError(f"{self.name}: {name} returned {got}; expected {count} images as floats [N, H, W, C]")
+        if images.min() < -1e-3 or images.max() > 1 + 1e-3:  # False of NaN, which is looked for later
+            raise CheckpointError(
+                f"{self.name}: {name} returned values in [{images.min():.3g}, {images.max():.3g}]; expected [0, 1], as "
+                "diffusers' pipelines return"
+            )
+        return torch.from_numpy(images).float().permute(0, 3, 1, 2)
+
+
+def open_pipeline(
+    checkpoint: str | Path,
+    device: torch.device,
+    *,
+    num_steps: int,
+    guidance_scale: float,
+    negative_prompt: str = "",
+    resolution: int | None = None,
+) -> PipelineSource:
+    """A pipeline folder, or a hub id, in float32 on a device. No code out of it is run, and no pickle read.
+
+    Args:
+        checkpoint: also a student of fdistill, or a run folder that has one, which is called as its card says, and not
+            by the arguments below.
+        num_steps: the call's num_inference_steps.
+        guidance_scale: the call's guidance_scale, which most classes take 0 and 1 for off in; the true_cfg_scale of
+            those whose network is told none but which have that. 1 or 0 for a class that takes neither.
+        negative_prompt: "" leaves the class its own.
+        resolution: pixels of a side of images; the class's own by default.
+
+    Raises:
+        CheckpointError: no pipeline, files that cannot be read, or a class that diffusers has not.
+        ArgumentError: an argument that this class does not take.
+    """
+    folder = find_student(checkpoint)
+    if folder is not None:
+        facts = _student_facts(folder)
+        pipeline = load_pipeline(Checkpoint(str(checkpoint), folder)).to(device)
+        return PipelineSource(str(checkpoint), folder, pipeline, facts.get("call", {}), student=facts)
+    found = resolve_checkpoint(checkpoint)
+    pipeline = load_pipeline(found)
+    assert found.folder is not None
+    call = _arguments(found.name, pipeline, num_steps, guidance_scale, negative_prompt, resolution)
+    return PipelineSource(found.name, found.folder, pipeline.to(device), call, negative_prompt)
+
+
+def _student_facts(folder: Path) -> dict[str, Any]:
+    try:
+        return read_json_object(folder / STUDENT_FILE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / STUDENT_FILE}: cannot be read ({error!r}); copy the student's folder again"
+        ) from error
+
+
+def _arguments(
+    name: str, pipeline: Any, num_steps: int, guidance_scale: float, negative_prompt: str, resolution: int | None
+) -> dict[str, Any]:
+    """What a pipeline's class takes of these."""
+    takes, kind = call_parameters(type(pipeline)), type(pipeline).__name__
+    if num_steps < 1:
+        raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
+    call: dict[str, Any] = {"num_inference_steps": num_steps} if "num_inference_steps" in takes else {}
+    guided = guidance_scale not in (0, 1)
+    if "true_cfg_scale" in takes and not evaluated_networks(pipeline)[0].config.get("guidance_embeds"):
+        call["true_cfg_scale"] = guidance_scale
+    elif "guidance_scale" in takes:
+        call["guidance_scale"] = guidance_scale
+    elif guided:
+        raise ArgumentError(f"guidance_scale: got {guidance_scale:g}, but {kind} of {name} takes none; expected 1")
+    if guided and kind == "DiTPipeline" and _num_classes(pipeline) != 1000:
+        raise ArgumentError(
+            f"guidance_scale: got {guidance_scale:g}, but DiTPipeline takes label 1000 for no class, and {name} has "
+            f"{_num_classes(pipeline)}; expected 1, or leave out `--sampler pipeline`"
+        )
+    if negative_prompt and "negative_prompt" not in takes:
+        raise ArgumentError(f"negative_prompt: {kind} of {name} takes none; expected none")
+    if resolution is not None:
+        if "height" not in takes:
+            raise ArgumentError(f"resolution: {kind} of {name} draws at its own; expected none")
+        call |= {"height": resolution, "width": resolution}
+    if "use_resolution_binning" in takes:
+        call["use_resolution_binning"] = False  # which would draw at another resolution, and resize
+    return call
+
+
+def _num_steps(pipeline: Any, call: Mapping[str, Any]) -> int:
+    if call.get("num_inference_steps"):
+        return int(call["num_inference_steps"])
+    listed = call.get("timesteps") or call.get("sigmas") or pipeline.config.get("student", {}).get("levels")
+    return len(listed) if listed else 1
+
+
+def _takes_prompts(pipeline: Any) -> bool:
+    if isinstance(pipeline, TiUEPipeline):
+        return pipeline.text_encoder is not None
+    return "prompt" in call_parameters(type(pipeline))
+
+
+def _num_classes(pipeline: Any) -> int | None:
+    if isinstance(pipeline, OWN_PIPELINES):
+        classes: int | None = pipeline._generator().num_classes
+        return classes
+    if "class_labels" not in call_parameters(type(pipeline)):
+        return None
+    settings = evaluated_networks(pipeline)[0].config
+    found = settings.get("num_class_embeds") or settings.get("num_embeds_ada_norm")
+    return None if found is None else int(found)
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    """Of the generators that are used where none is given."""
+    states = [torch.get_rng_state()]
+    return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state()]

@@ -1,0 +1,1 @@
+"""What a distillation makes, as folders and files that other programs load."""

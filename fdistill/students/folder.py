@@ -1,0 +1,190 @@
+"""Students as diffusers pipeline folders: export, and loading for `generate` and `evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL.Image import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from fdistill.adapters import FAMILIES, Checkpoint, load_denoiser, resolve_checkpoint, set_null_class
+from fdistill.adapters.parametrisation import load_scheduler, read_scheduler_config
+from fdistill.adapters.text_to_image import TextDenoiser
+from fdistill.base.errors import CheckpointError
+from fdistill.base.files import atomic_folder, read_json_object
+from fdistill.denoiser import Denoiser
+from fdistill.formats.lora_file import LORA_FILE, save_lora
+from fdistill.generator import student_generator
+from fdistill.students.lora import has_adapters, merged
+from fdistill.students.model_card import OWN_USAGE, model_card, usage
+from fdistill.students.one_step_pipeline import OneStepPipeline
+from fdistill.students.text_to_image import save_text_pipeline
+from fdistill.students.tiue import Student, TiUEGenerator
+from fdistill.students.tiue_pipeline import tiue_pipeline
+from fdistill.teachers.autoencoder import LatentSpace
+from fdistill.teachers.text_encoders import text_components
+from fdistill.training.checkpoint import load_exactly, unshared
+
+STUDENT_FILE = "fdistill_student.json"
+_OWN_NETWORK = "network.safetensors"
+
+
+def save_student(
+    generator: Student,
+    folder: Path,
+    *,
+    origin: Checkpoint,
+    latents: LatentSpace | None,
+    card: dict[str, Any],
+    config: str,
+    samples: Image,
+) -> None:
+    """Writes a folder that `DiffusionPipeline.from_pretrained` runs, in a class of diffusers where one can, which then
+    needs no fdistill, else in `OneStepPipeline`. A network of the user's own is written as weights alone.
+
+    Args:
+        generator: the student, holding the weights to export.
+        folder: replaced as a whole if it exists.
+        origin: where the student's network comes from, the teacher or another checkpoint: its pipeline class is tried,
+            and its scheduler kept where that fails.
+        latents: the autoencoder of a latent student, which is copied into the folder.
+        card: JSON values for the model card: teacher, divergence, iterations, ...
+        config: the training config, as YAML.
+        samples: a grid for the card.
+    """
+    denoiser = generator.denoiser
+    with atomic_folder(folder) as temporary:
+        facts: dict[str, Any] = {"levels": list(generator.levels), "null_class": denoiser.null_class, **card}
+        if isinstance(generator, TiUEGenerator):
+            facts["decoder_levels"] = list(generator.decoder_levels)
+        if isinstance(denoiser, TextDenoiser):
+            facts["size"] = denoiser.sample_shape[-1]
+        if has_adapters(denoiser):
+            if origin.factory is None:
+                network: Any = denoiser.network
+                component = getattr(FAMILIES[type(network).__name__], "COMPONENT", "unet")
+                save_lora(network, temporary / LORA_FILE, component)
+            denoiser = merged(denoiser)
+        if origin.factory is not None:
+            save_file(unshared(denoiser.state_dict()), temporary / _OWN_NETWORK)
+            facts["network"] = origin.name
+            how = OWN_USAGE.format(name=origin.name)
+        else:
+            name, call = _save_pipeline(temporary, generator, denoiser, origin, latents)
+            facts |= {"pipeline": name, "call": call}
+            how = usage(generator, name, call)
+        (temporary / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(generator, how, card, config), encoding="utf-8")
+        (temporary / "training_config.yaml").write_text(config, encoding="utf-8")
+        samples.save(temporary / "samples.png")
+
+
+def _save_pipeline(
+    folder: Path, generator: Student, denoiser: Any, origin: Checkpoint, latents: LatentSpace | None
+) -> tuple[str, dict[str, Any]]:
+    """Fills a folder; the pipeline's class, and the arguments it has to be called with.
+
+    Args:
+        denoiser: the generator's, without adapters.
+    """
+    assert origin.folder is not None
+    vae = latents.vae if latents is not None else None
+    scheduler = load_scheduler(read_scheduler_config(origin.folder))
+    if isinstance(generator, TiUEGenerator):
+        # Prepared on the CPU: the copy has the weights of `denoiser`.
+        copied = TiUEGenerator(denoiser, generator.decoder_levels)
+        assert scheduler is not None
+        pipeline: DiffusionPipeline = tiue_pipeline(copied, scheduler, vae, text_components(origin))
+        call: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0}
+    elif isinstance(denoiser, TextDenoiser):
+        assert latents is not None
+        return save_text_pipeline(denoiser, generator.levels, origin.folder, folder, latents)
+    else:
+        family = FAMILIES[type(denoiser.network).__name__]
+        native = family.native_pipeline(denoiser, generator.levels, origin.index, vae)
+        if native is not None:
+            pipeline, call = native
+        else:
+            student: dict[str, Any] = {"levels": list(generator.levels), "null_class": denoiser.null_class}
+            if denoiser.latent_scaling is not None:
+                scale, bias = denoiser.latent_scaling
+                student |= {"latent_scale": list(scale), "latent_bias": list(bias)}
+            pipeline, call = OneStepPipeline(denoiser.network, scheduler, vae, student), {}
+    pipeline.save_pretrained(folder)
+    return type(pipeline).__name__, call
+
+
+def find_student(path: str | Path) -> Path | None:
+    """The student folder at `path`, or in the run folder `path`; None if what is there is no student, as a teacher."""
+    places = (Path(path), Path(path) / "student")
+    return next((folder for folder in places if (folder / STUDENT_FILE).is_file()), None)
+
+
+def student_folder(path: str | Path) -> Path:
+    """`find_student`, where nothing else will do.
+
+    Raises:
+        CheckpointError: no such folder, or one that is not a student.
+    """
+    folder = find_student(path)
+    if folder is None:
+        missing = f"no {STUDENT_FILE} in it" if Path(path).is_dir() else "no such folder"
+        raise CheckpointError(
+            f"student {str(path)!r}: {missing}; expected what `fdistill distill` wrote to OUTPUT/student"
+        )
+    return folder
+
+
+def load_student(path: str | Path, device: torch.device | str = "cpu", *, network: str | None = None) -> Student:
+    """An exported student as (noise, condition) -> x0, frozen, in eval mode, float32: a `OneStepGenerator`, or a
+    `FewStepGenerator` if it was trained for more steps. A latent student's x0 are latents.
+
+    Args:
+        path: a student folder, or a run folder that has one.
+        network: "module:function" of a student of a user's own network. It is not taken from the folder, so that no
+            folder can say which code runs.
+
+    Raises:
+        CheckpointError: no such folder, or one that is not a student.
+    """
+    folder = student_folder(path)
+    try:
+        facts = read_json_object(folder / STUDENT_FILE)
+        levels = [float(level) for level in facts["levels"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / STUDENT_FILE}: cannot be read ({error!r})") from error
+    if "network" in facts:
+        denoiser = _own_network(folder, facts, network)
+    else:
+        if network is not None:
+            raise CheckpointError(f"network: got {network!r}, and {path} has its network in its folder; leave it out")
+        denoiser = load_denoiser(Checkpoint(str(path), folder))
+    set_null_class(denoiser, facts.get("null_class"))
+    if isinstance(denoiser, TextDenoiser):
+        denoiser.resize(int(facts["size"]))
+    generator: Student
+    if "decoder_levels" in facts:
+        generator = TiUEGenerator(denoiser, [float(level) for level in facts["decoder_levels"]])
+    else:
+        generator = student_generator(denoiser, levels)
+    return generator.eval().requires_grad_(False).to(device)
+
+
+def _own_network(folder: Path, facts: dict[str, Any], network: str | None) -> Denoiser:
+    if network is None:
+        raise CheckpointError(
+            f"student {str(folder)!r}: its network is a user's own; pass network='module:function' "
+            f"(it was trained as {facts['network']!r})"
+        )
+    denoiser = load_denoiser(resolve_checkpoint(network))
+    try:
+        tensors = load_file(folder / _OWN_NETWORK)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / _OWN_NETWORK}: cannot be read ({error}); copy the folder again") from error
+    load_exactly(denoiser, tensors, f"student {str(folder)!r}")
+    return denoiser

@@ -1,0 +1,69 @@
+"""A text-to-image student in its teacher's own pipeline class, which needs no fdistill where it is used."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fdistill.adapters import find_network
+from fdistill.adapters.parametrisation import student_scheduler
+from fdistill.adapters.text_to_image import TextDenoiser
+from fdistill.base.errors import CheckpointError, ConfigError
+from fdistill.base.files import read_json_object
+from fdistill.formats.pipeline_folder import share_files
+from fdistill.teachers.autoencoder import LatentSpace
+
+
+def check_exportable(denoiser: TextDenoiser, levels: Sequence[float]) -> None:
+    """Raises ConfigError where no scheduler of diffusers runs a student at these levels."""
+    if student_scheduler(denoiser.parametrisation, levels) is None:
+        raise ConfigError(
+            f"student_level: got {list(levels)}, at which no scheduler of diffusers runs a text-to-image student; "
+            "expected whole timesteps, and a teacher that predicts eps, v, x0 or a flow"
+        )
+
+
+def save_text_pipeline(
+    denoiser: TextDenoiser, levels: Sequence[float], origin: Path, folder: Path, latents: LatentSpace
+) -> tuple[str, dict[str, Any]]:
+    """Fills a folder with the origin's pipeline, whose network is the student's and whose scheduler takes its steps.
+
+    A network that was told a guidance scale is told it no more: it is part of its weights.
+
+    Args:
+        denoiser: the student's network without adapters, holding the weights to export.
+        levels: of its steps.
+        origin: the pipeline folder that its network comes from.
+        latents: its autoencoder.
+
+    Returns:
+        The pipeline's class, and the arguments, beside a prompt, that it has to be called with.
+    """
+    exported = student_scheduler(denoiser.parametrisation, levels)
+    assert exported is not None
+    scheduler, call = exported
+    family, _ = find_network(origin)
+    component = family.COMPONENT
+    network: Any = denoiser.network
+    if denoiser.embedded_guidance is not None:
+        network = copy.deepcopy(network).cpu()
+        family.fold_guidance(network, denoiser.embedded_guidance)
+    share_files(origin, folder, without=[component, "scheduler", "vae"])
+    network.save_pretrained(folder / component)
+    scheduler.save_pretrained(folder / "scheduler")
+    latents.vae.save_pretrained(folder / "vae")
+    try:
+        index = read_json_object(origin / "model_index.json")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{origin / 'model_index.json'}: cannot be read ({error})") from error
+    for name, entry in index.items():
+        if isinstance(entry, list) and not (folder / name).is_dir():
+            index[name] = [None, None]  # such as a safety checker, which is not downloaded
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    index["vae"] = ["diffusers", type(latents.vae).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    size = denoiser.sample_shape[-1] * latents.factor
+    return str(index["_class_name"]), {**call, **family.UNGUIDED, "height": size, "width": size}

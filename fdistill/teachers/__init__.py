@@ -1,0 +1,1 @@
+"""A pretrained checkpoint as a teacher: its network, its autoencoder, its text encoders."""

@@ -1,0 +1,168 @@
+"""The autoencoder of a latent teacher: images to the samples that its denoiser sees, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import AutoencoderDC, ModelMixin
+from torch import Tensor
+
+from fdistill.adapters import Checkpoint, resolve_checkpoint
+from fdistill.adapters.pretrained import load_network
+from fdistill.base.errors import CheckpointError, did_you_mean
+from fdistill.base.files import read_json_object, weights_sha256
+from fdistill.denoiser import Denoiser, LatentScaling
+
+_PIXELS = 2**21  # of the images an autoencoder sees at once: its activations are far larger than a denoiser's
+
+_VIDEO = "AutoencoderKLQwenImage"  # from diffusers 0.35 on; takes images as videos of one frame
+#: Classes of autoencoders that are read.
+AUTOENCODERS = tuple(name for name in ("AutoencoderKL", "AutoencoderDC", _VIDEO) if hasattr(diffusers, name))
+
+
+class LatentSpace:
+    """A frozen autoencoder.
+
+    It stays on the CPU and visits a device only while it is used there, so that it takes no memory from training.
+
+    Attributes:
+        vae: one of `AUTOENCODERS`.
+        scaling: from its latents to samples.
+        factor: pixels for one latent, in each direction.
+        sha256: hash of the autoencoder's weights.
+    """
+
+    def __init__(self, vae: ModelMixin, scaling: LatentScaling, sha256: str):
+        self.vae: Any = vae.eval().requires_grad_(False)
+        self.scaling = scaling
+        self.sha256 = sha256
+        config = self.vae.config
+        if _is_video(vae):
+            self.factor = 2 ** len(config.temperal_downsample)
+        else:
+            levels = config.encoder_block_out_channels if _has_no_posterior(vae) else config.block_out_channels
+            self.factor = 2 ** (len(levels) - 1)
+
+    @contextmanager
+    def _on(self, device: torch.device) -> Iterator[None]:
+        try:
+            self.vae.to(device)
+            yield
+        finally:
+            self.vae.to("cpu")
+
+    def facts(self) -> dict[str, Any]:
+        """What cached latents have to agree with."""
+        return {"vae": self.sha256, "latent_scale": list(self.scaling.scale), "latent_bias": list(self.scaling.bias)}
+
+    @torch.no_grad()
+    def decode(self, samples: Tensor) -> Tensor:
+        """Samples [B, C, h, w] -> images [B, 3, H, W], nominally in [-1, 1]."""
+        z = self.scaling.to_latents(samples)
+        with self._on(samples.device):
+            return torch.cat([self._decode(part) for part in z.split(_at_once(self.factor * z.shape[-1]))])
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in [-1, 1] -> mean and standard deviation of their latents z, [B, 2C, h, w]; the latter
+        is 0 for an autoencoder without a posterior.
+        """
+        with self._on(images.device):
+            return torch.cat([self._encode(part) for part in images.split(_at_once(images.shape[-1]))])
+
+    def _decode(self, z: Tensor) -> Tensor:
+        if _is_video(self.vae):
+            frames: Tensor = self.vae.decode(z[:, :, None]).sample
+            return frames[:, :, 0]
+        images: Tensor = self.vae.decode(z).sample
+        return images
+
+    def _encode(self, images: Tensor) -> Tensor:
+        if _has_no_posterior(self.vae):
+            z: Tensor = self.vae.encode(images).latent
+            return torch.cat([z, torch.zeros_like(z)], dim=1)
+        if _is_video(self.vae):
+            posterior = self.vae.encode(images[:, :, None]).latent_dist
+            return torch.cat([posterior.mean, posterior.std], dim=1)[:, :, 0]
+        posterior = self.vae.encode(images).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+
+
+def _at_once(size: int) -> int:
+    """How many images of this size in pixels."""
+    return max(1, _PIXELS // size**2)
+
+
+def _is_video(vae: ModelMixin) -> bool:
+    return type(vae).__name__ == _VIDEO
+
+
+def _has_no_posterior(vae: ModelMixin) -> bool:
+    return isinstance(vae, AutoencoderDC)
+
+
+def _own_scaling(vae: ModelMixin) -> LatentScaling:
+    """What the networks that were trained on an autoencoder's latents see of them."""
+    config: Any = vae.config
+    if _is_video(vae):
+        pairs = list(zip(config.latents_mean, config.latents_std, strict=False))
+        return LatentScaling(tuple(1 / std for _, std in pairs), tuple(-mean / std for mean, std in pairs))
+    scale = float(config.scaling_factor)
+    shift = float(getattr(config, "shift_factor", None) or 0.0)
+    return LatentScaling((scale,) * config.latent_channels, (-scale * shift,) * config.latent_channels)
+
+
+def _load_autoencoder(folder: Path) -> ModelMixin:
+    """CheckpointError: a class that is not among `AUTOENCODERS`, or files that are missing or do not fit."""
+    path = folder / "config.json"
+    try:
+        name = str(read_json_object(path).get("_class_name"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); expected the config of an autoencoder") from error
+    if name not in AUTOENCODERS:
+        raise CheckpointError(
+            f"{path}: autoencoder class {name!r} is not supported; {did_you_mean(name, AUTOENCODERS)}"
+        )
+    vae: ModelMixin = load_network(getattr(diffusers, name), folder)
+    return vae
+
+
+def attach_latent_space(denoiser: Denoiser, checkpoint: Checkpoint, vae: str | None) -> LatentSpace | None:
+    """The autoencoder in a checkpoint's vae/, or in the folder or hub id `vae`; None for a denoiser of pixels.
+
+    The denoiser's `latent_scaling` becomes the autoencoder's own where the checkpoint says nothing else.
+
+    Raises:
+        CheckpointError: latents without an autoencoder, or one of another number of channels.
+    """
+    folder = (checkpoint.folder or Path()) / "vae"
+    if vae is not None:
+        given = resolve_checkpoint(vae).folder
+        if given is None:
+            raise CheckpointError(f"vae {vae!r}: is a function; expected a folder or hub id of an autoencoder")
+        folder = given / "vae" if (given / "vae").is_dir() else given
+    channels = denoiser.sample_shape[0]
+    if vae is None and (checkpoint.folder is None or not folder.is_dir()):
+        # A component that a pipeline could have and has not is listed as [null, null].
+        listed = any((checkpoint.index.get(part) or [None])[0] for part in ("vae", "vqvae"))
+        if denoiser.latent_scaling is None and channels in (1, 3) and not listed:
+            return None
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r}: its samples have {channels} channels, latents of an autoencoder that is "
+            "not in the folder; copy it into vae/, or pass vae=FOLDER (usually stabilityai/sd-vae-ft-mse)"
+        )
+    model = _load_autoencoder(folder)
+    scaling = _own_scaling(model)
+    if len(scaling.scale) != channels:
+        raise CheckpointError(
+            f"vae {folder}: has latents of {len(scaling.scale)} channels, but checkpoint {checkpoint.name!r} samples "
+            f"of {channels}; expected the autoencoder it was trained with"
+        )
+    if denoiser.latent_scaling is None:
+        denoiser.latent_scaling = scaling
+    return LatentSpace(model, denoiser.latent_scaling, weights_sha256(folder))

@@ -1,0 +1,292 @@
+"""Published checkpoints into teacher folders of config.json and safetensors, without running code of theirs."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import inspect
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fdistill.adapters.dit import FREQ_SHIFT
+from fdistill.adapters.parametrisation import TIME_CONVENTION
+from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.base.files import atomic_folder, claim_folder, read_json_object
+from fdistill.formats.unpickle import Record, load_restricted, state_dict
+from fdistill.networks import EDM2Network, EDMNetwork
+from fdistill.teachers.convert_dit import transformer_config, transformer_tensors
+
+#: Class in the pickle -> our network, and the names and defaults of its constructor, in order, before **kwargs.
+NETWORKS: dict[str, tuple[type[Any], dict[str, Any]]] = {
+    "EDMPrecond": (
+        EDMNetwork,
+        {
+            "img_resolution": None,
+            "img_channels": None,
+            "label_dim": 0,
+            "use_fp16": False,
+            "sigma_min": 0.0,
+            "sigma_max": math.inf,
+            "sigma_data": 0.5,
+            "model_type": "DhariwalUNet",
+        },
+    ),
+    "Precond": (
+        EDM2Network,
+        {
+            "img_resolution": None,
+            "img_channels": None,
+            "label_dim": None,
+            "use_fp16": True,
+            "sigma_data": 0.5,
+            "logvar_channels": 128,
+        },
+    ),
+}
+
+#: What EDM2's encoder is constructed from, in order. Its latents are those of the VAE, shifted and scaled per channel.
+LATENT_ENCODER: dict[str, Any] = {
+    "vae_name": "stabilityai/sd-vae-ft-mse",
+    "raw_mean": [5.81, 3.25, 0.12, -2.15],
+    "raw_std": [4.17, 4.62, 3.71, 3.28],
+    "final_mean": 0.0,
+    "final_std": 0.5,
+}
+
+#: The levels that the published samplers use, where the network's own are 0 and infinity.
+LEVELS = {"sigma_min": 0.002, "sigma_max": 80.0}
+
+FAMILIES = ("dit", "sit")
+
+_PICKLES = (".pkl", ".pickle")
+_STATE_DICTS = (".pt", ".pth", ".safetensors")
+
+
+def convert(source: Path, output: Path, family: str | None = None) -> Path:
+    """Writes a teacher folder from a published checkpoint; nothing in the file is executed.
+
+    Args:
+        source: a network pickle of EDM or EDM2 (.pkl), or a state dict of a DiT or SiT (.pt, .pth, .safetensors).
+        output: a folder that does not exist, or is empty. A pickle becomes config.json and
+            diffusion_pytorch_model.safetensors in float32, a state dict transformer/ and scheduler/.
+        family: "dit" or "sit" for state dicts, whose tensors have the same names and shapes.
+
+    Returns:
+        the folder.
+
+    Raises:
+        CheckpointError: the file cannot be read, names anything that is not on a fixed list, or holds another network.
+        ArgumentError: no family for a state dict, or one for a pickle.
+        OutputError: the output exists or cannot be written.
+    """
+    source, suffix = Path(source), Path(source).suffix.lower()
+    if suffix not in _PICKLES + _STATE_DICTS:
+        raise CheckpointError(
+            f"{source}: cannot tell what it is from its name; expected one of {', '.join(_PICKLES + _STATE_DICTS)}"
+        )
+    if suffix in _PICKLES and family is not None:
+        raise ArgumentError(f"family: got {family!r} for a pickle, which says itself what it is; leave it out")
+    if suffix in _STATE_DICTS and family not in FAMILIES:
+        raise ArgumentError(
+            f"family: got {family!r}; a state dict does not say whether it is a DiT (predicts noise) or a SiT "
+            "(predicts velocity): pass 'dit' or 'sit'"
+        )
+    output = claim_folder(output)
+    if suffix in _PICKLES:
+        _convert_pickle(source, output)
+    else:
+        assert family is not None
+        _convert_transformer(source, output, family)
+    return output
+
+
+def _convert_pickle(source: Path, output: Path) -> None:
+    content = load_restricted(source)
+    record = _network(content, source)
+    cls, names = NETWORKS[record.name]
+    config = _settings(record, cls, names, source)
+    vae = None
+    if cls is EDM2Network:
+        encoder = content.get("encoder") if isinstance(content, dict) else None
+        vae = _latent_encoder(encoder, config, source)
+    network = _filled(cls, config, state_dict(record), source)
+    with atomic_folder(output) as folder:
+        network.save_pretrained(folder)
+        levels = f"Noise levels sigma from {config['sigma_min']:g} to {config['sigma_max']:g}; "
+        space = "the network sees pixels in [-1, 1]."
+        if vae is not None:
+            space = f"the network sees latents of a VAE. Next: put the VAE {vae} into `vae/`."
+        _write_card(folder, source, f"{record.name} ({_architecture(config)})", network, levels + space)
+
+
+def _network(content: Any, source: Path) -> Record:
+    """The averaged network that a published pickle holds under "ema"."""
+    network = content.get("ema") if isinstance(content, dict) else content
+    if isinstance(network, Record) and network.name in NETWORKS:
+        return network
+    found = network.name if isinstance(network, Record) else f"a {type(network).__name__}"
+    if isinstance(content, dict) and "ema" not in content:
+        found = f"a dict of {', '.join(map(repr, list(content)[:8])) or 'nothing'}"
+    raise CheckpointError(
+        f"{source}: holds {found}; expected a network of EDM (EDMPrecond) or EDM2 (Precond) under 'ema', as their "
+        "published pickles have it"
+    )
+
+
+def _settings(record: Record, cls: type[Any], names: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """The constructor's arguments as ours takes them."""
+    given = dict(zip(names, record.arguments, strict=False)) | record.keywords
+    config = {**names, **given}
+    del config["use_fp16"]
+    if cls is EDM2Network and config.get("resample_filter") in ([1, 1], (1, 1)):
+        del config["resample_filter"]  # ours has no other
+    known = inspect.signature(cls.__init__).parameters.keys() - {"self"}
+    for name, value in config.items():
+        if name not in known:
+            raise CheckpointError(
+                f"{source}: {record.name} has a setting {name!r} that is not supported; {did_you_mean(name, known)}"
+            )
+        if not _is_plain(value):
+            raise CheckpointError(
+                f"{source}: setting {name} is a {type(value).__name__}; expected numbers or text, or a list of them"
+            )
+    for name, bound in LEVELS.items():
+        value = config.get(name)
+        config[name] = value if isinstance(value, (int, float)) and 0 < value < math.inf else bound
+    return config
+
+
+def _is_plain(value: Any) -> bool:
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return len(values) < 100 and all(isinstance(inner, (str, int, float, type(None))) for inner in values)
+
+
+def _latent_encoder(encoder: Any, config: dict[str, Any], source: Path) -> str | None:
+    """Adds the scale and bias of a latent-space network to its config; the name of its VAE, None for pixels."""
+    name = encoder.name if isinstance(encoder, Record) else None
+    if name == "StandardRGBEncoder" or (name is None and config["img_channels"] != 4):
+        return None
+    if name not in (None, "StabilityVAEEncoder"):
+        raise CheckpointError(f"{source}: encoder {name} is not supported; expected StabilityVAEEncoder")
+    settings = dict(LATENT_ENCODER)
+    if name is not None:
+        settings |= dict(zip(settings, encoder.arguments, strict=False)) | encoder.keywords
+    try:
+        scale = [settings["final_std"] / std for std in settings["raw_std"]]
+        bias = [
+            settings["final_mean"] - mean * factor for mean, factor in zip(settings["raw_mean"], scale, strict=True)
+        ]
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"{source}: encoder {name} is made from {settings}; expected numbers") from error
+    config["latent_scale"], config["latent_bias"] = scale, bias
+    return str(settings["vae_name"])
+
+
+def _filled(cls: type[Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path) -> Any:
+    """A network with exactly these tensors, in float32."""
+    try:
+        with torch.device("meta"):
+            network = cls(**config)
+    except (ArgumentError, TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
+        raise CheckpointError(
+            f"{source}: no {cls.__name__} can be built from its settings ({' '.join(str(error).split())[:300]})"
+        ) from error
+    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(f"{source}: tensor {name} is missing; expected one of shape {shape}")
+        if tuple(tensors[name].shape) != shape:
+            raise CheckpointError(f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}; expected {shape}")
+    for name in tensors:
+        if name not in expected:
+            raise CheckpointError(f"{source}: tensor {name} has no place in a {cls.__name__} of its settings")
+    copies = {name: torch.empty(shape).copy_(tensors[name]) for name, shape in expected.items()}
+    network.load_state_dict(copies, assign=True)
+    return network
+
+
+def _convert_transformer(source: Path, output: Path, family: str) -> None:
+    tensors = _read_state_dict(source)
+    config = transformer_config(tensors, source)
+    renamed = transformer_tensors(tensors, config["num_layers"], source)
+    network = _filled(DiTTransformer2DModel, config, renamed, source)
+    scheduler: Any
+    if family == "dit":
+        scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
+        note = "Predicts noise at timesteps 0 ... 999 of a linear beta schedule."
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler()
+        note = "Predicts the velocity data - noise, and is told t from 0 (noise) to 1 (data)."
+    note += (
+        " The network sees latents of a VAE, which the file does not hold. Next: put stabilityai/sd-vae-ft-ema (or "
+        "sd-vae-ft-mse, whichever the checkpoint was trained with) into `vae/`."
+    )
+    with atomic_folder(output) as folder:
+        network.save_pretrained(folder / "transformer")
+        scheduler.save_pretrained(folder / "scheduler")
+        path = folder / "scheduler" / "scheduler_config.json"
+        # The frequencies of published DiT and SiT are 10000^(-i/128); DiTTransformer2DModel's are 10000^(-i/127).
+        extra = {FREQ_SHIFT: 0} | ({TIME_CONVENTION: "sit"} if family == "sit" else {})
+        path.write_text(json.dumps(read_json_object(path) | extra, indent=2) + "\n", encoding="utf-8")
+        kind = f"{'DiT' if family == 'dit' else 'SiT'} with {config['num_layers']} blocks"
+        _write_card(folder, source, f"{kind}, patches of {config['patch_size']}", network, note)
+
+
+def _read_state_dict(source: Path) -> dict[str, Tensor]:
+    """Tensors of a .pt file (flat, or under "ema" or "model") or a safetensors file."""
+    try:
+        if source.suffix.lower() == ".safetensors":
+            return dict(load_file(source))
+        # Training checkpoints carry their command line in a Namespace, which only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # of torch's reader nearly any, on damaged bytes
+        reason = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+        named = re.search(r"GLOBAL (\S+)", reason)
+        raise CheckpointError(
+            f"{source}: refused {named[1]}, which no state dict needs, and ran nothing; expected tensors alone"
+            if named
+            else f"{source}: cannot be read ({reason[:200] or type(error).__name__}); expected a file of tensors"
+        ) from error
+    for key in ("ema", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+            break
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
+        raise CheckpointError(
+            f"{source}: holds no state dict; expected tensors by name, or such under 'ema' or 'model'"
+        )
+    return content
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    size, channels = config["img_resolution"], config["img_channels"]
+    classes = f"{config['label_dim']} classes" if config["label_dim"] else "unconditional"
+    return f"{size}x{size}, {channels} channels, {classes}"
+
+
+def _write_card(folder: Path, source: Path, what: str, network: ModelMixin, note: str) -> None:
+    digest = hashlib.sha256()
+    with source.open("rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    (folder / "README.md").write_text(
+        f"# {source.stem}\n\n{what}, {count:,} parameters in float32.\n\n{note}\n\n"
+        f"Converted by `fdistill convert` from `{source.name}`, sha256\n`{digest.hexdigest()}`. "
+        "The licence is that of the source.\n\n"
+        "Distil it with `fdistill distill CONFIG teacher=THIS_FOLDER --output RUN`.\n",
+        encoding="utf-8",
+    )

@@ -1,0 +1,118 @@
+"""State dicts of DiT (Peebles and Xie 2022, arXiv 2212.09748) and SiT (arXiv 2401.08740) as DiTTransformer2DModel."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdistill.base.errors import CheckpointError
+
+#: Width of a published DiT or SiT (S, B, L, XL) -> attention heads, which no tensor's shape tells.
+ATTENTION_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+
+
+def transformer_tensors(tensors: Mapping[str, Tensor], num_layers: int, source: Path) -> dict[str, Tensor]:
+    """The tensors under the names of diffusers.
+
+    Args:
+        source: the file, for messages.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has no place in a DiT.
+    """
+    renamed: dict[str, Tensor] = {}
+    used = {"pos_embed"}
+    for target, name, third in _transformer_names(num_layers):
+        if name not in tensors:
+            raise CheckpointError(f"{source}: tensor {name} is missing; expected the tensors of a DiT or SiT")
+        used.add(name)
+        renamed[target] = tensors[name] if third is None else tensors[name].chunk(3)[third]
+    foreign = sorted(tensors.keys() - used)
+    if foreign:
+        raise CheckpointError(f"{source}: tensor {foreign[0]} has no place in a DiT or SiT")
+    return renamed
+
+
+def transformer_config(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
+    """The architecture that the shapes of a DiT's tensors tell.
+
+    Args:
+        source: the file, for messages.
+
+    Raises:
+        CheckpointError: a tensor is missing, or the width or the position embedding is not a published one.
+    """
+    dimensions = {
+        "x_embedder.proj.weight": 4,
+        "pos_embed": 3,
+        "y_embedder.embedding_table.weight": 2,
+        "final_layer.linear.weight": 2,
+    }
+    for name, ndim in dimensions.items():
+        if name not in tensors or tensors[name].ndim != ndim:
+            raise CheckpointError(f"{source}: no tensor {name} of {ndim} dimensions; expected those of a DiT or SiT")
+    kernel, positions, classes, last = (tensors[name] for name in dimensions)
+    width, channels, patch, _ = kernel.shape
+    grid = math.isqrt(positions.shape[1])
+    if width not in ATTENTION_HEADS:
+        raise CheckpointError(f"{source}: is {width} wide; expected a published width, {sorted(ATTENTION_HEADS)}")
+    if positions.shape != (1, grid**2, width) or not torch.allclose(
+        positions[0].double(), _position_embedding(grid, width), atol=1e-4
+    ):
+        raise CheckpointError(f"{source}: pos_embed is not the fixed sines and cosines of DiT, the only supported one")
+    blocks = [int(found[1]) for found in (re.match(r"blocks\.(\d{1,4})\.", name) for name in tensors) if found]
+    return {
+        "num_attention_heads": ATTENTION_HEADS[width],
+        "attention_head_dim": width // ATTENTION_HEADS[width],
+        "in_channels": channels,
+        "out_channels": last.shape[0] // patch**2,
+        "num_layers": 1 + max(blocks, default=0),
+        "sample_size": grid * patch,
+        "patch_size": patch,
+        "num_embeds_ada_norm": classes.shape[0] - 1,  # the last row stands for no class
+        "norm_eps": 1e-6,
+    }
+
+
+def _position_embedding(grid: int, width: int) -> Tensor:
+    """[grid^2, width] float64: sines and cosines of a patch's column, then of its row."""
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    one = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return torch.cat([one.repeat(grid, 1), one.repeat_interleave(grid, dim=0)], dim=1)
+
+
+def _transformer_names(num_layers: int) -> Iterator[tuple[str, str, int | None]]:
+    """(name in DiTTransformer2DModel, name in the file, which third of it or None for the whole).
+
+    Blocks of diffusers have an embedder of time and label each, of which the file has one for all.
+    """
+    modules: list[tuple[str, str, int | None]] = [
+        ("pos_embed.proj", "x_embedder.proj", None),
+        ("proj_out_1", "final_layer.adaLN_modulation.1", None),
+        ("proj_out_2", "final_layer.linear", None),
+    ]
+    for i in range(num_layers):
+        theirs, ours = f"blocks.{i}", f"transformer_blocks.{i}"
+        embedder = f"{ours}.norm1.emb"
+        yield f"{embedder}.class_embedder.embedding_table.weight", "y_embedder.embedding_table.weight", None
+        modules += [
+            (f"{embedder}.timestep_embedder.linear_1", "t_embedder.mlp.0", None),
+            (f"{embedder}.timestep_embedder.linear_2", "t_embedder.mlp.2", None),
+            (f"{ours}.norm1.linear", f"{theirs}.adaLN_modulation.1", None),
+            (f"{ours}.attn1.to_q", f"{theirs}.attn.qkv", 0),
+            (f"{ours}.attn1.to_k", f"{theirs}.attn.qkv", 1),
+            (f"{ours}.attn1.to_v", f"{theirs}.attn.qkv", 2),
+            (f"{ours}.attn1.to_out.0", f"{theirs}.attn.proj", None),
+            (f"{ours}.ff.net.0.proj", f"{theirs}.mlp.fc1", None),
+            (f"{ours}.ff.net.2", f"{theirs}.mlp.fc2", None),
+        ]
+    for ours, theirs, third in modules:
+        for kind in ("weight", "bias"):
+            yield f"{ours}.{kind}", f"{theirs}.{kind}", third

@@ -1,0 +1,107 @@
+"""A teacher as runs, caches and samplers want it: its denoiser, and the autoencoder of its latents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fdistill.adapters import Checkpoint, load_denoiser, resolve_checkpoint
+from fdistill.adapters.text_to_image import TextDenoiser
+from fdistill.base.errors import ConfigError
+from fdistill.base.files import atomic_folder, claim_folder
+from fdistill.denoiser import Denoiser
+from fdistill.formats.merged_lora import merged_folder
+from fdistill.formats.pipeline_folder import share_files
+from fdistill.formats.single_file import single_file_to_folder
+from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen denoiser in eval mode, float32, on the CPU.
+
+    Attributes:
+        checkpoint: where it comes from: for a single file, or with a LoRA merged in, a folder in $FDISTILL_CACHE.
+        latents: None for a teacher of pixels.
+    """
+
+    checkpoint: Checkpoint
+    denoiser: Denoiser
+    latents: LatentSpace | None
+
+    @property
+    def image_size(self) -> int:
+        """Pixels of a side of the images that samples are, or are decoded to."""
+        return self.denoiser.sample_shape[-1] * (1 if self.latents is None else self.latents.factor)
+
+
+def open_teacher(
+    name: str | Path,
+    *,
+    base: str | None = None,
+    lora: str | None = None,
+    lora_scale: float = 1.0,
+    null_class: int | None = None,
+    vae: str | None = None,
+    resolution: int | None = None,
+) -> Teacher:
+    """Loads a teacher.
+
+    Args:
+        name: anything that `resolve_checkpoint` takes.
+        base: the published pipeline that a single-file checkpoint was made from.
+        lora, lora_scale: a LoRA file that is merged into it.
+        null_class: the label that stands for no class, where the checkpoint does not say it.
+        vae: autoencoder of a latent teacher whose folder has none.
+        resolution: of a text-to-image teacher's images, in pixels, where it is not its own.
+
+    Raises:
+        CheckpointError: what cannot be read.
+        ConfigError: a base, a LoRA or a resolution for a teacher that has no use for it.
+    """
+    checkpoint = _resolve(str(name), base)
+    if lora is not None:
+        if checkpoint.folder is None:
+            raise ConfigError(f"teacher_lora: teacher {str(name)!r} is a function; expected a pipeline folder")
+        checkpoint = Checkpoint(checkpoint.name, merged_folder(checkpoint.folder, Path(lora), lora_scale))
+    denoiser = load_denoiser(checkpoint, null_class=null_class).requires_grad_(False)
+    latents = attach_latent_space(denoiser, checkpoint, vae)
+    if resolution is not None:
+        if not isinstance(denoiser, TextDenoiser) or latents is None:
+            raise ConfigError(
+                f"resolution: got {resolution}, but only text-to-image teachers draw at several; expected null"
+            )
+        size, rest = divmod(resolution, latents.factor)
+        if rest or size < 1:
+            raise ConfigError(
+                f"resolution: got {resolution}; expected a multiple of {latents.factor}, the autoencoder's factor"
+            )
+        denoiser.resize(size)
+    return Teacher(checkpoint, denoiser, latents)
+
+
+def _resolve(name: str, base: str | None) -> Checkpoint:
+    path = Path(name)
+    if path.is_file() and path.suffix in (".safetensors", ".ckpt"):
+        found = None if base is None else resolve_checkpoint(base).folder
+        return Checkpoint(name, single_file_to_folder(path, found))
+    if base is not None:
+        raise ConfigError(f"teacher_base: got {base!r}, but teacher {name!r} is no single file; expected null")
+    return resolve_checkpoint(name)
+
+
+def copy_single_file(path: Path, base: str, output: Path) -> Path:
+    """A single-file checkpoint as a pipeline folder of the user's own.
+
+    Args:
+        base: folder or hub id of the published pipeline that it was made from.
+        output: a folder that is empty or does not exist.
+
+    Raises:
+        CheckpointError, OutputError: what cannot be read, or written.
+    """
+    folder = claim_folder(output)
+    made = single_file_to_folder(path, resolve_checkpoint(base).folder)
+    with atomic_folder(folder) as temporary:
+        share_files(made, temporary)
+    return output

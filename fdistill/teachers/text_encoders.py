@@ -1,0 +1,255 @@
+"""The text encoders of a text-to-image teacher: prompts to what its denoiser is told."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any, Protocol
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+from tqdm import tqdm
+
+from fdistill.adapters import Checkpoint, find_network, supported_pipelines
+from fdistill.base.errors import CheckpointError, did_you_mean
+from fdistill.base.files import read_json_object
+from fdistill.condition import TextCondition
+
+_BATCH = 32  # prompts that the encoders see at once
+_SHOWN = 256  # prompts between two updates of progress
+_SAMPLES, _SAMPLE = 256, 2**16  # places in a file and bytes at each: all of files up to 16 MB
+
+
+@dataclass(frozen=True)
+class CutPrompt:
+    """A prompt of which a tokenizer drops the end."""
+
+    index: int
+    tokenizer: str
+    tokens: int
+    limit: int
+    dropped: str
+
+
+class PromptEncoder:
+    """Frozen text encoders with their tokenizers, as the teacher's own pipeline uses them.
+
+    They stay on the CPU and visit a device only inside `on`, so that they take no memory from training.
+
+    Args:
+        family: the adapter of the pipeline's denoiser.
+        pipeline: without denoiser and autoencoder.
+        resolution: of the images that prompts are for, in pixels: some families tell the denoiser.
+    """
+
+    def __init__(self, family: ModuleType, pipeline: DiffusionPipeline, resolution: int):
+        self._family, self._pipeline, self._resolution = family, pipeline, resolution
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """Encoders and tokenizers, by their names in the pipeline."""
+        return dict(self._pipeline.components)
+
+    @contextmanager
+    def on(self, device: torch.device | str) -> Iterator[None]:
+        """The encoders are on the device inside the block."""
+        try:
+            self._pipeline.to(device)
+            yield
+        finally:
+            self._pipeline.to("cpu")
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> TextCondition:
+        """At least one prompt, where the encoders are; ends that they do not take are cut off (`cut` says which)."""
+        with quiet():
+            parts = [
+                self._family.encode_prompts(self._pipeline, list(prompts[first : first + _BATCH]), self._resolution)
+                for first in range(0, len(prompts), _BATCH)
+            ]
+        return TextCondition.concat(parts)
+
+    @torch.no_grad()
+    def null(self, negative_prompt: str = "") -> TextCondition:
+        """What guidance leads away from, as one prompt: the empty one as the family is trained with it, or another."""
+        with quiet():
+            null: TextCondition = self._family.encode_null(self._pipeline, negative_prompt, self._resolution)
+        return null
+
+    def cut(self, prompts: Sequence[str]) -> list[CutPrompt]:
+        """The prompts that are longer than a tokenizer's limit, and what of them is dropped."""
+        found = []
+        called = inspect.signature(type(self._pipeline).__call__).parameters.get("max_sequence_length")
+        # CLIP's tokenizers have fewer; PixArt-alpha and Sigma differ in this alone.
+        read = sys.maxsize if called is None else int(called.default)
+        for name, limit in self._family.TOKENIZERS.items():
+            tokenizer: Any = getattr(self._pipeline, name, None)
+            if tokenizer is None:
+                continue
+            most = min(limit or tokenizer.model_max_length, read)
+            for index, ids in enumerate(tokenizer(list(prompts), truncation=False, verbose=False).input_ids):
+                if len(ids) > most:
+                    ends = len(ids) - most + _closing(tokenizer)
+                    dropped = tokenizer.decode(ids[-ends:], skip_special_tokens=True)
+                    found.append(CutPrompt(index, name, len(ids), most, dropped.strip()))
+        return found
+
+
+def _closing(tokenizer: Any) -> int:
+    """How many tokens close a prompt, which stay when it is cut: CLIP's and T5's end, Gemma's and Qwen's none."""
+    ids = tokenizer("a").input_ids
+    return int(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
+
+
+def describe_cut(cut: Sequence[CutPrompt], prompts: Sequence[str]) -> str:
+    """One sentence for people about prompts that are longer than their encoder takes; empty if there are none."""
+    if not cut:
+        return ""
+    by_tokenizer = {name: [entry for entry in cut if entry.tokenizer == name] for name in {e.tokenizer for e in cut}}
+    sentences = []
+    for name, entries in sorted(by_tokenizer.items()):
+        first = entries[0]
+        sentences.append(
+            f"{len(entries)} of {len(prompts)} prompts are longer than the {first.limit} tokens that {name} takes, and "
+            f"are cut; of prompt {first.index} ({first.tokens} tokens) this is lost: {first.dropped!r}"
+        )
+    return "; ".join(sentences)
+
+
+class EncodesPrompts(Protocol):
+    """What a source of images needs of text encoders: a `PromptEncoder`, or prompts that were encoded before."""
+
+    def on(self, device: torch.device) -> AbstractContextManager[None]:
+        """`encode` may be called inside the block."""
+
+    def encode(self, prompts: Sequence[str]) -> TextCondition:
+        """At least one prompt."""
+
+    def cut(self, prompts: Sequence[str]) -> list[CutPrompt]:
+        """The prompts that are too long."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' own lines, such as one for each prompt that is cut, and bars for loading."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    libraries = (of_diffusers, of_transformers)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for library, (verbosity, bars) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()
+
+
+def text_components(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Text encoders and tokenizers of a pipeline folder, by name; none for a network that is told no prompts."""
+    if not any(name.startswith("text_encoder") for name in checkpoint.index):
+        return {}
+    components = open_prompt_encoder(checkpoint, 0).components
+    return {name: part for name, part in components.items() if name.startswith(("text_encoder", "tokenizer"))}
+
+
+def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str = "fp32") -> PromptEncoder:
+    """The text encoders in a text-to-image pipeline's folder.
+
+    Args:
+        resolution: see `PromptEncoder`.
+        precision: "fp32" or "bf16", in which they are held and compute.
+
+    Raises:
+        CheckpointError: no pipeline folder, a class of pipeline that is not supported, or files that cannot be read.
+    """
+    folder = checkpoint.folder
+    if folder is None:
+        raise CheckpointError(f"checkpoint {checkpoint.name!r}: is a function, which has no text encoders")
+    name = str(checkpoint.index.get("_class_name"))
+    if name == "TiUEPipeline":  # whose text encoders are those of the teacher's pipeline
+        two = (checkpoint.index.get("text_encoder_2") or [None])[0] is not None
+        name = "StableDiffusionXLPipeline" if two else "StableDiffusionPipeline"
+    if name not in supported_pipelines():
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r}: pipeline class {name!r} has no text encoders that are read; "
+            f"{did_you_mean(name, supported_pipelines())}"
+        )
+    family, network = find_network(folder)
+    unused = {family.COMPONENT, "vae", "safety_checker", "feature_extractor", "image_encoder"}
+    absent = {
+        part: None
+        for part, entry in checkpoint.index.items()
+        if part in unused or (isinstance(entry, list) and entry[0] is None)
+    }
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    try:
+        with quiet():
+            pipeline = getattr(diffusers, name).from_pretrained(
+                folder,
+                local_files_only=True,
+                use_safetensors=True,
+                torch_dtype=dtype,  # newer versions call it dtype, and take this with a warning
+                **absent,
+            )
+            if absent.get("text_encoder_3", ...) is None:  # then zeros as wide as the transformer reads stand for it
+                settings = read_json_object(network / "config.json")
+                pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**settings))
+            pipeline.to(dtype)
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder}: its text encoders cannot be loaded ({' '.join(str(error).split())[:400]}); expected the "
+            "tokenizer and text_encoder folders of the pipeline, with safetensors"
+        ) from error
+    return PromptEncoder(family, pipeline, resolution)
+
+
+def encoders_sha256(folder: Path) -> str:
+    """What tells the text encoders and tokenizers of a pipeline folder from others: of every file its name, its size
+    and samples from all over it, as whole files may have tens of gigabytes.
+    """
+    digest = hashlib.sha256()
+    for part in sorted(path for path in folder.glob("t*") if path.name.startswith(("text_encoder", "tokenizer"))):
+        for path in sorted(part.rglob("*")):
+            if path.is_file():
+                size = path.stat().st_size
+                digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+                with path.open("rb") as file:
+                    for place in range(0, size, max(_SAMPLE, size // _SAMPLES)):
+                        file.seek(place)
+                        digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def encoding_facts(folder: Path, resolution: int, precision: str) -> str:
+    """A hash of what embeddings depend on, beside their prompts: encoders, image size and precision."""
+    facts = [encoders_sha256(folder), resolution, precision]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def prompt_batches(encoders: PromptEncoder, prompts: Sequence[str]) -> Iterator[tuple[Sequence[str], TextCondition]]:
+    """Prompts and their embeddings, under a progress bar; first, what is cut off of them is said."""
+    cut = describe_cut(encoders.cut(prompts), prompts)
+    if cut:
+        tqdm.write(cut)
+    with tqdm(total=len(prompts), desc="prompts", unit="prompt", mininterval=0.5) as bar:
+        for first in range(0, len(prompts), _SHOWN):
+            part = prompts[first : first + _SHOWN]
+            yield part, encoders.encode(part)
+            bar.update(len(part))

@@ -1,0 +1,1 @@
+"""The loop: what it builds, reads, updates, writes down and saves."""

@@ -1,0 +1,140 @@
+"""Pictures of a run: sample grids and curves, as PNG."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from einops import rearrange
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from fdistill.base.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_GRID_WIDTH = 800
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 [C, H, W] with 1 or 3 channels -> a PIL image."""
+    array = rearrange(image.cpu().numpy(), "c h w -> h w c")
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def grid(images: Tensor, columns: int = 10) -> Image.Image:
+    """images uint8 [N, C, H, W] -> one picture, row by row; small images are enlarged by a whole factor and framed."""
+    columns = min(columns, max(1, 2 * _GRID_WIDTH // images.shape[3]))
+    rows = -(-len(images) // columns)
+    scale = max(1, _GRID_WIDTH // (columns * (images.shape[3] + 1)))
+    cells = np.repeat(np.repeat(images.cpu().numpy(), scale, axis=2), scale, axis=3)
+    cells = np.pad(cells, ((0, rows * columns - len(images)), (0, 0), (1, 1), (1, 1)), constant_values=128)
+    cells = rearrange(cells, "(r k) c h w -> (r h) (k w) c", r=rows)
+    return Image.fromarray(cells[..., 0] if cells.shape[2] == 1 else cells)
+
+
+def save_grid(images: Tensor, path: Path) -> None:
+    """`grid` as a PNG file."""
+    with atomic_file(path) as temporary:
+        grid(images).save(temporary, format="PNG")
+
+
+def save_side_by_side(panels: Sequence[tuple[str, Path]], path: Path) -> None:
+    """Titled greyscale or RGB pictures beside one another in one PNG, pixel for pixel."""
+    title_height, gap = 40, 20
+    pictures = [Image.open(picture).convert("RGB") for _, picture in panels]
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    canvas = Image.new("RGB", (width, title_height + max(picture.height for picture in pictures)), "white")
+    draw, left = ImageDraw.Draw(canvas), 0
+    for (title, _), picture in zip(panels, pictures, strict=True):
+        middle = (left + picture.width // 2, title_height // 2)
+        draw.text(middle, title, fill="black", font=ImageFont.load_default(20), anchor="mm")
+        canvas.paste(picture, (left, title_height))
+        left += picture.width + gap
+    with atomic_file(path) as temporary:
+        canvas.save(temporary, format="PNG")
+
+
+_PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("student", ("generator/matching", "generator/implicit", "generator/regression", "generator/gan")),
+    ("critic", ("fake_score/denoising", "discriminator/gan_real", "discriminator/gan_fake")),
+    ("gradient norms before clipping", ("generator/grad_norm", "fake_score/grad_norm", "discriminator/grad_norm")),
+    ("h(r)", ("generator/h_min", "generator/h", "generator/h_max")),
+    ("discriminator accuracy, clamped ratios", ("discriminator/accuracy", "generator/clamped_ratios")),
+)
+
+
+def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Curves over iterations of everything a run logs, and the discriminator's accuracy per noise bin, as one PNG.
+
+    What a method does not have gets no panel.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    logged = dict.fromkeys(name for record in records for name in record)
+    panels = [(title, [name for name in names if name in logged]) for title, names in _PANELS]
+    panels = [(title, names) for title, names in panels if names]
+    panels += [(name.removeprefix("eval/"), [name]) for name in logged if name.startswith("eval/")]
+    rows = [record.get("discriminator/accuracy_per_bin") for record in records]
+    count = len(panels) + any(rows)
+    height, width = (1, count) if count <= 3 else (2, -(-count // 2))
+    figure = Figure(figsize=(5 * width, 4 * height))
+    # Inches around each panel, as its titles and numbers need them: an engine that asks each text for its
+    # size takes longer than all else here.
+    left, right, below, above = 0.7, 0.2, 0.5, 0.55
+    figure.subplots(
+        height,
+        width,
+        gridspec_kw={
+            "left": left / (5 * width),
+            "right": 1 - right / (5 * width),
+            "bottom": below / (4 * height),
+            "top": 1 - above / (4 * height),
+            "wspace": (left + right) / (5 - left - right),
+            "hspace": (below + above) / (4 - below - above),
+        },
+    )
+    for axes in figure.axes[count:]:
+        axes.remove()
+    iterations = [record["iteration"] for record in records]
+    for axes, (title, names) in zip(figure.axes, panels, strict=False):
+        axes.set_title(textwrap.fill(title, 40))
+        axes.set_xlabel("iteration")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        if names[0].startswith("eval/"):
+            _plot_scores(axes, {r["iteration"]: r[names[0]] for r in records if names[0] in r})
+            continue
+        for name in names:
+            label = name.replace("generator/grad", "student grad").removeprefix("generator/")
+            label = label.replace("/", " ").replace("_", " ")
+            axes.plot(iterations, [record.get(name, np.nan) for record in records], label=label)
+        axes.legend(fontsize=8)
+        if title.startswith("discriminator"):
+            axes.set_ylim(0, 1)
+        elif all(record.get(name, 1.0) > 0 for record in records for name in names):
+            axes.set_yscale("log")  # an implicit objective may be negative, and stays linear
+    if any(rows):
+        last = figure.axes[len(panels)]
+        table = np.array([[np.nan if v is None else v for v in row] for row in rows if row], dtype=float).T
+        shown = last.imshow(
+            table, aspect="auto", origin="lower", vmin=0.5, vmax=1, extent=(0, iterations[-1], 0, len(table))
+        )
+        figure.colorbar(shown, ax=last)
+        last.set_title("discriminator accuracy per noise bin (low to high)")
+        last.set_xlabel("iteration")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90)
+
+
+def _plot_scores(axes: Axes, scores: Mapping[int, float]) -> None:
+    """What was measured now and then, by iteration."""
+    axes.plot(list(scores), list(scores.values()), marker="o", markersize=4)
+    if min(scores.values()) > 0 and max(scores.values()) > 10 * min(scores.values()) and max(scores.values()) > 1:
+        axes.set_yscale("log")  # a distance falls by orders of magnitude; a share stays as it is
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False)

@@ -1,0 +1,191 @@
+"""What a run reads: images, latents or the teacher's own samples, checked against the teacher."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from fdistill.base import rng
+from fdistill.base.errors import ConfigError
+from fdistill.base.images import to_uint8
+from fdistill.condition import Condition
+from fdistill.config.schema import DistillConfig
+from fdistill.data import TEACHER_SAMPLES, ImageLoader, Source, open_source
+from fdistill.data.embeddings import Captions
+from fdistill.data.latents import META_FILE, LatentSource, check_latents
+from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatents, prompts_alone
+from fdistill.data.source import ArraySource
+from fdistill.data.teacher_samples import TeacherSamples, teacher_samples
+from fdistill.denoiser import Denoiser
+from fdistill.methods import METHODS
+from fdistill.students.tiue import Student
+from fdistill.training.build import Distillation
+
+Data = Source | ScaledLatents | FixedSamples
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run reads: images or latents with labels, and teacher pairs for a method that regresses on them."""
+
+    source: Data
+    pairs: TeacherSamples | None
+
+    def loader(self, config: DistillConfig, teacher: Denoiser, first: int) -> ImageLoader | SampleLoader:
+        """This process's rows of batch number `first` and all after it."""
+        rank, processes = rng.world()
+        order: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "seed": config.seed,
+            "first": first,
+            "rank": rank,
+            "processes": processes,
+        }
+        if isinstance(self.source, ScaledLatents | FixedSamples):
+            return SampleLoader(self.source, **order)
+        images = config.images
+        return ImageLoader(
+            self.source, teacher.sample_shape, recipe=images.recipe, flip=images.flip, workers=images.workers, **order
+        )
+
+
+def stored_data(config: DistillConfig, run: Distillation) -> Data | None:
+    """The data a config names, with prompts for a teacher that is told some; None where the teacher has to make them.
+
+    Raises:
+        ConfigError, DataError: nothing there, or data that do not fit the teacher.
+    """
+    teacher, latents = run.networks.teacher, run.latents
+    if config.data == TEACHER_SAMPLES:
+        return None
+    if config.data is None and run.text is not None:
+        return prompts_alone(run.text.embeddings, teacher.sample_shape)
+    if config.data is None:
+        # Nothing reads the images; the labels, all classes alike, are what the student is asked for.
+        classes = teacher.num_classes or 1
+        count = classes * max(1, config.batch_size // classes)
+        empty = torch.zeros(1, *teacher.sample_shape).expand(count, *teacher.sample_shape)
+        return FixedSamples(empty, torch.arange(count) % classes)
+    folder = run.latents_folder or Path(config.data)
+    if (folder / META_FILE).is_file():
+        cached = LatentSource(folder, config.seed)
+        if latents is None:
+            raise ConfigError(
+                f"data {config.data!r}: latents, but teacher {config.teacher!r} makes pixels; expected images"
+            )
+        check_latents(cached.meta, latents.facts())
+        _check_data(config, teacher, cached, cached.shape)
+        return ScaledLatents(cached, latents.scaling)
+    source = open_source(config.data)
+    if latents is not None:
+        raise ConfigError(
+            f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents; encode them once with "
+            f"`fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass data=FOLDER"
+        )
+    shape = None
+    if isinstance(source, ArraySource) and config.images.recipe == "exact":
+        shape = tuple(source.images.shape[1:])
+    _check_data(config, teacher, source, shape)
+    return source
+
+
+def training_data(config: DistillConfig, run: Distillation, device: torch.device) -> TrainingData:
+    """Opens, or makes and caches, what a config names.
+
+    Raises:
+        ConfigError, DataError: nothing there, or data that do not fit the teacher.
+        OutputError: teacher samples cannot be cached.
+    """
+    teacher, text = run.networks.teacher, run.text
+
+    def conditions(rows: range) -> Condition | None:
+        index = torch.tensor(rows)
+        if text is not None:
+            return text.rows(index % len(text.index))
+        return index % teacher.num_classes if teacher.num_classes else None
+
+    def samples(count: int, start_level: float) -> TeacherSamples:
+        with PartialState().local_main_process_first():  # it makes them; the others find them in the cache
+            return teacher_samples(
+                teacher,
+                _made_of(run, config),
+                conditions,
+                count=count,
+                num_steps=config.teacher_samples.num_steps,
+                start_level=start_level,
+                device=device,
+                progress=PartialState().is_main_process,
+            )
+
+    source = stored_data(config, run)
+    if source is None:
+        made = samples(config.teacher_samples.count, teacher.schedule.t_max)
+        if run.latents is None:
+            source = ArraySource(TEACHER_SAMPLES, to_uint8(made.x0), made.labels, teacher.num_classes)
+        else:
+            rows = torch.arange(len(made.x0))
+            prompts = None if text is None else Captions(text.embeddings, text.index[rows % len(text.index)])
+            source = FixedSamples(made.x0, made.labels, prompts)
+    pairs = None
+    if METHODS[config.method].objective == "matching" and config.regression.weight:
+        _check_same_start(run.networks.teacher, run.student)
+        pairs = samples(config.regression.pairs, run.student.levels[0])
+    return TrainingData(source, pairs)
+
+
+def _made_of(run: Distillation, config: DistillConfig) -> str:
+    """A hash of everything that the teacher's samples depend on, but the sampler."""
+    teacher = run.networks.teacher
+    facts = [run.checkpoint.fingerprint(teacher)]
+    if run.text is not None:
+        text = run.text
+        facts += [json.dumps(text.prompts(torch.arange(len(text.index)))), config.negative_prompt]
+        facts += [str(teacher.sample_shape), str(config.guidance_rescale), str(config.guidance_scale)]
+        facts += [config.frozen_precision]
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()
+
+
+def _check_same_start(teacher: Denoiser, student: Student) -> None:
+    """Raises ConfigError where the teacher's sampler cannot start from the noise that the student does."""
+    level = torch.tensor(student.levels[0], dtype=torch.float64)
+    own, others = student.denoiser.schedule, teacher.schedule
+    mine, theirs = (torch.stack([s.start(level), s.alpha(level), s.sigma(level)]) for s in (own, others))
+    if level > others.t_max or not torch.allclose(mine, theirs, rtol=1e-4):
+        raise ConfigError(
+            f"regression.weight: pairs start at the student's level {student.levels[0]:g}, which means another noise "
+            "to the teacher; expected a student with the teacher's noise schedule, or a method without regression"
+        )
+    start, sigma = theirs[0].item(), theirs[2].item()
+    if abs(start - sigma) > 0.05 * sigma:
+        raise ConfigError(
+            f"regression.weight: pairs start at the student's level {student.levels[0]:g} from pure noise, where the "
+            "teacher's sampler expects signal as well; expected student_level=null, or a method without regression"
+        )
+
+
+def _check_data(
+    config: DistillConfig, teacher: Denoiser, source: Source | LatentSource, shape: tuple[int, ...] | None
+) -> None:
+    """Raises ConfigError where shape (if it is known before anything is read) or classes are not the teacher's."""
+    if shape is not None and shape != tuple(teacher.sample_shape):
+        raise ConfigError(
+            f"data {config.data!r} has samples of shape {shape} (C, H, W), but teacher {config.teacher!r} makes "
+            f"{tuple(teacher.sample_shape)}; expected data like the teacher's, or images.recipe=center-box"
+        )
+    highest = int(source.labels.max())
+    if teacher.num_classes is not None and highest >= teacher.num_classes:
+        raise ConfigError(
+            f"data {config.data!r} has class {highest}, but teacher {config.teacher!r} knows 0 to "
+            f"{teacher.num_classes - 1}; expected data like the teacher's"
+        )
+    if teacher.num_classes is not None and source.num_classes is None:
+        raise ConfigError(
+            f"data {config.data!r} has no class labels, but teacher {config.teacher!r} is class-conditional; expected "
+            "class folders, or a dataset.json, labels or cls entry for each image"
+        )

@@ -1,0 +1,148 @@
+"""What a run says about itself: per-sample quantities kept on the device, read and written every few iterations."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdistill.base.distributed import gather_rows
+from fdistill.base.errors import NonFiniteError
+from fdistill.base.files import atomic_file, writing
+from fdistill.step import PerSample
+
+#: Quantities whose spread matters as much as their mean.
+_SPREAD = ("generator/h", "generator/weight")
+
+
+class Journal:
+    """Collects the logs of steps and turns them into one record at a time.
+
+    Nothing is read from the device before `record`. Every process adds and records; all of them get the same record.
+
+    Args:
+        bin_index: levels t [N] -> noise bins [N], for the discriminator's accuracy per bin.
+        num_bins: how many there are.
+    """
+
+    def __init__(self, bin_index: Callable[[Tensor], Tensor], num_bins: int):
+        self._bin_index, self._num_bins = bin_index, num_bins
+        self._steps: list[tuple[Mapping[str, PerSample], Mapping[str, Tensor]]] = []
+
+    def add(self, logs: Mapping[str, PerSample], grad_norms: Mapping[str, Tensor]) -> None:
+        """The logs of one step, named "role/quantity", and the gradient norm of each role it updated."""
+        self._steps.append((logs, grad_norms))
+
+    def record(self) -> dict[str, Any]:
+        """Means since the last record, and starts anew.
+
+        Raises:
+            NonFiniteError: something was NaN or infinite; names the role, the quantity and the noise level of the
+                first step in which that was so, since one broken role soon breaks the others.
+        """
+        steps, self._steps = self._steps, []
+        samples, norms = _collected(steps)
+        values = [value for value, _ in samples.values()] + list(norms.values())
+        if not all(bool(torch.isfinite(value).all()) for value in values):
+            for step in steps:
+                _refuse_non_finite(*_collected([step]))
+
+        record: dict[str, Any] = {}
+        for name, (value, _) in samples.items():
+            record[name] = value.mean().item()
+            if name in _SPREAD:
+                record[f"{name}_min"], record[f"{name}_max"] = value.min().item(), value.max().item()
+        for role, of_role in norms.items():
+            record[f"{role}/grad_norm"] = of_role.mean().item()
+        record.update(self._accuracy(samples))
+        return record
+
+    def _accuracy(self, samples: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        pairs = [
+            samples[name] for name in ("discriminator/accuracy_real", "discriminator/accuracy_fake") if name in samples
+        ]
+        if not pairs:
+            return {}
+        correct, t = (torch.cat(column) for column in zip(*pairs, strict=True))
+        index = self._bin_index(t)
+        hits = torch.zeros(self._num_bins).index_add_(0, index, correct)
+        count = torch.zeros(self._num_bins).index_add_(0, index, torch.ones_like(correct))
+        per_bin = [h / n if n else None for h, n in zip(hits.tolist(), count.tolist(), strict=True)]
+        return {"discriminator/accuracy": correct.mean().item(), "discriminator/accuracy_per_bin": per_bin}
+
+
+def _collected(
+    steps: Sequence[tuple[Mapping[str, PerSample], Mapping[str, Tensor]]],
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """({name: (values, levels) of all steps and processes}, {role: gradient norms}), on the CPU."""
+    samples: dict[str, list[PerSample]] = {}
+    norms: dict[str, list[Tensor]] = {}
+    for logs, grad_norms in steps:
+        for name, entry in logs.items():
+            samples.setdefault(name, []).append(entry)
+        for role, norm in grad_norms.items():
+            norms.setdefault(role, []).append(norm)
+    gathered = {
+        name: (
+            gather_rows(torch.cat([entry.value for entry in entries])).cpu(),
+            gather_rows(torch.cat([entry.t for entry in entries])).cpu(),
+        )
+        for name, entries in samples.items()
+    }
+    return gathered, {role: torch.stack(values).cpu() for role, values in norms.items()}
+
+
+def _refuse_non_finite(samples: Mapping[str, tuple[Tensor, Tensor]], norms: Mapping[str, Tensor]) -> None:
+    for name, (value, t) in samples.items():
+        bad = (~torch.isfinite(value)).nonzero()
+        if len(bad):
+            role, _, quantity = name.partition("/")
+            raise NonFiniteError(
+                f"{role}: {quantity} became {value[bad[0, 0]].item()} at noise level t = {t[bad[0, 0]].item():.4g} "
+                f"({len(bad)} of {len(value)} samples)"
+            )
+    for role, of_role in norms.items():
+        if not bool(torch.isfinite(of_role).all()):
+            raise NonFiniteError(f"{role}: the gradient became {of_role.max().item()} while its losses were finite")
+
+
+def append_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Adds one line to a JSON-lines file."""
+    with writing(path), path.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(record) + "\n")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def truncate_records(path: Path, iteration: int) -> None:
+    """Keeps the records up to an iteration, so that a resumed run does not write any twice."""
+    if not path.is_file():
+        return
+    kept: Iterable[str] = [json.dumps(record) for record in read_records(path) if record["iteration"] <= iteration]
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The record's finite numbers, lists spread over numbered names: what trackers take."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        entries = enumerate(value) if isinstance(value, list) else [(None, value)]
+        for index, entry in entries:
+            if isinstance(entry, (int, float)) and math.isfinite(entry):
+                flat[name if index is None else f"{name}/{index}"] = float(entry)
+    return flat

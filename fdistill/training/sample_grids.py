@@ -1,0 +1,67 @@
+"""The pictures a run draws as it goes: teacher and student from the same noise, classes and prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fdistill.base import rng
+from fdistill.base.images import to_uint8
+from fdistill.condition import Condition
+from fdistill.config.schema import DistillConfig
+from fdistill.generator import noise_shape
+from fdistill.sampler import heun_sample
+from fdistill.training.build import Distillation
+from fdistill.training.curves import save_grid
+
+_GRID, _LARGE_GRID = 80, 16  # samples in a picture; the second of latents and of images above 64 pixels
+
+
+def _grid_count(run: Distillation) -> int:
+    return _LARGE_GRID if run.image_size > 64 else _GRID
+
+
+def _grid_rows(run: Distillation) -> Tensor:
+    """Rows from all over the prompts, one for each sample in a picture."""
+    assert run.text is not None
+    return torch.arange(_grid_count(run)) * len(run.text.index) // _grid_count(run)
+
+
+def grid_prompts(run: Distillation) -> list[str]:
+    """What the samples in a picture are asked to be."""
+    assert run.text is not None
+    return run.text.prompts(_grid_rows(run))
+
+
+def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Condition | None]:
+    teacher = run.networks.teacher
+    count = _grid_count(run)
+    noise = rng.indexed_normal(config.seed, range(count), noise_shape(run.student)).to(device)
+    if run.text is not None:
+        return noise, run.text.rows(_grid_rows(run)).to(device)
+    return noise, torch.arange(count, device=device) % teacher.num_classes if teacher.num_classes else None
+
+
+def _images(run: Distillation, x0: Tensor) -> Tensor:
+    return to_uint8(x0 if run.latents is None else run.latents.decode(x0))
+
+
+def save_teacher_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
+    """samples/teacher.png, by the teacher's own sampler."""
+    noise, condition = _grid_inputs(run, config, device)
+    noise = noise.reshape(len(noise), -1, *run.networks.teacher.sample_shape)[:, 0]
+    x0 = heun_sample(run.networks.teacher, noise, condition)
+    save_grid(_images(run, x0), folder / "samples" / "teacher.png")
+
+
+@torch.no_grad()
+def student_images(run: Distillation, config: DistillConfig, device: torch.device) -> Tensor:
+    """Samples of the weights that are exported, for noise that is the same all along."""
+    noise, condition = _grid_inputs(run, config, device)
+    student = run.student
+    with run.ema.applied(config.ema.export):
+        images = _images(run, student.eval()(noise, condition))
+    student.train()
+    return images

@@ -1,0 +1,89 @@
+"""Snapshots of power-function averages: what `posthoc_ema` makes other averages of. One safetensors file each, float32.
+
+Half precision would do for one of them, but a combination adds and subtracts them with coefficients above 1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fdistill.base.errors import CheckpointError
+from fdistill.base.files import atomic_file, writing
+from fdistill.training.checkpoint import unshared
+
+_FILE = re.compile(r"(\d{6,})-([0-9.e-]+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A file in a run's ema/ folder: the average of relative width `sigma_rel` after `iteration` updates."""
+
+    path: Path
+    iteration: int
+    sigma_rel: float
+
+
+def save_snapshot(folder: Path, iteration: int, sigma_rel: float, tensors: Mapping[str, Tensor]) -> None:
+    """Writes folder/<iteration>-<sigma_rel>.safetensors.
+
+    Raises:
+        OutputError: the disk is full or cannot be written; earlier snapshots are untouched.
+    """
+    with atomic_file(folder / f"{iteration:06d}-{sigma_rel}.safetensors") as temporary:
+        try:
+            save_file(unshared(tensors), temporary)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+
+
+def find_snapshots(folder: Path) -> list[Snapshot]:
+    """A folder's snapshots in the order of iterations, then of widths; none where there is no folder."""
+    if not folder.is_dir():
+        return []
+    named = [(path, _FILE.fullmatch(path.name)) for path in folder.iterdir()]
+    found = [Snapshot(path, int(match[1]), float(match[2])) for path, match in named if match]
+    return sorted(found, key=lambda snapshot: (snapshot.iteration, snapshot.sigma_rel))
+
+
+def truncate_snapshots(folder: Path, iteration: int) -> None:
+    """Removes the snapshots after an iteration, which a run that is resumed there will make again."""
+    with writing(folder):
+        for snapshot in find_snapshots(folder):
+            if snapshot.iteration > iteration:
+                snapshot.path.unlink()
+
+
+def combine(snapshots: Sequence[Snapshot], coefficients: Sequence[float]) -> dict[str, Tensor]:
+    """The sum of coefficient times snapshot, added up in float64 and returned in float32; integers are the last one's.
+
+    Raises:
+        CheckpointError: a snapshot is truncated, or of other tensors than the rest.
+    """
+    sums: dict[str, Tensor] = {}
+    for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
+        try:
+            with safe_open(snapshot.path, framework="pt") as file:
+                names = set(file.keys())
+                if sums and names != sums.keys():
+                    raise ValueError(f"other tensors than in {snapshots[0].path.name}")
+                for name in names:
+                    value = file.get_tensor(name)
+                    if not value.is_floating_point():
+                        sums[name] = value
+                    elif name in sums:
+                        sums[name].add_(value, alpha=coefficient)
+                    else:
+                        sums[name] = coefficient * value.double()
+        except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"snapshot {snapshot.path} cannot be read ({error}); delete that file to do without it"
+            ) from error
+    return {name: value.float() if value.dtype == torch.float64 else value for name, value in sums.items()}

@@ -1,0 +1,536 @@
+"""PixArt, Sana and Qwen-Image as their own networks, pipelines, schedulers and autoencoders compute them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtTransformer2DModel,
+    Transformer2DModel,
+)
+from torch import Tensor, nn
+
+from fdistill.adapters import Checkpoint, pixart, sana
+from fdistill.adapters.parametrisation import scheduler_config, student_scheduler
+from fdistill.adapters.pretrained import load_network
+from fdistill.adapters.text_to_image import TextDenoiser
+from fdistill.base.errors import ArgumentError, CheckpointError
+from fdistill.condition import TextCondition
+from fdistill.generator import student_generator
+from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
+from support.text_families_dit import (
+    HAS_QWEN_IMAGE,
+    TEXT_FAMILIES_DIT,
+    pixart_transformer,
+    qwen_transformer,
+    sana_transformer,
+)
+
+if HAS_QWEN_IMAGE:
+    from diffusers import QwenImagePipeline
+
+    from fdistill.adapters import qwen_image
+
+ADAPTERS: dict[str, ModuleType] = {
+    "pixart": pixart,
+    "pixart-alpha": pixart,
+    "sana": sana,
+    "sana-timestep-scale": sana,
+} | ({"qwen-image": qwen_image} if HAS_QWEN_IMAGE else {})
+FAMILIES = [name for name in ADAPTERS if name not in ("pixart-alpha", "sana-timestep-scale")]
+VP = ("pixart", "pixart-alpha")
+LEVELS = [(name, level) for name in ADAPTERS for level in ((999.0, 400.0) if name in VP else (1.0,))]
+PROMPTS = ["A bold handwritten seven", "a thin digit, drawn with a pencil"]
+NEGATIVE = "a blurry digit"
+SIZE = 8
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("text")
+    return {name: write(base / name) for name, (write, _, _) in TEXT_FAMILIES_DIT.items()}
+
+
+def load(folder: Path, **components: Any) -> Any:
+    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **components)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def call_of(name: str) -> dict[str, Any]:
+    return TEXT_FAMILIES_DIT[name][2]
+
+
+def denoiser_of(pipeline: Any, name: str) -> TextDenoiser:
+    network = pipeline.transformer.eval()
+    denoiser: TextDenoiser = ADAPTERS[name].wrap(network, scheduler_config(pipeline.scheduler))
+    denoiser.resize(SIZE)
+    return denoiser
+
+
+def encoders(pipeline: Any) -> Any:
+    """The pipeline as `PromptEncoder` has it."""
+    return type(pipeline)(**pipeline.components | {"transformer": None, "vae": None})
+
+
+@torch.no_grad()
+def condition_of(pipeline: Any, name: str) -> TextCondition:
+    condition: TextCondition = ADAPTERS[name].encode_prompts(encoders(pipeline), PROMPTS, call_of(name)["height"])
+    return condition
+
+
+def tiny(name: str) -> TextDenoiser:
+    """A denoiser of the family without its pipeline."""
+    if name in VP:
+        size = 128 if name == "pixart-alpha" else 8
+        network, scheduler = pixart_transformer(sample_size=size), DPMSolverMultistepScheduler()
+    elif name == "qwen-image":
+        network, scheduler = qwen_transformer(), FlowMatchEulerDiscreteScheduler()
+    else:
+        changes = {"timestep_scale": 0.001} if name == "sana-timestep-scale" else {}
+        network, scheduler = sana_transformer(**changes), FlowMatchEulerDiscreteScheduler()
+    denoiser: TextDenoiser = ADAPTERS[name].wrap(network, scheduler_config(scheduler))
+    denoiser.resize(SIZE)
+    return denoiser
+
+
+def inputs(denoiser: TextDenoiser, count: int = 3) -> tuple[Tensor, Tensor, TextCondition]:
+    torch.manual_seed(3)
+    tensors = {key: torch.randn(count, *shape) for key, shape in denoiser.text_shapes.items()}
+    for key in tensors:
+        if "mask" in key:
+            lengths = torch.tensor([20, 7, 1])[:count, None]
+            tensors[key] = (torch.arange(tensors[key].shape[1]) < lengths).long()
+    t = torch.tensor([1.0, 0.6, 0.02])[:count] * (999.0 if isinstance(denoiser, pixart.PixArtDenoiser) else 1.0)
+    return torch.randn(count, *denoiser.sample_shape), t.round() if t[0] > 1 else t, TextCondition(tensors)
+
+
+def own_output(network: Any, x_t: Tensor, t: Tensor, condition: TextCondition) -> Any:
+    """What the transformer says when it is called as its pipeline calls it, [B, C, H, W]."""
+    if isinstance(network, PixArtTransformer2DModel):
+        sizes = ("resolution", "aspect_ratio")
+        told = {key: condition[key] if network.config.sample_size == 128 else None for key in sizes}
+        return network(
+            x_t,
+            encoder_hidden_states=condition["prompt_embeds"],
+            encoder_attention_mask=condition["prompt_attention_mask"],
+            timestep=t.long(),
+            added_cond_kwargs=told,
+        ).sample
+    if type(network).__name__.startswith("Sana"):
+        return network(
+            x_t,
+            encoder_hidden_states=condition["prompt_embeds"],
+            encoder_attention_mask=condition["prompt_attention_mask"],
+            timestep=(1000 * t) * network.config.timestep_scale,
+        ).sample
+    count, channels, height, width = x_t.shape
+    tokens = network(
+        hidden_states=QwenImagePipeline._pack_latents(x_t, count, channels, height, width),
+        timestep=t,
+        encoder_hidden_states_mask=condition["prompt_embeds_mask"],
+        encoder_hidden_states=condition["prompt_embeds"],
+        img_shapes=[[(1, height // 2, width // 2)]] * count,
+    ).sample
+    return unpacked(tokens)
+
+
+def unpacked(tokens: Tensor) -> Tensor:
+    latents: Tensor = QwenImagePipeline._unpack_latents(tokens, 2 * SIZE, 2 * SIZE, 2)
+    return latents[:, :, 0]
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> None:
+    denoiser = tiny(name)
+    network: Any = denoiser.network
+    x_t, t, condition = inputs(denoiser)
+    made: list[Tensor] = []
+
+    def hook(_module: nn.Module, _inputs: Any, result: Any) -> None:
+        made.append(result[1] if isinstance(result, tuple) else result)
+
+    handles = [block.register_forward_hook(hook) for block in network.transformer_blocks]
+    expected = own_output(network, x_t, t, condition)
+    for handle in handles:
+        handle.remove()
+    names = tuple(denoiser.feature_shapes)
+    assert names == ("block0", "block1", "block2", "block3", "depth25", "depth50", "depth75", "depth99")
+    prediction, features = denoiser.predict(x_t, t, condition, names)
+    assert torch.equal(prediction.output, expected)
+    assert prediction.output.shape == x_t.shape
+    assert {key: tuple(value.shape[1:]) for key, value in features.items()} == denoiser.feature_shapes
+    width = denoiser.feature_shapes["block0"][2]
+    for i, tokens in enumerate(made):
+        assert torch.equal(features[f"block{i}"][:, :, 2, 1], tokens[:, width * 2 + 1])
+    for depth, block in {"depth25": 1, "depth50": 2, "depth75": 3, "depth99": 3}.items():
+        assert torch.equal(features[depth], features[f"block{block}"])
+    assert not torch.allclose(features["block1"], features["block2"], atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_nothing_beyond_the_last_feature_is_computed(name: str) -> None:
+    denoiser = tiny(name)
+    network: Any = denoiser.network
+    x_t, t, condition = inputs(denoiser)
+    ran: list[int] = []
+    for i, module in enumerate([*network.transformer_blocks, network.proj_out]):
+        module.register_forward_hook(lambda _module, _inputs, _result, i=i: ran.append(i))
+    with torch.no_grad():
+        full = denoiser.predict(x_t, t, condition, ("block1", "depth50"))[1]
+        assert ran == [0, 1, 2, 3, 4]
+        ran.clear()
+        features = denoiser.features(x_t, t, condition, ("depth50", "block1"))
+    assert set(ran) <= {0, 1, 2}
+    assert ran[:2] == [0, 1]
+    assert all(torch.equal(value, full[key]) for key, value in features.items())
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_gradients_without_those_of_the_output_are_those_of_the_features(name: str) -> None:
+    denoiser = tiny(name)
+    x_t, t, condition = inputs(denoiser)
+    denoiser(x_t, t, condition, ("block1",))[1]["block1"].sum().backward()
+    expected = {key: p.grad.clone() for key, p in denoiser.named_parameters() if p.grad is not None}
+    denoiser.zero_grad()
+    prediction, features = denoiser.predict(x_t, t, condition, ("block1",), output_grad=False)
+    assert not prediction.output.requires_grad
+    features["block1"].sum().backward()
+    got = {key: p.grad for key, p in denoiser.named_parameters() if p.grad is not None}
+    assert any("transformer_blocks.1." in key for key in got)
+    assert not any(part in key for key in got for part in ("blocks.2.", "blocks.3.", "proj_out"))
+    for key, gradient in got.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-5, atol=1e-6)
+    assert {key for key, gradient in expected.items() if gradient.any()} <= got.keys()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_x0_is_what_the_pipelines_own_scheduler_says(name: str, folders: dict[str, Path]) -> None:
+    pipeline = load(folders[name])
+    denoiser, condition = denoiser_of(pipeline, name), condition_of(pipeline, name)
+    x_t = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
+    scheduler = pipeline.scheduler
+    for position in (8, 15, 19):
+        if name == "qwen-image":
+            scheduler.set_timesteps(sigmas=torch.linspace(1, 0.05, 20).tolist(), mu=0.7)
+        else:
+            scheduler.set_timesteps(20)
+        timestep = scheduler.timesteps[position]
+        level = timestep.float() if name in VP else scheduler.sigmas[position]
+        with torch.no_grad():
+            raw = own_output(denoiser.network, x_t, level.expand(2), condition)
+            x0 = denoiser(x_t, level.expand(2), condition)
+        scheduler.set_begin_index(position)
+        following = scheduler.step(raw, timestep, x_t).prev_sample
+        if name == "qwen-image":  # Euler goes on along the line to x0
+            step = scheduler.sigmas[position + 1] / level
+            expected = (following - step * x_t) / (1 - step)
+        else:  # what the solver keeps of a step is its x0
+            expected = scheduler.model_outputs[-1]
+        torch.testing.assert_close(x0, expected, rtol=1e-5, atol=1e-5)
+
+
+def captured(network: nn.Module, call: Any) -> list[tuple[dict[str, Any], Tensor]]:
+    """The tensors that every evaluation of the network in `call` is given, and its output."""
+    seen: list[tuple[dict[str, Any], Tensor]] = []
+
+    def hook(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        given = dict(zip(("hidden_states",), args, strict=False)) | kwargs
+        given |= given.pop("added_cond_kwargs", None) or {}
+        seen.append(({key: value for key, value in given.items() if isinstance(value, Tensor)}, output[0]))
+
+    handle = network.register_forward_hook(hook, with_kwargs=True)
+    with torch.no_grad():
+        call()
+    handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("negative", ["", NEGATIVE])
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_network_is_told_what_its_pipeline_tells_it(name: str, negative: str, folders: dict[str, Path]) -> None:
+    pipeline = load(folders[name])
+    qwen = name == "qwen-image"
+    guided = {"true_cfg_scale": 3.0} if qwen else {"guidance_scale": 3.0}
+    call = (
+        call_of(name) | guided | {"num_inference_steps": 2, "negative_prompt": [negative] * 2, "output_type": "latent"}
+    )
+    seen = captured(pipeline.transformer, lambda: pipeline(PROMPTS, **call))
+    (given, output), unconditional = seen[0], seen[1] if qwen else None
+    with torch.no_grad():
+        null: TextCondition = ADAPTERS[name].encode_null(encoders(pipeline), negative, call["height"])
+    told = TextCondition.concat([null.repeated(2), condition_of(pipeline, name)])
+    denoiser = denoiser_of(pipeline, name)
+    assert {key: tuple(value.shape[1:]) for key, value in told.tensors.items()} == denoiser.text_shapes
+
+    scale = pipeline.transformer.config.timestep_scale * 1000 if name.startswith("sana") else 1
+    if unconditional is not None:
+        half, (given_null, output_null) = len(PROMPTS), unconditional
+        assert torch.equal(told["prompt_embeds_mask"][half:].bool(), mask_of(given, 512))
+        assert torch.equal(told["prompt_embeds_mask"][:half].bool(), mask_of(given_null, 512))
+        x_t, output = unpacked(given["hidden_states"]), unpacked(torch.cat([output_null, output]))
+        for rows, embeds in ((slice(half), given_null), (slice(half, None), given)):
+            length = embeds["encoder_hidden_states"].shape[1]
+            torch.testing.assert_close(told["prompt_embeds"][rows, :length], embeds["encoder_hidden_states"])
+        x_t, t = torch.cat([x_t, x_t]), given["timestep"].repeat(2)
+    else:
+        names = {"prompt_embeds": "encoder_hidden_states", "prompt_attention_mask": "encoder_attention_mask"}
+        for key, argument in names.items():
+            length = given[argument].shape[1]
+            torch.testing.assert_close(told[key][:, :length], given[argument], rtol=1e-5, atol=1e-5)
+            assert not told[key][:, length:].any()
+        assert length == (120 if name == "pixart-alpha" else 300)
+        if name == "pixart-alpha":
+            for key in ("resolution", "aspect_ratio"):
+                assert torch.equal(told[key], given[key])
+            assert told["resolution"].unique().tolist() == [16.0]
+        x_t, t, output = given["hidden_states"], given["timestep"] / scale, output[:, : denoiser.sample_shape[0]]
+    with torch.no_grad():
+        made = denoiser.predict(x_t, t.float(), told)[0].output
+    torch.testing.assert_close(made, output, rtol=1e-4, atol=1e-5)
+    assert (made[:2] - made[2:]).abs().mean() > 1e-3  # prompts matter
+
+
+def mask_of(given: dict[str, Any], length: int) -> Tensor:
+    embeds = given["encoder_hidden_states"]
+    mask = given.get("encoder_hidden_states_mask", torch.ones(embeds.shape[:2])).bool()
+    return nn.functional.pad(mask, (0, length - mask.shape[1]))
+
+
+def test_sanas_instruction_stands_before_prompts_and_not_before_the_negative_one(folders: dict[str, Path]) -> None:
+    alone = encoders(load(folders["sana"]))
+    with torch.no_grad():
+        prompt = sana.encode_prompts(alone, [NEGATIVE], 32)
+        null = sana.encode_null(alone, NEGATIVE, 32)
+    shared = int(null["prompt_attention_mask"].sum())
+    assert torch.equal(prompt["prompt_attention_mask"], null["prompt_attention_mask"])  # the instruction is cut off
+    assert not torch.allclose(prompt["prompt_embeds"][:, 1:shared], null["prompt_embeds"][:, 1:shared], atol=0.1)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_prompt_is_read_up_to_the_limit_of_its_tokenizer(name: str, folders: dict[str, Path]) -> None:
+    alone = encoders(load(folders[name]))
+    limit = ADAPTERS[name].TOKENIZERS["tokenizer"]
+    words = "a"
+    while len(alone.tokenizer(words).input_ids) < limit:
+        words += " bold"
+    assert len(alone.tokenizer(words).input_ids) == limit
+    last = words.removesuffix("bold") + "thin"
+    beyond = [words + " seven" * 9, words + " thin" * 9]
+    with torch.no_grad():
+        taken, other, *cut = (
+            ADAPTERS[name].encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
+        )
+    assert taken.shape[1] == limit
+    assert not torch.allclose(taken, other, atol=1e-3)
+    torch.testing.assert_close(cut[0], cut[1], rtol=1e-5, atol=1e-5)
+
+
+def test_padding_changes_nothing(folders: dict[str, Path]) -> None:
+    for name in [*FAMILIES, "pixart-alpha"]:
+        pipeline = load(folders[name])
+        denoiser, condition = denoiser_of(pipeline, name), condition_of(pipeline, name)
+        mask_name = next(key for key in condition.tensors if "mask" in key)
+        x_t, t, _ = inputs(denoiser, 2)
+        together = denoiser.predict(x_t, t, condition)[0].output
+        for i in range(2):
+            length = int(condition[mask_name][i].sum())
+            alone = {
+                key: value[i : i + 1, :length] if key in ("prompt_embeds", mask_name) else value[i : i + 1]
+                for key, value in condition.tensors.items()
+            }
+            single = denoiser.predict(x_t[i : i + 1], t[i : i + 1], TextCondition(alone))[0].output
+            torch.testing.assert_close(together[i : i + 1], single, rtol=1e-4, atol=1e-5)
+
+
+def latent_space(folder: Path, denoiser: TextDenoiser, vae: str | None = None) -> LatentSpace:
+    found = attach_latent_space(denoiser, Checkpoint(str(folder), folder), vae)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("name", "level"), LEVELS)
+def test_a_students_pipeline_draws_what_the_student_does(
+    name: str, level: float, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    pipeline = load(folders[name])
+    denoiser, condition = denoiser_of(pipeline, name), condition_of(pipeline, name)
+    latents = latent_space(folders[name], denoiser)
+    student = student_generator(denoiser, [level]).eval()
+    noise = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        x0 = student(noise, condition)
+    image = latents.decode(x0).div(2).add(0.5).clamp(0, 1)
+    made = student_scheduler(denoiser.parametrisation, [level])
+    assert made is not None
+    scheduler, call = made
+    assert call.items() <= call_of(name).items()
+    pipeline.register_modules(transformer=denoiser.network, scheduler=scheduler)
+    pipeline.save_pretrained(tmp_path / "student")
+    loaded = load(tmp_path / "student")
+    assert type(loaded).__name__ == TEXT_FAMILIES_DIT[name][1]
+    given = noise if name != "qwen-image" else QwenImagePipeline._pack_latents(noise, 2, 4, SIZE, SIZE)
+    drawn = loaded(PROMPTS, latents=given, output_type="latent", **call_of(name)).images
+    drawn = unpacked(drawn) if name == "qwen-image" else drawn
+    torch.testing.assert_close(drawn, x0, rtol=1e-4, atol=1e-4)
+    seen = loaded(PROMPTS, latents=given, output_type="pt", **call_of(name)).images
+    torch.testing.assert_close(seen, image, rtol=1e-4, atol=1e-4)
+    assert image.std() > 0.01
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_and_latents(name: str, folders: dict[str, Path]) -> None:
+    pipeline = load(folders[name])
+    denoiser = denoiser_of(pipeline, name)
+    space = latent_space(folders[name], denoiser)
+    vae: Any = pipeline.vae
+    factor = 4 if name == "sana" else 2
+    assert space.factor == factor == pipeline.vae_scale_factor
+    images = torch.rand(3, 3, 32, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    mean, std = space.moments(images).chunk(2, dim=1)
+    assert mean.shape == (3, denoiser.sample_shape[0], 32 // factor, 16 // factor)
+    with torch.no_grad():
+        if name == "sana":
+            torch.testing.assert_close(mean, vae.encode(images).latent)
+            assert not std.any()
+            seen = mean * 0.41
+        elif name == "qwen-image":
+            posterior = vae.encode(images.unsqueeze(2)).latent_dist
+            torch.testing.assert_close(mean, posterior.mode().squeeze(2))
+            torch.testing.assert_close(std, posterior.logvar.div(2).exp().squeeze(2))
+            means, stds = (torch.tensor(vae.config[f"latents_{part}"]).reshape(1, 4, 1, 1) for part in ("mean", "std"))
+            seen = (mean - means) / stds
+        else:
+            torch.testing.assert_close(mean, vae.encode(images).latent_dist.mode())
+            seen = mean * 0.5
+        again = vae.decode(mean.unsqueeze(2)).sample.squeeze(2) if name == "qwen-image" else vae.decode(mean).sample
+    samples = space.scaling.to_samples(mean)
+    assert denoiser.latent_scaling == space.scaling
+    torch.testing.assert_close(samples, seen)
+    torch.testing.assert_close(space.decode(samples), again, rtol=1e-4, atol=1e-5)
+
+
+def test_large_images_visit_the_autoencoder_a_few_at_a_time(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load(folders["sana"])
+    space = latent_space(folders["sana"], denoiser_of(pipeline, "sana"))
+    images = torch.rand(5, 3, 32, 32)
+    whole = space.moments(images)
+    pictures = space.decode(whole[:, :8])
+    monkeypatch.setattr("fdistill.teachers.autoencoder._PIXELS", 2 * 32 * 32)
+    sizes: list[int] = []
+    for half in (space.vae.encoder, space.vae.decoder):
+        half.register_forward_pre_hook(lambda _module, given: sizes.append(len(given[0])))
+    torch.testing.assert_close(space.moments(images), whole)
+    torch.testing.assert_close(space.decode(whole[:, :8]), pictures)
+    assert sizes == [2, 2, 1, 2, 2, 1]
+
+
+def test_autoencoders_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    denoiser = denoiser_of(load(folders["sana"]), "sana")
+    with pytest.raises(CheckpointError, match="has latents of 4 channels"):
+        latent_space(folders["sana"], denoiser, str(folders["pixart"]))
+    tiny_folder = tmp_path / "tiny"
+    tiny_folder.mkdir()
+    (tiny_folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
+    with pytest.raises(CheckpointError, match=r"'AutoencoderTiny' is not supported.*AutoencoderDC, AutoencoderKL"):
+        latent_space(folders["sana"], denoiser, str(tiny_folder))
+    (tiny_folder / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="expected the config of an autoencoder"):
+        latent_space(folders["sana"], denoiser, str(tiny_folder))
+    (tiny_folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="expected the config of an autoencoder"):
+        latent_space(folders["sana"], denoiser, str(tiny_folder))
+
+
+def test_pixarts_variances_are_cut_off_and_nothing_else() -> None:
+    whole, cut = pixart_transformer(), pixart_transformer()
+    denoiser = pixart.wrap(cut, scheduler_config(DPMSolverMultistepScheduler()))
+    assert cut.config.out_channels == 4
+    x_t, t, condition = inputs(denoiser, 2)
+    torch.testing.assert_close(
+        denoiser.predict(x_t, t, condition)[0].output, own_output(whole, x_t, t, condition)[:, :4], rtol=1e-5, atol=1e-6
+    )
+    empty = pixart.wrap(pixart_transformer().to("meta"), scheduler_config(DPMSolverMultistepScheduler()))
+    assert all(parameter.is_meta for parameter in empty.parameters())  # how large networks are counted
+
+
+def test_pixart_as_it_was_first_published_is_read(tmp_path: Path) -> None:
+    """Under the name of a class from before PixArtTransformer2DModel, with settings that it does not have."""
+    transformer = pixart_transformer(sample_size=128)
+    transformer.save_pretrained(tmp_path)
+    older = Transformer2DModel.from_config(
+        {key: value for key, value in transformer.config.items() if key != "use_additional_conditions"}
+    )
+    assert {key for key, _ in older.named_parameters()} == {key for key, _ in transformer.named_parameters()}
+    config = {"_class_name": "Transformer2DModel", **{k: v for k, v in older.config.items() if not k.startswith("_")}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded: Any = load_network(PixArtTransformer2DModel, tmp_path)
+    x_t, t, condition = inputs(tiny("pixart-alpha"), 2)
+    assert torch.equal(own_output(loaded.eval(), x_t, t, condition), own_output(transformer, x_t, t, condition))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_other_weights_are_read_alike(name: str) -> None:
+    denoiser: Any = tiny(name)
+    denoiser.resize(16)
+    other = denoiser.with_network(tiny(name).network)
+    assert (other.sample_shape, other.feature_shapes) == (denoiser.sample_shape, denoiser.feature_shapes)
+    assert other.kind == denoiser.kind
+    x_t, t, condition = inputs(denoiser)
+    assert torch.equal(other(x_t, t, condition), denoiser(x_t, t, condition))
+    zeros = denoiser.example_condition(3, "cpu")
+    assert denoiser(x_t, t, zeros).isfinite().all()
+    with pytest.raises(ArgumentError, match="got None"):
+        denoiser(x_t, t)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_a_network_in_bfloat16_takes_conditions_in_float32(name: str) -> None:
+    denoiser = tiny(name)
+    x_t, t, condition = inputs(denoiser)
+    with torch.no_grad():
+        full = denoiser.predict(x_t, t, condition)[0].output
+        low = denoiser.bfloat16()
+        output = low.predict(low.network_input(x_t, t), t, condition)[0].output
+    assert output.dtype == torch.bfloat16
+    assert (output - full).norm() < 0.1 * full.norm()
+
+
+def test_variants_that_are_not_supported_are_refused() -> None:
+    flow, vp = scheduler_config(FlowMatchEulerDiscreteScheduler()), scheduler_config(DPMSolverMultistepScheduler())
+    with pytest.raises(CheckpointError, match="Sana-Sprint"):
+        sana.wrap(sana_transformer(guidance_embeds=True), flow)
+    with pytest.raises(CheckpointError, match="8 input and 16 output channels"):
+        sana.wrap(sana_transformer(out_channels=16), flow)
+    with pytest.raises(CheckpointError, match="4 input and 6 output channels"):
+        pixart.wrap(pixart_transformer(out_channels=6), vp)
+    for name in FAMILIES:
+        if name != "sana":
+            with pytest.raises(ArgumentError, match="latents of 7 x 7"):
+                tiny(name).resize(7)
+
+
+@pytest.mark.skipif(not HAS_QWEN_IMAGE, reason="this version of diffusers has no Qwen-Image")
+def test_variants_of_qwen_image_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, vp = scheduler_config(FlowMatchEulerDiscreteScheduler()), scheduler_config(DPMSolverMultistepScheduler())
+    with pytest.raises(CheckpointError, match="expected a flow-matching scheduler"):
+        qwen_image.wrap(qwen_transformer(), vp)
+    with pytest.raises(CheckpointError, match="16 input and 8 output channels"):
+        qwen_image.wrap(qwen_transformer(out_channels=8), flow)
+    with pytest.raises(CheckpointError, match="guidance_embeds: expected the text-to-image network"):
+        qwen_image.wrap(qwen_transformer(guidance_embeds=True), flow)
+    with pytest.raises(CheckpointError, match="zero_cond_t, use_additional_t_cond: expected"):
+        qwen_image.wrap(qwen_transformer(zero_cond_t=True, use_additional_t_cond=True), flow)
+    monkeypatch.setattr("diffusers.__version__", "0.36.0")
+    with pytest.raises(CheckpointError, match=r"install diffusers 0\.37"):
+        qwen_image.wrap(qwen_transformer(), flow)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fdistill.base.errors import ConfigError
+from fdistill.config.schema import changed_keys, config_path, dump_config, load_config
+
+
+def test_numbers_are_numbers() -> None:
+    config = load_config(
+        "digits", ["generator.lr=1e-5", "fake_score.lr=2.5E-4", "ema.decays=[0.9, 0.98]", "student_level=80", "seed=3"]
+    )
+    assert config.generator.lr == 1e-5
+    assert config.fake_score.lr == 2.5e-4
+    assert config.ema.decays == [0.9, 0.98]
+    assert config.student_level == 80.0
+    assert config.seed == 3
+
+
+def test_null_is_none_and_no_is_a_word() -> None:
+    assert load_config("digits", ["student_level=null"]).student_level is None
+    with pytest.raises(ConfigError, match="got 'no'"):
+        load_config("digits", ["log.tracker=no"])
+
+
+def test_file_then_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("iterations: 7\ngenerator:\n  lr: 1e-6\n")
+    config = load_config(str(path), {"generator.beta1": 0.5, "ratio": {"upper": 30}})
+    assert (config.iterations, config.generator.lr, config.generator.beta1, config.ratio.upper) == (7, 1e-6, 0.5, 30.0)
+    assert config.teacher == "digits"
+
+
+def test_a_section_given_as_a_mapping_changes_what_it_names_alone() -> None:
+    config = load_config("digits", ["generator={gan_weight: 2e-3}"])
+    assert config.generator.gan_weight == 2e-3
+    assert config.generator.lr == load_config("digits").generator.lr == 2e-4
+    assert load_config("digits", {"teacher": Path("some") / "folder"}).teacher == "some/folder"
+
+
+def test_every_config_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
+    for path in sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml")):
+        config = load_config(str(path))
+        copy = tmp_path / path.name
+        copy.write_text(dump_config(config))
+        assert load_config(str(copy)) == config
+        assert path.read_text().startswith("# "), f"{path} must say what it reaches, on what hardware, in how long"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("divergense=js", "divergense: no such setting; did you mean 'divergence'"),
+        ("generator.learning_rate=1", r"generator\.learning_rate: no such setting"),
+        ("generator.lrr=1", "did you mean 'lr'"),
+        ("generator.lr=-1", r"generator\.lr: got -1; input should be greater than 0"),
+        ("generator.lr=.inf", r"generator\.lr"),
+        ("generator.lr=fast", "got 'fast'"),
+        ("iterations=0", "greater than or equal to 1"),
+        ("batch_size=1.5", "valid integer"),
+        ("iterations=true", "iterations: got True"),
+        ("generator.lr=true", "generator.lr: got True"),
+        ("matching_levels.mean=.nan", "finite"),
+        ("precision=fp8", "precision: got 'fp8'"),
+        ("log.tracker=tensorbord", "did you mean 'tensorboard'"),
+        ("discriminator.source=faek", "did you mean 'fake'"),
+        ("ema.export=0.5", "expected one of decays"),
+        ("matching_levels.low=0.99", "expected low < high"),
+        ("generator=3", "generator: got 3"),
+        ("iterations.x=3", "'iterations' is not a section"),
+        ("iterations", "expected key=value"),
+        ("iterations=[", "not YAML"),
+    ],
+)
+def test_bad_settings_say_what_where_and_what_was_expected(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("digits", [override])
+
+
+def test_every_mistake_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config("digits", ["divergense=js", "iterations=0"])
+    assert "divergense" in str(caught.value)
+    assert "iterations" in str(caught.value)
+
+
+def test_unknown_configs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'digits'"):
+        config_path("digit")
+    bad = tmp_path / "list.yaml"
+    bad.write_text("- 1\n")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load_config(str(bad))
+
+
+def test_what_may_change_on_resume() -> None:
+    old = load_config("digits")
+    assert changed_keys(old, load_config("digits", ["iterations=9", "log.every=1", "device=cpu"])) == []
+    assert changed_keys(old, load_config("digits", ["generator.lr=1e-5"])) == ["generator.lr: 0.0002 -> 1e-05"]

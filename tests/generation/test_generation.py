@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fdistill import distill, generate
+from fdistill.base.errors import ArgumentError, CheckpointError, OutputError
+from fdistill.base.rng import indexed_normal
+from fdistill.students.folder import load_student
+
+
+@pytest.fixture(scope="module")
+def student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("generation") / "run"
+    return distill("digits", output=output, teacher=str(tiny_teacher), batch_size=8, iterations=1)
+
+
+def read(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)).astype(int) for path in sorted(folder.glob("*.png"))])
+
+
+def test_files_and_manifest(student: Path, tmp_path: Path) -> None:
+    folder = generate(student, num_images=7, seed=3, output=tmp_path / "images", class_labels=[4, 9])
+    assert sorted(p.name for p in folder.iterdir()) == [*(f"{i:06d}.png" for i in range(7)), "manifest.json"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["labels"] == [4, 9, 4, 9, 4, 9, 4]
+    assert (manifest["seed"], manifest["kind"], manifest["evaluations_per_image"]) == (3, "student", 1)
+    assert manifest["checkpoint"] == str(student)
+    assert manifest["images_per_second"] > 0
+
+
+def test_image_i_depends_on_seed_and_i_alone(student: Path, tmp_path: Path) -> None:
+    many = read(generate(student, num_images=20, seed=3, output=tmp_path / "many"))
+    few = read(generate(student, num_images=11, seed=3, output=tmp_path / "few", batch_size=3))
+    assert np.abs(many[:11] - few).max() <= 1  # float rounding may differ with the batch, by a level at most
+    assert (many[:11] != few).mean() < 0.01
+    other = read(generate(student, num_images=20, seed=4, output=tmp_path / "other"))
+    assert (many != other).mean() > 0.5
+
+
+def test_pixels_are_the_students(student: Path, tmp_path: Path) -> None:
+    images = read(generate(student, num_images=10, seed=0, output=tmp_path / "images"))
+    x0 = load_student(student)(indexed_normal(0, range(10), (1, 8, 8)), torch.arange(10))
+    expected = (x0.clamp(-1, 1) * 127.5 + 127.5).round()[:, 0].numpy()
+    assert np.array_equal(images, expected)
+
+
+def test_a_teacher_is_sampled_with_its_steps(tiny_teacher: Path, tmp_path: Path) -> None:
+    folder = generate(tiny_teacher, num_images=2, output=tmp_path / "teacher", num_steps=3)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["kind"], manifest["evaluations_per_image"]) == ("teacher", 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"num_images": 0}, ArgumentError, "num_images: expected at least 1, got 0"),
+        ({"batch_size": 0}, ArgumentError, "batch_size"),
+        ({"seed": -1}, ArgumentError, "seed"),
+        ({"class_labels": [3, 10]}, ArgumentError, "class_labels: got 10, expected 0 to 9"),
+        ({"class_labels": [-1]}, ArgumentError, "class_labels: got -1"),
+        ({"num_steps": 4}, ArgumentError, "^steps: .* is a student, whose training has settled that; leave it out"),
+        ({"guidance_scale": 2.0, "resolution": 16}, ArgumentError, "^guidance_scale, resolution: .* leave them out"),
+        ({"network": "nowhere:f"}, CheckpointError, "network: got 'nowhere:f', and .* has its network in its folder"),
+        ({"sampler": "pipeline", "num_steps": 4}, ArgumentError, "^steps: .* is a student"),
+    ],
+)
+def test_bad_requests_are_refused_and_leave_nothing(
+    student: Path, tmp_path: Path, changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        generate(student, **({"num_images": 2, "output": tmp_path / "images"} | changes))  # type: ignore[arg-type]
+    assert not any(tmp_path.iterdir())
+
+
+def test_bad_places_are_refused(student: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "letter.txt").write_text("dear")
+    with pytest.raises(OutputError, match="not an empty folder"):
+        generate(student, num_images=1, output=tmp_path / "taken")
+    with pytest.raises(OutputError, match="cannot write"):
+        generate(student, num_images=1, output=tmp_path / "taken" / "letter.txt" / "below")
+    with pytest.raises(CheckpointError, match="no such folder"):
+        generate(tmp_path / "nowhere", num_images=1, output=tmp_path / "images")
+    with pytest.raises(ArgumentError, match="steps"):
+        generate(tiny_teacher, num_images=1, num_steps=0, output=tmp_path / "images")
+    with pytest.raises(ArgumentError, match=r"network: .* is no student of a network of your own"):
+        generate(tiny_teacher, num_images=1, network="nowhere:f", output=tmp_path / "images")
+    with pytest.raises(ArgumentError, match=r"negative_prompt: .* is not led away from a prompt"):
+        generate(tiny_teacher, num_images=1, negative_prompt="a cat", output=tmp_path / "images")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["taken"]

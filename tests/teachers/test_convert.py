@@ -1,0 +1,483 @@
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import Timesteps
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fdistill.adapters import load_teacher
+from fdistill.base.errors import ArgumentError, CheckpointError, OutputError
+from fdistill.networks import EDM2Network, EDMNetwork
+from fdistill.teachers.convert import convert
+from support.pickles import Persistent, dumps, edm2_content, edm_content
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+EDM_SETTINGS: dict[str, dict[str, Any]] = {
+    "SongUNet": {
+        "img_resolution": 8,
+        "img_channels": 3,
+        "label_dim": 10,
+        "model_type": "SongUNet",
+        "augment_dim": 9,
+        "model_channels": 16,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [4],
+        "embedding_type": "fourier",
+        "encoder_type": "residual",
+        "decoder_type": "standard",
+        "channel_mult_noise": 2,
+        "resample_filter": [1, 3, 3, 1],
+        "dropout": 0.13,
+    },
+    "DhariwalUNet": {
+        "img_resolution": 8,
+        "img_channels": 1,
+        "label_dim": 0,
+        "model_channels": 32,
+        "channel_mult": [1, 2],
+        "num_blocks": 1,
+        "attn_resolutions": [4],
+    },
+}
+
+EDM2_SETTINGS: dict[str, Any] = {
+    "img_resolution": 8,
+    "img_channels": 4,
+    "label_dim": 10,
+    "model_channels": 16,
+    "channel_mult": [1, 2],
+    "num_blocks": 1,
+    "attn_resolutions": [4],
+    "channels_per_head": 8,
+    "logvar_channels": 12,
+}
+
+
+def noisy(network: nn.Module) -> nn.Module:
+    """With no parameter left at zero or one, as initialisation leaves some."""
+    torch.manual_seed(1)
+    for tensor in network.parameters():
+        tensor.data = torch.randn_like(tensor) * 0.1
+    return network.eval()
+
+
+def edm_network(model_type: str) -> nn.Module:
+    return noisy(EDMNetwork(**({"model_type": model_type} | EDM_SETTINGS[model_type])))
+
+
+def outputs(network: Any, channels: int, label_dim: int) -> Tensor:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(3, channels, 8, 8, generator=generator)
+    labels = F.one_hot(torch.tensor([1, 0, 7]), label_dim).float() if label_dim else None
+    with torch.no_grad():
+        result: Tensor = network(x, torch.tensor([-1.0, 0.2, 0.9]), labels)
+    return result
+
+
+def saved(folder: Path, data: bytes, name: str = "edm-cifar10.pkl") -> Path:
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    return tmp_path / "executed"
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+@pytest.mark.parametrize("model_type", EDM_SETTINGS)
+def test_an_edm_pickle_becomes_the_same_network(model_type: str, protocol: int, tmp_path: Path, marker: Path) -> None:
+    network, settings = edm_network(model_type), EDM_SETTINGS[model_type]
+    published = {name: value for name, value in settings.items() if name != "model_type" or value != "DhariwalUNet"}
+    source = saved(tmp_path, dumps(edm_content(network, marker, use_fp16=True, **published), protocol))
+    folder = convert(source, tmp_path / "teacher")
+    assert folder == tmp_path / "teacher"
+    assert {path.name for path in folder.iterdir()} == {"config.json", WEIGHTS, "README.md"}
+    assert not marker.exists()
+
+    tensors = load_file(folder / WEIGHTS)
+    assert tensors.keys() == network.state_dict().keys()
+    converted = EDMNetwork.from_pretrained(folder).eval()
+    shape = settings["img_channels"], settings["label_dim"]
+    assert torch.equal(outputs(converted, *shape), outputs(network, *shape))
+
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["sigma_min"], config["sigma_max"], config["sigma_data"]) == (0.002, 80.0, 0.5)
+    assert config["model_type"] == model_type
+    card = (folder / "README.md").read_text()
+    assert hashlib.sha256(source.read_bytes()).hexdigest() in card
+    assert f"{sum(p.numel() for p in network.parameters()):,} parameters" in card
+    assert "edm-cifar10.pkl" in card
+    assert str(tmp_path) not in card
+
+
+def test_levels_of_the_pickle_itself_are_kept_where_they_are_finite(tmp_path: Path, marker: Path) -> None:
+    for given, expected in (((0.01, 50.0), (0.01, 50.0)), ((0, math.inf), (0.002, 80.0)), ((0.0, 200), (0.002, 200))):
+        settings = EDM_SETTINGS["DhariwalUNet"] | {"sigma_min": given[0], "sigma_max": given[1], "sigma_data": 0.7}
+        content = edm_content(edm_network("DhariwalUNet"), marker, **settings)
+        folder = convert(saved(tmp_path, dumps(content)), tmp_path / f"teacher{given[1]}")
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["sigma_min"], config["sigma_max"], config["sigma_data"]) == (*expected, 0.7)
+
+
+def test_positional_arguments_are_read_in_their_published_order(tmp_path: Path, marker: Path) -> None:
+    settings = dict(EDM_SETTINGS["SongUNet"])
+    content = edm_content(edm_network("SongUNet"), marker)
+    first = [settings.pop(name) for name in ("img_resolution", "img_channels", "label_dim")]
+    content["ema"].state |= {
+        "_init_args": (*first, False, 0.004, 70.0, 0.6, settings.pop("model_type")),
+        "_init_kwargs": settings,
+    }
+    config = json.loads((convert(saved(tmp_path, dumps(content)), tmp_path / "out") / "config.json").read_text())
+    assert (config["sigma_min"], config["sigma_max"], config["sigma_data"], config["label_dim"]) == (0.004, 70, 0.6, 10)
+
+
+@pytest.mark.parametrize("encoder", ["StabilityVAEEncoder", "StandardRGBEncoder", None])
+def test_an_edm2_pickle_becomes_the_same_network(encoder: str | None, tmp_path: Path, marker: Path) -> None:
+    channels = 3 if encoder == "StandardRGBEncoder" else 4
+    settings = EDM2_SETTINGS | {"img_channels": channels}
+    network = noisy(EDM2Network(**settings)).half()  # as published
+    content = edm2_content(network, marker, encoder, use_fp16=True, resample_filter=[1, 1], **settings)
+    folder = convert(saved(tmp_path, dumps(content), "edm2-img512-xs.pkl"), tmp_path / "teacher")
+    assert not marker.exists()
+    tensors = load_file(folder / WEIGHTS)
+    assert all(value.dtype == torch.float32 for value in tensors.values())
+    network.float()
+    converted = EDM2Network.from_pretrained(folder).eval()
+    assert torch.equal(outputs(converted, channels, 10), outputs(network, channels, 10))
+    levels = torch.tensor([-1.0, 0.5])
+    assert torch.equal(converted.log_variance(levels), network.log_variance(levels))
+    config = json.loads((folder / "config.json").read_text())
+    card = (folder / "README.md").read_text()
+    if channels == 3:
+        assert config["latent_scale"] is config["latent_bias"] is None
+        assert "vae/" not in card
+        return
+    scale, bias = torch.tensor(config["latent_scale"]), torch.tensor(config["latent_bias"])
+    raw = torch.tensor([5.81, 3.25, 0.12, -2.15]) + torch.tensor([4.17, 4.62, 3.71, 3.28]) * torch.randn(100_000, 4)
+    seen = scale * raw + bias  # latents of the assumed mean and standard deviation come out at 0 and 1/2
+    torch.testing.assert_close(seen.mean(0), torch.zeros(4), atol=0.01, rtol=0)
+    torch.testing.assert_close(seen.std(0), torch.full((4,), 0.5), atol=0.01, rtol=0)
+    assert "stabilityai/sd-vae-ft-mse" in card
+
+
+def test_a_network_alone_in_its_pickle_is_read(tmp_path: Path, marker: Path) -> None:
+    content = edm2_content(noisy(EDM2Network(**EDM2_SETTINGS)), marker, None, **EDM2_SETTINGS)
+    folder = convert(saved(tmp_path, dumps(content["ema"])), tmp_path / "teacher")
+    assert len(json.loads((folder / "config.json").read_text())["latent_scale"]) == 4
+
+
+def test_an_encoders_own_numbers_count(tmp_path: Path, marker: Path) -> None:
+    network = noisy(EDM2Network(**EDM2_SETTINGS))
+
+    def converted(name: str, *arguments: object, **keywords: object) -> dict[str, Any]:
+        content = edm2_content(network, marker, None, **EDM2_SETTINGS)
+        content["encoder"] = Persistent("StabilityVAEEncoder", marker, {}, *arguments, **keywords)
+        folder = convert(saved(tmp_path, dumps(content)), tmp_path / name)
+        assert "another/vae" in (folder / "README.md").read_text()
+        loaded: dict[str, Any] = json.loads((folder / "config.json").read_text())
+        return loaded
+
+    settings = {"raw_mean": [1, 2, 3, 4], "raw_std": [1, 2, 4, 5], "final_mean": 1, "final_std": 1}
+    by_name = converted("by-name", vae_name="another/vae", **settings)
+    by_position = converted("by-position", "another/vae", *settings.values())
+    for config in (by_name, by_position):
+        assert config["latent_scale"] == [1, 0.5, 0.25, 0.2]
+        torch.testing.assert_close(torch.tensor(config["latent_bias"]), torch.tensor([0, 0, 0.25, 0.2]))
+    with pytest.raises(CheckpointError, match="encoder StabilityVAEEncoder is made from"):
+        converted("zero", raw_std=[0, 1, 1, 1])
+
+
+def test_weights_have_to_fit_exactly(tmp_path: Path, marker: Path) -> None:
+    def refused(content: Any, message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            convert(saved(tmp_path, dumps(content)), tmp_path / "teacher")
+        assert not (tmp_path / "teacher").exists()
+
+    def parameters(content: dict[str, Any]) -> dict[str, Any]:
+        layer = content["ema"].state["_modules"]["model"].state["_modules"]["map_layer0"].state
+        layer["_parameters"] = dict(layer["_parameters"])
+        found: dict[str, Any] = layer["_parameters"]
+        return found
+
+    def content(**changes: object) -> dict[str, Any]:
+        return edm_content(edm_network("SongUNet"), marker, **(EDM_SETTINGS["SongUNet"] | changes))
+
+    missing, unexpected, misshapen = content(), content(), content()
+    del parameters(missing)["bias"]
+    refused(missing, r"tensor model\.map_layer0\.bias is missing")
+    parameters(unexpected)["scale"] = torch.ones(2)
+    refused(unexpected, r"tensor model\.map_layer0\.scale has no place in a EDMNetwork")
+    parameters(misshapen)["bias"] = torch.ones(3)
+    refused(misshapen, r"tensor model\.map_layer0\.bias has shape \(3,\); expected \(64,\)")
+    refused(content(model_channels=32), "has shape")
+    refused(content(encoder_type="skip"), "no EDMNetwork can be built")
+    refused(content(decoder_type="skip"), "no EDMNetwork can be built")
+    refused(content(img_resolution=None), "no EDMNetwork can be built")
+    refused(content(num_heads=3), "setting 'num_heads' that is not supported")
+    refused(content(dropout=torch.ones(1)), "setting dropout is")
+    unknown = edm2_content(noisy(EDM2Network(**EDM2_SETTINGS)), marker, "OtherEncoder", **EDM2_SETTINGS)
+    refused(unknown, "encoder OtherEncoder is not supported")
+
+
+def test_what_holds_no_such_network_is_said(tmp_path: Path, marker: Path) -> None:
+    baseline = edm_content(edm_network("SongUNet"), marker, "VPPrecond", **EDM_SETTINGS["SongUNet"])
+    for content, found in (
+        (baseline, "holds VPPrecond; expected"),
+        ({"loss_fn": 1, "dataset_kwargs": {}}, "a dict of 'loss_fn', 'dataset_kwargs'"),
+        ({"ema": None}, "holds a NoneType"),
+        ([1, 2], "holds a list"),
+        ({}, "a dict of nothing"),
+        ({"ema": nn.Linear(2, 2)}, r"holds torch\.nn\.modules\.linear\.Linear"),
+    ):
+        with pytest.raises(CheckpointError, match=found):
+            convert(saved(tmp_path, dumps(content)), tmp_path / "teacher")
+
+
+class Call:
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def test_nothing_of_a_file_is_run(tmp_path: Path, marker: Path) -> None:
+    call = Call(f"touch {marker}")
+    content = edm_content(edm_network("DhariwalUNet"), marker, **EDM_SETTINGS["DhariwalUNet"]) | {"loss_fn": call}
+    with pytest.raises(CheckpointError, match=r"edm-cifar10\.pkl: refused posix\.system"):
+        convert(saved(tmp_path, dumps(content)), tmp_path / "teacher")
+    torch.save({"weight": torch.ones(1), "call": call}, tmp_path / "DiT.pt")
+    for legacy in (True, False):
+        torch.save({"call": call}, tmp_path / "DiT.pt", _use_new_zipfile_serialization=not legacy)
+        with pytest.raises(CheckpointError, match=r"DiT\.pt: refused posix\.system"):
+            convert(tmp_path / "DiT.pt", tmp_path / "teacher", "dit")
+    assert not marker.exists()
+    assert not (tmp_path / "teacher").exists()
+    torch.load(tmp_path / "DiT.pt", weights_only=False)
+    assert marker.exists()
+
+
+def test_outputs_and_names_are_checked_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    with pytest.raises(OutputError, match="not an empty folder"):
+        convert(tmp_path / "nowhere.pkl", tmp_path / "full")
+    with pytest.raises(CheckpointError, match=r"expected one of \.pkl"):
+        convert(tmp_path / "network.onnx", tmp_path / "out")
+    with pytest.raises(ArgumentError, match="got 'dit' for a pickle"):
+        convert(tmp_path / "network.pkl", tmp_path / "out", "dit")
+    for family in (None, "dut"):
+        with pytest.raises(ArgumentError, match="pass 'dit' or 'sit'"):
+            convert(tmp_path / "network.pt", tmp_path / "out", family)
+    for name in ("nowhere.pt", "nowhere.safetensors"):
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            convert(tmp_path / name, tmp_path / "out", "dit")
+
+
+# Diffusion transformers.
+
+WIDTH, HEADS, DEPTH, PATCH, CHANNELS, SIZE, CLASSES = 384, 6, 2, 2, 4, 8, 5
+
+
+def dit_tensors(out_channels: int = 2 * CHANNELS) -> OrderedDict[str, Tensor]:
+    """A state dict with the published names, every tensor random but the position embedding."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: OrderedDict[str, Tensor] = OrderedDict()
+
+    def linear(name: str, outputs: int, *inputs: int) -> None:
+        tensors[f"{name}.weight"] = torch.randn(outputs, *inputs, generator=generator) / math.sqrt(math.prod(inputs))
+        tensors[f"{name}.bias"] = torch.randn(outputs, generator=generator) * 0.3
+
+    tensors["pos_embed"] = sines_and_cosines()
+    linear("x_embedder.proj", WIDTH, CHANNELS, PATCH, PATCH)
+    linear("t_embedder.mlp.0", WIDTH, 256)
+    linear("t_embedder.mlp.2", WIDTH, WIDTH)
+    tensors["y_embedder.embedding_table.weight"] = torch.randn(CLASSES + 1, WIDTH, generator=generator)
+    for i in range(DEPTH):
+        linear(f"blocks.{i}.attn.qkv", 3 * WIDTH, WIDTH)
+        linear(f"blocks.{i}.attn.proj", WIDTH, WIDTH)
+        linear(f"blocks.{i}.mlp.fc1", 4 * WIDTH, WIDTH)
+        linear(f"blocks.{i}.mlp.fc2", WIDTH, 4 * WIDTH)
+        linear(f"blocks.{i}.adaLN_modulation.1", 6 * WIDTH, WIDTH)
+    linear("final_layer.adaLN_modulation.1", 2 * WIDTH, WIDTH)
+    linear("final_layer.linear", PATCH**2 * out_channels, WIDTH)
+    return tensors
+
+
+def sines_and_cosines() -> Tensor:
+    """[1, T, WIDTH]: a quarter each of sin and cos of the column, sin and cos of the row."""
+    grid = SIZE // PATCH
+    table = torch.empty(grid, grid, WIDTH)
+    for row in range(grid):
+        for column in range(grid):
+            for k in range(WIDTH // 4):
+                frequency = 10000 ** (-k / (WIDTH // 4))
+                angles = column * frequency, column * frequency, row * frequency, row * frequency
+                for quarter, (wave, angle) in enumerate(zip((math.sin, math.cos) * 2, angles, strict=True)):
+                    value = wave(angle)
+                    table[row, column, quarter * (WIDTH // 4) + k] = value
+    return table.reshape(1, grid * grid, WIDTH)
+
+
+def plain_dit(tensors: dict[str, Tensor], x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    """DiT with adaLN-Zero blocks as in section 3.2 and figure 3 of arXiv 2212.09748, in float64.
+
+    x [B, C, H, W], t [B], labels [B] -> [B, out_channels, H, W].
+    """
+    p = {name: value.double() for name, value in tensors.items()}
+
+    def linear(name: str, value: Tensor) -> Tensor:
+        return value @ p[f"{name}.weight"].flatten(1).T + p[f"{name}.bias"]
+
+    def modulated(value: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        centred = value - value.mean(-1, keepdim=True)
+        normal = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-6)
+        return normal * (1 + scale[:, None]) + shift[:, None]
+
+    def silu(value: Tensor) -> Tensor:
+        return value / (1 + torch.exp(-value))
+
+    def gelu(value: Tensor) -> Tensor:
+        return value / 2 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (value + 0.044715 * value**3)))
+
+    batch, grid = x.shape[0], SIZE // PATCH
+    patches = x.double().reshape(batch, CHANNELS, grid, PATCH, grid, PATCH).permute(0, 2, 4, 1, 3, 5)
+    hidden = linear("x_embedder.proj", patches.reshape(batch, grid * grid, -1)) + p["pos_embed"]
+
+    angles = t.double()[:, None] * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    waves = torch.cat([angles.cos(), angles.sin()], dim=1)
+    condition = linear("t_embedder.mlp.2", silu(linear("t_embedder.mlp.0", waves)))
+    condition = condition + p["y_embedder.embedding_table.weight"][labels]
+
+    for i in range(DEPTH):
+        name = f"blocks.{i}"
+        shift1, scale1, gate1, shift2, scale2, gate2 = linear(f"{name}.adaLN_modulation.1", silu(condition)).split(
+            WIDTH, dim=1
+        )
+        mixed = linear(f"{name}.attn.qkv", modulated(hidden, shift1, scale1))
+        q, k, v = mixed.reshape(batch, grid * grid, 3, HEADS, WIDTH // HEADS).permute(2, 0, 3, 1, 4)
+        attention = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(WIDTH // HEADS), dim=-1) @ v
+        attention = attention.transpose(1, 2).reshape(batch, grid * grid, WIDTH)
+        hidden = hidden + gate1[:, None] * linear(f"{name}.attn.proj", attention)
+        inner = gelu(linear(f"{name}.mlp.fc1", modulated(hidden, shift2, scale2)))
+        hidden = hidden + gate2[:, None] * linear(f"{name}.mlp.fc2", inner)
+
+    shift, scale = linear("final_layer.adaLN_modulation.1", silu(condition)).split(WIDTH, dim=1)
+    pixels = linear("final_layer.linear", modulated(hidden, shift, scale))
+    pixels = pixels.reshape(batch, grid, grid, PATCH, PATCH, -1).permute(0, 5, 1, 3, 2, 4)
+    return pixels.reshape(batch, -1, SIZE, SIZE)
+
+
+def with_its_frequencies(folder: Path) -> Any:
+    """The converted transformer, told the time as the scheduler's config says."""
+    transformer = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    for module in transformer.modules():
+        if isinstance(module, Timesteps):
+            module.downscale_freq_shift = config["downscale_freq_shift"]
+    return transformer
+
+
+@pytest.mark.parametrize(("family", "out_channels"), [("dit", 8), ("dit", 4), ("sit", 8)])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_a_converted_transformer_computes_dit(family: str, out_channels: int, suffix: str, tmp_path: Path) -> None:
+    tensors = dit_tensors(out_channels)
+    source = tmp_path / f"model.{suffix}"
+    torch.save(tensors, source) if suffix == "pt" else save_file(dict(tensors), source)
+    folder = convert(source, tmp_path / "teacher", family)
+    assert {path.name for path in folder.iterdir()} == {"transformer", "scheduler", "README.md"}
+
+    x, labels = torch.randn(4, CHANNELS, SIZE, SIZE), torch.tensor([0, 3, CLASSES - 1, CLASSES])
+    t = torch.tensor([0.0, 17.0, 431.0, 999.0]) if family == "dit" else torch.tensor([0.0, 0.2, 0.77, 1.0])
+    expected = plain_dit(tensors, x, t, labels)
+    with torch.no_grad():
+        found = with_its_frequencies(folder)(x, t, labels).sample
+    assert found.shape == (4, out_channels, SIZE, SIZE)
+    assert expected.abs().mean() > 0.3
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+    teacher = load_teacher(folder)
+    levels = t if family == "dit" else 1 - t  # ours count from data to noise
+    raw, _ = teacher.run(x, levels, labels, (), output=True, output_grad=True)
+    assert raw is not None
+    wanted = expected[:, :CHANNELS]
+    torch.testing.assert_close(raw.double(), wanted, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    if family == "dit":
+        assert scheduler["_class_name"] == "DDIMScheduler"
+        assert (scheduler["beta_start"], scheduler["beta_end"], scheduler["beta_schedule"]) == (1e-4, 0.02, "linear")
+        assert (scheduler["num_train_timesteps"], scheduler["prediction_type"]) == (1000, "epsilon")
+        assert scheduler["clip_sample"] is False
+        assert "time_convention" not in scheduler
+    else:
+        assert scheduler["_class_name"] == "FlowMatchEulerDiscreteScheduler"
+        assert scheduler["time_convention"] == "sit"
+    assert "vae/" in (folder / "README.md").read_text()
+
+
+def test_diffusers_own_frequencies_are_not_dits(tmp_path: Path) -> None:
+    """The reason for `downscale_freq_shift` in the scheduler's config."""
+    tensors = dit_tensors()
+    torch.save(tensors, tmp_path / "DiT.pt")
+    folder = convert(tmp_path / "DiT.pt", tmp_path / "teacher", "dit")
+    x, t, labels = torch.randn(1, CHANNELS, SIZE, SIZE), torch.tensor([431.0]), torch.tensor([3])
+    with torch.no_grad():
+        found = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()(x, t, labels).sample
+    expected = plain_dit(tensors, x, t, labels)
+    assert (found - expected).norm() > 0.05 * expected.norm()
+
+
+@pytest.mark.parametrize("key", ["ema", "model"])
+def test_training_checkpoints_of_dit_are_read(key: str, tmp_path: Path) -> None:
+    tensors = dit_tensors()
+    zeros = {name: torch.zeros_like(value) for name, value in tensors.items()}
+    content = {"model": zeros, "opt": {"state": {}}, "args": argparse.Namespace(epochs=3)} | {key: tensors}
+    torch.save(content, tmp_path / "0400000.pt")
+    folder = convert(tmp_path / "0400000.pt", tmp_path / "teacher", "sit")
+    saved_tensors = load_file(folder / "transformer" / WEIGHTS)
+    assert torch.equal(saved_tensors["proj_out_2.weight"], tensors["final_layer.linear.weight"])
+
+
+def test_other_state_dicts_are_refused(tmp_path: Path) -> None:
+    def refused(content: Any, message: str) -> None:
+        torch.save(content, tmp_path / "DiT.pt")
+        with pytest.raises(CheckpointError, match=message):
+            convert(tmp_path / "DiT.pt", tmp_path / "teacher", "dit")
+        assert not (tmp_path / "teacher").exists()
+
+    tensors = dit_tensors()
+    refused([1], "holds no state dict")
+    refused({"epoch": 3}, "holds no state dict")
+    refused({}, r"no tensor x_embedder\.proj\.weight of 4 dimensions")
+    refused(nn.Linear(2, 2).state_dict(), r"no tensor x_embedder\.proj\.weight")
+    refused({name: value for name, value in tensors.items() if name != "pos_embed"}, "no tensor pos_embed")
+    refused(
+        {k: v for k, v in tensors.items() if "blocks.1.mlp.fc1.b" not in k}, r"blocks\.1\.mlp\.fc1\.bias is missing"
+    )
+    refused(tensors | {"blocks.0.attn.q_norm.weight": torch.ones(2)}, r"q_norm\.weight has no place in a DiT or SiT")
+    refused(tensors | {"blocks.1.mlp.fc1.bias": torch.ones(2)}, "has shape")
+    refused(tensors | {"x_embedder.proj.weight": torch.ones(400, 4, 2, 2)}, "400 wide; expected a published width")
+    refused(tensors | {"pos_embed": torch.randn(1, 16, WIDTH)}, "pos_embed is not the fixed sines")
+    swapped = tensors["pos_embed"].reshape(1, 4, 4, WIDTH).transpose(1, 2).reshape(1, 16, WIDTH)
+    refused(tensors | {"pos_embed": swapped}, "pos_embed is not the fixed sines")
+    (tmp_path / "DiT.safetensors").write_bytes(pickle.dumps(tensors)[:5000])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        convert(tmp_path / "DiT.safetensors", tmp_path / "teacher", "dit")

@@ -1,0 +1,300 @@
+"""Whole runs with a tiny untrained teacher: run folder, resume, refusals, NaN."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fdistill import distill, load_student
+from fdistill.base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
+from fdistill.commands.dry_run import describe
+from fdistill.config.schema import load_config
+from fdistill.training.checkpoint import checkpoints
+
+QUICK = {"batch_size": 8, "iterations": 4, "log.every": 2, "log.samples_every": 2, "log.checkpoint_every": 2}
+
+
+def run(tiny_teacher: Path, output: Path, **overrides: object) -> Path:
+    resume = bool(overrides.pop("resume", False))
+    return distill("digits", output=output, resume=resume, **{"teacher": str(tiny_teacher), **QUICK, **overrides})
+
+
+def weights(student: Path) -> dict[str, torch.Tensor]:
+    return load_file(student / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def same(first: Path, second: Path) -> bool:
+    one, two = weights(first), weights(second)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_run_folder(tiny_teacher: Path, tmp_path: Path) -> None:
+    student = run(tiny_teacher, tmp_path / "run", **{"ema.decays": [0.5, 0.9], "ema.export": 0.5})
+    folder = tmp_path / "run"
+    assert student == folder / "student"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "samples",
+        "checkpoints",
+        "student",
+        "tensorboard",
+        "curves.png",
+    }
+    resolved = load_config(str(folder / "config.yaml"))
+    assert (resolved.batch_size, resolved.ema.decays, resolved.divergence) == (8, [0.5, 0.9], "jensen-shannon")
+    assert sorted(p.name for p in (folder / "samples").iterdir()) == [
+        "000000.png",
+        "000002.png",
+        "000004.png",
+        "teacher.png",
+    ]
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["000002", "000004"]
+    assert any((folder / "tensorboard").iterdir())
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [2, 4]
+    for name in (
+        "images_per_second",
+        "fake_score/denoising",
+        "fake_score/grad_norm",
+        "discriminator/gan_real",
+        "discriminator/gan_fake",
+        "discriminator/accuracy",
+        "discriminator/grad_norm",
+        "generator/matching",
+        "generator/gan",
+        "generator/grad_norm",
+        "generator/h",
+        "generator/h_min",
+        "generator/h_max",
+        "generator/clamped_ratios",
+    ):
+        assert isinstance(records[0][name], float), name
+    assert len(records[0]["discriminator/accuracy_per_bin"]) == 10
+    assert load_student(folder)(torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 9])).shape == (3, 1, 8, 8)
+
+
+def test_the_exported_weights_are_the_ema(tiny_teacher: Path, tmp_path: Path) -> None:
+    """decay 0.5 over two iterations: a half of the last weights, a quarter of each earlier pair; not the raw
+    weights."""
+    student = run(tiny_teacher, tmp_path / "run", iterations=2, **{"ema.decays": [0.5, 0.0], "ema.export": 0.5})
+    state = load_file(checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.safetensors")
+    exported = weights(student)
+    for name, value in exported.items():
+        assert torch.equal(value, state[f"ema.0.5.denoiser.network.{name}"])
+        assert torch.equal(state[f"ema.0.0.denoiser.network.{name}"], state[f"generator.denoiser.network.{name}"])
+    assert any(not torch.equal(exported[name], state[f"generator.denoiser.network.{name}"]) for name in exported)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"divergence": "forward-kl", "discriminator.source": "teacher"},
+        {"divergence": "rkl", "discriminator.gan_weight": 0.0, "generator.gan_weight": 0.0},
+        {"divergence": "alpha(0.5)", "discriminator.r1_weight": 1.0, "discriminator.features": ["down0", "mid"]},
+        {"precision": "bf16", "fake_score.weighting": "min-snr", "critic_levels.sampler": "lognormal"},
+        {"ratio.bin_edges": "linear", "ratio.momentum": 0.5, "critic_steps": 1, "student_level": None},
+    ],
+    ids=["teacher-features", "no-gan", "r1", "bf16", "published-bins"],
+)
+def test_options_run(tiny_teacher: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    student = run(
+        tiny_teacher, tmp_path / "run", iterations=2, **{"log.samples_every": 0, "log.tracker": "none", **changes}
+    )
+    assert all(torch.isfinite(value).all() for value in weights(student).values())
+
+
+def test_resumed_equals_uninterrupted_bit_by_bit(tiny_teacher: Path, tmp_path: Path) -> None:
+    changes = {"ratio.momentum": 0.5, "ratio.warmup": 3}  # state in the bins, and in the ramp
+    straight = run(tiny_teacher, tmp_path / "straight", **changes)
+    run(tiny_teacher, tmp_path / "resumed", iterations=2, **changes)
+    resumed = run(tiny_teacher, tmp_path / "resumed", resume=True, **changes)
+    assert same(straight, resumed)
+    lines = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [2, 4]
+    assert not same(straight, run(tiny_teacher, tmp_path / "other", seed=1, **changes))
+
+
+def test_killed_and_resumed_equals_uninterrupted(tiny_teacher: Path, tmp_path: Path) -> None:
+    settings = [
+        f"teacher={tiny_teacher}",
+        "batch_size=8",
+        "iterations=24",
+        "log.samples_every=0",
+        "log.checkpoint_every=3",
+    ]
+    command = [sys.executable, "-m", "fdistill", "distill", "digits", *settings]
+    folder = tmp_path / "killed"
+    with subprocess.Popen([*command, "--output", str(folder)], stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while not checkpoints(folder / "checkpoints") and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert checkpoints(folder / "checkpoints"), "no checkpoint in two minutes"
+    assert not (folder / "student").exists()
+    subprocess.run([*command, "--output", str(folder), "--resume"], check=True, capture_output=True)
+    straight = distill(load_config("digits", settings), output=tmp_path / "straight")
+    assert same(straight, folder / "student")
+
+
+def test_resume_without_a_checkpoint_starts(tiny_teacher: Path, tmp_path: Path) -> None:
+    assert run(tiny_teacher, tmp_path / "new", resume=True, iterations=1).is_dir()
+
+
+def test_output_folders_that_are_not_free_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    run(tiny_teacher, tmp_path / "run", iterations=1)
+    with pytest.raises(OutputError, match="--resume"):
+        run(tiny_teacher, tmp_path / "run", iterations=2)
+    with pytest.raises(ConfigError, match=r"generator\.lr: 0\.0002 -> 0\.5"):
+        run(tiny_teacher, tmp_path / "run", iterations=2, resume=True, **{"generator.lr": 0.5})
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("")
+    with pytest.raises(OutputError, match="not a run"):
+        run(tiny_teacher, tmp_path / "photos")
+    with pytest.raises(OutputError, match="is a file"):
+        run(tiny_teacher, tmp_path / "photos" / "cat.png")
+    with pytest.raises(OutputError, match="cannot write"):
+        run(tiny_teacher, tmp_path / "photos" / "cat.png" / "below")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "run"]
+    assert [p.name for p in (tmp_path / "photos").iterdir()] == ["cat.png"]
+
+
+def test_a_truncated_training_checkpoint_is_refused(tiny_teacher: Path, tmp_path: Path) -> None:
+    run(tiny_teacher, tmp_path / "run")
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1] / "state.safetensors"
+    newest.write_bytes(newest.read_bytes()[:5000])
+    with pytest.raises(CheckpointError, match="delete that folder to resume from the one before"):
+        run(tiny_teacher, tmp_path / "run", resume=True, iterations=6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"divergence": "jensen"}, ConfigError, "did you mean 'jensen-shannon'"),
+        ({"divergence": "js", "discriminator.gan_weight": 0}, ConfigError, "expected discriminator.gan_weight > 0"),
+        ({"divergence": "rkl", "discriminator.gan_weight": 0}, ConfigError, "expected generator.gan_weight=0"),
+        ({"log.tracker": "wandb"}, ConfigError, "pip install wandb"),
+        ({"discriminator.features": ["middle"]}, ConfigError, "did you mean 'mid'"),
+        ({"student_level": 81}, ConfigError, r"level: expected a number in \(0.002, 80\]"),
+        ({"data": "digitts"}, DataError, "did you mean 'digits'"),
+        ({"teacher": "no/such/teacher"}, CheckpointError, "no such folder"),
+        ({"device": "mps" if not torch.backends.mps.is_available() else "cuda"}, ConfigError, "not available"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(
+    tiny_teacher: Path, tmp_path: Path, changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(tiny_teacher, tmp_path / "run", **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_another_shape_is_refused(tmp_path: Path) -> None:
+    from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
+
+    from conftest import tiny_unet
+
+    for name, unet, message in (
+        ("large", tiny_unet(sample_size=16), r"\(1, 8, 8\).*\(1, 16, 16\)"),
+        ("few", tiny_unet(num_class_embeds=7), "class 9.*0 to 6"),
+    ):
+        ConsistencyModelPipeline(unet=unet, scheduler=CMStochasticIterativeScheduler()).save_pretrained(tmp_path / name)
+        with pytest.raises(ConfigError, match=message):
+            run(tmp_path / name, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_teacher: Path, tmp_path: Path) -> None:
+    """A learning rate that blows the student up in its first update: the next critic update meets its samples."""
+    run(tiny_teacher, tmp_path / "run", iterations=1, **{"generator.lr": 1e30})
+    good = checkpoints(tmp_path / "run" / "checkpoints")
+    before = (good[-1] / "state.safetensors").read_bytes()
+    with pytest.raises(NonFiniteError) as caught:
+        run(tiny_teacher, tmp_path / "run", iterations=50, resume=True, **{"generator.lr": 1e30})
+    message = str(caught.value)
+    # The student's weights are 1e30 but finite; what becomes NaN first is the fake score's loss on its samples.
+    assert "stopped at iteration 2: fake_score: denoising became nan at noise level t = " in message
+    assert f"last good checkpoint is {good[-1]}" in message
+    assert checkpoints(tmp_path / "run" / "checkpoints") == good
+    assert (good[-1] / "state.safetensors").read_bytes() == before
+
+
+def test_weights_an_update_has_broken_are_not_saved(tiny_teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match="generator: its weights became NaN or infinite"):
+        run(tiny_teacher, tmp_path / "run", iterations=1, **{"generator.lr": 1e308})
+    assert checkpoints(tmp_path / "run" / "checkpoints") == []
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_no_samples_when_they_are_off(tiny_teacher: Path, tmp_path: Path) -> None:
+    run(tiny_teacher, tmp_path / "run", iterations=1, **{"log.samples_every": 0})
+    assert not (tmp_path / "run" / "samples").exists()
+
+
+FULL_DISK = """
+import resource, sys
+from fdistill.commands.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))  # the kernel refuses larger files
+sys.argv = ["fdistill", "distill", "digits", *sys.argv[1:]]
+main()
+"""
+
+
+def test_a_full_disk_is_one_message(tiny_teacher: Path, tmp_path: Path) -> None:
+    settings = [
+        f"teacher={tiny_teacher}",
+        "batch_size=8",
+        "iterations=2",
+        "log.samples_every=0",
+        "log.checkpoint_every=1",
+    ]
+    command = [sys.executable, "-c", FULL_DISK, *settings, "--output", str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "error: cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    assert not (tmp_path / "run" / "student").exists()
+
+
+def test_incomplete_training_checkpoints_are_refused_before_anything_changes(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    run(tiny_teacher, tmp_path / "run")
+    newest = checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    config = (tmp_path / "run" / "config.yaml").read_bytes()
+    state = (newest / "state.safetensors").read_bytes()
+    for keep in (lambda name: name != "ratio.bins", lambda name: not name.startswith("optimizer.generator.")):
+        tensors = {name: value for name, value in load_file(newest / "state.safetensors").items() if keep(name)}
+        save_file(tensors, newest / "state.safetensors")
+        with pytest.raises(CheckpointError, match="incomplete"):
+            run(tiny_teacher, tmp_path / "run", resume=True, iterations=6)
+        (newest / "state.safetensors").write_bytes(state)
+    for text in ("[]", "{}", "no"):
+        (newest / "state.json").write_text(text)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            run(tiny_teacher, tmp_path / "run", resume=True, iterations=6)
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == config
+
+
+def test_a_run_is_not_shortened_by_resuming_it(tiny_teacher: Path, tmp_path: Path) -> None:
+    run(tiny_teacher, tmp_path / "run")
+    with pytest.raises(ConfigError, match="at iteration 4 already"):
+        run(tiny_teacher, tmp_path / "run", resume=True, iterations=3)
+
+
+def test_dry_run_says_what_would_be_done(tiny_teacher: Path) -> None:
+    text = describe(load_config("digits", [f"teacher={tiny_teacher}", "divergence=js"]))
+    assert "divergence     jensen-shannon" in text
+    assert "discriminator  convolutional heads on fake features mid" in text
+    assert "350, each 2 critic updates and then 1 student update of 128 samples" in text
+    assert "one evaluation from level 2.5" in text

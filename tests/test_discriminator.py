@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import tiny_unet
 from fdistill.adapters.parametrisation import DirectPrediction
 from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.base.errors import ArgumentError
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.losses import gan_discriminator_loss
 from fdistill.noise import FlowSchedule
+from support.denoisers import tiny_unet
 
 
 def denoiser(**changes: object) -> UNet2DDenoiser:

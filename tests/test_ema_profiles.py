@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
-from conftest import GaussianDenoiser
 from fdistill import distill, load_student
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, OutputError
 from fdistill.commands.cli import app
@@ -42,6 +41,7 @@ from fdistill.kernels.ema import ema as ema_kernel
 from fdistill.students.folder import STUDENT_FILE
 from fdistill.training.checkpoint import checkpoints
 from fdistill.training.snapshots import find_snapshots
+from support.denoisers import GaussianDenoiser
 from support.families import edm_ncsnpp
 
 Array = NDArray[np.float64]

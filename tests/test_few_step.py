@@ -11,13 +11,13 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from conftest import tiny_unet
 from fdistill import distill, generate, load_student
 from fdistill.adapters.parametrisation import DirectPrediction, EDMPreconditioning
 from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.base.errors import ArgumentError
 from fdistill.generator import FewStepGenerator, noise_shape, student_generator
 from fdistill.noise import EDMSchedule, FlowSchedule
+from support.denoisers import tiny_unet
 
 
 def denoiser() -> UNet2DDenoiser:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
 
-from conftest import tiny_unet
 from fdistill import GuidedDenoiser, distill, load_teacher
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.unet2d import wrap
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError
 from fdistill.denoiser import Denoiser
 from fdistill.losses import implicit_means, matching_loss, score_difference_loss
+from support.denoisers import tiny_unet
 from support.families import dit
 
 

@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_step import ExactLogRatio, LinearGenerator
 from torch import Tensor
 
-from conftest import GaussianDenoiser
 from fdistill import distill, load_student
 from fdistill.base.errors import ArgumentError, ConfigError, DataError
 from fdistill.commands.dry_run import describe
@@ -28,6 +26,8 @@ from fdistill.ratio import DensityRatio
 from fdistill.step import Networks, Pairs, diffratio_step, generator_step, uni_instruct_step
 from fdistill.training.build import build
 from fdistill.training.journal import read_records
+from support.denoisers import GaussianDenoiser
+from support.networks import ExactLogRatio, LinearGenerator
 
 QUICK = {"batch_size": 8, "iterations": 2, "log.every": 1, "log.samples_every": 0, "log.tracker": "none"}
 SMALL = {"regression.pairs": 16, "teacher_samples.count": 16, "teacher_samples.num_steps": 3}

@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import GaussianDenoiser
 from fdistill.noise import EDMSchedule, FlowSchedule, NoiseSchedule, noise_to_signal, vp_schedule_from_config
 from fdistill.sampler import evaluations, heun_sample, sampling_levels
+from support.denoisers import GaussianDenoiser
 
 SCHEDULES: dict[str, NoiseSchedule] = {
     "edm": EDMSchedule(),

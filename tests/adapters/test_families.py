@@ -291,7 +291,7 @@ def test_in_bfloat16_a_level_stays_what_it_is(checkpoints: dict[str, Path], tmp_
 def test_latent_unets_keep_their_autoencoder(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     from families import tiny_vae
 
-    from conftest import tiny_unet
+    from support.denoisers import tiny_unet
 
     folder = tmp_path / "teacher"
     tiny_unet(in_channels=4, out_channels=4).save_pretrained(folder / "unet")

@@ -16,33 +16,13 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 
-from conftest import tiny_unet
 from fdistill import load_teacher
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler
 from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.errors import ArgumentError, CheckpointError
-
-ARCHITECTURES: dict[str, dict[str, object]] = {
-    "plain": {},
-    "no-middle": {"mid_block_type": None},
-    "fourier": {"time_embedding_type": "fourier"},
-    "centred-unconditional": {"center_input_sample": True, "num_class_embeds": None},
-    "consistency-model": {
-        "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
-        "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        "downsample_type": "resnet",
-        "upsample_type": "resnet",
-        "resnet_time_scale_shift": "scale_shift",
-    },
-    "skip": {
-        "down_block_types": ("SkipDownBlock2D", "AttnSkipDownBlock2D"),
-        "up_block_types": ("AttnSkipUpBlock2D", "SkipUpBlock2D"),
-        "block_out_channels": (32, 64),
-        "in_channels": 3,
-        "out_channels": 3,
-    },
-}
+from support.denoisers import tiny_unet
+from support.unets import ARCHITECTURES
 
 
 def config_of(scheduler: object) -> dict[str, object]:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from conftest import GaussianDenoiser
 from fdistill import distill
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.errors import DataError
 from fdistill.commands.cli import app
 from fdistill.commands.inspect import check_predictions, describe, inspect
 from fdistill.noise import EDMSchedule, FlowSchedule
+from support.denoisers import GaussianDenoiser
 from support.families import FAMILIES
 
 

@@ -19,7 +19,6 @@ import torchvision  # type: ignore[import-untyped]
 from diffusers import LatentConsistencyModelPipeline, LCMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_extractors import inception_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric

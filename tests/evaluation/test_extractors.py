@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -28,40 +27,12 @@ from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.images import to_unit
 from fdistill.data.digit_captions import load_digit_images
 from fdistill.data.digits import load_digits
+from support.inception import images
 
 CPU = torch.device("cpu")
 
 
-def images(count: int, height: int, width: int | None = None, seed: int = 0) -> Tensor:
-    random = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, height, width or height), dtype=torch.uint8, generator=random)
-
-
 # --- Inception
-
-
-@pytest.fixture(scope="module")
-def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seeded random weights in every tensor of torch-fidelity's Inception, as its own .pth has them; normalisations fit
-    some images, without which the features of all images would be the same.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        empty = io.BytesIO()
-        torch.save({}, empty)
-        empty.seek(0)
-        torch.manual_seed(0)
-        network = FeatureExtractorInceptionV3("n", ["2048"], feature_extractor_weights_path=empty).train()
-    for part in network.modules():
-        if isinstance(part, torch.nn.BatchNorm2d):
-            part.momentum = None
-            part.weight.data.uniform_(0.5, 1.5)
-            part.bias.data.normal_(0, 0.1)
-    network(torch.cat([images(2, 16, seed=1), images(2, 64, seed=2)[:, :, ::4, ::4] // 2]))
-    state = network.state_dict()
-    path = tmp_path_factory.mktemp("inception") / PUBLISHED["inception"].name
-    torch.save(state, path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -8,14 +8,13 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
-from test_single_file import sd3_base
 from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
 from fdistill.formats.lora_file import LORA_FILE, kohya_names, save_lora
 from fdistill.formats.merged_lora import merged_folder
 from fdistill.formats.pipeline_folder import read_weights
-from support.tiny_stable_diffusion import adapted_unet, tiny_pipeline, tiny_unet
+from support.tiny_stable_diffusion import adapted_unet, sd3_base, tiny_pipeline, tiny_unet
 
 QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TEXT = "text_model.encoder.layers.1.mlp.fc1"

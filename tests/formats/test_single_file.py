@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, SD3Transformer2DModel, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from fdistill.base.errors import CheckpointError
@@ -17,7 +17,7 @@ from fdistill.formats.comfy.layout import assemble
 from fdistill.formats.pipeline_folder import read_weights
 from fdistill.formats.single_file import single_file_to_folder
 from fdistill.students.export import export_student
-from support.tiny_stable_diffusion import tiny_pipeline, tiny_vae
+from support.tiny_stable_diffusion import sd3_base, tiny_pipeline
 
 
 def checkpoint(kind: str, folder: Path, **scheduler: object) -> tuple[Path, Path]:
@@ -102,37 +102,6 @@ def test_a_network_under_the_names_of_diffusers_is_taken_too(tmp_path: Path) -> 
     save_file(weights | {"conv_more.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
     with pytest.raises(CheckpointError, match=r"conv_more\.weight"):
         single_file_to_folder(tmp_path / "more.safetensors", pipeline)
-
-
-def sd3_base(folder: Path) -> tuple[Path, SD3Transformer2DModel]:
-    """The parts of a Stable Diffusion 3 pipeline that a checkpoint replaces, and the scheduler."""
-    torch.manual_seed(0)
-    network = SD3Transformer2DModel(
-        sample_size=4,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        caption_projection_dim=16,
-        pooled_projection_dim=12,
-        pos_embed_max_size=4,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-    network.save_pretrained(folder / "transformer")
-    tiny_vae().save_pretrained(folder / "vae")
-    DDIMScheduler().save_pretrained(folder / "scheduler")
-    index = {
-        "_class_name": "StableDiffusion3Pipeline",
-        "transformer": ["diffusers", "SD3Transformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": [None, None],
-    }
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder, network
 
 
 @pytest.mark.parametrize("prefix", [NETWORK, ""])

@@ -31,13 +31,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from conftest import tiny_unet
 from fdistill import OneStepPipeline, TiUEPipeline, distill, generate, load_student
 from fdistill.base.errors import ArgumentError, CheckpointError, NonFiniteError
 from fdistill.commands.cli import app
 from fdistill.commands.tiny_pipelines import autoencoder, condition_unet, tiny_pipeline, untrained
 from fdistill.generation.generate import ImageSource, Source, open_source, told_of
 from fdistill.generation.pipeline_maker import PipelineSource, noise_seed
+from support.denoisers import tiny_unet
 from support.families import ddpm as ddpm_in_one_folder
 
 CPU = torch.device("cpu")
@@ -342,7 +342,7 @@ def test_files_that_cannot_be_read_are_refused(folders: dict[str, Path], tmp_pat
     with pytest.raises(CheckpointError, match="no such folder"):
         opened(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"no model_index.json"):
-        open_source("conftest:GaussianDenoiser", CPU, sampler="pipeline")
+        open_source("support.denoisers:GaussianDenoiser", CPU, sampler="pipeline")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,13 @@ pytest.importorskip("triton")
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, str(Path(__file__).parent.parent / "support" / "compile_kernels.py"), "80", "90", "renoise"]
+    command = [
+        sys.executable,
+        str(Path(__file__).parent.parent / "support" / "compile_kernels.py"),
+        "80",
+        "90",
+        "renoise",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_step import real_networks
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +31,7 @@ from fdistill.step import (
     sim_step,
     uni_instruct_step,
 )
+from support.networks import real_networks
 
 BATCH = 6
 

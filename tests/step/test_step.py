@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import GaussianDenoiser, tiny_unet
-from fdistill.adapters.parametrisation import DirectPrediction, EDMPreconditioning
+from fdistill.adapters.parametrisation import DirectPrediction
 from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.base import rng
 from fdistill.discriminator import Discriminator
@@ -29,39 +28,10 @@ from fdistill.noise import (
 )
 from fdistill.ratio import DensityRatio
 from fdistill.step import Networks, critic_step, frozen, generator_step, sid_step, sim_step, uni_instruct_step
+from support.denoisers import GaussianDenoiser, tiny_unet
+from support.networks import ExactLogRatio, LinearGenerator, real_networks
 
 DIVERGENCES = ["rkl", "sf", "js", "sh", "kl", "jf", "neyman", "pearson", "alpha(0.3)"]
-
-
-class LinearGenerator(nn.Module):
-    """x0 = a z + b: samples of N(b, a^2), whose noised scores are known."""
-
-    def __init__(self, a: float, b: float, size: int):
-        super().__init__()
-        self.a, self.b = nn.Parameter(torch.tensor(a)), nn.Parameter(torch.tensor(b))
-        self.sample_shape = (1, 1, size)
-
-    def forward(self, noise: Tensor, condition: Tensor | None) -> Tensor:
-        return self.a * noise + self.b
-
-
-class ExactLogRatio(nn.Module):
-    """log p_t(x_t) / q_t(x_t) of two Gaussian data distributions, as a discriminator would have learnt it."""
-
-    features = ("x_t",)
-
-    def __init__(self, p: tuple[float, float], q: tuple[float, float], schedule: NoiseSchedule):
-        super().__init__()
-        self.p, self.q, self.schedule = p, q, schedule
-
-    def log_density(self, x_t: Tensor, t: Tensor, gaussian: tuple[float, float]) -> Tensor:
-        mean, std = gaussian
-        alpha, sigma = self.schedule.alpha(t)[:, None], self.schedule.sigma(t)[:, None]
-        return torch.distributions.Normal(alpha * mean, (alpha**2 * std**2 + sigma**2).sqrt()).log_prob(x_t).sum(1)
-
-    def forward(self, features: Mapping[str, Tensor]) -> Tensor:
-        x_t, t = features["x_t"].flatten(1), features["t"]
-        return self.log_density(x_t, t, self.p) - self.log_density(x_t, t, self.q)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -161,18 +131,6 @@ def test_exact_updates_bring_the_student_to_the_teacher(name: str) -> None:
         optimizer.step()
     assert abs(student.b.item() - 0.3) < 0.02
     assert abs(student.a.item() - 0.8) < 0.02
-
-
-def real_networks(source: str, features: tuple[str, ...] = ("mid",)) -> Networks:
-    torch.manual_seed(0)
-    form = EDMPreconditioning(EDMSchedule(), 0.75, boundary=0.002, time_scale=250.0)
-    teacher = UNet2DDenoiser(tiny_unet(), form).requires_grad_(False)
-    fake = copy.deepcopy(teacher).requires_grad_(True)
-    student = OneStepGenerator(copy.deepcopy(teacher).requires_grad_(True), 2.5)
-    for network in (fake, student):  # copies of one network would have no score difference
-        for parameter in network.parameters():
-            parameter.data += 0.02 * torch.randn_like(parameter)
-    return Networks(teacher, fake, student, Discriminator(fake, features), fake if source == "fake" else teacher)
 
 
 def moved(module: nn.Module) -> bool:

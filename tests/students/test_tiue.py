@@ -18,10 +18,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from test_unet2d import ARCHITECTURES
 from torch import Tensor
 
-from conftest import GaussianDenoiser, tiny_unet
 from fdistill.adapters import set_null_class, unet2d_condition, wrap
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.base.errors import ArgumentError
@@ -33,8 +31,10 @@ from fdistill.noise import FlowSchedule
 from fdistill.students.lora import lora_copy
 from fdistill.students.tiue import Encoded, TiUEGenerator, as_told, composition, decode, embed, encode, leading_levels
 from fdistill.students.tiue_pipeline import TiUEPipeline, tiue_pipeline
+from support.denoisers import GaussianDenoiser, tiny_unet
 from support.families import randomised, tiny_vae
 from support.text_families import sd15, sd21v, sdxl, tiny_condition_unet
+from support.unets import ARCHITECTURES
 
 SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEVELS = (751.0, 501.0, 251.0, 1.0)

@@ -22,9 +22,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 
-from conftest import tiny_unet
 from fdistill.adapters.parametrisation import TIME_CONVENTION
 from fdistill.networks import EDM2Network, EDMNetwork
+from support.denoisers import tiny_unet
 
 RGB: dict[str, Any] = {"in_channels": 3, "out_channels": 3}
 NO_CLASSES: dict[str, Any] = {"num_class_embeds": None}

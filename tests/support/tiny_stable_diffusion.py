@@ -11,6 +11,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
+    SD3Transformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -136,3 +137,34 @@ def unet_output(unet: UNet2DConditionModel) -> Tensor:
         extra = {"text_embeds": torch.randn(2, 24), "time_ids": torch.zeros(2, 6)}
     with torch.no_grad():
         return unet(*inputs, added_cond_kwargs=extra).sample
+
+
+def sd3_base(folder: Path) -> tuple[Path, SD3Transformer2DModel]:
+    """The parts of a Stable Diffusion 3 pipeline that a checkpoint replaces, and the scheduler."""
+    torch.manual_seed(0)
+    network = SD3Transformer2DModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        caption_projection_dim=16,
+        pooled_projection_dim=12,
+        pos_embed_max_size=4,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    network.save_pretrained(folder / "transformer")
+    tiny_vae().save_pretrained(folder / "vae")
+    DDIMScheduler().save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "StableDiffusion3Pipeline",
+        "transformer": ["diffusers", "SD3Transformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": [None, None],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder, network

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError
 from fdistill.denoiser import LatentScaling
 from fdistill.teachers.autoencoder import LatentSpace
 from fdistill.training.clip_loss import ClipHinge, load_clip
+from support.clip import tiny_clip_file
 from support.families import tiny_vae
 
 open_clip: Any = pytest.importorskip("open_clip")
 
-CONFIG = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
-}
 PROMPTS = ["a bold seven", "a thin three", "a horse"]
-
-
-def tiny_clip_file(folder: Path) -> Path:
-    """Weights of the architecture "tiny-fdistill", which open_clip knows from here on."""
-    (folder / "tiny-fdistill.json").write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(folder / "tiny-fdistill.json")
-    torch.manual_seed(0)
-    model = open_clip.create_model("tiny-fdistill")
-    path = folder / "tiny.safetensors"
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -201,7 +201,7 @@ def test_bad_settings_are_refused_before_anything_is_written(
 def test_data_of_another_shape_is_refused(tmp_path: Path) -> None:
     from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
-    from conftest import tiny_unet
+    from support.denoisers import tiny_unet
 
     for name, unet, message in (
         ("large", tiny_unet(sample_size=16), r"\(1, 8, 8\).*\(1, 16, 16\)"),

@@ -13,8 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from test_clip_loss import tiny_clip_file
-from test_text_to_image import LORA, PROMPTS, SETTINGS
 
 from fdistill import distill, load_student, reconstruct_student
 from fdistill.adapters import load_teacher, resolve_checkpoint
@@ -33,8 +31,10 @@ from fdistill.teachers.text_encoders import open_prompt_encoder
 from fdistill.training import loop
 from fdistill.training.build import build
 from fdistill.training.cache import cache
+from support.clip import tiny_clip_file
 from support.text_families import RESOLUTION, flux_dev, sd15, sd21v
 from support.text_families_dit import HAS_QWEN_IMAGE, qwen_image
+from support.text_runs import LORA, PROMPTS, SETTINGS
 
 
 @pytest.fixture(scope="module")

@@ -89,7 +89,7 @@ def compare(
 def _ways(where: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that an input takes. What is not there is said here, before anything is measured."""
     from evaluation.evaluate import holds_images
-    from fdistill.adapters import resolve_checkpoint
+    from fdistill.adapters.checkpoint import resolve_checkpoint
     from fdistill.students.folder import find_student
 
     if holds_images(where):

@@ -25,7 +25,7 @@ from evaluation.metrics.precision_recall import precision_recall
 from evaluation.metrics.score import Score
 from evaluation.weights import Weights
 from fdistill.base.errors import ArgumentError
-from fdistill.training.curves import grid
+from fdistill.base.images import grid
 
 _SHOWN = 10
 _PAIRS, _GROUPS = 10, 100  # image pairs for each class or prompt, and how many of those, for diversity

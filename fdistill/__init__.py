@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fdistill.adapters import load_teacher as load_teacher
+    from fdistill.adapters.checkpoint import load_teacher as load_teacher
     from fdistill.commands.ema import reconstruct_student as reconstruct_student
     from fdistill.condition import TextCondition as TextCondition
+    from fdistill.config.reading import load_config as load_config
     from fdistill.config.schema import DistillConfig as DistillConfig
-    from fdistill.config.schema import load_config as load_config
     from fdistill.denoiser import Denoiser as Denoiser
     from fdistill.discriminator import ChannelMean as ChannelMean
     from fdistill.discriminator import Discriminator as Discriminator

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fdistill.base.devices import upload
 from fdistill.base.errors import ArgumentError
 
 
@@ -105,3 +106,10 @@ def as_labels(condition: Condition | None, num_classes: int | None) -> Tensor | 
     if condition is None and num_classes:
         raise ArgumentError(f"condition: this network wants class labels [B] in [0, {num_classes})")
     return condition
+
+
+def upload_condition(condition: Condition, device: torch.device) -> Condition:
+    """`upload` of labels, or of every tensor of prompts."""
+    if isinstance(condition, TextCondition):
+        return TextCondition({name: upload(value, device) for name, value in condition.tensors.items()})
+    return upload(condition, device)

@@ -11,51 +11,11 @@ from torch import Tensor, nn
 
 from fdistill.base.errors import ArgumentError, did_you_mean
 from fdistill.condition import Condition, TextCondition
-from fdistill.kernels.checks import wide
-from fdistill.kernels.to_x0 import to_x0
-from fdistill.noise import NoiseSchedule, expand
+from fdistill.kernels.layout import expand
+from fdistill.noise import NoiseSchedule
+from fdistill.prediction import Preconditioning, Prediction
 
 Features = dict[str, Tensor]
-
-
-class Preconditioning(NamedTuple):
-    """How a network is wrapped at levels t: it is fed input_scale x_t, and x0 = skip x_t + out output. All [B], or
-    None: fed x_t itself, and an output that is x0.
-    """
-
-    input_scale: Tensor | None = None
-    skip: Tensor | None = None
-    out: Tensor | None = None
-
-
-class Prediction(NamedTuple):
-    """A network's output [B, ...] in its own precision, and what turns it into x0 = skip x_t + out output; skip and
-    out are [B], or None where the output is x0.
-
-    With `unconditional`, the output [B, ...] for no condition, the prediction is that of unconditional + guidance_scale
-    (output - unconditional): classifier-free guidance (arXiv 2207.12598).
-    """
-
-    output: Tensor
-    skip: Tensor | None = None
-    out: Tensor | None = None
-    unconditional: Tensor | None = None
-    guidance_scale: float = 1.0
-
-    def guided(self) -> Prediction:
-        """The same prediction in one output."""
-        if self.unconditional is None:
-            return self
-        output = torch.lerp(self.unconditional, self.output, self.guidance_scale)
-        return Prediction(output, self.skip, self.out)
-
-    def x0(self, x_t: Tensor) -> Tensor:
-        """The x0-prediction, at least float32."""
-        output = self.guided().output
-        if self.skip is None or self.out is None:
-            return output.to(wide(output.dtype))
-        x0: Tensor = to_x0(output, x_t, self.skip, self.out, "auto")
-        return x0
 
 
 class LatentScaling(NamedTuple):

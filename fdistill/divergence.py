@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, did_you_mean
+from fdistill.kernels.checks import widened
 
 Function = Callable[[Tensor], Tensor]
 
@@ -45,11 +46,6 @@ class Divergence:
             return self.powers[1:] != (0.0, 0.0)
         r = torch.logspace(-1, 1, 5, dtype=torch.float64)
         return not torch.allclose(self.weight(r), self.weight(torch.ones_like(r)), rtol=1e-9, atol=0)
-
-
-def widened(r: Tensor) -> Tensor:
-    """r in float64, in which no weight overflows, where the device has it."""
-    return r if r.device.type == "mps" else r.double()
 
 
 def _derivative(function: Function, r: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.kernels.checks import wide
+from fdistill.kernels.layout import expand
 from fdistill.kernels.renoise import renoise
-from fdistill.noise import expand
 
 
 class OneStepGenerator(nn.Module):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition, TextCondition, concat, none_like
-from fdistill.denoiser import Denoiser, Features, Preconditioning, Prediction
+from fdistill.denoiser import Denoiser, Features
+from fdistill.prediction import Preconditioning, Prediction
 
 
 class GuidedDenoiser(Denoiser):

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fdistill.base.errors import ArgumentError, did_you_mean
-from fdistill.denoiser import Prediction
 from fdistill.kernels.checks import check_positive, check_rows, check_samples, wide
 from fdistill.kernels.denoising import denoising
 from fdistill.kernels.implicit import implicit
 from fdistill.kernels.matching import matching
+from fdistill.prediction import Prediction
 
 
 def _checked(

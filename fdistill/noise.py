@@ -1,7 +1,7 @@
-"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, prediction types, and samplers of training levels.
+"""Noise schedules, x_t = alpha(t) x0 + sigma(t) eps, and samplers of training levels.
 
-Everything in the library is an x0-prediction at a level t of the teacher's own schedule. Only this file and
-`adapters/` know that networks also predict eps, v or flow. Levels are float tensors; fractional ones are allowed.
+Everything in the library is an x0-prediction at a level t of the teacher's own schedule. Levels are float tensors;
+fractional ones are allowed.
 """
 
 from __future__ import annotations
@@ -9,14 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping
 from functools import cache
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
-
-PredictionKind = Literal["x0", "eps", "v", "flow"]
+from fdistill.kernels.layout import expand
 
 
 class NoiseSchedule(Hashable, Protocol):
@@ -196,52 +195,9 @@ def vp_schedule_from_config(config: Mapping[str, Any]) -> VPSchedule:
     return VPSchedule(table)
 
 
-def expand(coefficient: Tensor, like: Tensor) -> Tensor:
-    """[B] -> [B, 1, ..., 1] with as many dimensions as `like`."""
-    return coefficient.reshape(-1, *[1] * (like.ndim - 1))
-
-
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = alpha(t) x0 + sigma(t) noise. x0, noise [B, ...], t [B] -> [B, ...]."""
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * noise
-
-
-def x0_coefficients(alpha: Tensor, sigma: Tensor, kind: PredictionKind) -> tuple[Tensor, Tensor]:
-    """(skip, out) [B] with x0 = skip x_t + out prediction, for a network's prediction at x_t = alpha x0 + sigma eps.
-
-    Kinds: "x0"; "eps" (the noise; not defined where alpha = 0); "v" = alpha eps - sigma x0 (Salimans & Ho 2022, arXiv
-    2202.00512); "flow" = eps - x0 (the velocity dx/dt of rectified flow).
-    """
-    if kind == "x0":
-        return torch.zeros_like(alpha), torch.ones_like(alpha)
-    if kind == "eps":
-        return 1 / alpha, -sigma / alpha
-    if kind == "v":
-        square = alpha**2 + sigma**2
-        return alpha / square, -sigma / square
-    if kind == "flow":
-        return 1 / (alpha + sigma), -sigma / (alpha + sigma)
-    raise ArgumentError(f"kind: got {kind!r}; {did_you_mean(str(kind), ('x0', 'eps', 'v', 'flow'))}")
-
-
-def to_x0(prediction: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionKind) -> Tensor:
-    """A network's prediction [B, ...] at x_t [B, ...], turned into an x0-prediction; see `x0_coefficients`."""
-    skip, out = x0_coefficients(alpha, sigma, kind)
-    return expand(skip, x_t) * x_t + expand(out, x_t) * prediction
-
-
-def from_x0(x0: Tensor, x_t: Tensor, alpha: Tensor, sigma: Tensor, kind: PredictionKind) -> Tensor:
-    """The inverse of `to_x0`; not defined where sigma = 0, except for kind "x0"."""
-    alpha, sigma = expand(alpha, x_t), expand(sigma, x_t)
-    if kind == "x0":
-        return x0
-    if kind == "eps":
-        return (x_t - alpha * x0) / sigma
-    if kind == "v":
-        return (alpha * x_t - (alpha**2 + sigma**2) * x0) / sigma
-    if kind == "flow":
-        return (x_t - (alpha + sigma) * x0) / sigma
-    raise ArgumentError(f"kind: got {kind!r}; {did_you_mean(str(kind), ('x0', 'eps', 'v', 'flow'))}")
 
 
 # Level samplers: a uniform draw u in (0, 1) -> level. Being functions of u, they need no random state of their own.

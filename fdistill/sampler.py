@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
-from fdistill.noise import expand, noise_to_signal, noise_to_signal_range
+from fdistill.kernels.layout import expand
+from fdistill.noise import noise_to_signal, noise_to_signal_range
 
 
 def evaluations(num_steps: int) -> int:

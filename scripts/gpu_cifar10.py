@@ -37,11 +37,10 @@ from evaluation.metrics.frechet import frechet_distance
 from evaluation.metrics.moments import Moments
 from fdistill.base.devices import start
 from fdistill.base.files import atomic_file
-from fdistill.base.images import to_uint8, to_unit
+from fdistill.base.images import save_grid, save_side_by_side, to_uint8, to_unit
 from fdistill.base.rng import indexed_normal
 from fdistill.data.npz import open_npz
 from fdistill.sampler import evaluations, heun_sample
-from fdistill.training.curves import save_grid, save_side_by_side
 from fdistill.training.journal import read_records
 
 DIVERGENCES = ("reverse-kl", "forward-kl", "jensen-shannon")

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fdistill.base.devices import autocast
 from fdistill.base.files import atomic_file
-from fdistill.config.schema import DistillConfig, load_config
+from fdistill.config.reading import load_config
+from fdistill.config.schema import DistillConfig
 from fdistill.training.build import Distillation, build
 
 

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from fdistill.adapters import wrap
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.files import atomic_file
-from fdistill.config.schema import DistillConfig, load_config
+from fdistill.config.reading import load_config
+from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LoRAConfig
 from fdistill.discriminator import Discriminator
 from fdistill.ema import trained_state

@@ -12,8 +12,8 @@ from typing import Any
 
 from evaluation.images import open_images
 from fdistill.base.files import atomic_file
-from fdistill.config.schema import load_config
-from fdistill.training.curves import save_grid, save_side_by_side
+from fdistill.base.images import save_grid, save_side_by_side
+from fdistill.config.reading import load_config
 
 #: Multiple of the teacher's fd_digits a student may have; the default divergence is held to more.
 FD_RATIO = {"jensen-shannon": 1.6}

@@ -20,7 +20,7 @@ from statistics import mean, stdev
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from evaluation.evaluate import evaluate
-from fdistill.config.schema import load_config
+from fdistill.config.reading import load_config
 from fdistill.divergence import ALIASES
 from fdistill.methods import METHODS
 from fdistill.students.folder import find_student

@@ -25,7 +25,7 @@ from fdistill import distill, load_student
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, OutputError
 from fdistill.commands.cli import app
 from fdistill.commands.ema import reconstruct_student
-from fdistill.config.schema import dump_config, load_config, validate
+from fdistill.config.reading import dump_config, load_config, validate
 from fdistill.denoiser import Denoiser
 from fdistill.ema import EMA
 from fdistill.ema_profiles import (

@@ -1,4 +1,4 @@
-"""Imports go downward or sideways, never up and never in a cycle; evaluation is called from two files alone."""
+"""Imports point downward between rooms and never run in a circle; evaluation is called from two places alone."""
 
 from __future__ import annotations
 
@@ -11,92 +11,34 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-LAYERS = [
-    {"base.errors", "base.files", "config.schema", "config.sections", "ema_profiles", "methods", "assets"},
-    {"noise", "divergence", "base.rng", "base.distributed", "base.images", "generation.maker", "formats.unpickle"},
-    {"kernels"},
-    {
-        "training.activation_checkpointing",
-        "condition",
-        "denoiser",
-        "guidance",
-        "generator",
-        "discriminator",
-        "ratio",
-        "losses",
-        "ema",
-        "sampler",
-        "networks",
-    },
-    {
-        "adapters",
-        "teachers.autoencoder",
-        "students.one_step_pipeline",
-        "students.lora",
-        "formats.lora_file",
-        "students.model_card",
-        "training.clip_loss",
-        "formats.comfy",
-        "formats.pipeline_folder",
-        "students.export",
-        "formats.single_file",
-        "teachers.teacher",
-        "formats.merged_lora",
-        "teachers.text_encoders",
-        "students.text_to_image",
-        "students.tiue",
-        "students.tiue_pipeline",
-        "step",
-        "data",
-        "training.checkpoint",
-        "students.folder",
-        "generation.network_maker",
-        "generation.pipeline_maker",
-        "generation.diffusers_pipeline",
-        "training.snapshots",
-        "teachers.convert",
-        "teachers.convert_dit",
-        "base.devices",
-    },
-    {
-        "training.build",
-        "training.updates",
-        "commands.dry_run",
-        "training.prompts",
-        "training.sample_grids",
-        "training.inputs",
-        "training.journal",
-        "training.curves",
-        "generation.generate",
-        "commands.inspect",
-        "training.cache",
-        "commands.ema",
-        "commands.smoke",
-        "commands.tiny_pipelines",
-        "training.loop",
-        "commands.cli",
-        "commands.evaluation",
-        "commands.options",
-        "__init__",
-        "__main__",
-    },
-]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+#: The modules that stand at the top of fdistill/: the method. They import one another, without a circle.
+METHOD = "the method"
+BELOW_TEACHERS = {"base", "assets", "kernels", METHOD, "networks", "formats", "adapters"}
+#: A folder of fdistill/ -> the folders that its modules may import. What is not here may not be imported.
+MAY_IMPORT = {
+    "base": set(),
+    "assets": set(),
+    "kernels": {"base"},
+    METHOD: {"base", "kernels"},
+    "networks": {"base"},
+    "formats": {"base"},
+    "config": {"base", METHOD},
+    "step": {"base", "kernels", METHOD},
+    "data": {"base", "assets", "kernels", METHOD},
+    "adapters": {"base", "assets", "kernels", METHOD, "networks"},
+    "teachers": BELOW_TEACHERS,
+    "students": BELOW_TEACHERS | {"teachers"},
+    "generation": BELOW_TEACHERS | {"teachers", "students"},
+    "training": BELOW_TEACHERS | {"teachers", "students", "generation", "config", "data", "step"},
+    "commands": BELOW_TEACHERS | {"teachers", "students", "generation", "config", "data", "step", "training"},
+    "evaluation": {"base", "assets", METHOD, "data", "adapters", "formats", "teachers", "students", "generation"},
+}
 
 
 def imports(path: Path) -> set[str]:
-    """Modules a file imports anywhere in it, TYPE_CHECKING blocks apart."""
+    """Modules that a file imports anywhere in it, for types as well."""
     found: set[str] = set()
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if id(node) in skipped:
-            continue
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -109,36 +51,45 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = sorted((ROOT / "fdistill").rglob("*.py"))
-NAMES = {module_name(path): path for path in FILES}
+FILES = {module_name(path): path for name in ("fdistill", "evaluation") for path in sorted((ROOT / name).rglob("*.py"))}
+#: fdistill/__init__.py names what users import from everywhere, and __main__.py runs the command.
+ENTRANCES = {"fdistill", "fdistill.__main__"}
+ROOMS = {name: path for name, path in FILES.items() if name not in ENTRANCES}
 
 
-def unit(module: str) -> str:
-    """fdistill.kernels.reference.matching -> kernels, fdistill.base.files -> base.files: the thing that has a layer."""
-    parts = module.split(".")[1:]
-    return next((".".join(parts[:n]) for n in (2, 1) if ".".join(parts[:n]) in LEVEL), "__init__")
+def room(module: str) -> str:
+    """fdistill.kernels.reference.matching -> kernels; fdistill.ratio -> the method."""
+    package, _, rest = module.partition(".")
+    if package == "evaluation":
+        return package
+    first = rest.split(".")[0]
+    return first if (ROOT / "fdistill" / first).is_dir() else METHOD
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
-def test_imports_point_downward(path: Path) -> None:
-    own = unit(module_name(path))
-    assert own in LEVEL, f"{path} has no layer: name it in LAYERS"
-    for imported in imports(path) & NAMES.keys():
-        other = unit(imported)
-        if other in (own, "__init__"):
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports."""
+    return (imports(path) & FILES.keys()) - {"evaluation"} - ENTRANCES
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_rooms_import_downward(name: str) -> None:
+    own = room(name)
+    assert own in MAY_IMPORT, f"{name}: the folder {own} has no place yet; name it in MAY_IMPORT"
+    for other in imported(ROOMS[name]):
+        if other.startswith("evaluation"):
             continue
-        assert LEVEL[other] <= LEVEL[own], f"{own} (layer {LEVEL[own]}) imports {other} (layer {LEVEL[other]})"
+        assert room(other) in MAY_IMPORT[own] | {own}, f"{name} imports {other}, which stands above {own}"
 
 
-def test_there_is_no_import_cycle() -> None:
-    every = NAMES | {module_name(path): path for path in sorted((ROOT / "evaluation").rglob("*.py"))}
-    graph = {name: (imports(path) & every.keys()) - {name, "fdistill", "evaluation"} for name, path in every.items()}
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """A package counts as its __init__.py; a module does not import the package it stands in by being there."""
+    graph = {name: imported(path) - {name} for name, path in ROOMS.items()}
     done: set[str] = set()
 
     def visit(name: str, trail: tuple[str, ...]) -> None:
         assert name not in trail, " -> ".join((*trail, name))
         if name not in done:
-            for other in graph[name]:
+            for other in sorted(graph[name]):
                 visit(other, (*trail, name))
             done.add(name)
 
@@ -146,14 +97,22 @@ def test_there_is_no_import_cycle() -> None:
         visit(name, ())
 
 
-def test_only_the_command_line_and_the_loop_call_evaluation() -> None:
-    callers = {module_name(p) for p in FILES if any(name.split(".")[0] == "evaluation" for name in imports(p))}
-    assert callers <= {"fdistill.commands.evaluation", "fdistill.training.loop"}
+def test_only_the_commands_and_the_loop_call_evaluation() -> None:
+    callers = {name for name, path in FILES.items() if any(other.startswith("evaluation") for other in imports(path))}
+    assert {name for name in callers if not name.startswith("evaluation")} <= {
+        "fdistill.commands.evaluation",
+        "fdistill.training.loop",
+    }
 
 
-@pytest.mark.parametrize(
-    "name", [f"fdistill.{unit}" for unit in ("config.schema", "methods", "base.errors", "base.files", "commands.cli")]
-)
-def test_config_errors_and_command_line_import_without_torch(name: str) -> None:
-    code = f"import sys, {name}\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
+def test_the_method_stands_at_the_top() -> None:
+    """And nothing else does: another concern is a folder whose name says it."""
+    top = {path.stem for path in (ROOT / "fdistill").glob("*.py") if not path.stem.startswith("__")}
+    assert len(top) <= 16
+    assert {name.removeprefix("fdistill.") for name in ROOMS if room(name) == METHOD} == top
+
+
+@pytest.mark.parametrize("name", ["config.reading", "config.combinations", "methods", "base.errors", "commands.cli"])
+def test_configs_and_the_command_line_need_no_torch(name: str) -> None:
+    code = f"import sys, fdistill.{name}\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -16,7 +16,8 @@ from torch import Tensor
 from fdistill import distill, load_student
 from fdistill.base.errors import ArgumentError, ConfigError, DataError
 from fdistill.commands.dry_run import describe
-from fdistill.config.schema import DistillConfig, dump_config, load_config
+from fdistill.config.reading import dump_config, load_config
+from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import GeneratorConfig
 from fdistill.denoiser import Denoiser
 from fdistill.generator import FewStepGenerator

@@ -9,17 +9,16 @@ from fdistill.noise import (
     EDMSchedule,
     FlowSchedule,
     NoiseSchedule,
-    PredictionKind,
     VPSchedule,
     add_noise,
-    from_x0,
     karras_levels,
     lognormal_levels,
     noise_to_signal,
-    to_x0,
     uniform_levels,
     vp_schedule_from_config,
 )
+from fdistill.prediction import PredictionKind
+from support.predictions import from_x0, to_x0
 
 VP_CONFIGS = {
     "linear": {"beta_schedule": "linear"},

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from fdistill.config.schema import load_config
+from fdistill.config.reading import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

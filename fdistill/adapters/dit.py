@@ -23,7 +23,8 @@ from fdistill.adapters.parametrisation import (
 )
 from fdistill.base.errors import CheckpointError
 from fdistill.condition import Condition, as_labels
-from fdistill.denoiser import Denoiser, Features, Preconditioning
+from fdistill.denoiser import Denoiser, Features
+from fdistill.prediction import Preconditioning
 
 
 def _drop_variances(network: DiTTransformer2DModel) -> None:

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fdistill.adapters.parametrisation import EDMPreconditioning
 from fdistill.condition import Condition, as_labels
-from fdistill.denoiser import Denoiser, Features, Preconditioning
+from fdistill.denoiser import Denoiser, Features
 from fdistill.networks import EDM2Network, EDMNetwork
 from fdistill.networks.skeleton import UNet
 from fdistill.noise import EDMSchedule
+from fdistill.prediction import Preconditioning
 
 
 class EDMDenoiser(Denoiser):

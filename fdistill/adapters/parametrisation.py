@@ -20,16 +20,8 @@ from torch import Tensor
 from fdistill.adapters.pretrained import quiet_diffusers
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object
-from fdistill.denoiser import Preconditioning
-from fdistill.noise import (
-    EDMSchedule,
-    FlowSchedule,
-    NoiseSchedule,
-    PredictionKind,
-    VPSchedule,
-    vp_schedule_from_config,
-    x0_coefficients,
-)
+from fdistill.noise import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule, vp_schedule_from_config
+from fdistill.prediction import Preconditioning, PredictionKind, x0_coefficients
 
 
 class Parametrisation(Protocol):

@@ -13,7 +13,8 @@ from fdistill.adapters.parametrisation import Parametrisation
 from fdistill.adapters.taps import run_tapped
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition, TextCondition
-from fdistill.denoiser import Denoiser, Features, Preconditioning
+from fdistill.denoiser import Denoiser, Features
+from fdistill.prediction import Preconditioning
 
 _DEPTHS = (25, 50, 75, 99)  # per cent, at which others place heads on transformers
 

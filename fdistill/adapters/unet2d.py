@@ -31,8 +31,9 @@ from fdistill.adapters.parametrisation import (
 )
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import Condition, as_labels
-from fdistill.denoiser import Denoiser, Features, Preconditioning
-from fdistill.noise import expand
+from fdistill.denoiser import Denoiser, Features
+from fdistill.kernels.layout import expand
+from fdistill.prediction import Preconditioning
 
 
 def _drop_variances(network: UNet2DModel) -> None:

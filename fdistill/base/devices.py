@@ -10,7 +10,6 @@ from accelerate import PartialState
 from torch import Tensor
 
 from fdistill.base.errors import ConfigError
-from fdistill.condition import Condition, TextCondition
 
 
 def start(device: str) -> tuple[PartialState, torch.device]:
@@ -37,13 +36,6 @@ def start(device: str) -> tuple[PartialState, torch.device]:
 def upload(tensor: Tensor, device: torch.device) -> Tensor:
     """A CPU tensor on the device, without waiting for the copy where the device is a CUDA one."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def upload_condition(condition: Condition, device: torch.device) -> Condition:
-    """`upload` of labels, or of every tensor of prompts."""
-    if isinstance(condition, TextCondition):
-        return TextCondition({name: upload(value, device) for name, value in condition.tensors.items()})
-    return upload(condition, device)
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:

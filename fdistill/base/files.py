@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,36 @@ def weights_sha256(folder: Path) -> str:
             while chunk := file.read(1 << 24):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def content_hash(files: Iterable[Path]) -> str:
+    """Hash of the contents, in this order."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def made_once(kind: str, key: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
+    """The folder $FDISTILL_CACHE/<kind>/<hash of key>, filled by `fill` if it is not there yet.
+
+    Raises:
+        OutputError: the cache folder cannot be written.
+    """
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache_folder() / kind / name
+    if path.is_dir():
+        return path
+    own = path.with_name(f"{name}.{uuid.uuid4().hex}")  # another run may be making the same folder
+    with atomic_folder(own) as temporary:
+        fill(temporary)
+    try:
+        own.replace(path)
+    except OSError:
+        shutil.rmtree(own, ignore_errors=True)  # the other run was first
+        if not path.is_dir():
+            raise
+    return path

@@ -86,7 +86,7 @@ def distill(
 
         config = smoke_config(name, overrides)
     else:
-        from fdistill.config.schema import load_config
+        from fdistill.config.reading import load_config
 
         config = load_config(name, overrides)
 

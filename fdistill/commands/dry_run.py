@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from fdistill.base.devices import start
-from fdistill.config.schema import DistillConfig, dump_config
+from fdistill.config.reading import dump_config
+from fdistill.config.schema import DistillConfig
 from fdistill.methods import METHODS
 from fdistill.students.lora import has_adapters
 from fdistill.students.tiue import TiUEGenerator

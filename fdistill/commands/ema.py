@@ -6,17 +6,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdistill.adapters import Checkpoint, resolve_checkpoint
+from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.base.devices import start
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import claim_folder, read_json_object
+from fdistill.base.images import grid
+from fdistill.base.state_dicts import load_exactly
 from fdistill.ema_profiles import gamma_from_sigma_rel, posthoc_weights, profile_name
 from fdistill.generation.generate import open_source, told_of
 from fdistill.generation.network_maker import Source
 from fdistill.students.folder import STUDENT_FILE, save_student, student_folder
 from fdistill.students.tiue import Student
-from fdistill.training.checkpoint import load_exactly
-from fdistill.training.curves import grid
 from fdistill.training.snapshots import Snapshot, combine, find_snapshots
 
 _SAMPLES = 20  # in the model card's picture

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdistill.adapters import FAMILIES, Checkpoint
+from fdistill.adapters import FAMILIES
+from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import student_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base import rng

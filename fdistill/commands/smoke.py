@@ -16,12 +16,14 @@ from diffusers import AutoencoderKL
 from PIL import Image
 
 from fdistill import __version__
-from fdistill.adapters import FAMILIES, load_denoiser, resolve_checkpoint
+from fdistill.adapters import FAMILIES
+from fdistill.adapters.checkpoint import load_denoiser, resolve_checkpoint
 from fdistill.adapters.parametrisation import load_scheduler
 from fdistill.base.errors import ConfigError, did_you_mean
 from fdistill.base.files import atomic_folder, cache_folder
 from fdistill.commands.tiny_pipelines import tiny_pipeline, untrained
-from fdistill.config.schema import DistillConfig, load_config, load_smoke
+from fdistill.config.reading import load_config, load_smoke
+from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import SmokeConfig
 from fdistill.data import TEACHER_SAMPLES
 from fdistill.teachers.autoencoder import attach_latent_space

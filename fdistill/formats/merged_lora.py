@@ -16,14 +16,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
+from fdistill.base.files import content_hash, made_once
 from fdistill.formats.comfy import network_layout
 from fdistill.formats.comfy.layout import swap_halves
 from fdistill.formats.comfy.text_encoders import without_wrapper
 from fdistill.formats.lora_file import LoraLayer, read_lora
 from fdistill.formats.pipeline_folder import (
     components,
-    content_hash,
-    made_once,
     pipeline_files,
     read_config,
     read_tensors,

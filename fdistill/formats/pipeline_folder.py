@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
-import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import atomic_folder, cache_folder, read_json_object
+from fdistill.base.files import read_json_object
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 #: What configs, tokenizers, schedulers and weights are made of; pickles and other formats stay behind.
@@ -127,36 +124,3 @@ def share_files(source: Path, target: Path, without: Iterable[str] = ()) -> None
             except OSError:
                 pass  # another disk
         shutil.copyfile(path, target / relative)
-
-
-def content_hash(files: Iterable[Path]) -> str:
-    """Hash of the contents, in this order."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
-
-
-def made_once(kind: str, key: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
-    """The folder $FDISTILL_CACHE/<kind>/<hash of key>, filled by `fill` if it is not there yet.
-
-    Raises:
-        OutputError: the cache folder cannot be written.
-    """
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    path = cache_folder() / kind / name
-    if path.is_dir():
-        return path
-    own = path.with_name(f"{name}.{uuid.uuid4().hex}")  # another run may be making the same folder
-    with atomic_folder(own) as temporary:
-        fill(temporary)
-    try:
-        own.replace(path)
-    except OSError:
-        shutil.rmtree(own, ignore_errors=True)  # the other run was first
-        if not path.is_dir():
-            raise
-    return path

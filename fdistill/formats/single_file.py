@@ -13,12 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
+from fdistill.base.files import content_hash, made_once
 from fdistill.formats.comfy import network_layout
 from fdistill.formats.comfy.layout import assemble
 from fdistill.formats.pipeline_folder import (
     components,
-    content_hash,
-    made_once,
     pipeline_files,
     read_config,
     read_tensors,

@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from fdistill.adapters import Checkpoint, check_pipeline, find_network, resolve_checkpoint
+from fdistill.adapters.checkpoint import Checkpoint, check_pipeline, find_network, resolve_checkpoint
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import CheckpointError

@@ -13,10 +13,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdistill import __version__
-from fdistill.adapters import Checkpoint
+from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.base.devices import start
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.base.files import atomic_folder, claim_folder, partial_path, weights_sha256, writing
+from fdistill.base.images import to_pil
 from fdistill.denoiser import Denoiser
 from fdistill.generation.diffusers_pipeline import only_diffusers_runs
 from fdistill.generation.maker import Told
@@ -27,7 +28,6 @@ from fdistill.students.folder import find_student, load_student
 from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
 from fdistill.teachers.teacher import open_teacher
 from fdistill.teachers.text_encoders import PromptEncoder, open_prompt_encoder
-from fdistill.training.curves import to_pil
 
 #: What runs a checkpoint: fdistill's own sampler, or the pipeline of diffusers that the checkpoint is.
 SAMPLERS = ("heun", "pipeline")

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fdistill.adapters import Checkpoint, find_network, resolve_checkpoint
+from fdistill.adapters.checkpoint import Checkpoint, find_network, resolve_checkpoint
 from fdistill.base.errors import ArgumentError, CheckpointError, FDistillError
 from fdistill.base.files import read_json_object, weights_sha256
 from fdistill.base.rng import derived_seed

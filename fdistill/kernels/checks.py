@@ -48,3 +48,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def given(*values: Tensor | None) -> list[Tensor]:
     """Arguments that come together, once it is known that they came."""
     return [value for value in values if value is not None]
+
+
+def widened(r: Tensor) -> Tensor:
+    """r in float64, in which no weight overflows, where the device has it."""
+    return r if r.device.type == "mps" else r.double()

@@ -65,3 +65,8 @@ def network_input_like(x0: Tensor, dtype: torch.dtype, channels_last: bool) -> T
 def is_channels_last(value: Tensor) -> bool:
     """Whether the samples of a dense tensor [B, C, H, W] hold all channels of a pixel side by side."""
     return value.ndim == 4 and not value.is_contiguous() and value.is_contiguous(memory_format=torch.channels_last)
+
+
+def expand(coefficient: Tensor, like: Tensor) -> Tensor:
+    """[B] -> [B, 1, ..., 1] with as many dimensions as `like`."""
+    return coefficient.reshape(-1, *[1] * (like.ndim - 1))

@@ -14,7 +14,8 @@ from torch import Tensor
 from fdistill.base import rng
 from fdistill.base.distributed import global_mean
 from fdistill.condition import Condition
-from fdistill.divergence import Divergence, Function, widened
+from fdistill.divergence import Divergence, Function
+from fdistill.kernels.checks import widened
 from fdistill.losses import (
     ImplicitMeans,
     gan_generator_loss,

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from fdistill.base import rng
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition
-from fdistill.denoiser import Denoiser, Preconditioning
+from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, Function, get_divergence
 from fdistill.generator import FewStepGenerator
 from fdistill.kernels import renoise as kernels
 from fdistill.noise import NoiseSchedule
+from fdistill.prediction import Preconditioning
 from fdistill.ratio import DensityRatio
 from fdistill.students.tiue import TiUEGenerator
 

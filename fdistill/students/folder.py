@@ -12,11 +12,13 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fdistill.adapters import FAMILIES, Checkpoint, load_denoiser, resolve_checkpoint, set_null_class
+from fdistill.adapters import FAMILIES, set_null_class
+from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
 from fdistill.adapters.parametrisation import load_scheduler, read_scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import atomic_folder, read_json_object
+from fdistill.base.state_dicts import load_exactly, unshared
 from fdistill.denoiser import Denoiser
 from fdistill.formats.lora_file import LORA_FILE, save_lora
 from fdistill.generator import student_generator
@@ -28,7 +30,6 @@ from fdistill.students.tiue import Student, TiUEGenerator
 from fdistill.students.tiue_pipeline import tiue_pipeline
 from fdistill.teachers.autoencoder import LatentSpace
 from fdistill.teachers.text_encoders import text_components
-from fdistill.training.checkpoint import load_exactly, unshared
 
 STUDENT_FILE = "fdistill_student.json"
 _OWN_NETWORK = "network.safetensors"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fdistill.adapters import find_network
+from fdistill.adapters.checkpoint import find_network
 from fdistill.adapters.parametrisation import student_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError, ConfigError

@@ -17,7 +17,8 @@ from fdistill.condition import Condition, TextCondition, as_labels
 from fdistill.denoiser import Denoiser
 from fdistill.generator import Generator
 from fdistill.kernels.checks import wide
-from fdistill.noise import NoiseSchedule, VPSchedule, expand
+from fdistill.kernels.layout import expand
+from fdistill.noise import NoiseSchedule, VPSchedule
 
 
 def leading_levels(schedule: NoiseSchedule, count: int = 4) -> tuple[float, ...]:

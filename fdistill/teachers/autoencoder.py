@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderDC, ModelMixin
 from torch import Tensor
 
-from fdistill.adapters import Checkpoint, resolve_checkpoint
+from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object, weights_sha256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fdistill.adapters import Checkpoint, load_denoiser, resolve_checkpoint
+from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ConfigError
 from fdistill.base.files import atomic_folder, claim_folder

@@ -20,7 +20,8 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from fdistill.adapters import Checkpoint, find_network, supported_pipelines
+from fdistill.adapters import supported_pipelines
+from fdistill.adapters.checkpoint import Checkpoint, find_network
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object
 from fdistill.condition import TextCondition

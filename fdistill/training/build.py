@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from fdistill.adapters import Checkpoint, load_denoiser, resolve_checkpoint
+from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
 from fdistill.adapters.resize import Resized, resized
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.devices import autocast
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
+from fdistill.base.state_dicts import load_exactly, take
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LoRAConfig, OptimizerConfig
@@ -39,7 +40,7 @@ from fdistill.students.tiue import Student, TiUEGenerator, leading_levels
 from fdistill.teachers.autoencoder import LatentSpace
 from fdistill.teachers.teacher import open_teacher
 from fdistill.training.activation_checkpointing import checkpoint_activations
-from fdistill.training.checkpoint import load_exactly, load_optimizer_tensors, optimizer_tensors, take
+from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fdistill.training.prompts import latents_folder, open_run_text
 from fdistill.training.updates import Update, critic_update, student_update
 

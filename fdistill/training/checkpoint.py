@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -17,6 +15,7 @@ from torch.optim import Optimizer
 
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import atomic_folder, read_json_object, writing
+from fdistill.base.state_dicts import unshared
 
 _FOLDER = re.compile(r"\d{6,}")
 
@@ -41,18 +40,6 @@ def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], me
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     return path
-
-
-def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, each with memory of its own: safetensors holds no tensor twice, as networks with tied weights do."""
-    found: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in tensors.items():
-        own = value.detach().cpu().contiguous()
-        pointer = own.untyped_storage().data_ptr()
-        found[name] = own.clone() if pointer in seen else own
-        seen.add(pointer)
-    return found
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -92,18 +79,3 @@ def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> 
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries under "prefix.", without the prefix."""
-    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
-
-
-def load_exactly(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Loads a state dict whose names and shapes must be the module's own."""
-    try:
-        module.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"{what}: weights do not fit this architecture: {' '.join(str(error).split())[:400]}"
-        ) from error

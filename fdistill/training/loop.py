@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from fdistill import __version__
 from fdistill.base import rng
-from fdistill.base.devices import autocast, start, upload, upload_condition
+from fdistill.base.devices import autocast, start, upload
 from fdistill.base.distributed import average_gradients
 from fdistill.base.errors import ConfigError, FDistillError, NonFiniteError, OutputError
 from fdistill.base.files import atomic_file, writing
-from fdistill.base.images import to_unit
-from fdistill.condition import Condition, none_like, where
-from fdistill.config.schema import DistillConfig, changed_keys, dump_config, load_config
+from fdistill.base.images import grid, save_grid, to_unit
+from fdistill.condition import Condition, none_like, upload_condition, where
+from fdistill.config.reading import changed_keys, dump_config, load_config
+from fdistill.config.schema import DistillConfig
 from fdistill.data import EpochOrder
 from fdistill.data.sample_loader import FixedSamples, ScaledLatents
 from fdistill.denoiser import Denoiser
@@ -32,7 +33,7 @@ from fdistill.step import Pairs, StepResult
 from fdistill.students.folder import save_student
 from fdistill.training.build import Distillation, build
 from fdistill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
-from fdistill.training.curves import grid, save_curves, save_grid
+from fdistill.training.curves import save_curves
 from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal, append_record, read_records, scalars, truncate_records
 from fdistill.training.sample_grids import grid_prompts, save_teacher_grid, student_images

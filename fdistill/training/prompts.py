@@ -9,12 +9,12 @@ from accelerate import PartialState
 
 from fdistill import __version__
 from fdistill.base.errors import ConfigError, DataError
+from fdistill.base.files import made_once
 from fdistill.config.schema import DistillConfig
 from fdistill.data import CAPTIONED, TEACHER_SAMPLES, open_source
 from fdistill.data.embeddings import Captions, EmbeddingSource, write_embeddings
 from fdistill.data.latents import META_FILE, LatentSource
 from fdistill.data.prompts import read_prompts
-from fdistill.formats.pipeline_folder import made_once
 from fdistill.teachers.teacher import Teacher
 from fdistill.teachers.text_encoders import encoding_facts, open_prompt_encoder, prompt_batches
 from fdistill.training.cache import encode_data

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor
 
 from fdistill.base import rng
-from fdistill.base.images import to_uint8
+from fdistill.base.images import save_grid, to_uint8
 from fdistill.condition import Condition
 from fdistill.config.schema import DistillConfig
 from fdistill.generator import noise_shape
 from fdistill.sampler import heun_sample
 from fdistill.training.build import Distillation
-from fdistill.training.curves import save_grid
 
 _GRID, _LARGE_GRID = 80, 16  # samples in a picture; the second of latents and of images above 64 pixels
 

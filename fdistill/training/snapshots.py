@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import atomic_file, writing
-from fdistill.training.checkpoint import unshared
+from fdistill.base.state_dicts import unshared
 
 _FILE = re.compile(r"(\d{6,})-([0-9.e-]+)\.safetensors")
 

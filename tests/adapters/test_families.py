@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from fdistill import OneStepPipeline, distill, generate, load_student, load_teacher
-from fdistill.adapters import find_network
+from fdistill.adapters.checkpoint import find_network
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.generator import noise_shape
 from fdistill.training import sample_grids
@@ -199,7 +199,7 @@ def test_learned_variances_are_cut_off(checkpoints: dict[str, Path]) -> None:
 
 
 def test_a_latent_student_decodes_as_its_autoencoder_does(checkpoints: dict[str, Path]) -> None:
-    from fdistill.adapters import resolve_checkpoint
+    from fdistill.adapters.checkpoint import resolve_checkpoint
     from fdistill.teachers.autoencoder import attach_latent_space
 
     for name in ("dit", "edm2-latent"):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fdistill import distill, generate, load_student, load_teacher
-from fdistill.adapters import Checkpoint
+from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.base.errors import CheckpointError
 
 EXAMPLE = re.findall(

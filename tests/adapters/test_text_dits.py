@@ -18,7 +18,8 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from fdistill.adapters import Checkpoint, pixart, sana
+from fdistill.adapters import pixart, sana
+from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import scheduler_config, student_scheduler
 from fdistill.adapters.pretrained import load_network
 from fdistill.adapters.text_to_image import TextDenoiser

@@ -11,14 +11,13 @@ from torch import nn
 
 from fdistill.base.errors import CheckpointError, OutputError
 from fdistill.base.files import atomic_file, atomic_folder, check_file, claim_folder
+from fdistill.base.state_dicts import load_exactly, take
 from fdistill.training.checkpoint import (
     checkpoints,
     load_checkpoint,
-    load_exactly,
     load_optimizer_tensors,
     optimizer_tensors,
     save_checkpoint,
-    take,
 )
 
 

@@ -24,7 +24,7 @@ from fdistill.commands.cli import app
 from fdistill.commands.dry_run import describe
 from fdistill.commands.smoke import smoke_config
 from fdistill.commands.tiny_pipelines import RESOLUTION
-from fdistill.config.schema import dump_config, load_smoke
+from fdistill.config.reading import dump_config, load_smoke
 from fdistill.data.latents import LatentSource
 from fdistill.data.prompts import read_prompts
 from fdistill.divergence import get_divergence

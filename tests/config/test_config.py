@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from fdistill.base.errors import ConfigError
-from fdistill.config.schema import changed_keys, config_path, dump_config, load_config
+from fdistill.config.reading import changed_keys, config_path, dump_config, load_config
 
 
 def test_numbers_are_numbers() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fdistill.adapters import load_teacher, resolve_checkpoint
+from fdistill.adapters.checkpoint import load_teacher, resolve_checkpoint
 from fdistill.base.errors import OutputError
 from fdistill.base.files import cache_folder
 from fdistill.data.teacher_samples import TeacherSamples, teacher_samples

@@ -36,8 +36,6 @@ from fdistill.data.digit_captions import evaluation_prompts, load_digit_images
 from fdistill.data.digits import load_digits
 from support.processes import launch_commands
 
-__all__ = ["inception_file"]  # a fixture
-
 SMALL = pytest.mark.filterwarnings("ignore:.*scores carry the count")
 
 

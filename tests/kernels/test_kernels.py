@@ -15,7 +15,6 @@ from torch import Tensor
 
 import fdistill.kernels
 from fdistill.base.errors import ArgumentError
-from fdistill.denoiser import Prediction
 from fdistill.divergence import DIVERGENCES, Divergence, get_divergence
 from fdistill.ema import EMA
 from fdistill.kernels import implementation
@@ -28,6 +27,7 @@ from fdistill.kernels.renoise import renoise, renoise_seeded
 from fdistill.kernels.scale_rows import scale_rows
 from fdistill.kernels.to_x0 import to_x0
 from fdistill.losses import denoising_loss, implicit_means, matching_loss, score_difference_loss
+from fdistill.prediction import Prediction
 from fdistill.ratio import DensityRatio
 
 pytest.importorskip("triton")

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from fdistill.base import rng
+from fdistill.kernels.layout import expand
 from fdistill.losses import score_difference_loss, score_difference_weight
-from fdistill.noise import VPSchedule, expand, to_x0
+from fdistill.noise import VPSchedule
+from support.predictions import to_x0
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fdistill.adapters import load_denoiser
+from fdistill.adapters.checkpoint import load_denoiser
 from fdistill.commands.smoke import smoke_config
-from fdistill.config.schema import load_config
+from fdistill.config.reading import load_config
 from fdistill.denoiser import Denoiser
 from fdistill.guidance import GuidedDenoiser
 from fdistill.training.build import Distillation, build

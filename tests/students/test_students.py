@@ -13,7 +13,7 @@ from fdistill import distill, load_student, load_teacher
 from fdistill.adapters.resize import resized
 from fdistill.base.errors import CheckpointError, ConfigError
 from fdistill.commands.dry_run import describe
-from fdistill.config.schema import load_config
+from fdistill.config.reading import load_config
 from fdistill.training.build import build
 from support.families import FAMILIES
 

@@ -9,7 +9,8 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from fdistill.denoiser import Denoiser, Features
-from fdistill.noise import EDMSchedule, NoiseSchedule, expand
+from fdistill.kernels.layout import expand
+from fdistill.noise import EDMSchedule, NoiseSchedule
 
 
 class GaussianDenoiser(Denoiser):

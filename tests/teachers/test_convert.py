@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fdistill.adapters import load_teacher
+from fdistill.adapters.checkpoint import load_teacher
 from fdistill.base.errors import ArgumentError, CheckpointError, OutputError
 from fdistill.networks import EDM2Network, EDMNetwork
 from fdistill.teachers.convert import convert

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from fdistill import distill, load_teacher
 from fdistill.base.errors import CheckpointError, ConfigError, DataError
 from fdistill.commands.dry_run import describe
-from fdistill.config.schema import load_config
+from fdistill.config.reading import load_config
 from fdistill.data import load_data
 from fdistill.training.build import build
 from fdistill.training.inputs import stored_data

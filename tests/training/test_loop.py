@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from fdistill import distill, load_student
 from fdistill.base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
 from fdistill.commands.dry_run import describe
-from fdistill.config.schema import load_config
+from fdistill.config.reading import load_config
 from fdistill.training.checkpoint import checkpoints
 
 QUICK = {"batch_size": 8, "iterations": 4, "log.every": 2, "log.samples_every": 2, "log.checkpoint_every": 2}

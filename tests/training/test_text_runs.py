@@ -15,10 +15,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fdistill import distill, load_student, reconstruct_student
-from fdistill.adapters import load_teacher, resolve_checkpoint
+from fdistill.adapters.checkpoint import load_teacher, resolve_checkpoint
 from fdistill.base.errors import ConfigError, DataError
 from fdistill.commands.cli import app
-from fdistill.config.schema import load_config
+from fdistill.config.reading import load_config
 from fdistill.data.latents import LatentSource
 from fdistill.data.recipes import RECIPES
 from fdistill.formats.lora_file import LORA_FILE

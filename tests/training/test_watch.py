@@ -23,7 +23,7 @@ from evaluation.watch import Watch
 from fdistill import distill, load_student
 from fdistill.base.errors import ConfigError, FDistillError, NonFiniteError
 from fdistill.commands.dry_run import describe
-from fdistill.config.schema import load_config
+from fdistill.config.reading import load_config
 from fdistill.generation.generate import Source
 from fdistill.teachers.text_encoders import PromptEncoder
 from fdistill.training import loop

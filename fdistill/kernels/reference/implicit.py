@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels.checks import given, wide
-from fdistill.kernels.layout import as_results
-from fdistill.noise import expand
+from fdistill.kernels.layout import as_results, expand
 
 
 def _predictions(

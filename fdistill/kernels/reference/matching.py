@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fdistill.kernels.checks import given, wide
-from fdistill.kernels.layout import as_results
-from fdistill.noise import expand
+from fdistill.kernels.layout import as_results, expand
 
 
 def matching(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fdistill.divergence import widened
+from fdistill.kernels.checks import widened
 
 LOGIT_BOUND = 10.0
 

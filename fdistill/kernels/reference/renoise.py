@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels.checks import wide
-from fdistill.kernels.layout import as_results, network_input_like
-from fdistill.noise import expand
+from fdistill.kernels.layout import as_results, expand, network_input_like
 
 _MASK = 0xFFFFFFFF
 

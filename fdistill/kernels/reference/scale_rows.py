@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels.checks import wide
-from fdistill.kernels.layout import as_results
-from fdistill.noise import expand
+from fdistill.kernels.layout import as_results, expand
 
 
 def scale_rows(rows: Tensor, scale: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels.checks import wide
-from fdistill.kernels.layout import as_results
-from fdistill.noise import expand
+from fdistill.kernels.layout import as_results, expand
 
 
 def to_x0(output: Tensor, x_t: Tensor, skip: Tensor, out: Tensor) -> Tensor:

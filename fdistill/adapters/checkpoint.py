@@ -1,0 +1,233 @@
+"""What a teacher's name stands for, and how its denoiser is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fdistill.adapters import FAMILIES, set_null_class, supported_pipelines
+from fdistill.adapters.parametrisation import read_scheduler_config
+from fdistill.adapters.pretrained import load_network
+from fdistill.assets import EMBEDDED_TEACHERS
+from fdistill.base.errors import CheckpointError, did_you_mean
+from fdistill.base.files import read_json_object, weights_sha256
+from fdistill.denoiser import Denoiser
+
+#: Where a checkpoint's network may be; the last is the folder itself.
+_NETWORK_FOLDERS = ("unet", "transformer", "network", ".")
+
+_DOWNLOADED = [
+    "*.json",
+    "*/*.json",
+    "*/*.safetensors",
+    "*/*.txt",  # a tokenizer's merges
+    "*/*.model",  # and its sentence pieces
+    "diffusion_pytorch_model.safetensors",
+]
+_NOT_DOWNLOADED = [
+    "*.fp16.safetensors",
+    "*.fp16-*",
+    "*.index.fp16.json",
+    "*.bf16.safetensors",
+    "*.bf16-*",
+    "*.non_ema.safetensors",
+    "safety_checker/*",
+    "text_encoders/*",  # single files for other programs
+    "vae_1_0/*",
+]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where a denoiser comes from: a folder, or a function of the user's.
+
+    Attributes:
+        name: as it was given.
+        folder: of a pipeline or a network.
+        factory: returns the denoiser.
+    """
+
+    name: str
+    folder: Path | None = None
+    factory: Callable[[], Denoiser] | None = None
+
+    def fingerprint(self, denoiser: Denoiser) -> str:
+        """Hash of the weights and of what they mean: schedule, prediction type, guidance."""
+        digest = hashlib.sha256()
+        digest.update(f"{denoiser.null_class} {getattr(denoiser, 'guidance_scale', 1.0)}".encode())
+        if self.folder is None:
+            for name, value in denoiser.state_dict().items():
+                digest.update(
+                    name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+                )
+        else:
+            digest.update(weights_sha256(self.folder).encode())
+            for path in sorted(self.folder.rglob("*.json")):
+                digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+    @property
+    def index(self) -> dict[str, Any]:
+        """model_index.json of a pipeline folder; empty where there is none."""
+        path = (self.folder or Path()) / "model_index.json"
+        try:
+            return read_json_object(path) if self.folder else {}
+        except (OSError, ValueError):
+            return {}
+
+
+def resolve_checkpoint(name: str | Path) -> Checkpoint:
+    """What is behind an embedded teacher's name, a path, "module:function", or a hub id (downloaded, safetensors only).
+
+    Raises:
+        CheckpointError: there is no such folder or function, and the hub does not have it or cannot be reached.
+    """
+    text = str(name)
+    if text in EMBEDDED_TEACHERS:
+        return Checkpoint(text, EMBEDDED_TEACHERS[text])
+    path = Path(name)
+    if path.is_dir():
+        return Checkpoint(text, path)
+    if path.exists():
+        raise CheckpointError(
+            f"checkpoint {text!r} is a file; expected a folder: `fdistill convert` makes one of a pickle, a state dict "
+            "or a single-file pipeline"
+        )
+    module, separator, function = text.partition(":")
+    if separator and module.replace(".", "").isidentifier() and function.isidentifier():
+        return Checkpoint(text, factory=_factory(text, module, function))
+    looks_like_path = path.is_absolute() or text.startswith(".") or text.count("/") != 1
+    if looks_like_path:
+        raise CheckpointError(f"checkpoint {text!r}: no such folder; {did_you_mean(text, EMBEDDED_TEACHERS)}")
+    return Checkpoint(text, _download(text))
+
+
+def _factory(name: str, module: str, function: str) -> Callable[[], Denoiser]:
+    try:
+        factory = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(
+            f"checkpoint {name!r}: {type(error).__name__}: {error}; expected module:function that Python can import"
+        ) from error
+
+    def checked() -> Denoiser:
+        made = factory()
+        if not isinstance(made, Denoiser):
+            raise CheckpointError(
+                f"checkpoint {name!r}: the function returned a {type(made).__name__}; expected a fdistill.Denoiser"
+            )
+        return made
+
+    return checked
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(hub_id, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED, etag_timeout=5)
+        )
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"checkpoint {hub_id!r}: its owner gives access on request; accept the conditions on "
+            f"huggingface.co/{hub_id}, run `hf auth login`, and try again"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"checkpoint {hub_id!r}: no such folder, and the hub gave no model of that id ({type(error).__name__}); "
+            "check the id, or download the folder elsewhere and pass its path"
+        ) from error
+
+
+def find_network(folder: Path) -> tuple[ModuleType, Path]:
+    """The adapter for a checkpoint folder, and the folder in it that holds the network.
+
+    Raises:
+        CheckpointError: no network config where a checkpoint has one, or a network class no adapter knows.
+    """
+    found = None
+    for place in _NETWORK_FOLDERS:
+        config = folder / place / "config.json"
+        try:
+            settings = read_json_object(config)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{config}: cannot be read ({error})") from error
+        name = str(settings.get("_class_name"))
+        if name == "Transformer2DModel" and settings.get("norm_type") == "ada_norm_single":
+            name = "PixArtTransformer2DModel"  # as PixArt was published, before it had a class of its own
+        if name in FAMILIES:
+            return FAMILIES[name], config.parent
+        found = f"{config}: network class {name!r} is not supported; {did_you_mean(name, FAMILIES)}"
+    raise CheckpointError(
+        found
+        or f"{folder}: not a checkpoint this version can read; expected config.json of the network in it, or in "
+        f"{', '.join(f'{place}/' for place in _NETWORK_FOLDERS[:-1])}"
+    )
+
+
+def check_pipeline(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError for a text-to-image checkpoint whose pipeline is not read: others tell networks of the
+    same class other things.
+    """
+    name = checkpoint.index.get("_class_name")
+    if name not in (None, "TiUEPipeline", *supported_pipelines()):
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r}: pipeline class {name!r} is not supported; "
+            f"{did_you_mean(str(name), supported_pipelines())}"
+        )
+
+
+def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> Denoiser:
+    """The denoiser of a checkpoint in eval mode, float32, on the CPU.
+
+    Args:
+        null_class: the label that stands for no class, where the checkpoint does not say it: its last one.
+
+    Raises:
+        CheckpointError: missing, truncated, or of an architecture that is not supported.
+    """
+    if checkpoint.factory is not None:
+        denoiser = checkpoint.factory()
+    else:
+        assert checkpoint.folder is not None
+        adapter, network = find_network(checkpoint.folder)
+        if hasattr(adapter, "PIPELINES"):
+            check_pipeline(checkpoint)
+        model = load_network(adapter.NETWORK, network)
+        try:
+            denoiser = adapter.wrap(model, read_scheduler_config(checkpoint.folder))
+        except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise CheckpointError(
+                f"{network / 'config.json'}: cannot be used ({error}); expected the settings of these weights"
+            ) from error
+    set_null_class(denoiser, null_class)
+    return denoiser.eval()
+
+
+def load_teacher(
+    path_or_hub_id: str | Path, device: torch.device | str = "cpu", *, null_class: int | None = None
+) -> Denoiser:
+    """A teacher as a frozen denoiser in eval mode, float32.
+
+    Args:
+        path_or_hub_id: the name of an embedded teacher ("digits"), a checkpoint folder, a hub id, or "module:function"
+            whose function returns a Denoiser.
+        device: where to put it.
+        null_class: the label that stands for no class, where the checkpoint does not say it: its last one.
+
+    Raises:
+        CheckpointError: missing, truncated, or of an architecture that is not supported.
+    """
+    denoiser = load_denoiser(resolve_checkpoint(path_or_hub_id), null_class=null_class)
+    return denoiser.requires_grad_(False).to(device)

@@ -1,0 +1,37 @@
+"""Tensors by name: taken from, and given to, modules and files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fdistill.base.errors import CheckpointError
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each with memory of its own: safetensors holds no tensor twice, as networks with tied weights do."""
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in tensors.items():
+        own = value.detach().cpu().contiguous()
+        pointer = own.untyped_storage().data_ptr()
+        found[name] = own.clone() if pointer in seen else own
+        seen.add(pointer)
+    return found
+
+
+def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The entries under "prefix.", without the prefix."""
+    return {name[len(prefix) + 1 :]: value for name, value in tensors.items() if name.startswith(prefix + ".")}
+
+
+def load_exactly(module: torch.nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Loads a state dict whose names and shapes must be the module's own."""
+    try:
+        module.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{what}: weights do not fit this architecture: {' '.join(str(error).split())[:400]}"
+        ) from error

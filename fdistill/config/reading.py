@@ -1,0 +1,186 @@
+"""Configs from files and overrides: defaults < YAML file < key=value. Imports no torch.
+
+YAML is read by the 1.2 rules, so `1e-5` is a number and `no` is a word.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from fdistill.base.errors import ConfigError, did_you_mean
+from fdistill.config.schema import DistillConfig
+from fdistill.config.sections import SmokeConfig
+
+#: Settings that may change when a run is resumed; all others define the run.
+RESUMABLE = ("iterations", "device", "log", "eval")
+_SMOKE = "smoke"  # section of a recipe's file that is no setting of a run
+
+
+def config_path(name_or_path: str) -> Path:
+    """A config file by path, or by the name of one that comes with the package.
+
+    Raises:
+        ConfigError: neither exists; the message has the nearest name.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    # In an installed package configs/ lies inside it; in a checkout, beside it.
+    package = Path(__file__).parent.parent
+    packaged, checkout = package / "configs", package.parent / "configs"
+    folder = packaged if packaged.is_dir() else checkout
+    known = {found.stem: found for found in sorted(folder.glob("*.yaml"))}
+    if name_or_path in known:
+        return known[name_or_path]
+    raise ConfigError(
+        f"config {name_or_path!r}: no such file, and no config of that name; {did_you_mean(name_or_path, known)}"
+    )
+
+
+def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> DistillConfig:
+    """Defaults < YAML file < overrides.
+
+    Args:
+        name_or_path: a YAML file, or the name of an embedded config; None for the defaults alone.
+        overrides: "section.key=value" strings, the value being YAML (`1e-5`, `[0.98, 0.999]`), or a mapping of dotted
+            keys.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest one), a wrong type or range, or YAML that cannot be read.
+    """
+    values = {} if name_or_path is None else _read_file(name_or_path)
+    values.pop(_SMOKE, None)
+    written_for = values.get("method")
+    if isinstance(overrides, Mapping):
+        pairs = list(overrides.items())
+    else:
+        pairs = []
+        for text in overrides:
+            key, separator, value = text.partition("=")
+            if not separator or not key:
+                raise ConfigError(
+                    f"override {text!r}: expected key=value, as in divergence=forward-kl or generator.lr=1e-5"
+                )
+            pairs.append((key, _parse_yaml(value, f"override {text!r}")))
+    for key, value in pairs:
+        _set(values, key, value)
+    if written_for is not None and values["method"] != written_for:
+        raise ConfigError(
+            f"method: got {values['method']!r}, but the settings of {name_or_path} are for {written_for!r}; choose a "
+            f"config for {values['method']!r}, or one that names no method, such as digits"
+        )
+    return validate(values)
+
+
+def load_smoke(name_or_path: str) -> SmokeConfig:
+    """The smoke section of a config; raises ConfigError where there is none, or one that is wrong."""
+    values = _read_file(name_or_path)
+    if _SMOKE not in values:
+        raise ConfigError(
+            f"config {name_or_path!r}: has no smoke section, which says what to run on in place of its teacher and "
+            "data; leave --smoke out, or add one as in cifar10-cond"
+        )
+    try:
+        return SmokeConfig.model_validate(values[_SMOKE])
+    except ValidationError as error:
+        problems = "\n".join(_explain(problem, SmokeConfig) for problem in error.errors())
+        raise ConfigError(f"config {name_or_path!r}, smoke: {problems}") from error
+
+
+def validate(values: Mapping[str, Any]) -> DistillConfig:
+    """A config from nested plain values; raises ConfigError for each thing that is wrong, all in one message."""
+    try:
+        return DistillConfig.model_validate(values)
+    except ValidationError as error:
+        problems = "\n".join(_explain(problem, DistillConfig) for problem in error.errors())
+        raise ConfigError(f"config: {problems}") from error
+
+
+def dump_config(config: DistillConfig) -> str:
+    """The config as YAML that `load_config` reads back to the same config."""
+    stream = io.StringIO()
+    YAML().dump(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def changed_keys(old: DistillConfig, new: DistillConfig) -> list[str]:
+    """Dotted keys, with both values, in which two configs describe different runs."""
+    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and key.split(".")[0] not in RESUMABLE
+    ]
+
+
+def _read_file(name_or_path: str) -> dict[str, Any]:
+    path = config_path(name_or_path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: cannot be read as UTF-8 text ({error})") from error
+    values = _parse_yaml(text, str(path)) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    return values
+
+
+def _parse_yaml(text: str, where: str) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = values.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {dotted!r}: {parent!r} is not a section")
+        values = child
+    old = values.get(last)
+    if isinstance(old, dict) and isinstance(value, Mapping):
+        for key, inner in value.items():  # a section given as a mapping changes what it names, and nothing else
+            _set(old, str(key), inner)
+    else:
+        if callable(value):  # a divergence of one's own: in a config functions have names
+            value = f"{value.__module__}:{value.__qualname__}"
+        values[last] = str(value) if isinstance(value, Path) else value
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _explain(problem: Any, root: type[BaseModel]) -> str:
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        section = root
+        for part in location[:-1]:
+            annotation = section.model_fields[part].annotation
+            assert isinstance(annotation, type)
+            assert issubclass(annotation, BaseModel)
+            section = annotation
+        return f"{key}: no such setting; {did_you_mean(location[-1], section.model_fields)}"
+    if problem["type"] == "literal_error":
+        context = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        return f"{key}: got {problem['input']!r}; {did_you_mean(str(problem['input']), context)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{key}: {message}" if key else message
+    return f"{key}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"

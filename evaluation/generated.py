@@ -16,11 +16,10 @@ from torch import Tensor
 from evaluation.extractors import full_precision
 from evaluation.images import Images, prepared
 from evaluation.protocols.protocol import Protocol
-from fdistill.base.rng import derived_seed
+from fdistill.base.rng import Stream, derived_seed
 from fdistill.generation.generate import ImageSource, told_of
 from fdistill.generation.maker import Told
 
-_LABELS = 11  # stream of a seed's random numbers
 _TIMED, _ENOUGH_SECONDS = 3, 60.0  # batches, after one that warms up; fewer where they take longer
 
 
@@ -49,7 +48,7 @@ class GeneratedImages:
         self._told: Told = told_of(source, count, prompts=prompts if source.takes_prompts else None)
         if isinstance(self._told, Tensor) and protocol.random_labels:
             classes = source.num_classes or 1
-            draws = np.random.default_rng(derived_seed(seed, _LABELS)).random(count)
+            draws = np.random.default_rng(derived_seed(seed, Stream.EVALUATED_LABELS)).random(count)
             self._told = torch.from_numpy((draws * classes).astype(np.int64))
         self.labels = self._told if isinstance(self._told, Tensor) else None
         self.prompts: Sequence[str] | None = None if isinstance(self._told, Tensor) else self._told

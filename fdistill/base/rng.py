@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import IntEnum
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class Stream(IntEnum):
+    """What the numbers of a seed are for: draws of different streams do not depend on one another. A number is never
+    given to another use, since runs are repeated by their seeds.
+    """
+
+    SHUFFLE = 1  #: the order of a data set
+    STEP = 2  #: noise and levels of an iteration's updates
+    DROPOUT = 3  #: what layers drop in an iteration; differs between processes
+    STUDENT_STEP = 4  #: which of a few-step student's steps is trained
+    FLIP = 5  #: which images are mirrored
+    LATENT = 6  #: latents drawn from their moments
+    NO_CONDITION = 7  #: which conditions the critic is not told
+    EVALUATED_LABELS = 11  #: classes of generated images, where a protocol draws them
 
 
 def world() -> tuple[int, int]:
@@ -42,7 +58,7 @@ def device_seed(generator: torch.Generator) -> Tensor:
 
 
 def derived_seed(seed: int, *stream: int) -> int:
-    """A seed in [0, 2^63) for one stream of a run, such as (kind, iteration): no random state has to be stored."""
+    """A seed in [0, 2^63) for one stream of a run, such as (Stream.STEP, iteration): no random state is stored."""
     return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

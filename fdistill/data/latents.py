@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fdistill.base.errors import DataError
 from fdistill.base.files import atomic_folder, read_json_object
-from fdistill.base.rng import derived_seed, indexed_normal
+from fdistill.base.rng import Stream, derived_seed, indexed_normal
 from fdistill.data.embeddings import Captions, EmbeddingSource
 from fdistill.data.source import PerProcess, class_labels
 
@@ -33,7 +33,6 @@ META_KEYS = ("vae", "latent_scale", "latent_bias", "sampling", "recipe", "resolu
 SAMPLING = ("mean", "sample")
 
 _TEXT = "text"
-_NOISE = 6  # stream of a run's random numbers
 _SHARD_BYTES = 2**28
 
 
@@ -115,7 +114,7 @@ class LatentSource:
         mean, std = self.moments(rows)
         if self.meta["sampling"] == "mean":
             return mean
-        return mean + std * indexed_normal(derived_seed(self._seed, _NOISE, draw), rows.tolist(), self.shape)
+        return mean + std * indexed_normal(derived_seed(self._seed, Stream.LATENT, draw), rows.tolist(), self.shape)
 
 
 #: (moments [B, 2 C, h, w], labels int64 [B]), with captions also which of the prompts each image has, int64 [B].

@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from fdistill.base.errors import DataError, did_you_mean
-from fdistill.base.rng import derived_seed
+from fdistill.base.rng import Stream, derived_seed
 from fdistill.condition import TextCondition
 from fdistill.data.order import EpochOrder
 from fdistill.data.recipes import RECIPES, open_image, pixels, to_channels
 from fdistill.data.source import ArraySource, Source
 
-_FLIP = 5  # stream of a run's random numbers
 _PREFETCH = 4  # batches that each worker keeps ready
 _CORRUPT = 0.01  # the share of a data set's items that may be unreadable
 _LISTED = 20
@@ -63,7 +62,7 @@ class _Plan:
         mine = slice(self.rank * local, (self.rank + 1) * local)
         if not self.flip:
             return order.rows(number)[mine], torch.zeros(local, dtype=torch.bool)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, _FLIP, number))
+        generator = torch.Generator().manual_seed(derived_seed(self.seed, Stream.FLIP, number))
         return order.rows(number)[mine], (torch.rand(self.batch_size, generator=generator) < 0.5)[mine]
 
     def order(self) -> EpochOrder:

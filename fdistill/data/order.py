@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdistill.base.rng import derived_seed
-
-_SHUFFLE = 1  # stream of a run's random numbers
+from fdistill.base.rng import Stream, derived_seed
 
 
 class EpochOrder:
@@ -25,7 +23,7 @@ class EpochOrder:
 
     def _order(self, epoch: int) -> Tensor:
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(derived_seed(self.seed, _SHUFFLE, epoch))
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, Stream.SHUFFLE, epoch))
             self._epoch, self._permutation = epoch, torch.randperm(self.items, generator=generator)
         return self._permutation
 

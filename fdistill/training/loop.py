@@ -42,8 +42,6 @@ from fdistill.training.snapshots import save_snapshot, truncate_snapshots
 if TYPE_CHECKING:
     from evaluation.watch import Watch
 
-_ITERATION, _DROPOUT, _STUDENT_STEP, _CONDITION = 2, 3, 4, 7  # streams of a run's random numbers, beside the data's
-
 
 def distill(
     config: str | Path | DistillConfig = "digits",
@@ -216,7 +214,9 @@ def _train(
         """What the critic is told: the condition, or that there is none."""
         if not config.condition_dropout or condition is None or run.none is None:
             return {}
-        draws = torch.Generator().manual_seed(rng.derived_seed(config.seed, _CONDITION, run.iteration, number))
+        draws = torch.Generator().manual_seed(
+            rng.derived_seed(config.seed, rng.Stream.NO_CONDITION, run.iteration, number)
+        )
         dropped = torch.rand(config.batch_size, generator=draws)[rank * local : (rank + 1) * local]
         return {
             "told": where(upload(dropped < config.condition_dropout, device), none_like(condition, run.none), condition)
@@ -235,7 +235,7 @@ def _train(
             return {}
         return {
             "student_steps": 1
-            + rng.derived_seed(config.seed, _STUDENT_STEP, run.iteration, phase) % len(student.levels)
+            + rng.derived_seed(config.seed, rng.Stream.STUDENT_STEP, run.iteration, phase) % len(student.levels)
         }
 
     pair_order = EpochOrder(len(data.pairs.x0), config.batch_size, config.seed) if data.pairs else None
@@ -293,9 +293,9 @@ def _train(
             save_teacher_grid(run, config, folder, device)
             save_grid(student_images(run, config, device), folder / "samples" / f"{run.iteration:06d}.png")
         while run.iteration < config.iterations:
-            generator.manual_seed(rng.derived_seed(config.seed, _ITERATION, run.iteration))
+            generator.manual_seed(rng.derived_seed(config.seed, rng.Stream.STEP, run.iteration))
             # For dropout, which must differ between processes.
-            torch.manual_seed(rng.derived_seed(config.seed, _DROPOUT, run.iteration, rank))
+            torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rank))
             for k in range(config.critic_steps):
                 real_x0, condition, rows = batch()
                 with autocast(device, config.precision):

@@ -1,7 +1,22 @@
 """One pure function per loss: per-sample values [B], targets detached inside, reduction left to the caller.
 
-Where a loss takes `Tensor | Prediction`, the tensor is an x0-prediction, and a `Prediction` is a network's output as it
-is: the conversion to x0 then happens inside the loss, which needs x_t for it and passes over the data once.
+Where a loss takes `Tensor | Prediction`, a tensor is an x0-prediction. A `Prediction` is a network's raw output; it
+becomes an x0-prediction inside the loss, in the one pass that the loss makes over the data anyway, and needs the noised
+samples x_t for that. Written out, with T, F and x0 of one sample of n numbers, and h and other weights constants:
+
+    matching_loss           gradient in x0:  h (F - T) / (mean|x0 - T| + eps) / n
+    score_difference_loss   gradient in x0:  w (F - T) / n
+    denoising_loss          w mean((D - x0)^2)
+    regression_loss         mean((D - x0)^2)
+    sid_loss                mean((T - F) (T - x0 - alpha (T - F)))
+    sim_loss                mean((T - F) (F - x0)) / sqrt(mean((T - F)^2) + c^2)
+    uni_instruct_loss       h mean((T - F) (F - x0)) + (h - r h') / 2 mean((T - F)^2)
+    gan_generator_loss      softplus(-l(fake))
+    gan_discriminator_loss  softplus(-l(real)), softplus(l(fake))
+    r1_penalty              |d l(real) / d x_t|^2
+    noise_kl_loss           (mean(eps)^2 + var(eps) - 1 - log var(eps)) / 2
+
+T and F are the x0-predictions of teacher and fake score at x_t, D any other, l a discriminator's logit.
 """
 
 from __future__ import annotations
@@ -13,38 +28,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fdistill.base.errors import ArgumentError, did_you_mean
-from fdistill.kernels.checks import check_positive, check_rows, check_samples, wide
+from fdistill.kernels.checks import check_positive, wide
 from fdistill.kernels.denoising import denoising
 from fdistill.kernels.implicit import implicit
 from fdistill.kernels.matching import matching
-from fdistill.prediction import Prediction
-
-
-def _checked(
-    x0: Tensor, x_t: Tensor | None, **predictions: Tensor | Prediction
-) -> tuple[Tensor | None, list[Prediction]]:
-    """(x_t, predictions) that all convert with x_t, or none of them; errors name the argument."""
-    check_samples("x0", x0)
-    given = {name: value if isinstance(value, Prediction) else Prediction(value) for name, value in predictions.items()}
-    for name, value in given.items():
-        check_samples(name, value.output, x0)
-        if (value.skip is None) != (value.out is None):
-            raise ArgumentError(f"{name}: a Prediction has both of skip and out, or neither; got one of them")
-        for part, coefficient in (("skip", value.skip), ("out", value.out)):
-            if coefficient is not None:
-                check_rows(f"{name}.{part}", coefficient, x0)
-    if all(value.skip is None for value in given.values()):
-        return None, list(given.values())
-    if x_t is None:
-        raise ArgumentError("x_t: expected the noised samples, since the predictions are outputs of networks, got None")
-    check_samples("x_t", x_t, x0)
-    return x_t, [value if value.skip is not None else _converted(value) for value in given.values()]
-
-
-def _converted(x0: Prediction) -> Prediction:
-    """An x0-prediction as an output, beside others that are."""
-    batch, device = len(x0.output), x0.output.device
-    return x0._replace(skip=torch.zeros(batch, device=device), out=torch.ones(batch, device=device))
+from fdistill.prediction import Prediction, as_prediction
 
 
 def matching_loss(
@@ -55,26 +43,23 @@ def matching_loss(
     weight: Tensor | None = None,
     eps: float = 1e-6,
     x_t: Tensor | None = None,
-    unconditional: Tensor | None = None,
-    guidance_scale: float = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     """Distribution matching: moves the student's x0 along weight * (teacher_x0 - fake_x0).
 
-    d/dx0 of loss.sum() = weight * (fake_x0 - teacher_x0) / (mean|x0 - teacher_x0| + eps) / numel_per_sample. The
-    difference of x0-predictions is sigma^2 / alpha times that of the scores; the normaliser is DMD's (arXiv
-    2311.18828, eq. 8), the weight h(r) is f-distill's (arXiv 2502.15681, theorem 1). The value, mean(gradient^2) / 2,
-    says how far the student is pushed; it is not a distance that has to fall.
+    d/dx0 of loss.sum() = weight * (fake_x0 - teacher_x0) / (mean|x0 - teacher_x0| + eps) / numel_per_sample
+
+    The difference of x0-predictions is sigma^2 / alpha times that of the scores. The normaliser is DMD's (arXiv
+    2311.18828, eq. 8), the weight h(r) is f-distill's (arXiv 2502.15681, theorem 1). The value is mean(gradient^2) / 2
+    with the gradient times numel_per_sample: it says how far the student is pushed, and need not fall.
 
     Args:
         x0: [B, ...] student samples; the only argument that receives a gradient.
-        teacher_x0, fake_x0: [B, ...] x0-predictions at the student's noised samples, or outputs of networks there.
-        weight: [B] h(r), ones by default.
+        teacher_x0, fake_x0: [B, ...] x0-predictions at the student's noised samples, or outputs of networks there; the
+            teacher's with `unconditional` and `guidance_scale` is guided in the same pass.
+        weight: [B] h(r); ones by default.
         eps: keeps the normaliser from zero.
         x_t: [B, ...] the noised samples, where outputs of networks are given.
-        unconditional: [B, ...] the teacher's output without the condition: its prediction becomes unconditional +
-            guidance_scale * (teacher - unconditional) (classifier-free guidance, arXiv 2207.12598). A `Prediction`
-            may bring its own.
         backend: "auto", "triton" or "reference".
 
     Returns:
@@ -83,51 +68,10 @@ def matching_loss(
     Raises:
         ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
     """
-    return _matching(x0, teacher_x0, fake_x0, weight, eps, x_t, unconditional, guidance_scale, backend)
-
-
-def _matching(
-    x0: Tensor,
-    teacher_x0: Tensor | Prediction,
-    fake_x0: Tensor | Prediction,
-    weight: Tensor | None,
-    eps: float | None,
-    x_t: Tensor | None,
-    unconditional: Tensor | None,
-    guidance_scale: float,
-    backend: str,
-) -> Tensor:
-    x_t, (teacher, fake) = _checked(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
-    fake = fake.guided()
-    if teacher.unconditional is not None:
-        unconditional, guidance_scale = teacher.unconditional, teacher.guidance_scale
-    if unconditional is not None:
-        check_samples("unconditional", unconditional, x0)
-    elif guidance_scale != 1:
-        raise ArgumentError(
-            f"unconditional: guidance_scale {guidance_scale:g} needs the teacher's output without condition, got None"
-        )
     if weight is None:
         weight = torch.ones(len(x0), device=x0.device)
-    else:
-        check_rows("weight", weight, x0)
-    loss: Tensor
-    loss, _, _ = matching(
-        x0,
-        x_t,
-        teacher.output,
-        unconditional,
-        fake.output,
-        teacher.skip,
-        teacher.out,
-        fake.skip,
-        fake.out,
-        weight,
-        eps,
-        guidance_scale,
-        backend,
-    )
-    return loss
+    teacher, fake = as_prediction(teacher_x0), as_prediction(fake_x0)
+    return matching(x0, teacher, fake, weight, eps=eps, x_t=x_t, backend=backend)
 
 
 def score_difference_loss(
@@ -139,12 +83,13 @@ def score_difference_loss(
     x_t: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """`matching_loss` without the per-sample normaliser: d/dx0 of loss.sum() = weight * (fake_x0 - teacher_x0) /
-    numel_per_sample, value mean(gradient^2) / 2.
+    """`matching_loss` without the normaliser.
+
+    d/dx0 of loss.sum() = weight * (fake_x0 - teacher_x0) / numel_per_sample
 
     With weight = w (alpha / sigma)^2 that is the gradient of w KL(student || teacher) at the noise level of the
-    predictions, as in Diff-Instruct (arXiv 2305.18455) and VSD (arXiv 2305.16213); with fake_x0 =
-    x0 it is that of SDS (arXiv 2209.14988).
+    predictions, as in Diff-Instruct (arXiv 2305.18455) and VSD (arXiv 2305.16213); with fake_x0 = x0 it is that of SDS
+    (arXiv 2209.14988).
 
     Args:
         x0: [B, ...] samples of any differentiable generator; the only argument that receives a gradient.
@@ -152,7 +97,8 @@ def score_difference_loss(
 
     Others, result and errors as in `matching_loss`.
     """
-    return _matching(x0, teacher_x0, fake_x0, weight, None, x_t, None, 1.0, backend)
+    teacher, fake = as_prediction(teacher_x0), as_prediction(fake_x0)
+    return matching(x0, teacher, fake, weight, eps=None, x_t=x_t, backend=backend)
 
 
 #: Weights of the difference of x0-predictions over noise levels; "normalised" is that of `matching_loss`.
@@ -216,11 +162,8 @@ def implicit_means(
     Raises:
         ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
     """
-    x_t, (teacher, fake) = _checked(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
-    teacher, fake = teacher.guided(), fake.guided()
-    inner, square, distance = implicit(
-        x0, x_t, teacher.output, fake.output, teacher.skip, teacher.out, fake.skip, fake.out, backend
-    ).unbind()
+    teacher, fake = as_prediction(teacher_x0), as_prediction(fake_x0)
+    inner, square, distance = implicit(x0, teacher, fake, x_t=x_t, backend=backend).unbind()
     return ImplicitMeans(inner, square, distance.detach())
 
 
@@ -305,12 +248,7 @@ def denoising_loss(
     Raises:
         ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
     """
-    x_t, (checked,) = _checked(x0, x_t, prediction=prediction)
-    check_rows("weight", weight, x0)
-    checked = checked.guided()
-    loss: Tensor
-    loss, _, _ = denoising(checked.output, x_t, x0, checked.skip, checked.out, weight, backend)
-    return loss
+    return denoising(as_prediction(prediction), x0, weight, x_t=x_t, backend=backend)
 
 
 def regression_loss(prediction: Tensor, x0: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, did_you_mean
 from fdistill.kernels.checks import wide
+from fdistill.kernels.outputs import guided_output
 from fdistill.kernels.to_x0 import to_x0
 
 
@@ -40,8 +41,7 @@ class Prediction(NamedTuple):
         """The same prediction in one output."""
         if self.unconditional is None:
             return self
-        output = torch.lerp(self.unconditional, self.output, self.guidance_scale)
-        return Prediction(output, self.skip, self.out)
+        return Prediction(guided_output(self), self.skip, self.out)
 
     def x0(self, x_t: Tensor) -> Tensor:
         """The x0-prediction, at least float32."""
@@ -50,6 +50,11 @@ class Prediction(NamedTuple):
             return output.to(wide(output.dtype))
         x0: Tensor = to_x0(output, x_t, self.skip, self.out, "auto")
         return x0
+
+
+def as_prediction(x0: Tensor | Prediction) -> Prediction:
+    """An x0-prediction [B, ...] as an output that is x0; a Prediction as it is."""
+    return x0 if isinstance(x0, Prediction) else Prediction(x0)
 
 
 PredictionKind = Literal["x0", "eps", "v", "flow"]

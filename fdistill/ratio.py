@@ -36,7 +36,7 @@ class DensityRatio:
     value, and bin = momentum * bin + (1 - momentum) * mean.
 
     Args:
-        lower, upper: bounds of the ratio, 0 < lower <= 1 <= upper.
+        lower, upper: bounds of the ratio, e^-10 <= lower <= 1 <= upper <= e^10.
         num_bins: noise bins.
         bin_edges: "log-sigma": equal width in the log of the noise-to-signal ratio over [sigma_min, sigma_max], so
             that every bin is used; "linear": equal width in the level itself, as published (for EDM two thirds of the
@@ -61,6 +61,12 @@ class DensityRatio:
     ):
         if not 0 < lower <= 1 <= upper < math.inf:
             raise ArgumentError(f"lower, upper: expected 0 < lower <= 1 <= upper, got {lower} and {upper}")
+        least, most = math.exp(-reference.LOGIT_BOUND), math.exp(reference.LOGIT_BOUND)
+        if lower < least or upper > most:
+            raise ArgumentError(
+                f"lower, upper: got {lower:g} and {upper:g}, but logits are clamped to +-{reference.LOGIT_BOUND:g}, so "
+                f"no ratio leaves [{least:.1e}, {int(most)}]; expected bounds within"
+            )
         if num_bins < 1:
             raise ArgumentError(f"num_bins: expected at least 1, got {num_bins}")
         if not 0 <= momentum < 1:
@@ -148,16 +154,15 @@ class DensityRatio:
                 *bounds,
                 self.momentum,
                 *divergence.powers,
-                ramp,
                 backend,
             )
-            return RatioWeight(weight, h, clamped)
+            return RatioWeight(_ramped(weight, ramp), h, clamped)
         samples = kernels.ratio_samples(logits, sigma, self.lower, self.upper, self.num_bins, *bounds, backend)
         # The means of the bins are the global batch's, and so is that of h, which depends on them: one exchange of
         # the samples stands for two reductions in a row, and every process adds up in the same order.
         everyone = gather_rows(samples)
         if divergence.powers:
-            weight, h = kernels.ratio_weights(everyone, self.bins, self.momentum, *divergence.powers, ramp, backend)
+            weight, h = kernels.ratio_weights(everyone, self.bins, self.momentum, *divergence.powers, backend)
         elif backend == "triton":
             raise ArgumentError(
                 f"backend: 'triton' computes h(r) = c r^a (1 + r)^b, which divergence {divergence.name!r} is not known "
@@ -165,9 +170,9 @@ class DensityRatio:
             )
         else:
             self.bins.copy_(reference.ratio_bins(everyone, self.bins, self.momentum))
-            weight, h = reference.normalised_weights(divergence.weight(reference.normalised(everyone, self.bins)), ramp)
+            weight, h = reference.normalised_weights(divergence.weight(reference.normalised(everyone, self.bins)))
         own = slice(world()[0] * len(logits), (world()[0] + 1) * len(logits))
-        return RatioWeight(weight[own], h[own], samples[:, 2])
+        return RatioWeight(_ramped(weight[own], ramp), h[own], samples[:, 2])
 
     def weight(self, logits: Tensor, sigma: Tensor, divergence: str | Divergence | Function) -> Tensor:
         """Weights of the score difference: [B] float32, without gradient, mean 1 over the global batch. Updates the
@@ -180,3 +185,8 @@ class DensityRatio:
             divergence: anything `get_divergence` takes.
         """
         return self.evaluate(logits, sigma, divergence).weight
+
+
+def _ramped(weight: Tensor, ramp: float) -> Tensor:
+    """1 + ramp (weight - 1), float32."""
+    return (1 + ramp * (weight - 1)).float()

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fdistill.base.files import atomic_file
-from fdistill.kernels import denoising, ema, implicit, matching, ratio, renoise, scale_rows, to_x0
+from fdistill.kernels import ema, ratio, renoise, scale_rows, to_x0
 from fdistill.kernels.reference import denoising as plain_denoising
 from fdistill.kernels.reference import ema as plain_ema
 from fdistill.kernels.reference import implicit as plain_implicit
@@ -49,7 +49,7 @@ SIZES = [(32, 3, 512, 512), (64, 16, 128, 128), (64, 4, 128, 128), (64, 4, 64, 6
 COUNTED = "2x4x96x96"
 LARGE = 256e6  # bytes from which the bandwidth has to be reached
 BOUNDS = (0.1, 20.0, 0.002, 80.0, True)
-WEIGHTING = (0.0, 1.0, 1.0, -1.0, 1.0)  # momentum 0, Jensen-Shannon, no ramp
+WEIGHTING = (0.0, 1.0, 1.0, -1.0)  # momentum 0, Jensen-Shannon
 
 
 Make = Callable[[int], tuple[Any, ...]]
@@ -78,7 +78,9 @@ def fused_tail(x0: Tensor, seed: Tensor, raw: Tensor, logits: Tensor, level: Ten
     """What a generator update does apart from its networks: noise, weight, loss, and the gradient of its mean."""
     x_t, fed = renoise._renoise_seeded(x0, seed, 0, c, c, c, BF16, False, "triton")
     weight, *_ = ratio.ratio(logits, level, bins, *BOUNDS, *WEIGHTING, "triton")
-    loss, direction, scale = matching.matching(x0, x_t, raw, None, raw, c, c, c, c, weight, 1e-6, 1.0, "triton")
+    loss, direction, scale = torch.ops.fdistill.matching(
+        x0, x_t, raw, None, raw, c, c, c, c, weight.float(), 1e-6, 1.0, "triton"
+    )
     upstream = torch.ones((), device=x0.device).expand(len(x0))
     return fed, loss, scale_rows.scale_rows(direction, scale, upstream, F32, "triton")
 
@@ -86,7 +88,7 @@ def fused_tail(x0: Tensor, seed: Tensor, raw: Tensor, logits: Tensor, level: Ten
 def eager_tail(x0: Tensor, seed: Tensor, raw: Tensor, logits: Tensor, level: Tensor, bins: Tensor, c: Tensor) -> Any:
     x_t, fed = plain_renoise.renoise(x0, torch.randn_like(x0), c, c, c, BF16, False)
     weight, *_ = plain_ratio.ratio(logits, level, bins, *BOUNDS, *WEIGHTING)
-    loss, direction, scale = plain_matching.matching(x0, x_t, raw, None, raw, c, c, c, c, weight, 1e-6, 1.0)
+    loss, direction, scale = plain_matching.matching(x0, x_t, raw, None, raw, c, c, c, c, weight.float(), 1e-6, 1.0)
     upstream = torch.ones((), device=x0.device).expand(len(x0))
     return fed, loss, plain_scale_rows.scale_rows(direction, scale, upstream, F32)
 
@@ -155,8 +157,14 @@ def of_samples(shape: tuple[int, ...], draws: Draws) -> list[Case]:
             plain_renoise.renoise_backward,
             2 + 4,
         ),
-        case("matching", lambda k: matched(k, False), matching.matching, plain_matching.matching, 4 + 4 + 2 + 2 + 4),
-        case("matching, guided", lambda k: matched(k, True), matching.matching, plain_matching.matching, 18),
+        case(
+            "matching",
+            lambda k: matched(k, False),
+            torch.ops.fdistill.matching,
+            plain_matching.matching,
+            4 + 4 + 2 + 2 + 4,
+        ),
+        case("matching, guided", lambda k: matched(k, True), torch.ops.fdistill.matching, plain_matching.matching, 18),
         case(
             "scale_rows",
             lambda k: (x(k), *c(k, 2), F32),
@@ -167,15 +175,15 @@ def of_samples(shape: tuple[int, ...], draws: Draws) -> list[Case]:
         case(
             "denoising",
             lambda k: (x(k, BF16), x(k + 1), x(k + 2), *c(k, 3)),
-            denoising.denoising,
+            torch.ops.fdistill.denoising,
             plain_denoising.denoising,
             2 + 4 + 4 + 2,
         ),
-        case("implicit", pair, implicit.implicit, plain_implicit.implicit, 4 + 4 + 2 + 2),
+        case("implicit", pair, torch.ops.fdistill.implicit, plain_implicit.implicit, 4 + 4 + 2 + 2),
         case(
             "implicit, backward",
             lambda k: (draws.normal(k, 3, batch), *pair(k)),
-            implicit.implicit_backward,
+            torch.ops.fdistill.implicit_backward,
             plain_implicit.implicit_backward,
             2 * (4 + 4 + 2 + 2),
         ),

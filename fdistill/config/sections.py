@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -165,8 +166,9 @@ class MatchingLevelsConfig(LevelsConfig):
 class RatioConfig(Section):
     """The density ratio and its two-stage normalisation."""
 
-    lower: Annotated[float, Field(gt=0, le=1)] = 0.1
-    upper: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 20.0
+    # A logit is clamped to +-10 before it becomes a ratio: wider bounds would silently not be reached.
+    lower: Annotated[float, Field(ge=math.exp(-10), le=1)] = 0.1
+    upper: Annotated[float, Field(ge=1, le=math.exp(10))] = 20.0
     num_bins: Count = 10
     bin_edges: Literal["log-sigma", "linear"] = "log-sigma"
     momentum: Decay = 0.0

@@ -1,4 +1,4 @@
-"""Squared error of an x0-prediction: the operator behind `losses.denoising_loss`; see `kernels`."""
+"""Squared error of an x0-prediction: what `losses.denoising_loss` computes with; see `kernels`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels import implementation
-from fdistill.kernels.checks import wide
+from fdistill.kernels.checks import check_rows, wide
 from fdistill.kernels.layout import empty_samples_like
+from fdistill.kernels.outputs import NetworkOutput, check_predictions, coefficients, guided_output
 from fdistill.kernels.scale_rows import scale_rows
 
 
 @torch.library.custom_op("fdistill::denoising", mutates_args=())
-def denoising(
+def _denoising(
     prediction: Tensor,
     x_t: Tensor | None,
     x0: Tensor,
@@ -32,7 +33,7 @@ def denoising(
     return results
 
 
-@denoising.register_fake
+@_denoising.register_fake
 def _(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss, scale = (prediction.new_empty(prediction.shape[:1], dtype=wide(prediction.dtype)) for _ in range(2))
     return loss, empty_samples_like(prediction), scale
@@ -51,4 +52,13 @@ def _backward(ctx: Any, loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return scale_rows(direction, scale, loss, direction.dtype, ctx.backend), *[None] * 6
 
 
-denoising.register_autograd(_backward, setup_context=_keep)
+_denoising.register_autograd(_backward, setup_context=_keep)
+
+
+def denoising(prediction: NetworkOutput, x0: Tensor, weight: Tensor, *, x_t: Tensor | None, backend: str) -> Tensor:
+    """weight mean((prediction - x0)^2), [B], with a gradient in the network's output alone."""
+    x_t = check_predictions(x0, x_t, prediction=prediction)
+    check_rows("weight", weight, x0)
+    loss: Tensor
+    loss, _, _ = _denoising(guided_output(prediction), x_t, x0, *coefficients(prediction, x_t), weight, backend)
+    return loss

@@ -1,4 +1,4 @@
-"""Inner products of implicit score objectives: the operator behind `losses.implicit_means`; see `kernels`."""
+"""Inner products of implicit score objectives: what `losses.implicit_means` computes with; see `kernels`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 from fdistill.kernels import implementation
 from fdistill.kernels.checks import wide
 from fdistill.kernels.layout import empty_samples_like
+from fdistill.kernels.outputs import NetworkOutput, check_predictions, coefficients, guided_output
 
 
 @torch.library.custom_op("fdistill::implicit", mutates_args=())
-def implicit(
+def _implicit(
     x0: Tensor,
     x_t: Tensor | None,
     teacher: Tensor,
@@ -31,7 +32,7 @@ def implicit(
     return means
 
 
-@implicit.register_fake
+@_implicit.register_fake
 def _(x0: Tensor, *rest: Any) -> Tensor:
     return x0.new_empty((3, len(x0)), dtype=wide(x0.dtype))
 
@@ -79,4 +80,23 @@ def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     return x0, None if ctx.saved_tensors[1] is None else x_t, teacher, fake, *[None] * 5
 
 
-implicit.register_autograd(_backward, setup_context=_keep)
+_implicit.register_autograd(_backward, setup_context=_keep)
+
+
+def implicit(
+    x0: Tensor, teacher_x0: NetworkOutput, fake_x0: NetworkOutput, *, x_t: Tensor | None, backend: str
+) -> Tensor:
+    """Means over a sample, [3, B]: (T - F)(F - x0), (T - F)^2 and |x0 - T|, T and F being the x0-predictions of teacher
+    and fake score; the first two are differentiable in everything.
+    """
+    x_t = check_predictions(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
+    means: Tensor = _implicit(
+        x0,
+        x_t,
+        guided_output(teacher_x0),
+        guided_output(fake_x0),
+        *coefficients(teacher_x0, x_t),
+        *coefficients(fake_x0, x_t),
+        backend,
+    )
+    return means

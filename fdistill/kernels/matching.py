@@ -1,4 +1,4 @@
-"""Score difference with its per-sample normaliser: the operator behind `losses.matching_loss`; see `kernels`."""
+"""Score difference with its per-sample normaliser: what `losses.matching_loss` computes with; see `kernels`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels import implementation
-from fdistill.kernels.checks import wide
+from fdistill.kernels.checks import check_rows, wide
 from fdistill.kernels.layout import empty_samples_like
+from fdistill.kernels.outputs import NetworkOutput, check_predictions, coefficients, guided_output
 from fdistill.kernels.scale_rows import scale_rows
 
 
 @torch.library.custom_op("fdistill::matching", mutates_args=())
-def matching(
+def _matching(
     x0: Tensor,
     x_t: Tensor | None,
     teacher: Tensor,
@@ -47,7 +48,7 @@ def matching(
     return results
 
 
-@matching.register_fake
+@_matching.register_fake
 def _(x0: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     loss, scale = (x0.new_empty(x0.shape[:1], dtype=wide(x0.dtype)) for _ in range(2))
     return loss, empty_samples_like(x0), scale
@@ -66,4 +67,36 @@ def _backward(ctx: Any, loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return scale_rows(direction, scale, loss, direction.dtype, ctx.backend), *[None] * 12
 
 
-matching.register_autograd(_backward, setup_context=_keep)
+_matching.register_autograd(_backward, setup_context=_keep)
+
+
+def matching(
+    x0: Tensor,
+    teacher_x0: NetworkOutput,
+    fake_x0: NetworkOutput,
+    weight: Tensor,
+    *,
+    eps: float | None,
+    x_t: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """Loss [B] whose gradient in x0 is weight (F - T) / numel, over the normaliser mean|x0 - T| + eps unless eps is
+    None; T and F are the x0-predictions of teacher and fake score. `reference.matching` writes it out.
+    """
+    x_t = check_predictions(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
+    check_rows("weight", weight, x0)
+    loss: Tensor
+    loss, _, _ = _matching(
+        x0,
+        x_t,
+        teacher_x0.output,
+        teacher_x0.unconditional,
+        guided_output(fake_x0),
+        *coefficients(teacher_x0, x_t),
+        *coefficients(fake_x0, x_t),
+        weight,
+        eps,
+        teacher_x0.guidance_scale,
+        backend,
+    )
+    return loss

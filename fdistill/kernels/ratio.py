@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fdistill.kernels import implementation
+from fdistill.kernels.checks import widened
 
 
 @torch.library.custom_op("fdistill::ratio", mutates_args=("bins",))
@@ -26,22 +27,21 @@ def ratio(
     factor: float,
     power: float,
     power1p: float,
-    ramp: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """weight, h and clamped [B], as `reference.ratio`; updates the bins [K] in place, as a captured graph needs it; no
-    gradient.
+    """weight (float64 where the device has it), h and clamped (float32), all [B], as `reference.ratio`; no gradient.
+    Updates the bins [K] in place, as a captured graph needs it.
     """
     results: tuple[Tensor, Tensor, Tensor] = implementation("ratio", backend, logits).ratio(
-        logits, level, bins, lower, upper, low, high, log_bins, momentum, factor, power, power1p, ramp
+        logits, level, bins, lower, upper, low, high, log_bins, momentum, factor, power, power1p
     )
     return results
 
 
 @ratio.register_fake
 def _(logits: Tensor, level: Tensor, bins: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    weight, h, clamped = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
-    return weight, h, clamped
+    h, clamped = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+    return widened(torch.empty_like(h)), h, clamped
 
 
 @torch.library.custom_op("fdistill::ratio_samples", mutates_args=())
@@ -76,17 +76,18 @@ def ratio_weights(
     factor: float,
     power: float,
     power1p: float,
-    ramp: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """weight and h [N] of the global batch, as `reference.ratio_weights`; updates the bins [K] in place."""
+    """weight (float64 where the device has it) and h (float32) [N] of the global batch, as `reference.ratio_weights`;
+    updates the bins [K] in place.
+    """
     results: tuple[Tensor, Tensor] = implementation("ratio", backend, samples).ratio_weights(
-        samples, bins, momentum, factor, power, power1p, ramp
+        samples, bins, momentum, factor, power, power1p
     )
     return results
 
 
 @ratio_weights.register_fake
 def _(samples: Tensor, bins: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    weight, h = (samples.new_empty(len(samples), dtype=torch.float32) for _ in range(2))
-    return weight, h
+    h = samples.new_empty(len(samples), dtype=torch.float32)
+    return widened(torch.empty_like(h)), h

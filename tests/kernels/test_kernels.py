@@ -18,9 +18,7 @@ from fdistill.base.errors import ArgumentError
 from fdistill.divergence import DIVERGENCES, Divergence, get_divergence
 from fdistill.ema import EMA
 from fdistill.kernels import implementation
-from fdistill.kernels.denoising import denoising
 from fdistill.kernels.ema import ema
-from fdistill.kernels.implicit import implicit
 from fdistill.kernels.ratio import ratio, ratio_samples, ratio_weights
 from fdistill.kernels.reference import renoise as reference_renoise
 from fdistill.kernels.renoise import renoise, renoise_seeded
@@ -131,9 +129,10 @@ def test_matching(shape: tuple[int, ...], dtype: torch.dtype, form: str) -> None
         options["x_t"] = i.x_t
         if form == "unnormalised":
             return lambda: score_difference_loss(i.x0, *i.predictions(), **options), [i.x0]
+        teacher, fake = i.predictions()
         if form == "guided":
-            options.update(unconditional=i.unconditional, guidance_scale=4.5)
-        return lambda: matching_loss(i.x0, *i.predictions(), **options), [i.x0]
+            teacher = teacher._replace(unconditional=i.unconditional, guidance_scale=4.5)
+        return lambda: matching_loss(i.x0, teacher, fake, **options), [i.x0]
 
     compared(make, Inputs(shape, dtype))
 
@@ -407,7 +406,7 @@ def test_ratio(name: str, batch: int, heads: int, edges: Any, momentum: float) -
 def test_ratio_in_two_halves_is_ratio_in_one(dtype: torch.dtype) -> None:
     """What several processes do around their exchange, and one process in one launch."""
     logits, level, bins = draw(40, 5, dtype=dtype) * 4, (draw(40, seed=1) * 3).exp(), torch.ones(7, device=DEVICE)
-    bounds, rest = (0.1, 20.0), (0.2, 1.0, 1.0, -1.0, 1.0)
+    bounds, rest = (0.1, 20.0), (0.2, 1.0, 1.0, -1.0)
     edges = (0.01, 60.0, True)
     for backend in ("triton", "reference"):
         new, other = bins.clone(), bins.clone()
@@ -528,12 +527,13 @@ def test_reference_derivatives(raw: bool) -> None:
 
     def means(*tensors: Tensor) -> Tensor:
         a, b, t, f = tensors
-        return implicit(a, b if raw else None, t, f, *coefficients, "reference")[:2]
+        return torch.ops.fdistill.implicit(a, b if raw else None, t, f, *coefficients, "reference")[:2]
 
     assert torch.autograd.gradcheck(means, (x0, x_t, teacher, fake))
     detached = None if noised is None else noised.detach()
     assert torch.autograd.gradcheck(
-        lambda p: denoising(p, detached, x0.detach(), *coefficients[:2], weight, "reference")[0], (fake,)
+        lambda p: torch.ops.fdistill.denoising(p, detached, x0.detach(), *coefficients[:2], weight, "reference")[0],
+        (fake,),
     )
     scale = draw(3, seed=10).double()
     linear = lambda p, x: to_x0(p, x, weight, scale, "reference")  # noqa: E731
@@ -564,15 +564,9 @@ def test_matching_is_the_pseudo_target_regression() -> None:
         narrow = Inputs((4, 3, 5, 2), torch.float32)
         values = i if backend == "reference" else narrow
         leaf = values.x0.clone().requires_grad_(True)
-        loss = matching_loss(
-            leaf,
-            *values.predictions(),
-            weight=values.weight,
-            x_t=values.x_t,
-            unconditional=values.unconditional,
-            guidance_scale=3.0,
-            backend=backend,
-        )
+        teacher, fake = values.predictions()
+        teacher = teacher._replace(unconditional=values.unconditional, guidance_scale=3.0)
+        loss = matching_loss(leaf, teacher, fake, weight=values.weight, x_t=values.x_t, backend=backend)
         (gradient,) = torch.autograd.grad((loss * upstream).sum(), leaf)
         torch.testing.assert_close(loss.double().detach(), pseudo.detach(), rtol=rtol, atol=0)
         torch.testing.assert_close(
@@ -591,7 +585,7 @@ def arguments() -> dict[str, list[tuple[Any, ...]]]:
     four, none = (ones, ones, ones, ones), (None, None, None, None)
     level, bins = ones.clone(), torch.ones(5, device=DEVICE)
     seed = torch.tensor(4, device=DEVICE)
-    edges, rest = (0.1, 20.0, 0.01, 80.0, True), (0.5, 1.0, 1.0, 0.0, 1.0)
+    edges, rest = (0.1, 20.0, 0.01, 80.0, True), (0.5, 1.0, 1.0, 0.0)
     leaf, narrow = x0.clone().requires_grad_(True), raw.bfloat16().requires_grad_(True)
     upstream, half, bf16 = torch.ones(3, 3, device=DEVICE), raw.half(), raw.bfloat16()
     return {
@@ -659,7 +653,7 @@ def test_numbers_a_sample_may_have_any_strides() -> None:
     samples = (i.x0, i.x_t, i.teacher, i.fake)
     upstream = draw(3, 8)
     logits, level, bins = draw(8, 5) * 2, (draw(8, seed=1) * 3).exp(), torch.ones(7, device=DEVICE)
-    bounds, rest = (0.1, 20.0, 0.01, 60.0), (0.2, 1.0, 1.0, -1.0, 1.0)
+    bounds, rest = (0.1, 20.0, 0.01, 60.0), (0.2, 1.0, 1.0, -1.0)
     ready = ratio_samples(logits, level, *bounds[:2], 7, *bounds[2:], True, "reference")
     found = []
     for backend, form in (("triton", strided), ("reference", Tensor.contiguous)):
@@ -682,12 +676,14 @@ def test_numbers_a_sample_may_have_any_strides() -> None:
 
 
 @pytest.mark.parametrize("backend", ["triton", "reference"])
-def test_logits_are_bounded_where_ratios_are_not(backend: str) -> None:
+def test_the_widest_bounds_are_reached(backend: str) -> None:
+    """Logits are clamped to +-10 before they become ratios, beyond every bound that is accepted."""
+    lower, upper = 4.6e-5, 22026.0
     logits, level = torch.tensor([12.0, -12.0, 0.5], device=DEVICE), torch.ones(3, device=DEVICE)
-    result = DensityRatio(lower=1e-6, upper=1e6, num_bins=1).evaluate(logits, level, "kl", backend=backend)
-    expected = torch.tensor([10.0, -10.0, 0.5], device=DEVICE).exp()
+    result = DensityRatio(lower=lower, upper=upper, num_bins=1).evaluate(logits, level, "kl", backend=backend)
+    expected = torch.tensor([upper, lower, math.exp(0.5)], device=DEVICE)
     torch.testing.assert_close(result.weight, expected / expected.mean())
-    assert (result.clamped == 0).all()
+    assert result.clamped.tolist() == [1.0, 1.0, 0.0]
 
 
 def test_ema_of_tensors_that_cannot_be_walked_together() -> None:
@@ -755,10 +751,10 @@ def test_a_tail_compiles_into_one_graph(backend: str) -> None:
         x_t, fed = renoise_seeded(
             x0, seed, 0, i.weight, i.fake_out, input_scale=i.fake_skip, input_dtype=torch.bfloat16, backend=backend
         )
-        weight, *_ = ratio(logits, level, state, 0.1, 20.0, 0.002, 80.0, True, 0.0, 1.0, 1.0, -1.0, 1.0, backend)
+        weight, *_ = ratio(logits, level, state, 0.1, 20.0, 0.002, 80.0, True, 0.0, 1.0, 1.0, -1.0, backend)
         target = Prediction(teacher, i.teacher_skip, i.teacher_out)
         own = Prediction(fake, i.fake_skip, i.fake_out)
-        loss = matching_loss(x0, target, own, weight=weight, x_t=x_t, backend=backend).mean()
+        loss = matching_loss(x0, target, own, weight=weight.float(), x_t=x_t, backend=backend).mean()
         return loss + fed.float().square().mean(), x_t
 
     seed, logits = torch.tensor(9, device=DEVICE), draw(4, 2, seed=20)
@@ -829,8 +825,8 @@ def test_losses_of_raw_outputs_refuse_what_does_not_fit() -> None:
         (lambda: matching_loss(x0, raw, raw), "x_t: expected the noised samples"),
         (lambda: matching_loss(x0, raw, raw, x_t=x0[:1]), "x_t: expected a float tensor"),
         (lambda: matching_loss(x0, Prediction(x0, ones, ones[:1]), raw, x_t=x0), r"teacher_x0\.out"),
-        (lambda: matching_loss(x0, x0, x0, unconditional=x0.int()), "unconditional"),
-        (lambda: matching_loss(x0, x0, x0, guidance_scale=2.0), "unconditional: guidance_scale 2 needs"),
+        (lambda: matching_loss(x0, Prediction(x0, unconditional=x0.int()), x0), "unconditional"),
+        (lambda: matching_loss(x0, Prediction(x0, guidance_scale=2.0), x0), "unconditional: guidance_scale 2 needs"),
         (lambda: matching_loss(x0, Prediction(x0, ones), raw, x_t=x0), "teacher_x0: a Prediction has both"),
         (lambda: matching_loss(x0, Prediction(x0, None, ones), x0), "teacher_x0: a Prediction has both"),
         (lambda: matching_loss(x0, x0.double(), x0), "teacher_x0: float64 goes with float64 alone"),

@@ -29,7 +29,14 @@ from triton.runtime.jit import JITFunction
 from fdistill.kernels.triton import denoising, ema, implicit, matching, ratio, renoise, scale_rows, to_x0
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32"}
+NAMES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
 
 
 def source(kernel: JITFunction, arguments: tuple[Any, ...], settings: dict[str, Any]) -> ASTSource:
@@ -116,9 +123,9 @@ def launches() -> Iterator[str]:
         yield "x".join(map(str, shape[1:]))
     logits, level, bins = samples(64, 3), torch.rand(64), torch.ones(10)
     bounds = (0.1, 20.0, 0.002, 80.0, True)
-    ratio.ratio(logits, level, bins, *bounds, 0.0, 1.0, 1.0, -1.0, 1.0)
+    ratio.ratio(logits, level, bins, *bounds, 0.0, 1.0, 1.0, -1.0)
     ratio.ratio_samples(logits, level, 0.1, 20.0, 10, 0.002, 80.0, True)
-    ratio.ratio_weights(samples(64, 3), bins, 0.5, 1.0, 0.3, 0.0, 1.0)
+    ratio.ratio_weights(samples(64, 3), bins, 0.5, 1.0, 0.3, 0.0)
     weights = [torch.zeros(4096), torch.zeros(100)]
     shadows = [torch.zeros_like(weight) for _ in range(2) for weight in weights]
     ema.ema(shadows, weights, [0.9, 0.99])

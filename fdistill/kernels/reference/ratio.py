@@ -49,22 +49,22 @@ def normalised(samples: Tensor, bins: Tensor) -> Tensor:
     return widened(samples[:, 0]) / widened(bins)[samples[:, 1].long()]
 
 
-def normalised_weights(h: Tensor, ramp: float) -> tuple[Tensor, Tensor]:
-    """(1 + ramp (h / mean(h) - 1), h) in float32, from h [N] of the whole global batch."""
-    narrow = h.clamp(max=torch.finfo(torch.float32).max).float()
-    return (1 + ramp * (h / h.mean() - 1)).float(), narrow
+def normalised_weights(h: Tensor) -> tuple[Tensor, Tensor]:
+    """(h / mean(h), h) from h [N] of the whole global batch: the first in its own precision, the second in float32."""
+    return h / h.mean(), h.clamp(max=torch.finfo(torch.float32).max).float()
 
 
 def ratio_weights(
-    samples: Tensor, bins: Tensor, momentum: float, factor: float, power: float, power1p: float, ramp: float
+    samples: Tensor, bins: Tensor, momentum: float, factor: float, power: float, power1p: float
 ) -> tuple[Tensor, Tensor]:
-    """[N, 3] samples of the global batch -> weight [N] and h [N], both float32; updates the bins [K] in place.
+    """[N, 3] samples of the global batch -> weight [N], float64 where the device has it, and h [N], float32; updates
+    the bins [K] in place.
 
-    h = factor r^power (1 + r)^power1p of the ratio over its bin's mean, weight = 1 + ramp (h / mean(h) - 1).
+    h = factor r^power (1 + r)^power1p of the ratio over its bin's mean, weight = h / mean(h).
     """
     bins.copy_(ratio_bins(samples, bins, momentum))
     r = normalised(samples, bins)
-    return normalised_weights(factor * torch.exp(power * r.log() + power1p * r.log1p()), ramp)
+    return normalised_weights(factor * torch.exp(power * r.log() + power1p * r.log1p()))
 
 
 def ratio(
@@ -80,9 +80,8 @@ def ratio(
     factor: float,
     power: float,
     power1p: float,
-    ramp: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ratio_samples` and `ratio_weights` of one process: weight, h and clamped [B]."""
     samples = ratio_samples(logits, level, lower, upper, len(bins), low, high, log_bins)
-    weight, h = ratio_weights(samples, bins, momentum, factor, power, power1p, ramp)
+    weight, h = ratio_weights(samples, bins, momentum, factor, power, power1p)
     return weight, h, samples[:, 2].clone()

@@ -133,7 +133,6 @@ def _ratio_weights(
     factor,
     power,
     power1p,
-    ramp,
     FROM_LOGITS: tl.constexpr,
     CLAMPED: tl.constexpr,
     LOGIT_BOUND: tl.constexpr,
@@ -200,7 +199,7 @@ def _ratio_weights(
         sample = k * BLOCK + tl.arange(0, BLOCK)
         inside = sample < batch
         h = _h(samples_ptr, sample, inside, bins, column, factor, power, power1p)
-        tl.store(weight_ptr + sample, (1.0 + ramp * (h / mean - 1.0)).to(tl.float32), mask=inside)
+        tl.store(weight_ptr + sample, h / mean, mask=inside)
         tl.store(
             h_ptr + sample, tl.where(h > 3.4028234663852886e38, 3.4028234663852886e38, h).to(tl.float32), mask=inside
         )
@@ -266,11 +265,11 @@ def _weights(
     factor: float,
     power: float,
     power1p: float,
-    ramp: float,
 ) -> tuple[Tensor, Tensor]:
     """Weight and h; the first half of the work, from logits to samples, is done as well where they are given."""
     batch = len(samples)
-    weight, h = (torch.empty(batch, dtype=torch.float32, device=samples.device) for _ in range(2))
+    weight = torch.empty(batch, dtype=torch.float64, device=samples.device)
+    h = torch.empty(batch, dtype=torch.float32, device=samples.device)
     lower, upper, low, high, log_bins = bounds
     heads = 1 if logits is None else logits.shape[1]
     block_heads = min(_head_block(heads), 16)
@@ -296,7 +295,6 @@ def _weights(
             factor,
             power,
             power1p,
-            ramp,
             FROM_LOGITS=logits is not None,
             CLAMPED=clamped is not None,
             LOGIT_BOUND=LOGIT_BOUND,
@@ -313,11 +311,11 @@ def _weights(
 
 
 def ratio_weights(
-    samples: Tensor, bins: Tensor, momentum: float, factor: float, power: float, power1p: float, ramp: float
+    samples: Tensor, bins: Tensor, momentum: float, factor: float, power: float, power1p: float
 ) -> tuple[Tensor, Tensor]:
     """See `reference.ratio_weights`."""
     bounds = (0.0, 1.0, 0.0, 1.0, False)
-    return _weights(None, None, samples.contiguous(), None, bins, bounds, momentum, factor, power, power1p, ramp)
+    return _weights(None, None, samples.contiguous(), None, bins, bounds, momentum, factor, power, power1p)
 
 
 def ratio(
@@ -333,12 +331,11 @@ def ratio(
     factor: float,
     power: float,
     power1p: float,
-    ramp: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.ratio`."""
     batch, device = len(logits), logits.device
     clamped = torch.empty(batch, dtype=torch.float32, device=device)
-    bounds, rest = (lower, upper, low, high, log_bins), (momentum, factor, power, power1p, ramp)
+    bounds, rest = (lower, upper, low, high, log_bins), (momentum, factor, power, power1p)
     if logits.numel() > 1 << 15:  # one block would take longer over them than a launch does
         samples = ratio_samples(logits, level, lower, upper, len(bins), low, high, log_bins)
         weight, h = _weights(None, None, samples, clamped, bins, bounds, *rest)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,60 @@ from fdistill.kernels.layout import expand
 from fdistill.kernels.renoise import renoise
 
 
-class OneStepGenerator(nn.Module):
+class Student(nn.Module, ABC):
+    """What a run trains, keeps and exports. How a kind of student is made and exported is a row of
+    `fdistill.students.kinds.KINDS`.
+
+    Attributes:
+        denoiser: its network.
+        levels: where noise is put in, falling: one level for each network evaluation of an image.
+    """
+
+    denoiser: Denoiser
+    levels: tuple[float, ...]
+
+    @abstractmethod
+    def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
+        """Standard normal noise [B, *noise_shape()] and a condition -> x0 [B, C, H, W], at least float32."""
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of one sample."""
+        return self.denoiser.sample_shape
+
+    @property
+    def num_classes(self) -> int | None:
+        """Labels are in [0, num_classes); None for a student without classes."""
+        return self.denoiser.num_classes
+
+    @property
+    def network_levels(self) -> tuple[float, ...]:
+        """The levels at which its network, or a part of it, runs; what makes this student of a network again."""
+        return self.levels
+
+    def noise_shape(self, steps: int | None = None) -> tuple[int, ...]:
+        """Shape of one sample's noise: (C, H, W), or (steps, C, H, W) for a student of a few steps.
+
+        Args:
+            steps: how many of its steps are taken; all by default. A student of one step has no choice.
+        """
+        return self.sample_shape
+
+    def settings(self) -> dict[str, Any]:
+        """What a student's folder has to say, beside its network, for the student to be made again; JSON values."""
+        return {"levels": list(self.levels)}
+
+    def describe(self) -> str:
+        """How an image is made, for people."""
+        levels = ", ".join(f"{level:g}" for level in self.levels)
+        return (
+            f"one evaluation from level {levels}"
+            if len(self.levels) == 1
+            else (f"{len(self.levels)} evaluations at levels {levels}")
+        )
+
+
+class OneStepGenerator(Student):
     """A denoiser used once, at a fixed level: x0 = denoise(schedule.start(level) * noise, level, condition).
 
     Args:
@@ -33,14 +87,6 @@ class OneStepGenerator(nn.Module):
         self.denoiser = denoiser
         self.levels = (float(level),)
 
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.denoiser.sample_shape
-
-    @property
-    def num_classes(self) -> int | None:
-        return self.denoiser.num_classes
-
     def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
         """Standard normal noise [B, C, H, W], labels [B] or None -> x0 [B, C, H, W] float32, nominally in [-1, 1]."""
         t = noise.new_full((len(noise),), self.levels[0], dtype=wide(noise.dtype))  # bfloat16 has no 999
@@ -48,7 +94,7 @@ class OneStepGenerator(nn.Module):
         return cast(Tensor, self.denoiser(x_t, t, condition))
 
 
-class FewStepGenerator(nn.Module):
+class FewStepGenerator(Student):
     """A denoiser used at a few falling levels, each evaluation being noised again to the next level (consistency
     models' multistep sampling, arXiv 2303.01469, algorithm 1; DMD2, arXiv 2405.14867, section 4.4).
 
@@ -68,13 +114,8 @@ class FewStepGenerator(nn.Module):
         self.denoiser = denoiser
         self.levels = tuple(float(level) for level in levels)
 
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.denoiser.sample_shape
-
-    @property
-    def num_classes(self) -> int | None:
-        return self.denoiser.num_classes
+    def noise_shape(self, steps: int | None = None) -> tuple[int, ...]:
+        return (steps or len(self.levels), *self.sample_shape)
 
     def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
         """Standard normal noise [B, k, C, H, W] -> x0 [B, C, H, W] after the first k steps, k from 1 to all of them.
@@ -98,27 +139,6 @@ class FewStepGenerator(nn.Module):
         return x0
 
 
-Generator = OneStepGenerator | FewStepGenerator
-
-
-def student_generator(denoiser: Denoiser, levels: Sequence[float]) -> Generator:
-    """The generator that takes one step for each level."""
+def student_generator(denoiser: Denoiser, levels: Sequence[float]) -> OneStepGenerator | FewStepGenerator:
+    """The student that takes one step for each level."""
     return OneStepGenerator(denoiser, levels[0]) if len(levels) == 1 else FewStepGenerator(denoiser, levels)
-
-
-class Levelled(Protocol):
-    """What takes one noise of `sample_shape` for each of its `levels`."""
-
-    @property
-    def levels(self) -> tuple[float, ...]:
-        """Where noise is put in."""
-
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of one sample."""
-
-
-def noise_shape(generator: Levelled) -> tuple[int, ...]:
-    """Shape of the noise of one sample: (C, H, W), or (steps, C, H, W) for more than one step."""
-    steps = len(generator.levels)
-    return generator.sample_shape if steps == 1 else (steps, *generator.sample_shape)

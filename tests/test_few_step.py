@@ -15,7 +15,7 @@ from fdistill import distill, generate, load_student
 from fdistill.adapters.parametrisation import DirectPrediction, EDMPreconditioning
 from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.base.errors import ArgumentError
-from fdistill.generator import FewStepGenerator, noise_shape, student_generator
+from fdistill.generator import FewStepGenerator, student_generator
 from fdistill.noise import EDMSchedule, FlowSchedule
 from support.denoisers import tiny_unet
 
@@ -33,8 +33,8 @@ def test_each_step_denoises_the_noised_result_of_the_one_before() -> None:
     torch.testing.assert_close(student(noise[:, :1], labels), first)
     second = network(first + 0.5 * noise[:, 1], torch.full((3,), 0.5), labels)
     torch.testing.assert_close(student(noise, labels), second)
-    assert noise_shape(student) == (2, 1, 8, 8)
-    assert noise_shape(student_generator(network, [2.5])) == (1, 8, 8)
+    assert student.noise_shape() == (2, 1, 8, 8)
+    assert student_generator(network, [2.5]).noise_shape() == (1, 8, 8)
 
 
 def test_signal_is_scaled_where_the_schedule_scales_it() -> None:

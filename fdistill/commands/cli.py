@@ -90,16 +90,16 @@ def distill(
 
         config = load_config(name, overrides)
 
-    from fdistill.training import loop
-
     if dry_run:
-        loop.check_output(output, config, resume)
         from fdistill.commands.dry_run import describe
+        from fdistill.training.run_folder import check_output
 
+        check_output(output, config, resume)
         typer.echo(describe(config))
         return
-    student = loop.distill(config, output=output, resume=resume)
-    typer.echo(f"student: {student}")
+    from fdistill.training.loop import distill as run
+
+    typer.echo(f"student: {run(config, output=output, resume=resume)}")
 
 
 @app.command()

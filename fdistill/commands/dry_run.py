@@ -7,7 +7,6 @@ from fdistill.config.reading import dump_config
 from fdistill.config.schema import DistillConfig
 from fdistill.methods import METHODS
 from fdistill.students.lora import has_adapters
-from fdistill.students.tiue import TiUEGenerator
 from fdistill.training.build import Distillation, build
 from fdistill.training.inputs import TrainingData, stored_data
 from fdistill.training.loop import open_watch
@@ -26,10 +25,6 @@ def describe(config: DistillConfig) -> str:
     millions = {
         name: sum(p.numel() for p in run.role(name).parameters() if p.requires_grad) / 1e6 for name in run.optimizers
     }
-    levels = run.student.levels
-    evaluations = "one evaluation from level" if len(levels) == 1 else f"{len(levels)} evaluations at levels"
-    if isinstance(run.student, TiUEGenerator):
-        levels, evaluations = run.student.decoder_levels, "one encoder, decoders at levels"
     discriminator = "none"
     if run.networks.discriminator is not None:
         on = f"{config.discriminator.source} features {', '.join(config.discriminator.features)}"
@@ -40,7 +35,7 @@ def describe(config: DistillConfig) -> str:
         f"samples {run.networks.teacher.sample_shape}, {run.networks.teacher.num_classes or 'no'} classes",
         f"guidance       {config.guidance_scale:g}",
         *([] if run.text is None else [_prompts(run, config)]),
-        f"student        {evaluations} {', '.join(f'{level:g}' for level in levels)}{_start(run, config)}",
+        f"student        {run.student.describe()}{_start(run, config)}",
         f"divergence     {(config.divergence and run.divergence.name) or 'the method has its own'}",
         f"discriminator  {discriminator}",
         "trained        " + ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),

@@ -15,8 +15,8 @@ from fdistill.base.state_dicts import load_exactly
 from fdistill.ema_profiles import gamma_from_sigma_rel, posthoc_weights, profile_name
 from fdistill.generation.generate import open_source, told_of
 from fdistill.generation.network_maker import Source
+from fdistill.generator import Student
 from fdistill.students.folder import STUDENT_FILE, save_student, student_folder
-from fdistill.students.tiue import Student
 from fdistill.training.snapshots import Snapshot, combine, find_snapshots
 
 _SAMPLES = 20  # in the model card's picture

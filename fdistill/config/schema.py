@@ -1,7 +1,4 @@
-"""The typed description of a distillation: defaults < YAML file < key=value overrides. Imports no torch.
-
-YAML is read by the 1.2 rules, so `1e-5` is a number and `no` is a word.
-"""
+"""The typed description of a distillation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from fdistill.base.errors import did_you_mean
+from fdistill.config import combinations
 from fdistill.config.sections import (
     CLIPLossConfig,
     Count,
@@ -34,7 +32,7 @@ from fdistill.config.sections import (
     StudentConfig,
     TeacherSamplesConfig,
 )
-from fdistill.methods import METHODS, check_combination
+from fdistill.methods import METHODS
 
 
 class DistillConfig(Section):
@@ -118,11 +116,23 @@ class DistillConfig(Section):
         merged = _merge({"divergence": METHODS[name].divergence, **METHODS[name].settings}, values)
         if merged["divergence"] is None:
             merged["divergence"] = METHODS[name].divergence
+        objective = merged.get("objective", {})
+        if isinstance(objective, BaseModel):
+            objective = objective.model_dump()
+        if isinstance(objective, Mapping):
+            merged["objective"] = combinations.objective_settings(name, objective)
         return merged
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> DistillConfig:
-        check_combination(self)
+        name, student = self.method, self.student
+        combinations.check_objective(name, self.divergence, self.generator, self.regression)
+        combinations.check_discriminator(name, self.data, self.generator, self.discriminator)
+        combinations.check_scores(name, self.condition_dropout, self.fake_score)
+        combinations.check_precision(self.precision, self.frozen_precision)
+        combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
+        if isinstance(self.student_level, list) and student.generator == "denoiser":
+            combinations.check_levels(name, self.student_level)
         return self
 
     @field_validator("student_level", mode="before")

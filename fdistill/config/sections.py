@@ -100,11 +100,9 @@ class StudentConfig(LoRAConfig):
 
 
 class ObjectiveConfig(Section):
-    """What only some methods have: SiD's alpha, SIM's pseudo-Huber constant, Uni-Instruct's biased variant."""
+    """Settings of one objective alone, under the names in its method's row (`methods.Method.options`)."""
 
-    alpha: Annotated[float, Field(allow_inf_nan=False)] | None = None
-    huber_c: Positive | None = None
-    detach_weight: bool = False
+    model_config = ConfigDict(extra="allow")
 
 
 class RegressionConfig(Section):

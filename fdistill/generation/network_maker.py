@@ -14,7 +14,7 @@ from fdistill.base.rng import indexed_normal
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.generation.maker import Evaluations, Told, finite_uint8
-from fdistill.generator import Generator, noise_shape
+from fdistill.generator import Student
 from fdistill.sampler import heun_sample
 from fdistill.students.tiue import TiUEGenerator
 from fdistill.teachers.autoencoder import LatentSpace
@@ -33,7 +33,7 @@ class Source:
     """
 
     name: str
-    model: Generator | TiUEGenerator | Denoiser
+    model: Student | Denoiser
     num_steps: int | None
     weights_sha256: str
     latents: LatentSpace | None = None
@@ -104,7 +104,7 @@ class Source:
             noise = indexed_normal(seed, indices, self.model.sample_shape).to(device)
             x0 = heun_sample(self.model, noise, condition, self.num_steps)
         else:
-            noise = indexed_normal(seed, indices, noise_shape(self.model)).to(device)
+            noise = indexed_normal(seed, indices, self.model.noise_shape()).to(device)
             x0 = self.model(noise, condition)
         return finite_uint8(x0 if self.latents is None else self.latents.decode(x0), indices, self.name)
 

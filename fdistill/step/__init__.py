@@ -8,9 +8,10 @@ from fdistill.step.critic import critic_step
 from fdistill.step.diffratio import diffratio_step, ratio_critic_step
 from fdistill.step.implicit import sid_step, sim_step, uni_instruct_step
 from fdistill.step.matching import Pairs, generator_step
-from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen
+from fdistill.step.roles import ROLES, LevelDraw, Networks, PerSample, StepResult, frozen
 
 __all__ = [
+    "ROLES",
     "LevelDraw",
     "Networks",
     "Pairs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +16,14 @@ from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, Function, get_divergence
-from fdistill.generator import FewStepGenerator
+from fdistill.generator import Student
 from fdistill.kernels import renoise as kernels
 from fdistill.noise import NoiseSchedule
 from fdistill.prediction import Preconditioning
 from fdistill.ratio import DensityRatio
-from fdistill.students.tiue import TiUEGenerator
+
+#: The roles that are trained: attributes of `Networks`, sections of a config, and the first part of what steps log.
+ROLES = ("generator", "fake_score", "discriminator")
 
 LevelDraw = Callable[[NoiseSchedule, Tensor], Tensor]
 
@@ -31,8 +33,8 @@ class Networks:
     """The roles of a distillation.
 
     Attributes:
-        generator: (noise, condition) -> x0, with a `sample_shape` (C, H, W): a `OneStepGenerator`, a
-            `FewStepGenerator`, or any differentiable module, such as an image or a field seen under random views.
+        generator: (noise, condition) -> x0, with a `sample_shape` (C, H, W): a `Student`, or any other differentiable
+            module, such as an image or a field seen under random views.
         discriminator: None for methods that have none.
         tapped: the network that the discriminator reads: `fake_score` or `teacher`; None without one.
         compared: the fake score as the student's update sees it, where it is guided there; None is `fake_score`.
@@ -68,10 +70,9 @@ class Networks:
     def draw_samples(
         self, generator: torch.Generator, batch: int, condition: Condition | None, student_steps: int | None
     ) -> Tensor:
-        """[batch, C, H, W] student samples; of a `FewStepGenerator` after `student_steps` steps, all by default."""
-        shape: tuple[int, ...] = self.generator.sample_shape  # type: ignore[assignment]
-        if isinstance(self.generator, FewStepGenerator):
-            shape = (student_steps or len(self.generator.levels), *shape)
+        """Student samples [batch, C, H, W]; a student of a few steps takes `student_steps` of them, all by default."""
+        student: Any = self.generator
+        shape = student.noise_shape(student_steps) if isinstance(student, Student) else student.sample_shape
         noise = rng.normal(generator, batch, shape)
         x0: Tensor = self.generator(noise, condition)
         return x0
@@ -79,10 +80,16 @@ class Networks:
     def draw_samples_with_noise(
         self, generator: torch.Generator, batch: int, condition: Condition | None
     ) -> tuple[Tensor, Tensor]:
-        """Samples of a `TiUEGenerator` [batch, C, H, W], and the noise [batch, K, C, H, W] its decoders predicted."""
-        assert isinstance(self.generator, TiUEGenerator)
-        noise = rng.normal(generator, batch, self.generator.sample_shape)
-        x0, predicted = self.generator.sample_with_predictions(noise, condition)
+        """Samples [batch, C, H, W] and the noise [batch, K, C, H, W] that was predicted on the way, of a generator with
+        `sample_with_predictions`; ArgumentError for others.
+        """
+        student: Any = self.generator
+        if not hasattr(student, "sample_with_predictions"):
+            raise ArgumentError(
+                f"noise_kl_weight: {type(student).__name__} predicts no noise on its way; expected 0, or a generator "
+                "with sample_with_predictions, such as TiUEGenerator"
+            )
+        x0, predicted = student.sample_with_predictions(rng.normal(generator, batch, student.sample_shape), condition)
         return x0, predicted
 
 

@@ -7,29 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL.Image import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fdistill.adapters import FAMILIES, set_null_class
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
-from fdistill.adapters.parametrisation import load_scheduler, read_scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import atomic_folder, read_json_object
 from fdistill.base.state_dicts import load_exactly, unshared
 from fdistill.denoiser import Denoiser
 from fdistill.formats.lora_file import LORA_FILE, save_lora
-from fdistill.generator import student_generator
+from fdistill.generator import Student
+from fdistill.students.kinds import kind_in, kind_of
 from fdistill.students.lora import has_adapters, merged
 from fdistill.students.model_card import OWN_USAGE, model_card, usage
-from fdistill.students.one_step_pipeline import OneStepPipeline
-from fdistill.students.text_to_image import save_text_pipeline
-from fdistill.students.tiue import Student, TiUEGenerator
-from fdistill.students.tiue_pipeline import tiue_pipeline
 from fdistill.teachers.autoencoder import LatentSpace
-from fdistill.teachers.text_encoders import text_components
 
 STUDENT_FILE = "fdistill_student.json"
 _OWN_NETWORK = "network.safetensors"
@@ -60,9 +54,7 @@ def save_student(
     """
     denoiser = generator.denoiser
     with atomic_folder(folder) as temporary:
-        facts: dict[str, Any] = {"levels": list(generator.levels), "null_class": denoiser.null_class, **card}
-        if isinstance(generator, TiUEGenerator):
-            facts["decoder_levels"] = list(generator.decoder_levels)
+        facts: dict[str, Any] = {**generator.settings(), "null_class": denoiser.null_class, **card}
         if isinstance(denoiser, TextDenoiser):
             facts["size"] = denoiser.sample_shape[-1]
         if has_adapters(denoiser):
@@ -76,48 +68,13 @@ def save_student(
             facts["network"] = origin.name
             how = OWN_USAGE.format(name=origin.name)
         else:
-            name, call = _save_pipeline(temporary, generator, denoiser, origin, latents)
+            name, call = kind_of(generator).save_pipeline(temporary, generator, denoiser, origin, latents)
             facts |= {"pipeline": name, "call": call}
             how = usage(generator, name, call)
         (temporary / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         (temporary / "README.md").write_text(model_card(generator, how, card, config), encoding="utf-8")
         (temporary / "training_config.yaml").write_text(config, encoding="utf-8")
         samples.save(temporary / "samples.png")
-
-
-def _save_pipeline(
-    folder: Path, generator: Student, denoiser: Any, origin: Checkpoint, latents: LatentSpace | None
-) -> tuple[str, dict[str, Any]]:
-    """Fills a folder; the pipeline's class, and the arguments it has to be called with.
-
-    Args:
-        denoiser: the generator's, without adapters.
-    """
-    assert origin.folder is not None
-    vae = latents.vae if latents is not None else None
-    scheduler = load_scheduler(read_scheduler_config(origin.folder))
-    if isinstance(generator, TiUEGenerator):
-        # Prepared on the CPU: the copy has the weights of `denoiser`.
-        copied = TiUEGenerator(denoiser, generator.decoder_levels)
-        assert scheduler is not None
-        pipeline: DiffusionPipeline = tiue_pipeline(copied, scheduler, vae, text_components(origin))
-        call: dict[str, Any] = {"num_inference_steps": 1, "guidance_scale": 0.0}
-    elif isinstance(denoiser, TextDenoiser):
-        assert latents is not None
-        return save_text_pipeline(denoiser, generator.levels, origin.folder, folder, latents)
-    else:
-        family = FAMILIES[type(denoiser.network).__name__]
-        native = family.native_pipeline(denoiser, generator.levels, origin.index, vae)
-        if native is not None:
-            pipeline, call = native
-        else:
-            student: dict[str, Any] = {"levels": list(generator.levels), "null_class": denoiser.null_class}
-            if denoiser.latent_scaling is not None:
-                scale, bias = denoiser.latent_scaling
-                student |= {"latent_scale": list(scale), "latent_bias": list(bias)}
-            pipeline, call = OneStepPipeline(denoiser.network, scheduler, vae, student), {}
-    pipeline.save_pretrained(folder)
-    return type(pipeline).__name__, call
 
 
 def find_student(path: str | Path) -> Path | None:
@@ -156,7 +113,7 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
     folder = student_folder(path)
     try:
         facts = read_json_object(folder / STUDENT_FILE)
-        levels = [float(level) for level in facts["levels"]]
+        levels = kind_in(facts).levels_in(facts)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder / STUDENT_FILE}: cannot be read ({error!r})") from error
     if "network" in facts:
@@ -168,11 +125,7 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
     set_null_class(denoiser, facts.get("null_class"))
     if isinstance(denoiser, TextDenoiser):
         denoiser.resize(int(facts["size"]))
-    generator: Student
-    if "decoder_levels" in facts:
-        generator = TiUEGenerator(denoiser, [float(level) for level in facts["decoder_levels"]])
-    else:
-        generator = student_generator(denoiser, levels)
+    generator = kind_in(facts).make(denoiser, levels)
     return generator.eval().requires_grad_(False).to(device)
 
 

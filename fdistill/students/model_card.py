@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fdistill.students.tiue import Student, TiUEGenerator
+from fdistill.generator import Student
 
 OWN_USAGE = """```python
 from fdistill import load_student
@@ -43,9 +43,7 @@ def _rows(values: dict[str, Any]) -> str:
 def model_card(generator: Student, usage: str, card: dict[str, Any], config: str) -> str:
     rows = _rows({key: value for key, value in card.items() if key != "metrics"})
     metrics = {key: value for key, value in card.get("metrics", {}).items() if isinstance(value, (int, float))}
-    steps, levels = len(generator.levels), generator.levels
-    if isinstance(generator, TiUEGenerator):
-        levels = generator.decoder_levels
+    steps = len(generator.levels)
     return f"""---
 library_name: diffusers
 tags: [one-step, distillation, fdistill]
@@ -61,7 +59,7 @@ these arguments: its own defaults may be many steps, or guided.
 
 | | |
 |---|---|
-| noise level of each step | {", ".join(f"{level:g}" for level in levels)} |
+| noise level of each step | {", ".join(f"{level:g}" for level in generator.network_levels)} |
 {rows}
 
 ## Training

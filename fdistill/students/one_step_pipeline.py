@@ -16,7 +16,7 @@ from fdistill.adapters import set_null_class, wrap
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.base.errors import ArgumentError
 from fdistill.denoiser import LatentScaling
-from fdistill.generator import Generator, noise_shape, student_generator
+from fdistill.generator import Student, student_generator
 
 
 class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -46,7 +46,7 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.register_modules(network=network, scheduler=scheduler, vae=vae)
         self.register_to_config(student=dict(student or {}))
 
-    def _generator(self) -> Generator:
+    def _generator(self) -> Student:
         denoiser = wrap(self.network, None if self.scheduler is None else scheduler_config(self.scheduler))
         settings = self.config.student
         set_null_class(denoiser, settings.get("null_class"))
@@ -86,7 +86,7 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
                 )
         elif class_labels is not None:
             raise ArgumentError("class_labels: this student is unconditional; expected None")
-        noise = randn_tensor((batch_size, *noise_shape(student)), generator=generator, device=device)
+        noise = randn_tensor((batch_size, *student.noise_shape()), generator=generator, device=device)
         samples = student(noise, labels)
         return pipeline_output(self, samples, output_type, return_dict)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition, TextCondition, as_labels
 from fdistill.denoiser import Denoiser
-from fdistill.generator import Generator
+from fdistill.generator import Student
 from fdistill.kernels.checks import wide
 from fdistill.kernels.layout import expand
 from fdistill.noise import NoiseSchedule, VPSchedule
@@ -36,7 +36,7 @@ def leading_levels(schedule: NoiseSchedule, count: int = 4) -> tuple[float, ...]
     return tuple(float(k * spacing + 1) for k in reversed(range(count)))
 
 
-class TiUEGenerator(nn.Module):
+class TiUEGenerator(Student):
     """A UNet whose encoder and middle run at the first of K levels, and whose decoder runs at all of them: no
     prediction is fed back, so the K decoders are one batch.
 
@@ -69,12 +69,14 @@ class TiUEGenerator(nn.Module):
         self._rows = composition(denoiser, self.decoder_levels).tolist()
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return self.denoiser.sample_shape
+    def network_levels(self) -> tuple[float, ...]:
+        return self.decoder_levels
 
-    @property
-    def num_classes(self) -> int | None:
-        return self.denoiser.num_classes
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "decoder_levels": list(self.decoder_levels)}
+
+    def describe(self) -> str:
+        return f"one encoder, decoders at levels {', '.join(f'{level:g}' for level in self.decoder_levels)}"
 
     def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
         """Standard normal noise [B, C, H, W], labels [B], prompts or None -> x0 [B, C, H, W], at least float32."""
@@ -109,10 +111,6 @@ class TiUEGenerator(nn.Module):
         copied = decode(unet, copies, embedding, text, timestep)
         outputs: Tensor = copied.unflatten(0, (count, batch)).transpose(0, 1)
         return outputs
-
-
-#: Every generator that a run trains.
-Student = Generator | TiUEGenerator
 
 
 def composition(denoiser: Denoiser, levels: Sequence[float]) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +19,23 @@ from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, No
 from fdistill.base.state_dicts import load_exactly, take
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
-from fdistill.config.sections import LoRAConfig, OptimizerConfig
+from fdistill.config.sections import LoRAConfig
 from fdistill.data.embeddings import Captions
 from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
-from fdistill.divergence import Divergence, get_divergence
+from fdistill.divergence import Divergence
 from fdistill.ema import EMA, trained_state
-from fdistill.generator import student_generator
+from fdistill.generator import Student
 from fdistill.guidance import GuidedDenoiser
-from fdistill.kernels.checks import check_positive
 from fdistill.methods import METHODS
-from fdistill.noise import noise_to_signal_range
+from fdistill.noise import NoiseSchedule, noise_to_signal_range
 from fdistill.ratio import DensityRatio
-from fdistill.step import (
-    Networks,
-)
+from fdistill.step import ROLES, Networks
+from fdistill.students.kinds import KINDS
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
-from fdistill.students.text_to_image import check_exportable
-from fdistill.students.tiue import Student, TiUEGenerator, leading_levels
 from fdistill.teachers.autoencoder import LatentSpace
-from fdistill.teachers.teacher import open_teacher
+from fdistill.teachers.teacher import Teacher, open_teacher
+from fdistill.training import checks
 from fdistill.training.activation_checkpointing import checkpoint_activations
 from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fdistill.training.prompts import latents_folder, open_run_text
@@ -123,16 +120,31 @@ class Distillation:
         self.ratio.bins = tensors["ratio.bins"].to(self.ratio.bins.device)
 
 
-def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
-    """Takes the gradient from the parameters that the named features do not depend on: those of the decoder."""
-    device = next(denoiser.parameters()).device
-    t = torch.full((1,), denoiser.schedule.t_min, device=device)
-    condition = denoiser.example_condition(1, device)
-    tapped = denoiser.features(torch.zeros(1, *denoiser.sample_shape, device=device), t, condition, features)
-    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    reached = torch.autograd.grad([value.sum() for value in tapped.values()], trainable, allow_unused=True)
-    for parameter, gradient in zip(trainable, reached, strict=True):
-        parameter.requires_grad_(gradient is not None)
+@dataclass(frozen=True)
+class _Loaded:
+    """What is read before networks are put together.
+
+    Attributes:
+        latents_folder: cached latents that the run reads, if it does.
+        text: the prompts of a text-to-image teacher, encoded.
+    """
+
+    teacher: Teacher
+    latents_folder: Path | None
+    text: Captions | None
+
+    def null(self, device: torch.device) -> TextCondition | None:
+        """The prompt that guidance leads away from; None for a teacher without prompts."""
+        return None if self.text is None else self.text.embeddings.null.to(device)
+
+
+class _Trained(NamedTuple):
+    """Networks that are trained, and where the student's comes from."""
+
+    student: Denoiser
+    fake_score: Denoiser
+    origin: Checkpoint
+    resized: Resized | None
 
 
 def build(config: DistillConfig, device: torch.device) -> Distillation:
@@ -143,32 +155,17 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         ConfigError: settings that do not fit one another or the teacher.
         CheckpointError: the teacher, or what the student starts from, cannot be read.
     """
+    divergence = checks.read_divergence(config)
+    loaded = _load(config, device)
+    torch.manual_seed(config.seed)
     try:
-        divergence = get_divergence(config.divergence or "reverse-kl")
+        return _assemble(config, device, divergence, loaded)
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
-    adversarial = config.discriminator.gan_weight > 0
-    if not adversarial:
-        if divergence.needs_ratio:
-            raise ConfigError(
-                f"config: divergence {divergence.name!r} weights by a density ratio that only a trained discriminator "
-                "knows; expected discriminator.gan_weight > 0, or divergence=reverse-kl"
-            )
-        if config.generator.gan_weight > 0:
-            raise ConfigError(
-                "config: generator.gan_weight follows a discriminator that discriminator.gan_weight=0 leaves "
-                "untrained; expected generator.gan_weight=0 as well"
-            )
-        if METHODS[config.method].objective == "diffratio":
-            raise ConfigError(
-                "config: method=diffratio has nothing but its classifier; expected discriminator.gan_weight > 0"
-            )
-    elif config.data is None:
-        raise ConfigError(
-            f"data: got null, but method={config.method} shows real images to a discriminator; expected a data set, or "
-            "teacher-samples"
-        )
-    opened = open_teacher(
+
+
+def _load(config: DistillConfig, device: torch.device) -> _Loaded:
+    teacher = open_teacher(
         config.teacher,
         base=config.teacher_base,
         lora=config.teacher_lora,
@@ -177,92 +174,89 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         vae=config.vae,
         resolution=config.resolution,
     )
-    checkpoint, unguided, latents = opened.checkpoint, opened.denoiser, opened.latents
-    stored = latents_folder(config, opened, device)
-    text = open_run_text(config, opened, stored, device)
-    null = None if text is None else text.embeddings.null.to(device)
+    stored = latents_folder(config, teacher, device)
+    return _Loaded(teacher, stored, open_run_text(config, teacher, stored, device))
 
-    torch.manual_seed(config.seed)
-    try:
-        told = unguided.embedded_guidance is not None
-        _check_guidance(config, told)
-        if told:
-            unguided.embedded_guidance = config.guidance_scale
-        # Copies whose weights are trained are made before the frozen ones lose precision.
-        copies = {
-            role: None if section.lora_rank else copy.deepcopy(unguided)
-            for role, section in ((STUDENT, config.student), (FAKE, config.fake_score))
-        }
-        origin, student, changed = _student_network(config, checkpoint, unguided, copies[STUDENT])
-        if config.frozen_precision == "bf16":
-            unguided.to(torch.bfloat16)
-        unguided.to(device)
-        fake_score = copies[FAKE] or _adapted(unguided, config.fake_score, FAKE, "fake_score")
-        student = student or _adapted(unguided, config.student, STUDENT, "student")
-        for trained, lora_rank in ((student, config.student.lora_rank), (fake_score, config.fake_score.lora_rank)):
-            trained.to(device).train()
-            if not lora_rank:
-                trained.requires_grad_(True)
-        if config.gradient_checkpointing:
-            for denoiser in (unguided, student, fake_score):
-                checkpoint_activations(denoiser)
-        teacher = _guided(unguided, 1.0 if told else config.guidance_scale, null, config.guidance_rescale)
-        compared = _guided(fake_score, config.fake_score.guidance_scale, null, config.guidance_rescale)
-        learning = _guided(fake_score, config.fake_score.training_guidance_scale, null, config.guidance_rescale)
-        generator = _generator(config, student)
-        tapped = fake_score if config.discriminator.source == "fake" else teacher
-        discriminator: Discriminator | ChannelMean | None = None
-        if adversarial:
-            head = Discriminator if config.discriminator.head == "convolutional" else ChannelMean
-            discriminator = head(tapped, config.discriminator.features).to(device)
-        if METHODS[config.method].objective == "diffratio":
-            with autocast(device, config.precision):
-                _freeze_beyond(fake_score, config.discriminator.features)
-        low, high = (teacher.schedule.t_min, teacher.schedule.t_max)
-        check_positive("sigma(t_min) of the teacher's schedule", teacher.schedule.sigma(torch.tensor(low)))
-        if config.ratio.bin_edges == "log-sigma":
-            low, high = noise_to_signal_range(teacher.schedule)
-        ratio = DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)
-    except ArgumentError as error:
-        raise ConfigError(f"config: {error}") from error
-    if config.condition_dropout and text is None and unguided.null_class is None:
-        raise ConfigError(
-            f"condition_dropout: got {config.condition_dropout}, but the teacher knows nothing that stands for no "
-            "condition; expected 0, or null_class set to the teacher's label for it"
-        )
-    _check_weights(config, divergence)
-    networks = Networks(
-        teacher,
-        fake_score,
-        generator,
-        discriminator,
-        tapped=tapped if discriminator is not None else None,
-        compared=compared if compared is not fake_score else None,
-        learning=learning if learning is not fake_score else None,
-    )
-    optimizers = {
-        name: _optimizer(module, getattr(config, name))
-        for name, module in (("generator", generator), ("fake_score", fake_score), ("discriminator", discriminator))
-        if module is not None and any(parameter.requires_grad for parameter in module.parameters())
-    }
+
+def _assemble(config: DistillConfig, device: torch.device, divergence: Divergence, loaded: _Loaded) -> Distillation:
+    denoiser, latents, text = loaded.teacher.denoiser, loaded.teacher.latents, loaded.text
+    checks.check_teacher(config, denoiser)
+    null = loaded.null(device)
+    if denoiser.embedded_guidance is not None:
+        denoiser.embedded_guidance = config.guidance_scale
+    trained = _trained_networks(config, loaded.teacher, device)
+    student = KINDS[config.student.generator].make(trained.student, config.student_levels)
+    networks = _networks(config, denoiser, trained.fake_score, student, null)
+    if networks.discriminator is not None:
+        networks.discriminator.to(device)
+    if not METHODS[config.method].scores:
+        with autocast(device, config.precision):
+            _freeze_beyond(trained.fake_score, config.discriminator.features)
+    ratio = _density_ratio(config, denoiser.schedule)
     return Distillation(
-        checkpoint=checkpoint,
-        origin=origin,
-        resized=changed,
+        checkpoint=loaded.teacher.checkpoint,
+        origin=trained.origin,
+        resized=trained.resized,
         latents=latents,
-        latents_folder=stored,
+        latents_folder=loaded.latents_folder,
         text=text,
-        none=unguided.null_class if text is None else null,
+        none=denoiser.null_class if text is None else null,
         clip=_clip_hinge(config, latents, text, device),
         divergence=divergence,
         networks=networks,
-        student=generator,
-        optimizers=optimizers,
-        ema=EMA(generator, config.ema.decays, config.ema.sigma_rel),
+        student=student,
+        optimizers=_optimizers(config, networks),
+        ema=EMA(student, config.ema.decays, config.ema.sigma_rel),
         ratio=ratio,
         critic_update=critic_update(config, networks),
         student_update=student_update(config, networks, divergence, ratio),
     )
+
+
+def _trained_networks(config: DistillConfig, teacher: Teacher, device: torch.device) -> _Trained:
+    """The student's network and the fake score on the device: copies of the teacher's, adapters on it, or others."""
+    frozen = teacher.denoiser
+    # Copies whose weights are trained are made before the frozen ones lose precision.
+    copies = {
+        role: None if section.lora_rank else copy.deepcopy(frozen)
+        for role, section in ((STUDENT, config.student), (FAKE, config.fake_score))
+    }
+    origin, student, changed = _student_network(config, teacher, copies[STUDENT])
+    if config.frozen_precision == "bf16":
+        frozen.to(torch.bfloat16)
+    frozen.to(device)
+    fake_score = copies[FAKE] or _adapted(frozen, config.fake_score, FAKE, "fake_score")
+    student = student or _adapted(frozen, config.student, STUDENT, "student")
+    for trained, lora_rank in ((student, config.student.lora_rank), (fake_score, config.fake_score.lora_rank)):
+        trained.to(device).train()
+        if not lora_rank:
+            trained.requires_grad_(True)
+    if config.gradient_checkpointing:
+        for denoiser in (frozen, student, fake_score):
+            checkpoint_activations(denoiser)
+    return _Trained(student, fake_score, origin, changed)
+
+
+def _student_network(
+    config: DistillConfig, teacher: Teacher, own: Denoiser | None
+) -> tuple[Checkpoint, Denoiser | None, Resized | None]:
+    """Where the student's network comes from, the network (None where it is adapters on the teacher's), and what became
+    of its weights if it was changed.
+    """
+    origin, start = teacher.checkpoint, own
+    if config.student.checkpoint is not None:
+        origin = resolve_checkpoint(config.student.checkpoint)
+        start = load_denoiser(origin, null_class=config.null_class)
+        if isinstance(start, TextDenoiser):
+            start.resize(teacher.denoiser.sample_shape[-1])
+        if start.embedded_guidance is not None:
+            start.embedded_guidance = config.guidance_scale
+        checks.check_alike(origin.name, start, teacher.denoiser)
+        start.latent_scaling = teacher.denoiser.latent_scaling
+    if config.student.network:
+        changed = resized(start or teacher.denoiser, config.student.network)
+        return origin, changed.denoiser, changed
+    return origin, start, None
 
 
 def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) -> Denoiser:
@@ -276,32 +270,53 @@ def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) 
     )
 
 
-def _guided(denoiser: Denoiser, scale: float, null: TextCondition | None, rescale: float) -> Denoiser:
-    return denoiser if scale == 1 else GuidedDenoiser(denoiser, scale, null=null, rescale=rescale)
+def _networks(
+    config: DistillConfig, frozen: Denoiser, fake_score: Denoiser, student: Student, null: TextCondition | None
+) -> Networks:
+    """The roles; guided where the config says so, with heads where somebody reads a discriminator."""
+
+    def guided(denoiser: Denoiser, scale: float) -> Denoiser:
+        if scale == 1:
+            return denoiser
+        return GuidedDenoiser(denoiser, scale, null=null, rescale=config.guidance_rescale)
+
+    teacher = guided(frozen, 1.0 if frozen.embedded_guidance is not None else config.guidance_scale)
+    compared = guided(fake_score, config.fake_score.guidance_scale)
+    learning = guided(fake_score, config.fake_score.training_guidance_scale)
+    discriminator: Discriminator | ChannelMean | None = None
+    tapped = fake_score if config.discriminator.source == "fake" else teacher
+    if config.discriminator.gan_weight > 0:
+        head = Discriminator if config.discriminator.head == "convolutional" else ChannelMean
+        discriminator = head(tapped, config.discriminator.features)
+    return Networks(
+        teacher,
+        fake_score,
+        student,
+        discriminator,
+        tapped=tapped if discriminator is not None else None,
+        compared=compared if compared is not fake_score else None,
+        learning=learning if learning is not fake_score else None,
+    )
 
 
-def _check_guidance(config: DistillConfig, told: bool) -> None:
-    """Raises ConfigError where a setting of guidance is one that nothing reads.
+def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
+    """Takes the gradient from the parameters that the named features do not depend on: those of the decoder."""
+    device = next(denoiser.parameters()).device
+    t = torch.full((1,), denoiser.schedule.t_min, device=device)
+    condition = denoiser.example_condition(1, device)
+    tapped = denoiser.features(torch.zeros(1, *denoiser.sample_shape, device=device), t, condition, features)
+    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    reached = torch.autograd.grad([value.sum() for value in tapped.values()], trainable, allow_unused=True)
+    for parameter, gradient in zip(trainable, reached, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
-    Args:
-        told: whether the network is told the scale, and its copies with it.
-    """
-    fake = config.fake_score
-    of_fake = {"guidance_scale": fake.guidance_scale, "training_guidance_scale": fake.training_guidance_scale}
-    if told:
-        for name, scale in of_fake.items():
-            if scale != 1:
-                raise ConfigError(
-                    f"fake_score.{name}: got {scale:g}, but this network is told guidance_scale, as the teacher is; "
-                    "expected 1"
-                )
-    if METHODS[config.method].objective == "diffratio" and set(of_fake.values()) != {1.0}:
-        raise ConfigError(f"fake_score.guidance_scale: method={config.method} evaluates no fake score; expected 1")
-    if (told or config.guidance_scale == 1) and set(of_fake.values()) == {1.0}:
-        unread = {"guidance_rescale": config.guidance_rescale, "negative_prompt": config.negative_prompt}
-        for name, value in unread.items():
-            if value:
-                raise ConfigError(f"{name}: got {value!r}, but nothing is guided; expected guidance_scale above 1")
+
+def _density_ratio(config: DistillConfig, schedule: NoiseSchedule) -> DensityRatio:
+    """With bins over the levels of the schedule, or over its noise-to-signal ratios."""
+    low, high = schedule.t_min, schedule.t_max
+    if config.ratio.bin_edges == "log-sigma":
+        low, high = noise_to_signal_range(schedule)
+    return DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)
 
 
 def _clip_hinge(
@@ -310,72 +325,30 @@ def _clip_hinge(
     loss = config.clip_loss
     if not loss.weight:
         return None
-    if text is None or loss.weights is None:
-        lacks = "the teacher is told no prompts" if text is None else "clip_loss.weights is null"
+    if text is None:
         raise ConfigError(
-            f"clip_loss.weight: got {loss.weight}, but {lacks}; expected 0, or a text-to-image teacher and a "
-            "safetensors file of the model's weights"
+            f"clip_loss.weight: got {loss.weight}, but the teacher takes no prompts; expected 0, or a text-to-image "
+            "teacher"
         )
+    assert loss.weights is not None
     from fdistill.training.clip_loss import ClipHinge, load_clip
 
     return ClipHinge(*load_clip(loss.model, loss.weights), latents, margin=loss.margin).to(device)
 
 
-def _generator(config: DistillConfig, student: Denoiser) -> Student:
-    if config.student.generator == "tiue":
-        return TiUEGenerator(student, config.student_levels or leading_levels(student.schedule))
-    levels = config.student_levels or (student.schedule.t_max,)
-    if isinstance(student, TextDenoiser):
-        check_exportable(student, levels)
-    return student_generator(student, levels)
-
-
-def _student_network(
-    config: DistillConfig, checkpoint: Checkpoint, teacher: Denoiser, own: Denoiser | None
-) -> tuple[Checkpoint, Denoiser | None, Resized | None]:
-    """Where the student's network comes from, the network (None where it is adapters on the teacher's), and what became
-    of its weights if it was changed.
-    """
-    origin, start = checkpoint, own
-    if config.student.checkpoint is not None:
-        origin = resolve_checkpoint(config.student.checkpoint)
-        start = load_denoiser(origin, null_class=config.null_class)
-        if isinstance(start, TextDenoiser):
-            start.resize(teacher.sample_shape[-1])
-        if start.embedded_guidance is not None:
-            start.embedded_guidance = config.guidance_scale
-        alike = (start.sample_shape, start.num_classes, (start.text_shapes or {}).keys())
-        if alike != (teacher.sample_shape, teacher.num_classes, (teacher.text_shapes or {}).keys()):
-            raise ConfigError(
-                f"student.checkpoint {origin.name!r}: makes samples {start.sample_shape} of {start.num_classes} "
-                f"classes, the teacher {teacher.sample_shape} of {teacher.num_classes}; expected the same of both, and "
-                "prompts for both or none"
+def _optimizers(config: DistillConfig, networks: Networks) -> dict[str, torch.optim.AdamW]:
+    """One for each role that has anything to train."""
+    found: dict[str, torch.optim.AdamW] = {}
+    for role in ROLES:
+        module, section = getattr(networks, role), getattr(config, role)
+        trained = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        if trained:
+            found[role] = torch.optim.AdamW(
+                trained,
+                lr=section.lr,
+                betas=(section.beta1, section.beta2),
+                eps=section.eps,
+                weight_decay=section.weight_decay,
+                fused=True,
             )
-        start.latent_scaling = teacher.latent_scaling
-    if config.student.network:
-        changed = resized(start or teacher, config.student.network)
-        return origin, changed.denoiser, changed
-    return origin, start, None
-
-
-def _check_weights(config: DistillConfig, divergence: Divergence) -> None:
-    """Raises ConfigError if h overflows, or vanishes everywhere, at a ratio that the clamp lets through."""
-    lower, upper = config.ratio.lower, config.ratio.upper
-    r = torch.tensor([lower / upper, upper / lower], dtype=torch.float64)  # after division by the bins' means
-    for at, h in zip(r.tolist(), divergence.weight(r).tolist(), strict=True):
-        if not 0 <= h < 1e300:
-            raise ConfigError(
-                f"divergence {divergence.name!r}: h({at:g}) is {h:g}, more than a float holds; expected ratio.lower "
-                "and ratio.upper closer together, or a divergence that grows less"
-            )
-
-
-def _optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        [parameter for parameter in module.parameters() if parameter.requires_grad],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    return found

@@ -23,8 +23,7 @@ from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatent
 from fdistill.data.source import ArraySource
 from fdistill.data.teacher_samples import TeacherSamples, teacher_samples
 from fdistill.denoiser import Denoiser
-from fdistill.methods import METHODS
-from fdistill.students.tiue import Student
+from fdistill.generator import Student
 from fdistill.training.build import Distillation
 
 Data = Source | ScaledLatents | FixedSamples
@@ -133,7 +132,7 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
             prompts = None if text is None else Captions(text.embeddings, text.index[rows % len(text.index)])
             source = FixedSamples(made.x0, made.labels, prompts)
     pairs = None
-    if METHODS[config.method].objective == "matching" and config.regression.weight:
+    if config.regression.weight:
         _check_same_start(run.networks.teacher, run.student)
         pairs = samples(config.regression.pairs, run.student.levels[0])
     return TrainingData(source, pairs)

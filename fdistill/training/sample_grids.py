@@ -11,7 +11,6 @@ from fdistill.base import rng
 from fdistill.base.images import save_grid, to_uint8
 from fdistill.condition import Condition
 from fdistill.config.schema import DistillConfig
-from fdistill.generator import noise_shape
 from fdistill.sampler import heun_sample
 from fdistill.training.build import Distillation
 
@@ -37,7 +36,7 @@ def grid_prompts(run: Distillation) -> list[str]:
 def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Condition | None]:
     teacher = run.networks.teacher
     count = _grid_count(run)
-    noise = rng.indexed_normal(config.seed, range(count), noise_shape(run.student)).to(device)
+    noise = rng.indexed_normal(config.seed, range(count), run.student.noise_shape()).to(device)
     if run.text is not None:
         return noise, run.text.rows(_grid_rows(run)).to(device)
     return noise, torch.arange(count, device=device) % teacher.num_classes if teacher.num_classes else None

@@ -25,7 +25,6 @@ from torch import Tensor
 from fdistill import OneStepPipeline, distill, generate, load_student, load_teacher
 from fdistill.adapters.checkpoint import find_network
 from fdistill.base.errors import ArgumentError, CheckpointError
-from fdistill.generator import noise_shape
 from fdistill.training import sample_grids
 from support.families import FAMILIES
 
@@ -70,7 +69,7 @@ def test_five_iterations_export_reload_sample(
     trained, images = drawn[-1]  # what the exported weights draw for the grid
 
     generator = load_student(student)
-    noise = torch.from_numpy(np.stack([_philox(i, noise_shape(generator)) for i in range(len(trained))]))
+    noise = torch.from_numpy(np.stack([_philox(i, generator.noise_shape()) for i in range(len(trained))]))
     labels = torch.arange(len(noise)) % generator.num_classes if generator.num_classes else None
     with torch.no_grad():
         torch.testing.assert_close(generator(noise, labels), trained, rtol=1e-5, atol=1e-5)

@@ -25,7 +25,6 @@ from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition, TextCondition
 from fdistill.denoiser import Denoiser, LatentScaling
-from fdistill.generator import noise_shape
 from fdistill.losses import noise_kl_loss
 from fdistill.noise import FlowSchedule
 from fdistill.students.lora import lora_copy
@@ -138,7 +137,7 @@ def test_encoder_and_decoder_at_one_level_are_the_label_networks_forward(name: s
 def test_parallel_decoders_are_the_sequential_ones(name: str, prediction_type: str) -> None:
     denoiser = family(name, prediction_type)
     generator = TiUEGenerator(denoiser, LEVELS)
-    assert noise_shape(generator) == denoiser.sample_shape
+    assert generator.noise_shape() == denoiser.sample_shape
     condition = a_condition(denoiser, 3)
     noise = torch.randn(3, *generator.sample_shape)
     with torch.no_grad():

@@ -1,0 +1,203 @@
+"""Whether settings go together, as far as their values alone tell. Imports no torch.
+
+What needs the teacher or a divergence's function to be known is decided in `training/checks.py`. Each function raises
+ValueError, whose text becomes one line of a ConfigError.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from fdistill.base.errors import did_you_mean
+from fdistill.config.sections import (
+    CLIPLossConfig,
+    DiscriminatorConfig,
+    FakeScoreConfig,
+    GeneratorConfig,
+    RegressionConfig,
+    StudentConfig,
+)
+from fdistill.methods import METHODS, methods_with
+
+
+def objective_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The method's own settings: its defaults, and over them what is given of `objective`. Settings of other methods
+    are left out where they are not set.
+    """
+    owners: dict[str, list[str]] = {}
+    for other, method in METHODS.items():
+        for key in method.options:
+            owners.setdefault(key, []).append(other)
+    own = METHODS[name].options
+    values = {key: option.default for key, option in own.items()}
+    for key, value in given.items():
+        if key not in owners:
+            raise ValueError(f"objective.{key}: no such setting; {did_you_mean(key, owners)}")
+        if key in own:
+            values[key] = _checked_option(name, key, value)
+        elif value != METHODS[owners[key][0]].options[key].unset:
+            raise ValueError(
+                f"objective.{key}: got {value!r}, which method={name} does not read; it is for {', '.join(owners[key])}"
+            )
+    return values
+
+
+def _checked_option(name: str, key: str, value: Any) -> Any:
+    option = METHODS[name].options[key]
+    if isinstance(option.default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"objective.{key}: got {value!r}; expected true or false")
+        return value
+    if value is None:
+        raise ValueError(f"objective.{key}: method={name} is nothing without it; expected a number, not None")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"objective.{key}: got {value!r}; expected a finite number")
+    if option.above is not None and value <= option.above:
+        raise ValueError(f"objective.{key}: got {value!r}; expected a number above {option.above:g}")
+    return float(value)
+
+
+def check_objective(
+    name: str, divergence: str | None, generator: GeneratorConfig, regression: RegressionConfig
+) -> None:
+    """What only some objectives read: a divergence, a weighting, pairs of the teacher."""
+    method = METHODS[name]
+    if not method.weighting and generator.weighting != "normalised":
+        raise ValueError(
+            f"generator.weighting: got {generator.weighting!r}, which method={name} does not read; it is for "
+            f"{', '.join(methods_with('weighting'))}"
+        )
+    if not method.pairs and regression.weight:
+        raise ValueError(
+            f"regression.weight: got {regression.weight!r}, which method={name} does not read; it is for "
+            f"{', '.join(methods_with('pairs'))}"
+        )
+    if method.pairs and not regression.weight:
+        raise ValueError(
+            f"regression.weight: method={name} is nothing without it; expected a number, not {regression.weight}"
+        )
+    if method.pairs and not regression.pairs:
+        raise ValueError(f"regression.pairs: method={name} regresses on teacher pairs; expected a number above 0")
+    if method.divergence is None and divergence is not None:
+        raise ValueError(
+            f"divergence: method={name} has no choice of it; expected null, or method="
+            f"{', '.join(methods_with('divergence'))}"
+        )
+    if generator.gan_gradient_ratio and not (method.extra_terms and generator.gan_weight):
+        raise ValueError(
+            f"generator.gan_gradient_ratio: got {generator.gan_gradient_ratio}, but method={name} with "
+            f"generator.gan_weight={generator.gan_weight} has no GAN term beside matching; expected 0"
+        )
+
+
+def check_discriminator(
+    name: str, data: str | None, generator: GeneratorConfig, discriminator: DiscriminatorConfig
+) -> None:
+    """Who may have a discriminator, what it reads, and whether somebody trains it."""
+    if METHODS[name].discriminator:
+        _check_trained(name, data, generator, discriminator)
+    else:
+        _check_absent(name, generator, discriminator)
+    if discriminator.head == "channel-mean" and discriminator.source != "fake":
+        raise ValueError("discriminator.source: the channel-mean head has no weights to train; expected fake")
+
+
+def _check_absent(name: str, generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> None:
+    for role, weight in (("generator", generator.gan_weight), ("discriminator", discriminator.gan_weight)):
+        if weight > 0:
+            adversarial = {"sid": "sida", "dmd": "dmd2"}.get(name, "f-distill")
+            raise ValueError(
+                f"{role}.gan_weight: got {weight}, but method={name} has no discriminator; expected 0, "
+                f"or method={adversarial}"
+            )
+    default = DiscriminatorConfig()
+    for setting in ("source", "features", "head", "gan_weighting", "r1_weight"):
+        value = getattr(discriminator, setting)
+        if value != getattr(default, setting):
+            raise ValueError(
+                f"discriminator.{setting}: got {value!r}, but method={name} has no discriminator; leave it out, "
+                f"or choose a method that has one: {', '.join(methods_with('discriminator'))}"
+            )
+
+
+def _check_trained(name: str, data: str | None, generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> None:
+    if not METHODS[name].scores:
+        if discriminator.source != "fake":
+            raise ValueError(f"discriminator.source: method={name} trains the network its heads read; expected fake")
+        if generator.weighting == "normalised" or generator.gan_weight:
+            raise ValueError(
+                f"generator: method={name} evaluates no teacher to normalise by, and its classifier is all it follows; "
+                "expected weighting=vsd or uniform, and gan_weight=0"
+            )
+        if not discriminator.gan_weight:
+            raise ValueError(f"method={name} has nothing but its classifier; expected discriminator.gan_weight > 0")
+    if generator.gan_weight > 0 and not discriminator.gan_weight:
+        raise ValueError(
+            "generator.gan_weight follows a discriminator that discriminator.gan_weight=0 leaves untrained; expected "
+            "generator.gan_weight=0 as well"
+        )
+    if discriminator.gan_weight and data is None:
+        raise ValueError(
+            f"data: got null, but method={name} shows real images to a discriminator; expected a data set, or "
+            "teacher-samples"
+        )
+
+
+def check_scores(name: str, condition_dropout: float, fake_score: FakeScoreConfig) -> None:
+    """What a method without score networks cannot do: learn a score without conditions, or guide one."""
+    if METHODS[name].scores:
+        return
+    if condition_dropout:
+        raise ValueError(f"condition_dropout: method={name} has no score that could learn it; expected 0")
+    if {fake_score.guidance_scale, fake_score.training_guidance_scale} != {1.0}:
+        raise ValueError(f"fake_score.guidance_scale: method={name} evaluates no fake score; expected 1")
+
+
+def check_precision(precision: str, frozen_precision: str) -> None:
+    """Weights that are held in bfloat16 are computed with in bfloat16."""
+    if frozen_precision == "bf16" and precision != "bf16":
+        raise ValueError(
+            "frozen_precision: bf16 weights are computed with in bf16; expected precision=bf16 as well, or fp32"
+        )
+
+
+def check_student(
+    name: str, student: StudentConfig, regression: RegressionConfig, clip_loss: CLIPLossConfig, snapshot_every: int
+) -> None:
+    """What a student can be made of, and which terms its loss can have."""
+    if student.lora_rank and (student.checkpoint or student.network):
+        raise ValueError(
+            f"student.lora_rank: got {student.lora_rank}, but adapters are on the teacher's own weights; expected 0, "
+            "or neither student.checkpoint nor student.network"
+        )
+    if student.lora_rank and snapshot_every:
+        raise ValueError("ema.snapshot_every: snapshots are of whole networks; expected 0 with student.lora_rank")
+    if student.noise_kl_weight and student.generator != "tiue":
+        raise ValueError("student.noise_kl_weight: is of the noise that tiue's decoders predict; expected 0")
+    for key, value in {
+        "student.noise_kl_weight": student.noise_kl_weight,
+        "clip_loss.weight": clip_loss.weight,
+    }.items():
+        if value and not METHODS[name].extra_terms:
+            raise ValueError(f"{key}: got {value}, which method={name} does not add; expected 0, or method=f-distill")
+    if clip_loss.weight and clip_loss.weights is None:
+        raise ValueError(
+            f"clip_loss.weight: got {clip_loss.weight}, but clip_loss.weights is null; expected 0, or a safetensors "
+            "file of the model's weights"
+        )
+    if student.generator == "tiue" and regression.weight:
+        raise ValueError("regression.weight: the teacher's pairs are of a student of one level; expected 0 with tiue")
+
+
+def check_levels(name: str, levels: Sequence[float]) -> None:
+    """A list of levels of a student that takes a step for each."""
+    if len(levels) not in (1, 2, 4) or any(a <= b for a, b in pairwise(levels)):
+        raise ValueError(f"student_level: got {list(levels)}; expected 1, 2 or 4 falling levels, as in [80.0, 2.5]")
+    if len(levels) > 1 and not METHODS[name].few_step:
+        raise ValueError(
+            f"student_level: method={name} trains one-step students; expected one level, or method="
+            f"{' or '.join(methods_with('few_step'))}"
+        )

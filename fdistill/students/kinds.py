@@ -1,0 +1,108 @@
+"""Kinds of students, a row each: how one is made of a network, found again in a folder, and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fdistill.adapters import FAMILIES
+from fdistill.adapters.checkpoint import Checkpoint
+from fdistill.adapters.parametrisation import load_scheduler, read_scheduler_config
+from fdistill.adapters.text_to_image import TextDenoiser
+from fdistill.denoiser import Denoiser
+from fdistill.generator import Student, student_generator
+from fdistill.students.one_step_pipeline import OneStepPipeline
+from fdistill.students.text_to_image import check_exportable, save_text_pipeline
+from fdistill.students.tiue import TiUEGenerator, leading_levels
+from fdistill.students.tiue_pipeline import tiue_pipeline
+from fdistill.teachers.autoencoder import LatentSpace
+from fdistill.teachers.text_encoders import text_components
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One row of `KINDS`.
+
+    Attributes:
+        levels_key: where a student's file has the levels that `make` takes; the row whose key is there says the kind.
+        make: a network and levels (None for the kind's own choice) -> the student. ConfigError for levels at which it
+            could not be exported.
+        save_pipeline: fills a folder with a pipeline that runs the student; returns the pipeline's class and the
+            arguments that it has to be called with. It is given the folder, the student, the student's network with
+            adapters merged, where the network comes from, and the autoencoder.
+    """
+
+    levels_key: str
+    make: Callable[[Denoiser, Sequence[float] | None], Student]
+    save_pipeline: Callable[[Path, Student, Any, Checkpoint, LatentSpace | None], tuple[str, dict[str, Any]]]
+
+    def levels_in(self, facts: Mapping[str, Any]) -> list[float]:
+        """The levels in a student's file; KeyError, TypeError or ValueError where there are none."""
+        return [float(level) for level in facts[self.levels_key]]
+
+
+def _make_steps(denoiser: Denoiser, levels: Sequence[float] | None) -> Student:
+    student = student_generator(denoiser, levels or (denoiser.schedule.t_max,))
+    if isinstance(denoiser, TextDenoiser):
+        check_exportable(denoiser, student.levels)
+    return student
+
+
+def _save_steps(
+    folder: Path, student: Student, denoiser: Any, origin: Checkpoint, latents: LatentSpace | None
+) -> tuple[str, dict[str, Any]]:
+    """The pipeline of the network's family where it runs the student, else a `OneStepPipeline`."""
+    assert origin.folder is not None
+    if isinstance(denoiser, TextDenoiser):
+        assert latents is not None
+        return save_text_pipeline(denoiser, student.levels, origin.folder, folder, latents)
+    vae = None if latents is None else latents.vae
+    family = FAMILIES[type(denoiser.network).__name__]
+    native = family.native_pipeline(denoiser, student.levels, origin.index, vae)
+    if native is not None:
+        pipeline, call = native
+    else:
+        settings: dict[str, Any] = {**student.settings(), "null_class": denoiser.null_class}
+        if denoiser.latent_scaling is not None:
+            scale, bias = denoiser.latent_scaling
+            settings |= {"latent_scale": list(scale), "latent_bias": list(bias)}
+        scheduler = load_scheduler(read_scheduler_config(origin.folder))
+        pipeline, call = OneStepPipeline(denoiser.network, scheduler, vae, settings), {}
+    pipeline.save_pretrained(folder)
+    return type(pipeline).__name__, call
+
+
+def _make_tiue(denoiser: Denoiser, levels: Sequence[float] | None) -> Student:
+    return TiUEGenerator(denoiser, levels or leading_levels(denoiser.schedule))
+
+
+def _save_tiue(
+    folder: Path, student: Student, denoiser: Any, origin: Checkpoint, latents: LatentSpace | None
+) -> tuple[str, dict[str, Any]]:
+    assert origin.folder is not None
+    scheduler = load_scheduler(read_scheduler_config(origin.folder))
+    assert scheduler is not None
+    copied = TiUEGenerator(denoiser, student.network_levels)  # of the network without adapters, on the CPU
+    pipeline = tiue_pipeline(copied, scheduler, None if latents is None else latents.vae, text_components(origin))
+    pipeline.save_pretrained(folder)
+    return type(pipeline).__name__, {"num_inference_steps": 1, "guidance_scale": 0.0}
+
+
+#: By the names that student.generator has for them.
+KINDS: dict[str, Kind] = {
+    "denoiser": Kind("levels", _make_steps, _save_steps),
+    "tiue": Kind("decoder_levels", _make_tiue, _save_tiue),
+}
+
+
+def kind_of(student: Student) -> Kind:
+    """The kind of a student."""
+    return kind_in(student.settings())
+
+
+def kind_in(facts: Mapping[str, Any]) -> Kind:
+    """The kind of student that a student's file describes."""
+    rows = [kind for kind in KINDS.values() if kind.levels_key in facts]
+    return rows[-1] if rows else KINDS["denoiser"]

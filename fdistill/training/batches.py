@@ -1,0 +1,130 @@
+"""What the two updates of an iteration are given: samples, conditions, and what a run's settings add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdistill.base import rng
+from fdistill.base.devices import upload
+from fdistill.base.images import to_unit
+from fdistill.condition import Condition, none_like, upload_condition, where
+from fdistill.config.schema import DistillConfig
+from fdistill.data import Batch, EpochOrder
+from fdistill.data.sample_loader import FixedSamples, ScaledLatents
+from fdistill.step import Pairs
+from fdistill.training.build import Distillation
+from fdistill.training.inputs import TrainingData
+
+
+@dataclass(frozen=True)
+class _Read:
+    """A batch on the device: real_x0 [B, C, H, W] in [-1, 1], what it is conditioned on, and its rows in the data."""
+
+    real_x0: Tensor
+    condition: Condition | None
+    rows: Tensor
+
+
+class Batches:
+    """Arguments of the updates of one iteration after another. Everything depends on the seed, the iteration and the
+    data alone, so that a resumed run goes on with the numbers of an uninterrupted one.
+
+    Args:
+        read: batches from the loader, from the run's iteration on.
+        device: where the networks are.
+    """
+
+    def __init__(
+        self, run: Distillation, data: TrainingData, config: DistillConfig, read: Iterator[Batch], device: torch.device
+    ):
+        self._run, self._data, self._config, self._loader, self._device = run, data, config, read, device
+        rank, processes = rng.world()
+        local = config.batch_size // processes
+        self._local, self._mine = local, slice(rank * local, (rank + 1) * local)
+        self._pair_order = EpochOrder(len(data.pairs.x0), config.batch_size, config.seed) if data.pairs else None
+        self._last: _Read | None = None
+
+    def critic(self, number: int) -> dict[str, Any]:
+        """Arguments of the critic's update with this number in its iteration, beside the random generator."""
+        self._last = read = self._next()
+        return {
+            "real_x0": read.real_x0,
+            "condition": read.condition,
+            **self._student_steps(number),
+            **self._without_some_conditions(read.condition, number),
+        }
+
+    def student(self) -> dict[str, Any]:
+        """Arguments of the student's update, likewise: it is asked for what the critic's last batch was."""
+        assert self._last is not None
+        return {
+            "condition": self._last.condition,
+            "batch_size": self._local,
+            **self._ratio_ramp(),
+            **self._pairs(),
+            **self._student_steps(self._config.critic_steps),
+            **self._image_loss(self._last.rows),
+        }
+
+    def _next(self) -> _Read:
+        batch = next(self._loader)
+        images = upload(batch.images, self._device)
+        labels = batch.labels if self._run.networks.teacher.num_classes else None
+        condition = batch.text if batch.text is not None else labels
+        return _Read(
+            images if images.is_floating_point() else to_unit(images),
+            None if condition is None else upload_condition(condition, self._device),
+            batch.rows,
+        )
+
+    def _seed(self, stream: rng.Stream, number: int) -> int:
+        return rng.derived_seed(self._config.seed, stream, self._run.iteration, number)
+
+    def _student_steps(self, number: int) -> dict[str, int]:
+        """Which of a few-step student's steps makes the samples: the same for a whole batch, drawn by the host."""
+        levels = self._run.student.levels
+        if len(levels) == 1:
+            return {}
+        return {"student_steps": 1 + self._seed(rng.Stream.STUDENT_STEP, number) % len(levels)}
+
+    def _without_some_conditions(self, condition: Condition | None, number: int) -> dict[str, Condition]:
+        """The condition with a share of its rows replaced by what stands for none; for the critic alone."""
+        share, none = self._config.condition_dropout, self._run.none
+        if not share or condition is None or none is None:
+            return {}
+        draws = torch.Generator().manual_seed(self._seed(rng.Stream.NO_CONDITION, number))
+        dropped = torch.rand(self._config.batch_size, generator=draws)[self._mine] < share
+        return {"told": where(upload(dropped, self._device), none_like(condition, none), condition)}
+
+    def _ratio_ramp(self) -> dict[str, float]:
+        """From 0 to 1 while the discriminator is young."""
+        warmup = self._config.ratio.warmup
+        if not (self._run.divergence.needs_ratio and warmup):
+            return {}
+        return {"ratio_ramp": min(1.0, self._run.iteration / warmup)}
+
+    def _pairs(self) -> dict[str, Pairs]:
+        pairs, order, text = self._data.pairs, self._pair_order, self._run.text
+        if pairs is None or order is None:
+            return {}
+        rows = order.rows(self._run.iteration)[self._mine]
+        condition: Condition | None = pairs.labels[rows] if self._run.networks.teacher.num_classes else None
+        if text is not None:
+            condition = text.rows(rows % len(text.index))
+        uploaded = None if condition is None else upload_condition(condition, self._device)
+        noise, x0 = upload(pairs.noise(rows), self._device), upload(pairs.x0[rows], self._device)
+        return {"pairs": Pairs(noise, x0, uploaded)}
+
+    def _image_loss(self, rows: Tensor) -> dict[str, Any]:
+        """A loss on the images of prompts."""
+        clip, source = self._run.clip, self._data.source
+        text = source.text if isinstance(source, ScaledLatents | FixedSamples) else None
+        if clip is None or text is None:
+            return {}
+        features = clip.encode_prompts(text.prompts(rows))
+        return {"image_loss": lambda x0: clip(x0, features), "image_weight": self._config.clip_loss.weight}

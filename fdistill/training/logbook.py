@@ -1,0 +1,170 @@
+"""What a run writes as it goes: records, scores, sample grids, snapshots, checkpoints, curves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+
+from fdistill import __version__
+from fdistill.base.errors import NonFiniteError
+from fdistill.base.files import writing
+from fdistill.base.images import save_grid
+from fdistill.config.schema import DistillConfig
+from fdistill.ema_profiles import profile_name
+from fdistill.training.build import Distillation
+from fdistill.training.checkpoint import checkpoints, save_checkpoint
+from fdistill.training.curves import save_curves
+from fdistill.training.journal import Journal, append_record, read_records, scalars
+from fdistill.training.run_folder import export_student
+from fdistill.training.sample_grids import save_teacher_grid, student_images
+from fdistill.training.snapshots import save_snapshot
+
+if TYPE_CHECKING:
+    from evaluation.watch import Watch
+
+
+class Logbook:
+    """Used as a context; `after_iteration` is called once for each.
+
+    Every process takes part in records and scores, which are sums over all of them; the main process writes.
+
+    Args:
+        watch: scores the student as it learns; None where nothing does.
+        main: whether this is the process that writes.
+    """
+
+    def __init__(
+        self,
+        run: Distillation,
+        config: DistillConfig,
+        folder: Path,
+        device: torch.device,
+        watch: Watch | None,
+        *,
+        main: bool,
+    ):
+        self._run, self._config, self._folder, self._device = run, config, folder, device
+        self._watch, self._main = watch, main
+        schedule = run.networks.teacher.schedule
+        self.journal = Journal(
+            lambda t: run.ratio.bin_index(run.ratio.bin_level(schedule, t)),
+            run.ratio.num_bins,
+        )
+        self._trackers: list[GeneralTracker] = []
+        self._started, self._first = time.perf_counter(), run.iteration
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Logbook:
+        tracker, iteration = self._config.log.tracker, self._run.iteration
+        if self._main and tracker == "tensorboard":
+            purged = iteration + 1 if iteration else None
+            self._trackers.append(TensorBoardTracker("", self._folder / "tensorboard", purge_step=purged))
+        elif self._main and tracker == "wandb":
+            self._trackers.append(WandBTracker("fdistill", dir=str(self._folder)))
+        self._stack.enter_context(writing(self._folder))
+        for started in self._trackers:
+            started.start()
+            self._stack.callback(started.finish)
+        if self._main and iteration == 0 and self._config.log.samples_every:
+            save_teacher_grid(self._run, self._config, self._folder, self._device)
+            self._save_samples()
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._stack.__exit__(*error)
+
+    def after_iteration(self, skipped: Sequence[object]) -> None:
+        """Writes what is due; `skipped` are the data's items that could not be read.
+
+        Raises:
+            NonFiniteError: a loss or a role's weights became NaN or infinite; nothing of it is saved.
+        """
+        config, snapshots = self._config, self._config.ema.snapshot_every
+        last = self._run.iteration == config.iterations
+        checkpoint = last or self._due(config.log.checkpoint_every)
+        snapshot = snapshots > 0 and (last or self._due(snapshots))
+        measured = self._watch is not None and (last or self._due(config.eval.every))
+        if checkpoint or snapshot or measured or self._due(config.log.every):
+            try:
+                record = self.journal.record()
+                if checkpoint or snapshot or measured:
+                    self._run.check_finite()
+                scores = self._scores() if measured else {}
+            except NonFiniteError as error:
+                raise self._stopped(error) from error
+            self._write_record(record, scores, len(skipped))
+        if not self._main:
+            return
+        if config.log.samples_every and (last or self._due(config.log.samples_every)):
+            self._save_samples()
+        if snapshot:  # before the checkpoint, so that a run resumed from it has every snapshot up to it
+            for width in config.ema.sigma_rel:
+                average = self._run.ema.shadows[profile_name(width)]
+                save_snapshot(self._folder / "ema", self._run.iteration, width, average)
+        if checkpoint:
+            self._save_checkpoint()
+
+    def save_curves(self) -> None:
+        """curves.png, of all records."""
+        if self._main:
+            save_curves(read_records(self._folder / "metrics.jsonl"), self._folder / "curves.png")
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self._run.iteration % every == 0
+
+    def _scores(self) -> dict[str, float]:
+        """Of the weights that are exported; the time they take is not training's."""
+        assert self._watch is not None
+        before = time.perf_counter()
+        self._run.student.eval()
+        with self._run.ema.applied(self._config.ema.export):
+            scores = self._watch.scores()
+        self._run.student.train()
+        self._started += time.perf_counter() - before
+        return scores
+
+    def _write_record(self, record: dict[str, Any], scores: dict[str, float], skipped: int) -> None:
+        seconds, iteration = time.perf_counter() - self._started, self._run.iteration
+        record = {
+            "iteration": iteration,
+            "images_per_second": (iteration - self._first) * self._config.batch_size / seconds,
+            "seconds": seconds,
+            "data/skipped": skipped,
+            **record,
+            **scores,
+        }
+        if not self._main:
+            return
+        path = self._folder / "metrics.jsonl"
+        earlier = read_records(path) if scores else []
+        append_record(path, record)
+        for tracker in self._trackers:
+            tracker.log(scalars(record), step=iteration)
+        # Before the checkpoint: what is resumed from it has the best student of the records up to it.
+        watch = self._watch
+        if watch is not None and scores and watch.is_best(scores, earlier):
+            reason = watch.reason(scores)
+            export_student(self._run, self._config, self._folder, self._device, name="best", kept_for=reason)
+
+    def _save_samples(self) -> None:
+        path = self._folder / "samples" / f"{self._run.iteration:06d}.png"
+        save_grid(student_images(self._run, self._config, self._device), path)
+
+    def _save_checkpoint(self) -> None:
+        meta = {"fdistill_version": __version__, "torch_version": torch.__version__}
+        keep = self._config.log.keep_checkpoints
+        save_checkpoint(self._folder / "checkpoints", self._run.iteration, self._run.state(), meta, keep)
+
+    def _stopped(self, error: NonFiniteError) -> NonFiniteError:
+        good = checkpoints(self._folder / "checkpoints")
+        kept = f"the last good checkpoint is {good[-1]}" if good else "there was no checkpoint yet"
+        return NonFiniteError(
+            f"stopped at iteration {self._run.iteration}: {error}; {kept}; lower that role's lr or grad_clip and run "
+            "again"
+        )

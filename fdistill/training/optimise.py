@@ -1,0 +1,32 @@
+"""One optimiser step of a role: gradients averaged over processes, clipped, applied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fdistill.base.distributed import average_gradients
+from fdistill.denoiser import Denoiser
+
+
+class Role:
+    """A trained module with its optimiser.
+
+    Args:
+        grad_clip: bound of the gradient's global norm.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float):
+        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._denoisers = [part for part in module.modules() if isinstance(part, Denoiser)]
+        self._optimizer, self._grad_clip = optimizer, grad_clip
+
+    def step(self) -> Tensor:
+        """Applies the gradients that `backward` left, and forgets them; their norm before clipping, 0-d."""
+        average_gradients(self._parameters)
+        norm = nn.utils.clip_grad_norm_(self._parameters, self._grad_clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        for denoiser in self._denoisers:
+            denoiser.after_update()
+        return norm

@@ -1,0 +1,111 @@
+"""A run's folder: who may write there, what lies in it from the start, and the student in it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fdistill import __version__
+from fdistill.base.errors import ConfigError, OutputError
+from fdistill.base.files import atomic_file, writing
+from fdistill.base.images import grid
+from fdistill.config.reading import changed_keys, dump_config, load_config
+from fdistill.config.schema import DistillConfig
+from fdistill.students.folder import save_student
+from fdistill.training.build import Distillation
+from fdistill.training.checkpoint import checkpoints, load_checkpoint
+from fdistill.training.journal import read_records, truncate_records
+from fdistill.training.sample_grids import grid_prompts, student_images
+from fdistill.training.snapshots import truncate_snapshots
+
+
+def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
+    """Raises OutputError or ConfigError unless `folder` is free, or is this very run to be resumed."""
+    if config.log.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("log.tracker: 'wandb' needs `pip install wandb`; expected tensorboard or none without it")
+    with writing(folder):
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"output {folder}: is a file; expected a folder that is empty or does not exist")
+        if not folder.is_dir() or not any(folder.iterdir()):
+            return
+    if not (folder / "config.yaml").is_file():
+        raise OutputError(f"output {folder}: not empty, and not a run (no config.yaml); choose another folder")
+    if not resume:
+        raise OutputError(
+            f"output {folder}: holds a run already; add --resume to go on with it, or choose another folder"
+        )
+    changed = changed_keys(load_config(str(folder / "config.yaml")), config)
+    if changed:
+        raise ConfigError(
+            f"output {folder}: that run has other settings ({'; '.join(changed)}); "
+            "resume with its own settings, or choose another folder"
+        )
+
+
+def resume_from(folder: Path, run: Distillation, config: DistillConfig) -> None:
+    """Brings a run to where the newest checkpoint of its folder is; does nothing where there is none."""
+    found = checkpoints(folder / "checkpoints")
+    if not found:
+        return
+    tensors, meta = load_checkpoint(found[-1])
+    run.load_state(tensors, f"checkpoint {found[-1]}")
+    run.iteration = meta["iteration"]
+    if run.iteration > config.iterations:
+        raise ConfigError(f"iterations: got {config.iterations}, but {folder} is at iteration {run.iteration} already")
+
+
+def prepare_folder(folder: Path, run: Distillation, config: DistillConfig) -> None:
+    """Writes what a run's folder holds before its first iteration, and removes what lies beyond the run's iteration."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with atomic_file(folder / "config.yaml") as temporary:
+        temporary.write_text(dump_config(config), encoding="utf-8")
+    if run.resized is not None:
+        listed = {"copied": run.resized.copied, "new": run.resized.new}
+        with atomic_file(folder / "student_weights.json") as temporary:
+            temporary.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    truncate_records(folder / "metrics.jsonl", run.iteration)
+    truncate_snapshots(folder / "ema", run.iteration)
+
+
+def export_student(
+    run: Distillation, config: DistillConfig, folder: Path, device: torch.device, *, name: str, **facts: str
+) -> Path:
+    """Writes folder/name: the student with the averaged weights that are exported. `facts` go into its card, too."""
+    student = folder / name
+    with run.ema.applied(config.ema.export):
+        save_student(
+            run.student,
+            student,
+            origin=run.origin,
+            latents=run.latents,
+            card={**_card(config, run, folder), **facts},
+            config=dump_config(config),
+            samples=grid(student_images(run, config, device)),
+        )
+    return student
+
+
+def _card(config: DistillConfig, run: Distillation, folder: Path) -> dict[str, Any]:
+    """What the model card's table says; the last record is what training knew of itself."""
+    records = read_records(folder / "metrics.jsonl")
+    return {
+        "teacher": config.teacher,
+        "teacher_guidance": config.guidance_scale,
+        "started_from": run.origin.name,
+        "metrics": records[-1] if records else {},
+        "method": config.method,
+        "divergence": config.divergence and run.divergence.name,
+        "iterations": run.iteration,
+        "batch_size": config.batch_size,
+        "critic_steps": config.critic_steps,
+        "ema": config.ema.export,
+        "seed": config.seed,
+        "num_classes": run.student.num_classes,
+        **({} if run.text is None else {"prompts": grid_prompts(run)[:16]}),
+        "fdistill_version": __version__,
+    }

@@ -29,7 +29,7 @@ def critic_step(
     gan_weighting: str = "uniform",
     r1_weight: float = 0.0,
     student_steps: int | None = None,
-    told: Condition | None = None,
+    critic_condition: Condition | None = None,
     backend: str = "auto",
 ) -> StepResult:
     """One update of the critic: the fake-score network learns to denoise what the student makes now, and the
@@ -52,7 +52,8 @@ def critic_step(
         gan_weight, r1_weight: 0 leaves the term out.
         gan_weighting: weight of the GAN losses over noise levels, one of those of `denoising_weight`; SiDA's is "edm".
         student_steps: how many of its steps a `FewStepGenerator` takes.
-        told: what the critic is told instead of `condition`: the same with some of it dropped; None is all of it.
+        critic_condition: what the critic is given in place of `condition`, such as the same with some rows replaced by
+            what stands for no condition; None is `condition` itself.
         backend: "auto", "triton" or "reference", of noise, weights and losses.
     """
     batch, schedule = len(real_x0), networks.teacher.schedule
@@ -63,7 +64,7 @@ def critic_step(
 
     with torch.no_grad():
         fake_x0 = networks.draw_samples(generator, batch, condition, student_steps)
-    condition = condition if told is None else told
+    condition = condition if critic_condition is None else critic_condition
     fake_score = networks.learning or networks.fake_score
     with frozen(networks.teacher):
         t = levels(schedule, rng.uniform(generator, batch))
@@ -87,8 +88,7 @@ def critic_step(
             real_x0,
             condition,
             generator,
-            discriminator(features),
-            t,
+            PerSample(discriminator(features), t),
             levels=levels,
             r1_weight=r1_weight,
             backend=backend,
@@ -113,14 +113,13 @@ def discriminator_losses(
     real_x0: Tensor,
     condition: Condition | None,
     generator: torch.Generator,
-    fake_logits: Tensor,
-    t_fake: Tensor,
+    fake: PerSample,
     *,
     levels: LevelDraw,
     r1_weight: float,
     backend: str = "auto",
 ) -> DiscriminatorLosses:
-    """What the discriminator minimises, given its logits [B, H] on fake samples at levels t_fake [B]."""
+    """What the discriminator minimises, given its logits on noised student samples: `fake.value` [B, H] at `fake.t`."""
     batch, schedule = len(real_x0), networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
     t_real = levels(schedule, rng.uniform(generator, batch))
@@ -130,12 +129,12 @@ def discriminator_losses(
     with sdpa_kernel(SDPBackend.MATH) if r1_weight else nullcontext():
         real_logits = discriminator(tapped.features(real_input, t_real, condition, discriminator.features))
     real = gan_discriminator_loss(real_logits, real=True)
-    fake = gan_discriminator_loss(fake_logits, real=False)
+    fake_loss = gan_discriminator_loss(fake.value, real=False)
     logs = {
         "discriminator/gan_real": PerSample(real.detach(), t_real),
-        "discriminator/gan_fake": PerSample(fake.detach(), t_fake),
+        "discriminator/gan_fake": PerSample(fake_loss.detach(), fake.t),
         "discriminator/accuracy_real": PerSample((real_logits.detach().mean(1) > 0).float(), t_real),
-        "discriminator/accuracy_fake": PerSample((fake_logits.detach().mean(1) < 0).float(), t_fake),
+        "discriminator/accuracy_fake": PerSample((fake.value.detach().mean(1) < 0).float(), fake.t),
     }
     penalty = torch.zeros((), device=real_x0.device)
     if r1_weight:
@@ -144,4 +143,4 @@ def discriminator_losses(
             per_sample = form.input_scale.square() * per_sample
         penalty = r1_weight / 2 * per_sample.mean()
         logs["discriminator/r1"] = PerSample(per_sample.detach(), t_real)
-    return DiscriminatorLosses(real, fake, penalty, t_real, logs)
+    return DiscriminatorLosses(real, fake_loss, penalty, t_real, logs)

@@ -48,8 +48,9 @@ def ratio_critic_step(
     t = levels(schedule, rng.uniform(generator, batch))
     _, (network_input,), _ = renoise([tapped], fake_x0, t, generator, backend=backend)
     logits = discriminator(tapped.features(network_input, t, condition, discriminator.features))
+    fake = PerSample(logits, t)
     losses = discriminator_losses(
-        networks, real_x0, condition, generator, logits, t, levels=levels, r1_weight=r1_weight, backend=backend
+        networks, real_x0, condition, generator, fake, levels=levels, r1_weight=r1_weight, backend=backend
     )
     return StepResult(losses.real.mean() + losses.fake.mean() + losses.penalty, losses.logs)
 

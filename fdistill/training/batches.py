@@ -99,7 +99,7 @@ class Batches:
             return {}
         draws = torch.Generator().manual_seed(self._seed(rng.Stream.NO_CONDITION, number))
         dropped = torch.rand(self._config.batch_size, generator=draws)[self._mine] < share
-        return {"told": where(upload(dropped, self._device), none_like(condition, none), condition)}
+        return {"critic_condition": where(upload(dropped, self._device), none_like(condition, none), condition)}
 
     def _ratio_ramp(self) -> dict[str, float]:
         """From 0 to 1 while the discriminator is young."""

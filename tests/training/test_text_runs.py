@@ -337,11 +337,11 @@ def test_the_critic_is_told_the_null_prompt_now_and_then(
         update, none = built.critic_update, built.none["prompt_embeds"]
 
         def critic_update(*inputs: Any, **options: Any) -> Any:
-            rows = options["told"]["prompt_embeds"]
+            rows = options["critic_condition"]["prompt_embeds"]
             told.append([torch.equal(row, none[0]) for row in rows])
             assert all(
                 torch.equal(a, b) or dropped
-                for a, b, dropped in zip(rows, inputs[1]["prompt_embeds"], told[-1], strict=True)
+                for a, b, dropped in zip(rows, options["condition"]["prompt_embeds"], told[-1], strict=True)
             )
             return update(*inputs, **options)
 

@@ -74,32 +74,34 @@ pipeline_tag: zero-shot-image-classification
 ---
 # CLIP of captioned digits
 
-A CLIP model in small, {parameters:,} parameters, that tells which of two captions fits a picture of a
-[digit](../digits/README.md) better; its cosines are the scores named `clip_digits`, which are never called CLIP score.
-Plain open_clip (3.3) loads it:
+A small CLIP model with {parameters:,} parameters. It tells which of two captions fits a picture of a
+[digit](../digits/README.md) better. Its cosines are the scores named `clip_digits`; they are not CLIP scores.
+open_clip (3.3) loads it without fdistill:
 
 ```python
+import open_clip
+
 model, preprocess = open_clip.create_model_from_pretrained("local-dir:fdistill/assets/clip-digits")
 tokenizer = open_clip.get_tokenizer("local-dir:fdistill/assets/clip-digits")
 ```
 
-- **Architecture**: `open_clip_config.json`: a vision transformer (3 layers of width 64, patches of 4x4 in images of
-  16x16), a text transformer (1 layer of width 64), {dim} features. The tokenizer is that of
+- **Architecture** (`open_clip_config.json`): a vision transformer (3 layers of width 64, patches of 4x4 in images of
+  16x16), a text transformer (1 layer of width 64), and {dim} features. The tokenizer is that of
   [digits-t2i](../digits-t2i/README.md).
-- **Source**: the images and captions of `fdistill/data/digit_captions.py`: the digit in English, and in five of eight
-  phrasings "bold" (more ink than the median of the digit's class) or "thin".
-- **Trained on** {training_images:,} of the images; the other {held_out_images} are held out. Each batch has all
-  {captions} captions. Several are true of an image, and one is true of many images: the targets of both softmaxes of
-  CLIP's loss are uniform over the true ones. The logit scale is fixed at {scale:.0f}. Images are moved by up to one
-  pixel and get Gaussian noise with a standard deviation of up to {noise} (pixels in [-1, 1]).
-- **Made by**: `python scripts/train_clip_digits.py`, seed {seed}, {iterations:,} iterations at batch {batch};
-  {minutes:.1f} minutes of one CPU core ({machine}), {today}. Weights in float16.
-- **Scores** (`training.json`), from the files here, loaded by open_clip in float32:
+- **Source**: the images and captions of `fdistill/data/digit_captions.py`. A caption names the digit in English; in
+  five of eight phrasings it also says "bold" (more ink than the median of the digit's class) or "thin".
+- **Trained on** {training_images:,} of the images; the other {held_out_images} are held out. Each batch contains all
+  {captions} captions. Several captions are true of one image, and one caption is true of many images, so the targets of
+  both softmaxes of CLIP's loss are uniform over the true ones. The logit scale is fixed at {scale:.0f}. Images are
+  moved by up to one pixel and get Gaussian noise with a standard deviation of up to {noise} (pixels in [-1, 1]).
+- **Made by** `python scripts/train_clip_digits.py` with seed {seed}: {iterations:,} iterations at batch {batch}, in
+  {minutes:.1f} minutes of one CPU core ({machine}), {today}. The weights are in float16.
+- **Scores** (`training.json`) are of the files here, loaded by open_clip in float32:
 
 | on held-out images | as they are | with noise of 0.2 |
 |---|---|---|
 | right digit of ten, mean over 3 plain phrasings | {clean[digit_accuracy]:.1%} | {noisy[digit_accuracy]:.1%} |
-| bold or thin, digit told, mean over 5 phrasings | {clean[weight_accuracy]:.1%} | {noisy[weight_accuracy]:.1%} |
+| bold or thin of a known digit, mean over 5 phrasings | {clean[weight_accuracy]:.1%} | {noisy[weight_accuracy]:.1%} |
 | right digit and weight of twenty, mean over 5 phrasings | {clean[both_accuracy]:.1%} | {noisy[both_accuracy]:.1%} |
 | mean cosine with true captions | {clean[cosine_true]:.3f} | {noisy[cosine_true]:.3f} |
 | ... with captions of the other weight | {clean[cosine_wrong_weight]:.3f} | {noisy[cosine_wrong_weight]:.3f} |
@@ -112,8 +114,9 @@ tokenizer = open_clip.get_tokenizer("local-dir:fdistill/assets/clip-digits")
 | digits-t2i's 500 evaluation prompts, guidance 2 | {pairs[guidance_2][0]:.3f} | {pairs[guidance_2][1]:.3f} |
 | images of noise alone | {pairs[noise][0]:.3f} | {pairs[noise][1]:.3f} |
 
-- **Limits**: about one image in {doubtful:.0f} is judged bold for thin or thin for bold: those near the median of ink.
-  It knows no words but those of the captions, and what it says of images without a digit means little.
+- **Limits**: about one image in {doubtful:.0f} is taken for bold when it is thin, or for thin when it is bold; these
+  are the images near the median of ink. It knows only the words of the captions, and its scores mean little for images
+  without a digit.
 - **Licence**: Apache-2.0; the data is CC BY 4.0.
 """
 

@@ -59,39 +59,43 @@ pipeline_tag: text-to-image
 ---
 # Digits text-to-image teacher
 
-A Stable Diffusion in small, {parameters:.1f} M parameters, that draws the [digits](../digits/README.md) it is asked for
-as 16x16 images: a `CLIPTokenizer` of {tokens} tokens, a CLIP text encoder (2 layers of width 64), an `AutoencoderKL`
-(latents of 4x8x8) and a `UNet2DConditionModel` (48 and 80 channels) that predicts v on Stable Diffusion's noise
-schedule. Plain diffusers runs it:
+A small Stable Diffusion with {parameters:.1f} M parameters. It draws the [digits](../digits/README.md) that a prompt
+asks for, as 16x16 images. Its parts are a `CLIPTokenizer` with {tokens} tokens, a CLIP text encoder (2 layers of width
+64), an `AutoencoderKL` (latents of 4x8x8) and a `UNet2DConditionModel` (48 and 80 channels) that predicts v on Stable
+Diffusion's noise schedule. diffusers runs it without fdistill:
 
 ```python
+from diffusers import DiffusionPipeline
+
 pipeline = DiffusionPipeline.from_pretrained("fdistill/assets/digits-t2i")
 image = pipeline("a bold handwritten seven", num_inference_steps=25, guidance_scale=2).images[0]
 ```
 
-Its captions (`fdistill/data/digit_captions.py`) name the digit in English; some say "bold" (more ink than the median of
-the digit's class) or "thin". One prompt in ten was replaced by the empty prompt in training, for classifier-free
-guidance.
+The captions (`fdistill/data/digit_captions.py`) name the digit in English. Some also say "bold" (more ink than the
+median of the digit's class) or "thin". In training, one prompt in ten was replaced by the empty prompt, for
+classifier-free guidance.
 
-- **Made by**: `python scripts/train_digits_t2i.py`, seed {seed}, {vae_iterations:,} iterations of the VAE, then
-  {iterations:,} of text encoder and UNet at batch {batch}; {minutes:.0f} minutes of one CPU core, {today}.
-- **Weights**: averaged (decay {decay}), in float16, which changes no pixel of its images by more than
+- **Made by** `python scripts/train_digits_t2i.py` with seed {seed}: {vae_iterations:,} iterations of the VAE, then
+  {iterations:,} of text encoder and UNet at batch {batch}. This took {minutes:.0f} minutes of one CPU core, {today}.
+- **Weights** are averages (decay {decay}) in float16. Rounding to float16 changes no pixel of the images by more than
   {rounding} of 255.
-- **Scores** of {samples} prompts, {per_digit} for each digit, {steps} DDIM steps (`training.json`). Digits are read by
-  the [digit feature network](../digits-features/README.md); distances are medians over 8x8 pixels in [-1, 1].
+- **Scores** are of {samples} prompts, {per_digit} for each digit, with {steps} DDIM steps (`training.json`). The
+  [digit feature network](../digits-features/README.md) recognises the digits. Distances are medians over 8x8 pixels in
+  [-1, 1].
 
 | | guidance 1 | guidance 2 |
 |---|---|---|
-| digits that are the one asked for | {plain[accuracy]:.1%} | {guided[accuracy]:.1%} |
+| images that show the digit of the prompt | {plain[accuracy]:.1%} | {guided[accuracy]:.1%} |
 | mean ink, prompts with "bold" | {plain[ink_bold]:.3f} | {guided[ink_bold]:.3f} |
 | mean ink, prompts with "thin" | {plain[ink_thin]:.3f} | {guided[ink_thin]:.3f} |
 | fd_digits@500 against the training images | {plain[fd_digits]:.2f} | {guided[fd_digits]:.2f} |
 | distance to the nearest training image | {plain[nearest_training_image]:.2f} | {guided[nearest_training_image]:.2f} |
 
-- **Memorised?** 1 % of the samples lie within {plain[nearest_training_image_1_percent]:.2f} of a training image at
-  guidance 1, and within {guided[nearest_training_image_1_percent]:.2f} at guidance 2. From one training image to the
-  nearest other, 1 % are within {real[nearest_training_image_1_percent]:.2f} and the median is
-  {real[nearest_training_image]:.2f}: samples are about as far from the training images as those are from one another.
+- **Does it memorise?** 1 % of the samples are within {plain[nearest_training_image_1_percent]:.2f} of a training image
+  at guidance 1, and within {guided[nearest_training_image_1_percent]:.2f} at guidance 2. From one training image to the
+  nearest other one, 1 % are within {real[nearest_training_image_1_percent]:.2f} and the median is
+  {real[nearest_training_image]:.2f}. So samples are about as far from the training images as those are from one
+  another.
 - **Licence**: Apache-2.0; the data is CC BY 4.0.
 """
 

@@ -6,25 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from einops import rearrange
 from torch import Tensor, nn
 
-from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
+import fdistill.adapters.tiny_parts as tiny
+from fdistill.adapters.family import Family, TextToImage
+from fdistill.adapters.original_names import ADDED_ATTENTION, SELF_ATTENTION, Table, fused, transformer_layout
+from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser, TokenDenoiser
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import TextCondition
 
-NETWORK = FluxTransformer2DModel
-PIPELINES: tuple[type[DiffusionPipeline], ...] = (FluxPipeline,)
-COMPONENT = "transformer"
 _T5_TOKENS = 512
-#: With what its pipeline draws as a student does: unguided, at the size it is told.
-UNGUIDED: dict[str, Any] = {"guidance_scale": 0.0}
-#: Tokenizers of its pipeline, and how many tokens of a prompt are read: None is what the tokenizer says.
-TOKENIZERS: dict[str, int | None] = {"tokenizer": None, "tokenizer_2": _T5_TOKENS}
-
 _PATCH = 2  # of latents in a token
 _SIZE = 128  # of latents where nobody says otherwise, as in FluxPipeline
 _GUIDANCE = 3.5  # FluxPipeline's default
@@ -120,13 +115,7 @@ def fold_guidance(network: FluxTransformer2DModel, scale: float) -> None:
 
 def wrap(network: FluxTransformer2DModel, scheduler: Mapping[str, Any] | None) -> FluxDenoiser:
     """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
-    form = parametrisation_from_scheduler(scheduler)
-    if not isinstance(form, DirectPrediction) or form.prediction != "flow":
-        raise CheckpointError(
-            f"FluxTransformer2DModel with {dict(scheduler or {}).get('_class_name')}: expected a flow-matching "
-            "scheduler, such as FlowMatchEulerDiscreteScheduler"
-        )
-    return FluxDenoiser(network, DirectPrediction(form.schedule, "flow", time_scale=1.0))
+    return FluxDenoiser(network, flow_from_scheduler("FluxTransformer2DModel", scheduler, time_scale=1.0))
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
@@ -140,6 +129,92 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     return TextCondition({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 
 
-def encode_null(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
-    """What guidance leads away from: a negative prompt, or the empty one."""
-    return encode_prompts(pipeline, [negative_prompt], resolution)
+_NAMES: Table = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    **{
+        f"time_text_embed.{embedder}.linear_{i}": f"{name}_in.{layer}_layer"
+        for embedder, name in (
+            ("timestep_embedder", "time"),
+            ("text_embedder", "vector"),
+            ("guidance_embedder", "guidance"),
+        )
+        for i, layer in ((1, "in"), (2, "out"))
+    },
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+_BLOCK_NAMES: Table = {
+    "norm1.linear": "img_mod.lin",
+    **fused("img_attn.qkv", "attn", SELF_ATTENTION),
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.to_out.0": "img_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "norm1_context.linear": "txt_mod.lin",
+    **fused("txt_attn.qkv", "attn", ADDED_ATTENTION),
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_SINGLE_BLOCK_NAMES: Table = {
+    "norm.linear": "modulation.lin",
+    **fused("linear1", "attn", SELF_ATTENTION, "proj_mlp"),
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
+    "proj_out": "linear2",
+}
+
+
+def tiny_transformer(**changes: Any) -> FluxTransformer2DModel:
+    """Of FLUX.1-dev, which is given a guidance scale."""
+    settings: dict[str, Any] = {
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": tiny.T5_WIDTH,
+        "pooled_projection_dim": tiny.CLIP_WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+        "guidance_embeds": True,
+    }
+    return tiny.untrained(lambda: FluxTransformer2DModel(**(settings | changes)))
+
+
+def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What an untrained pipeline is constructed with."""
+    transformer = tiny_transformer(**changes)
+    first, second = tiny.clip_tokenizer(), tiny.t5_tokenizer()
+    return {
+        "vae": tiny.wide_autoencoder(),
+        "text_encoder": tiny.clip_encoder(first, tiny.CLIP_WIDTH, projected=False),
+        "text_encoder_2": tiny.t5_encoder(second, transformer.config.joint_attention_dim),
+        "tokenizer": first,
+        "tokenizer_2": second,
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
+FAMILY = Family(
+    FluxTransformer2DModel,
+    wrap,
+    component="transformer",
+    text=TextToImage(
+        pipelines=("FluxPipeline",),
+        tokenizers={"tokenizer": None, "tokenizer_2": _T5_TOKENS},
+        encode_prompts=encode_prompts,
+        fold_guidance=fold_guidance,
+        tiny={"FluxPipeline": tiny_arguments},
+    ),
+    original_layout=transformer_layout(
+        _NAMES,
+        {
+            "transformer_blocks": ("double_blocks", _BLOCK_NAMES),
+            "single_transformer_blocks": ("single_blocks", _SINGLE_BLOCK_NAMES),
+        },
+    ),
+)

@@ -132,6 +132,27 @@ def parametrisation_from_scheduler(config: Mapping[str, Any] | None) -> Parametr
         ) from error
 
 
+def flow_from_scheduler(
+    network: str, config: Mapping[str, Any] | None, time_scale: float | None = None
+) -> DirectPrediction:
+    """`parametrisation_from_scheduler` for networks that can only predict the velocity of a rectified flow.
+
+    Args:
+        network: its class, for the message.
+        time_scale: the network is given time_scale * t; by default as many timesteps as the scheduler has.
+
+    Raises:
+        CheckpointError: no config, or another scheduler.
+    """
+    form = parametrisation_from_scheduler(config)
+    if not isinstance(form, DirectPrediction) or form.prediction != "flow":
+        raise CheckpointError(
+            f"{network} with {dict(config or {}).get('_class_name')}: expected a flow-matching scheduler, such as "
+            "FlowMatchEulerDiscreteScheduler"
+        )
+    return form if time_scale is None else DirectPrediction(form.schedule, "flow", time_scale)
+
+
 def _parametrisation(config: Mapping[str, Any]) -> Parametrisation:
     name = str(config.get("_class_name"))
     if name == "CMStochasticIterativeScheduler":

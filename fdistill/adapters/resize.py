@@ -28,8 +28,7 @@ _NOT_ARCHITECTURE = {"sigma_data", "sigma_min", "sigma_max", "label_dropout", "l
 def _try(denoiser: Denoiser) -> None:
     """Some settings that do not fit one another are only found when the network runs."""
     t = torch.full((1,), denoiser.schedule.t_max)
-    condition = torch.zeros(1, dtype=torch.long) if denoiser.num_classes else None
-    denoiser.eval()(torch.zeros(1, *denoiser.sample_shape), t, condition)
+    denoiser.eval()(torch.zeros(1, *denoiser.sample_shape), t, denoiser.example_condition(1, "cpu"))
 
 
 def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:

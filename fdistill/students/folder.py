@@ -12,7 +12,7 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fdistill.adapters import FAMILIES, set_null_class
+from fdistill.adapters import family_of, set_null_class
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
 from fdistill.adapters.parametrisation import load_scheduler, read_scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
@@ -68,8 +68,7 @@ def save_student(
         if has_adapters(denoiser):
             if origin.factory is None:
                 network: Any = denoiser.network
-                component = getattr(FAMILIES[type(network).__name__], "COMPONENT", "unet")
-                save_lora(network, temporary / LORA_FILE, component)
+                save_lora(network, temporary / LORA_FILE, family_of(network).component)
             denoiser = merged(denoiser)
         if origin.factory is not None:
             save_file(unshared(denoiser.state_dict()), temporary / _OWN_NETWORK)
@@ -106,8 +105,7 @@ def _save_pipeline(
         assert latents is not None
         return save_text_pipeline(denoiser, generator.levels, origin.folder, folder, latents)
     else:
-        family = FAMILIES[type(denoiser.network).__name__]
-        native = family.native_pipeline(denoiser, generator.levels, origin.index, vae)
+        native = family_of(denoiser.network).native_pipeline(denoiser, generator.levels, origin.index, vae)
         if native is not None:
             pipeline, call = native
         else:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,6 +20,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from fdistill.adapters import flux, sd3, unet2d_condition
+from fdistill.adapters.family import Family, TextToImage
 from fdistill.adapters.parametrisation import scheduler_config, student_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ArgumentError, CheckpointError
@@ -36,14 +36,14 @@ from support.text_families import (
     tiny_condition_unet,
 )
 
-ADAPTERS: dict[str, ModuleType] = {
-    "sd15": unet2d_condition,
-    "sd21v": unet2d_condition,
-    "sdxl": unet2d_condition,
-    "sd3": sd3,
-    "sd3-without-t5": sd3,
-    "flux-dev": flux,
-    "flux-schnell": flux,
+ADAPTERS: dict[str, Family] = {
+    "sd15": unet2d_condition.FAMILY,
+    "sd21v": unet2d_condition.FAMILY,
+    "sdxl": unet2d_condition.FAMILY,
+    "sd3": sd3.FAMILY,
+    "sd3-without-t5": sd3.FAMILY,
+    "flux-dev": flux.FAMILY,
+    "flux-schnell": flux.FAMILY,
 }
 MMDIT = ("sd3", "flux-dev", "flux-schnell")
 PROMPTS = ["a bold handwritten seven", "a thin digit"]
@@ -65,24 +65,29 @@ def load(folder: Path) -> Any:
 
 
 def network_of(pipeline: Any, name: str) -> Any:
-    return getattr(pipeline, ADAPTERS[name].COMPONENT).eval()
+    return getattr(pipeline, ADAPTERS[name].component).eval()
 
 
 def denoiser_of(pipeline: Any, name: str) -> TextDenoiser:
-    denoiser: TextDenoiser = ADAPTERS[name].wrap(network_of(pipeline, name), scheduler_config(pipeline.scheduler))
+    denoiser: Any = ADAPTERS[name].wrap(network_of(pipeline, name), scheduler_config(pipeline.scheduler))
     denoiser.resize(SIZE)
     return denoiser
 
 
 def encoders(pipeline: Any, name: str) -> Any:
     """The pipeline as `PromptEncoder` has it."""
-    return type(pipeline)(**pipeline.components | {ADAPTERS[name].COMPONENT: None, "vae": None})
+    return type(pipeline)(**pipeline.components | {ADAPTERS[name].component: None, "vae": None})
+
+
+def text_of(name: str) -> TextToImage:
+    text = ADAPTERS[name].text
+    assert text is not None
+    return text
 
 
 def condition_of(pipeline: Any, name: str) -> TextCondition:
     with torch.no_grad():
-        condition: TextCondition = ADAPTERS[name].encode_prompts(encoders(pipeline, name), PROMPTS, RESOLUTION)
-    return condition
+        return text_of(name).encode_prompts(encoders(pipeline, name), PROMPTS, RESOLUTION)
 
 
 def random_condition(denoiser: TextDenoiser, count: int) -> TextCondition:
@@ -92,8 +97,7 @@ def random_condition(denoiser: TextDenoiser, count: int) -> TextCondition:
 
 def mmdit(name: str) -> TextDenoiser:
     network = sd3_transformer() if name == "sd3" else flux_transformer(guidance_embeds=name == "flux-dev")
-    adapter = ADAPTERS[name]
-    denoiser: TextDenoiser = adapter.wrap(network, scheduler_config(FlowMatchEulerDiscreteScheduler()))
+    denoiser: Any = ADAPTERS[name].wrap(network, scheduler_config(FlowMatchEulerDiscreteScheduler()))
     denoiser.resize(SIZE)
     return denoiser
 
@@ -260,7 +264,7 @@ def test_the_network_is_told_what_its_pipeline_tells_it(
     name: str, guided: bool, negative: str, folders: dict[str, Path]
 ) -> None:
     pipeline = load(folders[name])
-    adapter, denoiser = ADAPTERS[name], denoiser_of(pipeline, name)
+    denoiser = denoiser_of(pipeline, name)
     is_flux = isinstance(denoiser, flux.FluxDenoiser)
     arguments: dict[str, Any] = {"guidance_scale": 4.0 if guided else 1.0}
     if is_flux:
@@ -274,8 +278,8 @@ def test_the_network_is_told_what_its_pipeline_tells_it(
     )
     text = pipeline if name == "sd3-without-t5" else encoders(pipeline, name)
     with torch.no_grad():  # another kernel, that rounds otherwise, would run with gradients
-        condition = adapter.encode_prompts(text, PROMPTS, RESOLUTION)
-        null = adapter.encode_null(text, negative, RESOLUTION)
+        condition = text_of(name).encode_prompts(text, PROMPTS, RESOLUTION)
+        null = text_of(name).encode_null(text, negative, RESOLUTION)
     assert len(null) == 1
     if name != "sd3-without-t5":  # where diffusers 0.34 has zeros for 77 tokens, and newer ones for 256
         assert {key: tuple(value.shape[1:]) for key, value in condition.tensors.items()} == denoiser.text_shapes
@@ -440,4 +444,4 @@ def test_missing_encoders_are_named(folders: dict[str, Path]) -> None:
     pipeline = load(folders["flux-schnell"])
     pipeline.text_encoder_2 = None
     with pytest.raises(CheckpointError, match="expected both"):
-        flux.encode_null(pipeline, "", RESOLUTION)
+        text_of("flux-dev").encode_null(pipeline, "", RESOLUTION)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from fdistill.adapters import pixart, sana
 from fdistill.adapters.checkpoint import Checkpoint
+from fdistill.adapters.family import Family, TextToImage
 from fdistill.adapters.parametrisation import scheduler_config, student_scheduler
 from fdistill.adapters.pretrained import load_network
 from fdistill.adapters.text_to_image import TextDenoiser
@@ -40,12 +40,12 @@ if HAS_QWEN_IMAGE:
 
     from fdistill.adapters import qwen_image
 
-ADAPTERS: dict[str, ModuleType] = {
-    "pixart": pixart,
-    "pixart-alpha": pixart,
-    "sana": sana,
-    "sana-timestep-scale": sana,
-} | ({"qwen-image": qwen_image} if HAS_QWEN_IMAGE else {})
+ADAPTERS: dict[str, Family] = {
+    "pixart": pixart.FAMILY,
+    "pixart-alpha": pixart.FAMILY,
+    "sana": sana.FAMILY,
+    "sana-timestep-scale": sana.FAMILY,
+} | ({"qwen-image": qwen_image.FAMILY} if HAS_QWEN_IMAGE else {})
 FAMILIES = [name for name in ADAPTERS if name not in ("pixart-alpha", "sana-timestep-scale")]
 VP = ("pixart", "pixart-alpha")
 LEVELS = [(name, level) for name in ADAPTERS for level in ((999.0, 400.0) if name in VP else (1.0,))]
@@ -72,7 +72,7 @@ def call_of(name: str) -> dict[str, Any]:
 
 def denoiser_of(pipeline: Any, name: str) -> TextDenoiser:
     network = pipeline.transformer.eval()
-    denoiser: TextDenoiser = ADAPTERS[name].wrap(network, scheduler_config(pipeline.scheduler))
+    denoiser: Any = ADAPTERS[name].wrap(network, scheduler_config(pipeline.scheduler))
     denoiser.resize(SIZE)
     return denoiser
 
@@ -82,10 +82,15 @@ def encoders(pipeline: Any) -> Any:
     return type(pipeline)(**pipeline.components | {"transformer": None, "vae": None})
 
 
+def text_of(name: str) -> TextToImage:
+    text = ADAPTERS[name].text
+    assert text is not None
+    return text
+
+
 @torch.no_grad()
 def condition_of(pipeline: Any, name: str) -> TextCondition:
-    condition: TextCondition = ADAPTERS[name].encode_prompts(encoders(pipeline), PROMPTS, call_of(name)["height"])
-    return condition
+    return text_of(name).encode_prompts(encoders(pipeline), PROMPTS, call_of(name)["height"])
 
 
 def tiny(name: str) -> TextDenoiser:
@@ -98,7 +103,7 @@ def tiny(name: str) -> TextDenoiser:
     else:
         changes = {"timestep_scale": 0.001} if name == "sana-timestep-scale" else {}
         network, scheduler = sana_transformer(**changes), FlowMatchEulerDiscreteScheduler()
-    denoiser: TextDenoiser = ADAPTERS[name].wrap(network, scheduler_config(scheduler))
+    denoiser: Any = ADAPTERS[name].wrap(network, scheduler_config(scheduler))
     denoiser.resize(SIZE)
     return denoiser
 
@@ -267,7 +272,7 @@ def test_the_network_is_told_what_its_pipeline_tells_it(name: str, negative: str
     seen = captured(pipeline.transformer, lambda: pipeline(PROMPTS, **call))
     (given, output), unconditional = seen[0], seen[1] if qwen else None
     with torch.no_grad():
-        null: TextCondition = ADAPTERS[name].encode_null(encoders(pipeline), negative, call["height"])
+        null = text_of(name).encode_null(encoders(pipeline), negative, call["height"])
     told = TextCondition.concat([null.repeated(2), condition_of(pipeline, name)])
     denoiser = denoiser_of(pipeline, name)
     assert {key: tuple(value.shape[1:]) for key, value in told.tensors.items()} == denoiser.text_shapes
@@ -310,7 +315,7 @@ def test_sanas_instruction_stands_before_prompts_and_not_before_the_negative_one
     alone = encoders(load(folders["sana"]))
     with torch.no_grad():
         prompt = sana.encode_prompts(alone, [NEGATIVE], 32)
-        null = sana.encode_null(alone, NEGATIVE, 32)
+        null = sana.encode_negative(alone, NEGATIVE, 32)
     shared = int(null["prompt_attention_mask"].sum())
     assert torch.equal(prompt["prompt_attention_mask"], null["prompt_attention_mask"])  # the instruction is cut off
     assert not torch.allclose(prompt["prompt_embeds"][:, 1:shared], null["prompt_embeds"][:, 1:shared], atol=0.1)
@@ -319,7 +324,7 @@ def test_sanas_instruction_stands_before_prompts_and_not_before_the_negative_one
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_is_read_up_to_the_limit_of_its_tokenizer(name: str, folders: dict[str, Path]) -> None:
     alone = encoders(load(folders[name]))
-    limit = ADAPTERS[name].TOKENIZERS["tokenizer"]
+    limit = text_of(name).tokenizers["tokenizer"]
     words = "a"
     while len(alone.tokenizer(words).input_ids) < limit:
         words += " bold"
@@ -328,7 +333,7 @@ def test_a_prompt_is_read_up_to_the_limit_of_its_tokenizer(name: str, folders: d
     beyond = [words + " seven" * 9, words + " thin" * 9]
     with torch.no_grad():
         taken, other, *cut = (
-            ADAPTERS[name].encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
+            text_of(name).encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
         )
     assert taken.shape[1] == limit
     assert not torch.allclose(taken, other, atol=1e-3)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fdistill.adapters import set_null_class, unet2d_condition, wrap
 from fdistill.adapters.parametrisation import scheduler_config
+from fdistill.adapters.unet_blocks import Encoded, decode, embed, encode
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition, TextCondition
 from fdistill.denoiser import Denoiser, LatentScaling
@@ -29,7 +30,7 @@ from fdistill.generator import noise_shape
 from fdistill.losses import noise_kl_loss
 from fdistill.noise import FlowSchedule
 from fdistill.students.lora import lora_copy
-from fdistill.students.tiue import Encoded, TiUEGenerator, as_told, composition, decode, embed, encode, leading_levels
+from fdistill.students.tiue import TiUEGenerator, as_told, composition, leading_levels
 from fdistill.students.tiue_pipeline import TiUEPipeline, tiue_pipeline
 from support.denoisers import GaussianDenoiser, tiny_unet
 from support.families import randomised, tiny_vae

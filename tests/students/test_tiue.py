@@ -21,6 +21,7 @@ from diffusers import (
 from torch import Tensor
 
 from fdistill.adapters import set_null_class, unet2d_condition, wrap
+from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.unet_blocks import Encoded, decode, embed, encode
 from fdistill.base.errors import ArgumentError
@@ -32,6 +33,7 @@ from fdistill.noise import FlowSchedule
 from fdistill.students.lora import lora_copy
 from fdistill.students.tiue import TiUEGenerator, as_told, composition, leading_levels
 from fdistill.students.tiue_pipeline import TiUEPipeline, tiue_pipeline
+from fdistill.teachers.text_encoders import text_components
 from support.denoisers import GaussianDenoiser, tiny_unet
 from support.families import randomised, tiny_vae
 from support.text_families import sd15, sd21v, sdxl, tiny_condition_unet
@@ -395,6 +397,7 @@ def test_a_reloaded_pipeline_of_labels_makes_the_trainers_images(tmp_path: Path)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
     assert json.loads((tmp_path / "student" / "model_index.json").read_text())["_class_name"] == "TiUEPipeline"
     assert diffusers.TiUEPipeline is TiUEPipeline
+    assert text_components(Checkpoint("student", tmp_path / "student")) == {}
     for wrong in (None, [9], [-1]):
         with pytest.raises(ArgumentError, match=r"labels in \[0, 9\)"):
             loaded(class_labels=wrong)

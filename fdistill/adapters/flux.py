@@ -31,8 +31,8 @@ class FluxDenoiser(TokenDenoiser):
     its depth, "depth25", "depth50", "depth75" and "depth99".
 
     Attributes:
-        embedded_guidance: the guidance scale that the network is told, 3.5 at first; None for a network that is not
-            told any, as that of schnell.
+        embedded_guidance: the guidance scale that the network is given, 3.5 at first; None for a network that is given
+            none, such as schnell's.
     """
 
     patch = _PATCH
@@ -91,25 +91,25 @@ def _image_positions(height: int, width: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def fold_guidance(network: FluxTransformer2DModel, scale: float) -> None:
-    """Makes a network that is told a guidance scale into one that is told none and acts as under this one.
+    """Makes a network that is given a guidance scale into one that is given none and acts as under this one.
 
     The scale only adds guidance_embedder(scale), a constant, to the embedding of the timestep, so that it becomes part
     of that embedding's last bias. Changes the network in place, whose `guidance_embeds` is False afterwards; it then
     runs in FluxPipeline whatever the `guidance_scale` there.
 
     Raises:
-        ArgumentError: a network that is told no guidance scale.
+        ArgumentError: a network that is given no guidance scale.
     """
     model: Any = network
     if not model.config.guidance_embeds:
         raise ArgumentError("network: has no guidance embedding; expected one with guidance_embeds, as FLUX.1-dev's")
-    told = model.time_text_embed
-    bias: Tensor = told.timestep_embedder.linear_2.bias
-    frequencies = told.time_proj(1000 * torch.tensor([scale], dtype=bias.dtype, device=bias.device))
-    bias += told.guidance_embedder(frequencies.to(bias.dtype))[0]
-    untold = CombinedTimestepTextProjEmbeddings(model.inner_dim, model.config.pooled_projection_dim)
-    untold.timestep_embedder, untold.text_embedder = told.timestep_embedder, told.text_embedder
-    model.time_text_embed = untold.train(told.training)
+    guided = model.time_text_embed
+    bias: Tensor = guided.timestep_embedder.linear_2.bias
+    frequencies = guided.time_proj(1000 * torch.tensor([scale], dtype=bias.dtype, device=bias.device))
+    bias += guided.guidance_embedder(frequencies.to(bias.dtype))[0]
+    folded = CombinedTimestepTextProjEmbeddings(model.inner_dim, model.config.pooled_projection_dim)
+    folded.timestep_embedder, folded.text_embedder = guided.timestep_embedder, guided.text_embedder
+    model.time_text_embed = folded.train(guided.training)
     model.register_to_config(guidance_embeds=False)
 
 
@@ -119,7 +119,7 @@ def wrap(network: FluxTransformer2DModel, scheduler: Mapping[str, Any] | None) -
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts; the same at every resolution. CheckpointError if an encoder is missing."""
+    """Prompts as the network is given them, the same at every resolution; CheckpointError if an encoder is missing."""
     encoders: Any = pipeline
     if encoders.text_encoder is None or encoders.text_encoder_2 is None:
         raise CheckpointError("FluxPipeline without text_encoder or text_encoder_2: expected both")

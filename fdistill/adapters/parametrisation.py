@@ -40,7 +40,7 @@ class Parametrisation(Protocol):
         """Equal where the preconditioning is."""
 
     def timestep(self, t: Tensor) -> Tensor:
-        """[B] levels -> [B] timesteps the network is told."""
+        """[B] levels -> [B] timesteps that the network is given."""
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
         """See `Denoiser.preconditioning`."""
@@ -90,7 +90,7 @@ class DirectPrediction:
 
 
 class SiTPrediction:
-    """SiT's own conventions (arXiv 2401.08740): the network is told 1 - t and predicts x0 - eps."""
+    """SiT's own conventions (arXiv 2401.08740): the network is given 1 - t and predicts x0 - eps."""
 
     def __init__(self, schedule: FlowSchedule):
         self.schedule = schedule

@@ -24,7 +24,7 @@ class PixArtDenoiser(TokenDenoiser):
     """A PixArtTransformer2DModel.
 
     Every condition holds the resolution and the aspect ratio, which only the networks of PixArt-alpha for 1024 pixels
-    are told.
+    read.
     """
 
     def __init__(self, network: PixArtTransformer2DModel, parametrisation: Parametrisation):
@@ -63,8 +63,8 @@ def wrap(network: PixArtTransformer2DModel, scheduler: Mapping[str, Any] | None)
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts, for square images of `resolution` pixels; all padded to 300 tokens, which
-    the mask hides.
+    """Prompts as the network is given them, for square images of `resolution` pixels. All are padded to 300 tokens, and
+    a mask hides the padding.
     """
     read = _ALPHA_TOKENS if isinstance(pipeline, PixArtAlphaPipeline) else _TOKENS
     embeds, mask, _, _ = pipeline.encode_prompt(

@@ -80,8 +80,8 @@ def wrap(network: QwenImageTransformer2DModel, scheduler: Mapping[str, Any] | No
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts, all padded to 512 tokens, which the mask hides; the same at every
-    resolution.
+    """Prompts as the network is given them, the same at every resolution. All are padded to 512 tokens, and a mask
+    hides the padding.
     """
     embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=_TOKENS)
     if mask is None:

@@ -56,8 +56,8 @@ def wrap(network: SanaTransformer2DModel, scheduler: Mapping[str, Any] | None) -
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts, after the pipeline's own instruction to its language model; the same at
-    every resolution.
+    """Prompts as the network is given them, the same at every resolution. The pipeline's own instruction to its
+    language model stands before each of them.
     """
     instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
     return _encode(pipeline, list(prompts), instruction)

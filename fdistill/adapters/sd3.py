@@ -54,7 +54,7 @@ def wrap(network: SD3Transformer2DModel, scheduler: Mapping[str, Any] | None) ->
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts; the same at every resolution.
+    """Prompts as the network is given them, the same at every resolution.
 
     Without its T5 encoder (text_encoder_3) the pipeline puts zeros in its place, as wide as its transformer reads.
 

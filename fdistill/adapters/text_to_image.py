@@ -28,7 +28,7 @@ def as_prompts(condition: Condition | None) -> TextCondition:
 
 
 class TextDenoiser(Denoiser):
-    """A network that is told prompts, and its parametrisation.
+    """A network that is given prompts, and its parametrisation.
 
     Args:
         network: of diffusers; its own forward runs.

@@ -97,7 +97,7 @@ def wrap(network: UNet2DConditionModel, scheduler: Mapping[str, Any] | None) -> 
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts, for square images of `resolution` pixels."""
+    """Prompts as the network is given them, for square images of `resolution` pixels."""
     if isinstance(pipeline, StableDiffusionXLPipeline):
         embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
         return _with_size(embeds, pooled, resolution)

@@ -102,8 +102,8 @@ class TiUEGenerator(nn.Module):
         first = t[:batch]
         network_input = denoiser.network_input(expand(denoiser.schedule.start(first), noise) * noise, first)
         timestep = denoiser.parametrisation.timestep(t)
-        told = _tiled(as_told(unet, condition, self.num_classes), count)
-        embedding, text = embed(unet, timestep, told, network_input.dtype)
+        tiled = _tiled(as_told(unet, condition, self.num_classes), count)
+        embedding, text = embed(unet, timestep, tiled, network_input.dtype)
         encoded = encode(unet, network_input, embedding[:batch], None if text is None else text[:batch])
         copies = encoded._replace(
             hidden=torch.cat([encoded.hidden] * count),
@@ -150,7 +150,7 @@ def _combined(row: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
 
 
 def as_told(unet: nn.Module, condition: Condition | None, num_classes: int | None) -> Condition | None:
-    """The condition, if it is of the kind that this network is told; ArgumentError otherwise."""
+    """The condition, if it is of the kind that this network takes; ArgumentError otherwise."""
     if isinstance(unet, UNet2DModel):
         return as_labels(condition, num_classes)
     return as_prompts(condition)

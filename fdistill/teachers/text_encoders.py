@@ -1,4 +1,4 @@
-"""The text encoders of a text-to-image teacher: prompts to what its denoiser is told."""
+"""The text encoders of a text-to-image teacher, which make of prompts what its denoiser is given."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PromptEncoder:
     Args:
         family: what the pipeline's family of networks says of its prompts.
         pipeline: without denoiser and autoencoder.
-        resolution: of the images that prompts are for, in pixels: some families tell the denoiser.
+        resolution: of the images that prompts are for, in pixels: some networks are given it.
     """
 
     def __init__(self, family: TextToImage, pipeline: DiffusionPipeline, resolution: int):
@@ -224,8 +224,8 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
 
 
 def encoders_sha256(folder: Path) -> str:
-    """What tells the text encoders and tokenizers of a pipeline folder from others: of every file its name, its size
-    and samples from all over it, as whole files may have tens of gigabytes.
+    """A hash of the text encoders and tokenizers of a pipeline folder: of every file's name, its size, and samples from
+    all over it, as whole files may have tens of gigabytes.
     """
     digest = hashlib.sha256()
     for part in sorted(path for path in folder.glob("t*") if path.name.startswith(("text_encoder", "tokenizer"))):

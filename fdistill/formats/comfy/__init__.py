@@ -25,7 +25,7 @@ NETWORK = "model.diffusion_model."
 #: ComfyUI takes SD2 for a v-prediction where the standard deviation of this tensor is above the threshold.
 _V_PREDICTION_TENSOR, _V_PREDICTION_STD = f"{NETWORK}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 _SAMPLING_NODE = "put a ModelSamplingDiscrete node with sampling=v_prediction behind the loader"
-#: First channels and width of the text, by which ComfyUI tells the UNets that it knows apart.
+#: First channels and width of the text, by which ComfyUI recognises the UNets that it knows.
 _KNOWN_UNETS = {(320, 768), (320, 1024), (320, 2048)}
 
 
@@ -75,7 +75,7 @@ def _text_encoders(folder: Path, parts: Mapping[str, str], config: Mapping[str, 
         return _prefixed("conditioner.embedders.0.transformer.", original_clip(first)) | _prefixed(
             "conditioner.embedders.1.model.", second
         )
-    if config.get("use_linear_projection"):  # how ComfyUI, too, tells SD2 from SD1
+    if config.get("use_linear_projection"):  # by which ComfyUI, too, knows SD2
         return _prefixed("cond_stage_model.model.", original_open_clip(first))
     return _prefixed("cond_stage_model.transformer.", original_clip(first))
 

@@ -21,11 +21,12 @@ MAY_IMPORT = {
     "kernels": {"base"},
     METHOD: {"base", "kernels"},
     "networks": {"base"},
-    "formats": {"base"},
     "config": {"base", METHOD},
     "step": {"base", "kernels", METHOD},
     "data": {"base", "assets", "kernels", METHOD},
     "adapters": {"base", "assets", "kernels", METHOD, "networks"},
+    # A family of networks says what its publisher calls the tensors that files of other programs hold.
+    "formats": {"base", "adapters"},
     "teachers": BELOW_TEACHERS,
     "students": BELOW_TEACHERS | {"teachers"},
     "generation": BELOW_TEACHERS | {"teachers", "students"},

@@ -7,12 +7,12 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from fdistill.adapters import FAMILIES, set_null_class, supported_pipelines
+from fdistill.adapters import FAMILIES, TIUE, set_null_class, supported_pipelines
+from fdistill.adapters.family import Family
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.assets import EMBEDDED_TEACHERS
@@ -148,11 +148,11 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def find_network(folder: Path) -> tuple[ModuleType, Path]:
-    """The adapter for a checkpoint folder, and the folder in it that holds the network.
+def find_network(folder: Path) -> tuple[Family, Path]:
+    """The family of a checkpoint folder's network, and the folder in it that holds the network.
 
     Raises:
-        CheckpointError: no network config where a checkpoint has one, or a network class no adapter knows.
+        CheckpointError: no network config where a checkpoint has one, or a network class of no family.
     """
     found = None
     for place in _NETWORK_FOLDERS:
@@ -176,12 +176,12 @@ def find_network(folder: Path) -> tuple[ModuleType, Path]:
     )
 
 
-def check_pipeline(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError for a text-to-image checkpoint whose pipeline is not read: others tell networks of the
-    same class other things.
+def check_pipeline(checkpoint: Checkpoint, family: Family) -> None:
+    """Raises CheckpointError for a text-to-image network whose pipeline is not read: it may be given something else
+    there than networks of its class are given in the pipelines that are.
     """
     name = checkpoint.index.get("_class_name")
-    if name not in (None, "TiUEPipeline", *supported_pipelines()):
+    if family.text is not None and name not in (None, TIUE, *supported_pipelines()):
         raise CheckpointError(
             f"checkpoint {checkpoint.name!r}: pipeline class {name!r} is not supported; "
             f"{did_you_mean(str(name), supported_pipelines())}"
@@ -201,12 +201,11 @@ def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> D
         denoiser = checkpoint.factory()
     else:
         assert checkpoint.folder is not None
-        adapter, network = find_network(checkpoint.folder)
-        if hasattr(adapter, "PIPELINES"):
-            check_pipeline(checkpoint)
-        model = load_network(adapter.NETWORK, network)
+        family, network = find_network(checkpoint.folder)
+        check_pipeline(checkpoint, family)
+        model = load_network(family.network, network)
         try:
-            denoiser = adapter.wrap(model, read_scheduler_config(checkpoint.folder))
+            denoiser = family.wrap(model, read_scheduler_config(checkpoint.folder))
         except (TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise CheckpointError(
                 f"{network / 'config.json'}: cannot be used ({error}); expected the settings of these weights"

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
 from torch import Tensor, nn
 
+from fdistill.adapters.family import Family
 from fdistill.adapters.parametrisation import EDMPreconditioning
 from fdistill.condition import Condition, as_labels
 from fdistill.denoiser import Denoiser, Features
@@ -88,9 +88,6 @@ class EDMDenoiser(Denoiser):
         return (labels[:, None] == torch.arange(self.network.config.label_dim, device=labels.device)).to(dtype)
 
 
-NETWORK = EDMNetwork
-
-
 def without_dropout(network: EDMNetwork | EDM2Network) -> None:
     """A distilled sample must be a function of its noise, in the training of student and fake score too."""
     for module in network.modules():
@@ -105,8 +102,4 @@ def wrap(network: EDMNetwork, scheduler: Mapping[str, Any] | None) -> EDMDenoise
     return EDMDenoiser(network)
 
 
-def native_pipeline(
-    denoiser: Denoiser, levels: Sequence[float], index: Mapping[str, Any], vae: AutoencoderKL | None
-) -> tuple[DiffusionPipeline, dict[str, Any]] | None:
-    """None: diffusers has no pipeline for these networks."""
-    return None
+FAMILY = Family(EDMNetwork, wrap)

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fdistill.adapters.edm import EDMDenoiser, native_pipeline, without_dropout
+from fdistill.adapters.edm import EDMDenoiser, without_dropout
+from fdistill.adapters.family import Family
 from fdistill.denoiser import LatentScaling
 from fdistill.networks import EDM2Network
 from fdistill.networks.skeleton import UNet
-
-__all__ = ["NETWORK", "EDM2Denoiser", "native_pipeline", "wrap"]
 
 
 class EDM2Denoiser(EDMDenoiser):
@@ -31,10 +30,10 @@ class EDM2Denoiser(EDMDenoiser):
         self.network.normalize_weights_()
 
 
-NETWORK = EDM2Network
-
-
 def wrap(network: EDM2Network, scheduler: Mapping[str, Any] | None) -> EDM2Denoiser:
     """The denoiser of a network, whose own config names its schedule; a scheduler beside it is of no concern."""
     without_dropout(network)
     return EDM2Denoiser(network)
+
+
+FAMILY = Family(EDM2Network, wrap)

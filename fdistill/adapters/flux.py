@@ -6,25 +6,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 from einops import rearrange
 from torch import Tensor, nn
 
-from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
+import fdistill.adapters.tiny_parts as tiny
+from fdistill.adapters.family import Family, TextToImage
+from fdistill.adapters.original_names import ADDED_ATTENTION, SELF_ATTENTION, Table, fused, transformer_layout
+from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser, TokenDenoiser
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import TextCondition
 
-NETWORK = FluxTransformer2DModel
-PIPELINES: tuple[type[DiffusionPipeline], ...] = (FluxPipeline,)
-COMPONENT = "transformer"
 _T5_TOKENS = 512
-#: With what its pipeline draws as a student does: unguided, at the size it is told.
-UNGUIDED: dict[str, Any] = {"guidance_scale": 0.0}
-#: Tokenizers of its pipeline, and how many tokens of a prompt are read: None is what the tokenizer says.
-TOKENIZERS: dict[str, int | None] = {"tokenizer": None, "tokenizer_2": _T5_TOKENS}
-
 _PATCH = 2  # of latents in a token
 _SIZE = 128  # of latents where nobody says otherwise, as in FluxPipeline
 _GUIDANCE = 3.5  # FluxPipeline's default
@@ -36,8 +31,8 @@ class FluxDenoiser(TokenDenoiser):
     its depth, "depth25", "depth50", "depth75" and "depth99".
 
     Attributes:
-        embedded_guidance: the guidance scale that the network is told, 3.5 at first; None for a network that is not
-            told any, as that of schnell.
+        embedded_guidance: the guidance scale that the network is given, 3.5 at first; None for a network that is given
+            none, such as schnell's.
     """
 
     patch = _PATCH
@@ -96,41 +91,35 @@ def _image_positions(height: int, width: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def fold_guidance(network: FluxTransformer2DModel, scale: float) -> None:
-    """Makes a network that is told a guidance scale into one that is told none and acts as under this one.
+    """Makes a network that is given a guidance scale into one that is given none and acts as under this one.
 
     The scale only adds guidance_embedder(scale), a constant, to the embedding of the timestep, so that it becomes part
     of that embedding's last bias. Changes the network in place, whose `guidance_embeds` is False afterwards; it then
     runs in FluxPipeline whatever the `guidance_scale` there.
 
     Raises:
-        ArgumentError: a network that is told no guidance scale.
+        ArgumentError: a network that is given no guidance scale.
     """
     model: Any = network
     if not model.config.guidance_embeds:
         raise ArgumentError("network: has no guidance embedding; expected one with guidance_embeds, as FLUX.1-dev's")
-    told = model.time_text_embed
-    bias: Tensor = told.timestep_embedder.linear_2.bias
-    frequencies = told.time_proj(1000 * torch.tensor([scale], dtype=bias.dtype, device=bias.device))
-    bias += told.guidance_embedder(frequencies.to(bias.dtype))[0]
-    untold = CombinedTimestepTextProjEmbeddings(model.inner_dim, model.config.pooled_projection_dim)
-    untold.timestep_embedder, untold.text_embedder = told.timestep_embedder, told.text_embedder
-    model.time_text_embed = untold.train(told.training)
+    guided = model.time_text_embed
+    bias: Tensor = guided.timestep_embedder.linear_2.bias
+    frequencies = guided.time_proj(1000 * torch.tensor([scale], dtype=bias.dtype, device=bias.device))
+    bias += guided.guidance_embedder(frequencies.to(bias.dtype))[0]
+    folded = CombinedTimestepTextProjEmbeddings(model.inner_dim, model.config.pooled_projection_dim)
+    folded.timestep_embedder, folded.text_embedder = guided.timestep_embedder, guided.text_embedder
+    model.time_text_embed = folded.train(guided.training)
     model.register_to_config(guidance_embeds=False)
 
 
 def wrap(network: FluxTransformer2DModel, scheduler: Mapping[str, Any] | None) -> FluxDenoiser:
     """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
-    form = parametrisation_from_scheduler(scheduler)
-    if not isinstance(form, DirectPrediction) or form.prediction != "flow":
-        raise CheckpointError(
-            f"FluxTransformer2DModel with {dict(scheduler or {}).get('_class_name')}: expected a flow-matching "
-            "scheduler, such as FlowMatchEulerDiscreteScheduler"
-        )
-    return FluxDenoiser(network, DirectPrediction(form.schedule, "flow", time_scale=1.0))
+    return FluxDenoiser(network, flow_from_scheduler("FluxTransformer2DModel", scheduler, time_scale=1.0))
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts; the same at every resolution. CheckpointError if an encoder is missing."""
+    """Prompts as the network is given them, the same at every resolution; CheckpointError if an encoder is missing."""
     encoders: Any = pipeline
     if encoders.text_encoder is None or encoders.text_encoder_2 is None:
         raise CheckpointError("FluxPipeline without text_encoder or text_encoder_2: expected both")
@@ -140,6 +129,92 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     return TextCondition({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 
 
-def encode_null(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
-    """What guidance leads away from: a negative prompt, or the empty one."""
-    return encode_prompts(pipeline, [negative_prompt], resolution)
+_NAMES: Table = {
+    "x_embedder": "img_in",
+    "context_embedder": "txt_in",
+    **{
+        f"time_text_embed.{embedder}.linear_{i}": f"{name}_in.{layer}_layer"
+        for embedder, name in (
+            ("timestep_embedder", "time"),
+            ("text_embedder", "vector"),
+            ("guidance_embedder", "guidance"),
+        )
+        for i, layer in ((1, "in"), (2, "out"))
+    },
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+_BLOCK_NAMES: Table = {
+    "norm1.linear": "img_mod.lin",
+    **fused("img_attn.qkv", "attn", SELF_ATTENTION),
+    "attn.norm_q.weight": "img_attn.norm.query_norm.scale",
+    "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+    "attn.to_out.0": "img_attn.proj",
+    "ff.net.0.proj": "img_mlp.0",
+    "ff.net.2": "img_mlp.2",
+    "norm1_context.linear": "txt_mod.lin",
+    **fused("txt_attn.qkv", "attn", ADDED_ATTENTION),
+    "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+    "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale",
+    "attn.to_add_out": "txt_attn.proj",
+    "ff_context.net.0.proj": "txt_mlp.0",
+    "ff_context.net.2": "txt_mlp.2",
+}
+_SINGLE_BLOCK_NAMES: Table = {
+    "norm.linear": "modulation.lin",
+    **fused("linear1", "attn", SELF_ATTENTION, "proj_mlp"),
+    "attn.norm_q.weight": "norm.query_norm.scale",
+    "attn.norm_k.weight": "norm.key_norm.scale",
+    "proj_out": "linear2",
+}
+
+
+def tiny_transformer(**changes: Any) -> FluxTransformer2DModel:
+    """Of FLUX.1-dev, which is given a guidance scale."""
+    settings: dict[str, Any] = {
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": tiny.T5_WIDTH,
+        "pooled_projection_dim": tiny.CLIP_WIDTH,
+        "axes_dims_rope": (4, 6, 6),
+        "guidance_embeds": True,
+    }
+    return tiny.untrained(lambda: FluxTransformer2DModel(**(settings | changes)))
+
+
+def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What an untrained pipeline is constructed with."""
+    transformer = tiny_transformer(**changes)
+    first, second = tiny.clip_tokenizer(), tiny.t5_tokenizer()
+    return {
+        "vae": tiny.wide_autoencoder(),
+        "text_encoder": tiny.clip_encoder(first, tiny.CLIP_WIDTH, projected=False),
+        "text_encoder_2": tiny.t5_encoder(second, transformer.config.joint_attention_dim),
+        "tokenizer": first,
+        "tokenizer_2": second,
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    }
+
+
+FAMILY = Family(
+    FluxTransformer2DModel,
+    wrap,
+    component="transformer",
+    text=TextToImage(
+        pipelines=("FluxPipeline",),
+        tokenizers={"tokenizer": None, "tokenizer_2": _T5_TOKENS},
+        encode_prompts=encode_prompts,
+        fold_guidance=fold_guidance,
+        tiny={"FluxPipeline": tiny_arguments},
+    ),
+    original_layout=transformer_layout(
+        _NAMES,
+        {
+            "transformer_blocks": ("double_blocks", _BLOCK_NAMES),
+            "single_transformer_blocks": ("single_blocks", _SINGLE_BLOCK_NAMES),
+        },
+    ),
+)

@@ -40,7 +40,7 @@ class Parametrisation(Protocol):
         """Equal where the preconditioning is."""
 
     def timestep(self, t: Tensor) -> Tensor:
-        """[B] levels -> [B] timesteps the network is told."""
+        """[B] levels -> [B] timesteps that the network is given."""
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
         """See `Denoiser.preconditioning`."""
@@ -90,7 +90,7 @@ class DirectPrediction:
 
 
 class SiTPrediction:
-    """SiT's own conventions (arXiv 2401.08740): the network is told 1 - t and predicts x0 - eps."""
+    """SiT's own conventions (arXiv 2401.08740): the network is given 1 - t and predicts x0 - eps."""
 
     def __init__(self, schedule: FlowSchedule):
         self.schedule = schedule
@@ -130,6 +130,27 @@ def parametrisation_from_scheduler(config: Mapping[str, Any] | None) -> Parametr
             f"scheduler/scheduler_config.json: cannot be used ({repr(error)[:200]}); expected the one of the teacher's "
             "pipeline"
         ) from error
+
+
+def flow_from_scheduler(
+    network: str, config: Mapping[str, Any] | None, time_scale: float | None = None
+) -> DirectPrediction:
+    """`parametrisation_from_scheduler` for networks that can only predict the velocity of a rectified flow.
+
+    Args:
+        network: its class, for the message.
+        time_scale: the network is given time_scale * t; by default as many timesteps as the scheduler has.
+
+    Raises:
+        CheckpointError: no config, or another scheduler.
+    """
+    form = parametrisation_from_scheduler(config)
+    if not isinstance(form, DirectPrediction) or form.prediction != "flow":
+        raise CheckpointError(
+            f"{network} with {dict(config or {}).get('_class_name')}: expected a flow-matching scheduler, such as "
+            "FlowMatchEulerDiscreteScheduler"
+        )
+    return form if time_scale is None else DirectPrediction(form.schedule, "flow", time_scale)
 
 
 def _parametrisation(config: Mapping[str, Any]) -> Parametrisation:

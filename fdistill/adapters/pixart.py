@@ -5,56 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from torch import Tensor
 from torch.nn import functional as F
 
+import fdistill.adapters.tiny_parts as tiny
+from fdistill.adapters.family import Family, TextToImage
+from fdistill.adapters.original_names import SELF_ATTENTION, Table, fused, transformer_layout
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
-from fdistill.base.errors import CheckpointError
+from fdistill.adapters.variances import without_variances
 from fdistill.condition import TextCondition
 
-NETWORK = PixArtTransformer2DModel
-PIPELINES: tuple[type[DiffusionPipeline], ...] = (PixArtAlphaPipeline, PixArtSigmaPipeline)
-COMPONENT = "transformer"
 _ALPHA_TOKENS, _TOKENS = 120, 300  # max_sequence_length in the calls of PixArt-alpha's pipeline and of Sigma's
-#: With what its pipeline draws as a student does: unguided, at the size it is told.
-UNGUIDED: dict[str, Any] = {"guidance_scale": 0.0, "use_resolution_binning": False}
-#: The tokenizer of its pipelines, and how many tokens of a prompt Sigma reads; alpha reads 120.
-TOKENIZERS: dict[str, int | None] = {"tokenizer": _TOKENS}
-
-
-def _drop_variances(network: PixArtTransformer2DModel) -> None:
-    """Cuts the outputs that only an ancestral sampler reads."""
-    transformer: Any = network
-    config = transformer.config
-    last: nn.Linear = transformer.proj_out
-    pixels, channels = config.patch_size**2, config.in_channels
-    kept = nn.Linear(last.in_features, pixels * channels, device=last.weight.device, dtype=last.weight.dtype)
-    for name, value in last.state_dict().items():
-        both = value.unflatten(0, (pixels, 2 * channels))
-        kept.get_parameter(name).data.copy_(both[:, :channels].flatten(0, 1))
-    transformer.proj_out = kept
-    transformer.out_channels = channels
-    transformer.register_to_config(out_channels=channels)
 
 
 class PixArtDenoiser(TokenDenoiser):
     """A PixArtTransformer2DModel.
 
     Every condition holds the resolution and the aspect ratio, which only the networks of PixArt-alpha for 1024 pixels
-    are told.
+    read.
     """
 
     def __init__(self, network: PixArtTransformer2DModel, parametrisation: Parametrisation):
         config: Any = network.config
-        if config.out_channels == 2 * config.in_channels:
-            _drop_variances(network)
-        elif config.out_channels not in (None, config.in_channels):
-            raise CheckpointError(
-                f"PixArtTransformer2DModel with {config.in_channels} input and {config.out_channels} output channels: "
-                "expected as many outputs as inputs, or twice as many where variances are learned"
-            )
+        without_variances(network, "proj_out")
         width = config.caption_channels or config.cross_attention_dim
         text: dict[str, tuple[int, ...]] = {
             "prompt_embeds": (_TOKENS, width),
@@ -88,8 +63,8 @@ def wrap(network: PixArtTransformer2DModel, scheduler: Mapping[str, Any] | None)
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts, for square images of `resolution` pixels; all padded to 300 tokens, which
-    the mask hides.
+    """Prompts as the network is given them, for square images of `resolution` pixels. All are padded to 300 tokens, and
+    a mask hides the padding.
     """
     read = _ALPHA_TOKENS if isinstance(pipeline, PixArtAlphaPipeline) else _TOKENS
     embeds, mask, _, _ = pipeline.encode_prompt(
@@ -105,6 +80,74 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     )
 
 
-def encode_null(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
-    """What guidance leads away from: a negative prompt, or the empty one."""
-    return encode_prompts(pipeline, [negative_prompt], resolution)
+_NAMES: Table = {
+    "pos_embed.proj": "x_embedder.proj",
+    "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+    "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+    **{
+        f"adaln_single.emb.{embedder}.linear_{i}": f"{name}.mlp.{layer}"
+        for embedder, name in (
+            ("timestep_embedder", "t_embedder"),
+            ("resolution_embedder", "csize_embedder"),
+            ("aspect_ratio_embedder", "ar_embedder"),
+        )
+        for i, layer in ((1, 0), (2, 2))
+    },
+    "adaln_single.linear": "t_block.1",
+    "proj_out": "final_layer.linear",
+    "scale_shift_table": "final_layer.scale_shift_table",
+}
+_BLOCK_NAMES: Table = {
+    "scale_shift_table": "scale_shift_table",
+    **fused("attn.qkv", "attn1", SELF_ATTENTION),
+    "attn1.to_out.0": "attn.proj",
+    "attn2.to_q": "cross_attn.q_linear",
+    **fused("cross_attn.kv_linear", "attn2", ("to_k", "to_v")),
+    "attn2.to_out.0": "cross_attn.proj",
+    "ff.net.0.proj": "mlp.fc1",
+    "ff.net.2": "mlp.fc2",
+}
+
+
+def tiny_transformer(**changes: Any) -> PixArtTransformer2DModel:
+    """With learned variances."""
+    settings: dict[str, Any] = {
+        "num_attention_heads": 3,
+        "attention_head_dim": 8,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 4,
+        "cross_attention_dim": 24,
+        "sample_size": tiny.LATENTS,
+        "caption_channels": 24,
+        "attention_bias": True,
+    }
+    return tiny.untrained(lambda: PixArtTransformer2DModel(**(settings | changes)))
+
+
+def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What an untrained pipeline is constructed with."""
+    transformer, tokenizer = tiny_transformer(**changes), tiny.t5_tokenizer()
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": tiny.t5_encoder(tokenizer, transformer.config.caption_channels),
+        "vae": tiny.autoencoder(),
+        "transformer": transformer,
+        "scheduler": DPMSolverMultistepScheduler(),
+    }
+
+
+FAMILY = Family(
+    PixArtTransformer2DModel,
+    wrap,
+    component="transformer",
+    text=TextToImage(
+        pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
+        tokenizers={"tokenizer": _TOKENS},  # of which alpha reads fewer
+        encode_prompts=encode_prompts,
+        unguided={"guidance_scale": 0.0, "use_resolution_binning": False},
+        tiny={"PixArtAlphaPipeline": tiny_arguments, "PixArtSigmaPipeline": tiny_arguments},
+    ),
+    original_layout=transformer_layout(_NAMES, {"transformer_blocks": ("blocks", _BLOCK_NAMES)}),
+    original_variances=True,
+)

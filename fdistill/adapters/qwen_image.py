@@ -7,25 +7,19 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, QwenImagePipeline, QwenImageTransformer2DModel
+from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
-from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
+from fdistill.adapters.family import Family, TextToImage
+from fdistill.adapters.original_names import make_layout
+from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
 
-NETWORK = QwenImageTransformer2DModel
-PIPELINES: tuple[type[DiffusionPipeline], ...] = (QwenImagePipeline,)
-COMPONENT = "transformer"
 _TOKENS = 512  # max_sequence_length of its pipeline's call
-#: With what its pipeline draws as a student does: unguided, at the size it is told.
-UNGUIDED: dict[str, Any] = {"true_cfg_scale": 1.0}
-#: The tokenizer of its pipeline, and how many tokens of a prompt are read.
-TOKENIZERS: dict[str, int | None] = {"tokenizer": _TOKENS}
-
 _PATCH = 2  # of latents in a token
 _SIZE = 128  # of latents where nobody says otherwise, as in QwenImagePipeline
 _VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
@@ -82,18 +76,12 @@ def wrap(network: QwenImageTransformer2DModel, scheduler: Mapping[str, Any] | No
             f"QwenImageTransformer2DModel: diffusers {diffusers.__version__} lets it attend to the padding of prompts; "
             "install diffusers 0.37 or later"
         )
-    form = parametrisation_from_scheduler(scheduler)
-    if not isinstance(form, DirectPrediction) or form.prediction != "flow":
-        raise CheckpointError(
-            f"QwenImageTransformer2DModel with {dict(scheduler or {}).get('_class_name')}: expected a flow-matching "
-            "scheduler, such as FlowMatchEulerDiscreteScheduler"
-        )
-    return QwenImageDenoiser(network, DirectPrediction(form.schedule, "flow", time_scale=1.0))
+    return QwenImageDenoiser(network, flow_from_scheduler("QwenImageTransformer2DModel", scheduler, time_scale=1.0))
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts, all padded to 512 tokens, which the mask hides; the same at every
-    resolution.
+    """Prompts as the network is given them, the same at every resolution. All are padded to 512 tokens, and a mask
+    hides the padding.
     """
     embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=_TOKENS)
     if mask is None:
@@ -104,6 +92,15 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     )
 
 
-def encode_null(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
-    """What guidance leads away from: a negative prompt, or the empty one."""
-    return encode_prompts(pipeline, [negative_prompt], resolution)
+FAMILY = Family(
+    QwenImageTransformer2DModel,
+    wrap,
+    component="transformer",
+    text=TextToImage(
+        pipelines=("QwenImagePipeline",),
+        tokenizers={"tokenizer": _TOKENS},
+        encode_prompts=encode_prompts,
+        unguided={"true_cfg_scale": 1.0},
+    ),
+    original_layout=lambda names, config: make_layout(names, lambda name: (name, 0)),  # its publisher uses diffusers'
+)

@@ -28,16 +28,15 @@ _NOT_ARCHITECTURE = {"sigma_data", "sigma_min", "sigma_max", "label_dropout", "l
 def _try(denoiser: Denoiser) -> None:
     """Some settings that do not fit one another are only found when the network runs."""
     t = torch.full((1,), denoiser.schedule.t_max)
-    condition = torch.zeros(1, dtype=torch.long) if denoiser.num_classes else None
-    denoiser.eval()(torch.zeros(1, *denoiser.sample_shape), t, condition)
+    denoiser.eval()(torch.zeros(1, *denoiser.sample_shape), t, denoiser.example_condition(1, "cpu"))
 
 
 def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
     """A denoiser whose network's config differs in `changes`; tensors of equal name and shape are copied.
 
     Raises:
-        ConfigError: a key that the network's config does not have, or a network that cannot be built from it, or that
-            makes samples of another shape.
+        ConfigError: a key that the network's config does not have, or a network that cannot be built from it, that
+            makes samples of another shape, or that takes prompts otherwise.
     """
     network: Any = getattr(denoiser, "network", None)
     if network is None or not hasattr(denoiser, "with_network"):
@@ -67,6 +66,11 @@ def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
         raise ConfigError(
             f"student.network: makes samples {smaller.sample_shape} of {smaller.num_classes} classes, the network it "
             f"starts from {denoiser.sample_shape} of {denoiser.num_classes}; expected the same of both"
+        )
+    if smaller.text_shapes != denoiser.text_shapes:
+        raise ConfigError(
+            f"student.network: takes prompts as {smaller.text_shapes}, the network it starts from as "
+            f"{denoiser.text_shapes}; expected the same of both, as one text encoder serves both"
         )
     weights, into = network.state_dict(), other.state_dict()
     copied = [name for name, value in into.items() if name in weights and weights[name].shape == value.shape]

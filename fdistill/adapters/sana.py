@@ -6,22 +6,16 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import DiffusionPipeline, SanaPipeline, SanaTransformer2DModel
+from diffusers import DiffusionPipeline, SanaTransformer2DModel
 from torch import Tensor
 
+from fdistill.adapters.family import Family, TextToImage
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
 
-NETWORK = SanaTransformer2DModel
-PIPELINES: tuple[type[DiffusionPipeline], ...] = (SanaPipeline,)
-COMPONENT = "transformer"
 _TOKENS = 300
-#: With what its pipeline draws as a student does: unguided, at the size it is told.
-UNGUIDED: dict[str, Any] = {"guidance_scale": 0.0, "use_resolution_binning": False}
-#: The tokenizer of its pipeline, and how many tokens of a prompt are read; the instruction before it has its own.
-TOKENIZERS: dict[str, int | None] = {"tokenizer": _TOKENS}
 
 
 class SanaDenoiser(TokenDenoiser):
@@ -62,15 +56,15 @@ def wrap(network: SanaTransformer2DModel, scheduler: Mapping[str, Any] | None) -
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts, after the pipeline's own instruction to its language model; the same at
-    every resolution.
+    """Prompts as the network is given them, the same at every resolution. The pipeline's own instruction to its
+    language model stands before each of them.
     """
     instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
     return _encode(pipeline, list(prompts), instruction)
 
 
-def encode_null(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
-    """What guidance leads away from: a negative prompt, or the empty one, without the instruction."""
+def encode_negative(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
+    """A negative prompt, or the empty one, without the instruction."""
     return _encode(pipeline, [negative_prompt], None)
 
 
@@ -83,3 +77,17 @@ def _encode(pipeline: Any, prompts: list[str], instruction: list[str] | None) ->
         complex_human_instruction=instruction,
     )
     return TextCondition({"prompt_embeds": embeds, "prompt_attention_mask": mask})
+
+
+FAMILY = Family(
+    SanaTransformer2DModel,
+    wrap,
+    component="transformer",
+    text=TextToImage(
+        pipelines=("SanaPipeline",),
+        tokenizers={"tokenizer": _TOKENS},  # of the prompt; the instruction before it has its own
+        encode_prompts=encode_prompts,
+        encode_negative=encode_negative,
+        unguided={"guidance_scale": 0.0, "use_resolution_binning": False},
+    ),
+)

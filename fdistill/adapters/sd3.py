@@ -5,22 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import DiffusionPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 from torch import Tensor
 
-from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation, parametrisation_from_scheduler
+import fdistill.adapters.tiny_parts as tiny
+from fdistill.adapters.family import Family, TextToImage
+from fdistill.adapters.original_names import ADDED_ATTENTION, SELF_ATTENTION, Table, fused, transformer_layout
+from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
 
-NETWORK = SD3Transformer2DModel
-PIPELINES: tuple[type[DiffusionPipeline], ...] = (StableDiffusion3Pipeline,)
-COMPONENT = "transformer"
 _CLIP_TOKENS, _T5_TOKENS = 77, 256
-#: With what its pipeline draws as a student does: unguided, at the size it is told.
-UNGUIDED: dict[str, Any] = {"guidance_scale": 0.0}
-#: Tokenizers of its pipeline, and how many tokens of a prompt are read: None is what the tokenizer says.
-TOKENIZERS: dict[str, int | None] = {"tokenizer": None, "tokenizer_2": None, "tokenizer_3": _T5_TOKENS}
 
 
 class SD3Denoiser(TokenDenoiser):
@@ -54,17 +50,11 @@ class SD3Denoiser(TokenDenoiser):
 
 def wrap(network: SD3Transformer2DModel, scheduler: Mapping[str, Any] | None) -> SD3Denoiser:
     """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
-    form = parametrisation_from_scheduler(scheduler)
-    if not isinstance(form, DirectPrediction) or form.prediction != "flow":
-        raise CheckpointError(
-            f"SD3Transformer2DModel with {dict(scheduler or {}).get('_class_name')}: expected a flow-matching "
-            "scheduler, such as FlowMatchEulerDiscreteScheduler"
-        )
-    return SD3Denoiser(network, form)
+    return SD3Denoiser(network, flow_from_scheduler("SD3Transformer2DModel", scheduler))
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts; the same at every resolution.
+    """Prompts as the network is given them, the same at every resolution.
 
     Without its T5 encoder (text_encoder_3) the pipeline puts zeros in its place, as wide as its transformer reads.
 
@@ -93,6 +83,82 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     return TextCondition({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 
 
-def encode_null(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
-    """What guidance leads away from: a negative prompt, or the empty one."""
-    return encode_prompts(pipeline, [negative_prompt], resolution)
+_NAMES: Table = {
+    "pos_embed.pos_embed": "pos_embed",
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+_BLOCK_NAMES: Table = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    **fused("x_block.attn.qkv", "attn", SELF_ATTENTION),
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    **fused("x_block.attn2.qkv", "attn2", SELF_ATTENTION),
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    **fused("context_block.attn.qkv", "attn", ADDED_ATTENTION),
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_add_out": "context_block.attn.proj",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+
+
+def tiny_transformer(**changes: Any) -> SD3Transformer2DModel:
+    """Of Stable Diffusion 3.5, whose first blocks attend to the image twice."""
+    settings: dict[str, Any] = {
+        "sample_size": tiny.LATENTS,
+        "num_layers": 4,
+        "attention_head_dim": 8,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 48,
+        "caption_projection_dim": 16,
+        "pooled_projection_dim": tiny.CLIP_WIDTH + tiny.CLIP_2_WIDTH,
+        "pos_embed_max_size": 8,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
+    }
+    return tiny.untrained(lambda: SD3Transformer2DModel(**(settings | changes)))
+
+
+def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What an untrained pipeline is constructed with."""
+    transformer = tiny_transformer(**changes)
+    first, second, third = tiny.clip_tokenizer(), tiny.clip_tokenizer(pad="!"), tiny.t5_tokenizer()
+    return {
+        "vae": tiny.wide_autoencoder(),
+        "text_encoder": tiny.clip_encoder(first, tiny.CLIP_WIDTH, projected=True),
+        "text_encoder_2": tiny.clip_encoder(second, tiny.CLIP_2_WIDTH, projected=True),
+        "text_encoder_3": tiny.t5_encoder(third, transformer.config.joint_attention_dim),
+        "tokenizer": first,
+        "tokenizer_2": second,
+        "tokenizer_3": third,
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    }
+
+
+FAMILY = Family(
+    SD3Transformer2DModel,
+    wrap,
+    component="transformer",
+    text=TextToImage(
+        pipelines=("StableDiffusion3Pipeline",),
+        tokenizers={"tokenizer": None, "tokenizer_2": None, "tokenizer_3": _T5_TOKENS},
+        encode_prompts=encode_prompts,
+        tiny={"StableDiffusion3Pipeline": tiny_arguments},
+    ),
+    original_layout=transformer_layout(_NAMES, {"transformer_blocks": ("joint_blocks", _BLOCK_NAMES)}),
+)

@@ -19,8 +19,16 @@ from fdistill.prediction import Preconditioning
 _DEPTHS = (25, 50, 75, 99)  # per cent, at which others place heads on transformers
 
 
+def as_prompts(condition: Condition | None) -> TextCondition:
+    """The condition of a network that is given prompts; ArgumentError where it is something else."""
+    if not isinstance(condition, TextCondition):
+        got = "None" if condition is None else "labels"
+        raise ArgumentError(f"condition: got {got}; this network wants a TextCondition, as PromptEncoder makes")
+    return condition
+
+
 class TextDenoiser(Denoiser):
-    """A network that is told prompts, and its parametrisation.
+    """A network that is given prompts, and its parametrisation.
 
     Args:
         network: of diffusers; its own forward runs.
@@ -93,10 +101,7 @@ class TextDenoiser(Denoiser):
         output: bool,
         output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
-        if not isinstance(condition, TextCondition):
-            got = "None" if condition is None else "labels"
-            raise ArgumentError(f"condition: got {got}; this network wants a TextCondition, as PromptEncoder makes")
-        text, timestep = condition, self.parametrisation.timestep(t)
+        text, timestep = as_prompts(condition), self.parametrisation.timestep(t)
         return run_tapped(
             lambda: self._call(network_input, timestep, text),
             self._taps(),

@@ -17,11 +17,11 @@ from diffusers import (
     ConsistencyModelPipeline,
     DDIMPipeline,
     DDPMPipeline,
-    DiffusionPipeline,
     UNet2DModel,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
+from fdistill.adapters.family import Family, Runnable
 from fdistill.adapters.parametrisation import (
     DirectPrediction,
     EDMPreconditioning,
@@ -29,22 +29,12 @@ from fdistill.adapters.parametrisation import (
     one_step_scheduler,
     parametrisation_from_scheduler,
 )
-from fdistill.base.errors import ArgumentError, CheckpointError
+from fdistill.adapters.unet_blocks import decode, embed, encode
+from fdistill.adapters.variances import without_variances
+from fdistill.base.errors import CheckpointError
 from fdistill.condition import Condition, as_labels
 from fdistill.denoiser import Denoiser, Features
-from fdistill.kernels.layout import expand
 from fdistill.prediction import Preconditioning
-
-
-def _drop_variances(network: UNet2DModel) -> None:
-    """Cuts the outputs that only an ancestral sampler reads (Nichol & Dhariwal 2021, arXiv 2102.09672)."""
-    unet: Any = network
-    channels = unet.config.in_channels
-    last: nn.Conv2d = unet.conv_out
-    kept = nn.Conv2d(last.in_channels, channels, last.kernel_size, padding=last.padding)  # type: ignore[arg-type]
-    kept.load_state_dict({name: value[:channels] for name, value in last.state_dict().items()})
-    unet.conv_out = kept.to(last.weight.device, last.weight.dtype)
-    unet.register_to_config(out_channels=channels)
 
 
 class UNet2DDenoiser(Denoiser):
@@ -53,13 +43,7 @@ class UNet2DDenoiser(Denoiser):
     def __init__(self, network: UNet2DModel, parametrisation: Parametrisation):
         super().__init__()
         config: Any = network.config
-        if config.out_channels == 2 * config.in_channels:
-            _drop_variances(network)
-        elif config.out_channels != config.in_channels:
-            raise CheckpointError(
-                f"UNet2DModel with {config.in_channels} input and {config.out_channels} output channels: expected as "
-                "many outputs as inputs, or twice as many where variances are learned"
-            )
+        without_variances(network, "conv_out")
         size = config.sample_size
         if not isinstance(size, int):
             raise CheckpointError(f"UNet2DModel: expected one integer as sample_size, got {size!r}")
@@ -94,67 +78,13 @@ class UNet2DDenoiser(Denoiser):
         output: bool,
         output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
-        timestep = self.parametrisation.timestep(t)
-        labels = as_labels(condition, self.num_classes)
-        hidden, residuals, embedding, tapped = self._encode(network_input, timestep, labels, features)
+        labels, timestep = as_labels(condition, self.num_classes), self.parametrisation.timestep(t)
+        embedding, _ = embed(self.network, timestep, labels, network_input.dtype)
+        encoded = encode(self.network, network_input, embedding, None, features)
         if not output:
-            return None, tapped
+            return None, encoded.features
         with nullcontext() if output_grad else torch.no_grad():
-            return self._decode(hidden, residuals, embedding, timestep), tapped
-
-    # _encode and _decode walk UNet2DModel's own blocks in the order of its forward, so that features can be read
-    # without hooks and the decoder can be left out; test_unet2d holds them to the model's output bit by bit.
-    def _encode(
-        self, sample: Tensor, timestep: Tensor, labels: Tensor | None, features: Sequence[str]
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor, Features]:
-        unet: Any = self.network
-        config = unet.config
-        if config.center_input_sample:
-            sample = 2 * sample - 1
-        embedding = unet.time_embedding(unet.time_proj(timestep).to(unet.dtype))
-        if unet.class_embedding is not None:
-            if labels is None:
-                raise ArgumentError(f"condition: this network wants class labels [B] in [0, {self.num_classes})")
-            if config.class_embed_type == "timestep":
-                labels = unet.time_proj(labels)
-            embedding = embedding + unet.class_embedding(labels).to(unet.dtype)
-
-        tapped: Features = {}
-        skip, hidden = sample, unet.conv_in(sample)
-        residuals: tuple[Tensor, ...] = (hidden,)
-        for i, block in enumerate(unet.down_blocks):
-            if hasattr(block, "skip_conv"):
-                hidden, block_residuals, skip = block(hidden_states=hidden, temb=embedding, skip_sample=skip)
-            else:
-                hidden, block_residuals = block(hidden_states=hidden, temb=embedding)
-            residuals += block_residuals
-            if f"down{i}" in features:
-                tapped[f"down{i}"] = block_residuals[config.layers_per_block - 1]
-        if unet.mid_block is not None:
-            hidden = unet.mid_block(hidden, embedding)
-            if "mid" in features:
-                tapped["mid"] = hidden
-        return hidden, residuals, embedding, tapped
-
-    def _decode(self, hidden: Tensor, residuals: tuple[Tensor, ...], embedding: Tensor, timestep: Tensor) -> Tensor:
-        unet: Any = self.network
-        skip: Tensor | None = None
-        for block in unet.up_blocks:
-            count = len(block.resnets)
-            residuals, block_residuals = residuals[:-count], residuals[-count:]
-            if hasattr(block, "skip_conv"):
-                hidden, skip = block(hidden, block_residuals, embedding, skip)
-            else:
-                hidden = block(hidden, block_residuals, embedding)
-        hidden = unet.conv_out(unet.conv_act(unet.conv_norm_out(hidden)))
-        if skip is not None:
-            hidden = hidden + skip
-        if unet.config.time_embedding_type == "fourier":
-            hidden = hidden / expand(timestep, hidden)
-        return hidden
-
-
-NETWORK = UNet2DModel
+            return decode(self.network, encoded, embedding, None, timestep), encoded.features
 
 
 def wrap(network: UNet2DModel, scheduler: Mapping[str, Any] | None) -> UNet2DDenoiser:
@@ -163,15 +93,9 @@ def wrap(network: UNet2DModel, scheduler: Mapping[str, Any] | None) -> UNet2DDen
 
 
 def native_pipeline(
-    denoiser: Denoiser, levels: Sequence[float], index: Mapping[str, Any], vae: AutoencoderKL | None
-) -> tuple[DiffusionPipeline, dict[str, Any]] | None:
-    """A pipeline of diffusers' own that runs a student at these levels, and the arguments it has to be called with; or
-    None.
-
-    Args:
-        index: model_index.json of the teacher; empty if it has none.
-    """
-    assert isinstance(denoiser, UNet2DDenoiser)
+    denoiser: UNet2DDenoiser, levels: Sequence[float], index: Mapping[str, Any], vae: AutoencoderKL | None
+) -> Runnable | None:
+    """See `Family`: a consistency model's pipeline, or one step of the teacher's DDPM or DDIM."""
     if vae is not None:
         return None  # these pipelines are of pixels
     form = denoiser.parametrisation
@@ -185,9 +109,7 @@ def native_pipeline(
     return None
 
 
-def _consistency_model(
-    network: UNet2DModel, form: EDMPreconditioning, levels: Sequence[float]
-) -> tuple[DiffusionPipeline, dict[str, Any]]:
+def _consistency_model(network: UNet2DModel, form: EDMPreconditioning, levels: Sequence[float]) -> Runnable:
     """A consistency model's pipeline starts from sigma_max * noise and takes D(x, sigma_max) as its sample, which is
     what a one-step student is once sigma_max is the student's level. Further levels are points of its Karras grid, made
     fine enough to hold any level to five digits.
@@ -206,3 +128,6 @@ def _consistency_model(
     )
     call = {"num_inference_steps": 1} if len(levels) == 1 else {"num_inference_steps": None, "timesteps": timesteps}
     return ConsistencyModelPipeline(unet=network, scheduler=scheduler), call
+
+
+FAMILY = Family(UNet2DModel, wrap, native_pipeline)

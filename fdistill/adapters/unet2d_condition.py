@@ -8,25 +8,22 @@ from typing import Any
 import torch
 from diffusers import (
     DiffusionPipeline,
-    StableDiffusionPipeline,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from torch import Tensor, nn
 
+import fdistill.adapters.tiny_parts as tiny
+from fdistill.adapters.family import Family, TextToImage
+from fdistill.adapters.ldm_names import unet_layout
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
 
-NETWORK = UNet2DConditionModel
-PIPELINES: tuple[type[DiffusionPipeline], ...] = (StableDiffusionPipeline, StableDiffusionXLPipeline)
-COMPONENT = "unet"
-#: With what its pipeline draws as a student does: unguided, at the size it is told.
-UNGUIDED: dict[str, Any] = {"guidance_scale": 0.0}
-#: Tokenizers of its pipelines, and how many tokens of a prompt are read: None is what the tokenizer says.
-TOKENIZERS: dict[str, int | None] = {"tokenizer": None, "tokenizer_2": None}
-
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _TOKENS = 77  # of CLIP's tokenizers; the network takes any number
 _SIZE_CONDITIONS = 6  # original height and width, top and left of the crop, target height and width
 
@@ -100,7 +97,7 @@ def wrap(network: UNet2DConditionModel, scheduler: Mapping[str, Any] | None) -> 
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """What the network is told of prompts, for square images of `resolution` pixels."""
+    """Prompts as the network is given them, for square images of `resolution` pixels."""
     if isinstance(pipeline, StableDiffusionXLPipeline):
         embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
         return _with_size(embeds, pooled, resolution)
@@ -108,8 +105,8 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     return TextCondition({"prompt_embeds": embeds})
 
 
-def encode_null(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
-    """What guidance leads away from: a negative prompt, or the empty one, which XL replaces by zeros."""
+def encode_negative(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
+    """A negative prompt, or the empty one, which XL replaces by zeros."""
     if isinstance(pipeline, StableDiffusionXLPipeline):
         _, embeds, _, pooled = pipeline.encode_prompt(
             "", do_classifier_free_guidance=True, negative_prompt=negative_prompt or None
@@ -122,3 +119,93 @@ def _with_size(embeds: Tensor, pooled: Tensor, resolution: int) -> TextCondition
     size = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=embeds.dtype)
     time_ids = size.to(embeds.device).expand(len(embeds), -1)
     return TextCondition({"prompt_embeds": embeds, "text_embeds": pooled, "time_ids": time_ids})
+
+
+def encoding_pipeline(index: Mapping[str, Any]) -> str:
+    """The folder's own class; where that is a student's, XL's if there are two text encoders."""
+    name = str(index.get("_class_name"))
+    if name in _PIPELINES:
+        return name
+    two = (index.get("text_encoder_2") or [None])[0] is not None
+    return _PIPELINES[1 if two else 0]
+
+
+#: Betas of every Stable Diffusion.
+_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+_TINY_XL: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "cross_attention_dim": tiny.CLIP_WIDTH + tiny.CLIP_2_WIDTH,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": tiny.CLIP_2_WIDTH + _SIZE_CONDITIONS * 8,
+}
+
+
+def tiny_unet(**changes: Any) -> UNet2DConditionModel:
+    """Of Stable Diffusion 1, unless settings say otherwise."""
+    settings: dict[str, Any] = {
+        "sample_size": tiny.LATENTS,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (8, 16),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": tiny.CLIP_WIDTH,
+    }
+    unet: UNet2DConditionModel = tiny.untrained(lambda: UNet2DConditionModel(**(settings | changes)))
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "attn2.to_out.0.weight" in name:
+                parameter.mul_(100)  # so that prompts make as much of a difference as in a trained network
+    return unet
+
+
+def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What an untrained pipeline of Stable Diffusion 1 is constructed with."""
+    unet, tokenizer = tiny_unet(**changes), tiny.clip_tokenizer()
+    return {
+        "vae": tiny.autoencoder(),
+        "text_encoder": tiny.clip_encoder(tokenizer, unet.config.cross_attention_dim, projected=False),
+        "tokenizer": tokenizer,
+        "unet": unet,
+        "scheduler": PNDMScheduler(**_BETAS, skip_prk_steps=True, steps_offset=1),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "requires_safety_checker": False,
+    }
+
+
+def tiny_xl_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """What an untrained XL is constructed with: two encoders side by side, of which the second is pooled, too."""
+    first, second = tiny.clip_tokenizer(), tiny.clip_tokenizer(pad="!")
+    return {
+        "vae": tiny.autoencoder(),
+        "text_encoder": tiny.clip_encoder(first, tiny.CLIP_WIDTH, projected=False),
+        "text_encoder_2": tiny.clip_encoder(second, tiny.CLIP_2_WIDTH, projected=True),
+        "tokenizer": first,
+        "tokenizer_2": second,
+        "unet": tiny_unet(**{**_TINY_XL, **changes}),
+        "scheduler": EulerDiscreteScheduler(**_BETAS, steps_offset=1, timestep_spacing="leading"),
+        "add_watermarker": False,
+    }
+
+
+FAMILY = Family(
+    UNet2DConditionModel,
+    wrap,
+    text=TextToImage(
+        pipelines=_PIPELINES,
+        tokenizers={"tokenizer": None, "tokenizer_2": None},
+        encode_prompts=encode_prompts,
+        encode_negative=encode_negative,
+        encoding_pipeline=encoding_pipeline,
+        tiny=dict(zip(_PIPELINES, (tiny_arguments, tiny_xl_arguments), strict=True)),
+    ),
+    original_layout=unet_layout,
+)

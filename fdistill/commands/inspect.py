@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdistill.adapters import FAMILIES
+from fdistill.adapters import FAMILIES, ONE_STEP
 from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import student_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
@@ -146,8 +146,9 @@ def _prediction(denoiser: Denoiser) -> str:
 
 
 def _export(denoiser: Denoiser, latents: LatentSpace | None, index: dict[str, Any]) -> str:
-    network = getattr(denoiser, "network", None)
-    if type(network).__name__ not in FAMILIES:
+    network: Any = getattr(denoiser, "network", None)
+    family = FAMILIES.get(type(network).__name__)
+    if family is None:
         return "weights for your own function"
     if isinstance(denoiser, TextDenoiser):
         runs = student_scheduler(denoiser.parametrisation, (denoiser.schedule.t_max,)) is not None
@@ -157,8 +158,8 @@ def _export(denoiser: Denoiser, latents: LatentSpace | None, index: dict[str, An
             else "nothing: no scheduler of diffusers runs it in one step"
         )
     vae = None if latents is None else latents.vae
-    native = FAMILIES[type(network).__name__].native_pipeline(denoiser, (denoiser.schedule.t_max,), index, vae)
-    return f"diffusers.{type(native[0]).__name__}" if native is not None else "fdistill.OneStepPipeline"
+    native = family.native_pipeline(denoiser, (denoiser.schedule.t_max,), index, vae)
+    return f"diffusers.{type(native[0]).__name__}" if native is not None else f"fdistill.{ONE_STEP}"
 
 
 def _samples(

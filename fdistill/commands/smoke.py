@@ -19,9 +19,10 @@ from fdistill import __version__
 from fdistill.adapters import FAMILIES
 from fdistill.adapters.checkpoint import load_denoiser, resolve_checkpoint
 from fdistill.adapters.parametrisation import load_scheduler
+from fdistill.adapters.tiny_parts import untrained
 from fdistill.base.errors import ConfigError, did_you_mean
 from fdistill.base.files import atomic_folder, cache_folder
-from fdistill.commands.tiny_pipelines import tiny_pipeline, untrained
+from fdistill.commands.tiny_pipelines import tiny_pipeline
 from fdistill.config.reading import load_config, load_smoke
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import SmokeConfig
@@ -146,7 +147,7 @@ def _network(settings: Mapping[str, Any]) -> Any:
     name = str(arguments.pop("_class_name", None))
     if name not in FAMILIES:
         raise ValueError(f"network._class_name: got {name!r}; {did_you_mean(name, FAMILIES)}")
-    return untrained(lambda: FAMILIES[name].NETWORK(**arguments))
+    return untrained(lambda: FAMILIES[name].network(**arguments))
 
 
 def _write_images(folder: Path, count: int, classes: int, mode: str, size: tuple[int, int]) -> None:

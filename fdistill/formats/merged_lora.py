@@ -15,10 +15,10 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fdistill.adapters import original_layout
+from fdistill.adapters.original_names import swap_halves
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import content_hash, made_once
-from fdistill.formats.comfy import network_layout
-from fdistill.formats.comfy.layout import swap_halves
 from fdistill.formats.comfy.text_encoders import without_wrapper
 from fdistill.formats.lora_file import LoraLayer, read_lora
 from fdistill.formats.pipeline_folder import (
@@ -164,7 +164,7 @@ def _targets(folder: Path) -> dict[str, _Target]:
         if component in ("unet", "transformer"):
             with suppress(CheckpointError):  # a network of its own kind has diffusers' names alone
                 config = read_config(folder / component / "config.json")
-                layout = network_layout(class_name, shapes, config) or {}
+                layout = original_layout(class_name, shapes, config) or {}
                 layers = {name: (original.parts, original.swapped) for name, original in layout.items()}
         for name in shapes:
             layers[name] = ((name,), False)

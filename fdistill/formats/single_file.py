@@ -12,10 +12,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fdistill.adapters import original_layout
+from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import content_hash, made_once
-from fdistill.formats.comfy import network_layout
-from fdistill.formats.comfy.layout import assemble
 from fdistill.formats.pipeline_folder import (
     components,
     pipeline_files,
@@ -162,7 +162,7 @@ def _check_network(path: Path, shapes: Shapes, kind: str | None, base: Path) -> 
         network = cls.from_config(read_config(base / place / "config.json"))
     tensors = network.state_dict()
     if kind is not None:
-        layout = network_layout(cls.__name__, list(tensors), network.config)
+        layout = original_layout(cls.__name__, list(tensors), network.config)
         tensors = assemble(layout or {}, tensors)
     prefix = _NETWORK if _has(shapes, _NETWORK) else ""
     found = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}

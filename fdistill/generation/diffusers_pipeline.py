@@ -169,9 +169,8 @@ def only_diffusers_runs(name: str | Path) -> bool:
     if checkpoint.folder is None or pipeline_class(checkpoint) is None:
         return False
     try:
-        adapter, _ = find_network(checkpoint.folder)
-        if hasattr(adapter, "PIPELINES"):
-            check_pipeline(checkpoint)
+        family, _ = find_network(checkpoint.folder)
+        check_pipeline(checkpoint, family)
         parametrisation_from_scheduler(read_scheduler_config(checkpoint.folder))
     except CheckpointError:
         return True

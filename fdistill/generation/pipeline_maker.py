@@ -95,9 +95,9 @@ class PipelineSource:
             family, _ = find_network(self._folder)
         except CheckpointError:
             return ""
-        if not self.takes_prompts or not hasattr(family, "TOKENIZERS"):
+        if not self.takes_prompts or family.text is None:
             return ""
-        return describe_cut(PromptEncoder(family, self._pipeline, 0).cut(prompts), prompts)
+        return describe_cut(PromptEncoder(family.text, self._pipeline, 0).cut(prompts), prompts)
 
     @contextmanager
     def counted(self) -> Iterator[Evaluations]:

@@ -11,7 +11,7 @@ from PIL.Image import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from fdistill.adapters import FAMILIES, set_null_class
+from fdistill.adapters import family_of, set_null_class
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError
@@ -60,8 +60,7 @@ def save_student(
         if has_adapters(denoiser):
             if origin.factory is None:
                 network: Any = denoiser.network
-                component = getattr(FAMILIES[type(network).__name__], "COMPONENT", "unet")
-                save_lora(network, temporary / LORA_FILE, component)
+                save_lora(network, temporary / LORA_FILE, family_of(network).component)
             denoiser = merged(denoiser)
         if origin.factory is not None:
             save_file(unshared(denoiser.state_dict()), temporary / _OWN_NETWORK)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fdistill.adapters import FAMILIES
+from fdistill.adapters import family_of
 from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import load_scheduler, read_scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
@@ -59,8 +59,7 @@ def _save_steps(
         assert latents is not None
         return save_text_pipeline(denoiser, student.levels, origin.folder, folder, latents)
     vae = None if latents is None else latents.vae
-    family = FAMILIES[type(denoiser.network).__name__]
-    native = family.native_pipeline(denoiser, student.levels, origin.index, vae)
+    native = family_of(denoiser.network).native_pipeline(denoiser, student.levels, origin.index, vae)
     if native is not None:
         pipeline, call = native
     else:

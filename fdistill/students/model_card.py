@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fdistill.adapters import OWN_PIPELINES
 from fdistill.generator import Student
 
 OWN_USAGE = """```python
@@ -15,7 +16,7 @@ generator = load_student("path/to/this/folder", network="{name}")
 
 def usage(generator: Student, pipeline: str, call: dict[str, Any]) -> str:
     """Python that draws with a student that was exported as this class of pipeline, called so."""
-    own = pipeline in ("OneStepPipeline", "TiUEPipeline")
+    own = pipeline in OWN_PIPELINES
     header = f"from fdistill import {pipeline}  # which diffusers then knows\n" if own else ""
     if generator.denoiser.text_shapes is not None:
         drawn = 'image = pipeline("a prompt"{arguments}).images[0]'

@@ -46,11 +46,12 @@ def save_text_pipeline(
     assert exported is not None
     scheduler, call = exported
     family, _ = find_network(origin)
-    component = family.COMPONENT
+    component, text = family.component, family.text
+    assert text is not None
     network: Any = denoiser.network
     if denoiser.embedded_guidance is not None:
         network = copy.deepcopy(network).cpu()
-        family.fold_guidance(network, denoiser.embedded_guidance)
+        text.fold_guidance(network, denoiser.embedded_guidance)
     share_files(origin, folder, without=[component, "scheduler", "vae"])
     network.save_pretrained(folder / component)
     scheduler.save_pretrained(folder / "scheduler")
@@ -66,4 +67,4 @@ def save_text_pipeline(
     index["vae"] = ["diffusers", type(latents.vae).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     size = denoiser.sample_shape[-1] * latents.factor
-    return str(index["_class_name"]), {**call, **family.UNGUIDED, "height": size, "width": size}
+    return str(index["_class_name"]), {**call, **text.unguided, "height": size, "width": size}

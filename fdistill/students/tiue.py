@@ -6,12 +6,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from fdistill.adapters.text_to_image import as_prompts
+from fdistill.adapters.unet_blocks import decode, embed, encode
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition, TextCondition, as_labels
 from fdistill.denoiser import Denoiser
@@ -102,11 +104,12 @@ class TiUEGenerator(Student):
         first = t[:batch]
         network_input = denoiser.network_input(expand(denoiser.schedule.start(first), noise) * noise, first)
         timestep = denoiser.parametrisation.timestep(t)
-        told = _tiled(as_told(unet, condition, self.num_classes), count)
-        embedding, text = embed(unet, timestep, told, network_input.dtype)
+        tiled = _tiled(as_told(unet, condition, self.num_classes), count)
+        embedding, text = embed(unet, timestep, tiled, network_input.dtype)
         encoded = encode(unet, network_input, embedding[:batch], None if text is None else text[:batch])
-        copies = Encoded(
-            torch.cat([encoded.hidden] * count), tuple(torch.cat([residual] * count) for residual in encoded.residuals)
+        copies = encoded._replace(
+            hidden=torch.cat([encoded.hidden] * count),
+            residuals=tuple(torch.cat([residual] * count) for residual in encoded.residuals),
         )
         copied = decode(unet, copies, embedding, text, timestep)
         outputs: Tensor = copied.unflatten(0, (count, batch)).transpose(0, 1)
@@ -145,13 +148,10 @@ def _combined(row: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
 
 
 def as_told(unet: nn.Module, condition: Condition | None, num_classes: int | None) -> Condition | None:
-    """The condition, if it is of the kind that this network is told; ArgumentError otherwise."""
+    """The condition, if it is of the kind that this network takes; ArgumentError otherwise."""
     if isinstance(unet, UNet2DModel):
         return as_labels(condition, num_classes)
-    if not isinstance(condition, TextCondition):
-        got = "None" if condition is None else "labels"
-        raise ArgumentError(f"condition: got {got}; this network wants a TextCondition, as PromptEncoder makes")
-    return condition
+    return as_prompts(condition)
 
 
 def _tiled(condition: Condition | None, count: int) -> Condition | None:
@@ -159,91 +159,3 @@ def _tiled(condition: Condition | None, count: int) -> Condition | None:
     if isinstance(condition, TextCondition):
         return TextCondition.concat([condition] * count)
     return None if condition is None else torch.cat([condition] * count)
-
-
-# A diffusers UNet in three parts, which walk the model's own blocks in the order of its forward; test_tiue holds them
-# to the model's output bit by bit.
-
-
-class Encoded(NamedTuple):
-    """What a UNet's encoder and middle give its decoder: `hidden`, and the skip connections in the encoder's order."""
-
-    hidden: Tensor
-    residuals: tuple[Tensor, ...]
-
-
-def embed(
-    network: nn.Module, timestep: Tensor, condition: Condition | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """[B] timesteps and a condition -> the embedding [B, D] that every block is given, and the text [B, L, E] of those
-    with cross-attention.
-
-    Args:
-        dtype: of the network's input.
-    """
-    unet: Any = network
-    if isinstance(condition, TextCondition):
-        own = next(unet.parameters()).dtype
-        told = {
-            name: value.to(own) if value.is_floating_point() else value for name, value in condition.tensors.items()
-        }
-        text = told.pop("prompt_embeds")
-        embedding = unet.time_embedding(unet.time_proj(timestep).to(dtype))
-        added = unet.get_aug_embed(embedding, text, told)
-        embedding = embedding if added is None else embedding + added
-        if unet.time_embed_act is not None:
-            embedding = unet.time_embed_act(embedding)
-        return embedding, unet.process_encoder_hidden_states(text, told)
-    embedding = unet.time_embedding(unet.time_proj(timestep).to(unet.dtype))
-    if unet.class_embedding is not None:
-        labels = unet.time_proj(condition) if unet.config.class_embed_type == "timestep" else condition
-        embedding = embedding + unet.class_embedding(labels).to(unet.dtype)
-    return embedding, None
-
-
-def encode(network: nn.Module, sample: Tensor, embedding: Tensor, text: Tensor | None) -> Encoded:
-    """conv_in, all down blocks and the middle."""
-    unet: Any = network
-    if unet.config.center_input_sample:
-        sample = 2 * sample - 1
-    skip, hidden = sample, unet.conv_in(sample)
-    residuals: tuple[Tensor, ...] = (hidden,)
-    for block in unet.down_blocks:
-        if hasattr(block, "skip_conv"):
-            hidden, block_residuals, skip = block(hidden_states=hidden, temb=embedding, skip_sample=skip)
-        else:
-            hidden, block_residuals = block(hidden, embedding, **_attended(block, text))
-        residuals += block_residuals
-    if unet.mid_block is not None:
-        hidden = unet.mid_block(hidden, embedding, **_attended(unet.mid_block, text))
-    return Encoded(hidden, residuals)
-
-
-def decode(network: nn.Module, encoded: Encoded, embedding: Tensor, text: Tensor | None, timestep: Tensor) -> Tensor:
-    """All up blocks and what follows them: the network's output [B, C, H, W]."""
-    unet: Any = network
-    hidden, residuals = encoded
-    skip: Tensor | None = None
-    for block in unet.up_blocks:
-        count = len(block.resnets)
-        residuals, block_residuals = residuals[:-count], residuals[-count:]
-        if hasattr(block, "skip_conv"):
-            hidden, skip = block(hidden, block_residuals, embedding, skip)
-        elif text is None:
-            hidden = block(hidden, block_residuals, embedding)
-        else:
-            # The size of the next block's skips: not always twice this one's.
-            size = residuals[-1].shape[2:] if residuals else None
-            hidden = block(hidden, block_residuals, embedding, upsample_size=size, **_attended(block, text))
-    if unet.conv_norm_out is not None:
-        hidden = unet.conv_act(unet.conv_norm_out(hidden))
-    output: Tensor = unet.conv_out(hidden)
-    if skip is not None:
-        output = output + skip
-    if unet.config.time_embedding_type == "fourier" and isinstance(unet, UNet2DModel):
-        output = output / expand(timestep, output)
-    return output
-
-
-def _attended(block: nn.Module, text: Tensor | None) -> dict[str, Tensor | None]:
-    return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}

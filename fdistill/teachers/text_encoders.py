@@ -1,4 +1,4 @@
-"""The text encoders of a text-to-image teacher: prompts to what its denoiser is told."""
+"""The text encoders of a text-to-image teacher, which make of prompts what its denoiser is given."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import diffusers
@@ -20,8 +20,9 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from fdistill.adapters import supported_pipelines
+from fdistill.adapters import TIUE, supported_pipelines
 from fdistill.adapters.checkpoint import Checkpoint, find_network
+from fdistill.adapters.family import TextToImage
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object
 from fdistill.condition import TextCondition
@@ -48,12 +49,12 @@ class PromptEncoder:
     They stay on the CPU and visit a device only inside `on`, so that they take no memory from training.
 
     Args:
-        family: the adapter of the pipeline's denoiser.
+        family: what the pipeline's family of networks says of its prompts.
         pipeline: without denoiser and autoencoder.
-        resolution: of the images that prompts are for, in pixels: some families tell the denoiser.
+        resolution: of the images that prompts are for, in pixels: some networks are given it.
     """
 
-    def __init__(self, family: ModuleType, pipeline: DiffusionPipeline, resolution: int):
+    def __init__(self, family: TextToImage, pipeline: DiffusionPipeline, resolution: int):
         self._family, self._pipeline, self._resolution = family, pipeline, resolution
 
     @property
@@ -84,8 +85,7 @@ class PromptEncoder:
     def null(self, negative_prompt: str = "") -> TextCondition:
         """What guidance leads away from, as one prompt: the empty one as the family is trained with it, or another."""
         with quiet():
-            null: TextCondition = self._family.encode_null(self._pipeline, negative_prompt, self._resolution)
-        return null
+            return self._family.encode_null(self._pipeline, negative_prompt, self._resolution)
 
     def cut(self, prompts: Sequence[str]) -> list[CutPrompt]:
         """The prompts that are longer than a tokenizer's limit, and what of them is dropped."""
@@ -93,7 +93,7 @@ class PromptEncoder:
         called = inspect.signature(type(self._pipeline).__call__).parameters.get("max_sequence_length")
         # CLIP's tokenizers have fewer; PixArt-alpha and Sigma differ in this alone.
         read = sys.maxsize if called is None else int(called.default)
-        for name, limit in self._family.TOKENIZERS.items():
+        for name, limit in self._family.tokenizers.items():
             tokenizer: Any = getattr(self._pipeline, name, None)
             if tokenizer is None:
                 continue
@@ -163,8 +163,9 @@ def quiet() -> Iterator[None]:
 
 
 def text_components(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Text encoders and tokenizers of a pipeline folder, by name; none for a network that is told no prompts."""
-    if not any(name.startswith("text_encoder") for name in checkpoint.index):
+    """Text encoders and tokenizers of a pipeline folder, by name; none for a network that is given no prompts."""
+    entries = [entry for name, entry in checkpoint.index.items() if name.startswith("text_encoder")]
+    if all(entry[0] is None for entry in entries):
         return {}
     components = open_prompt_encoder(checkpoint, 0).components
     return {name: part for name, part in components.items() if name.startswith(("text_encoder", "tokenizer"))}
@@ -184,16 +185,17 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
     if folder is None:
         raise CheckpointError(f"checkpoint {checkpoint.name!r}: is a function, which has no text encoders")
     name = str(checkpoint.index.get("_class_name"))
-    if name == "TiUEPipeline":  # whose text encoders are those of the teacher's pipeline
-        two = (checkpoint.index.get("text_encoder_2") or [None])[0] is not None
-        name = "StableDiffusionXLPipeline" if two else "StableDiffusionPipeline"
-    if name not in supported_pipelines():
+    if name not in (TIUE, *supported_pipelines()):
         raise CheckpointError(
             f"checkpoint {checkpoint.name!r}: pipeline class {name!r} has no text encoders that are read; "
             f"{did_you_mean(name, supported_pipelines())}"
         )
     family, network = find_network(folder)
-    unused = {family.COMPONENT, "vae", "safety_checker", "feature_extractor", "image_encoder"}
+    if family.text is None:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r}: its network is given no prompts; expected a text-to-image pipeline"
+        )
+    unused = {family.component, "vae", "safety_checker", "feature_extractor", "image_encoder"}
     absent = {
         part: None
         for part, entry in checkpoint.index.items()
@@ -202,7 +204,7 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         with quiet():
-            pipeline = getattr(diffusers, name).from_pretrained(
+            pipeline = getattr(diffusers, family.text.encoding_pipeline(checkpoint.index)).from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
@@ -218,12 +220,12 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
             f"{folder}: its text encoders cannot be loaded ({' '.join(str(error).split())[:400]}); expected the "
             "tokenizer and text_encoder folders of the pipeline, with safetensors"
         ) from error
-    return PromptEncoder(family, pipeline, resolution)
+    return PromptEncoder(family.text, pipeline, resolution)
 
 
 def encoders_sha256(folder: Path) -> str:
-    """What tells the text encoders and tokenizers of a pipeline folder from others: of every file its name, its size
-    and samples from all over it, as whole files may have tens of gigabytes.
+    """A hash of the text encoders and tokenizers of a pipeline folder: of every file's name, its size, and samples from
+    all over it, as whole files may have tens of gigabytes.
     """
     digest = hashlib.sha256()
     for part in sorted(path for path in folder.glob("t*") if path.name.startswith(("text_encoder", "tokenizer"))):

@@ -26,7 +26,8 @@ from fdistill import OneStepPipeline, distill, generate, load_student, load_teac
 from fdistill.adapters.checkpoint import find_network
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.training import sample_grids
-from support.families import FAMILIES
+from support.denoisers import tiny_unet
+from support.families import FAMILIES, tiny_vae
 
 SETTINGS: dict[str, Any] = {
     "data": None,
@@ -288,10 +289,6 @@ def test_in_bfloat16_a_level_stays_what_it_is(checkpoints: dict[str, Path], tmp_
 
 
 def test_latent_unets_keep_their_autoencoder(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    from families import tiny_vae
-
-    from support.denoisers import tiny_unet
-
     folder = tmp_path / "teacher"
     tiny_unet(in_channels=4, out_channels=4).save_pretrained(folder / "unet")
     DDIMScheduler(clip_sample=False).save_pretrained(folder / "scheduler")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,18 +13,16 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
-    DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
 )
 from torch import Tensor, nn
 
-from fdistill.adapters import flux, sd3, unet2d_condition
-from fdistill.adapters.parametrisation import scheduler_config, student_scheduler
+from fdistill.adapters import flux, sd3, unet2d_condition, wrap
+from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import TextCondition
-from fdistill.generator import student_generator
 from fdistill.noise import FlowSchedule
 from support.text_families import (
     RESOLUTION,
@@ -35,19 +32,11 @@ from support.text_families import (
     sd3_without_t5,
     tiny_condition_unet,
 )
+from support.text_pipelines import SIZE, condition_of, denoiser_of, encoders, load_pipeline, network_of, text_of
 
-ADAPTERS: dict[str, ModuleType] = {
-    "sd15": unet2d_condition,
-    "sd21v": unet2d_condition,
-    "sdxl": unet2d_condition,
-    "sd3": sd3,
-    "sd3-without-t5": sd3,
-    "flux-dev": flux,
-    "flux-schnell": flux,
-}
 MMDIT = ("sd3", "flux-dev", "flux-schnell")
 PROMPTS = ["a bold handwritten seven", "a thin digit"]
-SIZE = 8
+NAMES = [*TEXT_FAMILIES, "sd3-without-t5"]
 
 
 @pytest.fixture(scope="module")
@@ -59,30 +48,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def load(folder: Path) -> Any:
     absent = {"text_encoder_3": None, "tokenizer_3": None} if folder.name == "sd3-without-t5" else {}
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **absent)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def network_of(pipeline: Any, name: str) -> Any:
-    return getattr(pipeline, ADAPTERS[name].COMPONENT).eval()
-
-
-def denoiser_of(pipeline: Any, name: str) -> TextDenoiser:
-    denoiser: TextDenoiser = ADAPTERS[name].wrap(network_of(pipeline, name), scheduler_config(pipeline.scheduler))
-    denoiser.resize(SIZE)
-    return denoiser
-
-
-def encoders(pipeline: Any, name: str) -> Any:
-    """The pipeline as `PromptEncoder` has it."""
-    return type(pipeline)(**pipeline.components | {ADAPTERS[name].COMPONENT: None, "vae": None})
-
-
-def condition_of(pipeline: Any, name: str) -> TextCondition:
-    with torch.no_grad():
-        condition: TextCondition = ADAPTERS[name].encode_prompts(encoders(pipeline, name), PROMPTS, RESOLUTION)
-    return condition
+    return load_pipeline(folder, **absent)
 
 
 def random_condition(denoiser: TextDenoiser, count: int) -> TextCondition:
@@ -92,8 +58,7 @@ def random_condition(denoiser: TextDenoiser, count: int) -> TextCondition:
 
 def mmdit(name: str) -> TextDenoiser:
     network = sd3_transformer() if name == "sd3" else flux_transformer(guidance_embeds=name == "flux-dev")
-    adapter = ADAPTERS[name]
-    denoiser: TextDenoiser = adapter.wrap(network, scheduler_config(FlowMatchEulerDiscreteScheduler()))
+    denoiser: Any = wrap(network, scheduler_config(FlowMatchEulerDiscreteScheduler()))
     denoiser.resize(SIZE)
     return denoiser
 
@@ -215,7 +180,11 @@ def test_gradients_without_those_of_the_output_are_those_of_the_features(name: s
 @pytest.mark.parametrize("name", TEXT_FAMILIES)
 def test_x0_is_what_the_pipelines_own_scheduler_says(name: str, folders: dict[str, Path]) -> None:
     pipeline = load(folders[name])
-    denoiser, network, condition = denoiser_of(pipeline, name), network_of(pipeline, name), condition_of(pipeline, name)
+    denoiser, network, condition = (
+        denoiser_of(pipeline),
+        network_of(pipeline),
+        condition_of(pipeline, PROMPTS, RESOLUTION),
+    )
     x_t = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
     guidance = 3.5 if name == "flux-dev" else None
     with torch.no_grad():
@@ -255,12 +224,12 @@ def captured(network: nn.Module, call: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize(("guided", "negative"), [(False, ""), (True, ""), (True, "a blurry digit")])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_network_is_told_what_its_pipeline_tells_it(
     name: str, guided: bool, negative: str, folders: dict[str, Path]
 ) -> None:
     pipeline = load(folders[name])
-    adapter, denoiser = ADAPTERS[name], denoiser_of(pipeline, name)
+    denoiser = denoiser_of(pipeline)
     is_flux = isinstance(denoiser, flux.FluxDenoiser)
     arguments: dict[str, Any] = {"guidance_scale": 4.0 if guided else 1.0}
     if is_flux:
@@ -272,10 +241,10 @@ def test_the_network_is_told_what_its_pipeline_tells_it(
         denoiser.network,
         lambda: pipeline(PROMPTS, num_inference_steps=2, **size, **arguments, output_type="latent"),
     )
-    text = pipeline if name == "sd3-without-t5" else encoders(pipeline, name)
+    text = pipeline if name == "sd3-without-t5" else encoders(pipeline)
     with torch.no_grad():  # another kernel, that rounds otherwise, would run with gradients
-        condition = adapter.encode_prompts(text, PROMPTS, RESOLUTION)
-        null = adapter.encode_null(text, negative, RESOLUTION)
+        condition = text_of(pipeline).encode_prompts(text, PROMPTS, RESOLUTION)
+        null = text_of(pipeline).encode_null(text, negative, RESOLUTION)
     assert len(null) == 1
     if name != "sd3-without-t5":  # where diffusers 0.34 has zeros for 77 tokens, and newer ones for 256
         assert {key: tuple(value.shape[1:]) for key, value in condition.tensors.items()} == denoiser.text_shapes
@@ -297,46 +266,6 @@ def test_the_network_is_told_what_its_pipeline_tells_it(
             # One prompt alone is rounded otherwise than beside another.
             atol = 2e-5 if guided else 0
             torch.testing.assert_close(ours[key], value.float().expand_as(ours[key]), rtol=1e-6, atol=atol)
-
-
-LEVELS: dict[str, tuple[list[float], list[float]]] = {
-    "one": ([999], [1.0]),
-    "one-earlier": ([749], [0.75]),
-    "four": ([999, 749, 499, 249], [1.0, 0.75, 0.5, 0.25]),
-}
-
-
-@pytest.mark.parametrize("steps", LEVELS)
-@pytest.mark.parametrize("name", TEXT_FAMILIES)
-def test_the_students_scheduler_makes_its_pipeline_the_student(
-    name: str, steps: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    pipeline = load(folders[name])
-    denoiser, condition = denoiser_of(pipeline, name), condition_of(pipeline, name)
-    is_flow = name in MMDIT
-    levels = LEVELS[steps][is_flow]
-    found = student_scheduler(denoiser.parametrisation, levels)
-    assert found is not None
-    pipeline.scheduler, call = found
-    pipeline.save_pretrained(tmp_path)
-    student = load(tmp_path)
-    size = {"height": RESOLUTION, "width": RESOLUTION}
-    guidance = {"guidance_scale": 3.5 if name == "flux-dev" else 0.0}
-    # The pipelines of SD 3 and Flux give their scheduler no generator.
-    draws: dict[str, Any] = {} if is_flow else {"generator": torch.Generator().manual_seed(4)}
-    torch.manual_seed(4)
-    got = student(PROMPTS, **call, **size, **guidance, **draws, output_type="latent").images
-    noise = torch.randn(len(levels), 2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(4))
-    if isinstance(denoiser, flux.FluxDenoiser):
-        got = unpacked(got)
-        later = [unpacked(one.reshape(2, 16, 64)) for one in noise[1:]]
-        noise = torch.stack([noise[0], *later])
-    with torch.no_grad():
-        expected = student_generator(denoiser, levels)(
-            noise[0] if len(levels) == 1 else noise.transpose(0, 1), condition
-        )
-    assert expected.std() > 0.1
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_folded_guidance_is_the_one_told(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -433,11 +362,11 @@ def test_schedulers_and_sizes_that_do_not_fit_are_refused() -> None:
 def test_missing_encoders_are_named(folders: dict[str, Path]) -> None:
     pipeline = load(folders["sd3-without-t5"])
     with pytest.raises(CheckpointError, match=r"without text_encoder_3: .* expected the transformer beside"):
-        sd3.encode_prompts(encoders(pipeline, "sd3"), PROMPTS, RESOLUTION)
+        sd3.encode_prompts(encoders(pipeline), PROMPTS, RESOLUTION)
     pipeline.text_encoder_2 = None
     with pytest.raises(CheckpointError, match="only text_encoder_3 can be left out"):
         sd3.encode_prompts(pipeline, PROMPTS, RESOLUTION)
     pipeline = load(folders["flux-schnell"])
     pipeline.text_encoder_2 = None
     with pytest.raises(CheckpointError, match="expected both"):
-        flux.encode_null(pipeline, "", RESOLUTION)
+        text_of(pipeline).encode_null(pipeline, "", RESOLUTION)

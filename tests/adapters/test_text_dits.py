@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from diffusers import (
-    DiffusionPipeline,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     PixArtTransformer2DModel,
@@ -18,15 +16,12 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from fdistill.adapters import pixart, sana
-from fdistill.adapters.checkpoint import Checkpoint
-from fdistill.adapters.parametrisation import scheduler_config, student_scheduler
+from fdistill.adapters import pixart, sana, wrap
+from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import TextCondition
-from fdistill.generator import student_generator
-from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
 from support.text_families_dit import (
     HAS_QWEN_IMAGE,
     TEXT_FAMILIES_DIT,
@@ -34,24 +29,17 @@ from support.text_families_dit import (
     qwen_transformer,
     sana_transformer,
 )
+from support.text_pipelines import SIZE, condition_of, denoiser_of, encoders, load_pipeline, text_of
 
 if HAS_QWEN_IMAGE:
     from diffusers import QwenImagePipeline
 
     from fdistill.adapters import qwen_image
 
-ADAPTERS: dict[str, ModuleType] = {
-    "pixart": pixart,
-    "pixart-alpha": pixart,
-    "sana": sana,
-    "sana-timestep-scale": sana,
-} | ({"qwen-image": qwen_image} if HAS_QWEN_IMAGE else {})
-FAMILIES = [name for name in ADAPTERS if name not in ("pixart-alpha", "sana-timestep-scale")]
+FAMILIES = [name for name in TEXT_FAMILIES_DIT if name not in ("pixart-alpha", "sana-timestep-scale")]
 VP = ("pixart", "pixart-alpha")
-LEVELS = [(name, level) for name in ADAPTERS for level in ((999.0, 400.0) if name in VP else (1.0,))]
 PROMPTS = ["A bold handwritten seven", "a thin digit, drawn with a pencil"]
 NEGATIVE = "a blurry digit"
-SIZE = 8
 
 
 @pytest.fixture(scope="module")
@@ -60,32 +48,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write(base / name) for name, (write, _, _) in TEXT_FAMILIES_DIT.items()}
 
 
-def load(folder: Path, **components: Any) -> Any:
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder, **components)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def call_of(name: str) -> dict[str, Any]:
     return TEXT_FAMILIES_DIT[name][2]
-
-
-def denoiser_of(pipeline: Any, name: str) -> TextDenoiser:
-    network = pipeline.transformer.eval()
-    denoiser: TextDenoiser = ADAPTERS[name].wrap(network, scheduler_config(pipeline.scheduler))
-    denoiser.resize(SIZE)
-    return denoiser
-
-
-def encoders(pipeline: Any) -> Any:
-    """The pipeline as `PromptEncoder` has it."""
-    return type(pipeline)(**pipeline.components | {"transformer": None, "vae": None})
-
-
-@torch.no_grad()
-def condition_of(pipeline: Any, name: str) -> TextCondition:
-    condition: TextCondition = ADAPTERS[name].encode_prompts(encoders(pipeline), PROMPTS, call_of(name)["height"])
-    return condition
 
 
 def tiny(name: str) -> TextDenoiser:
@@ -98,7 +62,7 @@ def tiny(name: str) -> TextDenoiser:
     else:
         changes = {"timestep_scale": 0.001} if name == "sana-timestep-scale" else {}
         network, scheduler = sana_transformer(**changes), FlowMatchEulerDiscreteScheduler()
-    denoiser: TextDenoiser = ADAPTERS[name].wrap(network, scheduler_config(scheduler))
+    denoiser: Any = wrap(network, scheduler_config(scheduler))
     denoiser.resize(SIZE)
     return denoiser
 
@@ -149,7 +113,7 @@ def unpacked(tokens: Tensor) -> Tensor:
     return latents[:, :, 0]
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> None:
     denoiser = tiny(name)
     network: Any = denoiser.network
@@ -177,7 +141,7 @@ def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> N
     assert not torch.allclose(features["block1"], features["block2"], atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_nothing_beyond_the_last_feature_is_computed(name: str) -> None:
     denoiser = tiny(name)
     network: Any = denoiser.network
@@ -195,7 +159,7 @@ def test_nothing_beyond_the_last_feature_is_computed(name: str) -> None:
     assert all(torch.equal(value, full[key]) for key, value in features.items())
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_gradients_without_those_of_the_output_are_those_of_the_features(name: str) -> None:
     denoiser = tiny(name)
     x_t, t, condition = inputs(denoiser)
@@ -213,10 +177,10 @@ def test_gradients_without_those_of_the_output_are_those_of_the_features(name: s
     assert {key for key, gradient in expected.items() if gradient.any()} <= got.keys()
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_x0_is_what_the_pipelines_own_scheduler_says(name: str, folders: dict[str, Path]) -> None:
-    pipeline = load(folders[name])
-    denoiser, condition = denoiser_of(pipeline, name), condition_of(pipeline, name)
+    pipeline = load_pipeline(folders[name])
+    denoiser, condition = denoiser_of(pipeline), condition_of(pipeline, PROMPTS, call_of(name)["height"])
     x_t = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
     scheduler = pipeline.scheduler
     for position in (8, 15, 19):
@@ -256,9 +220,9 @@ def captured(network: nn.Module, call: Any) -> list[tuple[dict[str, Any], Tensor
 
 
 @pytest.mark.parametrize("negative", ["", NEGATIVE])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_the_network_is_told_what_its_pipeline_tells_it(name: str, negative: str, folders: dict[str, Path]) -> None:
-    pipeline = load(folders[name])
+    pipeline = load_pipeline(folders[name])
     qwen = name == "qwen-image"
     guided = {"true_cfg_scale": 3.0} if qwen else {"guidance_scale": 3.0}
     call = (
@@ -267,9 +231,9 @@ def test_the_network_is_told_what_its_pipeline_tells_it(name: str, negative: str
     seen = captured(pipeline.transformer, lambda: pipeline(PROMPTS, **call))
     (given, output), unconditional = seen[0], seen[1] if qwen else None
     with torch.no_grad():
-        null: TextCondition = ADAPTERS[name].encode_null(encoders(pipeline), negative, call["height"])
-    told = TextCondition.concat([null.repeated(2), condition_of(pipeline, name)])
-    denoiser = denoiser_of(pipeline, name)
+        null = text_of(pipeline).encode_null(encoders(pipeline), negative, call["height"])
+    told = TextCondition.concat([null.repeated(2), condition_of(pipeline, PROMPTS, call_of(name)["height"])])
+    denoiser = denoiser_of(pipeline)
     assert {key: tuple(value.shape[1:]) for key, value in told.tensors.items()} == denoiser.text_shapes
 
     scale = pipeline.transformer.config.timestep_scale * 1000 if name.startswith("sana") else 1
@@ -307,10 +271,10 @@ def mask_of(given: dict[str, Any], length: int) -> Tensor:
 
 
 def test_sanas_instruction_stands_before_prompts_and_not_before_the_negative_one(folders: dict[str, Path]) -> None:
-    alone = encoders(load(folders["sana"]))
+    alone = encoders(load_pipeline(folders["sana"]))
     with torch.no_grad():
         prompt = sana.encode_prompts(alone, [NEGATIVE], 32)
-        null = sana.encode_null(alone, NEGATIVE, 32)
+        null = sana.encode_negative(alone, NEGATIVE, 32)
     shared = int(null["prompt_attention_mask"].sum())
     assert torch.equal(prompt["prompt_attention_mask"], null["prompt_attention_mask"])  # the instruction is cut off
     assert not torch.allclose(prompt["prompt_embeds"][:, 1:shared], null["prompt_embeds"][:, 1:shared], atol=0.1)
@@ -318,8 +282,8 @@ def test_sanas_instruction_stands_before_prompts_and_not_before_the_negative_one
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_is_read_up_to_the_limit_of_its_tokenizer(name: str, folders: dict[str, Path]) -> None:
-    alone = encoders(load(folders[name]))
-    limit = ADAPTERS[name].TOKENIZERS["tokenizer"]
+    alone = encoders(load_pipeline(folders[name]))
+    limit = text_of(alone).tokenizers["tokenizer"]
     words = "a"
     while len(alone.tokenizer(words).input_ids) < limit:
         words += " bold"
@@ -328,7 +292,7 @@ def test_a_prompt_is_read_up_to_the_limit_of_its_tokenizer(name: str, folders: d
     beyond = [words + " seven" * 9, words + " thin" * 9]
     with torch.no_grad():
         taken, other, *cut = (
-            ADAPTERS[name].encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
+            text_of(alone).encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
         )
     assert taken.shape[1] == limit
     assert not torch.allclose(taken, other, atol=1e-3)
@@ -337,8 +301,8 @@ def test_a_prompt_is_read_up_to_the_limit_of_its_tokenizer(name: str, folders: d
 
 def test_padding_changes_nothing(folders: dict[str, Path]) -> None:
     for name in [*FAMILIES, "pixart-alpha"]:
-        pipeline = load(folders[name])
-        denoiser, condition = denoiser_of(pipeline, name), condition_of(pipeline, name)
+        pipeline = load_pipeline(folders[name])
+        denoiser, condition = denoiser_of(pipeline), condition_of(pipeline, PROMPTS, call_of(name)["height"])
         mask_name = next(key for key in condition.tensors if "mask" in key)
         x_t, t, _ = inputs(denoiser, 2)
         together = denoiser.predict(x_t, t, condition)[0].output
@@ -350,107 +314,6 @@ def test_padding_changes_nothing(folders: dict[str, Path]) -> None:
             }
             single = denoiser.predict(x_t[i : i + 1], t[i : i + 1], TextCondition(alone))[0].output
             torch.testing.assert_close(together[i : i + 1], single, rtol=1e-4, atol=1e-5)
-
-
-def latent_space(folder: Path, denoiser: TextDenoiser, vae: str | None = None) -> LatentSpace:
-    found = attach_latent_space(denoiser, Checkpoint(str(folder), folder), vae)
-    assert found is not None
-    return found
-
-
-@pytest.mark.parametrize(("name", "level"), LEVELS)
-def test_a_students_pipeline_draws_what_the_student_does(
-    name: str, level: float, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    pipeline = load(folders[name])
-    denoiser, condition = denoiser_of(pipeline, name), condition_of(pipeline, name)
-    latents = latent_space(folders[name], denoiser)
-    student = student_generator(denoiser, [level]).eval()
-    noise = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        x0 = student(noise, condition)
-    image = latents.decode(x0).div(2).add(0.5).clamp(0, 1)
-    made = student_scheduler(denoiser.parametrisation, [level])
-    assert made is not None
-    scheduler, call = made
-    assert call.items() <= call_of(name).items()
-    pipeline.register_modules(transformer=denoiser.network, scheduler=scheduler)
-    pipeline.save_pretrained(tmp_path / "student")
-    loaded = load(tmp_path / "student")
-    assert type(loaded).__name__ == TEXT_FAMILIES_DIT[name][1]
-    given = noise if name != "qwen-image" else QwenImagePipeline._pack_latents(noise, 2, 4, SIZE, SIZE)
-    drawn = loaded(PROMPTS, latents=given, output_type="latent", **call_of(name)).images
-    drawn = unpacked(drawn) if name == "qwen-image" else drawn
-    torch.testing.assert_close(drawn, x0, rtol=1e-4, atol=1e-4)
-    seen = loaded(PROMPTS, latents=given, output_type="pt", **call_of(name)).images
-    torch.testing.assert_close(seen, image, rtol=1e-4, atol=1e-4)
-    assert image.std() > 0.01
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_images_and_latents(name: str, folders: dict[str, Path]) -> None:
-    pipeline = load(folders[name])
-    denoiser = denoiser_of(pipeline, name)
-    space = latent_space(folders[name], denoiser)
-    vae: Any = pipeline.vae
-    factor = 4 if name == "sana" else 2
-    assert space.factor == factor == pipeline.vae_scale_factor
-    images = torch.rand(3, 3, 32, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
-    mean, std = space.moments(images).chunk(2, dim=1)
-    assert mean.shape == (3, denoiser.sample_shape[0], 32 // factor, 16 // factor)
-    with torch.no_grad():
-        if name == "sana":
-            torch.testing.assert_close(mean, vae.encode(images).latent)
-            assert not std.any()
-            seen = mean * 0.41
-        elif name == "qwen-image":
-            posterior = vae.encode(images.unsqueeze(2)).latent_dist
-            torch.testing.assert_close(mean, posterior.mode().squeeze(2))
-            torch.testing.assert_close(std, posterior.logvar.div(2).exp().squeeze(2))
-            means, stds = (torch.tensor(vae.config[f"latents_{part}"]).reshape(1, 4, 1, 1) for part in ("mean", "std"))
-            seen = (mean - means) / stds
-        else:
-            torch.testing.assert_close(mean, vae.encode(images).latent_dist.mode())
-            seen = mean * 0.5
-        again = vae.decode(mean.unsqueeze(2)).sample.squeeze(2) if name == "qwen-image" else vae.decode(mean).sample
-    samples = space.scaling.to_samples(mean)
-    assert denoiser.latent_scaling == space.scaling
-    torch.testing.assert_close(samples, seen)
-    torch.testing.assert_close(space.decode(samples), again, rtol=1e-4, atol=1e-5)
-
-
-def test_large_images_visit_the_autoencoder_a_few_at_a_time(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pipeline = load(folders["sana"])
-    space = latent_space(folders["sana"], denoiser_of(pipeline, "sana"))
-    images = torch.rand(5, 3, 32, 32)
-    whole = space.moments(images)
-    pictures = space.decode(whole[:, :8])
-    monkeypatch.setattr("fdistill.teachers.autoencoder._PIXELS", 2 * 32 * 32)
-    sizes: list[int] = []
-    for half in (space.vae.encoder, space.vae.decoder):
-        half.register_forward_pre_hook(lambda _module, given: sizes.append(len(given[0])))
-    torch.testing.assert_close(space.moments(images), whole)
-    torch.testing.assert_close(space.decode(whole[:, :8]), pictures)
-    assert sizes == [2, 2, 1, 2, 2, 1]
-
-
-def test_autoencoders_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    denoiser = denoiser_of(load(folders["sana"]), "sana")
-    with pytest.raises(CheckpointError, match="has latents of 4 channels"):
-        latent_space(folders["sana"], denoiser, str(folders["pixart"]))
-    tiny_folder = tmp_path / "tiny"
-    tiny_folder.mkdir()
-    (tiny_folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
-    with pytest.raises(CheckpointError, match=r"'AutoencoderTiny' is not supported.*AutoencoderDC, AutoencoderKL"):
-        latent_space(folders["sana"], denoiser, str(tiny_folder))
-    (tiny_folder / "config.json").write_text("[]")
-    with pytest.raises(CheckpointError, match="expected the config of an autoencoder"):
-        latent_space(folders["sana"], denoiser, str(tiny_folder))
-    (tiny_folder / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="expected the config of an autoencoder"):
-        latent_space(folders["sana"], denoiser, str(tiny_folder))
 
 
 def test_pixarts_variances_are_cut_off_and_nothing_else() -> None:
@@ -480,7 +343,7 @@ def test_pixart_as_it_was_first_published_is_read(tmp_path: Path) -> None:
     assert torch.equal(own_output(loaded.eval(), x_t, t, condition), own_output(transformer, x_t, t, condition))
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_other_weights_are_read_alike(name: str) -> None:
     denoiser: Any = tiny(name)
     denoiser.resize(16)
@@ -495,7 +358,7 @@ def test_other_weights_are_read_alike(name: str) -> None:
         denoiser(x_t, t)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_a_network_in_bfloat16_takes_conditions_in_float32(name: str) -> None:
     denoiser = tiny(name)
     x_t, t, condition = inputs(denoiser)

@@ -18,12 +18,12 @@ from typer.testing import CliRunner
 from fdistill import distill, load_config, load_student, load_teacher
 from fdistill.adapters import wrap
 from fdistill.adapters.text_to_image import TextDenoiser
+from fdistill.adapters.tiny_parts import RESOLUTION
 from fdistill.base.errors import CheckpointError, ConfigError
 from fdistill.commands import smoke
 from fdistill.commands.cli import app
 from fdistill.commands.dry_run import describe
 from fdistill.commands.smoke import smoke_config
-from fdistill.commands.tiny_pipelines import RESOLUTION
 from fdistill.config.reading import dump_config, load_smoke
 from fdistill.data.latents import LatentSource
 from fdistill.data.prompts import read_prompts

@@ -28,10 +28,11 @@ from evaluation import features
 from evaluation.evaluate import describe, evaluate
 from evaluation.weights import PUBLISHED
 from fdistill import generate
+from fdistill.adapters.unet2d_condition import tiny_unet as condition_unet
 from fdistill.assets import CLIP_DIGITS
 from fdistill.base.errors import ArgumentError, CheckpointError, DataError, NonFiniteError
 from fdistill.commands import cli
-from fdistill.commands.tiny_pipelines import condition_unet, tiny_pipeline
+from fdistill.commands.tiny_pipelines import tiny_pipeline
 from fdistill.data.digit_captions import evaluation_prompts, load_digit_images
 from fdistill.data.digits import load_digits
 from support.processes import launch_commands

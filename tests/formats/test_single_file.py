@@ -10,10 +10,11 @@ import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from fdistill.adapters import original_layout
+from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import CheckpointError
-from fdistill.formats.comfy import NETWORK, network_layout
+from fdistill.formats.comfy import NETWORK
 from fdistill.formats.comfy.autoencoder import original_autoencoder
-from fdistill.formats.comfy.layout import assemble
 from fdistill.formats.pipeline_folder import read_weights
 from fdistill.formats.single_file import single_file_to_folder
 from fdistill.students.export import export_student
@@ -108,7 +109,7 @@ def test_a_network_under_the_names_of_diffusers_is_taken_too(tmp_path: Path) -> 
 def test_a_transformer_with_or_without_its_autoencoder(prefix: str, tmp_path: Path) -> None:
     base, network = sd3_base(tmp_path / "base")
     changed = {name: value + 1 for name, value in network.state_dict().items()}
-    layout = network_layout("SD3Transformer2DModel", changed, network.config)
+    layout = original_layout("SD3Transformer2DModel", changed, network.config)
     file = {prefix + name: value for name, value in assemble(layout or {}, changed).items()}
     vae = {name: value - 1 for name, value in read_weights(base / "vae").items()}
     if prefix:

@@ -32,9 +32,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fdistill import OneStepPipeline, TiUEPipeline, distill, generate, load_student
+from fdistill.adapters.tiny_parts import autoencoder, untrained
+from fdistill.adapters.unet2d_condition import tiny_unet as condition_unet
 from fdistill.base.errors import ArgumentError, CheckpointError, NonFiniteError
 from fdistill.commands.cli import app
-from fdistill.commands.tiny_pipelines import autoencoder, condition_unet, tiny_pipeline, untrained
+from fdistill.commands.tiny_pipelines import tiny_pipeline
 from fdistill.generation.generate import ImageSource, Source, open_source, told_of
 from fdistill.generation.pipeline_maker import PipelineSource, noise_seed
 from support.denoisers import tiny_unet

@@ -20,10 +20,11 @@ from diffusers.loaders import single_file_utils as published
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fdistill.adapters import original_layout
+from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import ArgumentError, CheckpointError
-from fdistill.formats.comfy import NETWORK, network_layout, single_file
+from fdistill.formats.comfy import NETWORK, single_file
 from fdistill.formats.comfy.autoencoder import original_autoencoder
-from fdistill.formats.comfy.layout import assemble
 from fdistill.formats.comfy.text_encoders import original_clip, original_open_clip
 from fdistill.formats.lora_file import LORA_FILE, kohya_names, save_lora
 from fdistill.students.export import export_student
@@ -48,7 +49,7 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 def test_diffusers_own_converter_takes_a_unet_back(kind: str) -> None:
     unet = tiny_unet(**UNETS[kind])
     state = unet.state_dict()
-    layout = network_layout("UNet2DConditionModel", state, unet.config)
+    layout = original_layout("UNet2DConditionModel", state, unet.config)
     made = {NETWORK + name: value for name, value in assemble(layout or {}, state).items()}
     same(published.convert_ldm_unet_checkpoint(made, unet.config), state)
 
@@ -81,7 +82,7 @@ PUBLISHED_UNETS: dict[str, dict[str, Any]] = {
 def test_unets_of_the_published_sizes_have_the_published_names(kind: str) -> None:
     unet = meta(UNet2DConditionModel, **PUBLISHED_UNETS[kind])
     state = unet.state_dict()
-    made = assemble(network_layout("UNet2DConditionModel", state, unet.config) or {}, state)
+    made = assemble(original_layout("UNet2DConditionModel", state, unet.config) or {}, state)
     back = published.convert_ldm_unet_checkpoint({NETWORK + k: v for k, v in made.items()}, unet.config)
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in state.items()}
     # By this name diffusers and others tell whole checkpoints of Stable Diffusion 1 and 2.
@@ -98,10 +99,10 @@ def test_unets_of_the_published_sizes_have_the_published_names(kind: str) -> Non
 def test_a_network_without_published_names_is_refused() -> None:
     unet = tiny_unet(time_cond_proj_dim=8)
     with pytest.raises(CheckpointError, match=r"time_embedding\.cond_proj\.weight"):
-        network_layout("UNet2DConditionModel", unet.state_dict(), unet.config)
+        original_layout("UNet2DConditionModel", unet.state_dict(), unet.config)
     with pytest.raises(CheckpointError, match="layers_per_block"):
-        network_layout("UNet2DConditionModel", unet.state_dict(), {"layers_per_block": [1, 2]})
-    assert network_layout("SanaTransformer2DModel", ["x"], {}) is None
+        original_layout("UNet2DConditionModel", unet.state_dict(), {"layers_per_block": [1, 2]})
+    assert original_layout("SanaTransformer2DModel", ["x"], {}) is None
 
 
 def test_diffusers_own_converter_takes_an_autoencoder_back() -> None:
@@ -169,7 +170,7 @@ FLUX = {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": True}
 
 
 def original(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    layout = network_layout(type(model).__name__, state, model.config)
+    layout = original_layout(type(model).__name__, state, model.config)
     assert layout is not None
     return assemble(layout, state)
 

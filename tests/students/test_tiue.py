@@ -21,40 +21,25 @@ from diffusers import (
 from torch import Tensor
 
 from fdistill.adapters import set_null_class, unet2d_condition, wrap
+from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import scheduler_config
+from fdistill.adapters.unet_blocks import Encoded, decode, embed, encode
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition, TextCondition
 from fdistill.denoiser import Denoiser, LatentScaling
 from fdistill.losses import noise_kl_loss
 from fdistill.noise import FlowSchedule
 from fdistill.students.lora import lora_copy
-from fdistill.students.tiue import Encoded, TiUEGenerator, as_told, composition, decode, embed, encode, leading_levels
+from fdistill.students.tiue import TiUEGenerator, as_told, composition, leading_levels
 from fdistill.students.tiue_pipeline import TiUEPipeline, tiue_pipeline
+from fdistill.teachers.text_encoders import text_components
 from support.denoisers import GaussianDenoiser, tiny_unet
 from support.families import randomised, tiny_vae
 from support.text_families import sd15, sd21v, sdxl, tiny_condition_unet
-from support.unets import ARCHITECTURES
+from support.unets import XL
 
 SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 LEVELS = (751.0, 501.0, 251.0, 1.0)
-XL: dict[str, Any] = {
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2),
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 24 + 6 * 8,
-}
-#: diffusers' UNet2DConditionModel with and without what the models of Stable Diffusion have.
-CONDITION_ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "sd15": {},
-    "sd21": {"use_linear_projection": True, "attention_head_dim": (1, 2)},
-    "sdxl": XL,
-    "no-middle": {"mid_block_type": None},
-    "odd-size": {"sample_size": 7},
-    "projected-text": {"encoder_hid_dim": 12, "encoder_hid_dim_type": "text_proj"},
-    "activated-time": {"time_embedding_act_fn": "silu", "center_input_sample": True},
-}
 
 
 def ddim(prediction_type: str = "epsilon", **changes: Any) -> DDIMScheduler:
@@ -99,34 +84,6 @@ def sequential(generator: TiUEGenerator, noise: Tensor, condition: Condition | N
             encoded = encode(unet, network_input, embedding, text)
         outputs.append(decode(unet, encoded, embedding, text, timestep))
     return torch.stack(outputs, dim=1)
-
-
-# --- the network in parts
-
-
-@pytest.mark.parametrize("name", CONDITION_ARCHITECTURES)
-def test_encoder_and_decoder_at_one_level_are_the_text_networks_forward(name: str) -> None:
-    unet = tiny_condition_unet(**CONDITION_ARCHITECTURES[name])
-    size = unet.config.sample_size
-    sample, t = torch.randn(3, 4, size, size), torch.tensor([999.0, 500.0, 0.0])
-    width = 12 if name == "projected-text" else unet.config.cross_attention_dim
-    text = {"prompt_embeds": torch.randn(3, 5, width)}
-    added = {"text_embeds": torch.randn(3, 24), "time_ids": torch.rand(3, 6)} if name == "sdxl" else {}
-    expected = unet(sample, t, text["prompt_embeds"], added_cond_kwargs=added).sample
-    embedding, attended = embed(unet, t, TextCondition(text | added), sample.dtype)
-    encoded = encode(unet, sample, embedding, attended)
-    assert torch.equal(decode(unet, encoded, embedding, attended, t), expected)
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_encoder_and_decoder_at_one_level_are_the_label_networks_forward(name: str) -> None:
-    torch.manual_seed(0)
-    unet = randomised(tiny_unet(**ARCHITECTURES[name]))
-    sample, t = torch.randn(3, unet.config.in_channels, 8, 8), torch.tensor([990.0, 500.0, 1.0])
-    labels = torch.tensor([0, 3, 9]) if unet.config.num_class_embeds else None
-    expected = unet(sample, t, labels).sample
-    embedding, text = embed(unet, t, labels, sample.dtype)
-    assert torch.equal(decode(unet, encode(unet, sample, embedding, text), embedding, text, t), expected)
 
 
 # --- parallel and sequential decoders
@@ -393,6 +350,7 @@ def test_a_reloaded_pipeline_of_labels_makes_the_trainers_images(tmp_path: Path)
     torch.testing.assert_close(images, expected, rtol=0, atol=1e-4)
     assert json.loads((tmp_path / "student" / "model_index.json").read_text())["_class_name"] == "TiUEPipeline"
     assert diffusers.TiUEPipeline is TiUEPipeline
+    assert text_components(Checkpoint("student", tmp_path / "student")) == {}
     for wrong in (None, [9], [-1]):
         with pytest.raises(ArgumentError, match=r"labels in \[0, 9\)"):
             loaded(class_labels=wrong)

@@ -11,15 +11,11 @@ from typing import Any
 
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
-from fdistill.commands.tiny_pipelines import (
-    RESOLUTION,
-    flux_transformer,
-    sd3_transformer,
-    t5_encoder,
-    t5_tokenizer,
-    tiny_pipeline,
-)
-from fdistill.commands.tiny_pipelines import condition_unet as tiny_condition_unet
+from fdistill.adapters.flux import tiny_transformer as flux_transformer
+from fdistill.adapters.sd3 import tiny_transformer as sd3_transformer
+from fdistill.adapters.tiny_parts import RESOLUTION, t5_encoder, t5_tokenizer
+from fdistill.adapters.unet2d_condition import tiny_unet as tiny_condition_unet
+from fdistill.commands.tiny_pipelines import tiny_pipeline
 
 __all__ = [
     "RESOLUTION",

@@ -25,7 +25,9 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from fdistill.commands.tiny_pipelines import RESOLUTION, pixart_transformer, tiny_pipeline
+from fdistill.adapters.pixart import tiny_transformer as pixart_transformer
+from fdistill.adapters.tiny_parts import RESOLUTION
+from fdistill.commands.tiny_pipelines import tiny_pipeline
 from support.families import randomised
 
 __all__ = [

@@ -6,19 +6,18 @@ read in its `supported_models.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fdistill.adapters import FAMILIES, original_layout
+from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import CheckpointError
 from fdistill.formats.comfy.autoencoder import original_autoencoder
-from fdistill.formats.comfy.layout import Layout, assemble
 from fdistill.formats.comfy.text_encoders import original_clip, original_open_clip
-from fdistill.formats.comfy.transformers import transformer_layout
-from fdistill.formats.comfy.unet import unet_layout
 from fdistill.formats.pipeline_folder import components, read_config, read_weights
 
 #: Before the names of the network's tensors.
@@ -26,19 +25,8 @@ NETWORK = "model.diffusion_model."
 #: ComfyUI takes SD2 for a v-prediction where the standard deviation of this tensor is above the threshold.
 _V_PREDICTION_TENSOR, _V_PREDICTION_STD = f"{NETWORK}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 _SAMPLING_NODE = "put a ModelSamplingDiscrete node with sampling=v_prediction behind the loader"
-#: First channels and width of the text, by which ComfyUI tells the UNets that it knows apart.
+#: First channels and width of the text, by which ComfyUI recognises the UNets that it knows.
 _KNOWN_UNETS = {(320, 768), (320, 1024), (320, 2048)}
-
-
-def network_layout(class_name: str, names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
-    """The original layout of a network, without the prefix; None where its original names are not known.
-
-    Raises:
-        CheckpointError: a tensor has no name there.
-    """
-    if class_name == "UNet2DConditionModel":
-        return unet_layout(names, config)
-    return transformer_layout(class_name, names)
 
 
 def single_file(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -55,7 +43,7 @@ def single_file(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
     if place is None:
         raise CheckpointError(f"{folder}: a pipeline without unet or transformer has no ComfyUI format")
     config, weights = read_config(folder / place / "config.json"), read_weights(folder / place)
-    layout = network_layout(parts[place], weights, config)
+    layout = original_layout(parts[place], weights, config)
     if layout is None:
         raise CheckpointError(
             f"{folder}: ComfyUI's tensor names of a {parts[place]} are not known to this version; use the folder with "
@@ -87,7 +75,7 @@ def _text_encoders(folder: Path, parts: Mapping[str, str], config: Mapping[str, 
         return _prefixed("conditioner.embedders.0.transformer.", original_clip(first)) | _prefixed(
             "conditioner.embedders.1.model.", second
         )
-    if config.get("use_linear_projection"):  # how ComfyUI, too, tells SD2 from SD1
+    if config.get("use_linear_projection"):  # by which ComfyUI, too, knows SD2
         return _prefixed("cond_stage_model.model.", original_open_clip(first))
     return _prefixed("cond_stage_model.transformer.", original_clip(first))
 
@@ -109,8 +97,8 @@ def _predicts_v(
 
 def _check_outputs(folder: Path, class_name: str, config: Mapping[str, Any]) -> None:
     outputs = config.get("out_channels")
-    if class_name == "PixArtTransformer2DModel" and outputs != 2 * config["in_channels"]:
+    if FAMILIES[class_name].original_variances and outputs != 2 * config["in_channels"]:
         raise CheckpointError(
-            f"{folder}: ComfyUI's PixArt has twice as many output as input channels, this student {outputs}; use the "
-            "folder with diffusers"
+            f"{folder}: ComfyUI's {class_name.removesuffix('Transformer2DModel')} has twice as many output as input "
+            f"channels, this student {outputs}; use the folder with diffusers"
         )

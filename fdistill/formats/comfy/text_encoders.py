@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-from fdistill.formats.comfy.layout import Layout, Place, Table, assemble, look_up, make_layout
+from fdistill.adapters.original_names import Layout, Place, Table, assemble, look_up, make_layout
 
 _OPEN_CLIP: Table = {
     "embeddings.token_embedding": "token_embedding",

@@ -1,9 +1,14 @@
-"""How the tensors of an original checkpoint are made of diffusers' tensors."""
+"""A network's tensors under the names of its publisher, which ComfyUI and LoRA files use, made of diffusers' tensors.
+
+A family names its tensors in tables; the functions here make a layout of them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +75,61 @@ def make_layout(
         target: Original(tuple(parts[i] for i in sorted(parts)), any(swapped(part) for part in parts.values()))
         for target, parts in found.items()
     }
+
+
+#: Queries, keys and values of an attention in diffusers: of the image, and of the text beside it.
+SELF_ATTENTION = ("to_q", "to_k", "to_v")
+ADDED_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def fused(target: str, attention: str, modules: Iterable[str], *more: str) -> dict[str, Place]:
+    """Table entries of modules that stand on top of each other in one original tensor.
+
+    Args:
+        target: the original module.
+        attention: the module of diffusers that has `modules`.
+        more: names of further modules, which are not the attention's.
+    """
+    names = [*(f"{attention}.{module}" for module in modules), *more]
+    return {name: (target, i) for i, name in enumerate(names)}
+
+
+_BLOCK = re.compile(r"((?:single_)?transformer_blocks)\.(\d+)\.(.+)")
+
+
+def transformer_layout(
+    top: Table, blocks: Mapping[str, tuple[str, Table]]
+) -> Callable[[Collection[str], Mapping[str, Any]], Layout]:
+    """The `Family.original_layout` of a transformer.
+
+    Args:
+        top: the tensors outside of its blocks.
+        blocks: "transformer_blocks" or "single_transformer_blocks" -> the original name, and the tensors of a block.
+    """
+
+    def layout(names: Collection[str], config: Mapping[str, Any]) -> Layout:
+        def place(name: str) -> Place | None:
+            match = _BLOCK.fullmatch(name)
+            if match is None:
+                return look_up(name, top)
+            kind, number, rest = match.groups()
+            original, table = blocks.get(kind, ("", {}))
+            found = look_up(rest, table)
+            return (f"{original}.{number}.{found[0]}", found[1]) if found else None
+
+        # The last block of SD3 has no output for the text: its norm is one of scale and shift, like the network's last.
+        matches = [match for match in map(_BLOCK.fullmatch, names) if match]
+        outputs = {match[2] for match in matches if match[3].startswith("attn.to_add_out.")}
+
+        def swapped(name: str) -> bool:
+            match = _BLOCK.fullmatch(name)
+            if match is None:
+                return name.startswith("norm_out.linear.")
+            return match[3].startswith("norm1_context.linear.") and match[2] not in outputs
+
+        return make_layout(names, place, swapped)
+
+    return layout
 
 
 def swap_halves(value: Tensor) -> Tensor:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from fdistill.adapters.original_names import Layout, Place, look_up, make_layout
 from fdistill.base.errors import CheckpointError
-from fdistill.formats.comfy.layout import Layout, Place, look_up, make_layout
 
 _TOP = {
     "conv_in": "input_blocks.0.0",

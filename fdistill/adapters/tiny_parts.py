@@ -1,0 +1,147 @@
+"""Parts of untrained text-to-image pipelines of a few thousand parameters, on which recipes are tried out: tokenizers,
+text encoders and autoencoders, all of them real. Latents are 8 x 8, images 16 x 16 pixels.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+
+#: Side of the images in pixels, and of their latents.
+RESOLUTION, LATENTS = 16, 8
+#: Widths of text encoders: CLIP's first and second one, and T5's.
+CLIP_WIDTH, CLIP_2_WIDTH, T5_WIDTH = 16, 24, 32
+
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_T5_SPECIAL = ("<pad>", "</s>", "<unk>")
+_HEAD = 8  # channels of a text encoder's attention head
+
+
+def untrained(make: Callable[[], nn.Module]) -> Any:
+    """A module in eval mode with the same weights every time; a layer that starts at zero gets others, as its output
+    would not depend on its input. The caller's random numbers are not touched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = make().eval()
+        for parameter in module.parameters():
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+    return module
+
+
+def clip_tokenizer(pad: str = _END) -> Any:
+    """All 256 bytes, alone and at the end of a word, and a few merges; 77 tokens."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoTokenizer
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("b", "o"), ("l", "d</w>"), ("bo", "ld</w>"), ("d", "i"), ("g", "i"), ("t", "h")]
+    vocabulary = [*symbols, *(symbol + "</w>" for symbol in symbols), *map("".join, merges), _START, _END]
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": 77,
+        "bos_token": _START,
+        "eos_token": _END,
+        "unk_token": _END,
+        "pad_token": pad,
+    }
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(vocabulary)}))
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def t5_tokenizer() -> Any:
+    """A unigram model of letters and a few words; 512 tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import AutoTokenizer
+
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["▁a", "▁bold", "▁thin", "▁digit", "▁seven"]
+    scores = [(token, 0.0) for token in _T5_SPECIAL] + [("▁", -2.0)]
+    scores += [(word, -3.0) for word in words] + [(letter, -6.0) for letter in letters]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    config = {
+        "tokenizer_class": "T5TokenizerFast",
+        "model_max_length": 512,
+        "extra_ids": 0,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+    }
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        return AutoTokenizer.from_pretrained(folder, extra_ids=0)
+
+
+def clip_encoder(tokenizer: Any, width: int, *, projected: bool) -> Any:
+    """Of a width that heads of 8 channels divide."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=width // _HEAD,
+        max_position_embeddings=77,
+        initializer_factor=5.0,  # prompts differ, and attention to them does not saturate, which magnifies rounding
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return untrained(lambda: (CLIPTextModelWithProjection if projected else CLIPTextModel)(config))
+
+
+def t5_encoder(tokenizer: Any, width: int) -> Any:
+    """Of any width."""
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=width,
+        d_kv=_HEAD,
+        d_ff=32,
+        num_layers=1,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return untrained(lambda: T5EncoderModel(config))
+
+
+def autoencoder(**changes: Any) -> AutoencoderKL:
+    """2 pixels a latent, 4 channels unless settings say otherwise."""
+    settings: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        "sample_size": RESOLUTION,
+        "scaling_factor": 0.5,
+    }
+    return untrained(lambda: AutoencoderKL(**(settings | changes)))
+
+
+def wide_autoencoder() -> AutoencoderKL:
+    """Of the kind of Stable Diffusion 3 and Flux: 16 channels, and a shift."""
+    return autoencoder(
+        latent_channels=16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False
+    )

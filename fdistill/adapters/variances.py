@@ -1,0 +1,49 @@
+"""Learned variances (Nichol & Dhariwal 2021, arXiv 2102.09672), which only an ancestral sampler reads, cut off."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fdistill.base.errors import CheckpointError
+
+
+def without_variances(network: Any, last: str) -> None:
+    """Leaves a network of diffusers, in place, with as many output as input channels.
+
+    Args:
+        network: whose config has in_channels and out_channels.
+        last: name of its last layer, a convolution, or a linear layer whose rows are pixels of a patch with all output
+            channels each.
+
+    Raises:
+        CheckpointError: neither as many outputs as inputs nor twice as many.
+    """
+    inputs, outputs = network.config.in_channels, network.config.out_channels
+    if outputs in (None, inputs):
+        return
+    if outputs != 2 * inputs:
+        raise CheckpointError(
+            f"{type(network).__name__} with {inputs} input and {outputs} output channels: expected as many outputs as "
+            "inputs, or twice as many where variances are learned"
+        )
+    setattr(network, last, _means(getattr(network, last), inputs))
+    network.register_to_config(out_channels=inputs)
+    network.out_channels = inputs  # which the forward of a transformer reads
+
+
+@torch.no_grad()
+def _means(layer: nn.Linear | nn.Conv2d, channels: int) -> nn.Linear | nn.Conv2d:
+    """A layer with the first `channels` of every 2 * `channels` outputs."""
+    options: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+    kept: nn.Linear | nn.Conv2d
+    if isinstance(layer, nn.Conv2d):
+        kept = nn.Conv2d(layer.in_channels, channels, layer.kernel_size, padding=layer.padding, **options)  # type: ignore[arg-type]
+    else:
+        kept = nn.Linear(layer.in_features, layer.out_features // 2, **options)
+    for name, value in layer.state_dict().items():
+        both = value.unflatten(0, (-1, 2 * channels))
+        kept.get_parameter(name).copy_(both[:, :channels].flatten(0, 1))
+    return kept

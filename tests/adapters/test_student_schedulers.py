@@ -1,0 +1,112 @@
+"""The schedulers that text-to-image students are exported with make their teacher's pipeline draw what they do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import FluxPipeline
+from torch import Tensor
+
+from fdistill.adapters import flux
+from fdistill.adapters.checkpoint import Checkpoint
+from fdistill.adapters.parametrisation import student_scheduler
+from fdistill.generator import student_generator
+from fdistill.noise import FlowSchedule
+from fdistill.teachers.autoencoder import attach_latent_space
+from support.text_families import RESOLUTION, TEXT_FAMILIES
+from support.text_families_dit import TEXT_FAMILIES_DIT
+from support.text_pipelines import SIZE, condition_of, denoiser_of, load_pipeline
+
+PROMPTS = ["a bold handwritten seven", "a thin digit"]
+VP = ("pixart", "pixart-alpha")
+LEVELS = [(name, level) for name in TEXT_FAMILIES_DIT for level in ((999.0, 400.0) if name in VP else (1.0,))]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("text")
+    return {name: write(base / name) for name, (write, _, _) in (TEXT_FAMILIES | TEXT_FAMILIES_DIT).items()}
+
+
+def flux_latents(tokens: Tensor) -> Tensor:
+    latents: Tensor = FluxPipeline._unpack_latents(tokens, RESOLUTION, RESOLUTION, RESOLUTION // SIZE)
+    return latents
+
+
+def qwen_latents(tokens: Tensor) -> Tensor:
+    latents: Tensor = diffusers.QwenImagePipeline._unpack_latents(tokens, 2 * SIZE, 2 * SIZE, 2)
+    return latents[:, :, 0]
+
+
+LEVELS_OF_STEPS: dict[str, tuple[list[float], list[float]]] = {
+    "one": ([999], [1.0]),
+    "one-earlier": ([749], [0.75]),
+    "four": ([999, 749, 499, 249], [1.0, 0.75, 0.5, 0.25]),
+}
+
+
+@pytest.mark.parametrize("steps", LEVELS_OF_STEPS)
+@pytest.mark.parametrize("name", TEXT_FAMILIES)
+def test_the_students_scheduler_makes_its_pipeline_the_student(
+    name: str, steps: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    pipeline = load_pipeline(folders[name])
+    denoiser, condition = denoiser_of(pipeline), condition_of(pipeline, PROMPTS, RESOLUTION)
+    is_flow = isinstance(denoiser.schedule, FlowSchedule)
+    levels = LEVELS_OF_STEPS[steps][is_flow]
+    found = student_scheduler(denoiser.parametrisation, levels)
+    assert found is not None
+    pipeline.scheduler, call = found
+    pipeline.save_pretrained(tmp_path)
+    student = load_pipeline(tmp_path)
+    size = {"height": RESOLUTION, "width": RESOLUTION}
+    guidance = {"guidance_scale": 3.5 if name == "flux-dev" else 0.0}
+    # The pipelines of SD 3 and Flux give their scheduler no generator.
+    draws: dict[str, Any] = {} if is_flow else {"generator": torch.Generator().manual_seed(4)}
+    torch.manual_seed(4)
+    got = student(PROMPTS, **call, **size, **guidance, **draws, output_type="latent").images
+    noise = torch.randn(len(levels), 2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(4))
+    if isinstance(denoiser, flux.FluxDenoiser):
+        got = flux_latents(got)
+        later = [flux_latents(one.reshape(2, 16, 64)) for one in noise[1:]]
+        noise = torch.stack([noise[0], *later])
+    with torch.no_grad():
+        expected = student_generator(denoiser, levels)(
+            noise[0] if len(levels) == 1 else noise.transpose(0, 1), condition
+        )
+    assert expected.std() > 0.1
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "level"), LEVELS)
+def test_a_students_pipeline_draws_what_the_student_does(
+    name: str, level: float, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    pipeline = load_pipeline(folders[name])
+    denoiser, condition = denoiser_of(pipeline), condition_of(pipeline, PROMPTS, TEXT_FAMILIES_DIT[name][2]["height"])
+    latents = attach_latent_space(denoiser, Checkpoint(name, folders[name]), None)
+    assert latents is not None
+    student = student_generator(denoiser, [level]).eval()
+    noise = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        x0 = student(noise, condition)
+    image = latents.decode(x0).div(2).add(0.5).clamp(0, 1)
+    made = student_scheduler(denoiser.parametrisation, [level])
+    assert made is not None
+    scheduler, call = made
+    assert call.items() <= TEXT_FAMILIES_DIT[name][2].items()
+    pipeline.register_modules(transformer=denoiser.network, scheduler=scheduler)
+    pipeline.save_pretrained(tmp_path / "student")
+    loaded = load_pipeline(tmp_path / "student")
+    assert type(loaded).__name__ == TEXT_FAMILIES_DIT[name][1]
+    given = noise if name != "qwen-image" else diffusers.QwenImagePipeline._pack_latents(noise, 2, 4, SIZE, SIZE)
+    drawn = loaded(PROMPTS, latents=given, output_type="latent", **TEXT_FAMILIES_DIT[name][2]).images
+    drawn = qwen_latents(drawn) if name == "qwen-image" else drawn
+    torch.testing.assert_close(drawn, x0, rtol=1e-4, atol=1e-4)
+    seen = loaded(PROMPTS, latents=given, output_type="pt", **TEXT_FAMILIES_DIT[name][2]).images
+    torch.testing.assert_close(seen, image, rtol=1e-4, atol=1e-4)
+    assert image.std() > 0.01

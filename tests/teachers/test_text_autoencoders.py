@@ -1,0 +1,97 @@
+"""The autoencoders of PixArt, Sana and Qwen-Image as their pipelines use them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fdistill.adapters.checkpoint import Checkpoint
+from fdistill.adapters.text_to_image import TextDenoiser
+from fdistill.base.errors import CheckpointError
+from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
+from support.text_families_dit import TEXT_FAMILIES_DIT
+from support.text_pipelines import denoiser_of, load_pipeline
+
+FAMILIES = [name for name in TEXT_FAMILIES_DIT if name not in ("pixart-alpha", "sana-timestep-scale")]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("text")
+    return {name: TEXT_FAMILIES_DIT[name][0](base / name) for name in FAMILIES}
+
+
+def latent_space(folder: Path, denoiser: TextDenoiser, vae: str | None = None) -> LatentSpace:
+    found = attach_latent_space(denoiser, Checkpoint(str(folder), folder), vae)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_images_and_latents(name: str, folders: dict[str, Path]) -> None:
+    pipeline = load_pipeline(folders[name])
+    denoiser = denoiser_of(pipeline)
+    space = latent_space(folders[name], denoiser)
+    vae: Any = pipeline.vae
+    factor = 4 if name == "sana" else 2
+    assert space.factor == factor == pipeline.vae_scale_factor
+    images = torch.rand(3, 3, 32, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    mean, std = space.moments(images).chunk(2, dim=1)
+    assert mean.shape == (3, denoiser.sample_shape[0], 32 // factor, 16 // factor)
+    with torch.no_grad():
+        if name == "sana":
+            torch.testing.assert_close(mean, vae.encode(images).latent)
+            assert not std.any()
+            seen = mean * 0.41
+        elif name == "qwen-image":
+            posterior = vae.encode(images.unsqueeze(2)).latent_dist
+            torch.testing.assert_close(mean, posterior.mode().squeeze(2))
+            torch.testing.assert_close(std, posterior.logvar.div(2).exp().squeeze(2))
+            means, stds = (torch.tensor(vae.config[f"latents_{part}"]).reshape(1, 4, 1, 1) for part in ("mean", "std"))
+            seen = (mean - means) / stds
+        else:
+            torch.testing.assert_close(mean, vae.encode(images).latent_dist.mode())
+            seen = mean * 0.5
+        again = vae.decode(mean.unsqueeze(2)).sample.squeeze(2) if name == "qwen-image" else vae.decode(mean).sample
+    samples = space.scaling.to_samples(mean)
+    assert denoiser.latent_scaling == space.scaling
+    torch.testing.assert_close(samples, seen)
+    torch.testing.assert_close(space.decode(samples), again, rtol=1e-4, atol=1e-5)
+
+
+def test_large_images_visit_the_autoencoder_a_few_at_a_time(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = load_pipeline(folders["sana"])
+    space = latent_space(folders["sana"], denoiser_of(pipeline))
+    images = torch.rand(5, 3, 32, 32)
+    whole = space.moments(images)
+    pictures = space.decode(whole[:, :8])
+    monkeypatch.setattr("fdistill.teachers.autoencoder._PIXELS", 2 * 32 * 32)
+    sizes: list[int] = []
+    for half in (space.vae.encoder, space.vae.decoder):
+        half.register_forward_pre_hook(lambda _module, given: sizes.append(len(given[0])))
+    torch.testing.assert_close(space.moments(images), whole)
+    torch.testing.assert_close(space.decode(whole[:, :8]), pictures)
+    assert sizes == [2, 2, 1, 2, 2, 1]
+
+
+def test_autoencoders_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    denoiser = denoiser_of(load_pipeline(folders["sana"]))
+    with pytest.raises(CheckpointError, match="has latents of 4 channels"):
+        latent_space(folders["sana"], denoiser, str(folders["pixart"]))
+    tiny_folder = tmp_path / "tiny"
+    tiny_folder.mkdir()
+    (tiny_folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny"}))
+    with pytest.raises(CheckpointError, match=r"'AutoencoderTiny' is not supported.*AutoencoderDC, AutoencoderKL"):
+        latent_space(folders["sana"], denoiser, str(tiny_folder))
+    (tiny_folder / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="expected the config of an autoencoder"):
+        latent_space(folders["sana"], denoiser, str(tiny_folder))
+    (tiny_folder / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="expected the config of an autoencoder"):
+        latent_space(folders["sana"], denoiser, str(tiny_folder))

@@ -1,0 +1,83 @@
+"""Activations computed again: fewer bytes are kept for the gradient, and the gradient is the same; in every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fdistill import load_teacher
+from fdistill.base.errors import ConfigError
+from fdistill.condition import Condition, TextCondition
+from fdistill.denoiser import Denoiser
+from fdistill.training.activation_checkpointing import checkpoint_activations
+from support.families import FAMILIES
+from support.text_families import TEXT_FAMILIES
+from support.text_families_dit import TEXT_FAMILIES_DIT
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    name: family[0] for families in (FAMILIES, TEXT_FAMILIES, TEXT_FAMILIES_DIT) for name, family in families.items()
+}
+#: Networks of this project's own, which keep all activations.
+REFUSED = [name for name in WRITERS if name.startswith("edm") and name != "edm-scheduler"]
+SUPPORTED = [name for name in WRITERS if name not in REFUSED]
+
+
+def condition_of(denoiser: Denoiser, count: int) -> Condition | None:
+    torch.manual_seed(2)
+    if denoiser.text_shapes is not None:
+        return TextCondition({name: torch.rand(count, *shape) for name, shape in denoiser.text_shapes.items()})
+    return torch.arange(count) % denoiser.num_classes if denoiser.num_classes else None
+
+
+def kept_and_gradient(denoiser: Denoiser, evaluate: Callable[[Tensor, Tensor, Condition | None], Tensor]) -> Any:
+    """Bytes of the activations that are kept for backward, and the gradient of every parameter that has one."""
+    torch.manual_seed(1)
+    x_t, t = torch.randn(2, *denoiser.sample_shape), torch.full((2,), 0.7 * denoiser.schedule.t_max)
+    own = {parameter.untyped_storage().data_ptr() for parameter in denoiser.parameters()}
+    kept: dict[int, Tensor] = {}  # held, so that no storage is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor
+
+    denoiser.zero_grad()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = evaluate(x_t, t, condition_of(denoiser, 2)).float().square().sum()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in denoiser.named_parameters() if p.grad is not None}
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), gradients
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_fewer_bytes_are_kept_and_gradients_are_the_same(name: str, tmp_path: Path) -> None:
+    denoiser = load_teacher(WRITERS[name](tmp_path / "teacher")).requires_grad_(True).train()
+    last = list(denoiser.feature_shapes)[-1]
+    evaluations: dict[str, Callable[[Tensor, Tensor, Condition | None], Tensor]] = {
+        "output": lambda x_t, t, condition: denoiser.predict(x_t, t, condition)[0].output,
+        "features beside an output": lambda x_t, t, condition: denoiser.predict(
+            x_t, t, condition, (last,), output_grad=False
+        )[1][last],
+        "features alone": lambda x_t, t, condition: denoiser.features(x_t, t, condition, (last,))[last],
+    }
+    plain = {what: kept_and_gradient(denoiser, evaluate) for what, evaluate in evaluations.items()}
+    checkpoint_activations(denoiser)
+    for what, evaluate in evaluations.items():
+        (before, expected), (after, gradients) = plain[what], kept_and_gradient(denoiser, evaluate)
+        assert after < 0.8 * before, f"{what}: {before} bytes, {after} with activations computed again"
+        assert gradients.keys() == expected.keys(), what
+        assert any(gradient.any() for gradient in gradients.values()), what
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(gradient, expected[key], rtol=1e-5, atol=1e-6, msg=f"{what}: {key}")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_networks_that_cannot_say_so(name: str, tmp_path: Path) -> None:
+    denoiser = load_teacher(WRITERS[name](tmp_path / "teacher"))
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing: EDM2?Network cannot; expected false"):
+        checkpoint_activations(denoiser)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,16 +26,20 @@ from fdistill.condition import Condition, none_like, upload_condition, where
 from fdistill.config.reading import changed_keys, dump_config, load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.data import EpochOrder
+from fdistill.data.embeddings import EmbeddingSource
 from fdistill.data.sample_loader import FixedSamples, ScaledLatents
 from fdistill.denoiser import Denoiser
 from fdistill.ema_profiles import profile_name
+from fdistill.generation.network_maker import NetworkMaker
 from fdistill.step import Pairs, StepResult
 from fdistill.students.folder import save_student
+from fdistill.teachers.teacher import Teacher
 from fdistill.training.build import Distillation, build
 from fdistill.training.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from fdistill.training.curves import save_curves
 from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal, append_record, read_records, scalars, truncate_records
+from fdistill.training.prompts import encoded_prompts
 from fdistill.training.sample_grids import grid_prompts, save_teacher_grid, student_images
 from fdistill.training.snapshots import save_snapshot, truncate_snapshots
 
@@ -109,12 +113,28 @@ def distill(
 
 
 def open_watch(config: DistillConfig, run: Distillation, device: torch.device) -> Watch | None:
-    """What scores the student as it learns; None where nothing does. Raises as `evaluation.watch.Watch`."""
+    """What scores the student while it is trained; None without `eval.every`. Raises as `evaluation.watch.Watch`."""
     if not config.eval.every:
         return None
-    from evaluation.watch import Watch
+    from evaluation.watch import Watch, WatchedStudent, WatchSettings
 
-    return Watch(config, run, device)
+    def encode(prompts: Sequence[str]) -> EmbeddingSource:
+        return encoded_prompts(
+            list(prompts),
+            Teacher(run.checkpoint, run.networks.teacher, run.latents),
+            negative_prompt=config.negative_prompt,
+            precision=config.frozen_precision,
+            device=device,
+        )
+
+    channels = run.networks.teacher.sample_shape[0] if run.latents is None else 3
+    student = WatchedStudent(
+        NetworkMaker("the student", run.student, None, "", run.latents),
+        (channels, run.image_size, run.image_size),
+        None if run.text is None else encode,
+    )
+    settings = WatchSettings(**config.eval.model_dump(exclude={"every"}), seed=config.seed)
+    return Watch(student, settings, device)
 
 
 def _save_student(
@@ -348,7 +368,9 @@ def _train(
                         tracker.log(scalars(record), step=run.iteration)
                     # Before the checkpoint: what is resumed from it has the best student of the records up to it.
                     if watch is not None and scores and watch.is_best(scores, earlier):
-                        _save_student(run, config, folder, folder / "best", device, kept_for=watch.reason(scores))
+                        _save_student(
+                            run, config, folder, folder / "best", device, kept_for=watch.reason(scores, run.iteration)
+                        )
             if main and config.log.samples_every and (_due(run.iteration, config.log.samples_every) or last):
                 save_grid(student_images(run, config, device), folder / "samples" / f"{run.iteration:06d}.png")
             if main and keep:  # before the checkpoint, so that a run resumed from it has every snapshot up to it

@@ -1,4 +1,4 @@
-"""A classifier of the user's own beside a protocol's extractors, for the accuracy of class-conditional samples."""
+"""A classifier of the user's own, for the accuracy of class-conditional samples; `--classifier` of evaluate."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.extractors.extractor import Extractor, runner
-from evaluation.metric import class_accuracy
+from evaluation.metrics.accuracy import class_accuracy_metric
 from evaluation.protocols.protocol import Protocol
 from fdistill.base.errors import ArgumentError
 from fdistill.base.images import to_unit
 
 
 def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tuple[Protocol, Extractor]:
-    """The protocol with class_accuracy by this classifier, and the extractor "classifier" that it then needs.
+    """Adds class_accuracy by a classifier to a protocol.
 
     Args:
-        name: "module:function" without arguments, which returns a module from images in [-1, 1] to logits.
+        name: "module:function". The function takes no arguments and returns a torch module that maps images float32
+            [B, C, H, W] in [-1, 1] to logits [B, classes].
+
+    Returns:
+        (the protocol with class_accuracy, the extractor "classifier", which this metric reads).
 
     Raises:
-        ArgumentError: nothing there that can be imported, or that returns such a module; a protocol with its own.
+        ArgumentError: the protocol has a classifier or no fixed image size, or the function cannot be imported or
+            returns something else.
     """
     if "class_accuracy" in protocol.names():
         raise ArgumentError(f"classifier: protocol {protocol.name!r} has its own; leave it out")
     if protocol.size is None:
-        raise ArgumentError(f"classifier: protocol {protocol.name!r} takes images of any size; choose one of a size")
+        raise ArgumentError(f"classifier: protocol {protocol.name!r} takes images of any size; choose one with a size")
     module, _, function = name.partition(":")
     try:
         network = getattr(importlib.import_module(module), function)()
@@ -37,7 +42,7 @@ def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tupl
         network = network.to(device).eval().requires_grad_(False)
         with torch.no_grad():
             logits = network(torch.zeros(1, protocol.channels, protocol.size, protocol.size, device=device))
-    except Exception as error:  # a stranger's function may raise anything
+    except Exception as error:  # the user's function may raise anything
         raise ArgumentError(
             f"classifier {name!r}: {type(error).__name__}: {error}; expected module:function that Python can import, "
             "which returns a torch module from images to logits"
@@ -54,11 +59,11 @@ def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tupl
         runner(compute, device, (protocol.channels, protocol.size, protocol.size)),
         f"{name}, weights {_weights_sha256(network)}, images in [-1, 1]",
         "",
-        published=True,  # there is only one: the user's
+        published=True,  # no published weights exist that they could differ from
     )
     extended = replace(
         protocol,
-        metrics=(*protocol.metrics, class_accuracy("classifier.logits")),
+        metrics=(*protocol.metrics, class_accuracy_metric("classifier.logits")),
         default=(*protocol.default, "class_accuracy"),
     )
     return extended, extractor

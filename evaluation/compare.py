@@ -1,4 +1,4 @@
-"""Several results of one protocol as one table and one figure: quality against evaluations and seconds an image."""
+"""Results of one protocol as one table and one figure; `fdistill compare`."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ def compare(
     protocol: str | None = None,
     **options: Any,
 ) -> Comparison:
-    """Puts results side by side, for `text_table`, `markdown_table` and `draw` of `evaluation.comparison` to show.
+    """Puts results side by side. `evaluation.comparison` shows them as a table or a figure.
 
-    A number that was measured otherwise than most others of its metric (on another count of samples, against another
-    reference, by another extractor) is kept with a note, and not ranked.
+    A score is not ranked if it was measured in another way than most scores of its metric: on another number of
+    samples, against another reference, by another extractor. The table says so.
 
     Args:
-        inputs: two or more, each a JSON file that `evaluate` wrote, or anything that `evaluate` takes, which is then
+        inputs: two or more. Each is a JSON file that `evaluate` wrote, or anything that `evaluate` takes, which is then
             measured.
-        output: a folder for comparison.md, comparison.json and comparison.png; must not exist or be empty.
-        names: one for each input; by default as much of its path as tells it from the others.
-        metrics: columns of the table, of which the first is drawn; by default all that the results hold, from the first
-            one that all have.
-        protocol: of all of them; by default that of the JSON files, or "digits" where there are none.
-        options: further arguments of `evaluation.evaluate.evaluate`, for inputs that are to be measured: num_steps for
-            teachers and pipelines, sampler and seeds for whatever makes images.
+        output: a folder for comparison.md, comparison.json and comparison.png, which must be empty or not exist.
+        names: names of the rows, one for each input; by default the parts of its path that tell it from the others.
+        metrics: columns of the table, of which the first is drawn. By default all metrics of the results; the first is
+            then the first one that all results have.
+        protocol: protocol of all results; by default that of the JSON files, or "digits" if there are none.
+        options: further arguments of `evaluation.evaluate.evaluate` for the inputs that must be measured. num_steps is
+            read by teachers and pipelines alone, sampler and seeds by everything that makes images.
 
     Raises:
-        ArgumentError: fewer than two inputs, one given twice, JSON files that are no results or of another protocol,
-            results without a common metric, or options that nothing is left for.
+        ArgumentError: fewer than two inputs, one of them twice, JSON files that are not results or of another protocol,
+            results without a common metric, or options that nothing reads.
         OutputError: the folder cannot be written.
-        FDistillError: whatever `evaluate` raises, after all JSON files were read.
+        FDistillError: whatever `evaluate` raises, after all JSON files have been read.
     """
     if len(inputs) < 2:
         raise ArgumentError(f"inputs: got {len(inputs)}; expected two or more results, students or folders to compare")
@@ -55,7 +55,7 @@ def compare(
             if protocol not in (None, own):
                 raise ArgumentError(
                     f"{where}: was measured by protocol {own!r}, and is to be compared by {protocol!r}; "
-                    "numbers of two protocols do not compare, so evaluate all by one"
+                    "scores of two protocols do not compare, so evaluate all by one"
                 )
             protocol = own
     if options and len(entries) == len(inputs):
@@ -72,12 +72,12 @@ def compare(
             groups = {metric.name: metric.outputs for metric in get_protocol(protocol).metrics}
             metrics = [output for name in metrics for output in groups.get(name, (name,))]
         left = {name: where for name, where in zip(called, inputs, strict=True) if name not in entries}
-        ways = {name: _ways(where, options) for name, where in left.items()}
+        read = {name: _options_read(where, options) for name, where in left.items()}
         for option in options:
-            if not any(option in way for way in ways.values()):
+            if not any(option in names for names in read.values()):
                 raise ArgumentError(f"{option}: none of {', '.join(left)} takes it; leave it out")
         for name, where in left.items():
-            result = evaluate(where, protocol=protocol, metrics=metrics, **ways[name])
+            result = evaluate(where, protocol=protocol, metrics=metrics, **read[name])
             entries[name] = read_entry(name, str(where), result)
         rank, _ = world()
     comparison = comparison_of([entries[name] for name in called], metrics)
@@ -86,19 +86,26 @@ def compare(
     return comparison
 
 
-def _ways(where: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that an input takes. What is not there is said here, before anything is measured."""
+def _options_read(where: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that an input reads; images that exist already read none of `Sampling`, students only some.
+
+    Raises:
+        FDistillError: the input does not exist. So this is found before anything is measured.
+    """
+    from dataclasses import fields
+
     from evaluation.evaluate import holds_images
     from fdistill.adapters.checkpoint import resolve_checkpoint
+    from fdistill.generation.sampling import Sampling
     from fdistill.students.folder import find_student
 
     if holds_images(where):
-        unread: tuple[str, ...] = ("num_steps", "sampler", "seeds")
+        unread = ["seeds", *(field.name for field in fields(Sampling))]
     elif find_student(where) is not None:
-        unread = ("num_steps",)
+        unread = ["num_steps", "guidance_scale", "negative_prompt", "resolution"]
     else:
         resolve_checkpoint(where)
-        unread = ()
+        unread = []
     return {key: value for key, value in options.items() if key not in unread}
 
 
@@ -134,9 +141,9 @@ def _read(path: Path) -> Mapping[str, Any]:
 
 
 def short_names(inputs: Sequence[str | Path]) -> list[str]:
-    """The last part of each path without .json, and as many parts before it as tell it from the others.
+    """The last part of each path without .json, preceded by as many parts as tell it from the other paths.
 
-    Parts at the end that all have in common are left out: runs/a/scores.json and runs/b/scores.json are a and b.
+    Parts at the end that all paths share are left out: runs/a/scores.json and runs/b/scores.json become a and b.
 
     Raises:
         ArgumentError: two inputs are the same.

@@ -1,4 +1,4 @@
-"""Scores of images, a student, a teacher or a pipeline by a named protocol, with all that is needed to repeat them."""
+"""Scores of images, a student, a teacher or a pipeline by a named protocol; `fdistill evaluate`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image as PILImage
+
 from evaluation.classifier import with_classifier
 from evaluation.extractors import Extractor
 from evaluation.generated import GeneratedImages
@@ -20,7 +22,7 @@ from evaluation.measure import Measurement, Setting, measure
 from evaluation.metrics.score import Score
 from evaluation.protocols import get_protocol
 from evaluation.protocols.protocol import Protocol
-from evaluation.reference import open_against
+from evaluation.reference import open_reference
 from evaluation.weights import Weights
 from fdistill import __version__
 from fdistill.base import rng
@@ -29,13 +31,15 @@ from fdistill.base.errors import ArgumentError
 from fdistill.base.files import atomic_file, check_file, read_json_object
 from fdistill.data.prompts import read_prompts
 from fdistill.data.source import is_image
-from fdistill.generation.generate import check_counts, check_unread, open_source
+from fdistill.generation.generate import check_counts, open_maker
+from fdistill.generation.maker import Maker
+from fdistill.generation.sampling import Sampling, check_unread
 from fdistill.students.folder import STUDENT_FILE, find_student, student_folder
 
-#: What provenance says of a student's training; "ema" is the average that its weights are.
+#: What provenance says about a student's training; "ema" says which average of the weights it is.
 _TRAINING = ("method", "divergence", "teacher", "teacher_guidance", "iterations", "ema", "seed")
 _ARCHIVES = (".zip", ".npz", ".tar", ".parquet")
-_OF_CHECKPOINTS = (".json", ".safetensors")
+_CHECKPOINT_FILES = (".json", ".safetensors")
 _EXPECTED = (
     "images (a folder, .zip, .npz, .tar or .parquet), or the folder or hub id of a student, run, teacher or pipeline"
 )
@@ -63,32 +67,33 @@ def evaluate(
     replicates: int = 20,
     classifier: str | None = None,
 ) -> dict[str, Any]:
-    """Measures generated images.
+    """Scores images, or what makes them, by a protocol.
 
     Args:
-        samples: images (a folder, zip or npz), or what makes them: a student, a run folder, a teacher, or any diffusers
-            pipeline, which is then asked for the protocol's sample count.
-        reference: images, or a file of statistics (see `evaluation.statistics_files`); the protocol's own where it has
-            one.
+        samples: images (a folder, zip or npz), or a student, a run folder, a teacher or a diffusers pipeline, which
+            then generates as many images as the protocol wants.
+        reference: images, or a statistics file (see `evaluation.statistics_files`); by default the protocol's embedded
+            reference, if it has one.
         protocol: a key of `evaluation.protocols.PROTOCOLS`.
-        metrics: names out of the protocol's; by default those it is known for, as far as samples and reference allow.
-        output: a JSON file to write the result to; beside it, where authenticity is measured, a picture of the samples
-            nearest to a training image, each above it.
-        seeds: of generated samples. Several give each score's mean, and its standard deviation over them.
-        num_images: another count than the protocol's; it will show in the names of scores.
-        prompts: a file with a prompt a line, for a protocol that asks for one, or for images without.
-        weights: where files of published weights are, as `evaluation.weights.parse_weights` makes it.
-        batch_size: images at a time, in generation and extraction. Features vary in their last bits with it.
-        sampler, num_steps, guidance_scale, negative_prompt, resolution, network, device: as in `fdistill.generate`,
-            where `samples` is a checkpoint.
-        replicates: of the bootstrap that gives distances their spread; 0 leaves it out.
-        classifier: "module:function", which returns a torch module from images float32 [B, C, H, W] in [-1, 1] to
-            logits [B, classes], for class_accuracy in protocols that have no classifier of their own.
+        metrics: names of metrics of the protocol; by default its default ones, as far as samples and reference allow.
+        output: a JSON file for the result. If authenticity is measured, a picture of the samples nearest to training
+            images is written beside it.
+        seeds: of generated samples, each in [0, 2^64). With several, each score is the mean over seeds, and its spread
+            their standard deviation.
+        num_images: number of samples, if not the protocol's; names of scores then say it.
+        prompts: a file with one prompt in each line, for a protocol without prompts of its own.
+        weights: weights files, as `evaluation.weights.parse_weights` returns them.
+        batch_size: images at a time, when they are generated and when features are extracted. The last bits of features
+            depend on it.
+        sampler, num_steps, guidance_scale, negative_prompt, resolution, network, device: as in `fdistill.generate`, if
+            `samples` is something that makes images.
+        replicates: bootstrap replicates behind the spread of Frechet distances; 0 for no spread, else at least 2.
+        classifier: "module:function" for class_accuracy in a protocol without a classifier of its own. The function
+            returns a torch module that maps images float32 [B, C, H, W] in [-1, 1] to logits [B, classes].
 
     Returns:
-        {"metrics": {name: number}, "spread": {name: {"value": number, "of": text}}, "provenance": {...}}. A score of
-        another sample count, reference or extractor than the protocol's says so in its name: "fd_digits@500",
-        "fid vs folder", "fid (other weights 1a2b3c4d)".
+        {"metrics": {name: number}, "spread": {name: {"value": number, "of": text}}, "provenance": {...}}. Names say in
+        what a score departs from the protocol: "fd_digits@500", "fid vs folder", "fid (other weights 1a2b3c4d)".
 
     Raises:
         ArgumentError, CheckpointError, DataError: samples, reference, protocol, metric or weights that cannot be used.
@@ -98,13 +103,9 @@ def evaluate(
     chosen = get_protocol(protocol)
     if output is not None:
         check_file(Path(output))
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ArgumentError(f"seeds: got {list(seeds)}; expected one or more, each once")
-    if replicates < 0 or replicates == 1:
-        raise ArgumentError(f"replicates: got {replicates}; expected 0 for no spread, or at least 2")
+    sampling = Sampling(num_steps, guidance_scale, negative_prompt, resolution, network, sampler)
     count = chosen.num_samples if num_images is None else num_images
-    for seed in seeds:
-        check_counts(1 if count is None else count, batch_size, seed)
+    _check_numbers(seeds, 1 if count is None else count, batch_size, replicates)
     _, on = start(device)
     own: dict[str, Extractor] = {}
     if classifier is not None:
@@ -113,94 +114,83 @@ def evaluate(
     if prompts is not None and chosen.prompts is not None:
         raise ArgumentError(f"prompts: protocol {protocol!r} has its own; leave them out")
     listed = None if prompts is None else read_prompts(Path(prompts))
-    against = open_against(chosen, reference)
-    measurements: list[Measurement] = []
+    opened = open_reference(chosen, reference)
     if holds_images(samples):
-        check_unread(
-            f"the images of {samples} are made already",
-            seeds=None if tuple(seeds) == (0,) else seeds,
-            steps=num_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt or None,
-            resolution=resolution,
-            network=network,
-            sampler=None if sampler == "heun" else sampler,
-        )
+        seeded = [] if tuple(seeds) == (0,) else ["seeds"]
+        check_unread(f"the images of {samples} are made already", [*seeded, *sampling.given()])
         views = _images_there(samples, chosen, num_images, listed)
-        measurements.append(measure(views, against, setting))
+        measurements = [measure(views, opened, setting)]
+        result = _result(measurements, None)
     else:
         if count is None:
             raise ArgumentError(
-                f"num_images: protocol {protocol!r} takes any number; say how many images {samples} is to make"
+                f"num_images: protocol {protocol!r} takes any number; say how many images {samples} should make"
             )
-        source = open_source(
-            samples,
-            on,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            resolution=resolution,
-            network=network,
-            sampler=sampler,
-        )
-        if listed is not None and not source.takes_prompts:
-            raise ArgumentError(f"prompts: {source.name} is told none; leave them out, or pass a text-to-image model")
-        asked = _told(chosen, listed, count) if source.takes_prompts else None
-        for seed in seeds:
-            made = GeneratedImages(source, seed, count, asked, on, chosen)
-            measurements.append(measure(made.views(chosen), against, setting))
-        if source.kind == "student":
+        maker = open_maker(samples, on, sampling)
+        wanted = _prompts_of(maker, chosen, listed, count)
+        images = [GeneratedImages(maker, seed, count, wanted, on, chosen) for seed in seeds]
+        measurements = [measure(made.views(chosen), opened, setting) for made in images]
+        if maker.kind == "student":
             measurements[0].provenance["student"] = _training(samples)
-    result = _result(measurements, None if holds_images(samples) else list(seeds))
+        result = _result(measurements, list(seeds))
     if output is not None and rng.world()[0] == 0:
-        with atomic_file(Path(output)) as temporary:
-            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        for name, picture in measurements[0].pictures.items():
-            with atomic_file(Path(output).with_suffix(f".{name}.png")) as temporary:
-                picture.save(temporary, format="PNG")
+        _write(result, measurements[0].pictures, Path(output))
     return result
+
+
+def _check_numbers(seeds: Sequence[int], count: int, batch_size: int, replicates: int) -> None:
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ArgumentError(f"seeds: got {list(seeds)}; expected one or more, each once")
+    if replicates < 0 or replicates == 1:
+        raise ArgumentError(f"replicates: got {replicates}; expected 0 for no spread, or at least 2")
+    for seed in seeds:
+        check_counts(count, batch_size, seed)
+
+
+def _write(result: Mapping[str, Any], pictures: Mapping[str, PILImage], output: Path) -> None:
+    with atomic_file(output) as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, picture in pictures.items():
+        with atomic_file(output.with_suffix(f".{name}.png")) as temporary:
+            picture.save(temporary, format="PNG")
 
 
 def _images_there(
     samples: str | Path, protocol: Protocol, num_images: int | None, listed: list[str] | None
 ) -> dict[str, Images]:
-    """The images in the protocol's views, with the listed prompts if there are any."""
-    recipes = {"": (protocol.recipe, protocol.size), **protocol.views}
+    """Images that exist already, in the views of the protocol, with the listed prompts if there are any."""
     count = protocol.num_samples if num_images is None else num_images
     ordered = listed is not None or protocol.prompts is not None or protocol.asks_prompts
-    views = open_views(samples, recipes, channels=protocol.channels, max_images=count, in_order=ordered)
+    views = open_views(samples, protocol.sample_views(), channels=protocol.channels, max_images=count, in_order=ordered)
     images = views[""]
     there = images.facts["available"]
     if num_images is not None and there < num_images:
         raise ArgumentError(f"num_images: got {num_images}, and {samples} holds {there}; expected at most as many")
     if there > len(images):
-        warnings.warn(
-            f"{samples}: holds {there:,} images, of which {'the first ' if ordered else ''}{len(images):,}"
-            f"{'' if ordered else ', drawn evenly and the same each time,'} are measured",
-            stacklevel=3,
-        )
+        which = f"the first {len(images):,}" if ordered else f"{len(images):,}, drawn evenly and the same each time,"
+        warnings.warn(f"{samples}: holds {there:,} images, of which {which} are measured", stacklevel=3)
     if listed is not None:
-        told = in_turn(listed, len(images))
-        if images.prompts is not None and list(images.prompts) != told:
+        prompts = in_turn(listed, len(images))
+        if images.prompts is not None and list(images.prompts) != prompts:
             raise ArgumentError(
-                f"prompts: the list is not what the images of {samples} were drawn from; leave it out, or generate the "
+                f"prompts: the images of {samples} were not generated from this list; leave it out, or generate the "
                 "images anew"
             )
         if images.prompts is None and len(listed) < len(images):
             raise ArgumentError(
                 f"prompts: {len(listed)} in the list for {len(images)} images; expected one for each, in order"
             )
-        images.prompts = told
+        images.prompts = prompts
     return views
 
 
 def holds_images(where: str | Path) -> bool:
-    """Whether it is images that are there, and not something that makes them.
+    """Whether `where` is images, and not something that makes them.
 
-    A run folder has pictures of its own, so what is a student or a pipeline is not looked through for any.
+    A student or pipeline makes images, even if pictures lie in its folder, as in a run folder.
 
     Raises:
-        ArgumentError: a file or folder that can be neither.
+        ArgumentError: a file or folder that is neither.
     """
     path = Path(where)
     if path.suffix in _ARCHIVES and path.is_file():
@@ -212,8 +202,8 @@ def holds_images(where: str | Path) -> bool:
         return False
     if any(is_image(file.name) for file in path.rglob("*")):
         return True
-    if not any(file.suffix in _OF_CHECKPOINTS for file in path.rglob("*")):
-        raise ArgumentError(f"samples {where}: has neither images nor a network in it; expected {_EXPECTED}")
+    if not any(file.suffix in _CHECKPOINT_FILES for file in path.rglob("*")):
+        raise ArgumentError(f"samples {where}: holds neither images nor a network; expected {_EXPECTED}")
     return False
 
 
@@ -222,34 +212,34 @@ def _training(samples: str | Path) -> dict[str, Any]:
     return {key: facts[key] for key in _TRAINING if key in facts}
 
 
-def _told(protocol: Protocol, listed: list[str] | None, count: int) -> list[str]:
-    """What a text-to-image model is asked for."""
+def _prompts_of(maker: Maker, protocol: Protocol, listed: list[str] | None, count: int) -> list[str] | None:
+    """The prompts of `count` images; None for a model without prompts."""
+    if not maker.takes_prompts:
+        if listed is not None:
+            raise ArgumentError(f"prompts: {maker.name} takes none; leave them out, or pass a text-to-image model")
+        return None
     if listed is None and protocol.prompts is None:
         raise ArgumentError(
-            f"prompts: protocol {protocol.name!r} has none of its own, and a text-to-image model is to be told some; "
-            "pass a file with one a line, or choose a protocol that has them, such as digits-t2i"
+            f"prompts: protocol {protocol.name!r} has none of its own, and {maker.name} is a text-to-image model; pass "
+            "a file with one prompt in each line, or choose a protocol that has prompts, such as digits-t2i"
         )
-    _check_enough(protocol, listed, count)
+    if listed is not None and protocol.asks_prompts and len(listed) < count:
+        raise ArgumentError(
+            f"prompts: {len(listed)} for {count} images, and protocol {protocol.name!r} uses each prompt once"
+        )
     return protocol.prompts() if listed is None and protocol.prompts is not None else in_turn(listed or [], count)
 
 
-def _check_enough(protocol: Protocol, listed: Sequence[str] | None, count: int) -> None:
-    if listed is not None and protocol.asks_prompts and len(listed) < count:
-        raise ArgumentError(
-            f"prompts: {len(listed)} for {count} images, and protocol {protocol.name!r} draws each once"
-        )
-
-
 def in_turn(prompts: Sequence[str], count: int) -> list[str]:
-    """A prompt for each of `count` images."""
+    """A prompt for each of `count` images, from the beginning again if there are fewer."""
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
-def _result(measurements: Sequence[Measurement], generated: list[int] | None) -> dict[str, Any]:
-    """One result of the measurements of several seeds: means, and their standard deviation.
+def _result(measurements: Sequence[Measurement], seeds: list[int] | None) -> dict[str, Any]:
+    """The result of one measurement, or of several seeds' as means and standard deviations.
 
     Args:
-        generated: the seeds; None for images that were there.
+        seeds: of generated samples, one for each measurement; None for images that existed already.
     """
     first = measurements[0]
     scores = {name: _over_seeds([one.scores[name] for one in measurements]) for name in first.scores}
@@ -266,13 +256,13 @@ def _result(measurements: Sequence[Measurement], generated: list[int] | None) ->
             else {
                 "seeds": {
                     str(seed): {name: score.value for name, score in one.scores.items()}
-                    for seed, one in zip(generated or [], measurements, strict=True)
+                    for seed, one in zip(seeds or [], measurements, strict=True)
                 }
             }
         ),
         "provenance": {
             **first.provenance,
-            **({} if generated is None else {"seeds": generated}),
+            **({} if seeds is None else {"seeds": seeds}),
             "versions": _versions(),
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         },
@@ -293,8 +283,8 @@ def describe(result: Mapping[str, Any]) -> str:
     lines = []
     for name, value in metrics.items():
         spread = spreads.get(name)
-        told = "" if spread is None else f" +- {spread['value']:.4f}  ({spread['of']})"
-        lines.append(f"{name:<{width}}  {round(value, 4) + 0.0:.4f}{told}")  # -0.0 + 0.0 is 0.0
+        deviation = "" if spread is None else f" +- {spread['value']:.4f}  ({spread['of']})"
+        lines.append(f"{name:<{width}}  {round(value, 4) + 0.0:.4f}{deviation}")  # -0.0 + 0.0 is 0.0
     return "\n".join(lines)
 
 

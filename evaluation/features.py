@@ -1,7 +1,7 @@
-"""Images through extractors, batch by batch: rows of features, or their moments, of all processes together.
+"""Features of images, extracted batch by batch by all processes together: one row for each image, or moments of all.
 
-Batches begin at multiples of the batch size whatever the number of processes, as a network's features differ in their
-last bits with the batch that an image is in.
+A network's features depend in their last bits on the batch that an image is in. Batches therefore begin at multiples of
+the batch size for every number of processes.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from fdistill.base import rng
 from fdistill.base.errors import OutputError
 from fdistill.base.files import atomic_file, cache_folder
 
-#: By "label.output", as "inception.pool".
+#: Features float32 [N, D] by "label.output", as "inception.pool".
 Rows = dict[str, Tensor]
-#: What encodes prompts: N texts -> float32 [N, D].
+#: Encodes prompts: N texts -> float32 [N, D].
 EncodeText = Callable[[Sequence[str]], Tensor]
-#: Of tensors in a file, by name.
+#: Shapes of tensors in a file, by name.
 Shapes = dict[str, tuple[int, ...]]
 
 _T = TypeVar("_T")
-_TEXTS = 256  # encoded at once
-_AHEAD = 2  # batches that are read while one is in the extractors
+_TEXTS = 256  # prompts encoded at once
+_AHEAD = 2  # batches that are read ahead while one is in the extractors
 
 
 @dataclass(frozen=True)
 class Reading:
-    """An extractor and the images it looks at: those of a protocol, or another view of them.
+    """An extractor and the images that it reads.
 
     Attributes:
-        label: before the dot in names of features: the extractor's name, with "@view" where it has one of its own.
+        label: what stands before the dot in names of features: the extractor's name, and "@view" behind it if the
+            images are a view other than the protocol's own.
     """
 
     label: str
@@ -60,26 +61,34 @@ class Reading:
         return {f"{self.label}.{output}": width for output, width in self.extractor.outputs.items()}
 
 
-def extract_rows(
-    readings: Sequence[Reading],
-    *,
-    batch_size: int,
-    device: torch.device,
-    describe: str = "features",
-) -> Rows:
-    """Features of all images in their order, the same on all processes; every view of an image is read once.
+@dataclass(frozen=True)
+class Extraction:
+    """How images pass through extractors.
+
+    Attributes:
+        batch_size: images at a time.
+        device: where the extractors are.
+        describe: what the progress bar says; empty for no bar.
+    """
+
+    batch_size: int
+    device: torch.device
+    describe: str = "features"
+
+
+def extract_rows(readings: Sequence[Reading], extraction: Extraction) -> Rows:
+    """Features of all images in their order, the same on all processes. Every view of an image is read once.
 
     Args:
-        readings: of views of the same images.
-        describe: what the progress bar says; empty for none.
+        readings: of views of the same N images.
 
     Returns:
         {"label.output": float32 [N, D]} on the CPU.
     """
-    count = len(readings[0].images)
+    count, batch_size = len(readings[0].images), extraction.batch_size
     share = _share(count, batch_size)
     rows: Rows = {}
-    for part, found in _stream(readings, share, batch_size, device, describe):
+    for part, found in _stream(readings, share, extraction):
         here = slice(part.start - share.start, part.stop - share.start)
         for name, values in found.items():
             if name not in rows:
@@ -87,19 +96,20 @@ def extract_rows(
             rows[name][here] = values
     widths = {name: width for reading in readings for name, width in reading.widths.items()}
     local = {name: rows.get(name, torch.empty(0, width)) for name, width in sorted(widths.items())}
-    return {name: _gathered(values, count, batch_size, device) for name, values in local.items()}
+    return {name: _gathered(values, count, batch_size, extraction.device) for name, values in local.items()}
 
 
 def extract_texts(
     prompts: Sequence[str], encode: EncodeText, *, device: torch.device, describe: str = "prompts"
 ) -> Tensor:
-    """Features float32 [N, D] of prompts in their order, on the CPU and the same on all processes; those that are there
-    several times are encoded once.
+    """Features float32 [N, D] of prompts in their order, on the CPU and the same on all processes.
+
+    A prompt that is in the list several times is encoded once.
     """
     different = list(dict.fromkeys(prompts))
     share = _share(len(different), _TEXTS)
     quiet = rng.world()[0] != 0 or not describe
-    parts = [] if share else [encode(different[:1])[:0]]  # none, as wide as the others'
+    parts = [] if share else [encode(different[:1])[:0]]  # 0 rows, of the right width
     with tqdm(total=len(share), desc=describe, unit="prompt", disable=quiet, mininterval=0.5) as bar:
         for first in range(0, len(share), _TEXTS):
             part = share[first : first + _TEXTS]
@@ -109,37 +119,33 @@ def extract_texts(
     return _gathered(torch.cat(parts), len(different), _TEXTS, device)[[numbers[prompt] for prompt in prompts]]
 
 
-def extract_moments(
-    readings: Sequence[Reading], *, batch_size: int, device: torch.device, describe: str = "features"
-) -> dict[str, Moments]:
-    """Mean and covariance of all images' features, in float64; no row is kept."""
+def extract_moments(readings: Sequence[Reading], extraction: Extraction) -> dict[str, Moments]:
+    """Mean and covariance of the features of all images in float64; rows are not kept in memory."""
     moments = {name: Moments(width) for reading in readings for name, width in reading.widths.items()}
-    share = _share(len(readings[0].images), batch_size)
-    for _, found in _stream(readings, share, batch_size, device, describe):
+    share = _share(len(readings[0].images), extraction.batch_size)
+    for _, found in _stream(readings, share, extraction):
         for name, values in found.items():
             moments[name].update(values)
     return {name: values.over_processes() for name, values in moments.items()}
 
 
-def cached_rows(readings: Sequence[Reading], *, batch_size: int, device: torch.device, describe: str) -> Rows:
-    """`extract_rows`, kept on disk for images whose content is known; an unwritable cache costs a warning."""
+def cached_rows(readings: Sequence[Reading], extraction: Extraction) -> Rows:
+    """`extract_rows`, kept on disk if the images have a hash. It warns if the cache folder cannot be written."""
 
     def extract(missing: Sequence[Reading]) -> Rows:
-        return extract_rows(missing, batch_size=batch_size, device=device, describe=describe)
+        return extract_rows(missing, extraction)
 
     def shapes(reading: Reading) -> Shapes:
         return {name: (len(reading.images), width) for name, width in reading.extractor.outputs.items()}
 
-    return _cached(readings, "rows", shapes, extract, batch_size, device)
+    return _cached(readings, "rows", shapes, extract, extraction)
 
 
-def cached_moments(
-    readings: Sequence[Reading], *, batch_size: int, device: torch.device, describe: str
-) -> dict[str, Moments]:
-    """`extract_moments`, kept in the same way."""
+def cached_moments(readings: Sequence[Reading], extraction: Extraction) -> dict[str, Moments]:
+    """`extract_moments`, kept on disk in the same way."""
 
     def extract(missing: Sequence[Reading]) -> Rows:
-        made = extract_moments(missing, batch_size=batch_size, device=device, describe=describe)
+        made = extract_moments(missing, extraction)
         means = {f"{name}.mean": moments.mean for name, moments in made.items()}
         return means | {f"{name}.covariance": moments.covariance for name, moments in made.items()}
 
@@ -148,7 +154,7 @@ def cached_moments(
         means: Shapes = {f"{name}.mean": (width,) for name, width in widths}
         return means | {f"{name}.covariance": (width, width) for name, width in widths}
 
-    found = _cached(readings, "moments", shapes, extract, batch_size, device)
+    found = _cached(readings, "moments", shapes, extract, extraction)
     return {
         name: Moments.known(found[f"{name}.mean"], found[f"{name}.covariance"], len(reading.images))
         for reading in readings
@@ -161,11 +167,10 @@ def _cached(
     kind: str,
     shapes: Callable[[Reading], Shapes],
     extract: Callable[[Sequence[Reading]], Rows],
-    batch_size: int,
-    device: torch.device,
+    extraction: Extraction,
 ) -> Rows:
-    """What `extract` makes of readings, as "label.name", from files where they hold tensors of these shapes."""
-    files = {reading.label: _cache_file(reading, kind, batch_size) for reading in readings}
+    """What `extract` returns for the readings, {"label.name": tensor}; from files that hold tensors of these shapes."""
+    files = {reading.label: _cache_file(reading, kind, extraction.batch_size) for reading in readings}
     tensors: Rows = {}
     missing = []
     for reading in readings:
@@ -175,8 +180,8 @@ def _cached(
         if found is None:
             missing.append(reading)
     if rng.world()[1] > 1:
-        # Every process must take the same way: where one has not found a file that another has, all extract.
-        absent = torch.tensor([float(reading in missing) for reading in readings], device=device)
+        # Processes extract together: if one has not found a file that the others have, all must extract.
+        absent = torch.tensor([float(reading in missing) for reading in readings], device=extraction.device)
         dist.all_reduce(absent, dist.ReduceOp.MAX)
         missing = [reading for reading, flag in zip(readings, absent.tolist(), strict=True) if flag]
     if not missing:
@@ -190,7 +195,7 @@ def _cached(
 
 
 def _share(count: int, batch_size: int) -> range:
-    """This process's images: whole batches, the last process's being the ones that are left."""
+    """The images of this process: whole batches, and for the last process what is left."""
     rank, processes = rng.world()
     return range(count)[slice(*_bounds(count, batch_size, rank, processes))]
 
@@ -201,21 +206,16 @@ def _bounds(count: int, batch_size: int, rank: int, processes: int) -> tuple[int
     return min(count, rank * per_process), min(count, (rank + 1) * per_process)
 
 
-def _stream(
-    readings: Sequence[Reading],
-    share: range,
-    batch_size: int,
-    device: torch.device,
-    describe: str,
-) -> Iterator[tuple[range, Rows]]:
-    """(indices, {name: rows}) of one batch after another, while the next ones are read or generated in a thread."""
+def _stream(readings: Sequence[Reading], share: range, extraction: Extraction) -> Iterator[tuple[range, Rows]]:
+    """Yields (indices, {name: rows}) batch by batch, while a thread reads or generates the next batches."""
+    batch_size, describe = extraction.batch_size, extraction.describe
     views = {id(reading.images): reading.images for reading in readings}
     quiet = rng.world()[0] != 0 or not describe
     parts = [share[first : first + batch_size] for first in range(0, len(share), batch_size)]
     batches = ((part, {key: images.read(part) for key, images in views.items()}) for part in parts)
-    # Around both threads: precision is a setting of the whole process, and images must not depend on who was first.
+    # Precision is a setting of the whole process, so it is set for both threads at once, before either starts.
     with (
-        full_precision(device),
+        full_precision(extraction.device),
         tqdm(total=len(share), desc=describe, unit="img", disable=quiet, mininterval=0.5) as bar,
     ):
         for part, seen in ahead(batches):
@@ -229,7 +229,7 @@ def _stream(
 
 
 def ahead(items: Iterable[_T], depth: int = _AHEAD) -> Iterator[_T]:
-    """The items, made in a thread up to `depth` ahead of their use; an error in the thread is raised here."""
+    """Yields the items, which a thread makes up to `depth` ahead; an error in that thread is raised here."""
     done = object()
     line: queue.Queue[object] = queue.Queue(depth)
     stop = threading.Event()
@@ -270,7 +270,7 @@ class _Raised:
 
 
 def _gathered(rows: Tensor, count: int, batch_size: int, device: torch.device) -> Tensor:
-    """The rows of all processes, of which each has its own number."""
+    """The rows of all processes, each of which has the rows of its `_share`."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return rows
     processes = dist.get_world_size()

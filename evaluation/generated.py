@@ -1,4 +1,4 @@
-"""Images that are made when they are read: of a student, a teacher with its sampler, or any diffusers pipeline."""
+"""Samples: images of a student, a teacher or a diffusers pipeline that are made when they are read."""
 
 from __future__ import annotations
 
@@ -14,51 +14,54 @@ import torch
 from torch import Tensor
 
 from evaluation.extractors import full_precision
-from evaluation.images import Images, prepared
+from evaluation.images import Images
+from evaluation.preparation import Preparation, prepared
 from evaluation.protocols.protocol import Protocol
 from fdistill.base.rng import Stream, derived_seed
-from fdistill.generation.generate import ImageSource, told_of
-from fdistill.generation.maker import Told
+from fdistill.generation.generate import labels_or_prompts
+from fdistill.generation.maker import LabelsOrPrompts, Maker
 
-_TIMED, _ENOUGH_SECONDS = 3, 60.0  # batches, after one that warms up; fewer where they take longer
+_TIMED = 3  # batches that are timed, after a first one that warms up
+_ENOUGH_SECONDS = 60.0  # no further batch is timed after this
 
 
 class GeneratedImages:
-    """Image i depends on (seed, i), and what it is asked to be, alone; so it can be made again when it is read again.
+    """`Images` of a maker. Image i depends on (seed, i) and its label or prompt alone, so it can be made again.
 
     Args:
-        count: how many.
-        prompts: what they are asked to be, in turn; None for a model that is told classes, or nothing.
-        protocol: says how they are prepared.
+        count: number of images.
+        prompts: for a text-to-image model, in turn; None for models of classes and unconditional ones.
+        protocol: says how images are prepared and whether labels are in turn or random.
     """
 
     def __init__(
         self,
-        source: ImageSource,
+        maker: Maker,
         seed: int,
         count: int,
         prompts: Sequence[str] | None,
         device: torch.device,
         protocol: Protocol,
     ):
-        self.name = source.name
-        self._source, self._seed, self._count, self._device = source, seed, count, device
-        self._channels, self._recipe, self._size = protocol.channels, protocol.recipe, protocol.size
-        self._last: dict[str, Any] = {}  # shared among views
-        self._told: Told = told_of(source, count, prompts=prompts if source.takes_prompts else None)
-        if isinstance(self._told, Tensor) and protocol.random_labels:
-            classes = source.num_classes or 1
+        self.name = maker.name
+        self._maker, self._seed, self._count, self._device = maker, seed, count, device
+        self._preparation = Preparation(protocol.channels, protocol.recipe, protocol.size)
+        self._last: dict[str, Any] = {}  # the batch made last, shared by all views
+        condition = labels_or_prompts(maker, count, prompts=prompts if maker.takes_prompts else None)
+        if isinstance(condition, Tensor) and protocol.random_labels:
+            classes = maker.num_classes or 1
             draws = np.random.default_rng(derived_seed(seed, Stream.EVALUATED_LABELS)).random(count)
-            self._told = torch.from_numpy((draws * classes).astype(np.int64))
-        self.labels = self._told if isinstance(self._told, Tensor) else None
-        self.prompts: Sequence[str] | None = None if isinstance(self._told, Tensor) else self._told
+            condition = torch.from_numpy((draws * classes).astype(np.int64))
+        self._condition: LabelsOrPrompts = condition
+        self.labels = condition if isinstance(condition, Tensor) else None
+        self.prompts: Sequence[str] | None = None if isinstance(condition, Tensor) else condition
         self.facts: dict[str, Any] = {
-            "checkpoint": source.name,
-            "checkpoint_sha256": source.weights_sha256,
-            "kind": source.kind,
-            "sampler": source.sampler,
-            "guidance": source.guidance_scale,
-            "steps": source.num_steps,
+            "checkpoint": maker.name,
+            "checkpoint_sha256": maker.weights_sha256,
+            "kind": maker.kind,
+            "sampler": maker.sampler,
+            "guidance": maker.guidance_scale,
+            "steps": maker.num_steps,
             "device": str(device),
         }
         if self.labels is not None:
@@ -68,42 +71,47 @@ class GeneratedImages:
         return self._count
 
     def sha256(self) -> None:
-        """None: what is not made yet has no content."""
+        """None: images that are not made yet have no content to hash."""
 
     def views(self, protocol: Protocol) -> dict[str, Images]:
-        """The samples as the protocol's views want them; what is read of several, batch by batch, is made once."""
+        """The samples in all views of the protocol. A batch that several views read in turn is made once."""
         views: dict[str, Images] = {"": self}
         for name, (recipe, size) in protocol.views.items():
             view = copy.copy(self)
-            view._recipe, view._size = recipe, size
+            view._preparation = Preparation(protocol.channels, recipe, size)
             views[name] = view
         return views
 
     def read(self, indices: Sequence[int]) -> Tensor:
-        """uint8 [B, C, H, W]."""
+        """uint8 [B, C, H, W] on the CPU.
+
+        Raises:
+            DataError: the samples do not have the size or the channels that the protocol measures.
+            NonFiniteError: a sample is not finite.
+        """
         indices = list(indices)
         if self._last.get("indices") != indices:
             self._last.update(indices=indices, samples=self._sample(indices))
-        return prepared(self._last["samples"], self.name, channels=self._channels, recipe=self._recipe, size=self._size)
+        return prepared(self._last["samples"], self.name, self._preparation)
 
     def _sample(self, indices: Sequence[int]) -> Tensor:
-        told: Told = self._told
-        if isinstance(told, Tensor):
-            told = told[torch.as_tensor(indices)]
-        elif told is not None:
-            told = [told[i] for i in indices]
-        return self._source.sample(self._seed, indices, told, self._device)
+        condition = self._condition
+        if isinstance(condition, Tensor):
+            condition = condition[torch.as_tensor(indices)]
+        elif condition is not None:
+            condition = [condition[i] for i in indices]
+        return self._maker.sample(self._seed, indices, condition, self._device)
 
     @contextmanager
     def measured(self, batch_size: int) -> Iterator[None]:
-        """Reading inside the block, where `facts` say what size images are made in, evaluations and seconds an image.
+        """Images are read inside this block, in which `facts` also have resolution, evaluations and seconds an image.
 
-        Seconds are the median of a few batches made before the block, with nothing else running.
+        Seconds are the median of up to three batches, made before the block is entered and with nothing else running.
         """
-        source = self._source
+        maker = self._maker
         indices = range(min(batch_size, self._count))
-        with source.on(self._device), full_precision(self._device):  # as samples are made
-            with source.counted() as counted:
+        with maker.on(self._device), full_precision(self._device):  # as samples are made
+            with maker.counted() as counted:
                 first = self._sample(indices)
                 counted.images = len(indices)
             seconds: list[float] = []

@@ -1,7 +1,7 @@
-"""Images to measure, from whatever `fdistill.data` opens: in order, each once, none skipped.
+"""Images to measure, from any place that `fdistill.data` opens: in order, each once, none skipped.
 
-A training set may lose an image that cannot be read; a score may not. What would change it silently (another size,
-transparency, more than 8 bits, a damaged file) is refused by name.
+Training skips an image that cannot be read; a score may not. Images that would change a score silently (another size,
+transparency, more than 8 bits a channel, a damaged file) are refused by name.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from PIL.Image import Image as PILImage
 from torch import Tensor
 
 from evaluation.preparation import (
+    Preparation,
     UnusableImageError,
-    check_settings,
     decoded,
     in_threads,
     is_grey,
@@ -39,11 +39,9 @@ from fdistill.data import open_source
 from fdistill.data.folder import FolderSource
 from fdistill.data.source import ArraySource, Source, class_labels
 
-__all__ = ["MANIFEST", "Images", "open_images", "prepared"]
-
 MANIFEST = "manifest.json"
 
-#: What of a manifest is provenance.
+#: Entries of a manifest that the provenance of scores repeats.
 _MANIFEST_FACTS = (
     "checkpoint",
     "checkpoint_sha256",
@@ -64,30 +62,30 @@ _T = TypeVar("_T")
 
 
 class Images(Protocol):
-    """Images by index: image i is the same whatever batch it is in."""
+    """Images by index. Image i is the same in every batch."""
 
     @property
     def name(self) -> str:
-        """Where they come from."""
+        """Where they come from, for messages."""
 
     @property
     def labels(self) -> Tensor | None:
-        """int64 [N]."""
+        """Class labels int64 [N]; None if there are none."""
 
-    prompts: Sequence[str] | None  # what each was asked to be, or its caption; DataError if captions are damaged
+    prompts: Sequence[str] | None  # of each image, or its caption; reading damaged captions raises DataError
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What provenance says about them."""
+        """What the provenance of scores says about them."""
 
     def __len__(self) -> int:
-        """At least 1."""
+        """Number of images, at least 1."""
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W] on the CPU."""
 
     def sha256(self) -> str | None:
-        """Of their content; None for images that are made while they are read."""
+        """Hash of their content; None for images that are made while they are read."""
 
 
 def open_images(
@@ -99,25 +97,23 @@ def open_images(
     max_images: int | None = None,
     in_order: bool = True,
 ) -> Images:
-    """What `fdistill.data.open_source` opens, as images of one size; of a folder in the order of the files' names.
+    """Opens images of one size. Images of a folder are in the order of their file names.
 
-    Labels and prompts are those of a folder's manifest.json, as `fdistill generate` writes it, else the source's own.
+    Labels and prompts come from a folder's manifest.json, as `fdistill generate` writes it, else from the source.
 
     Args:
-        channels: 3, of which greyscale becomes three equal ones, or 1.
-        recipe: a key of `fdistill.data.RECIPES`; "exact" resamples nothing.
-        size: of the square that the recipe makes; None with "exact": that of the first image, square or not.
-        max_images: no more than so many; all, where there are not as many.
-        in_order: which these are: the first, or drawn evenly from all, the same each time, as images may lie class by
-            class.
+        where: anything that `fdistill.data.open_source` opens.
+        channels, recipe, size: as in `Preparation`; "exact" without a size wants all images to be like the first one.
+        max_images: open at most this many; None for all.
+        in_order: whether these are the first ones. If not, they are drawn evenly from all, the same each time: a source
+            may be sorted by class.
 
     Raises:
-        ArgumentError: settings that fit nothing.
-        DataError: nothing there, images that are not uint8, another first image than asked for, a manifest that is
-            damaged or of other images, folders below with manifests of their own. `read` and `sha256` raise it for the
-            other images.
+        ArgumentError: a value that is not allowed.
+        DataError: there are no images, they are not uint8, the first one does not fit, or the manifest is damaged or is
+            not of these images. `read` and `sha256` raise it for the other images.
     """
-    check_settings(channels, recipe, size)
+    preparation = Preparation(channels, recipe, size)
     if max_images is not None and max_images < 1:
         raise ArgumentError(f"max_images: expected at least 1, got {max_images}")
     try:
@@ -128,8 +124,8 @@ def open_images(
     if len(rows) < len(source) and not in_order:
         rows = sorted(np.random.default_rng(0).permutation(len(source))[: len(rows)].tolist())
     if isinstance(source, ArraySource):
-        return _ArrayImages(source, rows, channels, recipe, size)
-    return _FileImages(source, rows, channels, recipe, size)
+        return _ArrayImages(source, rows, preparation)
+    return _FileImages(source, rows, preparation)
 
 
 def open_views(
@@ -140,7 +136,7 @@ def open_views(
     max_images: int | None = None,
     in_order: bool = True,
 ) -> dict[str, Images]:
-    """`open_images` in several preparations: (recipe, size) by name."""
+    """`open_images` in several preparations of the same images, {name: (recipe, size)}."""
     return {
         name: open_images(where, channels=channels, recipe=recipe, size=size, max_images=max_images, in_order=in_order)
         for name, (recipe, size) in views.items()
@@ -148,17 +144,16 @@ def open_views(
 
 
 class _SourceImages:
-    """What images in memory and images in files share: labels, prompts, facts, and the form that they get.
+    """What images in memory and images in files share: labels, prompts, facts and preparation.
 
     Args:
-        rows: numbers of the images in the source.
+        rows: numbers of the chosen images in the source.
     """
 
-    def __init__(self, source: Source, rows: Sequence[int], channels: int, recipe: str, size: int | None):
-        self.name, self._source, self._rows = source.name, source, rows
-        self._channels, self._recipe, self._size = channels, recipe, size
+    def __init__(self, source: Source, rows: Sequence[int], preparation: Preparation):
+        self.name, self._source, self._rows, self._preparation = source.name, source, rows, preparation
         manifest = _read_manifest(source.root, len(source)) if isinstance(source, FolderSource) else {}
-        self._told: Sequence[str] | None = _rows_of(manifest.get("prompts"), rows)
+        self._prompts: Sequence[str] | None = _rows_of(manifest.get("prompts"), rows)
         self._origin = {key: manifest[key] for key in _MANIFEST_FACTS if key in manifest}
         labels = source.labels if source.num_classes is not None else None
         labels = torch.tensor(manifest["labels"]) if manifest.get("labels") is not None else labels
@@ -169,34 +164,34 @@ class _SourceImages:
 
     @property
     def prompts(self) -> Sequence[str] | None:
-        """As of `Images`; captions are read at first use, as most scores need none."""
-        return _rows_of(self._source.captions, self._rows) if self._told is None else self._told
+        """As in `Images`; the source's captions are read when they are asked for, as most scores need none."""
+        return _rows_of(self._source.captions, self._rows) if self._prompts is None else self._prompts
 
     @prompts.setter
     def prompts(self, prompts: Sequence[str] | None) -> None:
-        self._told = prompts
+        self._prompts = prompts
 
     def _facts(self, lossy: int, grey: int, width: int, height: int) -> dict[str, Any]:
         return {
             **self._origin,
             "available": len(self._source),
-            "recipe": self._recipe,
+            "recipe": self._preparation.recipe,
             "resolution": f"{width}x{height}",
             "lossy_files": lossy,
-            "greyscale_expanded": grey if self._channels == 3 else 0,
+            "greyscale_expanded": grey if self._preparation.channels == 3 else 0,
         }
 
     def _named(self, digest: Any) -> str:
-        if self._recipe != "exact":
-            digest.update(f"{self._recipe} {self._size}".encode())
+        if self._preparation.recipe != "exact":
+            digest.update(f"{self._preparation.recipe} {self._preparation.size}".encode())
         return str(digest.hexdigest())
 
 
 class _ArrayImages(_SourceImages):
     """Images in memory, or in a file that is mapped into it."""
 
-    def __init__(self, source: ArraySource, rows: Sequence[int], channels: int, recipe: str, size: int | None):
-        super().__init__(source, rows, channels, recipe, size)
+    def __init__(self, source: ArraySource, rows: Sequence[int], preparation: Preparation):
+        super().__init__(source, rows, preparation)
         self._images = source.images
         self._made = self.read([0]).shape
 
@@ -209,7 +204,7 @@ class _ArrayImages(_SourceImages):
     def read(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W]."""
         chosen = self._images[[self._rows[index] for index in indices]]
-        return prepared(chosen, self.name, channels=self._channels, recipe=self._recipe, size=self._size)
+        return prepared(chosen, self.name, self._preparation)
 
     @cached_property
     def _sha256(self) -> str:
@@ -219,19 +214,20 @@ class _ArrayImages(_SourceImages):
         return self._named(digest)
 
     def sha256(self) -> str:
-        """Of shape and pixels, and of the recipe if one resamples."""
+        """Hash of shape and pixels, and of the recipe if it resizes."""
         return self._sha256
 
 
 class _FileImages(_SourceImages):
-    """Encoded images: files, members of archives, rows of data sets. Facts count what has been read or hashed."""
+    """Encoded images: files, members of archives, rows of data sets. `facts` count images read or hashed so far."""
 
-    def __init__(self, source: Source, rows: Sequence[int], channels: int, recipe: str, size: int | None):
-        super().__init__(source, rows, channels, recipe, size)
+    def __init__(self, source: Source, rows: Sequence[int], preparation: Preparation):
+        super().__init__(source, rows, preparation)
+        recipe, size = preparation.recipe, preparation.size
         self._lossy: set[int] = set()
         self._grey: set[int] = set()
         self._threads = 1
-        # An archive has one position in its file, so its members are read one at a time.
+        # An archive has one position in its file, so that its members must be read one after another.
         self._turn: AbstractContextManager[Any] = nullcontext() if isinstance(source, FolderSource) else Lock()
         self._only = (size, size) if recipe == "exact" and size is not None else None
         ((_, first),) = self._usable(self._open, [0])
@@ -249,19 +245,19 @@ class _FileImages(_SourceImages):
         """uint8 [B, C, H, W].
 
         Raises:
-            DataError: images that are damaged, or of another size or kind than asked for, by name.
+            DataError: images are damaged, or of another size or kind than asked for; it names them.
         """
         width, height = self._made
-        made = np.empty((len(indices), self._channels, height, width), np.uint8)
+        made = np.empty((len(indices), self._preparation.channels, height, width), np.uint8)
         return torch.from_numpy(np.stack(self._usable(self._pixels, indices), out=made))
 
     def sha256(self) -> str:
-        """Of the files' bytes in their order, and of the recipe if one resamples; not of their names.
+        """Hash of the files' bytes in their order, and of the recipe if it resizes; not of the files' names.
 
-        Looks at every image's header on its way, so what does not fit is known before anything is computed.
+        It reads every image's header too, so that images that do not fit are found before anything is computed.
 
         Raises:
-            DataError: as `read`, but for damage past the header.
+            DataError: as `read`, except for damage behind the header.
         """
         return self._sha256
 
@@ -286,7 +282,7 @@ class _FileImages(_SourceImages):
         return [result for result in results if not isinstance(result, str)]
 
     def _attempt(self, work: Callable[[int], _T]) -> Callable[[int], _T | str]:
-        """What `work` returns, or what was wrong with the image."""
+        """A function that returns what `work` returns, or a sentence on what is wrong with the image."""
 
         def attempt(index: int) -> _T | str:
             try:
@@ -309,7 +305,7 @@ class _FileImages(_SourceImages):
         except OSError as error:
             raise UnusableImageError(f"cannot be read ({error.strerror or error}); check the file") from error
         assert isinstance(encoded, bytes)
-        image = opened(encoded, self._channels, self._only)
+        image = opened(encoded, self._preparation.channels, self._only)
         if is_lossy(encoded, image):
             self._lossy.add(index)
         if is_grey(image):
@@ -317,7 +313,7 @@ class _FileImages(_SourceImages):
         return encoded, image
 
     def _pixels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        return decoded(self._open(index)[1], self._channels, self._recipe, self._made[0])
+        return decoded(self._open(index)[1], self._preparation)
 
 
 def _rows_of(texts: Sequence[str] | None, rows: Sequence[int]) -> Sequence[str] | None:
@@ -325,12 +321,12 @@ def _rows_of(texts: Sequence[str] | None, rows: Sequence[int]) -> Sequence[str] 
 
 
 def _read_manifest(folder: Path, count: int) -> dict[str, Any]:
-    """What `fdistill generate` wrote about a folder's images; empty where there is none."""
+    """What a folder's manifest.json says about its images; empty if there is no such file."""
     path = folder / MANIFEST
     if not path.is_file():
         sets = sorted(below.parent.name for below in folder.glob(f"*/{MANIFEST}"))
         if sets:
-            raise DataError(f"images {folder}: are generated sets in folders ({', '.join(sets)}); pass one of these")
+            raise DataError(f"images {folder}: its folders {', '.join(sets)} are sets of images; pass one of these")
         return {}
     try:
         manifest = read_json_object(path)
@@ -341,15 +337,17 @@ def _read_manifest(folder: Path, count: int) -> dict[str, Any]:
     prompts = manifest.get("prompts")
     if prompts is not None:
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise DataError(f"{path}: prompts are no list of texts; expected one for each image")
+            raise DataError(f"{path}: its prompts are not a list of texts; expected one for each image")
         if len(prompts) != count:
             raise DataError(f"{path}: {len(prompts)} prompts for {count} images; expected one for each")
     return manifest
 
 
 def _mapped_npz(path: Path) -> ArraySource | None:
-    """Images of an uncompressed .npz that are not loaded (50,000 of 256x256 are 10 GB); None of anything else than
-    uint8 [N, H, W, 1 or 3], which is then opened, or refused, as training data are."""
+    """Images of an uncompressed .npz, mapped into memory and not loaded: 50,000 of 256x256 are 10 GB.
+
+    None for anything else than uint8 [N, H, W, 1 or 3], which `fdistill.data` then opens or refuses.
+    """
     if path.suffix != ".npz" or not path.is_file():
         return None
     try:
@@ -357,7 +355,7 @@ def _mapped_npz(path: Path) -> ArraySource | None:
             key = next(key for key in ("images", "arr_0") if key in arrays.files)
             member = arrays.zip.getinfo(f"{key}.npy")
             file.seek(member.header_offset + 26)
-            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # past the name and the extra field
+            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # past the file name and the extra field
             if member.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
                 return None
             shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
@@ -365,8 +363,8 @@ def _mapped_npz(path: Path) -> ArraySource | None:
                 return None
             with arrays.zip.open(member) as stream:
                 while stream.read(_CHUNK):
-                    pass  # to the end, where a damaged file fails its checksum
-            images = np.memmap(file, dtype, "c", file.tell(), shape)  # "c", as torch warns of what is read-only
+                    pass  # reading to the end checks the checksum
+            images = np.memmap(file, dtype, "c", file.tell(), shape)  # "c", because torch warns of read-only memory
             labels = next((arrays[key] for key in ("labels", "y", "arr_1") if key in arrays.files), None)
     except (OSError, ValueError, StopIteration, struct.error, zipfile.BadZipFile):
         return None

@@ -1,16 +1,17 @@
-"""A file of statistics made of images, so that the images need not be at hand, or read, again."""
+"""A statistics file made from images, which then need not be read again; `fdistill reference`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evaluation.extractors import open_extractor
+from evaluation.extractors import Extractor, open_extractor
 from evaluation.images import Images, open_views
 from evaluation.measure import Setting
+from evaluation.metrics.metric import Metric
 from evaluation.protocols import get_protocol
-from evaluation.reference import Against
-from evaluation.statistics_files import write_reference
+from evaluation.reference import Reference
+from evaluation.statistics_files import Origin, write_statistics
 from evaluation.weights import Weights
 from fdistill.base import rng
 from fdistill.base.devices import start
@@ -28,19 +29,24 @@ def make_reference(
     batch_size: int = 64,
     device: str = "auto",
 ) -> Path:
-    """Writes what samples of a protocol are measured against: an .npz that `evaluate` takes as reference, with "mu" and
-    "sigma" of Inception's features where other tools look for them.
+    """Writes an .npz that `evaluate` takes as reference; "mu" and "sigma" of Inception's features are where other tools
+    look for them.
 
     Args:
-        data: images, as `fdistill.data` opens them; they are prepared as the protocol prepares its reference.
+        data: images, from any place that `fdistill.data` opens. They are prepared as the protocol prepares its
+            reference.
         output: an .npz file.
         protocol: a key of `evaluation.protocols.PROTOCOLS`.
-        metrics: what it is to serve: moments for distances such as fid, and single images' rows, which are large, for
-            metrics such as recall. By default the protocol's own metrics that moments are enough for.
+        metrics: the metrics that the file must be enough for. Distances such as fid need mean and covariance; metrics
+            such as recall need the features of every image, which make the file large. By default those of the
+            protocol's default metrics that need only mean and covariance.
         weights, batch_size, device: as in `evaluate`.
 
+    Returns:
+        The path of the file.
+
     Raises:
-        ArgumentError, CheckpointError, DataError: images or weights that cannot be used, a metric that needs none.
+        ArgumentError, CheckpointError, DataError: images or weights cannot be used, or no metric needs a reference.
         OutputError: the file cannot be written.
     """
     chosen, path = get_protocol(protocol), Path(output)
@@ -51,36 +57,22 @@ def make_reference(
     setting = Setting(chosen, on, metrics, batch_size, weights or {})
     known = chosen.names()
     wanted = [known[name] for name in metrics or chosen.default if metrics or known[name].against == "moments"]
-    labels = {
-        kind: dict.fromkeys(key.split(".")[0] for m in wanted if m.against == kind for key in m.features)
-        for kind in ("moments", "rows")
-    }
-    every = dict.fromkeys([*labels["moments"], *labels["rows"]])
+    of_moments, of_rows = _labels(wanted, "moments"), _labels(wanted, "rows")
+    every = list(dict.fromkeys([*of_moments, *of_rows]))
     if not every:
         raise ArgumentError(
             f"metrics: {', '.join(metrics or chosen.default)} need no reference; expected one that does"
         )
-    recipes = {"": (chosen.reference_recipe, chosen.size), **chosen.views}
-    views = open_views(data, recipes, channels=chosen.channels)
+    views = open_views(data, chosen.reference_views(), channels=chosen.channels)
     extractors = {label: open_extractor(label.partition("@")[0], on, setting.weights) for label in every}
-    count = len(views[""])
-    for label in labels["moments"]:
-        width = max(extractors[label].outputs.values())
-        if count <= width:
-            raise ArgumentError(
-                f"data {data}: {count} images, and the covariance of {width} features needs more than {width}; pass "
-                "more, or metrics that need single images alone, such as recall"
-            )
-    against = Against(str(data), views, None, False)
-    some = {label: extractors[label] for label in labels["rows"]}
-    rows = dict(against.rows(some, batch_size, on)) if some else {}  # of these alone: moments may read more of them
-    moments = against.moments(extractors, batch_size, on)
+    _check_count(data, len(views[""]), {label: extractors[label] for label in of_moments})
+    reference, extraction = Reference(str(data), views, None, False), setting.extraction("reference")
+    some = {label: extractors[label] for label in of_rows}
+    rows = dict(reference.rows(some, extraction)) if some else {}  # copied, as moments may add further rows
+    moments = reference.moments(extractors, extraction)
     if rng.world()[0] == 0:
         images = views[""]
-        write_reference(
-            path,
-            moments,
-            rows=rows or None,
+        origin = Origin(
             protocol=chosen.name,
             extractors={label: {"sha256": e.sha256, "preparation": e.preparation} for label, e in extractors.items()},
             count=len(images),
@@ -88,10 +80,27 @@ def make_reference(
             source=images.name,
             source_sha256=images.sha256(),
         )
+        write_statistics(path, moments, origin, rows or None)
     return path
 
 
+def _labels(metrics: Sequence[Metric], against: str) -> list[str]:
+    """Extractors, as "extractor" or "extractor@view", whose moments or rows the metrics read of a reference."""
+    return list(dict.fromkeys(key.split(".")[0] for m in metrics if m.against == against for key in m.features))
+
+
+def _check_count(data: str | Path, count: int, extractors: Mapping[str, Extractor]) -> None:
+    """Raises ArgumentError if there are too few images for the covariance of these extractors' features."""
+    for extractor in extractors.values():
+        width = max(extractor.outputs.values())
+        if count <= width:
+            raise ArgumentError(
+                f"data {data}: {count} images, and the covariance of {width} features needs more than {width}; pass "
+                "more, or metrics that read single images, such as recall"
+            )
+
+
 def _side(images: Images) -> int | None:
-    """Of square images; None of others."""
+    """The side of square images in pixels; None for others."""
     width, _, height = str(images.facts["resolution"]).partition("x")
     return int(width) if width == height else None

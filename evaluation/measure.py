@@ -1,4 +1,6 @@
-"""Samples measured by a protocol: features are extracted once for all metrics; a score's name says what it is."""
+"""Scores of samples by a protocol: features are extracted once for all metrics, and names of scores say what they are
+of.
+"""
 
 from __future__ import annotations
 
@@ -16,19 +18,19 @@ from PIL.Image import Image as PILImage
 
 from evaluation.extractors import Extractor, open_extractor
 from evaluation.extractors.clip import ClipModel, open_clip_model
-from evaluation.features import Reading, Rows, cached_rows, extract_texts
+from evaluation.features import Extraction, Reading, Rows, cached_rows, extract_texts
 from evaluation.generated import GeneratedImages
 from evaluation.images import Images
-from evaluation.metric import Measured, Metric
+from evaluation.metrics.metric import Measured, Metric
 from evaluation.metrics.moments import Moments
 from evaluation.metrics.score import Score
 from evaluation.protocols.protocol import Protocol
-from evaluation.reference import Against
+from evaluation.reference import Reference
 from evaluation.weights import PUBLISHED, Weights, file_sha256, find_weights, is_published
 from fdistill.base.distributed import from_main_process
 from fdistill.base.errors import ArgumentError, did_you_mean
 
-_PER_CLASS = 20  # so many samples a class, drawn at random, leave none of 1,000 classes out but once in 500,000 times
+_PER_CLASS = 20  # of 1,000 classes drawn at random, this many samples a class leave one out once in 500,000 sets
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,18 @@ class Setting:
     """How samples are measured.
 
     Attributes:
-        metrics: names out of the protocol's; None for those it is known for, as far as samples and reference allow.
-        weights: where files of published weights are.
-        replicates: of the bootstrap that gives distances their spread; 0 for none.
+        protocol: what is measured, and how images are prepared.
+        device: where networks run.
+        metrics: names that the protocol knows; None for its default metrics, as far as samples and reference allow.
+        batch_size: images at a time.
+        weights: weights files that the user gave.
+        replicates: bootstrap replicates behind the spread of Frechet distances; 0 for no spread.
         own: extractors of the user's own, by name.
-        progress: whether bars are shown.
-        pictures: whether metrics draw what there is to see.
+        progress: whether progress bars are shown.
+        pictures: whether metrics draw their pictures.
+
+    Raises:
+        ArgumentError: the protocol does not know a metric.
     """
 
     protocol: Protocol
@@ -62,118 +70,162 @@ class Setting:
                     f"metrics: protocol {self.protocol.name!r} has no {name!r}; {did_you_mean(name, known)}"
                 )
 
+    def extraction(self, describe: str) -> Extraction:
+        """How images pass through extractors; `describe` is what the progress bar says."""
+        return Extraction(self.batch_size, self.device, describe if self.progress else "")
+
 
 @dataclass(frozen=True)
 class Measurement:
-    """Scores by their full names, what there is to know of how they were made, and pictures by metric, which the main
-    process has."""
+    """What `measure` returns.
+
+    Attributes:
+        scores: by full name, as "fid@5000 vs photos".
+        provenance: what is needed to repeat them.
+        pictures: by metric; on the main process alone.
+    """
 
     scores: dict[str, Score]
     provenance: dict[str, Any]
     pictures: dict[str, PILImage]
 
 
-def measure(views: Mapping[str, Images], against: Against | None, setting: Setting) -> Measurement:
-    """Scores of images; computed by the main process from the features of all, returned by each.
+@dataclass(frozen=True)
+class _Networks:
+    """Networks that the chosen metrics need.
+
+    Attributes:
+        extractors: by label, the extractor's name and "@view" for a view other than the protocol's own.
+        clips: CLIP models whose text encoders are needed, by label.
+        prefixes: what they put before each prompt, by label.
+    """
+
+    extractors: dict[str, Extractor]
+    clips: dict[str, ClipModel]
+    prefixes: dict[str, str]
+
+
+def measure(views: Mapping[str, Images], reference: Reference | None, setting: Setting) -> Measurement:
+    """Scores of samples. All processes extract features, the main process computes, and each returns the same scores.
 
     Args:
-        views: the samples, as the protocol prepares them ("") and as its other views want them.
+        views: the samples in the views of the protocol, "" being its own view.
+        reference: None if there is none; then metrics that need one cannot be computed.
 
     Raises:
         ArgumentError: metrics that these samples or this reference do not allow.
     """
     protocol, images = setting.protocol, views[""]
-    count = len(images)
-    chosen = _chosen(images, against, setting)
+    chosen = _chosen(images, reference, setting)
     metrics = list(dict.fromkeys(protocol.names()[name] for name in chosen))
-    prefixes = {metric.clip[0]: metric.clip[1] for metric in metrics if metric.clip is not None}
-    labels = dict.fromkeys(key.split(".")[0] for metric in metrics for key in metric.features)
-    clips = {label: open_clip_model(_network(label), setting.device, setting.weights) for label in prefixes}
-    extractors = {label: clips[label].extractor if label in clips else _open(label, setting) for label in labels}
-    _check_counts(metrics, extractors, count, against)
-    # Found by all processes together, as one of them may have to download; only the main one will load them.
+    networks = _open_networks(metrics, setting)
+    _check_counts(metrics, networks.extractors, len(images), reference)
+    # All processes find files together, as one of them may have to download; only the main process will load them.
     files = {name: find_weights(name, PUBLISHED[name], setting.weights) for m in metrics for name in m.files}
-    networks = _networks(extractors, files)
-    if protocol.num_samples is not None and count < protocol.num_samples:
-        warnings.warn(
-            f"{images.name}: {count} images, and protocol {protocol.name!r} wants {protocol.num_samples}; scores carry "
-            "the count in their names, and are not those that papers give",
-            stacklevel=2,
-        )
-    readings = [Reading(label, e, views[label.partition("@")[2]]) for label, e in extractors.items()]
-    _check_resolution(images, against, protocol)
-    # Before hours are spent on samples: a reference may turn out not to be of these features.
-    moments, reference_rows = _reference(metrics, extractors, against, setting)
-    texts = _texts(clips, prefixes, images.prompts or [], setting)
-    how: dict[str, Any] = {
-        "batch_size": setting.batch_size,
-        "device": setting.device,
-        "describe": "samples" if setting.progress else "",
-    }
+    facts = _facts_of_networks(networks.extractors, files)
+    _warn_of_count(images, protocol)
+    _check_resolution(images, reference, protocol)
+    # The reference first: it may turn out to be of other features, and samples take hours.
+    moments, reference_rows = _features_of_reference(metrics, networks.extractors, reference, setting)
+    texts = _features_of_prompts(networks, images.prompts or [], setting)
+    readings = [Reading(label, e, views[label.partition("@")[2]]) for label, e in networks.extractors.items()]
     with images.measured(setting.batch_size) if isinstance(images, GeneratedImages) else nullcontext():
-        _check_resolution(images, against, protocol)
-        rows = texts | (cached_rows(readings, **how) if readings else {})
+        _check_resolution(images, reference, protocol)
         measured = Measured(
-            rows,
+            texts | (cached_rows(readings, setting.extraction("samples")) if readings else {}),
             moments,
             reference_rows,
             images=images,
-            reference_images=None if against is None else against.views.get(""),
+            reference_images=None if reference is None else reference.views.get(""),
             device=setting.device,
             weights={**setting.weights, **files},
             replicates=setting.replicates,
             strata=None if protocol.random_labels else images.labels,
         )
-        pictures: dict[str, PILImage] = {}
-
-        def compute() -> dict[str, Score]:
-            for metric in metrics:
-                picture = metric.picture(measured) if setting.pictures and metric.picture is not None else None
-                pictures.update({} if picture is None else {metric.name: picture})
-            return {name: score for metric in metrics for name, score in metric.compute(measured).items()}
-
-        scores = from_main_process(compute)
+        scores, pictures = _computed(metrics, measured, draw=setting.pictures)
     _warn_of_lossy(images)
     named = {}
     for name, score in scores.items():
         metric = protocol.names()[name]
         if name in chosen or metric.name in chosen:
-            named[_full_name(name, metric, protocol, images, against, networks)] = score
-    return Measurement(named, _provenance(images, against, networks, setting), pictures)
+            named[_full_name(name, metric, protocol, images, reference, facts)] = score
+    return Measurement(named, _provenance(images, reference, facts, setting), pictures)
 
 
-def _texts(
-    clips: Mapping[str, ClipModel], prefixes: Mapping[str, str], prompts: Sequence[str], setting: Setting
-) -> Rows:
-    """{"label.text": features of the prompts, behind the metric's prefix}."""
-    describe = "prompts" if setting.progress else ""
-    return {
-        f"{label}.text": extract_texts(
-            prompts, partial(clips[label].encode_prompts, prefix=prefix), device=setting.device, describe=describe
-        )
-        for label, prefix in prefixes.items()
-    }
+def _computed(
+    metrics: Sequence[Metric], measured: Measured, *, draw: bool
+) -> tuple[dict[str, Score], dict[str, PILImage]]:
+    """(scores, the same on all processes; pictures by metric, on the main process)."""
+    pictures: dict[str, PILImage] = {}
+
+    def compute() -> dict[str, Score]:
+        for metric in metrics:
+            picture = metric.picture(measured) if draw and metric.picture is not None else None
+            pictures.update({} if picture is None else {metric.name: picture})
+        return {name: score for metric in metrics for name, score in metric.compute(measured).items()}
+
+    return from_main_process(compute), pictures
 
 
-def _network(label: str) -> str:
-    return label.partition("@")[0]
+def _open_networks(metrics: Sequence[Metric], setting: Setting) -> _Networks:
+    prefixes = {metric.clip[0]: metric.clip[1] for metric in metrics if metric.clip is not None}
+    labels = dict.fromkeys(key.split(".")[0] for metric in metrics for key in metric.features)
+    clips = {label: open_clip_model(_extractor_of(label), setting.device, setting.weights) for label in prefixes}
+    extractors = {label: clips[label].extractor if label in clips else _open(label, setting) for label in labels}
+    return _Networks(extractors, clips, prefixes)
 
 
 def _open(label: str, setting: Setting) -> Extractor:
-    name = _network(label)
+    name = _extractor_of(label)
     return setting.own[name] if name in setting.own else open_extractor(name, setting.device, setting.weights)
 
 
-def _networks(extractors: Mapping[str, Extractor], files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """What provenance says of each network."""
-    known: dict[str, dict[str, Any]] = {
+def _extractor_of(label: str) -> str:
+    """inception-clean of "inception-clean@patch"."""
+    return label.partition("@")[0]
+
+
+def _features_of_prompts(networks: _Networks, prompts: Sequence[str], setting: Setting) -> Rows:
+    """{"label.text": features of the prompts, each behind the metric's prefix}."""
+    describe = "prompts" if setting.progress else ""
+    return {
+        f"{label}.text": extract_texts(
+            prompts,
+            partial(networks.clips[label].encode_prompts, prefix=prefix),
+            device=setting.device,
+            describe=describe,
+        )
+        for label, prefix in networks.prefixes.items()
+    }
+
+
+def _features_of_reference(
+    metrics: Sequence[Metric], extractors: Mapping[str, Extractor], reference: Reference | None, setting: Setting
+) -> tuple[Mapping[str, Moments], Rows]:
+    """(moments, rows) of the reference, as far as the metrics need them."""
+
+    def needed(kind: str) -> dict[str, Extractor]:
+        keys = (key for metric in metrics if metric.against == kind for key in metric.features)
+        return {label: extractors[label] for label in dict.fromkeys(key.split(".")[0] for key in keys)}
+
+    if reference is None:
+        return {}, {}
+    extraction = setting.extraction("reference")
+    wanted = {kind: needed(kind) for kind in ("rows", "moments")}
+    rows = reference.rows(wanted["rows"], extraction) if wanted["rows"] else {}  # first, as moments can be made of them
+    return reference.moments(wanted["moments"], extraction) if wanted["moments"] else {}, rows
+
+
+def _facts_of_networks(extractors: Mapping[str, Extractor], files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """What provenance says about each network, by label, and about each weights file that a metric loads itself."""
+    facts: dict[str, dict[str, Any]] = {
         label: {"sha256": e.sha256, "published": e.published, "preparation": e.preparation}
         for label, e in extractors.items()
     }
     for name, path in files.items():
         sha256 = file_sha256(path)
-        known[name] = {"sha256": sha256, "published": is_published(path, sha256, PUBLISHED[name])}
-    return known
+        facts[name] = {"sha256": sha256, "published": is_published(path, sha256, PUBLISHED[name])}
+    return facts
 
 
 def _full_name(
@@ -181,38 +233,55 @@ def _full_name(
     metric: Metric,
     protocol: Protocol,
     images: Images,
-    against: Against | None,
+    reference: Reference | None,
     networks: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """A score's name, which says what of the protocol was not kept to."""
+    """A score's name with everything in which it departs from the protocol: "fid@5000 vs photos (other weights 1a2b)".
+
+    Args:
+        networks: as `_facts_of_networks` returns them.
+    """
     count = len(images)
     whole = name if count == protocol.num_samples else f"{name}@{count}"
     if images.labels is not None and protocol.num_classes is not None and count >= _PER_CLASS * protocol.num_classes:
         there = len(images.labels.unique())
         whole += f" ({there} of {protocol.num_classes} classes)" if there < protocol.num_classes else ""
-    if metric.against is not None and against is not None and not against.is_protocols:
-        whole += f" vs {Path(against.name).name}"
+    if metric.against is not None and reference is not None and not reference.is_protocols:
+        whole += f" vs {Path(reference.name).name}"
     used = dict.fromkeys([*(key.split(".")[0] for key in metric.features), *metric.files])
     other = [networks[name]["sha256"][:8] for name in used if not networks[name]["published"]]
     return whole + (f" (other weights {', '.join(other)})" if other else "")
+
+
+def _warn_of_count(images: Images, protocol: Protocol) -> None:
+    if protocol.num_samples is not None and len(images) < protocol.num_samples:
+        warnings.warn(
+            f"{images.name}: {len(images)} images, and protocol {protocol.name!r} wants {protocol.num_samples}; scores "
+            "carry the count in their names, and do not compare with published ones",
+            stacklevel=3,
+        )
 
 
 def _warn_of_lossy(images: Images) -> None:
     lossy = images.facts.get("lossy_files", 0)
     if lossy:
         warnings.warn(
-            f"{images.name}: {lossy} of {len(images)} samples are lossy files (JPEG, WebP), whose artefacts a network "
-            "sees; scores are of those files, not of what was generated: write PNG",
+            f"{images.name}: {lossy} of {len(images)} samples are lossy files (JPEG, WebP), whose artefacts change "
+            "scores; write PNG",
             stacklevel=3,
         )
 
 
-def _chosen(images: Images, against: Against | None, setting: Setting) -> list[str]:
-    """Names of what is measured; those asked for must be possible, of the protocol's own the possible ones are."""
+def _chosen(images: Images, reference: Reference | None, setting: Setting) -> list[str]:
+    """Names of the metrics to compute: those that the user named, or the protocol's default ones that are possible.
+
+    Raises:
+        ArgumentError: a metric that the user named is not possible, or no default one is.
+    """
     known, chosen, left_out = setting.protocol.names(), [], {}
     for name in setting.metrics or setting.protocol.default:
         metric = known[name]
-        problem = _problem(metric, images, against, setting.protocol)
+        problem = _problem(metric, images, reference, setting.protocol)
         if problem is None:
             chosen.append(name)
         elif setting.metrics:
@@ -221,37 +290,39 @@ def _chosen(images: Images, against: Against | None, setting: Setting) -> list[s
             left_out[name] = problem
     if not chosen:
         name = setting.protocol.default[0]
-        raise ArgumentError(f"metrics: {name} {_problem(known[name], images, against, setting.protocol)}")
+        raise ArgumentError(f"metrics: {name} {_problem(known[name], images, reference, setting.protocol)}")
     for name, problem in left_out.items():
         warnings.warn(f"left out: {name} {problem}", stacklevel=3)
     return chosen
 
 
-def _problem(metric: Metric, images: Images, against: Against | None, protocol: Protocol) -> str | None:
-    if metric.against is not None and against is None:
+def _problem(metric: Metric, images: Images, reference: Reference | None, protocol: Protocol) -> str | None:
+    """Why a metric cannot be computed, as the end of a sentence that begins with its name; None if it can."""
+    if metric.against is not None and reference is None:
         return f"needs a reference (--reference): {protocol.reference}"
-    if metric.against == "rows" and against is not None and not against.has_rows:
-        return f"needs the reference's images, and {against.name} holds statistics alone; pass the images"
+    if metric.against == "rows" and reference is not None and not reference.has_rows:
+        return f"needs the reference's images, and {reference.name} holds statistics alone; pass the images"
     if metric.needs == "labels" and images.labels is None:
-        return f"needs labels, and {images.name} has none: no manifest.json, folders or array that tells them"
+        return f"needs class labels, and {images.name} has none in a manifest.json, in folder names or in an array"
     if metric.needs == "prompts" and images.prompts is None:
-        return f"needs prompts, and {images.name} has none; pass a file with one for each image"
+        return f"needs prompts, and {images.name} has none; pass a file with one for each image (--prompts)"
     return None
 
 
 def _check_counts(
-    metrics: Sequence[Metric], extractors: Mapping[str, Extractor], count: int, against: Against | None
+    metrics: Sequence[Metric], extractors: Mapping[str, Extractor], count: int, reference: Reference | None
 ) -> None:
-    """Before hours are spent."""
+    """Raises ArgumentError if there are too few samples or images of the reference, before features are extracted."""
     for metric in metrics:
         for key in metric.features:
             extractor, output = key.split(".")
             width = extractors[extractor].outputs[output]
             have = {"samples": count}
-            if metric.against is not None and against is not None and against.count is not None:
-                have["reference images"] = against.count
+            if metric.against is not None and reference is not None and reference.count is not None:
+                have["reference images"] = reference.count
             for what, number in have.items():
-                least = width + 1 if what != "samples" and metric.against == "moments" else metric.least(width)
+                moments = what == "reference images" and metric.against == "moments"
+                least = width + 1 if moments else metric.min_samples(width)
                 if number < least:
                     why = f", as the covariance of {width} features is singular" if least == width + 1 else ""
                     raise ArgumentError(
@@ -260,37 +331,23 @@ def _check_counts(
                     )
 
 
-def _check_resolution(images: Images, against: Against | None, protocol: Protocol) -> None:
-    """A network's features of 32x32 and of 64x64 do not compare; a protocol of one size has checked it already."""
-    if protocol.size is not None or against is None or against.resolution is None:
+def _check_resolution(images: Images, reference: Reference | None, protocol: Protocol) -> None:
+    """Raises ArgumentError if samples and reference differ in size, as features of 32x32 and 64x64 do not compare.
+
+    A protocol that fixes the size has checked it already.
+    """
+    if protocol.size is not None or reference is None or reference.resolution is None:
         return
-    resolution = images.facts.get("resolution", against.resolution)  # of samples not known before the first is made
-    if resolution != against.resolution:
+    resolution = images.facts.get("resolution", reference.resolution)  # unknown before the first sample is made
+    if resolution != reference.resolution:
         raise ArgumentError(
-            f"reference {against.name}: of images of {against.resolution}, and those of {images.name} are "
+            f"reference {reference.name}: is of images of {reference.resolution}, and those of {images.name} are "
             f"{resolution}; expected both of one size"
         )
 
 
-def _reference(
-    metrics: Sequence[Metric], extractors: Mapping[str, Extractor], against: Against | None, setting: Setting
-) -> tuple[Mapping[str, Moments], Rows]:
-    """(moments, rows) of what the metrics need of the reference."""
-
-    def needed(kind: str) -> dict[str, Extractor]:
-        keys = (key for metric in metrics if metric.against == kind for key in metric.features)
-        return {label: extractors[label] for label in dict.fromkeys(key.split(".")[0] for key in keys)}
-
-    if against is None:
-        return {}, {}
-    how = (setting.batch_size, setting.device)
-    wanted = {kind: needed(kind) for kind in ("rows", "moments")}
-    rows = against.rows(wanted["rows"], *how) if wanted["rows"] else {}  # first, as moments can be made of them
-    return against.moments(wanted["moments"], *how) if wanted["moments"] else {}, rows
-
-
 def _provenance(
-    images: Images, against: Against | None, networks: Mapping[str, Mapping[str, Any]], setting: Setting
+    images: Images, reference: Reference | None, networks: Mapping[str, Mapping[str, Any]], setting: Setting
 ) -> dict[str, Any]:
     protocol = setting.protocol
     prompts = None if images.prompts is None else "\n".join(images.prompts)
@@ -304,18 +361,18 @@ def _provenance(
         **({} if prompts is None else {"prompts_sha256": hashlib.sha256(prompts.encode()).hexdigest()}),
         **({} if labels is None else {"labels_sha256": hashlib.sha256(labels.encode()).hexdigest()}),
         "recipe": protocol.recipe,
-        "reference": None if against is None else against.provenance(),
+        "reference": None if reference is None else reference.provenance(),
         "extractors": networks,
         "dtype": "float32 features, float64 statistics; distances for precision and recall in float32",
         "batch_size": setting.batch_size,
         **protocol.facts,
         **images.facts,
-        **_told_by_manifest(images.facts),
+        **_renamed(images.facts),
     }
 
 
-def _told_by_manifest(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What a folder's manifest says, under the names that generated samples have it by."""
+def _renamed(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Facts from a folder's manifest, under the names that facts of generated samples have."""
     found: dict[str, Any] = {}
     if "seed" in facts:
         found["seeds"] = [facts["seed"]]

@@ -1,4 +1,4 @@
-"""From encoded images, or those in memory, to pixels that can be measured: what will do, and how it is resampled."""
+"""How images become pixels that can be measured: which images are accepted, and how they are resized."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,46 +20,67 @@ from fdistill.base.errors import ArgumentError, DataError, did_you_mean
 from fdistill.data.recipes import pixels
 
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-#: PIL's names of what becomes grey, or RGB. ImageNet has two dozen CMYK files, which every tool converts.
+#: PIL's modes that are converted to 1 channel, or to 3. ImageNet has two dozen CMYK files, which every tool converts.
 _MODES = {1: ("1", "L"), 3: ("1", "L", "P", "RGB", "CMYK")}
-_PNG_BIT_DEPTH = 24  # its place in the file; PIL makes 8 bits of 16 without a word
+_PNG_BIT_DEPTH = 24  # offset of that byte in the file; PIL would turn 16 bits into 8 silently
 _THREADS = 8
-_WORTH_THREADS = 64 * 64  # pixels; smaller images are decoded in less time than threads need to take turns
+_WORTH_THREADS = 64 * 64  # pixels; decoding a smaller image takes less time than handing it to a thread
 
 _T = TypeVar("_T")
 
 
 class UnusableImageError(Exception):
-    """What is wrong with an image; reads on after its name."""
+    """What is wrong with an image, as the end of a sentence that begins with its name."""
 
 
-def check_settings(channels: int, recipe: str, size: int | None) -> None:
-    """Raises ArgumentError for what `prepared` cannot do."""
-    if channels not in (1, 3):
-        raise ArgumentError(f"channels: expected 1 or 3, got {channels}")
-    if recipe not in RECIPES:
-        raise ArgumentError(f"recipe: got {recipe!r}; {did_you_mean(recipe, RECIPES)}")
-    if size is None and recipe != "exact":
-        raise ArgumentError(f"size: recipe {recipe!r} makes squares of a given size; expected the side in pixels")
-    if size is not None and size < 1:
-        raise ArgumentError(f"size: expected at least 1, got {size}")
+@dataclass(frozen=True)
+class Preparation:
+    """The form that images are brought to before they are measured.
+
+    Attributes:
+        channels: 3, where greyscale images become three equal channels, or 1.
+        recipe: how they are resized, a key of `evaluation.recipes.RECIPES`; "exact" resizes nothing.
+        size: side in pixels of the square that the recipe makes. With "exact", the size that images must have; None for
+            any size.
+
+    Raises:
+        ArgumentError: a value that is not one of these.
+    """
+
+    channels: int
+    recipe: str = "exact"
+    size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise ArgumentError(f"channels: expected 1 or 3, got {self.channels}")
+        if self.recipe not in RECIPES:
+            raise ArgumentError(f"recipe: got {self.recipe!r}; {did_you_mean(self.recipe, RECIPES)}")
+        if self.size is None and self.recipe != "exact":
+            raise ArgumentError(
+                f"size: recipe {self.recipe!r} makes squares of a given size; expected the side in pixels"
+            )
+        if self.size is not None and self.size < 1:
+            raise ArgumentError(f"size: expected at least 1, got {self.size}")
 
 
 def opened(encoded: bytes, channels: int, size: tuple[int, int] | None) -> PILImage:
-    """The image with its header read and nothing decoded.
+    """An image of which only the header is read yet.
 
     Args:
-        channels: 1, or 3, for which greyscale will do as well.
-        size: width and height; None for any.
+        encoded: the bytes of a file.
+        channels: 1, or 3, for which greyscale images are accepted too.
+        size: (width, height) that it must have; None for any.
 
     Raises:
-        UnusableImageError: no image, transparent, of more than 8 bits a channel, another colour space or size.
+        UnusableImageError: it is no image, is transparent, or has more than 8 bits a channel, another colour space or
+            another size.
     """
     try:
         image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
     except UnidentifiedImageError as error:
         raise UnusableImageError(f"is no {', '.join(_FORMATS)}; make or copy it again") from error
-    except Exception as error:  # damaged headers end in nearly any of them
+    except Exception as error:  # damaged headers make PIL raise nearly any exception
         raise _damaged(error) from error
     expected = "8-bit greyscale" if channels == 1 else "8-bit RGB or greyscale"
     if image.has_transparency_data:
@@ -72,39 +94,41 @@ def opened(encoded: bytes, channels: int, size: tuple[int, int] | None) -> PILIm
     return image
 
 
-def decoded(image: PILImage, channels: int, recipe: str, size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """uint8 [channels, H, W] of an opened image; its own size if the recipe is "exact".
+def decoded(image: PILImage, preparation: Preparation) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """uint8 [channels, H, W] of an opened image.
 
     Raises:
-        UnusableImageError: damaged.
+        UnusableImageError: the file is damaged.
     """
     try:
         image.load()
-        mode = "L" if channels == 1 else "RGB"
+        mode = "L" if preparation.channels == 1 else "RGB"
         image = image if image.mode == mode else image.convert(mode)
-        return pixels(image if recipe == "exact" else RECIPES[recipe](image, size))
-    except Exception as error:  # PIL's decoders end in nearly any of them on damaged bytes
+        if preparation.recipe == "exact":
+            return pixels(image)
+        assert preparation.size is not None
+        return pixels(RECIPES[preparation.recipe](image, preparation.size))
+    except Exception as error:  # damaged bytes make PIL's decoders raise nearly any exception
         raise _damaged(error) from error
 
 
-def prepared(images: Tensor, name: str, *, channels: int, recipe: str, size: int | None) -> Tensor:
-    """What `open_images` makes of images that are in memory.
+def prepared(images: Tensor, name: str, preparation: Preparation) -> Tensor:
+    """Prepares images that are in memory.
 
     Args:
         images: uint8 [B, C, H, W].
-        name: of where they come from, for messages.
-        channels, recipe, size: as of `open_images`; with "exact" and no size they keep theirs.
+        name: where they come from, for messages.
 
     Returns:
-        uint8 [B, channels, size, size], contiguous.
+        uint8 [B, channels, size, size], contiguous; with recipe "exact" of their own height and width.
 
     Raises:
-        DataError: images of other channels or another size.
+        DataError: images of another number of channels or another size.
     """
-    check_settings(channels, recipe, size)
+    channels, recipe, size = preparation.channels, preparation.recipe, preparation.size
     found, height, width = images.shape[1:]
     if found != channels and (found, channels) != (1, 3):
-        raise DataError(f"images {name}: of {found} channels; expected {channels}")
+        raise DataError(f"images {name}: have {found} channels; expected {channels}")
     if recipe == "exact":
         if size is not None and (height, width) != (size, size):
             raise DataError(f"images {name}: are {width}x{height}; {expected_size((size, size))}")
@@ -122,27 +146,27 @@ def prepared(images: Tensor, name: str, *, channels: int, recipe: str, size: int
 
 
 def is_grey(image: PILImage) -> bool:
-    """Of one channel."""
+    """Whether an image has one channel."""
     return image.mode in _MODES[1]
 
 
 def is_lossy(encoded: bytes, image: PILImage) -> bool:
-    """JPEG, and WEBP other than its simple lossless kind, by content: a .png may hold one."""
+    """Whether a file is JPEG, or WebP other than its simple lossless kind; by its bytes, as its name may be wrong."""
     return encoded.startswith(b"\xff\xd8") or (image.format == "WEBP" and encoded[12:16] != b"VP8L")
 
 
 def expected_size(size: tuple[int, int]) -> str:
-    """The part of a message that says what would do."""
+    """The end of a message about an image of another size."""
     return f"expected {size[0]}x{size[1]}; bring them to that size first, or choose another protocol"
 
 
 def threads_for(width: int, height: int) -> int:
-    """How many decode images of this size."""
+    """How many threads to decode images of this size with."""
     return min(_THREADS, os.cpu_count() or 1) if width * height >= _WORTH_THREADS else 1
 
 
 def in_threads(work: Callable[[int], _T], items: Sequence[int], threads: int) -> list[_T]:
-    """Results in order. Threads end with the call, so a process may fork between calls."""
+    """[work(item) for item in items], in threads. They end with the call, so that a process may fork between calls."""
     if threads == 1:
         return [work(item) for item in items]
     with ThreadPoolExecutor(threads) as pool:

@@ -1,4 +1,4 @@
-"""How images are prepared: the recipes of training data, and two that only evaluations use."""
+"""How images are resized and cropped: the recipes of training data, and two that only evaluations use."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ from fdistill.data import RECIPES as TRAINING_RECIPES
 
 
 def torchvision_lanczos(image: PILImage, size: int) -> PILImage:
-    """The largest central square, then LANCZOS: COCO as GigaGAN and DMD2 measure (Kang et al. 2023, Yin et al. 2024).
+    """The largest central square, then LANCZOS to `size` pixels, as GigaGAN and DMD2 prepare COCO (Kang et al. 2023,
+    Yin et al. 2024).
 
-    Differs from "center-lanczos" where a margin is odd: half a pixel is rounded to the even number, as by torchvision.
+    It differs from "center-lanczos" if a margin is an odd number of pixels: half of it is rounded to the even number,
+    as torchvision does.
     """
     return _rounded_crop(image, min(image.size)).resize((size, size), Resampling.LANCZOS)
 
 
 def center_patch(image: PILImage, size: int) -> PILImage:
-    """The central size x size pixels as they are, for patch FID (SDXL-Lightning, arXiv 2402.13929); an image that is
-    smaller on either side is stretched to that size with BICUBIC."""
+    """The central size x size pixels as they are, for patch FID (SDXL-Lightning, arXiv 2402.13929).
+
+    An image that is smaller on either side is stretched to that size with BICUBIC.
+    """
     if min(image.size) < size:
         return image.resize((size, size), Resampling.BICUBIC)
     return _rounded_crop(image, size)

@@ -1,4 +1,4 @@
-"""What samples are measured against: images, or published statistics of them."""
+"""References, which samples are compared with: images, or statistics of them."""
 
 from __future__ import annotations
 
@@ -8,75 +8,79 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from evaluation.extractors import Extractor
-from evaluation.features import Reading, Rows, cached_moments, cached_rows
+from evaluation.features import Extraction, Reading, Rows, cached_moments, cached_rows
 from evaluation.images import Images, open_views
 from evaluation.metrics.moments import Moments
 from evaluation.protocols.protocol import Protocol
-from evaluation.statistics_files import Reference, read_reference
+from evaluation.statistics_files import Statistics, read_statistics
 from fdistill.base.errors import ArgumentError
 
-_KEPT_ROWS = 100_000  # of more images than this only the moments are kept, which need no memory
+_KEPT_ROWS = 100_000  # of more images only moments are computed, which need little memory
 
 
-class Against:
-    """A reference: images, statistics, or, as ADM's files, statistics of all images and some of the images.
+class Reference:
+    """Images, statistics of images, or both: ADM's files hold statistics of all images and some of the images.
 
     Args:
-        name: what messages call it.
-        views: its images, as they are prepared for each view ("" is the protocol's own); none for statistics alone.
+        name: what messages and provenance call it.
+        views: its images as each view prepares them, "" being the protocol's own view; empty for statistics alone.
         statistics: None for images alone.
-        is_protocols: whether it is a reference that the protocol names.
+        is_protocols: whether it is the reference that the protocol names. Scores against another say so in their names.
     """
 
-    def __init__(self, name: str, views: Mapping[str, Images], statistics: Reference | None, is_protocols: bool):
+    def __init__(self, name: str, views: Mapping[str, Images], statistics: Statistics | None, is_protocols: bool):
         self.name, self.views, self.statistics, self.is_protocols = name, views, statistics, is_protocols
         self._rows: Rows = {} if statistics is None else dict(statistics.rows)
         self._moments: dict[str, Moments] = {}
 
     @property
     def has_rows(self) -> bool:
-        """Whether metrics can be computed that need single images."""
+        """Whether metrics that read the features of every image can be computed."""
         return bool(self.views) or bool(self._rows)
 
     @property
     def count(self) -> int | None:
-        """Number of images that it stands for, where known."""
+        """Number of images behind it; None if a statistics file does not say."""
         return self.statistics.count if self.statistics is not None else len(self.views[""])
 
     @property
     def resolution(self) -> str | None:
-        """Of its images as they are prepared, as "32x32", where known."""
+        """Width and height of its prepared images, as "32x32"; None if a statistics file does not say."""
         if self.statistics is None:
             return str(self.views[""].facts["resolution"])
         side = self.statistics.resolution
         return None if side is None else f"{side}x{side}"
 
-    def moments(
-        self, extractors: Mapping[str, Extractor], batch_size: int, device: torch.device
-    ) -> Mapping[str, Moments]:
-        """Of every output of the extractors, which are given by label; of their rows where these are known already.
+    def moments(self, extractors: Mapping[str, Extractor], extraction: Extraction) -> Mapping[str, Moments]:
+        """Mean and covariance of every output of the extractors, by "label.output".
+
+        Args:
+            extractors: by label, as in `features.Reading`.
 
         Raises:
-            ArgumentError: statistics of other features.
+            ArgumentError: it holds statistics of other features.
         """
         if self.statistics is not None:
             _check_features(self.statistics, extractors)
             return self.statistics.moments
         missing = [r for r in self._readings(extractors) if not r.widths.keys() <= self._moments.keys()]
         if len(self.views[""]) <= _KEPT_ROWS:
-            self.rows({reading.label: reading.extractor for reading in missing}, batch_size, device)
+            self.rows({reading.label: reading.extractor for reading in missing}, extraction)
         streamed = [reading for reading in missing if not reading.widths.keys() <= self._rows.keys()]
         if streamed:
-            self._moments |= cached_moments(streamed, batch_size=batch_size, device=device, describe="reference")
+            self._moments |= cached_moments(streamed, extraction)
         names = [name for reading in missing if reading not in streamed for name in reading.widths]
         self._moments |= {name: Moments.of(self._rows[name]) for name in names}
         return self._moments
 
-    def rows(self, extractors: Mapping[str, Extractor], batch_size: int, device: torch.device) -> Rows:
-        """Features of its single images."""
+    def rows(self, extractors: Mapping[str, Extractor], extraction: Extraction) -> Rows:
+        """Features of every image, by "label.output".
+
+        Raises:
+            ArgumentError: it holds statistics of other features, or no images.
+        """
         if self.statistics is not None and self._rows:
             _check_features(self.statistics, extractors)
         missing = {
@@ -86,12 +90,12 @@ class Against:
         }
         if missing and not self.views:
             raise ArgumentError(
-                f"reference {self.name}: holds no images, and no rows of {', '.join(missing)}; pass the images "
-                "themselves, or leave out the metrics that need them"
+                f"reference {self.name}: has neither images nor their features by {', '.join(missing)}; pass the "
+                "images themselves, or leave out the metrics that need them"
             )
         if missing:
             readings = self._readings(missing)
-            self._rows |= cached_rows(readings, batch_size=batch_size, device=device, describe="reference")
+            self._rows |= cached_rows(readings, extraction)
         return self._rows
 
     def _readings(self, extractors: Mapping[str, Extractor]) -> list[Reading]:
@@ -100,7 +104,7 @@ class Against:
         ]
 
     def provenance(self) -> dict[str, Any]:
-        """What it is, for a score's provenance."""
+        """What the provenance of scores says about it."""
         if self.statistics is not None:
             s = self.statistics
             return {
@@ -121,20 +125,26 @@ class Against:
         }
 
 
-def open_against(protocol: Protocol, reference: str | Path | None) -> Against | None:
-    """A reference for samples of this protocol: its own where none is given; None where it has none of its own.
+def open_reference(protocol: Protocol, reference: str | Path | None) -> Reference | None:
+    """Opens the reference for samples of a protocol.
+
+    Args:
+        reference: images or a statistics file; None for the protocol's embedded reference.
+
+    Returns:
+        None if no reference is given and the protocol has none embedded.
 
     Raises:
-        ArgumentError, DataError: nothing there, images that cannot be used, statistics of another resolution.
+        ArgumentError, DataError: there is nothing, images cannot be used, or statistics are of another resolution.
     """
     where = protocol.embedded if reference is None else str(reference)
     if where is None:
         return None
     if _holds_statistics(Path(where)):
-        statistics = read_reference(Path(where))
+        statistics = read_statistics(Path(where))
         if None not in (protocol.size, statistics.resolution) and statistics.resolution != protocol.size:
             raise ArgumentError(
-                f"reference {where}: of images of {statistics.resolution}x{statistics.resolution}; protocol "
+                f"reference {where}: is of images of {statistics.resolution}x{statistics.resolution}; protocol "
                 f"{protocol.name!r} compares {protocol.size}x{protocol.size}; pass {protocol.reference}"
             )
         images = {} if statistics.images is None else {"": statistics.images}
@@ -142,12 +152,11 @@ def open_against(protocol: Protocol, reference: str | Path | None) -> Against | 
         known = Path(where).name in protocol.reference_files and not ours
         if ours and statistics.facts.get("protocol") == protocol.name:
             known = protocol.reference_count is not None and statistics.count == protocol.reference_count
-        return Against(where, images, statistics, known)
-    recipes = {"": (protocol.reference_recipe, protocol.size), **protocol.views}
-    views = open_views(where, recipes, channels=protocol.channels)
+        return Reference(where, images, statistics, known)
+    views = open_views(where, protocol.reference_views(), channels=protocol.channels)
     own = where == protocol.embedded
     known = own if protocol.embedded is not None else protocol.reference_count == len(views[""])
-    return Against(where, views, None, known)
+    return Reference(where, views, None, known)
 
 
 def _holds_statistics(path: Path) -> bool:
@@ -162,8 +171,8 @@ def _holds_statistics(path: Path) -> bool:
         return False
 
 
-def _check_features(statistics: Reference, extractors: Mapping[str, Extractor]) -> None:
-    """Statistics must be of these very features."""
+def _check_features(statistics: Statistics, extractors: Mapping[str, Extractor]) -> None:
+    """Raises ArgumentError unless the statistics are of the features that these extractors compute."""
     recorded: Mapping[str, Any] = statistics.facts.get("extractors", {})
     for label, extractor in extractors.items():
         have = [name for name in statistics.moments if name.split(".")[0] == label]
@@ -171,12 +180,12 @@ def _check_features(statistics: Reference, extractors: Mapping[str, Extractor]) 
             others = ", ".join(sorted(statistics.moments))
             raise ArgumentError(
                 f"reference {statistics.name}: holds statistics of {others}, and none of {label}; pass the images, or "
-                "a reference made with that extractor"
+                "statistics made with that extractor"
             )
         made_with: Mapping[str, Any] = recorded.get(label, {})
         for fact, ours in (("sha256", extractor.sha256), ("preparation", extractor.preparation)):
             if fact in made_with and made_with[fact] != ours:
                 raise ArgumentError(
-                    f"reference {statistics.name}: made with another {label} ({fact} {str(made_with[fact])[:60]!r}, "
-                    f"here {ours[:60]!r}); make it again with fdistill reference"
+                    f"reference {statistics.name}: was made with another {label} "
+                    f"({fact} {str(made_with[fact])[:60]!r}, here {ours[:60]!r}); make it again with fdistill reference"
                 )

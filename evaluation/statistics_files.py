@@ -1,7 +1,7 @@
-"""Statistics files: the mean and covariance of a reference's features, as published or as written here.
+"""Statistics files: the mean and covariance of a reference's features, as published or as `fdistill reference` writes.
 
-Read as data: no pickle in any of them is executed. What the features are is told by the file's layout, and its name
-where the layout does not tell; a plain npz of pytorch-fid looks like EDM's, though its images were resized another way.
+They are read as data: no pickle is executed. Which features they are of follows from the file's layout, and from its
+name if the layout does not say. A plain npz of pytorch-fid looks like EDM's, although it resizes images in another way.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _INCEPTION, _INCEPTION_CLEAN, _DINOV2 = "inception.pool", "inception-clean.pool"
 _WIDTHS = {_INCEPTION: 2048, _INCEPTION_CLEAN: 2048, _DINOV2: 1024}
 _EDM2_NAMES = {"fid": _INCEPTION, "fd_dinov2": _DINOV2}
 _FORMAT = 1
-_SYMMETRY = 1e-6  # of the largest entry
+_SYMMETRY = 1e-6  # largest difference between sigma and its transpose, relative to the largest entry
 _EXPECTED = (
     "expected statistics of EDM, ADM or clean-fid (.npz), EDM2 (.pkl), torch-fidelity (.pt), or of `fdistill reference`"
 )
@@ -39,18 +39,19 @@ _TORCH_FIDELITY = re.compile(r"(.+)-(?:stat-fid|features)-(.+)$")
 
 
 @dataclass(frozen=True)
-class Reference:
+class Statistics:
     """What a statistics file holds.
 
     Attributes:
+        name: the file's name.
+        sha256: hash of the file.
         kind: "EDM npz", "ADM npz", "EDM2 pickle", "torch-fidelity", "clean-fid" or "fdistill".
-        sha256: of the file.
-        moments: by extractor and output, as "inception.pool".
-        count: how many images they are of, where the file tells; else None.
-        resolution: of these images, where the file or its name tells.
-        images: the 10,000 that ADM's files hold, for precision, recall and KID; FID is of `moments`, of all images.
-        facts: what provenance says of it.
-        rows: features of single images, float32 [N, D], by the names of `moments`, where the file holds them.
+        moments: mean and covariance by features, as "inception.pool".
+        count: number of images; None if the file does not say.
+        resolution: side of the images in pixels; None if neither the file nor its name says.
+        images: the 10,000 images in ADM's files, for precision, recall and KID; FID uses `moments`, which are of all.
+        facts: what the provenance of scores says about it.
+        rows: features of every image, float32 [N, D], by the names in `moments`; empty if the file has none.
     """
 
     name: str
@@ -64,11 +65,31 @@ class Reference:
     rows: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def read_reference(path: Path) -> Reference:
-    """A statistics file of any known kind.
+@dataclass(frozen=True)
+class Origin:
+    """Of which images statistics are, and how they were made.
+
+    Attributes:
+        protocol: the one that prepared the images.
+        extractors: {name: {"sha256": ..., "preparation": ...}}.
+        count: number of images.
+        resolution: side of the images in pixels; None if they are not square.
+        source, source_sha256: where the images come from, and the hash of their content.
+    """
+
+    protocol: str
+    extractors: Mapping[str, Mapping[str, Any]]
+    count: int
+    resolution: int | None
+    source: str
+    source_sha256: str | None
+
+
+def read_statistics(path: Path) -> Statistics:
+    """Reads a statistics file of any known kind.
 
     Raises:
-        DataError: missing, damaged, of no known kind or of an unknown extractor, or statistics that no images have.
+        DataError: the file is missing, damaged or of an unknown kind or extractor, or no images have such statistics.
     """
     try:
         with path.open("rb") as file:
@@ -86,40 +107,24 @@ def read_reference(path: Path) -> Reference:
         ) from error
 
 
-def write_reference(
+def write_statistics(
     path: Path,
     moments: Mapping[str, Moments],
-    *,
-    protocol: str,
-    extractors: Mapping[str, Mapping[str, Any]],
-    count: int,
-    resolution: int | None,
-    source: str,
-    source_sha256: str | None,
+    origin: Origin,
     rows: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Writes an .npz: "inception.pool/mu" and "/sigma" for each of `moments`, "/rows" for each of `rows`, "facts" as
-    JSON text; and "mu" and "sigma" of "inception.pool", where EDM's tools look for them.
+    """Writes an .npz with the arrays "inception.pool/mu" and "inception.pool/sigma" for each of `moments`,
+    "inception.pool/rows" for each of `rows`, and "facts", a JSON text.
+
+    "mu" and "sigma" repeat those of "inception.pool", because EDM's tools look for them there.
 
     Args:
-        protocol: which prepared the images.
-        extractors: {name: {"sha256": ..., "preparation": ...}}.
-        count, resolution: of the images.
-        source, source_sha256: the images.
-        rows: float32 [count, D].
+        rows: features float32 [count, D] of every image, by the names in `moments`.
 
     Raises:
         OutputError: `path` cannot be written.
     """
-    facts = {
-        "format": _FORMAT,
-        "protocol": protocol,
-        "extractors": {name: dict(values) for name, values in extractors.items()},
-        "count": count,
-        "resolution": resolution,
-        "source": source,
-        "source_sha256": source_sha256,
-    }
+    facts = {"format": _FORMAT, **asdict(origin)}
     arrays: dict[str, np.ndarray[Any, Any]] = {"facts": np.array(json.dumps(facts))}
     for name, values in moments.items():
         mean, covariance = values.mean.numpy(), values.covariance.numpy()
@@ -132,13 +137,13 @@ def write_reference(
     return path
 
 
-def _read_npz(path: Path) -> Reference:
+def _read_npz(path: Path) -> Statistics:
     with np.load(path, allow_pickle=False) as arrays:
         names = arrays.files
         if "facts" in names:
             return _read_ours(path, arrays)
         if not {"mu", "sigma"} <= set(names):
-            raise DataError(f"reference {path}: arrays {', '.join(names) or 'none'}; {_EXPECTED}")
+            raise DataError(f"reference {path}: holds the arrays {', '.join(names) or 'none'}; {_EXPECTED}")
         mean, covariance = arrays["mu"], arrays["sigma"]
     if "arr_0" in names:
         images = open_images(path, channels=3)
@@ -151,8 +156,8 @@ def _read_npz(path: Path) -> Reference:
     mode, network, split, size_text = found.groups()
     if mode == "legacy_pytorch" or network is not None:
         raise DataError(
-            f"reference {path}: made by clean-fid in mode {mode}{f' with {network}' if network else ''}, features that "
-            "nothing here computes; expected mode clean or legacy_tensorflow with Inception"
+            f"reference {path}: made by clean-fid in mode {mode}{f' with {network}' if network else ''}, whose "
+            "features fdistill does not compute; expected mode clean or legacy_tensorflow with Inception"
         )
     name = _INCEPTION_CLEAN if mode == "clean" else _INCEPTION
     resolution = int(size_text) if size_text.isdigit() else None
@@ -168,12 +173,12 @@ def _plain(
     resolution: int | None,
     images: Images | None = None,
     facts: Mapping[str, Any] | None = None,
-) -> Reference:
+) -> Statistics:
     moments = {name: _moments(mean, covariance, name, str(path))}
-    return Reference(path.name, file_sha256(path), kind, moments, None, resolution, images, facts or {})
+    return Statistics(path.name, file_sha256(path), kind, moments, None, resolution, images, facts or {})
 
 
-def _read_ours(path: Path, arrays: Any) -> Reference:
+def _read_ours(path: Path, arrays: Any) -> Statistics:
     try:
         facts = json.loads(str(arrays["facts"]))
         count, resolution, extractors = (facts[key] for key in ("count", "resolution", "extractors"))
@@ -182,7 +187,7 @@ def _read_ours(path: Path, arrays: Any) -> Reference:
             raise ValueError(f"format {facts['format']}, count {count}, resolution {resolution}")
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"reference {path}: its facts are not those of `fdistill reference` ({error}); make it again"
+            f"reference {path}: its facts are not as `fdistill reference` writes them ({error}); make it again"
         ) from error
     names = [name.removesuffix("/mu") for name in arrays.files if name.endswith("/mu")]
     moments = {
@@ -191,7 +196,7 @@ def _read_ours(path: Path, arrays: Any) -> Reference:
         if f"{name}/sigma" in arrays.files
     }
     if not moments:
-        raise DataError(f"reference {path}: no statistics in it; make it again with `fdistill reference`")
+        raise DataError(f"reference {path}: has no statistics in it; make it again with `fdistill reference`")
     rows = {name: torch.from_numpy(arrays[f"{name}/rows"]) for name in names if f"{name}/rows" in arrays.files}
     for name, values in rows.items():
         if values.dtype != torch.float32 or values.shape != (count, moments[name].width):
@@ -200,10 +205,10 @@ def _read_ours(path: Path, arrays: Any) -> Reference:
                 f"{[count, moments[name].width]}: make it again"
             )
     kept = {key: value for key, value in facts.items() if key not in ("format", "count", "resolution")}
-    return Reference(path.name, file_sha256(path), "fdistill", moments, count, resolution, None, kept, rows)
+    return Statistics(path.name, file_sha256(path), "fdistill", moments, count, resolution, None, kept, rows)
 
 
-def _read_edm2(path: Path) -> Reference:
+def _read_edm2(path: Path) -> Statistics:
     try:
         content = load_restricted(path)
     except CheckpointError as error:
@@ -211,21 +216,21 @@ def _read_edm2(path: Path) -> Reference:
     found = {key: content[key] for key in _EDM2_NAMES if key in content} if isinstance(content, dict) else {}
     if not found or not all(isinstance(part, dict) and {"mu", "sigma"} <= part.keys() for part in found.values()):
         raise DataError(
-            f"reference {path}: a pickle without 'fid' or 'fd_dinov2', each with 'mu' and 'sigma'; {_EXPECTED}"
+            f"reference {path}: is a pickle without 'fid' or 'fd_dinov2', each with 'mu' and 'sigma'; {_EXPECTED}"
         )
     moments = {
         _EDM2_NAMES[key]: _moments(part["mu"], part["sigma"], _EDM2_NAMES[key], str(path))
         for key, part in found.items()
     }
     size = re.search(r"img(\d+)", path.stem)
-    return Reference(path.name, file_sha256(path), "EDM2 pickle", moments, None, int(size[1]) if size else None)
+    return Statistics(path.name, file_sha256(path), "EDM2 pickle", moments, None, int(size[1]) if size else None)
 
 
-def _read_torch_fidelity(path: Path, pickled: str) -> Reference:
+def _read_torch_fidelity(path: Path, pickled: str) -> Statistics:
     named = _TORCH_FIDELITY.search(path.stem)
     if named is not None and not (named[1].endswith("inception-v3-compat") and named[2] == "2048"):
         raise DataError(
-            f"reference {path}: by its name of another extractor or layer; expected torch-fidelity's "
+            f"reference {path}: its name says that it is of another extractor or layer; expected torch-fidelity's "
             "NAME-inception-v3-compat-stat-fid-2048.pt or -features-2048.pt"
         )
     try:
@@ -240,17 +245,17 @@ def _read_torch_fidelity(path: Path, pickled: str) -> Reference:
         raise DataError(f"reference {path}: holds {what}; expected 'mu' and 'sigma', or features [N, {width}]")
     rows = content.float()
     moments = {_INCEPTION: Moments.of(rows)}
-    return Reference(path.name, file_sha256(path), "torch-fidelity", moments, len(rows), None, rows={_INCEPTION: rows})
+    return Statistics(path.name, file_sha256(path), "torch-fidelity", moments, len(rows), None, rows={_INCEPTION: rows})
 
 
 def _load_torch(path: Path, pickled: str) -> Any:
-    """What torch.save wrote. Tensors are torch's own to load; numpy arrays are in the pickle itself."""
+    """What torch.save wrote: tensors, by torch's own loader, or numpy arrays, which are in the pickle itself."""
     with zipfile.ZipFile(path) as archive:
         folder = pickled.removesuffix("data.pkl")
         if any(name.startswith(f"{folder}data/") for name in archive.namelist()):
             try:
                 return torch.load(path, map_location="cpu", weights_only=True)
-            except Exception as error:  # UnpicklingError, or whatever a damaged archive ends in
+            except Exception as error:  # UnpicklingError, or whatever a damaged archive raises
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise CheckpointError(f"{path}: holds more than tensors, or is damaged ({reason})") from error
         if archive.getinfo(pickled).compress_type != zipfile.ZIP_STORED:
@@ -268,12 +273,12 @@ def _moments(mean: Any, covariance: Any, name: str, where: str, count: int | Non
         )
     width = _WIDTHS.get(name, len(mean))
     if len(mean) != width:
-        raise DataError(f"{what}: of another extractor, with {len(mean)} features; expected {width}")
+        raise DataError(f"{what}: is of another extractor, with {len(mean)} features; expected {width}")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
         raise DataError(f"{what}: contains NaN or infinity; make or download it again")
     largest = np.abs(covariance).max()
     if np.abs(covariance - covariance.T).max() > _SYMMETRY * largest:
-        raise DataError(f"{what}: sigma is not symmetric, so it is no covariance; make or download it again")
+        raise DataError(f"{what}: sigma is not symmetric and so no covariance; make or download it again")
     variances = covariance.diagonal()
     if variances.min() < 0 or variances.sum() == 0:
         raise DataError(f"{what}: variances are negative or all zero; make or download it again")

@@ -1,4 +1,4 @@
-"""Where the weights of published feature networks are: given by the user, in a cache, or downloaded."""
+"""Weights of published feature networks: from files that the user gives, from caches, or downloaded."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 
-#: What the user gave: {network: file or folder}; "" stands for a folder of files, or a file, under published names.
+#: Weights that the user gave, {network: file or folder}; "" is a folder of files, or a file, under published names.
 Weights = Mapping[str, Path]
 
-_TIMEOUT = 5  # seconds, for the first answer of a server
+_TIMEOUT = 5  # seconds to wait for a server's first answer
 _CHUNK = 1 << 24
 
 
@@ -32,9 +32,10 @@ class PublishedFile:
     """A weights file as its authors published it.
 
     Attributes:
-        name: its path in a folder of weights and in the torch hub cache.
-        sha256: its hash, or as much of its beginning as is known.
-        repository: the Hugging Face repository that it is in; then it is looked for in that cache too.
+        name: its path inside a folder of weights and inside the torch hub cache.
+        url: where it is downloaded from.
+        sha256: its hash, or as many of the first digits as are known.
+        repository: its Hugging Face repository, if it has one; it is then looked for in that cache too.
     """
 
     name: str
@@ -83,11 +84,11 @@ PUBLISHED: dict[str, PublishedFile] = {
 
 
 def parse_weights(texts: Sequence[str]) -> dict[str, Path]:
-    """--weights NAME=PATH and PATH, any number of them, as `Weights`.
+    """Reads values of --weights, each NAME=PATH or PATH, as `Weights`.
 
     Raises:
-        ArgumentError: an unknown name, a name given twice, a file under no published name.
-        CheckpointError: a path where nothing is.
+        ArgumentError: an unknown name, a name given twice, or a file without NAME that has no published file name.
+        CheckpointError: a path that does not exist.
     """
     networks = (*PUBLISHED, "clip")
     found: dict[str, Path] = {}
@@ -114,13 +115,15 @@ def parse_weights(texts: Sequence[str]) -> dict[str, Path]:
 
 
 def find_weights(network: str, file: PublishedFile, given: Weights) -> Path:
-    """The weights of a network: given[network], else the file of that name in given[""], the torch hub cache, the
-    Hugging Face cache, or a download into one of these. All processes must call it together; the first of each machine
+    """The weights file of a network.
+
+    It is given[network], else the file of that name in given[""], in the torch hub cache or in the Hugging Face cache,
+    else a download into one of these caches. All processes must call this together; the first one of each machine
     downloads.
 
     Raises:
-        CheckpointError: given[network] is no file, or nowhere is one; the latter at once where there is no network or
-            HF_HUB_OFFLINE is set.
+        CheckpointError: given[network] is no file, or there is no file anywhere. Without a connection, or with
+            HF_HUB_OFFLINE set, this is raised at once.
     """
     if network in given:
         place = given[network]
@@ -131,7 +134,7 @@ def find_weights(network: str, file: PublishedFile, given: Weights) -> Path:
             )
         return place
     problem = ""
-    with PartialState().local_main_process_first():  # nothing may be raised in here: the others would wait for ever
+    with PartialState().local_main_process_first():  # an error raised in here would leave the other processes waiting
         path = _in_given(file, given) or _in_caches(file)
         if path is None:
             problem = _download(file)
@@ -150,7 +153,7 @@ def _in_given(file: PublishedFile, given: Weights) -> Path | None:
         return None
     if place.is_dir():
         return place / file.name if (place / file.name).is_file() else None
-    # Files of repositories all have the same name, which names none of them.
+    # The full path is compared: files of all repositories have the same file name.
     return place if place.name == file.name else None
 
 
@@ -170,11 +173,11 @@ def _in_caches(file: PublishedFile) -> Path | None:
 
 
 def _download(file: PublishedFile) -> str:
-    """Downloads into a cache; what went wrong, or nothing."""
+    """Downloads into a cache. Returns what went wrong; empty if nothing did."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
     try:
-        # The downloads themselves wait for minutes or try again and again where there is no network.
+        # Without a connection the downloads below would wait for minutes or retry again and again.
         urllib.request.urlopen(file.url, timeout=_TIMEOUT).close()
         if file.repository:
             huggingface_hub.hf_hub_download(file.repository, Path(file.name).name)
@@ -182,22 +185,23 @@ def _download(file: PublishedFile) -> str:
             path = _hub_path(file)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(file.url, str(path), hash_prefix=file.sha256)
-    except Exception as error:  # of three libraries, and whatever it is, the next process must have its turn
+    except Exception as error:  # of any of three libraries: the next process must get its turn in any case
         return brief(error)
     return ""
 
 
 def brief(error: Exception) -> str:
-    """The first 160 characters of another library's message, in one line."""
+    """The first 160 characters of another library's message, on one line."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU: .safetensors, or what torch.save wrote of tensors alone.
-    Nothing in it is executed.
+    """The tensors of a weights file by name, on the CPU: of .safetensors, or of a dict of tensors by torch.save.
+
+    Nothing in the file is executed.
 
     Raises:
-        CheckpointError: unreadable, a TorchScript archive, or more than tensors in it.
+        CheckpointError: the file is unreadable, is a TorchScript archive, or holds more than tensors.
     """
     try:
         if path.suffix == ".safetensors":
@@ -205,8 +209,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         zipped = zipfile.is_zipfile(path)
         if zipped and _is_torchscript(path):
             raise CheckpointError(
-                f"{path}: is a TorchScript archive, which is a program and is not run; expected plain tensors, for "
-                "CLIP open_clip_model.safetensors of the model's Hugging Face repository"
+                f"{path}: is a TorchScript archive, which is a program and is not run; expected plain tensors (for "
+                "CLIP, open_clip_model.safetensors from the model's Hugging Face repository)"
             )
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
@@ -235,7 +239,7 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def file_sha256(path: Path) -> str:
-    """The hash of a file's bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -244,10 +248,10 @@ def file_sha256(path: Path) -> str:
 
 
 def is_published(path: Path, sha256: str, file: PublishedFile) -> bool:
-    """Whether a file with this hash is the published one.
+    """Whether the file at `path` with this hash is the published one.
 
-    Where no hash is known beforehand, a file in the Hugging Face cache is, if its hash is the one that the hub keeps it
-    under in that repository.
+    If no published hash is known, a file in the Hugging Face cache counts as published if its hash is the one under
+    which the hub stores it in that repository.
     """
     if file.sha256:
         return sha256.startswith(file.sha256)

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import Tensor
 
 from evaluation.extractors import Extractor, open_clip_model, open_extractor
-from evaluation.features import Reading, extract_rows, extract_texts
+from evaluation.features import Extraction, Reading, extract_rows, extract_texts
 from evaluation.images import open_images
 from evaluation.metrics.clip_score import clip_scores
 from evaluation.metrics.frechet import frechet_score
@@ -100,7 +100,7 @@ def inception(count: int, repeats: int, device: torch.device) -> dict[str, Any]:
 
         def run_ours() -> None:
             images = open_images(folder / "images", channels=3, size=32)
-            rows = extract_rows([Reading("inception", ours, images)], batch_size=BATCH, device=device, describe="")
+            rows = extract_rows([Reading("inception", ours, images)], Extraction(BATCH, device, ""))
             found["ours"] = rows["inception.pool"]
 
         speeds = [(count / seconds(run_theirs), count / seconds(run_ours)) for _ in range(repeats)]
@@ -151,7 +151,7 @@ def clip(device: torch.device) -> dict[str, Any]:
         def run() -> None:
             text = extract_texts(prompts, model.encode_prompts, device=device, describe="")
             readings = [Reading("clip-digits", model.extractor, images)]
-            rows = extract_rows(readings, batch_size=BATCH, device=device, describe="")
+            rows = extract_rows(readings, Extraction(BATCH, device, ""))
             clip_scores(rows["clip-digits.image"], text)
 
         return {"prompts": PROMPTS, "seconds": round(seconds(run), 1), "images_read": sum(reads)}
@@ -174,7 +174,7 @@ def memory(scores: bool, device: torch.device) -> dict[str, Any]:
             np.savez(Path(name) / "images.npz", images=np.zeros((SAMPLES, 32, 32, 3), np.uint8))
             images = open_images(Path(name) / "images.npz", channels=3, size=32)
             extractor = Extractor("inception", {"pool": 2048, "logits": 1008}, run, "", "", True)
-            rows = extract_rows([Reading("inception", extractor, images)], batch_size=BATCH, device=device, describe="")
+            rows = extract_rows([Reading("inception", extractor, images)], Extraction(BATCH, device, ""))
         pool = rows["inception.pool"]
         reference = Moments.of(pool[:10_000] + 0.01)
         took["frechet_seconds"] = round(seconds(lambda: frechet_score(pool, reference, replicates=2)), 1)

@@ -14,21 +14,23 @@ import torch
 
 from fdistill.base.files import atomic_file
 from fdistill.data.digit_captions import DIGIT_WORDS, WEIGHT_WORDS
-from fdistill.generation.generate import ImageSource, open_source
+from fdistill.generation.generate import open_maker
+from fdistill.generation.maker import Maker
+from fdistill.generation.sampling import Sampling
 
 ACCURACY, SECONDS, COPIES = 0.9, 600, 4
 METRICS = ("prompt_accuracy", "ink_bold", "ink_thin", "fd_digits")
 
 
-def draw(sources: dict[str, ImageSource], path: Path) -> None:
-    """Bold and thin digits of every kind, each source's beside the other's, for the same noise."""
+def draw(makers: dict[str, Maker], path: Path) -> None:
+    """Bold and thin digits of every kind, each maker's beside the other's, for the same noise."""
     prompts = [f"a {weight} handwritten {word}" for word in DIGIT_WORDS for weight in reversed(WEIGHT_WORDS)]
     figure, axes = plt.subplots(len(prompts) // 2, 2, figsize=(9, 7), layout="constrained")
     images = {
-        name: source.sample(
+        name: maker.sample(
             0, range(len(prompts) * COPIES), [p for p in prompts for _ in range(COPIES)], torch.device("cpu")
         )
-        for name, source in sources.items()
+        for name, maker in makers.items()
     }
     for i, (axis, prompt) in enumerate(zip(axes.flat, prompts, strict=True)):
         rows = slice(i * COPIES, (i + 1) * COPIES)
@@ -55,7 +57,7 @@ def main() -> int:
     }
     cpu = torch.device("cpu")
     draw(
-        {"teacher": open_source("digits-t2i", cpu, guidance_scale=2.0), "student": open_source(run, cpu)},
+        {"teacher": open_maker("digits-t2i", cpu, Sampling(guidance_scale=2.0)), "student": open_maker(run, cpu)},
         run / "comparison.png",
     )
     with atomic_file(run / "report.json") as temporary:

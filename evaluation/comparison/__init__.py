@@ -1,1 +1,1 @@
-"""Several results of one protocol side by side: what may be compared, as a table, as a figure."""
+"""Results of one protocol side by side: which scores may be ranked, the table, the figure."""

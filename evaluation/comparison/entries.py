@@ -1,4 +1,4 @@
-"""Results of one protocol as rows of a comparison, and what in them was not measured as in the others."""
+"""Results of one protocol as rows of a comparison, and which of their scores were measured in another way than most."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
 from pathlib import PurePath
 from typing import Any
 
 from evaluation.metrics.score import Score
+from evaluation.protocols import find_metric
 from fdistill.base.errors import ArgumentError, did_you_mean
-
-#: Metrics that say nothing of a reference.
-_WITHOUT_REFERENCE = ("inception_score", "*accuracy", "*diversity*", "clip*", "ink_*")
 
 _FULL_NAME = "measured as"
 _AGAIN = "write it again with `fdistill evaluate --output`"
@@ -22,16 +19,17 @@ _AGAIN = "write it again with `fdistill evaluate --output`"
 
 @dataclass(frozen=True)
 class Entry:
-    """One result.
+    """One result, a row of the comparison.
 
     Attributes:
-        name: short, and no other entry's.
+        name: short name of the row; each entry has another.
         result: as `evaluate` returned it.
-        scores: by metric, without what the name of the number says of its circumstances ("fid" for "fid@5000").
+        scores: by metric, the plain name: "fid" for a score called "fid@5000".
         full_names: {"fid": "fid@5000"}.
-        unlike: by metric, in what it was measured otherwise than most; such a number is not ranked.
-        evaluations_per_image, seconds_per_image: None where not known.
-        device: what the seconds were measured on; "" where not known.
+        evaluations_per_image, seconds_per_image: None if not known.
+        device: on which the seconds were measured; "" if not known.
+        unlike: by metric, how its measurement differs from most entries' ("samples 10, others 50000"). Such scores are
+            not ranked.
     """
 
     name: str
@@ -58,7 +56,8 @@ class Comparison:
     """Entries of one protocol.
 
     Attributes:
-        metrics: the columns; the first is the one that is drawn.
+        metrics: the columns; the figure draws the first.
+        entries: the rows.
     """
 
     protocol: str
@@ -66,23 +65,28 @@ class Comparison:
     entries: tuple[Entry, ...]
 
     def usual(self, metric: str) -> Entry:
-        """The first entry whose number was measured as most are."""
+        """The first entry whose score was measured in the way most were."""
         return next(entry for entry in self.entries if metric in entry.scores and metric not in entry.unlike)
 
     def full_name(self, metric: str) -> str:
-        """What most entries call it: "fid@5000" if it is of 5,000 samples in them."""
+        """What most entries call the metric, such as "fid@5000" for 5,000 samples."""
         return self.usual(metric).full_names[metric]
 
 
 def read_entry(name: str, where: str, result: Mapping[str, Any]) -> Entry:
-    """The row of a result; `where` it is from is for messages.
+    """The row of a result.
+
+    Args:
+        where: where it comes from, for messages.
 
     Raises:
-        ArgumentError: it is not what `evaluate` writes.
+        ArgumentError: `evaluate` writes no such result.
     """
     metrics, provenance = result.get("metrics"), result.get("provenance")
     if not isinstance(metrics, dict) or not isinstance(provenance, dict) or not metrics:
-        raise ArgumentError(f"{where}: has no metrics and provenance, as results of `fdistill evaluate` have; {_AGAIN}")
+        raise ArgumentError(
+            f"{where}: has no metrics or no provenance, which results of `fdistill evaluate` have; {_AGAIN}"
+        )
     if not isinstance(provenance.get("protocol"), str):
         raise ArgumentError(f"{where}: does not name its protocol; {_AGAIN}")
     spreads = result.get("spread")
@@ -122,14 +126,14 @@ def _positive(value: object, where: str) -> float | None:
 
 
 def comparison_of(entries: Sequence[Entry], metrics: Sequence[str] | None = None) -> Comparison:
-    """Entries of one protocol in one table, in which numbers that may not be ranked are found.
+    """The comparison of entries of one protocol; finds the scores that must not be ranked.
 
     Args:
-        metrics: which, in this order; by default all, in the order in which results name them, from the first one that
-            all entries have.
+        metrics: the columns, in this order. By default all metrics in the order of the results, but the first one that
+            all entries have comes first.
 
     Raises:
-        ArgumentError: a metric that none has, or no metric that all have.
+        ArgumentError: no entry has one of the metrics, or there is no metric that all entries have.
     """
     known = list(dict.fromkeys(metric for entry in entries for metric in entry.scores))
     for metric in metrics or ():
@@ -139,7 +143,7 @@ def comparison_of(entries: Sequence[Entry], metrics: Sequence[str] | None = None
         drawn = next((metric for metric in known if all(metric in entry.scores for entry in entries)), None)
         if drawn is None:
             has = "; ".join(f"{entry.name} has {', '.join(entry.scores)}" for entry in entries)
-            raise ArgumentError(f"no metric that all have: {has}; evaluate them again with the same metrics")
+            raise ArgumentError(f"there is no metric that all have: {has}; evaluate them again with the same metrics")
         metrics = (drawn, *(metric for metric in known if metric != drawn))
     unlike: dict[str, dict[str, str]] = {entry.name: {} for entry in entries}
     for metric in metrics:
@@ -150,13 +154,13 @@ def comparison_of(entries: Sequence[Entry], metrics: Sequence[str] | None = None
 
 
 def _unlike(metric: str, entries: Sequence[Entry]) -> dict[str, str]:
-    """{name: in what its number was measured otherwise} of entries unlike most; in a tie, unlike the first."""
+    """{name of entry: how its measurement differs from most entries'}; in a tie the first entries are the most."""
     facts = [_facts(entry, metric) for entry in entries]
-    told_by_all = [fact for fact in facts[0] if all(fact in found for found in facts)]
-    usual = max(facts, key=lambda one: sum(all(one[fact] == other[fact] for fact in told_by_all) for other in facts))
+    common = [fact for fact in facts[0] if all(fact in found for found in facts)]
+    usual = max(facts, key=lambda one: sum(all(one[fact] == other[fact] for fact in common) for other in facts))
     found: dict[str, str] = {}
     for entry, own in zip(entries, facts, strict=True):
-        different = [fact for fact in told_by_all if own[fact] != usual[fact]]
+        different = [fact for fact in common if own[fact] != usual[fact]]
         if different:
             said = [fact for fact in different if fact != _FULL_NAME] or different
             found[entry.name] = "; ".join(f"{fact} {own[fact]}, others {usual[fact]}" for fact in said)
@@ -164,28 +168,29 @@ def _unlike(metric: str, entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def _facts(entry: Entry, metric: str) -> dict[str, str]:
-    """Circumstances that a number depends on, as far as they are told; its full name repeats some of them."""
-    told = entry.provenance
-    facts = {"samples": str(told.get("num_samples", "unknown"))}
-    facts["files"] = "lossy" if told.get("lossy_files") else "lossless"
-    if not any(fnmatchcase(metric, pattern) for pattern in _WITHOUT_REFERENCE):
-        facts["reference"] = identity(told.get("reference"))
-    facts |= {key: str(told[key]) for key in ("recipe", "resolution") if told.get(key)}
-    if told.get("prompts_sha256"):
-        facts["prompts"] = str(told["prompts_sha256"])[:8]
-    extractors = told.get("extractors")
+    """What a score depends on, as far as its provenance says; its full name repeats some of this."""
+    provenance = entry.provenance
+    facts = {"samples": str(provenance.get("num_samples", "unknown"))}
+    facts["files"] = "lossy" if provenance.get("lossy_files") else "lossless"
+    known = find_metric(metric)
+    if known is None or known.against is not None:
+        facts["reference"] = identity(provenance.get("reference"))
+    facts |= {key: str(provenance[key]) for key in ("recipe", "resolution") if provenance.get(key)}
+    if provenance.get("prompts_sha256"):
+        facts["prompts"] = str(provenance["prompts_sha256"])[:8]
+    extractors = provenance.get("extractors")
     for name, extractor in extractors.items() if isinstance(extractors, dict) else ():
         facts[f"extractor {name}"] = identity(extractor)
     return facts | {_FULL_NAME: entry.full_names[metric]}
 
 
-def identity(told: object) -> str:
-    """What tells a file, a data set or a network apart, in words: name, hash of the content, how it is prepared."""
-    if not isinstance(told, dict):
-        return str(told or "none")
+def identity(facts: object) -> str:
+    """A file, data set or network in words: its name, the hash of its content, how images are prepared for it."""
+    if not isinstance(facts, dict):
+        return str(facts or "none")
     words = (
-        PurePath(str(told.get("name") or "")).name,
-        str(told.get("sha256") or "")[:8],
-        *(f"({told[key]})" for key in ("recipe", "preparation") if told.get(key)),
+        PurePath(str(facts.get("name") or "")).name,
+        str(facts.get("sha256") or "")[:8],
+        *(f"({facts[key]})" for key in ("recipe", "preparation") if facts.get(key)),
     )
     return " ".join(word for word in words if word)

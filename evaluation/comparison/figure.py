@@ -1,4 +1,4 @@
-"""A comparison as a figure: quality against evaluations an image and against seconds an image."""
+"""A comparison as a figure: quality over evaluations for each image, and over seconds for each image."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from evaluation.comparison.entries import Comparison, Entry
 from evaluation.comparison.labels import place_labels
-from evaluation.metrics.score import higher_is_better
+from evaluation.protocols import higher_is_better
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS = {"student": "o", "teacher": "s"}
 _OTHER_MARKER = "D"
-_LOG_FROM = 4.0  # distances whose largest is so many times the smallest get a logarithmic axis
-_ROOM = 0.12  # of an axis, beyond its outermost points
+_LOG_FROM = 4.0  # an axis of distances is logarithmic if the largest is this many times the smallest
+_ROOM = 0.12  # share of an axis left empty beyond its outermost points
 _FONT = 8
 
 
 def draw(comparison: Comparison) -> Figure:
-    """The comparison's first metric over evaluations (left) and seconds (right) an image, each point with its name.
+    """The comparison's first metric over evaluations (left) and seconds (right) for each image; each point has a name.
 
-    Spreads are error bars, and open points are not ranked. Points of one checkpoint with several numbers of steps are
-    joined. What is not drawn is said below.
+    Error bars are spreads, and open points are not ranked. Points of one checkpoint with several numbers of steps are
+    joined by a line. The text below says what is not drawn.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def _points(
 
 
 def _quality_axis(axes: Any, comparison: Comparison, entries: Sequence[Entry]) -> None:
-    """Logarithmic for a distance, which is better lower, where values differ by much; else linear."""
+    """Scales the axis: logarithmic for distances (lower is better) that differ by much, else linear."""
     metric = comparison.metrics[0]
     higher = higher_is_better(metric)
     way = {True: " (higher is better)", False: " (lower is better)", None: ""}[higher]
@@ -127,7 +127,7 @@ def _quality_axis(axes: Any, comparison: Comparison, entries: Sequence[Entry]) -
 
 
 def _logarithmic(axis: Any, set_limits: Any, set_scale: Any, values: Sequence[float]) -> None:
-    """An axis with plain numbers at 1, 2 and 5 times powers of ten, or at those alone where it spans many."""
+    """Makes an axis logarithmic, with numbers at 1, 2 and 5 times powers of ten, or at these alone if it spans many."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = min(values), max(values)
@@ -140,7 +140,7 @@ def _logarithmic(axis: Any, set_limits: Any, set_scale: Any, values: Sequence[fl
 
 
 def _series(entry: Entry) -> tuple[object, ...]:
-    """What results of one checkpoint with several numbers of steps have in common."""
+    """What results of one checkpoint with several numbers of steps share."""
     facts = entry.provenance
     return (facts.get("checkpoint_sha256") or entry.name, facts.get("sampler"), facts.get("guidance"))
 
@@ -150,7 +150,7 @@ def _marker(entry: Entry) -> str:
 
 
 def _legend(figure: Any, entries: Sequence[Entry]) -> None:
-    """Which shape is what, where there are several."""
+    """Says which shape is which kind, if there are several."""
     from matplotlib.lines import Line2D
 
     kinds = {_marker(entry): str(entry.provenance.get("kind") or "other") for entry in entries}
@@ -160,7 +160,7 @@ def _legend(figure: Any, entries: Sequence[Entry]) -> None:
 
 
 def _below(comparison: Comparison, seconds: str) -> str:
-    """What the seconds, bars and open points are, and what is not drawn."""
+    """The text below: what seconds, bars and open points are, and what is not drawn."""
     metric = comparison.metrics[0]
     scores = [entry.scores[metric] for entry in comparison.entries if metric in entry.scores]
     spreads = dict.fromkeys(score.spread_of or "unknown" for score in scores if score.spread is not None)

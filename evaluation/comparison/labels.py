@@ -1,4 +1,4 @@
-"""Names beside the points of a plot, where they cover neither one another nor a point."""
+"""Names beside the points of a plot, placed so that they cover neither points nor each other."""
 
 from __future__ import annotations
 
@@ -9,26 +9,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Point = tuple[float, float]
-_Array = NDArray[np.float64]  # of points [N, 2], or of boxes [N, 4]: left, bottom, right, top
+_Array = NDArray[np.float64]  # points [N, 2], or boxes [N, 4]: left, bottom, right, top
 
 # All lengths are in points of 1/72 inch.
-_DISTANCES = (8, 12, 17, 23, 30, 38, 48, 60, 74, 90, 108, 128)  # of a name from its point
-_ANGLES = (0, 180, *(sign * angle for angle in range(15, 166, 15) for sign in (1, -1)))  # in degrees, best liked first
-_MARKER = 4.5  # half a point's side
-_LINE_FROM = 13  # a name so far off has a line to its point, and so has every name of a point with another so near
-_MARGIN = 1.2  # around names, lines and bars
+_DISTANCES = (8, 12, 17, 23, 30, 38, 48, 60, 74, 90, 108, 128)  # that are tried between a point and its name
+_ANGLES = (
+    0,
+    180,
+    *(sign * angle for angle in range(15, 166, 15) for sign in (1, -1)),
+)  # in degrees, the preferred ones first
+_MARKER = 4.5  # half the side of a point's marker
+_LINE_FROM = 13  # a name this far from its point gets a line to it; so do names of points this near to each other
+_MARGIN = 1.2  # kept free around names, lines and bars
 _LINE = {"arrowstyle": "-", "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4}
-_TURNS = 10
+_TURNS = 10  # rounds in which every name may move
 
 
 class _Place(NamedTuple):
-    """Where a name may be.
+    """A place where a name may stand.
 
     Attributes:
-        offset: of its lower left corner from its point.
-        facing: which corner or middle of an edge is nearest to it, as shares of width and height.
-        boxes: its own, then those along the line to its point.
-        cost: what speaks against it, other names apart.
+        offset: from the point to the lower left corner of the name.
+        facing: the corner or the middle of an edge that is nearest to the point, as shares of width and height.
+        boxes: the name's box, then boxes along the line to its point.
+        line: whether there is such a line.
+        cost: how bad the place is without regard to other names.
     """
 
     offset: _Point
@@ -46,10 +51,10 @@ def place_labels(
     bars: Sequence[tuple[float, float, float]],
     size: float,
 ) -> None:
-    """Writes names[i] near points[i], and on none of the vertical `bars` (x, low, high), in a font of `size` points.
+    """Writes names[i] near points[i], in a font of `size` points, and not across the vertical `bars` (x, low, high).
 
-    In a few turns each name takes the place that covers least and is nearest, given where the others are. The axes must
-    have their final limits and place in the figure.
+    In each of a few rounds every name moves to the nearest place that covers least, given where the other names are.
+    The axes must have their final limits and their final place in the figure.
     """
     renderer = axes.figure.canvas.get_renderer()
     scale = 72 / axes.figure.dpi
@@ -86,7 +91,7 @@ def place_labels(
 
 
 def _places(centre: _Array, size: _Array, crowded: bool, fixed: _Array, frame: _Array) -> list[_Place]:
-    """All places of a name of this size around its point, the cheapest first."""
+    """All places for a name of this size around its point, the cheapest first."""
     found = []
     for distance in _DISTANCES:
         line = distance >= _LINE_FROM
@@ -94,7 +99,7 @@ def _places(centre: _Array, size: _Array, crowded: bool, fixed: _Array, frame: _
             continue
         for angle in _ANGLES:
             towards = np.array([np.cos(np.radians(angle)), np.sin(np.radians(angle))])
-            # The corner or the middle of the edge that faces the point is so far from it.
+            # `distance` is between the point and the corner or middle of an edge that faces it.
             share = np.where(abs(towards) < 0.2, 0.5, (towards < 0).astype(float))
             offset = distance * towards - share * size
             corner = centre + offset
@@ -109,7 +114,7 @@ def _places(centre: _Array, size: _Array, crowded: bool, fixed: _Array, frame: _
 
 
 def _best(places: Sequence[_Place], others: _Array) -> _Place:
-    """Of places in the order of their cost, the cheapest where other names and lines have these boxes."""
+    """The cheapest of places (sorted by cost) if other names and lines have the boxes `others`."""
     best, lowest = places[0], np.inf
     for place in places:
         if place.cost >= lowest:
@@ -125,12 +130,12 @@ def _squares(centres: _Array, half: float) -> _Array:
 
 
 def _covered(boxes: _Array, others: _Array) -> float:
-    """What a name and its line cover of others; by a name it is worse."""
+    """The area that a name and its line cover of others; a name's counts ten times."""
     return 10 * _overlap(boxes[:1], others) + _overlap(boxes[1:], others)
 
 
 def _overlap(boxes: _Array, others: _Array) -> float:
-    """The area that they share, summed over pairs."""
+    """The area that boxes share with others, summed over all pairs."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     return float((high - low).clip(0).prod(axis=2).sum())

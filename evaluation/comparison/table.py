@@ -8,14 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from evaluation.comparison.entries import Comparison, Entry, identity
-from evaluation.metrics.score import Score, higher_is_better
+from evaluation.metrics.score import Score
+from evaluation.protocols import higher_is_better
 
 _MAX_DECIMALS = 6
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What stands in a table: a number as text, its spread, whether it is the best, and the letter of a note."""
+    """A cell of the table: a number as text, its spread, whether it is the best, and the letter of its note."""
 
     value: str
     spread: str = ""
@@ -25,7 +26,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its title, which way is better (None: neither), a cell for each entry."""
+    """A column: its title, its direction (None: neither is better), and a cell for each entry."""
 
     title: str
     higher_is_better: bool | None
@@ -34,7 +35,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns over rows of these names, and what must be said under them."""
+    """Columns, names of the rows, and the notes under the table; `lettered` are (letter, note) of single cells."""
 
     title: str
     names: tuple[str, ...]
@@ -44,7 +45,7 @@ class Table:
 
 
 def text_table(comparison: Comparison) -> str:
-    """For a terminal, in ASCII but for the names: the best value of a column has a star behind it."""
+    """The table for a terminal, in ASCII apart from names. The best value of a column has a star behind it."""
     table = _table(comparison)
     columns = [_aligned(["", *table.names], str.ljust)]
     for column in table.columns:
@@ -61,7 +62,7 @@ def text_table(comparison: Comparison) -> str:
 
 
 def markdown_table(comparison: Comparison) -> str:
-    """The same as Markdown: the best value of a column is bold."""
+    """The same table in Markdown. The best value of a column is bold."""
     table = _table(comparison)
     arrows = {True: " ↑", False: " ↓", None: ""}
     rows = [["", *(_escaped(column.title) + arrows[column.higher_is_better] for column in table.columns)]]
@@ -93,7 +94,7 @@ def _aligned(texts: Sequence[str], justify: Callable[[str, int], str]) -> list[s
 
 
 def _in_words(table: Table) -> str:
-    """What the star means, and which way each column is better."""
+    """What the star means, and the direction of each column."""
     ways = [
         f"{way} is better: {', '.join(titles)}"
         for way, higher in (("lower", False), ("higher", True))
@@ -162,12 +163,12 @@ def _scores(comparison: Comparison, metric: str, letters: Mapping[str, str]) -> 
 
 
 def _as_good(score: Score, best: Score) -> bool:
-    """Whether the best value cannot be told from this one: their spreads touch."""
+    """Whether a score may be as good as the best one: their spreads touch."""
     return abs(score.value - best.value) <= (score.spread or 0) + (best.spread or 0)
 
 
 def _decimals(scores: Sequence[Score]) -> int:
-    """So many that the smallest spread has two digits, or, where there is none, the largest value four."""
+    """How many decimals show two digits of the smallest spread, or four of the largest value if there is no spread."""
     spreads = [score.spread for score in scores if score.spread]
     size = min(spreads) if spreads else max(abs(score.value) for score in scores)
     first = math.floor(math.log10(size)) if size > 0 else 0
@@ -175,8 +176,8 @@ def _decimals(scores: Sequence[Score]) -> int:
 
 
 def _of_spreads(comparison: Comparison) -> str:
-    """What +- is taken over, by metric; where a metric's spreads are of different kinds, whose are the rarer ones."""
-    told: dict[str, list[str]] = {}
+    """What +- is over for each metric; if entries differ in that, it names the entries with the rarer kinds."""
+    metrics_over: dict[str, list[str]] = {}
     for metric in comparison.metrics:
         found: dict[str, list[str]] = {}
         for entry in comparison.entries:
@@ -186,19 +187,19 @@ def _of_spreads(comparison: Comparison) -> str:
         usual = max(found, key=lambda spread_of: len(found[spread_of]), default="")
         for spread_of, names in found.items():
             whose = f" of {', '.join(names)}" if spread_of != usual else ""
-            told.setdefault(spread_of, []).append(f"{metric}{whose}")
-    said = [f"{spread_of} ({', '.join(which)})" for spread_of, which in told.items()]
-    return f"+- is over: {'; '.join(said)}." if told else ""
+            metrics_over.setdefault(spread_of, []).append(f"{metric}{whose}")
+    said = [f"{spread_of} ({', '.join(which)})" for spread_of, which in metrics_over.items()]
+    return f"+- is over: {'; '.join(said)}." if said else ""
 
 
 def _timed(entry: Entry) -> str:
-    """Where its seconds were measured."""
+    """On which device its seconds were measured."""
     batch = entry.provenance.get("timed_batch_size")
     return f"Seconds on {entry.device or 'an unknown device'}" + (f", {batch} images at a time." if batch else ".")
 
 
 def _of_guidance(entries: Sequence[Entry]) -> str:
-    """Who was guided how strongly; nothing where nobody was (a scale of 1 is none)."""
+    """The guidance scale of each entry; nothing if no entry was guided (a scale of 1 is no guidance)."""
     scales: dict[str, list[str]] = {}
     for entry in entries:
         scale = entry.provenance.get("guidance")
@@ -208,7 +209,7 @@ def _of_guidance(entries: Sequence[Entry]) -> str:
 
 
 def _of_protocol(comparison: Comparison) -> str:
-    told = comparison.usual(comparison.metrics[0]).provenance
-    count, reference = told.get("num_samples"), told.get("reference")
+    provenance = comparison.usual(comparison.metrics[0]).provenance
+    count, reference = provenance.get("num_samples"), provenance.get("reference")
     samples = f", {count} samples" if count else ""
     return f"Protocol {comparison.protocol}{samples}" + (f", reference {identity(reference)}" if reference else "")

@@ -1,4 +1,4 @@
-"""Feature networks by name."""
+"""Feature networks, one per file, by name."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ EXTRACTORS: dict[str, Callable[[torch.device, Weights], Extractor]] = {
 
 
 def open_extractor(name: str, device: torch.device, weights: Weights) -> Extractor:
-    """The feature network of a name in `EXTRACTORS`, on a device.
+    """Opens the feature network of a name in `EXTRACTORS` on a device.
 
     Raises:
         ArgumentError: an unknown name.
-        CheckpointError: weights that are nowhere, unreadable, or of another network.
+        CheckpointError: its weights are not found, are unreadable, or are of another network.
     """
     if name not in EXTRACTORS:
         raise ArgumentError(f"extractor {name!r}: {did_you_mean(name, EXTRACTORS)}")

@@ -1,4 +1,4 @@
-"""CLIP (arXiv 2103.00020) by open_clip: features of images, and of the prompts they are compared with."""
+"""CLIP (arXiv 2103.00020) by open_clip: features of images, and of prompts to compare them with."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from fdistill.assets import CLIP_DIGITS
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object
 
-#: open_clip's (architecture, tag) of the networks in `PUBLISHED`; OpenAI's were trained with QuickGELU.
+#: (architecture, tag) in open_clip of the networks in `PUBLISHED`. OpenAI's were trained with QuickGELU.
 ARCHITECTURES = {
     "clip-b32": ("ViT-B-32-quickgelu", "openai"),
     "clip-l14": ("ViT-L-14-quickgelu", "openai"),
     "clip-g14": ("ViT-g-14", "laion2b_s12b_b42k"),
 }
-#: "clip" is the open_clip folder of --weights clip=FOLDER.
+#: All models; "clip" is the user's own open_clip folder, --weights clip=FOLDER.
 CLIP_MODELS = (*ARCHITECTURES, "clip-digits", "clip")
 
 _WEIGHTS, _CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -32,12 +32,12 @@ _WEIGHTS, _CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 
 @dataclass(frozen=True)
 class ClipModel:
-    """Both sides of a CLIP model; features of either are not normalised.
+    """The image encoder and the text encoder of a CLIP model. Their features are not normalised.
 
     Attributes:
-        extractor: its output "image" [B, D].
-        encode_prompts: (prompts, prefix="") -> float32 [N, D] on the CPU, of prefix + prompt each, in one batch; what
-            is longer than the model takes is cut, and the end-of-text token kept.
+        extractor: the image encoder, with output "image" [B, D].
+        encode_prompts: (prompts, prefix="") -> float32 [N, D] on the CPU, the features of prefix + prompt, in one
+            batch. Texts that are too long for the model are cut, and keep their end-of-text token.
     """
 
     extractor: Extractor
@@ -45,11 +45,11 @@ class ClipModel:
 
 
 def open_clip_model(name: str, device: torch.device, weights: Weights) -> ClipModel:
-    """One of `CLIP_MODELS`. A published one may also be given as an open_clip folder, with --weights NAME=FOLDER.
+    """Opens one of `CLIP_MODELS` on a device. weights[name] may be an open_clip folder, for a published model too.
 
     Raises:
-        ArgumentError: another name.
-        CheckpointError: weights that are nowhere, unreadable, or of another architecture.
+        ArgumentError: an unknown name.
+        CheckpointError: its weights are not found, are unreadable, or are of another architecture.
     """
     if name not in CLIP_MODELS:
         raise ArgumentError(f"CLIP model {name!r}: {did_you_mean(name, CLIP_MODELS)}")
@@ -69,12 +69,15 @@ def open_clip_model(name: str, device: torch.device, weights: Weights) -> ClipMo
 
 
 def load_clip_folder(folder: Path) -> tuple[nn.Module, Any, Callable[[Image.Image], Tensor]]:
-    """A CLIP model, its tokenizer (texts -> [B, L] tokens) and its image transform (PIL -> [3, H, W]) from a folder as
-    open_clip's `push_to_hf_hub` lays it out; float32, eval mode, on the CPU.
+    """Loads a CLIP model from a folder as open_clip's `push_to_hf_hub` writes it.
 
-    Read are open_clip_config.json (model_cfg with embed_dim, vision_cfg, text_cfg; preprocess_cfg), the weights
-    open_clip_model.safetensors, and with text_cfg.hf_tokenizer_name, whatever its value, the tokenizer's own files
-    beside them (tokenizer.json, tokenizer_config.json); otherwise the tokenizer is CLIP's.
+    It reads open_clip_config.json (model_cfg with embed_dim, vision_cfg and text_cfg; preprocess_cfg) and the weights
+    open_clip_model.safetensors. If text_cfg has any hf_tokenizer_name, it reads the tokenizer's own files in the folder
+    (tokenizer.json, tokenizer_config.json); otherwise the tokenizer is CLIP's.
+
+    Returns:
+        (model in float32 and eval mode on the CPU, tokenizer: texts -> tokens [B, L], transform: PIL image ->
+        [3, H, W]).
 
     Raises:
         CheckpointError: a file is missing or damaged, or the model is not made of open_clip's own transformers.
@@ -116,7 +119,7 @@ def _load_published(architecture: str, tag: str, path: Path) -> tuple[nn.Module,
 
 
 def _build(config: dict[str, Any], path: Path) -> nn.Module:
-    """The model of a configuration (open_clip's model_cfg), with the weights of a file."""
+    """The model of a configuration (model_cfg in open_clip), with the weights of a file."""
     import open_clip
 
     model: nn.Module = open_clip.CLIP(**config)
@@ -132,7 +135,7 @@ def _build(config: dict[str, Any], path: Path) -> nn.Module:
 
 
 def _transform(model: Any, config: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
-    """open_clip's own preparation of images for a model."""
+    """open_clip's own transform of images for a model."""
     from open_clip.transform import PreprocessCfg, image_transform_v2, merge_preprocess_dict
 
     settings = merge_preprocess_dict(PreprocessCfg(), config) | {"size": model.visual.image_size}

@@ -1,4 +1,4 @@
-"""The small network whose features and classes score generated digits, offline. Its scores are never called FID."""
+"""The network of digits itself: its features and classes score generated digits without any download."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_digit_features() -> DigitFeatures:
 
 
 def weights_sha256() -> str:
-    """Hash of the embedded weights file, for the provenance of scores."""
+    """SHA-256 of the embedded weights file, in hexadecimal digits, for the provenance of scores."""
     return hashlib.sha256((DIGITS_FEATURES / "model.safetensors").read_bytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""The small network that comes with the package, for scores of digits; they are never called FID."""
+"""The small network of digits that comes with the package. Its Frechet distances are never called FID."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def open_digits(device: torch.device, weights: Weights) -> Extractor:
 
 
 def open_captioned_digits(device: torch.device, weights: Weights) -> Extractor:
-    """The same for digits [B, 3, 16, 16], and their ink [B, 1] in [0, 1]."""
+    """The same of captioned digits [B, 3, 16, 16], and their ink [B, 1]: the mean brightness in [0, 1]."""
     network = load_digit_features().to(device)
 
     def compute(images: Tensor) -> dict[str, Tensor]:

@@ -34,17 +34,17 @@ def open_dinov2(device: torch.device, weights: Weights) -> Extractor:
 
 
 def prepare(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 [B, 3, 224, 224]; where the bicubic filter overshoots it is not clipped."""
+    """uint8 [B, 3, H, W] -> float32 [B, 3, 224, 224]. Values that the bicubic filter overshoots are not clipped."""
     x = F.interpolate(images.float(), (_SIZE, _SIZE), mode="bicubic", antialias=True) / 255
     mean, std = (torch.tensor(values, device=x.device).reshape(1, 3, 1, 1) for values in (_MEAN, _STD))
     return (x - mean) / std
 
 
 def dinov2_network(state: dict[str, Tensor]) -> tuple[nn.Module, int]:
-    """The network of a published state dict (S, B or L, without registers) for 224x224 images, and its width.
+    """(network, number of features) of a published state dict (S, B or L, without registers), for 224x224 images.
 
     Raises:
-        KeyError, RuntimeError: tensors are missing, or are others.
+        KeyError, RuntimeError: tensors are missing or are of another network.
     """
     from timm.models.vision_transformer import VisionTransformer
 
@@ -69,8 +69,9 @@ def dinov2_network(state: dict[str, Tensor]) -> tuple[nn.Module, int]:
 
 
 def position_embedding(published: Tensor, size: int) -> Tensor:
-    """[1, 1 + M^2, D] -> [1, 1 + size^2, D], bicubic as published: the scale is (size + 0.1) / M and not size / M, and
-    there is no antialiasing.
+    """[1, 1 + M^2, D] -> [1, 1 + size^2, D], bicubic without antialiasing.
+
+    As in the published code the scale is (size + 0.1) / M, and not size / M.
     """
     token, patches = published[:, :1], published[:, 1:]
     side = round(patches.shape[1] ** 0.5)

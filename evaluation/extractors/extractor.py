@@ -1,4 +1,4 @@
-"""What every feature network is to the rest of the evaluation: uint8 images in, rows of float32 features out."""
+"""The interface of feature networks: uint8 images in, one row of float32 features for each image out."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ class Extractor:
     """A frozen feature network.
 
     Attributes:
-        outputs: the width of each output by name.
-        run: uint8 [B, C, H, W] on the CPU -> {output: float32 [B, D] on the CPU}; ArgumentError for anything else.
-        preparation: how an image of any size becomes the network's input.
-        sha256: of the weights file; empty for a network that is more than its weights: its features are not kept.
-        published: the weights are the published ones.
+        name: as in `EXTRACTORS`.
+        outputs: {output: number of features}.
+        run: uint8 [B, C, H, W] on the CPU -> {output: float32 [B, D] on the CPU}; ArgumentError for other images.
+        preparation: in words, how an image becomes the network's input; the provenance of scores repeats it.
+        sha256: hash of the weights file. Empty if the weights do not determine the network; its features are then not
+            cached.
+        published: whether the weights are the published ones.
     """
 
     name: str
@@ -43,10 +45,11 @@ def runner(
     device: torch.device,
     shape: tuple[int | None, ...] = (3, None, None),
 ) -> Callable[[Tensor], dict[str, Tensor]]:
-    """`Extractor.run` of a computation that takes the images from the CPU: checked, without grad, in `full_precision`.
+    """Makes `Extractor.run` of a computation on images on the CPU: it checks the images and runs the computation
+    without gradients, in `full_precision`.
 
     Args:
-        shape: of an image, None where any size will do.
+        shape: (C, H, W) of an image; None for a dimension of any size.
     """
 
     def run(images: Tensor) -> dict[str, Tensor]:
@@ -58,7 +61,7 @@ def runner(
 
 
 def check_images(images: Tensor, shape: tuple[int | None, ...] = (3, None, None)) -> None:
-    """ArgumentError unless images are uint8 [B, *shape], with at least one."""
+    """Raises ArgumentError unless images are uint8 [B, *shape] with B >= 1; None in the shape stands for any size."""
     fits = images.ndim == 4 and len(images) and images.dtype == torch.uint8
     if not fits or any(want not in (None, got) for want, got in zip(shape, images.shape[1:], strict=True)):
         sizes = ", ".join("BCHW"[i + 1] if size is None else str(size) for i, size in enumerate(shape))
@@ -67,12 +70,14 @@ def check_images(images: Tensor, shape: tuple[int | None, ...] = (3, None, None)
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Inside the block float32 is float32: neither autocast nor TF32.
+    """Inside the block float32 is computed as float32: without autocast and without TF32.
 
-    TF32 is a setting of the whole process: work in other threads is in full precision meanwhile, too.
+    TF32 is a setting of the whole process, so other threads compute in full precision meanwhile, too.
     """
     backends: Any = torch.backends
-    if hasattr(backends.cudnn, "conv"):  # torch 2.9 has other settings, and refuses to read the old after these
+    if hasattr(
+        backends.cudnn, "conv"
+    ):  # torch 2.9 has new settings, and refuses to read the old ones once these were set
         parts, setting = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn], "fp32_precision"
     else:
         parts, setting = [backends.cuda.matmul, backends.cudnn], "allow_tf32"
@@ -88,5 +93,5 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def prepare_each(images: Tensor, prepare: Callable[[NDArray[Any]], Tensor]) -> Tensor:
-    """`prepare`, which takes uint8 [H, W, C], for every image of uint8 [B, C, H, W], in threads; stacked in order."""
+    """Stacks prepare(image) of every image of uint8 [B, C, H, W], in threads; it takes an image as uint8 [H, W, C]."""
     return torch.stack(list(_THREADS.map(prepare, images.permute(0, 2, 3, 1).numpy())))

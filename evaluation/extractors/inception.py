@@ -1,4 +1,4 @@
-"""The Inception of FID: TensorFlow's of 2015-12-05, with torch-fidelity's network (arXiv 1706.08500)."""
+"""The Inception network of FID (arXiv 1706.08500): TensorFlow's weights of 2015-12-05 in torch-fidelity's network."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _SIZE = 299
 
 
 def open_inception(device: torch.device, weights: Weights) -> Extractor:
-    """FID's own: TensorFlow 1's bilinear resizing, then pool [B, 2048] and logits without bias [B, 1008]. Bit-equal to
-    torch-fidelity's.
+    """FID's original features: pool [B, 2048], and logits [B, 1008] without bias, of images that are resized as
+    TensorFlow 1 does, bilinearly. Equal to torch-fidelity's features bit by bit.
     """
     network, sha256, published = _load(device, weights)
 
@@ -34,7 +34,7 @@ def open_inception(device: torch.device, weights: Weights) -> Extractor:
 
 
 def open_inception_clean(device: torch.device, weights: Weights) -> Extractor:
-    """Clean-FID's: the same network behind `clean_resize` (arXiv 2104.11222)."""
+    """Clean-FID's features (arXiv 2104.11222): the same network, of images that `clean_resize` resizes."""
     network, sha256, published = _load(device, weights)
     parts = dict(network.named_children())
     classifier: Any = parts.pop("fc")
@@ -49,7 +49,7 @@ def open_inception_clean(device: torch.device, weights: Weights) -> Extractor:
 
 
 def clean_resize(images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in [0, 255]: antialiased, not rounded (arXiv 2104.11222)."""
+    """uint8 [B, 3, H, W] -> float32 [B, 3, 299, 299] in [0, 255]: bicubic, antialiased and not rounded."""
     return prepare_each(images, _clean_resize)
 
 
@@ -64,7 +64,7 @@ def _load(device: torch.device, weights: Weights) -> tuple[nn.Module, str, bool]
 
     file = PUBLISHED["inception"]
     path = find_weights("inception", file, weights)
-    # torch-fidelity unpickles whatever is in the file it is given, so it is given one made here, of tensors alone.
+    # torch-fidelity unpickles its file without checks, so it gets one that is made here, of tensors alone.
     own = io.BytesIO()
     torch.save(read_state_dict(path), own)
     own.seek(0)

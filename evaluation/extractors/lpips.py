@@ -17,13 +17,16 @@ _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
 
 
 class LPIPS(nn.Module):
-    """The distance of image pairs; 0 for equal ones. Not resized: both are compared at their own size.
+    """The perceptual distance of image pairs, 0 for equal images. Images are not resized.
 
     Args:
-        vgg: torchvision's VGG16 by its names; the classifier is not used and may be absent.
-        linear: weights of the five feature maps' channels, "lin0.model.1.weight" [1, C, 1, 1] and so on.
-        sha256: of the two weights files, by network.
-        published: both are the published ones.
+        vgg: tensors of torchvision's VGG16 by their names; those of its classifier are not used and may be absent.
+        linear: weights of the channels of five feature maps, "lin0.model.1.weight" [1, C, 1, 1] and so on.
+        sha256: hashes of the two weights files, by network.
+        published: whether both are the published ones.
+
+    Raises:
+        KeyError, RuntimeError: tensors are missing or are of another network.
     """
 
     shift: Tensor
@@ -62,7 +65,7 @@ class LPIPS(nn.Module):
 
     @torch.no_grad()
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        """a, b: uint8 [B, 3, H, W], at least 16x16, anywhere -> float32 [B] where the network is."""
+        """a, b: uint8 [B, 3, H, W] of at least 16x16, on any device -> float32 [B] on the network's device."""
         check_images(a)
         check_images(b)
         if a.shape != b.shape or min(a.shape[2:]) < 16:
@@ -82,17 +85,17 @@ class LPIPS(nn.Module):
 
     @staticmethod
     def _difference(maps: Tensor, weight: Tensor) -> Tensor:
-        """Feature maps [2B, C, h, w] of a and b -> [B], weighted squared differences of unit vectors."""
+        """Feature maps [2B, C, h, w] of a and then b -> [B], the mean weighted squared difference of unit vectors."""
         unit = maps / (maps.square().sum(1, keepdim=True).sqrt() + 1e-10)
         a, b = unit.chunk(2)
         return ((a - b).square() * weight).sum(1).mean((1, 2))
 
 
 def open_lpips(device: torch.device, weights: Weights) -> LPIPS:
-    """LPIPS with the weights "vgg16" and "lpips".
+    """Opens LPIPS on a device, with the weights "vgg16" and "lpips".
 
     Raises:
-        CheckpointError: weights that are nowhere, unreadable, or of another network.
+        CheckpointError: its weights are not found, are unreadable, or are of another network.
     """
     paths: dict[str, Path] = {name: find_weights(name, PUBLISHED[name], weights) for name in ("vgg16", "lpips")}
     hashes = {name: file_sha256(path) for name, path in paths.items()}

@@ -1,30 +1,37 @@
-"""Inception Score by torch-fidelity's function."""
+"""Inception Score, by torch-fidelity's function."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
+from evaluation.metrics.metric import Measured, Metric
 from evaluation.metrics.rows import check_rows
 from evaluation.metrics.score import Score
 from fdistill.base.errors import ArgumentError
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def inception_score(logits: Tensor, *, splits: int = 10, shuffled: bool = True, seed: int = 2020) -> Score:
-    """exp(mean KL(p(class | image) || p(class))), the mean over splits of shuffled images (Salimans et al. 2016).
+    """exp(mean KL(p(class | image) || p(class))) of each split of the images, then the mean over splits.
 
-    See arXiv 1606.03498. From 1 (all images alike, or all unsure) to K (sure, and all classes as frequent).
+    Salimans et al. 2016, arXiv 1606.03498. In [1, K]: 1 if all images are alike or the classifier is unsure of all, K
+    if it is sure of all and all classes are equally frequent.
 
     Args:
-        logits: [N, K] before the softmax; of any float dtype, computed in float64.
-        shuffled: False for splits of images in their order, as ADM has them.
+        logits: [N, K] before the softmax, of any float dtype; computed in float64.
+        splits: number of parts of equal size, at least 1.
+        shuffled: whether images are shuffled before they are split; False keeps their order, as ADM does.
+        seed: of the shuffling.
 
     Returns:
-        The mean over splits, and its standard deviation, which is what is published.
+        The mean over splits, and the standard deviation over splits, which papers publish beside it.
 
     Raises:
-        ArgumentError: fewer images than splits; NaN or infinite logits, or such that probabilities vanish in float64.
+        ArgumentError: there are fewer images than splits, or logits are not finite or so far apart that probabilities
+            vanish in float64.
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
@@ -39,3 +46,19 @@ def inception_score(logits: Tensor, *, splits: int = 10, shuffled: bool = True, 
             "less than 700: give the network's output before the softmax, not scaled"
         )
     return Score(value, spread if splits > 1 else None, f"{splits} splits")
+
+
+def inception_score_metric(logits: str, *, shuffled: bool = True) -> Metric:
+    """The score over ten splits of the features `logits`."""
+
+    def compute(measured: Measured) -> dict[str, Score]:
+        return {"inception_score": inception_score(measured.samples[logits], shuffled=shuffled)}
+
+    return Metric(
+        name="inception_score",
+        outputs=("inception_score",),
+        higher_is_better=True,
+        compute=compute,
+        features=(logits,),
+        min_samples=lambda width: 10,
+    )

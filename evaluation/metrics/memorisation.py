@@ -1,46 +1,50 @@
-"""Whether samples are copies of training images, by their nearest ones in feature space."""
+"""Memorisation: whether samples are copies of training images, by their nearest neighbours in feature space."""
 
 from __future__ import annotations
 
 import math
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from evaluation.metrics.distances import distance_blocks
+from evaluation.metrics.metric import Measured, Metric
 from evaluation.metrics.rows import check_pair, check_rows
 from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import binomial_score
 
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+    from torch import Tensor
+
 _NAMES = ("rows", "training rows")
 _CHUNK = 4096  # rows in float64 at a time
+_SHOWN = 10  # samples in the picture
 
 
 def nearest(rows: Tensor, training_rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(Euclidean distance float64 [N], index int64 [N]) of each row's nearest training row; a copy's distance is 0.
+    """(Euclidean distance float64 [N], index int64 [N]) of the training row nearest to each row; 0 for an exact copy.
 
     Args:
-        rows, training_rows: [N, D] and [M, D] on one device.
+        rows, training_rows: features [N, D] and [M, D] on one device.
 
     Raises:
-        ArgumentError: widths differ, a set is empty, NaN or infinite rows.
+        ArgumentError: numbers of features differ, a set is empty, or rows are not finite.
     """
     check_pair(rows, training_rows, _NAMES)
     return _nearest(rows, training_rows, None)
 
 
 def authenticity(rows: Tensor, training_rows: Tensor) -> Score:
-    """Share of samples further from their nearest training row than this is from its own nearest other one.
+    """The share of samples that are further from their nearest training row than that row is from its own nearest.
 
-    Alaa et al. 2022 (arXiv 2102.08921), section 4.2. Copies score 0 and samples far from all training images 1. New
-    images of the same distribution do not score 1, but the chance that two neighbours are not each other's nearest: 1/3
-    for features in one dimension, 0.38 in two, towards 1/2 in many. Compare with the score of held-out images.
+    Alaa et al. 2022, arXiv 2102.08921, section 4.2. Copies score 0, samples far from all training images score 1. New
+    images of the same distribution score the chance that two neighbours are not each other's nearest: 1/3 in one
+    dimension, 0.38 in two, towards 1/2 in many. Compare with the score of held-out images.
 
     Returns:
         The share with its binomial standard error.
 
     Raises:
-        ArgumentError: as `nearest`; fewer than two training rows.
+        ArgumentError: as `nearest`, or there are fewer than two training rows.
     """
     check_pair(rows, training_rows, _NAMES)
     check_rows(training_rows, "training rows", more_than=1, why="the nearest one must have a neighbour")
@@ -51,7 +55,9 @@ def authenticity(rows: Tensor, training_rows: Tensor) -> Score:
 
 
 def _nearest(rows: Tensor, training_rows: Tensor, excluded: Tensor | None) -> tuple[Tensor, Tensor]:
-    """`nearest`, where row i may not find training row excluded[i]."""
+    """`nearest`, but training row excluded[i] does not count as a neighbour of row i."""
+    import torch
+
     found = []
     for first, distances in distance_blocks(rows, training_rows):
         if excluded is not None:
@@ -64,3 +70,35 @@ def _nearest(rows: Tensor, training_rows: Tensor, excluded: Tensor | None) -> tu
         for first in range(0, len(rows), _CHUNK)
     ]
     return torch.cat(exact), index
+
+
+def authenticity_metric(features: str) -> Metric:
+    """Authenticity in these features; the reference must be the training images."""
+
+    def compute(measured: Measured) -> dict[str, Score]:
+        return {"authenticity": authenticity(*measured.on_device(features))}
+
+    def picture(measured: Measured) -> PILImage | None:
+        """The ten samples nearest to a training image, each above that image."""
+        import torch
+
+        from fdistill.base.images import grid
+
+        if measured.reference_images is None:
+            return None
+        distances, neighbours = nearest(*measured.on_device(features))
+        closest = distances.argsort()[:_SHOWN]
+        samples = measured.images.read(closest.tolist())
+        training = measured.reference_images.read(neighbours[closest].tolist())
+        return grid(torch.cat([samples, training]), columns=len(closest))
+
+    return Metric(
+        name="authenticity",
+        outputs=("authenticity",),
+        higher_is_better=True,
+        compute=compute,
+        features=(features,),
+        min_samples=lambda width: 2,
+        against="rows",
+        picture=picture,
+    )

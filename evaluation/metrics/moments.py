@@ -1,4 +1,4 @@
-"""Mean and covariance of features in float64, from batches, parts and processes in any order."""
+"""Mean and covariance of features in float64, from batches and processes in any order."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ _CHUNK = 4096  # rows in float64 at a time
 class Moments:
     """Running mean and covariance of [N, D] features, by merging centred batches (Chan, Golub and LeVeque 1983).
 
-    Batches are centred on their own means, so a common offset of the features costs no digits. Memory is O(D^2).
+    Batches are centred on their own means, so a large common offset of the features costs no precision. Memory is
+    O(D^2).
 
     Attributes:
-        count: rows so far; None for published statistics that do not tell.
+        count: number of rows so far; None for published statistics that do not say.
         mean: float64 [D]; zeros before the first row.
     """
 
@@ -33,7 +34,7 @@ class Moments:
 
     @classmethod
     def of(cls, rows: Tensor, counts: Tensor | None = None) -> Moments:
-        """Those of rows [N, D]; see `update`."""
+        """Moments of rows [N, D]; see `update`."""
         if rows.ndim != 2:
             raise ArgumentError(f"rows: expected [N, D], a row of features for each image, got {list(rows.shape)}")
         moments = cls(rows.shape[1])
@@ -42,7 +43,12 @@ class Moments:
 
     @classmethod
     def known(cls, mean: Tensor, covariance: Tensor, count: int | None = None) -> Moments:
-        """Published statistics: mean [D], unbiased covariance [D, D], and of how many images if that is known.
+        """Moments from published statistics.
+
+        Args:
+            mean: [D].
+            covariance: [D, D], unbiased.
+            count: number of images behind them; None if not known.
 
         Raises:
             ArgumentError: the shapes do not fit, numbers are not finite, or count < 2.
@@ -70,7 +76,7 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """Unbiased (divided by N - 1), float64 [D, D]. Raises ArgumentError for fewer than two rows."""
+        """Unbiased covariance (divided by N - 1), float64 [D, D]; raises ArgumentError for fewer than two rows."""
         if self.count is None:
             return self._scatter.clone()
         if self.count < 2:
@@ -84,7 +90,7 @@ class Moments:
             counts: int64 [B], how many times each row counts; once each by default.
 
         Raises:
-            ArgumentError: another width, or a row that is not finite.
+            ArgumentError: another number of features, or a row that is not finite.
         """
         if rows.ndim != 2 or rows.shape[1] != self.width or not rows.is_floating_point():
             raise ArgumentError(
@@ -110,17 +116,17 @@ class Moments:
         centred, shift = rows - mean, mean - self.mean
         if counts is not None:
             centred *= counts.sqrt()[:, None]
-        # The two means' distance enters as one more row, and so through the same matrix product.
+        # The distance of the two means enters as one more row, through the same matrix product.
         centred = torch.cat([centred, shift[None] * math.sqrt(before * number / (before + number))])
         self._scatter.addmm_(centred.T, centred)
         self.mean += shift * (number / (before + number))
         self.count = before + number
 
     def merge(self, other: Moments) -> None:
-        """Adds the rows behind other moments, which are left as they are.
+        """Adds the rows behind other moments, which do not change.
 
         Raises:
-            ArgumentError: another width, or the number of rows behind either is not known.
+            ArgumentError: another number of features, or the number of rows of either is not known.
         """
         if other.width != self.width:
             raise ArgumentError(f"moments: expected {self.width} features as in these, got {other.width}")
@@ -134,7 +140,7 @@ class Moments:
         self.count = before + number
 
     def over_processes(self) -> Moments:
-        """Those of all processes' rows together, equal to the last bit on all of them; every process must call it."""
+        """Moments of the rows of all processes, equal bit by bit on all of them; every process must call it."""
         _, processes = rng.world()
         if processes == 1:
             return self

@@ -1,13 +1,17 @@
-"""Precision and recall by torch-fidelity's function."""
+"""Precision and recall, by torch-fidelity's function."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from evaluation.metrics.metric import Measured, Metric
 from evaluation.metrics.rows import check_pair
 from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import binomial_score
 from fdistill.base.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _BLOCK = 1 << 26  # float32 distances at a time: 256 MB, of which torch-fidelity holds up to four copies
 
@@ -15,21 +19,21 @@ _BLOCK = 1 << 26  # float32 distances at a time: 256 MB, of which torch-fidelity
 def precision_recall(rows: Tensor, reference_rows: Tensor, neighbours: int = 3) -> tuple[Score, Score]:
     """(share of samples inside the reference's manifold, share of the reference inside the samples'), each in [0, 1].
 
-    A set's manifold is the union of balls around its rows, each reaching its k-th nearest other row
+    A set's manifold is the union of balls around its rows, each of which reaches to the row's k-th nearest other row
     (Kynkaanniemi et al. 2019, arXiv 1904.06991).
 
-    torch-fidelity takes float32 distances by |x|^2 + |y|^2 - 2 x.y, which is useless under a large common offset; rows
-    are therefore centred on the reference's mean first, which changes no distance.
+    torch-fidelity computes float32 distances as |x|^2 + |y|^2 - 2 x.y, which loses all digits if the features have a
+    large common offset. Rows are therefore centred on the reference's mean first, which changes no distance.
 
     Args:
-        rows, reference_rows: [N, D] and [M, D], generated and real, on one device.
-        neighbours: k; both sets must be larger.
+        rows, reference_rows: features [N, D] of generated and [M, D] of real images, on one device.
+        neighbours: k, at least 1 and smaller than N and M.
 
     Returns:
-        Both with their binomial standard errors, which take the other set's manifold as given.
+        Both with their binomial standard errors, for which the other set's manifold is taken as exact.
 
     Raises:
-        ArgumentError: widths differ, too few rows, NaN or infinite rows.
+        ArgumentError: numbers of features differ, there are too few rows, or rows are not finite.
     """
     from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
 
@@ -48,4 +52,22 @@ def precision_recall(rows: Tensor, reference_rows: Tensor, neighbours: int = 3) 
     return (
         binomial_score(float(found[KEY_METRIC_PRECISION]), len(rows)),
         binomial_score(float(found[KEY_METRIC_RECALL]), len(reference_rows)),
+    )
+
+
+def precision_recall_metric(features: str) -> Metric:
+    """Precision and recall in these features."""
+
+    def compute(measured: Measured) -> dict[str, Score]:
+        precision, recall = precision_recall(*measured.on_device(features))
+        return {"precision": precision, "recall": recall}
+
+    return Metric(
+        name="precision_recall",
+        outputs=("precision", "recall"),
+        higher_is_better=True,
+        compute=compute,
+        features=(features,),
+        min_samples=lambda width: 4,
+        against="rows",
     )

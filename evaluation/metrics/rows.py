@@ -1,16 +1,24 @@
-"""Features as rows, one of each image: what every metric asks of them before it counts."""
+"""Checks of features that every metric makes first. Features are rows, one for each image."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from fdistill.base.errors import ArgumentError
 
-_CHUNK = 8192  # rows looked at together, so that no copy of all of them is made
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_CHUNK = 8192  # rows checked at once, so that no copy of all of them is made
 
 
 def check_rows(rows: Tensor, name: str = "rows", *, more_than: int = 0, why: str = "") -> None:
-    """Raises ArgumentError unless rows are floating-point [N, D], finite, and N > more_than; `why` so many."""
+    """Raises ArgumentError unless rows are floating-point [N, D], finite, and N > more_than.
+
+    Args:
+        name: what the message calls the rows.
+        why: the reason for `more_than`, for the message.
+    """
     if rows.ndim != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
         raise ArgumentError(
             f"{name}: expected a floating-point tensor [N, D] with a row of features for each image, "
@@ -24,7 +32,7 @@ def check_rows(rows: Tensor, name: str = "rows", *, more_than: int = 0, why: str
 
 
 def check_finite(rows: Tensor, name: str, first: int = 0) -> None:
-    """Raises ArgumentError that names the first row with NaN or infinity; row 0 is called `first`."""
+    """Raises ArgumentError that names the first row with NaN or infinity; `first` is the number of rows[0]."""
     broken = (~rows.isfinite().all(dim=1)).nonzero()
     if len(broken):
         row = int(broken[0])
@@ -42,7 +50,7 @@ def check_pair(
     more_than: int = 0,
     why: str = "",
 ) -> None:
-    """`check_rows` of both, which must also have the same width."""
+    """`check_rows` of both sets, which must also have the same number of features."""
     for values, name in zip((rows, others), names, strict=True):
         check_rows(values, name, more_than=more_than, why=why)
     if rows.shape[1] != others.shape[1]:

@@ -1,16 +1,22 @@
-"""Scores that are means of per-image numbers, with their standard errors."""
+"""Scores that are means over images, with their standard errors."""
 
 from __future__ import annotations
 
 import math
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from evaluation.metrics.score import Score
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def mean_score(values: Tensor, scale: float = 1.0, over: str = "images") -> Score:
-    """scale * the mean of [N] with its standard error over independent values; no spread for a single one."""
+    """scale times the mean of independent values [N], with its standard error; a single value has no spread.
+
+    Args:
+        over: what the values are of, for `Score.spread_of`.
+    """
     values = scale * values.double()
     mean = values.mean().item()
     if len(values) < 2:
@@ -19,6 +25,6 @@ def mean_score(values: Tensor, scale: float = 1.0, over: str = "images") -> Scor
 
 
 def binomial_score(share: float, count: int) -> Score:
-    """A share of `count` independent images with its standard error sqrt(p (1 - p) / n)."""
-    share = min(max(share, 0.0), 1.0)  # a float32 mean of ones may come out above 1
+    """A share p of n = `count` independent images, with its standard error sqrt(p (1 - p) / n)."""
+    share = min(max(share, 0.0), 1.0)  # a float32 mean of ones can be above 1
     return Score(share, math.sqrt(share * (1 - share) / count), "binomial")

@@ -1,7 +1,11 @@
-"""Named protocols, a file each: what is measured, on how many samples, against what, with which extractor."""
+"""Named protocols, one per file: what is measured, on how many samples, against what, by which extractor.
+
+Imports no torch, so that results in files are compared without it.
+"""
 
 from __future__ import annotations
 
+from evaluation.metrics.metric import Metric
 from evaluation.protocols.cifar10_fid50k import CIFAR10_FID50K
 from evaluation.protocols.coco10k_sdxl import COCO10K_SDXL
 from evaluation.protocols.coco30k_dmd2 import COCO30K_DMD2
@@ -33,7 +37,19 @@ PROTOCOLS: dict[str, Protocol] = {
 
 
 def get_protocol(name: str) -> Protocol:
-    """A protocol by name; raises ArgumentError with the nearest one."""
+    """The protocol of a name; raises ArgumentError that suggests the most similar name."""
     if name not in PROTOCOLS:
         raise ArgumentError(f"protocol: got {name!r}; {did_you_mean(name, PROTOCOLS)}")
     return PROTOCOLS[name]
+
+
+def find_metric(score: str) -> Metric | None:
+    """The metric that gives scores of this name, as "precision", in whichever protocol; None for an unknown name."""
+    metrics = (metric for protocol in PROTOCOLS.values() for metric in protocol.metrics)
+    return next((metric for metric in metrics if score in metric.outputs), None)
+
+
+def higher_is_better(score: str) -> bool | None:
+    """The direction of scores of this name; None for an unknown name, or a score that has no better direction."""
+    metric = find_metric(score)
+    return None if metric is None else metric.higher_is_better

@@ -1,5 +1,5 @@
 """`cifar10-fid50k`: 50,000 samples against the 50,000 training images, both 32x32 as they are, as EDM measures
-(Karras et al. 2022, arXiv 2206.00364). EDM's networks say whether it is set up well: 1.79 and 1.97, see `facts`.
+(Karras et al. 2022, arXiv 2206.00364). To check a setup, measure EDM's networks: they reach 1.79 and 1.97, see `facts`.
 """
 
 from __future__ import annotations

@@ -1,13 +1,14 @@
-"""`coco10k-sdxl`: 10,000 captions of COCO 2014 against 10,000 of its images, as DMD2 measures SDXL's students (Yin et
-al. 2024, arXiv 2405.14867): FID at 512 pixels; patch FID of the central 299x299 pixels of images as they are, which for
-a sample of 1,024 is a twelfth of its area and for a photograph of COCO more; CLIP at 256 pixels.
+"""`coco10k-sdxl`: one sample for each of 10,000 captions of COCO 2014, against 10,000 of its images, as DMD2 measures
+students of SDXL (Yin et al. 2024, arXiv 2405.14867): FID at 512 pixels, CLIP at 256 pixels, and patch FID of the
+central 299x299 pixels without resizing. These are a twelfth of a 1,024-pixel sample, and more of a photograph of COCO.
 
-As in `coco30k-dmd2`, samples made here are rounded, in float32, and seeded by image.
+As in `coco30k-dmd2`, samples are rounded, computed in float32 and seeded by image.
 """
 
 from __future__ import annotations
 
-from evaluation.metric import clip, frechet
+from evaluation.metrics.clip_score import clip_metric
+from evaluation.metrics.frechet import frechet_metric
 from evaluation.protocols.photographs import photograph_metrics
 from evaluation.protocols.protocol import Protocol
 
@@ -15,8 +16,8 @@ COCO10K_SDXL = Protocol(
     name="coco10k-sdxl",
     metrics=(
         *photograph_metrics("inception-clean"),
-        frechet("patch_fid", "inception-clean@patch.pool"),
-        clip("clip-g14@256", "A photo depicts "),
+        frechet_metric("patch_fid", "inception-clean@patch.pool"),
+        clip_metric("clip-g14@256", "A photo depicts "),
     ),
     default=("fid", "patch_fid", "clip_cosine"),
     num_samples=10_000,

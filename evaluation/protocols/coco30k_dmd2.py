@@ -1,21 +1,21 @@
-"""`coco30k-dmd2`: 30,000 captions of COCO 2014, drawn once each, against every image of val2014, as DMD2 measures its
-students of Stable Diffusion (Yin et al. 2024, arXiv 2405.14867): both sides cropped to the central square and resized
-to 256 with LANCZOS, then Inception behind clean-fid's resize; CLIP of the same 256-pixel images.
+"""`coco30k-dmd2`: one sample for each of 30,000 captions of COCO 2014, against all images of val2014, as DMD2 measures
+its students of Stable Diffusion (Yin et al. 2024, arXiv 2405.14867). Both sides are cropped to the central square and
+resized to 256 pixels with LANCZOS; Inception sees them after clean-fid's resize, and CLIP sees the 256 pixels.
 
-DMD2 truncates samples to whole numbers, lets networks use TF32, and seeds noise by batch; samples made here are
-rounded, in float32, and seeded by image. Evaluations that match the captions with their own 30,000 images give other
-numbers.
+DMD2 truncates the pixels of samples to whole numbers, lets networks use TF32, and seeds noise by batch. Here samples
+are rounded, computed in float32 and seeded by image. Evaluations that compare with the 30,000 images of the captions,
+and not with all of val2014, give other numbers.
 """
 
 from __future__ import annotations
 
-from evaluation.metric import clip
+from evaluation.metrics.clip_score import clip_metric
 from evaluation.protocols.photographs import photograph_metrics
 from evaluation.protocols.protocol import Protocol
 
 COCO30K_DMD2 = Protocol(
     name="coco30k-dmd2",
-    metrics=(*photograph_metrics("inception-clean"), clip("clip-g14", "A photo depicts ")),
+    metrics=(*photograph_metrics("inception-clean"), clip_metric("clip-g14", "A photo depicts ")),
     default=("fid", "clip_cosine"),
     num_samples=30_000,
     size=256,

@@ -1,20 +1,18 @@
 """`digits`: 1,797 generated 8x8 digits against the 1,797 real ones, in the features of the embedded digit network.
 
-Its distance is called fd_digits, never FID: the extractor is not Inception and the numbers do not compare.
+Its Frechet distance is called fd_digits and never FID: the features are not Inception's, so the numbers do not compare.
 """
 
 from __future__ import annotations
 
-from evaluation.metric import (
-    class_accuracy,
-    density_and_coverage,
-    feature_diversity,
-    frechet,
-    infinity,
-    kid,
-    memorisation,
-    precision_and_recall,
-)
+from evaluation.metrics.accuracy import class_accuracy_metric
+from evaluation.metrics.density_coverage import density_coverage_metric
+from evaluation.metrics.diversity import feature_diversity_metric
+from evaluation.metrics.fid_infinity import frechet_infinity_metric
+from evaluation.metrics.frechet import frechet_metric
+from evaluation.metrics.kernel_distance import kernel_distance_metric
+from evaluation.metrics.memorisation import authenticity_metric
+from evaluation.metrics.precision_recall import precision_recall_metric
 from evaluation.protocols.protocol import Protocol
 
 _FEATURES = "digits.features"
@@ -22,14 +20,14 @@ _FEATURES = "digits.features"
 DIGITS = Protocol(
     name="digits",
     metrics=(
-        frechet("fd_digits", _FEATURES),
-        precision_and_recall(_FEATURES),
-        class_accuracy("digits.logits"),
-        kid("kid_digits", _FEATURES),
-        density_and_coverage(_FEATURES),
-        feature_diversity("diversity_digits", _FEATURES),
-        memorisation(_FEATURES),
-        infinity("fd_digits_infinity", _FEATURES),
+        frechet_metric("fd_digits", _FEATURES),
+        precision_recall_metric(_FEATURES),
+        class_accuracy_metric("digits.logits"),
+        kernel_distance_metric("kid_digits", _FEATURES),
+        density_coverage_metric(_FEATURES),
+        feature_diversity_metric("diversity_digits", _FEATURES),
+        authenticity_metric(_FEATURES),
+        frechet_infinity_metric("fd_digits_infinity", _FEATURES),
     ),
     default=("fd_digits", "precision", "recall", "class_accuracy"),
     num_samples=1797,

@@ -2,7 +2,8 @@
 against the moments in VIRTUAL_imagenet256_labeled.npz, which are of all training images; precision and recall against
 the 10,000 images in it; Inception Score over ten stretches of the samples in their order.
 
-ADM measures distances for precision and recall in float16, which is worth a few thousandths; here they are in float32.
+ADM computes distances for precision and recall in float16, which changes both by a few thousandths. Here they are
+float32.
 """
 
 from __future__ import annotations

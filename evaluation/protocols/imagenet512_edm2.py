@@ -1,8 +1,8 @@
 """`imagenet512-edm2`: 50,000 samples of 512x512 against the ImageNet of EDM2 (Karras et al. 2024, arXiv 2312.02696):
-FID, and the Frechet distance in DINOv2's features. EDM2 publishes the two with different guidance: one checkpoint gives
-one of them.
+FID, and the Frechet distance in DINOv2's features. EDM2 publishes the two for different guidance, so one checkpoint
+reaches only one of them.
 
-EDM2 truncates what its autoencoder returns to whole numbers; samples made here are rounded.
+EDM2 truncates the pixels of samples to whole numbers; here they are rounded.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """`imagenet64-edm2`: 50,000 samples against the 64x64 ImageNet of EDM2 (Karras et al. 2024, arXiv 2312.02696): halved
-with BOX, then BICUBIC, then the central square, as ADM made its own. Not the images of `imagenet64-fid50k`.
+with BOX, then BICUBIC, then the central square, as ADM does. These are other images than in `imagenet64-fid50k`.
 """
 
 from __future__ import annotations

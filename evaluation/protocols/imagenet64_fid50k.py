@@ -1,5 +1,5 @@
 """`imagenet64-fid50k`: 50,000 samples against the 64x64 ImageNet of EDM (Karras et al. 2022, arXiv 2206.00364): central
-squares, resized once with LANCZOS. EDM2's and ADM's images of that size are others: see `imagenet64-edm2`.
+squares, resized once with LANCZOS. EDM2 and ADM have other images of that size, see `imagenet64-edm2`.
 """
 
 from __future__ import annotations

@@ -1,37 +1,37 @@
-"""What every protocol says of itself."""
+"""What every protocol fixes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from evaluation.metric import Metric
+from evaluation.metrics.metric import Metric
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """A way to measure that two people would repeat alike.
+    """Everything that two people must agree on to get the same scores of the same model.
 
     Attributes:
-        metrics: what it can measure.
-        default: names of what it measures unless told otherwise.
-        num_samples: the full sample count; scores of any other count carry it in their name. None for any.
+        metrics: all metrics that can be measured.
+        default: names of those that are measured if the user names none.
+        num_samples: number of samples; scores of another number say so in their names. None if any number will do.
+        reference: in words, what samples are compared with.
         channels: 3, or 1 for greyscale.
-        size: height and width of prepared images; None for any, if all are alike.
+        size: height and width of prepared images in pixels; None if any size will do, the same for all images.
         recipe: how samples are prepared, a key of `evaluation.recipes.RECIPES`.
-        reference_recipe: how images that are given as reference are prepared.
-        views: other preparations of the same images that some extractors look at, (recipe, size) by name: features of
-            "inception-clean@patch" are of the view "patch".
-        reference: in words, what it measures against.
-        embedded: name of the data set it measures against where none is given; None if one must be given.
-        reference_files: names of published statistics files that are that reference; others show in a score's name, as
-            nothing in a file tells of which images it is.
-        reference_count: how many images it has, where images are given.
-        prompts: what each sample is asked to be; None for classes, or prompts that must be given.
-        num_classes: how many classes there are samples of; None where there are none.
-        random_labels: whether classes are drawn evenly at random, as (seed, i) has it, and not in turn.
-        asks_prompts: whether a list of prompts must be given.
-        facts: what else one has to know to repeat it, for provenance.
+        reference_recipe: how images of a reference are prepared.
+        views: further preparations of the same images, {name: (recipe, size)}. Features of "inception-clean@patch" are
+            those of extractor "inception-clean" in view "patch".
+        embedded: data set that serves as reference if the user gives none; None if the user must give one.
+        reference_files: file names of published statistics of the reference. Statistics under other names show in the
+            names of scores, as a file does not say which images it is of.
+        reference_count: number of images in the reference.
+        prompts: returns the prompt of each sample; None for a protocol of classes, or of prompts that the user gives.
+        num_classes: number of classes; None for a protocol without classes.
+        random_labels: whether the class of sample i is drawn at random from (seed, i); else classes are in turn.
+        asks_prompts: whether the user must give a list of prompts, one for each sample.
+        facts: what else is needed to repeat the measurement, for the provenance of scores.
     """
 
     name: str
@@ -53,6 +53,14 @@ class Protocol:
     asks_prompts: bool = False
     facts: Mapping[str, str] = field(default_factory=dict)
 
+    def sample_views(self) -> dict[str, tuple[str, int | None]]:
+        """(recipe, size) of samples in every view, "" being the protocol's own."""
+        return {"": (self.recipe, self.size), **self.views}
+
+    def reference_views(self) -> dict[str, tuple[str, int | None]]:
+        """(recipe, size) of images of a reference in every view."""
+        return {"": (self.reference_recipe, self.size), **self.views}
+
     def names(self) -> dict[str, Metric]:
-        """What --metrics may name: metrics, and single numbers of those that give several."""
+        """{name: metric} for every name that --metrics takes: of metrics, and of the single numbers that they give."""
         return {name: metric for metric in self.metrics for name in (metric.name, *metric.outputs)}

@@ -105,17 +105,25 @@ def distill(
 @app.command()
 def generate(
     student: Annotated[
-        str, typer.Argument(help="A student or run folder; or a teacher: an embedded name, a folder or a hub id.")
+        str,
+        typer.Argument(help="A student or run folder; or a teacher: an embedded name, a folder or a hub id."),
     ],
-    num_images: Annotated[int, typer.Option(help="How many.")],
+    num_images: Annotated[int, typer.Option(help="Number of images.")],
     output: Annotated[
-        Path, typer.Option(help="A folder for 000000.png ... and manifest.json; must not exist or be empty.")
+        Path, typer.Option(help="Folder for 000000.png, 000001.png, ... and manifest.json; must be empty or not exist.")
     ],
-    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images per evaluation.")] = 256,
-    class_labels: Annotated[str | None, typer.Option(help="Classes to draw in turn, as 0,1,2; all by default.")] = None,
-    prompt: Annotated[list[str] | None, typer.Option(help="What a text-to-image model draws; several in turn.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file with a prompt a line.")] = None,
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) and its class or prompt alone.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Images in one network evaluation of each process.")] = 256,
+    class_labels: Annotated[
+        str | None, typer.Option(help="Classes to draw in turn, as in 0,1,2; by default all classes.")
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Prompt for a text-to-image model. May be repeated; several are drawn in turn."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File with one prompt in each line, drawn in turn, after those of --prompt.")
+    ] = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
     negative_prompt: NegativePrompt = "",
@@ -124,7 +132,7 @@ def generate(
     sampler: Sampler = "heun",
     device: Device = "auto",
 ) -> None:
-    """Generate images: one evaluation each from a student, or the few it was trained for; many from a teacher.
+    """Generate images from a student (in one network evaluation or a few), a teacher or a diffusers pipeline.
 
     \b
     Example: fdistill generate runs/digits --num-images 100 --seed 0 --class-labels 3,7 --output images
@@ -136,7 +144,7 @@ def generate(
     from fdistill.data.prompts import read_prompts
     from fdistill.generation.generate import generate as run
 
-    told = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
+    listed = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
     folder = run(
         student,
         num_images=num_images,
@@ -144,7 +152,7 @@ def generate(
         seed=seed,
         batch_size=batch_size,
         class_labels=labels,
-        prompts=told or None,
+        prompts=listed or None,
         num_steps=steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
@@ -269,14 +277,18 @@ def cache(
 
 @app.command()
 def ema(
-    run: Annotated[Path, typer.Argument(help="A run folder with snapshots of its averages in ema/.")],
-    sigma_rel: Annotated[float, typer.Option(help="Width of the average, relative to the iterations before it.")],
-    output: Annotated[Path, typer.Option(help="The student folder; must not exist or be empty.")],
-    iteration: Annotated[int | None, typer.Option(help="One with a snapshot; the last by default.")] = None,
+    run: Annotated[Path, typer.Argument(help="A run folder with snapshots of averages in ema/.")],
+    sigma_rel: Annotated[
+        float, typer.Option(help="Width of the average relative to the number of iterations, from 0.0001 to 0.288.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder for the new student; must be empty or not exist.")],
+    iteration: Annotated[
+        int | None, typer.Option(help="Iteration whose average is made, one with a snapshot; by default the last.")
+    ] = None,
     network: Network = None,
     device: Device = "auto",
 ) -> None:
-    """Make a student of another average of a run's weights, from the snapshots that ema.snapshot_every kept.
+    """Make a student with another average of a run's weights, from the snapshots that ema.snapshot_every kept.
 
     \b
     Example: fdistill ema runs/digits --sigma-rel 0.08 --output students/digits-0.08

@@ -1,5 +1,5 @@
-"""Post-hoc EMA: a student with any power-function average of its run's weights, made of the snapshots the run left
-(EDM2, arXiv 2312.02696, section 3).
+"""Post-hoc EMA: a student with another power-function average of its run's weights, made from the run's snapshots
+(EDM2, arXiv 2312.02696, section 3); `fdistill ema`.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from fdistill.base.files import claim_folder, read_json_object
 from fdistill.base.images import grid
 from fdistill.base.state_dicts import load_exactly
 from fdistill.ema_profiles import gamma_from_sigma_rel, posthoc_weights, profile_name
-from fdistill.generation.generate import open_source, told_of
-from fdistill.generation.network_maker import Source
+from fdistill.generation.generate import labels_or_prompts, open_maker
+from fdistill.generation.network_maker import NetworkMaker
+from fdistill.generation.sampling import Sampling
 from fdistill.generator import Student
 from fdistill.students.folder import STUDENT_FILE, save_student, student_folder
 from fdistill.training.snapshots import Snapshot, combine, find_snapshots
 
-_SAMPLES = 20  # in the model card's picture
-#: What `save_student` says itself, and what was measured with the other weights.
+_SAMPLES = 20  # images in the model card's picture
+#: Facts that `save_student` writes itself, and metrics, which were measured with other weights.
 _NOT_OF_THE_CARD = ("levels", "decoder_levels", "size", "null_class", "network", "pipeline", "call", "metrics")
 
 
@@ -33,15 +34,16 @@ def reconstruct_student(
     network: str | None = None,
     device: str = "auto",
 ) -> Path:
-    """Writes a student folder like RUN/student that holds another average of the run's weights.
+    """Writes a student folder like RUN/student, but with another average of the run's weights.
 
     Args:
-        run: the folder of a finished run with snapshots in ema/ (`ema.sigma_rel` and `ema.snapshot_every`).
-        sigma_rel: width of the average relative to `iteration`, in [1e-4, 12^(-1/2)].
+        run: the folder of a finished run with snapshots in ema/ (settings `ema.sigma_rel` and `ema.snapshot_every`).
+        sigma_rel: width of the average, relative to the number of iterations, in [1e-4, 12^(-1/2)].
         output: a folder that is empty or does not exist.
-        iteration: one with a snapshot; the last by default. Earlier snapshots and its own are combined.
-        network: "module:function" of a student of a user's own network.
-        device: where the card's samples are drawn.
+        iteration: the iteration whose average is made, one with a snapshot; the last by default. Its snapshots and all
+            earlier ones are combined.
+        network: "module:function" for a student whose network is your own code.
+        device: "auto", "cpu", "cuda" or "mps"; where the samples for the model card are drawn.
 
     Returns:
         The output folder.
@@ -55,27 +57,27 @@ def reconstruct_student(
     original = student_folder(run)
     folder = claim_folder(Path(output))
     _, chosen_device = start(device)
-    source = open_source(original, chosen_device, network=network)
-    assert isinstance(source, Source)
-    assert isinstance(source.model, Student)
+    maker = open_maker(original, chosen_device, Sampling(network=network))
+    assert isinstance(maker, NetworkMaker)
+    assert isinstance(maker.model, Student)
     coefficients = posthoc_weights(
         [snapshot.iteration for snapshot in used],
         [gamma_from_sigma_rel(snapshot.sigma_rel) for snapshot in used],
         last,
         gamma,
     )
-    load_exactly(source.model, combine(used, coefficients.tolist()), f"snapshots of {run}")
+    load_exactly(maker.model, combine(used, coefficients.tolist()), f"snapshots of {run}")
     facts = read_json_object(original / STUDENT_FILE)
     own = network if network is not None and "network" in facts else None
-    told = told_of(source, _SAMPLES, prompts=facts.get("prompts"))
-    samples = grid(source.sample(int(facts.get("seed", 0)), range(_SAMPLES), told, chosen_device))
+    condition = labels_or_prompts(maker, _SAMPLES, prompts=facts.get("prompts"))
+    samples = grid(maker.sample(int(facts.get("seed", 0)), range(_SAMPLES), condition, chosen_device))
     card = {key: value for key, value in facts.items() if key not in _NOT_OF_THE_CARD}
     card |= {"iterations": last, "ema": profile_name(sigma_rel), "ema_snapshots": len(used)}
     save_student(
-        source.model.to("cpu"),
+        maker.model.to("cpu"),
         folder,
         origin=resolve_checkpoint(own) if own else Checkpoint(str(original), original),
-        latents=source.latents,
+        latents=maker.latents,
         card=card,
         config=(original / "training_config.yaml").read_text(encoding="utf-8"),
         samples=samples,
@@ -84,7 +86,7 @@ def reconstruct_student(
 
 
 def _snapshots(run: Path, iteration: int | None) -> list[Snapshot]:
-    """Those up to an iteration, which must be among theirs."""
+    """The snapshots up to an iteration, which must have one; all by default."""
     found = find_snapshots(run / "ema")
     if not found:
         raise CheckpointError(

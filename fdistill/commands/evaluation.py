@@ -1,4 +1,4 @@
-"""The commands that measure: evaluate, compare, reference."""
+"""The commands evaluate, compare and reference."""
 
 from __future__ import annotations
 
@@ -29,18 +29,38 @@ def evaluate(
         str,
         typer.Argument(
             metavar="SAMPLES",
-            help="Images (a folder, zip or npz), or what makes them: a student, run, teacher or diffusers pipeline.",
+            help="Images (a folder, zip or npz), or a student, run folder, teacher or diffusers pipeline that makes "
+            "them.",
         ),
     ],
     reference: Annotated[
-        str | None, typer.Option(help="Images, or statistics: .npz, EDM2's .pkl, torch-fidelity's .pt.")
+        str | None,
+        typer.Option(
+            help="Images to compare the samples with, or statistics of them (.npz, EDM2's .pkl, torch-fidelity's .pt); "
+            "by default the protocol's embedded reference, if it has one."
+        ),
     ] = None,
     protocol: Protocol = "digits",
     metrics: Metrics = None,
-    output: Annotated[Path | None, typer.Option(help="A JSON file for scores and provenance.")] = None,
-    seeds: Annotated[str, typer.Option(help="Of generated samples; of several, as 0,1,2, mean and deviation.")] = "0",
-    num_images: Annotated[int | None, typer.Option(help="Not the protocol's; it shows in scores' names.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of them, where the protocol has none.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to write scores and provenance to; by default scores are only printed."),
+    ] = None,
+    seeds: Annotated[
+        str,
+        typer.Option(
+            help="Seeds of generated samples. With several, as in 0,1,2, each score is the mean over them, and its "
+            "spread their standard deviation."
+        ),
+    ] = "0",
+    num_images: Annotated[
+        int | None,
+        typer.Option(help="Number of samples; by default the protocol's. Names of scores show another number."),
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File with one prompt in each line, for protocols that have no prompts of their own."),
+    ] = None,
     weights: Weights = None,
     batch_size: BatchSize = 64,
     sampler: Sampler = "heun",
@@ -48,14 +68,20 @@ def evaluate(
     guidance_scale: Guidance = None,
     negative_prompt: NegativePrompt = "",
     resolution: Resolution = None,
-    replicates: Annotated[int, typer.Option(help="Of the bootstrap behind the spread of distances; 0: none.")] = 20,
+    replicates: Annotated[
+        int, typer.Option(help="Bootstrap replicates behind the spread of Frechet distances; 0 for no spread.")
+    ] = 20,
     classifier: Annotated[
-        str | None, typer.Option(help="module:function of a network from images in [-1, 1] to logits.")
+        str | None,
+        typer.Option(
+            help="module:function that returns a torch module from images in [-1, 1] to logits, for class_accuracy in "
+            "a protocol without a classifier."
+        ),
     ] = None,
     network: Network = None,
     device: Device = "auto",
 ) -> None:
-    """Score generated images by a named protocol.
+    """Score generated images, or a checkpoint that generates them, by a named protocol.
 
     \b
     Example: fdistill evaluate runs/digits --output scores.json
@@ -94,27 +120,54 @@ def evaluate(
 def compare(
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="A B ...", help="Results (.json) of evaluate, or anything that evaluate takes."),
+        typer.Argument(
+            metavar="A B ...",
+            help="Two or more JSON files that evaluate wrote, or anything that evaluate takes, which is then measured.",
+        ),
     ],
     output: Annotated[
         Path | None,
-        typer.Option(help="A folder for comparison.md, .json and .png; must not exist or be empty."),
+        typer.Option(
+            help="Folder for comparison.md, comparison.json and comparison.png; must be empty or not exist. By default "
+            "the table is only printed."
+        ),
     ] = None,
-    names: Annotated[str | None, typer.Option(help="Of the rows, as ours,teacher; short ones by default.")] = None,
-    metrics: Annotated[str | None, typer.Option(help="Columns, as fid,recall; the first is drawn.")] = None,
-    protocol: Annotated[str | None, typer.Option(help="By default that of the results, or digits.")] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(help="Names of the rows, as in ours,teacher; by default the parts of the paths that differ."),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(help="Columns of the table, as in fid,recall, of which the first is drawn; by default all."),
+    ] = None,
+    protocol: Annotated[
+        str | None,
+        typer.Option(help="Protocol of all results; by default that of the JSON files, or digits if there are none."),
+    ] = None,
     reference: Annotated[
-        str | None, typer.Option(help="Of what is still to be measured; as are the next ones.")
+        str | None,
+        typer.Option(
+            help="Images or statistics to compare samples with; by default the protocol's embedded reference."
+        ),
     ] = None,
-    num_images: Annotated[int | None, typer.Option(help="Not the protocol's.")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="A file of them, where the protocol has none.")] = None,
+    num_images: Annotated[
+        int | None, typer.Option(help="Number of samples of each input; by default the protocol's.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File with one prompt in each line, for protocols that have no prompts of their own."),
+    ] = None,
     weights: Weights = None,
-    seeds: Annotated[str | None, typer.Option(help="As 0,1,2, of what makes images.")] = None,
-    sampler: Annotated[str | None, typer.Option(help="heun or pipeline; of what makes images.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of teachers and pipelines.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or mps.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds of generated samples, as in 0,1,2; 0 by default.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="How checkpoints are sampled: heun (the default) or pipeline, as for evaluate.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Sampler steps of teachers and pipelines; 18 by default.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto (the default), cpu, cuda or mps.")] = None,
 ) -> None:
-    """Put results side by side: one table, and a figure of quality against evaluations and seconds an image.
+    """Compare results in one table, and in a figure of quality over network evaluations and seconds for each image.
+
+    Options from --reference on are for inputs that must be measured first; JSON files of evaluate need none of them.
 
     \b
     Example: fdistill compare student.json teacher.json runs/digits --output comparison
@@ -146,15 +199,21 @@ def compare(
 
 
 def reference(
-    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, an embedded data set.")],
-    output: Annotated[Path, typer.Option(help="An .npz file.")],
+    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, or an embedded data set.")],
+    output: Annotated[Path, typer.Option(help="The .npz file to write.")],
     protocol: Protocol = "digits",
-    metrics: Metrics = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Metrics that the file must be enough for, as in fid,recall. By default those of the protocol's "
+            "default metrics that need only mean and covariance; others, such as recall, make the file large."
+        ),
+    ] = None,
     weights: Weights = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",
 ) -> None:
-    """Make a file of statistics to evaluate against, prepared as a protocol prepares its reference.
+    """Make a statistics file of images, which evaluate takes as --reference in place of the images.
 
     \b
     Example: fdistill reference data/cifar10.zip --protocol cifar10-fid50k --output cifar10.npz

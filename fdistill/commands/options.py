@@ -1,4 +1,4 @@
-"""Options that several commands have, and how their texts are read."""
+"""Options that several commands share, and how their texts are read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,43 +9,67 @@ import typer
 
 from fdistill.base.errors import ArgumentError
 
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        help="Of a teacher that knows a label for `no class`, or is told prompts; 1, the default, is off. With "
-        "--sampler pipeline, what the pipeline is called with: 0 and 1 are off, but LCM and FLUX.1-dev are told it."
-    ),
-]
-Network = Annotated[str | None, typer.Option(help="module:function of a student of your own network.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-Resolution = Annotated[int | None, typer.Option(help="Of a text-to-image teacher, where it is not its own.")]
-Protocol = Annotated[str, typer.Option(help="How to measure; its name is written beside the scores.")]
-Metrics = Annotated[str | None, typer.Option(help="Some of the protocol's, as fid,recall.")]
-Weights = Annotated[
-    list[str] | None,
-    typer.Option(help="Published weights: NETWORK=FILE, or a folder of files under their published names; repeat."),
-]
-BatchSize = Annotated[int, typer.Option(help="Images at a time; features vary in their last bits with it.")]
-NegativePrompt = Annotated[str, typer.Option(help="What a guided text-to-image teacher leads away from.")]
 Steps = Annotated[
     int | None,
     typer.Option(
         "--steps",
-        help="Heun steps of a teacher: 2 x steps - 1 evaluations an image; or steps of a pipeline's scheduler. 18 by "
-        "default; a student has its own.",
+        help="Sampler steps of a teacher or pipeline, 18 by default. Heun's method takes 2 x steps - 1 network "
+        "evaluations for each image. Students have their own number of steps.",
     ),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        help="Guidance scale of a teacher that takes prompts or has a label for `no class`; 1 by default, which is no "
+        "guidance. With --sampler pipeline the pipeline is called with this number: for most, 0 and 1 both mean no "
+        "guidance, but LCM and FLUX.1-dev take it as an input of the network."
+    ),
+]
+NegativePrompt = Annotated[
+    str,
+    typer.Option(help="What the guidance of a text-to-image teacher steers away from; nothing by default."),
+]
+Resolution = Annotated[
+    int | None,
+    typer.Option(help="Side of a text-to-image teacher's images in pixels; by default the teacher's own."),
+]
+Network = Annotated[
+    str | None,
+    typer.Option(help="module:function that builds the network, for a student whose network is your own code."),
 ]
 Sampler = Annotated[
     str,
     typer.Option(
-        help="heun; or pipeline: any pipeline of diffusers (LCM, SD-Turbo, ...) with its own scheduler, or a student "
-        "of fdistill as other programs call it."
+        help="heun: fdistill's own samplers. pipeline: run the checkpoint as the diffusers pipeline that it is (LCM, "
+        "SD-Turbo, ...) with its own scheduler, or a student of fdistill as other programs run it."
     ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Protocol = Annotated[
+    str,
+    typer.Option(
+        help="What is measured, on how many samples, prepared how, against what: digits, digits-t2i, cifar10-fid50k, "
+        "imagenet64-fid50k, imagenet64-edm2, imagenet256-adm, imagenet512-edm2, coco30k-dmd2, coco10k-sdxl or folder."
+    ),
+]
+Metrics = Annotated[
+    str | None,
+    typer.Option(help="Metrics of the protocol, separated by commas, as in fid,recall; by default its default ones."),
+]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Published weights of feature networks: NETWORK=FILE, or a folder of files under their published names. "
+        "May be repeated. By default they are looked for in caches, then downloaded."
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option(help="Images at a time. The last bits of features, and so of scores, depend on it.")
 ]
 
 
 def whole_numbers(name: str, text: str) -> list[int]:
-    """0,1,2 as [0, 1, 2]; raises ArgumentError that names the option."""
+    """Reads "0,1,2" as [0, 1, 2]. Raises ArgumentError that names the option."""
     try:
         return [int(number) for number in text.split(",")]
     except ValueError as error:
@@ -53,5 +77,5 @@ def whole_numbers(name: str, text: str) -> list[int]:
 
 
 def is_main_process() -> bool:
-    """Whether this is the one process that speaks."""
-    return os.environ.get("RANK", "0") == "0"  # as torchrun and accelerate number them
+    """Whether this process is the one that prints; with torchrun or accelerate there are several."""
+    return os.environ.get("RANK", "0") == "0"

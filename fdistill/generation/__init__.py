@@ -1,1 +1,1 @@
-"""Images from whatever makes them: a student, a teacher, any pipeline of diffusers."""
+"""Images from a student, a teacher with its sampler, or any diffusers pipeline."""

@@ -1,4 +1,4 @@
-"""Pipelines of diffusers out of folders: safetensors alone, and no code that is not diffusers' or ours."""
+"""Loads diffusers pipelines from folders: weights from safetensors alone, and no code but diffusers' and fdistill's."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from fdistill.students.one_step_pipeline import OneStepPipeline
 from fdistill.students.tiue_pipeline import TiUEPipeline
 from fdistill.teachers.text_encoders import quiet
 
-#: Classes of ours, which evaluate parts of a network, as often as their settings say.
+#: Pipelines of fdistill. They evaluate parts of a network, as many times as their settings say.
 OWN_PIPELINES = (OneStepPipeline, TiUEPipeline)
 
-#: Components that would look at images, or write on them, are left out: a black image would be scored, a mark measured.
+#: Components that censor or watermark images are left out: black images and marks would be measured.
 _LEFT_OUT: dict[str, Any] = {
     "safety_checker": None,
     "feature_extractor": None,
@@ -43,29 +43,29 @@ _LOADING_ERRORS = (
     SafetensorError,
 )
 _ELSEWHERE = "make images with the program that it comes with, and evaluate their folder"
-#: Names of networks that steps evaluate begin so, or are so.
+#: Beginnings of names, and names, of networks that are evaluated in sampling steps.
 _NETWORKS, _OTHER_NETWORKS = ("unet", "transformer", "network"), ("prior", "prior_prior", "decoder")
 
 
 def pipeline_class(checkpoint: Checkpoint) -> type[DiffusionPipeline] | None:
-    """The class of diffusers (or ours) that a pipeline folder names; None where there is none."""
+    """The pipeline class of diffusers (or fdistill) that a folder names; None if there is no such class."""
     name = checkpoint.index.get("_class_name")
     found = getattr(diffusers, name, None) if isinstance(name, str) else None
     return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
 
 
 def load_pipeline(checkpoint: Checkpoint) -> DiffusionPipeline:
-    """A pipeline that makes images, in float32 on the CPU, without what would change them and without progress bars.
+    """Loads a pipeline in float32 on the CPU, without safety checker, watermark and progress bars.
 
     Raises:
-        CheckpointError: no pipeline folder, a class that diffusers has not or that makes no images of prompts, labels
-            or noise alone, code instead of components, and files that are missing, truncated or pickles.
+        CheckpointError: it is no pipeline folder; diffusers does not have its class; the class needs more than prompts,
+            labels or noise; components are code; or files are missing, truncated or pickles.
     """
     folder, name = checkpoint.folder, checkpoint.index.get("_class_name")
     if folder is None or name is None:
         raise CheckpointError(
-            f"checkpoint {checkpoint.name!r}: no model_index.json that can be read; expected a folder that a pipeline "
-            "of diffusers was saved to, or leave out `--sampler pipeline`"
+            f"checkpoint {checkpoint.name!r}: no model_index.json that can be read; expected a folder that a "
+            "diffusers pipeline was saved to, or leave out `--sampler pipeline`"
         )
     chosen = pipeline_class(checkpoint)
     if chosen is None:
@@ -81,7 +81,7 @@ def load_pipeline(checkpoint: Checkpoint) -> DiffusionPipeline:
         network = _network_class(entry)
         if network is not None and part not in given:
             place = folder / part if (folder / part).is_dir() else folder  # as in the oldest pipelines
-            given[part] = load_network(network, place)  # which refuses weights that do not fit
+            given[part] = load_network(network, place)  # it refuses weights that do not fit
     try:
         with quiet():
             pipeline: DiffusionPipeline = chosen.from_pretrained(
@@ -98,7 +98,7 @@ def load_pipeline(checkpoint: Checkpoint) -> DiffusionPipeline:
 
 
 def _check_call(name: str, chosen: type[DiffusionPipeline]) -> None:
-    """Raises CheckpointError unless a class can be called for images of prompts, labels or noise alone."""
+    """Raises CheckpointError unless a class makes images from prompts, from labels or from noise alone."""
     takes = call_parameters(chosen)
     missing = {"generator", "output_type", *([] if chosen in OWN_PIPELINES else ["num_inference_steps"])} - takes.keys()
     needed = [
@@ -111,13 +111,13 @@ def _check_call(name: str, chosen: type[DiffusionPipeline]) -> None:
     if missing or needed:
         why = f"takes no {min(missing)}" if missing else f"needs {needed[0]}"
         raise CheckpointError(
-            f"checkpoint {name!r}: {chosen.__name__} {why}; expected a class that makes images of prompts, of class "
-            "labels or of noise alone"
+            f"checkpoint {name!r}: {chosen.__name__} {why}; expected a class that makes images from prompts, from "
+            "class labels or from noise alone"
         )
 
 
 def _check_libraries(checkpoint: Checkpoint, folder: Path) -> None:
-    """Raises CheckpointError where diffusers would look for a component's class outside of itself and transformers."""
+    """Raises CheckpointError if diffusers would load a component's class from outside of itself and transformers."""
     for part, entry in checkpoint.index.items():
         if not isinstance(entry, list) or not entry or entry[0] is None:
             continue
@@ -128,12 +128,12 @@ def _check_libraries(checkpoint: Checkpoint, folder: Path) -> None:
                 f"checkpoint {checkpoint.name!r}: its {part} is of {library!r}, and code of checkpoints is not run; "
                 f"{_ELSEWHERE}"
             )
-    if (folder / "None.py").exists():  # older versions of diffusers take that for a pipeline
+    if (folder / "None.py").exists():  # older versions of diffusers would run it as the pipeline
         raise CheckpointError(f"{folder / 'None.py'}: code of checkpoints is not run; remove it")
 
 
 def _network_class(entry: Any) -> type[ModelMixin] | None:
-    """The class of a component, if it is a network of diffusers."""
+    """The class of a component; None if it is no network of diffusers."""
     if not isinstance(entry, list) or len(entry) != 2 or entry[0] != "diffusers":
         return None
     found = getattr(diffusers, str(entry[1]), None)
@@ -141,7 +141,7 @@ def _network_class(entry: Any) -> type[ModelMixin] | None:
 
 
 def evaluated_networks(pipeline: DiffusionPipeline) -> list[Any]:
-    """The networks that steps evaluate."""
+    """The networks of a pipeline that are evaluated in sampling steps."""
     parts = pipeline.components.items()
     return [
         part
@@ -151,17 +151,17 @@ def evaluated_networks(pipeline: DiffusionPipeline) -> list[Any]:
 
 
 def call_parameters(chosen: type[DiffusionPipeline]) -> Mapping[str, inspect.Parameter]:
-    """What a class of pipelines is called with."""
+    """The parameters of a pipeline class's call."""
     return inspect.signature(chosen.__call__).parameters
 
 
 def one_line(error: Exception) -> str:
-    """What an error of diffusers says, for a message of ours."""
+    """The first 400 characters of another library's message, on one line."""
     return " ".join(str(error).split())[:400]
 
 
 def only_diffusers_runs(name: str | Path) -> bool:
-    """Whether diffusers has a checkpoint's class of pipeline, and no adapter reads its network or scheduler."""
+    """Whether diffusers can run a checkpoint that fdistill cannot: no adapter reads its network or its scheduler."""
     try:
         checkpoint = resolve_checkpoint(name)
     except CheckpointError:

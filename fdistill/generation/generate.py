@@ -1,4 +1,4 @@
-"""Images from a student in one evaluation each or a few, or from a teacher with its sampler; in memory or as PNG."""
+"""Images from a student, a teacher or a diffusers pipeline, as PNG files; `fdistill generate`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,119 +17,81 @@ from tqdm import tqdm
 from fdistill import __version__
 from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.base.devices import start
-from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import atomic_folder, claim_folder, partial_path, weights_sha256, writing
 from fdistill.base.images import to_pil
 from fdistill.denoiser import Denoiser
 from fdistill.generation.diffusers_pipeline import only_diffusers_runs
-from fdistill.generation.maker import Told
-from fdistill.generation.network_maker import Source
-from fdistill.generation.pipeline_maker import PipelineSource, open_pipeline
+from fdistill.generation.maker import Evaluations, LabelsOrPrompts, Maker
+from fdistill.generation.network_maker import NetworkMaker
+from fdistill.generation.pipeline_maker import open_pipeline
+from fdistill.generation.sampling import Sampling, check_unread
 from fdistill.guidance import GuidedDenoiser
 from fdistill.students.folder import find_student, load_student
 from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
 from fdistill.teachers.teacher import open_teacher
 from fdistill.teachers.text_encoders import PromptEncoder, open_prompt_encoder
 
-#: What runs a checkpoint: fdistill's own sampler, or the pipeline of diffusers that the checkpoint is.
-SAMPLERS = ("heun", "pipeline")
+_DEFAULTS = Sampling()
 
 
-#: Whatever makes images.
-ImageSource = Source | PipelineSource
-
-
-def open_source(
-    checkpoint: str | Path,
-    device: torch.device,
-    *,
-    num_steps: int | None = None,
-    guidance_scale: float | None = None,
-    negative_prompt: str = "",
-    resolution: int | None = None,
-    network: str | None = None,
-    sampler: str = "heun",
-) -> ImageSource:
-    """A student folder (or a run that has one), any teacher that `load_teacher` takes, or any pipeline of diffusers.
+def open_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling = _DEFAULTS) -> Maker:
+    """Opens what makes images of a checkpoint: a `PipelineMaker` with sampler "pipeline", else a `NetworkMaker`.
 
     Args:
-        num_steps, guidance_scale: of a teacher; by default 18 and 1, which is none.
-        negative_prompt, resolution: of a text-to-image teacher.
-        network: "module:function" of a student of a user's own network.
-        sampler: "heun", or "pipeline" for the checkpoint's own class of pipeline and scheduler (see `open_pipeline`).
-
-    Returns:
-        A `Source`; a `PipelineSource` with sampler "pipeline".
+        checkpoint: a student folder, a run folder, any teacher that `load_teacher` takes, or a diffusers pipeline.
 
     Raises:
-        CheckpointError: neither.
-        ArgumentError: something of a teacher's for a student, which has learnt it.
+        CheckpointError: it is none of these, or cannot be read.
+        ArgumentError: an option that this checkpoint does not read, such as steps for a student.
     """
-    if sampler not in SAMPLERS:
-        raise ArgumentError(f"sampler: got {sampler!r}; {did_you_mean(sampler, SAMPLERS)}")
-    student_folder = find_student(checkpoint)
-    if student_folder is not None:
+    folder = find_student(checkpoint)
+    if folder is not None:
         check_unread(
             f"{checkpoint} is a student, whose training has settled that",
-            steps=num_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt or None,
-            resolution=resolution,
+            sampling.given("steps", "guidance_scale", "negative_prompt", "resolution"),
         )
-    num_steps = 18 if num_steps is None else num_steps
-    guidance_scale = 1.0 if guidance_scale is None else guidance_scale
-    if sampler == "pipeline":
-        if network is not None:
-            raise ArgumentError(
-                f"network: got {network!r}, but a network of your own is in no pipeline; leave one of the two out"
-            )
-        return open_pipeline(
-            checkpoint,
-            device,
-            num_steps=num_steps,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-            resolution=resolution,
-        )
-    if student_folder is not None:
-        student = load_student(student_folder, device, network=network)
-        found = Checkpoint(str(checkpoint), student_folder)
-        latents = attach_latent_space(student.denoiser, found, None)
-        text = _prompt_encoder(found, student.denoiser, latents)
-        return Source(str(checkpoint), student, None, weights_sha256(student_folder), latents, text)
-    check_unread(f"{checkpoint} is no student of a network of your own", network=network)
-    if num_steps < 1:
-        raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
+    if sampling.sampler == "pipeline":
+        return open_pipeline(checkpoint, device, sampling)
+    if folder is not None:
+        return _student_maker(checkpoint, folder, device, sampling.network)
+    check_unread(f"{checkpoint} is no student of a network of your own", sampling.given("network"))
+    return _teacher_maker(checkpoint, device, sampling)
+
+
+def _student_maker(checkpoint: str | Path, folder: Path, device: torch.device, network: str | None) -> NetworkMaker:
+    student = load_student(folder, device, network=network)
+    found = Checkpoint(str(checkpoint), folder)
+    latents = attach_latent_space(student.denoiser, found, None)
+    text = _prompt_encoder(found, student.denoiser, latents)
+    return NetworkMaker(str(checkpoint), student, None, weights_sha256(folder), latents, text)
+
+
+def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling) -> NetworkMaker:
     try:
-        teacher = open_teacher(checkpoint, resolution=resolution)
+        teacher = open_teacher(checkpoint, resolution=sampling.resolution)
     except CheckpointError as error:
         if only_diffusers_runs(checkpoint):
             raise CheckpointError(f"{error}; `--sampler pipeline` runs it with diffusers' own") from error
         raise
     origin, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(device), teacher.latents
     text = _prompt_encoder(origin, denoiser, latents)
-    if text is None or guidance_scale == 1 or denoiser.embedded_guidance is not None:
+    if text is None or sampling.scale == 1 or denoiser.embedded_guidance is not None:
         check_unread(
-            f"{checkpoint} is not led away from a prompt, as no text-to-image teacher is without guidance_scale",
-            negative_prompt=negative_prompt or None,
+            f"only a text-to-image teacher that is guided (guidance_scale other than 1) reads it, and {checkpoint} is "
+            "not",
+            sampling.given("negative_prompt"),
         )
     sha256 = weights_sha256(origin.folder) if origin.folder else origin.fingerprint(denoiser)
     if denoiser.embedded_guidance is not None:
-        denoiser.embedded_guidance = guidance_scale
-    elif guidance_scale != 1:
+        denoiser.embedded_guidance = sampling.scale
+    elif sampling.scale != 1:
         null = None
         if text is not None:
             with text.on(device):
-                null = text.null(negative_prompt)
-        denoiser = GuidedDenoiser(denoiser, guidance_scale, null=null)
-    return Source(str(checkpoint), denoiser, num_steps, sha256, latents, text, guidance_scale)
-
-
-def check_unread(why: str, **options: object) -> None:
-    """Raises ArgumentError if one of the options is given (not None), which nothing would read."""
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ArgumentError(f"{', '.join(given)}: {why}; leave {'it' if len(given) == 1 else 'them'} out")
+                null = text.null(sampling.negative_prompt)
+        denoiser = GuidedDenoiser(denoiser, sampling.scale, null=null)
+    return NetworkMaker(str(checkpoint), denoiser, sampling.steps, sha256, latents, text, sampling.scale)
 
 
 def _prompt_encoder(checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None) -> PromptEncoder | None:
@@ -136,35 +100,31 @@ def _prompt_encoder(checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentS
     return open_prompt_encoder(checkpoint, denoiser.sample_shape[-1] * (1 if latents is None else latents.factor))
 
 
-def told_of(
-    source: ImageSource, count: int, class_labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
-) -> Told:
-    """What `count` images are asked to be: the prompts, or the labels (all by default), in turn.
+def labels_or_prompts(
+    maker: Maker, count: int, class_labels: Sequence[int] | None = None, prompts: Sequence[str] | None = None
+) -> LabelsOrPrompts:
+    """The condition of each of `count` images: prompts in turn, or labels int64 [count] in turn (all by default).
 
     Raises:
-        ArgumentError: prompts for a model that is told none, or none for one that is.
+        ArgumentError: prompts for a model without prompts, none for a text-to-image model, a class that the model does
+            not have, or classes for an unconditional model.
     """
-    if not source.takes_prompts:
+    if not maker.takes_prompts:
         if prompts is not None:
-            raise ArgumentError(f"prompts: {source.name} is told none; expected none, or a text-to-image model")
-        return labels_of(source, count, class_labels)
+            raise ArgumentError(f"prompts: {maker.name} takes none; leave them out, or choose a text-to-image model")
+        return _labels(maker, count, class_labels)
     if class_labels is not None or not prompts:
         raise ArgumentError(
-            f"prompts: {source.name} draws what prompts say; expected at least one, and no class labels"
+            f"prompts: {maker.name} is a text-to-image model; expected at least one prompt, and no class labels"
         )
     return [prompts[i % len(prompts)] for i in range(count)]
 
 
-def labels_of(source: ImageSource, count: int, class_labels: Sequence[int] | None) -> Tensor | None:
-    """Labels int64 [count]: the given classes in turn, all classes by default; None for an unconditional model.
-
-    Raises:
-        ArgumentError: a class the model does not have, or classes asked of an unconditional model.
-    """
-    classes = source.num_classes
+def _labels(maker: Maker, count: int, class_labels: Sequence[int] | None) -> Tensor | None:
+    classes = maker.num_classes
     if classes is None:
         if class_labels:
-            raise ArgumentError(f"class_labels: {source.name} is unconditional; expected none")
+            raise ArgumentError(f"class_labels: {maker.name} is unconditional; leave them out")
         return None
     chosen = list(range(classes)) if not class_labels else list(class_labels)
     for label in chosen:
@@ -174,34 +134,13 @@ def labels_of(source: ImageSource, count: int, class_labels: Sequence[int] | Non
 
 
 def check_counts(num_images: int, batch_size: int, seed: int) -> None:
-    """Raises ArgumentError unless there is something to generate."""
+    """Raises ArgumentError unless num_images and batch_size are at least 1 and the seed is in [0, 2^64)."""
     if num_images < 1:
         raise ArgumentError(f"num_images: expected at least 1, got {num_images}")
     if batch_size < 1:
         raise ArgumentError(f"batch_size: expected at least 1, got {batch_size}")
     if not 0 <= seed < 2**64:
         raise ArgumentError(f"seed: expected 0 to 2^64 - 1, got {seed}")
-
-
-def batches(
-    source: ImageSource,
-    seed: int,
-    indices: range,
-    told: Told,
-    batch_size: int,
-    device: torch.device,
-    *,
-    progress: bool,
-) -> Iterator[tuple[range, Tensor]]:
-    """(indices, images) in order, under a progress bar with images/s."""
-    with (
-        source.on(device),
-        tqdm(total=len(indices), desc="generate", unit="img", disable=not progress, mininterval=0.5) as bar,
-    ):
-        for first in range(0, len(indices), batch_size):
-            part = indices[first : first + batch_size]
-            yield part, source.sample(seed, part, None if told is None else told[part.start : part.stop], device)
-            bar.update(len(part))
 
 
 def generate(
@@ -221,93 +160,128 @@ def generate(
     sampler: str = "heun",
     device: str = "auto",
 ) -> Path:
-    """Writes output/000000.png ... and output/manifest.json, all or nothing.
+    """Writes output/000000.png, output/000001.png, ... and output/manifest.json: either all of them or nothing.
 
-    Image i depends on (seed, i) and its label alone, up to the float rounding of the device: not on batch size or the
-    number of processes.
+    Image i depends on (seed, i) and its label or prompt alone, up to the float rounding of the device. It does not
+    depend on the batch size or the number of processes.
 
     Args:
         checkpoint: a student folder, a run folder, or a teacher (an embedded name, a folder or a hub id).
         num_images: at least 1.
         output: a folder that is empty or does not exist.
         seed: in [0, 2^64).
-        batch_size: images per evaluation and process.
-        class_labels: classes to draw, in turn; all by default.
-        prompts: what a text-to-image model draws, in turn.
-        num_steps: of Heun's method, for a teacher: 2 num_steps - 1 evaluations an image; of a pipeline's own scheduler.
-            18 by default. A student takes as many as it was trained for, and is given none.
-        guidance_scale: of a teacher that knows a label for "no class", or is told prompts; 1, the default, is off. A
-            student has learnt its teacher's. A pipeline is called with it: most classes take 0 and 1 for off, and those
-            of networks that are told the number (LCM, FLUX.1-dev) tell it.
-        negative_prompt: what guidance of a text-to-image teacher leads away from.
-        resolution: of a text-to-image teacher, where it is not its own.
-        network: "module:function" of a student of a user's own network.
-        sampler: "heun", or "pipeline": any pipeline of diffusers with its own scheduler, teachers and students of
-            others (LCM, SD-Turbo, ...) alike; a student of fdistill as its card says that other programs call it.
+        batch_size: images in one evaluation of each process.
+        class_labels: classes to draw, in turn; all classes by default.
+        prompts: prompts for a text-to-image model, in turn.
+        num_steps: steps of a teacher (Heun's method: 2 num_steps - 1 evaluations for each image) or of a pipeline's own
+            scheduler; 18 by default. A student has its own number of steps, and none may be given.
+        guidance_scale: guidance of a teacher that is conditional on prompts, or that has a label for "no class"; 1, the
+            default, is no guidance. A student has learnt its teacher's guidance, and none may be given. A pipeline is
+            called with the number: for most classes 0 and 1 both mean no guidance, but networks that take the scale as
+            an input (LCM, FLUX.1-dev) read it.
+        negative_prompt: what the guidance of a text-to-image teacher steers away from.
+        resolution: side of a text-to-image teacher's images in pixels; the teacher's own by default.
+        network: "module:function" for a student whose network is your own code.
+        sampler: "heun" runs fdistill's samplers. "pipeline" runs the checkpoint as the diffusers pipeline that it is,
+            with its own scheduler: teachers, other people's fast models (LCM, SD-Turbo, ...), or a student of fdistill
+            as other programs run it.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
         The output folder.
 
     Raises:
-        ArgumentError, CheckpointError, OutputError: before anything is written; a full disk later on leaves nothing
-            behind.
+        ArgumentError, CheckpointError, OutputError: before anything is written; OutputError also for a full disk later
+            on, which leaves nothing behind.
         NonFiniteError: an image is not finite; nothing is left behind either.
     """
     check_counts(num_images, batch_size, seed)
+    sampling = Sampling(num_steps, guidance_scale, negative_prompt, resolution, network, sampler)
     state, chosen_device = start(device)
-    source = open_source(
-        checkpoint,
-        chosen_device,
-        num_steps=num_steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        resolution=resolution,
-        network=network,
-        sampler=sampler,
-    )
-    told = told_of(source, num_images, class_labels, prompts)
-    cut = "" if prompts is None else source.cut(prompts)
-    if cut and state.is_main_process:
+    maker = open_maker(checkpoint, chosen_device, sampling)
+    condition = labels_or_prompts(maker, num_images, class_labels, prompts)
+    order = _Order(maker, condition, num_images, seed, batch_size, chosen_device)
+    main, processes = state.is_main_process, state.num_processes
+    cut = "" if prompts is None else maker.cut(prompts)
+    if cut and main:
         tqdm.write(cut)
-    folder = claim_folder(Path(output)) if state.is_main_process else Path(output).resolve()
-    share = -(-num_images // state.num_processes)
+    folder = claim_folder(Path(output)) if main else Path(output).resolve()
+    share = -(-num_images // processes)
     mine = range(num_images)[state.process_index * share : (state.process_index + 1) * share]
-    main = state.is_main_process
     with (
         writing(folder),
         atomic_folder(folder) if main else nullcontext(partial_path(folder)) as temporary,
-        source.counted() as counted,
+        maker.counted() as counted,
     ):
         state.wait_for_everyone()
-        seconds = 0.0
-        before = time.perf_counter()
-        for part, images in batches(source, seed, mine, told, batch_size, chosen_device, progress=main):
-            seconds += time.perf_counter() - before
-            counted.images += len(part)
-            for index, image in zip(part, images, strict=True):
-                to_pil(image).save(temporary / f"{index:06d}.png")
-            before = time.perf_counter()
+        seconds = _save_images(order, mine, temporary, counted, progress=main)
         state.wait_for_everyone()
         if main:
-            manifest = {
-                "checkpoint": source.name,
-                "checkpoint_sha256": source.weights_sha256,
-                "kind": source.kind,
-                "sampler": source.sampler,
-                "steps": source.num_steps,
-                "evaluations_per_image": counted.per_image,
-                "num_images": num_images,
-                "seed": seed,
-                "labels": told.tolist() if isinstance(told, Tensor) else None,
-                **({"prompts": told, "negative_prompt": negative_prompt} if source.takes_prompts else {}),
-                "guidance": source.guidance_scale,
-                "batch_size": batch_size,
-                "processes": state.num_processes,
-                "device": str(chosen_device),
-                "images_per_second": num_images / max(seconds, 1e-9),  # the main process has the largest share
-                "fdistill_version": __version__,
-                "torch_version": torch.__version__,
-            }
+            manifest = _manifest(order, sampling, counted, seconds, processes)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return Path(output)
+
+
+@dataclass(frozen=True)
+class _Order:
+    """The images that `generate` is to make."""
+
+    maker: Maker
+    condition: LabelsOrPrompts
+    num_images: int
+    seed: int
+    batch_size: int
+    device: torch.device
+
+
+def _save_images(order: _Order, indices: range, folder: Path, counted: Evaluations, *, progress: bool) -> float:
+    """Writes these images, and returns the seconds that it took to make them, without those for writing."""
+    seconds = 0.0
+    before = time.perf_counter()
+    for part, images in _batches(order, indices, progress=progress):
+        seconds += time.perf_counter() - before
+        counted.images += len(part)
+        for index, image in zip(part, images, strict=True):
+            to_pil(image).save(folder / f"{index:06d}.png")
+        before = time.perf_counter()
+    return seconds
+
+
+def _batches(order: _Order, indices: range, *, progress: bool) -> Iterator[tuple[range, Tensor]]:
+    """Yields (indices, images) of one batch after another, under a progress bar."""
+    maker, condition, size = order.maker, order.condition, order.batch_size
+    with (
+        maker.on(order.device),
+        tqdm(total=len(indices), desc="generate", unit="img", disable=not progress, mininterval=0.5) as bar,
+    ):
+        for first in range(0, len(indices), size):
+            part = indices[first : first + size]
+            conditions = None if condition is None else condition[part.start : part.stop]
+            yield part, maker.sample(order.seed, part, conditions, order.device)
+            bar.update(len(part))
+
+
+def _manifest(
+    order: _Order, sampling: Sampling, counted: Evaluations, seconds: float, processes: int
+) -> dict[str, Any]:
+    """What manifest.json says. `seconds` are those of the main process, whose share of the images is the largest."""
+    maker, condition = order.maker, order.condition
+    return {
+        "checkpoint": maker.name,
+        "checkpoint_sha256": maker.weights_sha256,
+        "kind": maker.kind,
+        "sampler": maker.sampler,
+        "steps": maker.num_steps,
+        "evaluations_per_image": counted.per_image,
+        "num_images": order.num_images,
+        "seed": order.seed,
+        "labels": condition.tolist() if isinstance(condition, Tensor) else None,
+        **({"prompts": condition, "negative_prompt": sampling.negative_prompt} if maker.takes_prompts else {}),
+        "guidance": maker.guidance_scale,
+        "batch_size": order.batch_size,
+        "processes": processes,
+        "device": str(order.device),
+        "images_per_second": order.num_images / max(seconds, 1e-9),
+        "fdistill_version": __version__,
+        "torch_version": torch.__version__,
+    }

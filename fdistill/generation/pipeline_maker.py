@@ -1,4 +1,4 @@
-"""Any pipeline of diffusers as something that makes images: its own class, its own scheduler, its own call."""
+"""Images from any diffusers pipeline, run as diffusers runs it: by its own class and its own scheduler."""
 
 from __future__ import annotations
 
@@ -22,35 +22,46 @@ from fdistill.generation.diffusers_pipeline import (
     load_pipeline,
     one_line,
 )
-from fdistill.generation.maker import Evaluations, Told, finite_uint8
+from fdistill.generation.maker import Evaluations, LabelsOrPrompts, finite_uint8
+from fdistill.generation.sampling import Sampling
 from fdistill.students.folder import STUDENT_FILE, find_student
-from fdistill.students.tiue_pipeline import TiUEPipeline
 from fdistill.teachers.text_encoders import PromptEncoder, describe_cut, quiet
 
-#: What an image's random numbers are for.
-_OF_ITS_GENERATOR, _OF_ALL_OTHERS = 0, 1
+#: Streams of an image's random numbers: of the torch.Generator that the pipeline is given, and of torch's global one.
+_OWN_GENERATOR, _GLOBAL_GENERATOR = 0, 1
 
 
-def noise_seed(seed: int, index: int, stream: int = _OF_ITS_GENERATOR) -> int:
-    """What the torch.Generator of image `index` is seeded with; no two images of one seed share it.
+def noise_seed(seed: int, index: int, stream: int = _OWN_GENERATOR) -> int:
+    """The seed, in [0, 2^32), of the torch.Generator of image `index`; no two images of one `seed` share it.
 
-    torch's generators on the CPU read 32 bits of a seed: hashes of (seed, index) would meet among 50,000 images.
+    torch's generators on the CPU read 32 bits of a seed, and 32-bit hashes of (seed, index) would collide among 50,000
+    images. So only `seed` is hashed, and `index` is added.
     """
     return (derived_seed(seed, stream) + index) % 2**32
 
 
-class PipelineSource:
-    """What `generation.Source` is, of a pipeline of diffusers; `open_pipeline` makes one.
+class PipelineMaker:
+    """A `Maker` that calls a diffusers pipeline; `open_pipeline` makes one.
 
-    All noise of an image, the scheduler's too, comes from one torch.Generator on the CPU with `noise_seed`, so that
-    anybody can make image i again with diffusers alone. It is not the noise that `Source` starts from: the layouts of
-    latents that pipelines take are their own. A pipeline that draws noise past the generators it is given (DiT with a
-    DDPM scheduler does) runs one image at a time, so that image i depends on (seed, i) and what is told of it here too.
+    All noise of an image, the scheduler's too, comes from one torch.Generator on the CPU that is seeded with
+    `noise_seed`, so that anybody can make image i again with diffusers alone. It is other noise than `NetworkMaker`
+    starts from, because each pipeline has its own layout of latents. Some pipelines also draw noise from torch's global
+    generator (DiT with a DDPM scheduler does): these run one image at a time, so that image i depends on (seed, i) and
+    its condition alone here too.
+
+    Args:
+        name: the checkpoint, as the user gave it.
+        folder: where the pipeline was loaded from.
+        pipeline: a diffusers pipeline on its device.
+        call: keyword arguments of each call.
+        negative_prompt: "" leaves the pipeline its own.
+        student: what fdistill_student.json says, if it is a student of fdistill.
 
     Attributes:
-        kind: "student" of fdistill, else "pipeline".
-        num_steps, guidance_scale: as the pipeline is called; None for a guidance scale that it does not take.
-        num_classes: labels are in [0, num_classes); None if it is told none.
+        kind: "student" for a student of fdistill, else "pipeline".
+        num_steps: as the pipeline is called.
+        guidance_scale: as the pipeline is called; None if its class takes none, and for students.
+        num_classes: class labels are in [0, num_classes); None if it takes no labels.
         weights_sha256: hash of all weight files.
     """
 
@@ -69,7 +80,7 @@ class PipelineSource:
         self.takes_prompts = _takes_prompts(pipeline)
         self.num_classes = _num_classes(pipeline)
         if student is not None and student.get("null_class") is not None:
-            self.num_classes = student["null_class"]  # the last
+            self.num_classes = student["null_class"]  # the label after the last class
         self.num_steps = _num_steps(pipeline, call)
         scale = call.get("true_cfg_scale", call.get("guidance_scale"))
         self.guidance_scale: float | None = scale if student is None else None
@@ -81,12 +92,12 @@ class PipelineSource:
 
     @property
     def sampler(self) -> str:
-        """Classes of the pipeline and its scheduler."""
+        """The names of the pipeline's class and of its scheduler's."""
         scheduler = getattr(self._pipeline, "scheduler", None)
         return type(self._pipeline).__name__ + ("" if scheduler is None else f", {type(scheduler).__name__}")
 
     def on(self, device: torch.device) -> AbstractContextManager[None]:
-        """Nothing has to move: the whole pipeline is where it was opened."""
+        """Does nothing: the whole pipeline is on its device already."""
         return nullcontext()
 
     def cut(self, prompts: Sequence[str]) -> str:
@@ -101,7 +112,7 @@ class PipelineSource:
 
     @contextmanager
     def counted(self) -> Iterator[Evaluations]:
-        """Counts the samples that its networks are evaluated on inside the block; images are the caller's to count."""
+        """Counts network evaluations inside the block, one for each sample; the caller counts the images."""
         counted = Evaluations()
 
         def count(module: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -121,41 +132,44 @@ class PipelineSource:
                 hook.remove()
 
     @torch.no_grad()
-    def sample(self, seed: int, indices: Sequence[int], told: Told, device: torch.device) -> Tensor:
-        """Images uint8 [N, C, H, W] on the CPU for N indices; each depends on (seed, index) and what is told of it.
+    def sample(self, seed: int, indices: Sequence[int], condition: LabelsOrPrompts, device: torch.device) -> Tensor:
+        """As `Maker.sample`.
 
         Raises:
             ArgumentError: the pipeline refuses the call.
+            CheckpointError: the pipeline returns something else than images.
             NonFiniteError: an image is not finite.
         """
-        asked = None if told is None else told.tolist() if isinstance(told, Tensor) else list(told)
+        listed = None
+        if condition is not None:
+            listed = condition.tolist() if isinstance(condition, Tensor) else list(condition)
         images: list[Tensor] = []
         while len(images) < len(indices):
             first = len(images)
             last = len(indices) if self._draws_alone is False else first + 1
             part = indices[first:last]
-            images.extend(self._draw(seed, part, None if asked is None else asked[first:last], device))
+            images.extend(self._draw(seed, part, None if listed is None else listed[first:last], device))
         return finite_uint8(torch.stack(images) * 2 - 1, indices, self.name)
 
-    def _draw(self, seed: int, indices: Sequence[int], told: list[Any] | None, device: torch.device) -> Tensor:
-        """Images float [N, C, H, W] in [0, 1]."""
+    def _draw(self, seed: int, indices: Sequence[int], condition: list[Any] | None, device: torch.device) -> Tensor:
+        """Images float [N, C, H, W] in [0, 1] from one call of the pipeline."""
         generators = [torch.Generator().manual_seed(noise_seed(seed, index)) for index in indices]
         call: dict[str, Any] = {**self._call, "generator": generators if len(generators) > 1 else generators[0]}
-        if told is not None:
-            call["prompt" if self.takes_prompts else "class_labels"] = told
+        if condition is not None:
+            call["prompt" if self.takes_prompts else "class_labels"] = condition
         if self._batched:
             call["batch_size"] = len(indices)
         if self._negative is not None:
             call["negative_prompt"] = [self._negative] * len(indices)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(noise_seed(seed, indices[0], _OF_ALL_OTHERS))
+            torch.manual_seed(noise_seed(seed, indices[0], _GLOBAL_GENERATOR))
             before = _random_state(device)
             images = self._run(call, len(indices))
             if self._draws_alone is None:
                 self._draws_alone = any(
                     not torch.equal(a, b) for a, b in zip(before, _random_state(device), strict=True)
                 )
-        if self._counting is not None and isinstance(self._pipeline, OWN_PIPELINES):  # which run parts of a network
+        if self._counting is not None and isinstance(self._pipeline, OWN_PIPELINES):  # they call parts of a network
             self._counting.network += len(indices) * self.num_steps
         return images
 
@@ -174,7 +188,7 @@ class PipelineSource:
         if not isinstance(images, np.ndarray) or images.ndim != 4 or len(images) != count or images.dtype.kind != "f":
             got = getattr(images, "shape", type(images).__name__)
             raise CheckpointError(f"{self.name}: {name} returned {got}; expected {count} images as floats [N, H, W, C]")
-        if images.min() < -1e-3 or images.max() > 1 + 1e-3:  # False of NaN, which is looked for later
+        if images.min() < -1e-3 or images.max() > 1 + 1e-3:  # False for NaN, which `finite_uint8` finds
             raise CheckpointError(
                 f"{self.name}: {name} returned values in [{images.min():.3g}, {images.max():.3g}]; expected [0, 1], as "
                 "diffusers' pipelines return"
@@ -182,40 +196,30 @@ class PipelineSource:
         return torch.from_numpy(images).float().permute(0, 3, 1, 2)
 
 
-def open_pipeline(
-    checkpoint: str | Path,
-    device: torch.device,
-    *,
-    num_steps: int,
-    guidance_scale: float,
-    negative_prompt: str = "",
-    resolution: int | None = None,
-) -> PipelineSource:
-    """A pipeline folder, or a hub id, in float32 on a device. No code out of it is run, and no pickle read.
+def open_pipeline(checkpoint: str | Path, device: torch.device, sampling: Sampling) -> PipelineMaker:
+    """Opens a pipeline in float32 on a device. No code in it is run and no pickle is read.
 
     Args:
-        checkpoint: also a student of fdistill, or a run folder that has one, which is called as its card says, and not
-            by the arguments below.
-        num_steps: the call's num_inference_steps.
-        guidance_scale: the call's guidance_scale, which most classes take 0 and 1 for off in; the true_cfg_scale of
-            those whose network is told none but which have that. 1 or 0 for a class that takes neither.
-        negative_prompt: "" leaves the class its own.
-        resolution: pixels of a side of images; the class's own by default.
+        checkpoint: a pipeline folder or hub id; or a student of fdistill, or a run folder that has one. Students are
+            called as their model card says, and read nothing of `sampling`.
+        sampling: steps become num_inference_steps. The guidance scale becomes guidance_scale, or true_cfg_scale for
+            classes that have this and whose network does not take the scale as an input. Resolution becomes height and
+            width.
 
     Raises:
-        CheckpointError: no pipeline, files that cannot be read, or a class that diffusers has not.
-        ArgumentError: an argument that this class does not take.
+        CheckpointError: it is no pipeline, files cannot be read, or diffusers does not have its class.
+        ArgumentError: the class does not take an option that was given.
     """
     folder = find_student(checkpoint)
     if folder is not None:
         facts = _student_facts(folder)
         pipeline = load_pipeline(Checkpoint(str(checkpoint), folder)).to(device)
-        return PipelineSource(str(checkpoint), folder, pipeline, facts.get("call", {}), student=facts)
+        return PipelineMaker(str(checkpoint), folder, pipeline, facts.get("call", {}), student=facts)
     found = resolve_checkpoint(checkpoint)
     pipeline = load_pipeline(found)
     assert found.folder is not None
-    call = _arguments(found.name, pipeline, num_steps, guidance_scale, negative_prompt, resolution)
-    return PipelineSource(found.name, found.folder, pipeline.to(device), call, negative_prompt)
+    call = _arguments(found.name, pipeline, sampling)
+    return PipelineMaker(found.name, found.folder, pipeline.to(device), call, sampling.negative_prompt)
 
 
 def _student_facts(folder: Path) -> dict[str, Any]:
@@ -227,34 +231,31 @@ def _student_facts(folder: Path) -> dict[str, Any]:
         ) from error
 
 
-def _arguments(
-    name: str, pipeline: Any, num_steps: int, guidance_scale: float, negative_prompt: str, resolution: int | None
-) -> dict[str, Any]:
-    """What a pipeline's class takes of these."""
+def _arguments(name: str, pipeline: Any, sampling: Sampling) -> dict[str, Any]:
+    """Keyword arguments for the pipeline's call."""
     takes, kind = call_parameters(type(pipeline)), type(pipeline).__name__
-    if num_steps < 1:
-        raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
-    call: dict[str, Any] = {"num_inference_steps": num_steps} if "num_inference_steps" in takes else {}
+    guidance_scale = sampling.scale
+    call: dict[str, Any] = {"num_inference_steps": sampling.steps} if "num_inference_steps" in takes else {}
     guided = guidance_scale not in (0, 1)
     if "true_cfg_scale" in takes and not evaluated_networks(pipeline)[0].config.get("guidance_embeds"):
         call["true_cfg_scale"] = guidance_scale
     elif "guidance_scale" in takes:
         call["guidance_scale"] = guidance_scale
     elif guided:
-        raise ArgumentError(f"guidance_scale: got {guidance_scale:g}, but {kind} of {name} takes none; expected 1")
+        raise ArgumentError(f"guidance_scale: got {guidance_scale:g}, but {kind} of {name} takes none; leave it out")
     if guided and kind == "DiTPipeline" and _num_classes(pipeline) != 1000:
         raise ArgumentError(
-            f"guidance_scale: got {guidance_scale:g}, but DiTPipeline takes label 1000 for no class, and {name} has "
-            f"{_num_classes(pipeline)}; expected 1, or leave out `--sampler pipeline`"
+            f"guidance_scale: got {guidance_scale:g}, but DiTPipeline guides with label 1000 for no class, and {name} "
+            f"has {_num_classes(pipeline)} classes; leave it out, or leave out `--sampler pipeline`"
         )
-    if negative_prompt and "negative_prompt" not in takes:
-        raise ArgumentError(f"negative_prompt: {kind} of {name} takes none; expected none")
-    if resolution is not None:
+    if sampling.negative_prompt and "negative_prompt" not in takes:
+        raise ArgumentError(f"negative_prompt: {kind} of {name} takes none; leave it out")
+    if sampling.resolution is not None:
         if "height" not in takes:
-            raise ArgumentError(f"resolution: {kind} of {name} draws at its own; expected none")
-        call |= {"height": resolution, "width": resolution}
+            raise ArgumentError(f"resolution: {kind} of {name} has a fixed resolution; leave it out")
+        call |= {"height": sampling.resolution, "width": sampling.resolution}
     if "use_resolution_binning" in takes:
-        call["use_resolution_binning"] = False  # which would draw at another resolution, and resize
+        call["use_resolution_binning"] = False  # it would draw at another resolution and resize
     return call
 
 
@@ -266,8 +267,9 @@ def _num_steps(pipeline: Any, call: Mapping[str, Any]) -> int:
 
 
 def _takes_prompts(pipeline: Any) -> bool:
-    if isinstance(pipeline, TiUEPipeline):
-        return pipeline.text_encoder is not None
+    if isinstance(pipeline, OWN_PIPELINES):
+        own: bool = pipeline.takes_prompts
+        return own
     return "prompt" in call_parameters(type(pipeline))
 
 
@@ -283,6 +285,6 @@ def _num_classes(pipeline: Any) -> int | None:
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
-    """Of the generators that are used where none is given."""
+    """The states of torch's global generators."""
     states = [torch.get_rng_state()]
     return states if device.type == "cpu" else [*states, torch.get_device_module(device).get_rng_state()]

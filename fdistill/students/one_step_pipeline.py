@@ -34,6 +34,8 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     _optional_components: ClassVar[list[str]] = ["scheduler", "vae"]
     model_cpu_offload_seq = "network->vae"
+    #: Whether prompts are what it is called with.
+    takes_prompts = False
 
     def __init__(
         self,

@@ -77,6 +77,11 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         self.register_to_config(student=dict(student or {}))
 
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether prompts are what it is called with."""
+        return self.text_encoder is not None
+
     def _generator(self) -> TiUEGenerator:
         denoiser = wrap(self.unet, scheduler_config(self.scheduler))
         settings = self.config.student

@@ -149,7 +149,7 @@ class Logbook:
         # Before the checkpoint: what is resumed from it has the best student of the records up to it.
         watch = self._watch
         if watch is not None and scores and watch.is_best(scores, earlier):
-            reason = watch.reason(scores)
+            reason = watch.reason(scores, iteration)
             export_student(self._run, self._config, self._folder, self._device, name="best", kept_for=reason)
 
     def _save_samples(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +14,17 @@ from fdistill.base.devices import autocast, start
 from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
+from fdistill.data.embeddings import EmbeddingSource
+from fdistill.generation.network_maker import NetworkMaker
 from fdistill.step import StepResult
+from fdistill.teachers.teacher import Teacher
 from fdistill.training.batches import Batches
 from fdistill.training.build import Distillation, build
 from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal
 from fdistill.training.logbook import Logbook
 from fdistill.training.optimise import Role
+from fdistill.training.prompts import encoded_prompts
 from fdistill.training.run_folder import check_output, export_student, prepare_folder, resume_from
 
 if TYPE_CHECKING:
@@ -75,12 +79,28 @@ def distill(
 
 
 def open_watch(config: DistillConfig, run: Distillation, device: torch.device) -> Watch | None:
-    """What scores the student as it learns; None where nothing does. Raises as `evaluation.watch.Watch`."""
+    """What scores the student while it is trained; None without `eval.every`. Raises as `evaluation.watch.Watch`."""
     if not config.eval.every:
         return None
-    from evaluation.watch import Watch
+    from evaluation.watch import Watch, WatchedStudent, WatchSettings
 
-    return Watch(config, run, device)
+    def encode(prompts: Sequence[str]) -> EmbeddingSource:
+        return encoded_prompts(
+            list(prompts),
+            Teacher(run.checkpoint, run.networks.teacher, run.latents),
+            negative_prompt=config.negative_prompt,
+            precision=config.frozen_precision,
+            device=device,
+        )
+
+    channels = run.networks.teacher.sample_shape[0] if run.latents is None else 3
+    student = WatchedStudent(
+        NetworkMaker("the student", run.student, None, "", run.latents),
+        (channels, run.image_size, run.image_size),
+        None if run.text is None else encode,
+    )
+    settings = WatchSettings(**config.eval.model_dump(exclude={"every"}), seed=config.seed)
+    return Watch(student, settings, device)
 
 
 def train(run: Distillation, data: TrainingData, config: DistillConfig, logbook: Logbook, device: torch.device) -> None:

@@ -18,7 +18,7 @@ from evaluation.compare import compare, short_names
 from evaluation.comparison.entries import comparison_of, read_entry
 from evaluation.comparison.figure import draw
 from evaluation.comparison.table import markdown_table, text_table
-from evaluation.metrics.score import higher_is_better
+from evaluation.protocols import PROTOCOLS, higher_is_better
 from fdistill.base.errors import ArgumentError, FDistillError, OutputError
 
 
@@ -123,11 +123,12 @@ def test_results_are_kept_with_the_table(tmp_path: Path) -> None:
             (name, False)
             for name in ("fid", "kid", "fd_digits", "fd_dinov2", "fid_infinity", "patch_fid", "kid_digits")
         ),
-        *((name, False) for name in ("fd_digits_infinity", "fd_clip-l14", "fid_clean")),
+        *((name, False) for name in ("fd_digits_infinity", "fd_clip")),
         *((name, True) for name in ("precision", "recall", "density", "coverage", "inception_score", "class_accuracy")),
-        *((name, True) for name in ("clip_cosine", "clip_x100", "clipscore", "clip_digits", "prompt_accuracy")),
+        *((name, True) for name in ("clip_cosine", "clip_x100", "clipscore", "clip_digits", "clip_own")),
+        ("prompt_accuracy", True),
         *((name, True) for name in ("authenticity", "lpips_diversity", "diversity_digits")),
-        *((name, None) for name in ("ink_bold", "ink_thin", "something")),
+        *((name, None) for name in ("ink_bold", "ink_thin", "something", "fid_of_another_program")),
     ],
 )
 def test_which_way_is_better(metric: str, higher: bool | None) -> None:
@@ -137,6 +138,17 @@ def test_which_way_is_better(metric: str, higher: bool | None) -> None:
         for name in ("low", "high")
     }
     assert marked == {"low": int(higher is False), "high": int(higher is True)}
+
+
+def test_a_score_means_the_same_in_every_protocol() -> None:
+    """Results in files are ranked by the names of their scores: two metrics of one name must not differ."""
+    found: dict[str, set[Any]] = {}
+    for protocol in PROTOCOLS.values():
+        for metric in protocol.metrics:
+            for output in metric.outputs:
+                found.setdefault(output, set()).add((metric.higher_is_better, metric.against))
+    assert len(found) > 25
+    assert {output: kinds for output, kinds in found.items() if len(kinds) > 1} == {}
 
 
 def test_a_lead_within_the_spread_is_none() -> None:
@@ -435,7 +447,7 @@ GOOD = result({"fid": 2.0})
     [
         ("{", r"expected a file of `fdistill evaluate --output`"),
         ("[]", r"expected a JSON object, got list"),
-        ("{}", r"has no metrics and provenance"),
+        ("{}", r"has no metrics or no provenance"),
         (json.dumps(GOOD | {"metrics": {}}), r"has no metrics"),
         (json.dumps(GOOD | {"provenance": {}}), r"does not name its protocol"),
         (json.dumps(GOOD | {"metrics": {"fid": None}}), r"fid: got None, expected a finite number"),

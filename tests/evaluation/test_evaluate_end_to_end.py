@@ -26,6 +26,7 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from evaluation import features
 from evaluation.evaluate import describe, evaluate
+from evaluation.protocols import PROTOCOLS
 from evaluation.weights import PUBLISHED
 from fdistill import generate
 from fdistill.adapters.unet2d_condition import tiny_unet as condition_unet
@@ -322,6 +323,15 @@ def test_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     assert "--protocol" in out
 
 
+@pytest.mark.parametrize("name", ["evaluate", "reference"])
+def test_help_names_every_protocol(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = command(monkeypatch, capsys, name, "--help")
+    words = re.split(r"[\s,.]+", out[out.index("--protocol") : out.index("--metrics")])
+    assert set(PROTOCOLS) - set(words) == set()
+
+
 def test_several_seeds_give_mean_and_deviation(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -447,7 +457,7 @@ def test_what_is_no_samples_is_told_at_once(tmp_path: Path) -> None:
     cases = [
         (tmp_path / "nowhere.zip", "no such file; expected images"),
         (tmp_path / "notes" / "a.txt", "is a file of another kind; expected images"),
-        (tmp_path / "notes", "has neither images nor a network in it; expected images"),
+        (tmp_path / "notes", "holds neither images nor a network; expected images"),
     ]
     for where, said in cases:
         with pytest.raises(ArgumentError, match=said):
@@ -532,5 +542,5 @@ def test_a_pipeline_is_scored_by_a_clip_of_ones_own(
     assert again["metrics"] == {name: pytest.approx(v, abs=2e-3) for name, v in result["metrics"].items()}
     assert again["provenance"]["prompts_sha256"] == told["prompts_sha256"]
     (tmp_path / "other.txt").write_text("a bold seven\n")
-    with pytest.raises(ArgumentError, match=r"prompts: the list is not what the images of .* were drawn from"):
+    with pytest.raises(ArgumentError, match=r"prompts: the images of .* were not generated from this list"):
         evaluate(images, protocol="folder", metrics=["clip"], prompts=tmp_path / "other.txt")

@@ -114,7 +114,7 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         evaluate(folder, protocol="digit")
     with pytest.raises(ArgumentError, match="seed"):
         evaluate("digits", seeds=[-1])
-    with pytest.raises(ArgumentError, match="needs labels"):
+    with pytest.raises(ArgumentError, match="needs class labels"):
         evaluate(folder, metrics=["class_accuracy"])
     with pytest.raises(ArgumentError, match="each once"):
         evaluate("digits", seeds=[1, 1])

@@ -16,6 +16,7 @@ from torch import Tensor
 from evaluation import features
 from evaluation.extractors import Extractor
 from evaluation.features import (
+    Extraction,
     Reading,
     ahead,
     cached_moments,
@@ -63,7 +64,7 @@ def mean_extractor(name: str = "mean", sha256: str = "a") -> tuple[Extractor, li
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (8, 4), (3, 4), (1, 1), (7, 100)])
 def test_every_image_is_read_once_in_order_the_last_batch_too(count: int, batch_size: int) -> None:
     images, (extractor, batches) = Numbered(count), mean_extractor()
-    rows = extract_rows([Reading("mean", extractor, images)], batch_size=batch_size, device=CPU)
+    rows = extract_rows([Reading("mean", extractor, images)], Extraction(batch_size, CPU))
     assert rows["mean.both"][:, 0].tolist() == list(range(count))
     assert [i for batch in images.reads for i in batch] == list(range(count))
     assert sum(batches) == count
@@ -74,7 +75,7 @@ def test_one_pass_serves_all_extractors_and_views() -> None:
     images, smaller = Numbered(10), Numbered(10)
     first, second, third = (mean_extractor(name)[0] for name in ("a", "b", "c"))
     readings = [Reading("a", first, images), Reading("b", second, images), Reading("c@small", third, smaller)]
-    rows = extract_rows(readings, batch_size=4, device=CPU)
+    rows = extract_rows(readings, Extraction(4, CPU))
     assert [len(batch) for batch in images.reads] == [len(batch) for batch in smaller.reads] == [4, 4, 2]
     assert rows["a.both"][:, 0].tolist() == rows["c@small.both"][:, 0].tolist() == list(range(10))
 
@@ -95,8 +96,8 @@ def test_prompts_are_those_of_their_images_and_encoded_once(monkeypatch: pytest.
 
 def test_moments_are_those_of_the_rows() -> None:
     reading = Reading("mean", mean_extractor()[0], Numbered(50))
-    moments = extract_moments([reading], batch_size=7, device=CPU)["mean.both"]
-    rows = extract_rows([reading], batch_size=7, device=CPU)["mean.both"].double()
+    moments = extract_moments([reading], Extraction(7, CPU))["mean.both"]
+    rows = extract_rows([reading], Extraction(7, CPU))["mean.both"].double()
     torch.testing.assert_close(moments.mean, rows.mean(0))
     torch.testing.assert_close(moments.covariance, torch.cov(rows.T))
     assert moments.count == 50
@@ -115,11 +116,10 @@ def test_shares_of_processes_are_whole_batches_and_everything() -> None:
 def test_rows_are_kept_by_content_extractor_and_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path))
     extractor, batches = mean_extractor()
-    how: dict[str, Any] = {"device": CPU, "describe": ""}
-    first = cached_rows([Reading("mean", extractor, Numbered(9, "x"))], batch_size=4, **how)
-    assert cached_rows([Reading("mean", extractor, Numbered(9, "x"))], batch_size=4, **how).keys() == first.keys()
+    first = cached_rows([Reading("mean", extractor, Numbered(9, "x"))], Extraction(4, CPU, ""))
+    assert cached_rows([Reading("mean", extractor, Numbered(9, "x"))], Extraction(4, CPU, "")).keys() == first.keys()
     assert len(batches) == 3
-    again = cached_rows([Reading("mean@view", extractor, Numbered(9, "x"))], batch_size=4, **how)
+    again = cached_rows([Reading("mean@view", extractor, Numbered(9, "x"))], Extraction(4, CPU, ""))
     torch.testing.assert_close(again["mean@view.both"], first["mean.both"])
     assert len(batches) == 3
     for images, other, batch_size in [
@@ -129,7 +129,7 @@ def test_rows_are_kept_by_content_extractor_and_batch(tmp_path: Path, monkeypatc
         (Numbered(9, "x"), extractor, 3),
         (Numbered(9, None), extractor, 4),
     ]:
-        cached_rows([Reading("mean", other, images)], batch_size=batch_size, **how)
+        cached_rows([Reading("mean", other, images)], Extraction(batch_size, CPU, ""))
         assert images.reads
 
 
@@ -137,14 +137,14 @@ def test_moments_are_kept_beside_rows_of_the_same_images(tmp_path: Path, monkeyp
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path))
     extractor, batches = mean_extractor()
     reading = Reading("mean", extractor, Numbered(50, "x"))
-    how: dict[str, Any] = {"batch_size": 7, "device": CPU, "describe": ""}
-    cached_rows([reading], **how)
-    first = cached_moments([reading], **how)["mean.both"]
+    extraction = Extraction(7, CPU, "")
+    cached_rows([reading], extraction)
+    first = cached_moments([reading], extraction)["mean.both"]
     assert len(batches) == 2 * 8
-    again = cached_moments([reading], **how)["mean.both"]
-    cached_rows([reading], **how)
+    again = cached_moments([reading], extraction)["mean.both"]
+    cached_rows([reading], extraction)
     assert len(batches) == 2 * 8
-    plain = extract_moments([reading], **how)["mean.both"]
+    plain = extract_moments([reading], extraction)["mean.both"]
     for kept in (first, again):
         assert kept.count == plain.count == 50
         torch.testing.assert_close(kept.mean, plain.mean, rtol=0, atol=0)
@@ -155,15 +155,15 @@ def test_moments_are_kept_beside_rows_of_the_same_images(tmp_path: Path, monkeyp
 def test_a_damaged_or_unwritable_cache_costs_a_warning_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "cache"))
     reading = Reading("mean", mean_extractor()[0], Numbered(5, "x"))
-    how: dict[str, Any] = {"batch_size": 4, "device": CPU, "describe": ""}
-    expected = cached_rows([reading], **how)
+    extraction = Extraction(4, CPU, "")
+    expected = cached_rows([reading], extraction)
     (file,) = (tmp_path / "cache" / "features").iterdir()
     file.write_bytes(file.read_bytes()[:-5])
-    torch.testing.assert_close(cached_rows([reading], **how), expected)
+    torch.testing.assert_close(cached_rows([reading], extraction), expected)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="set FDISTILL_CACHE"):
-        torch.testing.assert_close(cached_rows([reading], **how), expected)
+        torch.testing.assert_close(cached_rows([reading], extraction), expected)
 
 
 def test_reading_and_extracting_overlap() -> None:
@@ -185,7 +185,7 @@ def test_reading_and_extracting_overlap() -> None:
         busy("extract", "read")
         return {"x": torch.zeros(len(images), 1)}
 
-    extract_rows([Reading("e", Extractor("e", {"x": 1}, run, "", "", True), Slow(12))], batch_size=2, device=CPU)
+    extract_rows([Reading("e", Extractor("e", {"x": 1}, run, "", "", True), Slow(12))], Extraction(2, CPU))
     assert running["both"] > 20
 
 

@@ -23,8 +23,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from evaluation.images import Images, open_images, prepared
-from evaluation.preparation import threads_for
+from evaluation.images import Images, open_images
+from evaluation.preparation import Preparation, prepared, threads_for
 from fdistill import generate
 from fdistill.base.errors import ArgumentError, DataError
 from fdistill.base.images import to_uint8
@@ -147,7 +147,7 @@ def test_several_generated_sets_are_no_set(tmp_path: Path) -> None:
     for name in ("student", "teacher"):
         folder_of(tmp_path / name)
         (tmp_path / name / "manifest.json").write_text("{}")
-    with pytest.raises(DataError, match=r"generated sets in folders \(student, teacher\); pass one of these"):
+    with pytest.raises(DataError, match=r"its folders student, teacher are sets of images; pass one of these"):
         open_images(tmp_path, channels=3)
 
 
@@ -256,7 +256,7 @@ def test_recipes_resize_as_they_say_in_files_and_in_memory(recipe: str, tmp_path
         assert (found.int() - wanted.int()).abs().max() <= (1 if recipe == "center-box" else 0)
         assert wanted.float().std() > 10
         assert (images.facts["recipe"], images.facts["resolution"]) == (recipe, "8x8")
-    assert torch.equal(prepared(tensor(pixels), "x", channels=3, recipe=recipe, size=8), found)
+    assert torch.equal(prepared(tensor(pixels), "x", Preparation(3, recipe, 8)), found)
 
 
 def test_torchvisions_crop_and_resize(tmp_path: Path) -> None:
@@ -299,7 +299,7 @@ def test_greyscale_is_expanded_and_counted(tmp_path: Path) -> None:
     assert torch.equal(open_images(folder, channels=3).read([13]), tensor()[:1])
     with pytest.raises(DataError, match=r"000013\.png is of mode RGB; expected 8-bit greyscale"):
         open_images(folder, channels=1).read([13])
-    with pytest.raises(DataError, match="of 3 channels; expected 1"):
+    with pytest.raises(DataError, match="have 3 channels; expected 1"):
         open_images(saved("colour", np.savez, images=PIXELS)(tmp_path), channels=1)
 
 
@@ -443,7 +443,7 @@ def test_float_arrays_are_refused_with_the_way_to_round_them(value: float, save:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"arr_0": np.zeros((2, 8, 8, 4), np.uint8)}, "of 4 channels; expected 3"),
+        ({"arr_0": np.zeros((2, 8, 8, 4), np.uint8)}, "4 channels; expected 3"),
         ({"arr_0": np.zeros((2, 8, 8, 5), np.uint8)}, "neither 1, 3 nor 4 channels"),
         ({"arr_0": np.zeros((0, 8, 8, 3), np.uint8)}, "none; expected at least one"),
         ({"mu": np.zeros(3)}, "expected 'images' or 'arr_0'"),
@@ -603,8 +603,8 @@ def test_prompts_of_a_manifest_and_of_captions(tmp_path: Path) -> None:
         (json.dumps({"labels": [-1] * COUNT}), "label -1 is negative"),
         (json.dumps({"labels": "0" * COUNT}), "expected one integer class id per image"),
         (json.dumps({"prompts": ["a"] * 12}), "12 prompts for 13 images"),
-        (json.dumps({"prompts": "a" * COUNT}), "prompts are no list of texts"),
-        (json.dumps({"prompts": [1] * COUNT}), "prompts are no list of texts"),
+        (json.dumps({"prompts": "a" * COUNT}), "prompts are not a list of texts"),
+        (json.dumps({"prompts": [1] * COUNT}), "prompts are not a list of texts"),
     ],
 )
 def test_manifests_that_do_not_fit(text: str, message: str, tmp_path: Path) -> None:
@@ -646,4 +646,4 @@ def test_settings_that_fit_nothing(settings: dict[str, Any], message: str, tmp_p
     with pytest.raises(ArgumentError, match=message):
         open_images(tmp_path, **settings)
     with pytest.raises(ArgumentError, match=message):
-        prepared(tensor(), "x", **{"recipe": "exact", "size": None} | settings)
+        Preparation(**settings)

@@ -52,10 +52,12 @@ from evaluation import statistics_files
 from evaluation.evaluate import evaluate
 from evaluation.extractors import EXTRACTORS, Extractor
 from evaluation.extractors.clip import load_clip_folder
+from evaluation.features import Extraction
 from evaluation.generated import GeneratedImages
 from evaluation.make_reference import make_reference
+from evaluation.metrics.inception_score import inception_score
 from evaluation.protocols import PROTOCOLS, get_protocol
-from evaluation.reference import open_against
+from evaluation.reference import open_reference
 from fdistill import distill
 from fdistill.assets import CLIP_DIGITS
 from fdistill.base.errors import ArgumentError
@@ -157,18 +159,19 @@ def test_protocols_are_those_of_the_papers(name: str) -> None:
     assert len(fids) == (0 if own else 1)  # nothing of the digit network is called FID
 
 
-def test_inception_scores_are_shuffled_but_for_adms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ADM's splits are stretches of the samples in their order."""
-    from evaluation import metric
-
-    shuffled = {}
+def test_inception_scores_are_shuffled_but_for_adms() -> None:
+    """ADM's splits are stretches of the samples in their order: sorted logits tell the two apart."""
+    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).sort(dim=0).values
+    expected = {shuffled: inception_score(logits, shuffled=shuffled).value for shuffled in (True, False)}
+    assert expected[True] != pytest.approx(expected[False], rel=1e-3)
+    found = {}
     for name, protocol in PROTOCOLS.items():
         if "inception_score" in protocol.names():
-            monkeypatch.setattr(metric, "inception_score", lambda logits, shuffled: shuffled)
-            at: Any = type("At", (), {"samples": {protocol.names()["inception_score"].features[0]: None}})
-            shuffled[name] = protocol.names()["inception_score"].compute(at)["inception_score"]
-    assert [name for name, value in shuffled.items() if not value] == ["imagenet256-adm"]
-    assert len(shuffled) == 8
+            metric = protocol.names()["inception_score"]
+            measured: Any = type("Measured", (), {"samples": {metric.features[0]: logits}})
+            found[name] = metric.compute(measured)["inception_score"].value
+    assert found == {name: expected[name != "imagenet256-adm"] for name in found}
+    assert len(found) == 8
 
 
 # --- what the views see
@@ -304,9 +307,9 @@ def test_imagenets_are_prepared_as_their_references(tmp_path: Path) -> None:
     folder = write(tmp_path / "images", [picture])
 
     def prepared(name: str) -> Tensor:
-        against = open_against(get_protocol(name), folder)
-        assert against is not None
-        return against.views[""].read([0])[0]
+        reference = open_reference(get_protocol(name), folder)
+        assert reference is not None
+        return reference.views[""].read([0])[0]
 
     assert torch.equal(prepared("imagenet64-fid50k"), lanczos(picture[:, 25:175], 64))
     image = Image.fromarray(picture).resize((100, 75), Image.Resampling.BOX)
@@ -490,11 +493,11 @@ def test_many_reference_images_are_streamed_once_for_all_seeds(
     samples, train = write(tmp_path / "samples", noise(30, 0)), write(tmp_path / "train", noise(40, 1))
     expected = score(samples, train)["fid"]
     monkeypatch.setattr(reference, "_KEPT_ROWS", 10)
-    opened = open_against(get_protocol(CIFAR), train)
+    opened = open_reference(get_protocol(CIFAR), train)
     assert opened is not None
     small.seen.clear()
     for _ in range(2):
-        moments = opened.moments({"inception": small.extractor()}, 16, CPU)["inception.pool"]
+        moments = opened.moments({"inception": small.extractor()}, Extraction(16, CPU))["inception.pool"]
     assert len(small.seen) == 40
     held = statistics(noise(40, 1))
     np.testing.assert_allclose(moments.covariance.numpy(), held["sigma"], rtol=1e-9)

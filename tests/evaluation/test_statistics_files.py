@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evaluation import statistics_files
 from evaluation.metrics.moments import Moments
-from evaluation.statistics_files import Reference, read_reference, write_reference
+from evaluation.statistics_files import Origin, Statistics, read_statistics, write_statistics
 from evaluation.weights import file_sha256
 from fdistill.base.errors import DataError, OutputError
 from fdistill.formats.unpickle import loads_restricted
@@ -62,7 +62,7 @@ def pt(path: Path, content: object) -> Path:
     return path
 
 
-def holds(reference: Reference, name: str, expected: dict[str, np.ndarray]) -> None:
+def holds(reference: Statistics, name: str, expected: dict[str, np.ndarray]) -> None:
     moments = reference.moments[name]
     assert moments.mean.dtype == moments.covariance.dtype == torch.float64
     assert np.allclose(moments.mean.numpy(), expected["mu"], rtol=0, atol=1e-12)
@@ -71,29 +71,29 @@ def holds(reference: Reference, name: str, expected: dict[str, np.ndarray]) -> N
 
 def test_edms_npz(tmp_path: Path) -> None:
     path = npz(tmp_path / "cifar10-32x32.npz", **INCEPTION)
-    found = read_reference(path)
+    found = read_statistics(path)
     holds(found, "inception.pool", INCEPTION)
     assert (found.name, found.kind, found.count, found.resolution) == ("cifar10-32x32.npz", "EDM npz", None, 32)
     assert found.sha256 == file_sha256(path)
     assert found.images is None
     assert not found.rows
     assert found.moments.keys() == {"inception.pool"}
-    assert read_reference(npz(tmp_path / "other.npz", **INCEPTION)).resolution is None
+    assert read_statistics(npz(tmp_path / "other.npz", **INCEPTION)).resolution is None
 
 
 def test_files_of_their_real_size(tmp_path: Path) -> None:
     inception, dinov2 = statistics(features(2048)), statistics(features(1024, 1))
-    holds(read_reference(npz(tmp_path / "x.npz", **inception)), "inception.pool", inception)
-    holds(read_reference(pkl(tmp_path / "x.pkl", {"fd_dinov2": dinov2})), "dinov2.cls", dinov2)
-    holds(read_reference(pt(tmp_path / "x.pt", inception)), "inception.pool", inception)
+    holds(read_statistics(npz(tmp_path / "x.npz", **inception)), "inception.pool", inception)
+    holds(read_statistics(pkl(tmp_path / "x.pkl", {"fd_dinov2": dinov2})), "dinov2.cls", dinov2)
+    holds(read_statistics(pt(tmp_path / "x.pt", inception)), "inception.pool", inception)
     for name, statistic in (("clean_clean_train_32", dinov2), ("x-32x32", dinov2)):
         with pytest.raises(DataError, match="with 1024 features; expected 2048"):
-            read_reference(npz(tmp_path / f"{name}.npz", **statistic))
+            read_statistics(npz(tmp_path / f"{name}.npz", **statistic))
 
 
 def test_adms_npz_is_its_mu_and_sigma_not_its_images(tmp_path: Path) -> None:
     spatial = {"mu_s": np.ones(2023), "sigma_s": np.eye(2023)}
-    found = read_reference(npz(tmp_path / "VIRTUAL_imagenet256_labeled.npz", arr_0=IMAGES, **INCEPTION, **spatial))
+    found = read_statistics(npz(tmp_path / "VIRTUAL_imagenet256_labeled.npz", arr_0=IMAGES, **INCEPTION, **spatial))
     holds(found, "inception.pool", INCEPTION)
     assert found.moments.keys() == {"inception.pool"}
     assert (found.kind, found.count, found.resolution) == ("ADM npz", None, 16)
@@ -105,11 +105,11 @@ def test_adms_npz_is_its_mu_and_sigma_not_its_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", [2, 4, 5])
 def test_edm2s_pickle(protocol: int, tmp_path: Path) -> None:
     content = EasyDict(fid=EasyDict(INCEPTION), fd_dinov2=dict(DINOV2), num_images=50_000)
-    found = read_reference(pkl(tmp_path / "img512.pkl", content, protocol))
+    found = read_statistics(pkl(tmp_path / "img512.pkl", content, protocol))
     holds(found, "inception.pool", INCEPTION)
     holds(found, "dinov2.cls", DINOV2)
     assert (found.kind, found.resolution) == ("EDM2 pickle", 512)
-    alone = read_reference(pkl(tmp_path / "x.pkl", {"fid": INCEPTION}, protocol))
+    alone = read_statistics(pkl(tmp_path / "x.pkl", {"fid": INCEPTION}, protocol))
     assert (alone.moments.keys(), alone.resolution) == ({"inception.pool"}, None)
 
 
@@ -118,15 +118,15 @@ def test_torch_fidelitys_statistics(tmp_path: Path) -> None:
 
     rows = features()
     content = fid_features_to_statistics(torch.from_numpy(rows))
-    found = read_reference(pt(tmp_path / "mine-inception-v3-compat-stat-fid-2048.pt", content))
+    found = read_statistics(pt(tmp_path / "mine-inception-v3-compat-stat-fid-2048.pt", content))
     holds(found, "inception.pool", content)
     assert (found.kind, found.count, found.resolution) == ("torch-fidelity", None, None)
-    holds(read_reference(pt(tmp_path / "renamed.pt", content)), "inception.pool", content)
+    holds(read_statistics(pt(tmp_path / "renamed.pt", content)), "inception.pool", content)
 
 
 def test_torch_fidelitys_features(tmp_path: Path) -> None:
     rows = torch.from_numpy(features())
-    found = read_reference(pt(tmp_path / "mine-inception-v3-compat-features-2048.pt", rows))
+    found = read_statistics(pt(tmp_path / "mine-inception-v3-compat-features-2048.pt", rows))
     holds(found, "inception.pool", INCEPTION)
     assert (found.kind, found.count) == ("torch-fidelity", COUNT)
     assert torch.equal(found.rows["inception.pool"], rows)
@@ -135,8 +135,8 @@ def test_torch_fidelitys_features(tmp_path: Path) -> None:
         "mine-vgg16-features-2048.pt",
         "a-clip-rn50-stat-fid-2048.pt",
     ):
-        with pytest.raises(DataError, match="by its name of another extractor or layer"):
-            read_reference(pt(tmp_path / name, rows))
+        with pytest.raises(DataError, match="its name says that it is of another extractor or layer"):
+            read_statistics(pt(tmp_path / name, rows))
     for content, what in (
         (rows[:, :30], r"\[40, 30\]"),
         (rows[0], r"\[48\]"),
@@ -144,10 +144,10 @@ def test_torch_fidelitys_features(tmp_path: Path) -> None:
         ([], "list"),
     ):
         with pytest.raises(DataError, match=rf"holds {what}; expected 'mu' and 'sigma', or features \[N, 48\]"):
-            read_reference(pt(tmp_path / "x.pt", content))
+            read_statistics(pt(tmp_path / "x.pt", content))
     rows[3, 5] = float("nan")
     with pytest.raises(DataError, match="row 3"):
-        read_reference(pt(tmp_path / "x.pt", rows))
+        read_statistics(pt(tmp_path / "x.pt", rows))
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_torch_fidelitys_features(tmp_path: Path) -> None:
     ],
 )
 def test_clean_fids_npz(name: str, features_of: str, resolution: int | None, tmp_path: Path) -> None:
-    found = read_reference(npz(tmp_path / f"{name}.npz", **INCEPTION))
+    found = read_statistics(npz(tmp_path / f"{name}.npz", **INCEPTION))
     holds(found, features_of, INCEPTION)
     assert found.moments.keys() == {features_of}
     assert (found.kind, found.resolution) == ("clean-fid", resolution)
@@ -168,8 +168,8 @@ def test_clean_fids_npz(name: str, features_of: str, resolution: int | None, tmp
 
 @pytest.mark.parametrize("name", ["cifar10_legacy_pytorch_train_32", "ffhq_clean_clip_vit_b_32_trainval70k_1024"])
 def test_clean_fids_other_features_are_refused(name: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="features that nothing here computes"):
-        read_reference(npz(tmp_path / f"{name}.npz", **INCEPTION))
+    with pytest.raises(DataError, match="whose features fdistill does not compute"):
+        read_statistics(npz(tmp_path / f"{name}.npz", **INCEPTION))
 
 
 def own(path: Path, *, rows: bool = True, **changes: Any) -> Path:
@@ -181,16 +181,16 @@ def own(path: Path, *, rows: bool = True, **changes: Any) -> Path:
         "resolution": None,
         "source": "digits",
         "source_sha256": "cd",
-        "rows": {name: torch.from_numpy(values) for name, values in kept.items()} if rows else None,
     }
     moments = {name: Moments.of(torch.from_numpy(values)) for name, values in kept.items()}
-    return write_reference(path, moments, **settings | changes)
+    held = {name: torch.from_numpy(values) for name, values in kept.items()} if rows else None
+    return write_statistics(path, moments, Origin(**settings | changes), held)
 
 
 def test_our_own_file_comes_back_and_other_tools_read_it(tmp_path: Path) -> None:
     path = own(tmp_path / "own.npz", resolution=64)
     assert [child.name for child in tmp_path.iterdir()] == ["own.npz"]
-    found = read_reference(path)
+    found = read_statistics(path)
     holds(found, "inception.pool", INCEPTION)
     holds(found, "digits.features", statistics(features(12, 2)))
     assert (found.kind, found.count, found.resolution, found.images) == ("fdistill", COUNT, 64, None)
@@ -206,11 +206,10 @@ def test_our_own_file_comes_back_and_other_tools_read_it(tmp_path: Path) -> None
     with np.load(path, allow_pickle=False) as arrays:
         assert np.allclose(arrays["mu"], INCEPTION["mu"], atol=1e-12)
         assert np.allclose(arrays["sigma"], INCEPTION["sigma"], atol=1e-12)
-    without = read_reference(own(tmp_path / "small", rows=False, source_sha256=None))
+    without = read_statistics(own(tmp_path / "small", rows=False, source_sha256=None))
     assert (without.rows, without.resolution, without.facts["source_sha256"]) == ({}, None, None)
     digits = {"digits.features": Moments.of(torch.from_numpy(features(12, 2)))}
-    settings: dict[str, Any] = {"count": COUNT, "resolution": 8, "source": "x", "source_sha256": None}
-    path = write_reference(tmp_path / "digits.npz", digits, protocol="digits", extractors={}, **settings)
+    path = write_statistics(tmp_path / "digits.npz", digits, Origin("digits", {}, COUNT, 8, "x", None))
     with np.load(path) as arrays:
         assert "mu" not in arrays.files
 
@@ -232,12 +231,15 @@ def changed(path: Path, **changes: Any) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"facts": np.array("{")}, "its facts are not those of"),
-        ({"facts": np.array("[]")}, "its facts are not those of"),
-        ({"facts": np.array('{"format": 1, "count": 40, "resolution": null}')}, "its facts are not those of"),
+        ({"facts": np.array("{")}, "its facts are not as `fdistill reference` writes them"),
+        ({"facts": np.array("[]")}, "its facts are not as `fdistill reference` writes them"),
+        (
+            {"facts": np.array('{"format": 1, "count": 40, "resolution": null}')},
+            "its facts are not as `fdistill reference` writes them",
+        ),
         (
             {"facts": np.array('{"format": 2, "count": 40, "resolution": null, "extractors": {}}')},
-            "its facts are not those of .*format 2",
+            "its facts are not as `fdistill reference` writes them .*format 2",
         ),
         ({"facts": np.array('{"format": 1, "count": "4", "resolution": 8, "extractors": {}}')}, "count 4"),
         (
@@ -254,7 +256,7 @@ def changed(path: Path, **changes: Any) -> Path:
 )
 def test_our_own_file_damaged(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
-        read_reference(changed(own(tmp_path / "own.npz", rows="rows" not in changes), **changes))
+        read_statistics(changed(own(tmp_path / "own.npz", rows="rows" not in changes), **changes))
 
 
 def bad(**changes: Any) -> dict[str, Any]:
@@ -273,7 +275,7 @@ def with_entry(array: np.ndarray, place: tuple[int, ...], value: float) -> np.nd
         ({"feats": features()}, "arrays feats; expected statistics of EDM"),
         ({"arr_0": IMAGES}, "arrays arr_0; expected statistics of EDM"),
         (bad(sigma=None), "arrays mu; expected statistics"),
-        (DINOV2, r"inception\.pool: of another extractor, with 24 features; expected 48"),
+        (DINOV2, r"inception\.pool: is of another extractor, with 24 features; expected 48"),
         (bad(sigma=INCEPTION["sigma"][:-1]), r"sigma float64 \[47, 48\]; expected numbers"),
         (bad(sigma=INCEPTION["sigma"][:-1, :-1]), r"sigma float64 \[47, 47\]; expected numbers"),
         (bad(mu=INCEPTION["mu"][None]), r"mu float64 \[1, 48\]"),
@@ -289,14 +291,14 @@ def with_entry(array: np.ndarray, place: tuple[int, ...], value: float) -> np.nd
 def test_what_is_no_statistics(arrays: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = npz(tmp_path / "x.npz", **arrays)
     with pytest.raises(DataError, match=rf"reference {path}: .*{message}"):
-        read_reference(path)
+        read_statistics(path)
 
 
 def test_single_precision_is_read(tmp_path: Path) -> None:
     rounded = {key: value.astype(np.float32) for key, value in INCEPTION.items()}
-    holds(read_reference(npz(tmp_path / "x.npz", **rounded)), "inception.pool", rounded)
+    holds(read_statistics(npz(tmp_path / "x.npz", **rounded)), "inception.pool", rounded)
     swapped = {key: value.astype(">f8") for key, value in INCEPTION.items()}
-    holds(read_reference(npz(tmp_path / "y.npz", **swapped)), "inception.pool", INCEPTION)
+    holds(read_statistics(npz(tmp_path / "y.npz", **swapped)), "inception.pool", INCEPTION)
 
 
 @pytest.mark.parametrize(
@@ -306,14 +308,14 @@ def test_single_precision_is_read(tmp_path: Path) -> None:
         ({"fid": 3.5}, "each with 'mu' and 'sigma'"),
         ({"other": INCEPTION}, "a pickle without 'fid' or 'fd_dinov2'"),
         ([INCEPTION], "a pickle without 'fid' or 'fd_dinov2'"),
-        ({"fid": DINOV2}, r"inception\.pool: of another extractor, with 24 features; expected 48"),
-        ({"fd_dinov2": INCEPTION}, r"dinov2\.cls: of another extractor, with 48 features; expected 24"),
+        ({"fid": DINOV2}, r"inception\.pool: is of another extractor, with 24 features; expected 48"),
+        ({"fd_dinov2": INCEPTION}, r"dinov2\.cls: is of another extractor, with 48 features; expected 24"),
         ({"fid": {"mu": "text", "sigma": None}}, "expected numbers"),
     ],
 )
 def test_pickles_of_something_else(content: object, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
-        read_reference(pkl(tmp_path / "x.pkl", content))
+        read_statistics(pkl(tmp_path / "x.pkl", content))
 
 
 @pytest.mark.parametrize("cut", [0, 3, 5000])
@@ -324,7 +326,7 @@ def test_files_cut_short(write: Callable[[Path], Path], cut: int, tmp_path: Path
     path = write(tmp_path / "x.npz")
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(DataError, match=rf"reference {path}"):
-        read_reference(path)
+        read_statistics(path)
 
 
 def test_files_with_changed_bytes(tmp_path: Path) -> None:
@@ -334,13 +336,13 @@ def test_files_with_changed_bytes(tmp_path: Path) -> None:
     damaged[len(damaged) // 2 : len(damaged) // 2 + 50] = bytes(50)
     (tmp_path / "x.npz").write_bytes(damaged)
     with pytest.raises(DataError, match="cannot be read as statistics"):
-        read_reference(tmp_path / "x.npz")
+        read_statistics(tmp_path / "x.npz")
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     for path in (tmp_path / "nothing.npz", tmp_path):
         with pytest.raises(DataError, match=rf"reference {path}: cannot be read as statistics"):
-            read_reference(path)
+            read_statistics(path)
 
 
 class Attack:
@@ -374,12 +376,12 @@ def test_nothing_in_any_file_is_run(tmp_path: Path) -> None:
     assert len(paths) == 13
     for path in paths:
         with pytest.raises(DataError, match=rf"reference {path}"):
-            read_reference(path)
+            read_statistics(path)
         # Under the names of all kinds, as it is the content that tells.
         for other in ("x.npz", "x.pkl", "x-inception-v3-compat-stat-fid-2048.pt"):
             (tmp_path / other).write_bytes(path.read_bytes())
             with pytest.raises(DataError):
-                read_reference(tmp_path / other)
+                read_statistics(tmp_path / other)
     assert not marker.exists()
     pickle.loads(paths[0].read_bytes())
     assert marker.exists()
@@ -404,16 +406,8 @@ def test_a_reference_serves_the_distance(tmp_path: Path) -> None:
     rows = features(32, 3)
     tensor: Tensor = torch.from_numpy(rows)
     shifted = Moments.of(tensor + 0.5)
-    own_file = write_reference(
-        tmp_path / "own.npz",
-        {"x.y": Moments.of(tensor)},
-        protocol="folder",
-        extractors={},
-        count=COUNT,
-        resolution=None,
-        source="x",
-        source_sha256=None,
-    )
-    found = read_reference(own_file).moments["x.y"]
+    origin = Origin("folder", {}, COUNT, None, "x", None)
+    own_file = write_statistics(tmp_path / "own.npz", {"x.y": Moments.of(tensor)}, origin)
+    found = read_statistics(own_file).moments["x.y"]
     assert abs(frechet_distance(Moments.of(tensor), found)) < 1e-6
     assert abs(frechet_distance(shifted, found) - 32 * 0.25) < 1e-5

@@ -37,8 +37,11 @@ from fdistill.adapters.unet2d_condition import tiny_unet as condition_unet
 from fdistill.base.errors import ArgumentError, CheckpointError, NonFiniteError
 from fdistill.commands.cli import app
 from fdistill.commands.tiny_pipelines import tiny_pipeline
-from fdistill.generation.generate import ImageSource, Source, open_source, told_of
-from fdistill.generation.pipeline_maker import PipelineSource, noise_seed
+from fdistill.generation.generate import labels_or_prompts, open_maker
+from fdistill.generation.maker import Maker
+from fdistill.generation.network_maker import NetworkMaker
+from fdistill.generation.pipeline_maker import PipelineMaker, noise_seed
+from fdistill.generation.sampling import Sampling
 from support.denoisers import tiny_unet
 from support.families import ddpm as ddpm_in_one_folder
 
@@ -52,7 +55,7 @@ def stable_diffusion(scheduler: Any) -> DiffusionPipeline:
 
 
 def lcm() -> DiffusionPipeline:
-    """SimianLuo/LCM_Dreamshaper_v7: a network that is told the guidance scale."""
+    """SimianLuo/LCM_Dreamshaper_v7: a network that takes the guidance scale as an input."""
     plain = stable_diffusion(LCMScheduler(**BETAS))
     parts = {**plain.components, "unet": condition_unet(time_cond_proj_dim=8)}
     return LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
@@ -89,7 +92,7 @@ def unconditional(pipeline: Any, scheduler: Any) -> DiffusionPipeline:
     return made
 
 
-#: Name -> (pipeline, steps, guidance scale, evaluations an image, what beside the image's own noise it is told).
+#: Name -> (pipeline, steps, guidance scale, evaluations for an image, which condition it takes beside the noise).
 PIPELINES: dict[str, tuple[Callable[[], DiffusionPipeline], int, float, int, str]] = {
     "lcm": (lcm, 4, 8.0, 4, "prompt"),
     "lcm-lora": (lambda: stable_diffusion(LCMScheduler(**BETAS)), 4, 0.0, 4, "prompt"),
@@ -116,14 +119,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: root / name for name in PIPELINES}
 
 
-def opened(folder: Path, steps: int = 1, guidance_scale: float = 1.0, **options: Any) -> PipelineSource:
-    source = open_source(folder, CPU, sampler="pipeline", num_steps=steps, guidance_scale=guidance_scale, **options)
-    assert isinstance(source, PipelineSource)
-    return source
+def opened(folder: Path, steps: int = 1, guidance_scale: float = 1.0, **options: Any) -> PipelineMaker:
+    sampling = Sampling(sampler="pipeline", num_steps=steps, guidance_scale=guidance_scale, **options)
+    maker = open_maker(folder, CPU, sampling)
+    assert isinstance(maker, PipelineMaker)
+    return maker
 
 
-def told(source: ImageSource, indices: list[int], kind: str) -> Any:
-    everything = told_of(source, 10, prompts=PROMPTS if kind == "prompt" else None)
+def conditions(maker: Maker, indices: list[int], kind: str) -> Any:
+    everything = labels_or_prompts(maker, 10, prompts=PROMPTS if kind == "prompt" else None)
     if everything is None:
         return None
     return (
@@ -134,16 +138,16 @@ def told(source: ImageSource, indices: list[int], kind: str) -> Any:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_an_image_is_diffusers_own_whatever_its_batch(folders: dict[str, Path], name: str) -> None:
     _, steps, guidance_scale, evaluations, kind = PIPELINES[name]
-    size = {"resolution": 16} if kind == "prompt" else {}  # Flux and PixArt draw 1024 pixels unless told
-    source = opened(folders[name], steps, guidance_scale, **size)
+    size = {"resolution": 16} if kind == "prompt" else {}  # Flux and PixArt draw 1024 pixels by default
+    maker = opened(folders[name], steps, guidance_scale, **size)
     state = torch.get_rng_state()
-    with source.counted() as counted:
-        first = source.sample(3, [4], told(source, [4], kind), CPU)
-        together = source.sample(3, range(5), told(source, list(range(5)), kind), CPU)
+    with maker.counted() as counted:
+        first = maker.sample(3, [4], conditions(maker, [4], kind), CPU)
+        together = maker.sample(3, range(5), conditions(maker, list(range(5)), kind), CPU)
         counted.images = 6
     assert counted.per_image == evaluations
     assert torch.equal(torch.get_rng_state(), state)
-    some = torch.cat([source.sample(3, part, told(source, part, kind), CPU) for part in ([3, 1], [4, 0, 2])])
+    some = torch.cat([maker.sample(3, part, conditions(maker, part, kind), CPU) for part in ([3, 1], [4, 0, 2])])
     assert together.dtype == torch.uint8
     assert together.shape[2:] == (16, 16) if kind == "prompt" or name.startswith("dit") else (8, 8)
     apart = (some[[3, 1, 4, 0, 2]].int() - together.int()).abs()
@@ -152,7 +156,7 @@ def test_an_image_is_diffusers_own_whatever_its_batch(folders: dict[str, Path], 
     assert (first.int() - together[4].int()).abs().max() <= 1
     different = [(together[i] != together[j]).float().mean() for i in range(5) for j in range(i)]
     assert min(different) > 0.3
-    assert (source.sample(4, [4], told(source, [4], kind), CPU) != first).float().mean() > 0.3
+    assert (maker.sample(4, [4], conditions(maker, [4], kind), CPU) != first).float().mean() > 0.3
 
     pipeline = DiffusionPipeline.from_pretrained(folders[name])
     pipeline.set_progress_bar_config(disable=True)
@@ -174,14 +178,14 @@ def test_an_image_is_diffusers_own_whatever_its_batch(folders: dict[str, Path], 
 
 
 def test_values_are_rounded(folders: dict[str, Path]) -> None:
-    source = opened(folders["sd-turbo"])
+    maker = opened(folders["sd-turbo"])
     pipeline = DiffusionPipeline.from_pretrained(folders["sd-turbo"])
     pipeline.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(noise_seed(0, 0))
     floats = pipeline(
         PROMPTS[0], num_inference_steps=1, guidance_scale=0.0, generator=generator, output_type="np"
     ).images[0]
-    image = source.sample(0, [0], PROMPTS[:1], CPU)[0].permute(1, 2, 0).numpy()
+    image = maker.sample(0, [0], PROMPTS[:1], CPU)[0].permute(1, 2, 0).numpy()
     away = np.abs(floats * 255 - image.astype(float))
     assert away.max() <= 0.5001
     assert (np.floor(floats * 255) != image).mean() > 0.2
@@ -198,12 +202,12 @@ def test_no_two_images_share_their_noise() -> None:
 
 
 def test_what_it_says_of_itself(folders: dict[str, Path], tmp_path: Path) -> None:
-    source = opened(folders["lcm"], 4, 8.0)
-    assert (source.kind, source.num_steps, source.guidance_scale) == ("pipeline", 4, 8.0)
-    assert source.sampler == "LatentConsistencyModelPipeline, LCMScheduler"
-    assert (source.takes_prompts, source.num_classes) == (True, None)
-    assert source.cut(PROMPTS) == ""
-    assert source.cut(["word " * 200]).startswith("1 of 1 prompts are longer than the 77 tokens")
+    maker = opened(folders["lcm"], 4, 8.0)
+    assert (maker.kind, maker.num_steps, maker.guidance_scale) == ("pipeline", 4, 8.0)
+    assert maker.sampler == "LatentConsistencyModelPipeline, LCMScheduler"
+    assert (maker.takes_prompts, maker.num_classes) == (True, None)
+    assert maker.cut(PROMPTS) == ""
+    assert maker.cut(["word " * 200]).startswith("1 of 1 prompts are longer than the 77 tokens")
     assert opened(folders["dit"]).num_classes == 1000
     assert opened(folders["consistency"]).num_classes == 10
     plain = opened(folders["ddpm"])
@@ -223,15 +227,15 @@ def test_guidance_negative_prompt_and_resolution_reach_the_pipeline(folders: dic
 
 
 def test_guidance_of_a_class_that_calls_it_true_cfg_scale(tmp_path: Path) -> None:
-    """FLUX.1-schnell's network is told no scale."""
+    """FLUX.1-schnell's network takes no scale as an input."""
     tiny_pipeline("FluxPipeline", network={"guidance_embeds": False}).save_pretrained(tmp_path / "schnell")
     images = []
     for scale, evaluations in ((1.0, 2), (3.0, 4)):
-        source = opened(tmp_path / "schnell", 2, scale, resolution=16)
-        with source.counted() as counted:
-            images.append(source.sample(0, [0, 1], PROMPTS[:2], CPU))
+        maker = opened(tmp_path / "schnell", 2, scale, resolution=16)
+        with maker.counted() as counted:
+            images.append(maker.sample(0, [0, 1], PROMPTS[:2], CPU))
             counted.images = 2
-        assert (counted.per_image, source.guidance_scale) == (evaluations, scale)
+        assert (counted.per_image, maker.guidance_scale) == (evaluations, scale)
     assert not torch.equal(*images)
 
 
@@ -257,8 +261,8 @@ def test_images_that_are_not_finite_are_refused(folders: dict[str, Path], tiny_t
 
 
 def test_one_bad_image_is_named(tiny_teacher: Path) -> None:
-    source = open_source(tiny_teacher, CPU, num_steps=1)
-    assert isinstance(source, Source)
+    maker = open_maker(tiny_teacher, CPU, Sampling(num_steps=1))
+    assert isinstance(maker, NetworkMaker)
 
     class OnePixel(torch.nn.Module):
         factor = 1
@@ -266,9 +270,9 @@ def test_one_bad_image_is_named(tiny_teacher: Path) -> None:
         def decode(self, x0: torch.Tensor) -> torch.Tensor:
             return torch.where(torch.arange(len(x0))[:, None, None, None] == 2, torch.inf, x0)
 
-    object.__setattr__(source, "latents", OnePixel())
+    object.__setattr__(maker, "latents", OnePixel())
     with pytest.raises(NonFiniteError, match="image 12 has"):
-        source.sample(0, [10, 11, 12, 13], torch.arange(4), CPU)
+        maker.sample(0, [10, 11, 12, 13], torch.arange(4), CPU)
 
 
 def edited(folder: Path, target: Path, **changes: Any) -> Path:
@@ -344,14 +348,14 @@ def test_files_that_cannot_be_read_are_refused(folders: dict[str, Path], tmp_pat
     with pytest.raises(CheckpointError, match="no such folder"):
         opened(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"no model_index.json"):
-        open_source("support.denoisers:GaussianDenoiser", CPU, sampler="pipeline")
+        open_maker("support.denoisers:GaussianDenoiser", CPU, Sampling(sampler="pipeline"))
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("ddpm", {"guidance_scale": 2.0}, "guidance_scale: got 2, but DDPMPipeline .* takes none; expected 1"),
-        ("ddpm", {"resolution": 16}, "resolution: DDPMPipeline .* draws at its own"),
+        ("ddpm", {"guidance_scale": 2.0}, "guidance_scale: got 2, but DDPMPipeline .* takes none; leave it out"),
+        ("ddpm", {"resolution": 16}, "resolution: DDPMPipeline .* has a fixed resolution; leave it out"),
         ("dit", {"negative_prompt": "a cat"}, "negative_prompt: DiTPipeline .* takes none"),
         ("ddpm", {"steps": 0}, "steps: expected at least 1, got 0"),
         ("ddpm", {"network": "mine:network"}, "network: got 'mine:network'"),
@@ -366,10 +370,10 @@ def test_arguments_that_a_class_does_not_take(
 
 def test_bad_requests(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="sampler: got 'hein'; did you mean 'heun'"):
-        open_source(folders["ddpm"], CPU, sampler="hein")
-    with pytest.raises(ArgumentError, match=r"prompts: .* is told none"):
+        open_maker(folders["ddpm"], CPU, Sampling(sampler="hein"))
+    with pytest.raises(ArgumentError, match=r"prompts: .* takes none"):
         generate(folders["ddpm"], num_images=1, output=tmp_path / "o", sampler="pipeline", prompts=["a"])
-    with pytest.raises(ArgumentError, match=r"prompts: .* draws what prompts say"):
+    with pytest.raises(ArgumentError, match=r"prompts: .* is a text-to-image model; expected at least one prompt"):
         generate(folders["lcm"], num_images=1, output=tmp_path / "o", sampler="pipeline")
     with pytest.raises(ArgumentError, match="got 10, expected 0 to 9"):
         generate(folders["consistency"], num_images=1, output=tmp_path / "o", sampler="pipeline", class_labels=[10])
@@ -381,24 +385,24 @@ def test_bad_requests(folders: dict[str, Path], tmp_path: Path) -> None:
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=1, sample_size=8,
         num_embeds_ada_norm=10,
     ).save_pretrained(small / "transformer")  # fmt: skip
-    with pytest.raises(ArgumentError, match="DiTPipeline takes label 1000 for no class"):
+    with pytest.raises(ArgumentError, match="DiTPipeline guides with label 1000 for no class"):
         opened(small, 2, 3.0)
 
 
 def test_where_only_diffusers_can_run_it_the_message_says_how(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not supported.*`--sampler pipeline` runs it"):
-        open_source(folders["lcm"], CPU)
+        open_maker(folders["lcm"], CPU)
     odd = edited(folders["ddpm"], tmp_path / "odd")
     path = odd / "scheduler" / "scheduler_config.json"
     path.write_text(json.dumps({"_class_name": "ScoreSdeVeScheduler"}))
     with pytest.raises(CheckpointError, match=r"scheduler 'ScoreSdeVeScheduler' is not supported.*--sampler pipeline"):
-        open_source(odd, CPU)
+        open_maker(odd, CPU)
     cut = edited(folders["ddpm"], tmp_path / "cut")
     weights = cut / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     for name in (cut, tmp_path / "nowhere"):
         with pytest.raises(CheckpointError) as caught:
-            open_source(name, CPU)
+            open_maker(name, CPU)
         assert "--sampler pipeline" not in str(caught.value)
 
 
@@ -459,20 +463,20 @@ class TestStudents:
         shutil.copytree(run / "student", student)
         facts = json.loads((student / "fdistill_student.json").read_text())
         (student / "fdistill_student.json").write_text(json.dumps({**facts, "null_class": 9}))
-        assert open_source(student, CPU, sampler="pipeline").num_classes == 9
+        assert open_maker(student, CPU, Sampling(sampler="pipeline")).num_classes == 9
         (student / "fdistill_student.json").write_text("[]")
         with pytest.raises(CheckpointError, match=r"fdistill_student.json: cannot be read"):
-            open_source(student, CPU, sampler="pipeline")
+            open_maker(student, CPU, Sampling(sampler="pipeline"))
 
     def test_pipelines_of_ours_count_what_they_do(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
         pipeline = OneStepPipeline(tiny_unet(), DDPMScheduler(), student={"levels": [900.0, 500.0], "null_class": 9})
         pipeline.save_pretrained(tmp_path / "two")
-        source = opened(tmp_path / "two")
-        with source.counted() as counted:
-            source.sample(0, range(3), torch.arange(3), CPU)
+        maker = opened(tmp_path / "two")
+        with maker.counted() as counted:
+            maker.sample(0, range(3), torch.arange(3), CPU)
             counted.images = 3
-        assert (counted.per_image, source.num_steps, source.num_classes) == (2, 2, 9)
+        assert (counted.per_image, maker.num_steps, maker.num_classes) == (2, 2, 9)
 
     def test_tiue_students(self, tmp_path: Path) -> None:
         """One evaluation each, by either sampler, and the same images for the same noise."""
@@ -486,12 +490,12 @@ class TestStudents:
         call = {"num_inference_steps": 1, "guidance_scale": 0.0}
         (folder / "fdistill_student.json").write_text(json.dumps({**facts, "call": call}))
         for sampler in ("heun", "pipeline"):
-            source = open_source(folder, CPU, sampler=sampler)
-            with source.counted() as counted:
-                images = source.sample(0, range(3), torch.arange(3), CPU)
+            maker = open_maker(folder, CPU, Sampling(sampler=sampler))
+            with maker.counted() as counted:
+                images = maker.sample(0, range(3), torch.arange(3), CPU)
                 counted.images = 3
             assert counted.per_image == 1, sampler
-            assert (source.kind, source.num_classes, source.takes_prompts) == ("student", 10, False)
+            assert (maker.kind, maker.num_classes, maker.takes_prompts) == ("student", 10, False)
         noise = torch.cat(
             [torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(noise_seed(0, i))) for i in range(3)]
         )

@@ -22,7 +22,7 @@ from fdistill.config.reading import load_config
 from fdistill.data.latents import LatentSource
 from fdistill.data.recipes import RECIPES
 from fdistill.formats.lora_file import LORA_FILE
-from fdistill.generation.generate import open_source
+from fdistill.generation.generate import open_maker
 from fdistill.guidance import GuidedDenoiser
 from fdistill.students.folder import student_folder
 from fdistill.students.tiue import TiUEGenerator
@@ -189,7 +189,7 @@ def test_tiue_trains_against_a_lora_critic_and_loads_again(prompts: Path, tmp_pa
     np.save(tmp_path / "noise.npy", noise.numpy())
     arguments = [str(student), str(tmp_path / "noise.npy"), str(tmp_path / "images.npy")]
     subprocess.run([sys.executable, "-c", _RELOAD, *arguments], check=True, cwd=tmp_path)
-    source = open_source(student, torch.device("cpu"))
+    source = open_maker(student, torch.device("cpu"))
     assert source.text is not None
     assert source.latents is not None
     with torch.no_grad():
@@ -416,7 +416,7 @@ def test_few_steps_are_the_pipelines(teacher: Path, prompts: Path, tmp_path: Pat
         output_type="pt",
         **call,
     ).images
-    source = open_source(student, torch.device("cpu"))
+    source = open_maker(student, torch.device("cpu"))
     assert source.text is not None
     assert source.latents is not None
     with torch.no_grad():

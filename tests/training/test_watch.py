@@ -18,13 +18,13 @@ from evaluation.evaluate import evaluate
 from evaluation.generated import GeneratedImages
 from evaluation.measure import Setting, measure
 from evaluation.protocols import PROTOCOLS, get_protocol
-from evaluation.reference import open_against
+from evaluation.reference import open_reference
 from evaluation.watch import Watch
 from fdistill import distill, load_student
 from fdistill.base.errors import ConfigError, FDistillError, NonFiniteError
 from fdistill.commands.dry_run import describe
 from fdistill.config.reading import load_config
-from fdistill.generation.generate import Source
+from fdistill.generation.network_maker import NetworkMaker
 from fdistill.teachers.text_encoders import PromptEncoder
 from fdistill.training import loop
 from fdistill.training.build import build
@@ -112,14 +112,14 @@ def test_scores_are_of_the_average_that_is_exported(watched: Path) -> None:
     network = load_student(watched)
     protocol = get_protocol("digits")
     setting = Setting(protocol, CPU, ["fd_digits"], replicates=0, progress=False)
-    against = open_against(protocol, None)
+    reference = open_reference(protocol, None)
 
     def distance(iteration: int, prefix: str) -> float:
         state = load_file(watched / "checkpoints" / f"{iteration:06d}" / "state.safetensors")
         own = network.state_dict()
         network.load_state_dict({name: state[f"{prefix}.{name}"] for name in own})
-        images = GeneratedImages(Source("s", network, None, ""), 7, COUNT, None, CPU, protocol)
-        return measure(images.views(protocol), against, setting).scores[f"fd_digits@{COUNT}"].value
+        images = GeneratedImages(NetworkMaker("s", network, None, ""), 7, COUNT, None, CPU, protocol)
+        return measure(images.views(protocol), reference, setting).scores[f"fd_digits@{COUNT}"].value
 
     for iteration, score in scores.items():
         assert distance(iteration, "ema.0.5") == pytest.approx(score, rel=1e-9)
@@ -147,7 +147,8 @@ def holds_average_of(student: Path, folder: Path, iteration: int, average: str) 
 
 @pytest.mark.parametrize(("metric", "higher"), [("fd_digits", False), ("diversity_digits", True)])
 def test_best_is_the_student_of_the_best_score(tiny_teacher: Path, tmp_path: Path, metric: str, higher: bool) -> None:
-    """With a large learning rate and 8 measurements, neither the first nor the last is the best."""
+    """With a large learning rate the best of 8 measurements is mostly neither the first nor the last. Such a rate makes
+    rounding grow, so which seeds do that depends on the machine: the first that does is taken."""
     changes = {
         "iterations": 8,
         "eval.every": 1,
@@ -159,9 +160,12 @@ def test_best_is_the_student_of_the_best_score(tiny_teacher: Path, tmp_path: Pat
         "ema.decays": [0.0, 0.5],
         "ema.export": 0.0,
     }
-    folder = run(tiny_teacher, tmp_path / "run", **changes)
     name = f"eval/{metric}@{COUNT}"
-    iteration = best_of(folder, name, higher)
+    for seed in range(5):
+        folder = run(tiny_teacher, tmp_path / f"run-{seed}", seed=seed, **changes)
+        iteration = best_of(folder, name, higher)
+        if 1 < iteration < 8:
+            break
     assert 1 < iteration < 8, scored(folder, name)
     assert iteration != best_of(folder, name, not higher)
     at, score = chosen_at(folder / "best")
@@ -178,9 +182,11 @@ def test_which_score_is_better(tiny_teacher: Path) -> None:
     """Rising, falling, equal, missing and undefined ones."""
     config = load_config("digits", {"teacher": str(tiny_teacher), **SETTINGS, "eval.metrics": ["fd_digits", "recall"]})
     built = build(config, CPU)
-    low = Watch(config, built, CPU)
+    low = loop.open_watch(config, built, CPU)
     section = config.eval.model_copy(update={"metric": "recall"})
-    high = Watch(config.model_copy(update={"eval": section}), built, CPU)
+    high = loop.open_watch(config.model_copy(update={"eval": section}), built, CPU)
+    assert low is not None
+    assert high is not None
     recall, nan = f"eval/recall@{COUNT}", float("nan")
     for watch, name, better, worse in ((low, FD, 1.0, 2.0), (high, recall, 2.0, 1.0)):
         one, other = {FD: 1.5, recall: 1.5, name: better}, {name: worse}
@@ -195,7 +201,9 @@ def test_which_score_is_better(tiny_teacher: Path) -> None:
 def test_a_protocol_of_any_size(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROTOCOLS, "any", replace(PROTOCOLS["digits"], name="any", size=None, num_samples=None))
     config = load_config("digits", {"teacher": str(tiny_teacher), **SETTINGS, "eval.protocol": "any"})
-    assert list(Watch(config, build(config, CPU), CPU).scores()) == ["eval/fd_digits@100"]
+    watch = loop.open_watch(config, build(config, CPU), CPU)
+    assert watch is not None
+    assert list(watch.scores()) == ["eval/fd_digits@100"]
 
 
 def test_measuring_leaves_training_as_it_is(watched: Path, tiny_teacher: Path, tmp_path: Path) -> None:
@@ -243,14 +251,14 @@ def test_the_student_is_measured_in_eval_mode_and_each_image_made_once(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[list[int]] = []
-    sample = Source.sample
+    sample = NetworkMaker.sample
 
-    def watching(self: Source, seed: int, indices: Any, *rest: Any) -> Any:
+    def watching(self: NetworkMaker, seed: int, indices: Any, *rest: Any) -> Any:
         assert not any(module.training for module in self.model.modules())
         made.append(list(indices))
         return sample(self, seed, indices, *rest)
 
-    monkeypatch.setattr(Source, "sample", watching)
+    monkeypatch.setattr(NetworkMaker, "sample", watching)
     run(tiny_teacher, tmp_path / "run", iterations=1)
     assert sorted(index for part in made for index in part) == list(range(COUNT))
 
@@ -348,15 +356,15 @@ def test_text_to_image(text_teacher: dict[str, Any], tmp_path: Path, monkeypatch
     [
         ({"eval.protocol": "digitts"}, "protocol: got 'digitts'; did you mean 'digits'"),
         ({"eval.metrics": ["fd_digit"]}, "has no 'fd_digit'; did you mean 'fd_digits'"),
-        ({"eval.metric": "recal"}, "metric: got 'recal'; expected one of .*: fd_digits$"),
-        ({"eval.metric": "recall"}, "metric: got 'recall'; expected one of .*: fd_digits$"),
+        ({"eval.metric": "recal"}, "metric: got 'recal'; expected a score that is measured .*: fd_digits$"),
+        ({"eval.metric": "recall"}, "metric: got 'recall'; expected a score that is measured .*: fd_digits$"),
         ({"eval.metrics": ["precision_recall"], "eval.metric": "precision_recall"}, ".*: precision, recall$"),
         ({"eval.protocol": "cifar10-fid50k", "eval.metrics": None}, "32x32, and this student makes 8x8"),
         ({"eval.protocol": "folder", "eval.metrics": None}, "3 channels|needs a reference"),
         ({"eval.protocol": "folder", "eval.metrics": None, "eval.num_images": None}, "any number; say how many"),
         ({"eval.reference": "no/such/folder"}, "no/such/folder"),
         ({"eval.num_images": 64}, "fd_digits of 64 samples is refused"),
-        ({"eval.prompts": "prompts.txt"}, "prompts: got 'prompts.txt', but this student is told none"),
+        ({"eval.prompts": "prompts.txt"}, "prompts: got 'prompts.txt', but this student takes none"),
         ({"eval.weights": ["digits"]}, "weights 'digits': no such file"),
     ],
 )
@@ -373,7 +381,7 @@ def test_bad_settings_are_refused_before_anything_is_written(
     [
         ({"eval.prompts": "prompts.txt"}, "protocol 'digits-t2i' has its own; leave them out"),
         ({"eval.metrics": None}, "fd_digits of 20 samples is refused"),
-        ({"eval.metrics": ["ink_bold"], "eval.metric": None}, "better one way: none here"),
+        ({"eval.metrics": ["ink_bold"], "eval.metric": None}, "better direction, high or low: none here"),
         ({"eval.protocol": "digits", "eval.metrics": None}, "digits.*8x8, and this student makes 16x16"),
         ({"eval.protocol": "folder", "eval.metrics": None}, "has none of its own; expected a file"),
     ],

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from evaluation.generated import GeneratedImages
@@ -24,13 +23,14 @@ from evaluation.weights import parse_weights
 from fdistill.base.errors import ArgumentError, ConfigError, DataError
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
-from fdistill.data.embeddings import EmbeddingSource
+from fdistill.data.embeddings import Embeddings
 from fdistill.data.prompts import read_prompts
 from fdistill.generation.network_maker import Source
 from fdistill.teachers.teacher import Teacher
 from fdistill.teachers.text_encoders import CutPrompt
 from fdistill.training.build import Distillation
-from fdistill.training.prompts import encoded_prompts
+from fdistill.training.cache import Encoding
+from fdistill.training.prompts import Obtain, encode, open_prompts
 
 _PREFIX = "eval/"
 
@@ -40,7 +40,7 @@ _T = TypeVar("_T", bound="_Samples")
 class StoredPrompts:
     """Prompts that were encoded before the run, in place of their encoders."""
 
-    def __init__(self, prompts: Sequence[str], source: EmbeddingSource):
+    def __init__(self, prompts: Sequence[str], source: Embeddings):
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
         self._source = source
 
@@ -89,13 +89,14 @@ class Watch:
 
     Args:
         run: its student is measured as it is at the moment; the caller puts averaged weights into it.
+        obtain: returns the folder of encoded prompts; see `fdistill.training.prompts.open_inputs`.
 
     Raises:
         ConfigError: a protocol, reference, metric or count that this run cannot be measured by.
         CheckpointError, DataError: weights or prompts that cannot be read.
     """
 
-    def __init__(self, config: DistillConfig, run: Distillation, device: torch.device):
+    def __init__(self, config: DistillConfig, run: Distillation, device: torch.device, obtain: Obtain = encode):
         section = config.eval
         self._run, self._device, self._seed = run, device, config.seed
         try:
@@ -115,24 +116,18 @@ class Watch:
             self._count = count
             self._against = open_against(protocol, section.reference)
             self._prompts = _prompts(config, run, protocol, count)
-            self._text = self._encoded(config)
+            self._text = self._encoded(config, obtain)
             self._decides = self._deciding(section.metric, self._measured(self._images(_Noise)))
         except (ArgumentError, DataError) as error:
             raise ConfigError(f"eval: {error}") from error
 
-    def _encoded(self, config: DistillConfig) -> StoredPrompts | None:
+    def _encoded(self, config: DistillConfig, obtain: Obtain) -> StoredPrompts | None:
         if self._prompts is None:
             return None
         run, prompts = self._run, list(dict.fromkeys(self._prompts))
-        with PartialState().local_main_process_first():
-            source = encoded_prompts(
-                prompts,
-                Teacher(run.checkpoint, run.networks.teacher, run.latents),
-                negative_prompt=config.negative_prompt,
-                precision=config.frozen_precision,
-                device=self._device,
-            )
-        return StoredPrompts(prompts, source)
+        teacher = Teacher(run.checkpoint, run.networks.teacher, run.latents)
+        encoding = Encoding(self._device, negative_prompt=config.negative_prompt, precision=config.frozen_precision)
+        return StoredPrompts(prompts, open_prompts(prompts, teacher, encoding, obtain, "evaluation prompts"))
 
     def _images(self, kind: type[_T]) -> _T:
         source = Source("the student", self._run.student, None, "", self._run.latents, self._text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -81,25 +82,28 @@ def distill(
         raise ConfigError(f"expected one CONFIG and key=value settings, got {' '.join(names)}")
 
     name = names[0] if names else "digits"
-    if smoke:
-        from fdistill.commands.smoke import smoke_config
+    from fdistill.base.files import nothing_cached
 
-        config = smoke_config(name, overrides)
-    else:
-        from fdistill.config.reading import load_config
+    with nothing_cached() if dry_run else nullcontext():
+        if smoke:
+            from fdistill.commands.smoke import smoke_config
 
-        config = load_config(name, overrides)
+            config = smoke_config(name, overrides)
+        else:
+            from fdistill.config.reading import load_config
 
-    from fdistill.training import loop
+            config = load_config(name, overrides)
 
-    if dry_run:
-        loop.check_output(output, config, resume)
-        from fdistill.commands.dry_run import describe
+        from fdistill.training import loop
 
-        typer.echo(describe(config))
-        return
-    student = loop.distill(config, output=output, resume=resume)
-    typer.echo(f"student: {student}")
+        if dry_run:
+            loop.check_output(output, config, resume)
+            from fdistill.commands.dry_run import describe
+
+            typer.echo(describe(config))
+            return
+        student = loop.distill(config, output=output, resume=resume)
+        typer.echo(f"student: {student}")
 
 
 @app.command()

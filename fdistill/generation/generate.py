@@ -25,8 +25,8 @@ from fdistill.generation.network_maker import Source
 from fdistill.generation.pipeline_maker import PipelineSource, open_pipeline
 from fdistill.guidance import GuidedDenoiser
 from fdistill.students.folder import find_student, load_student
-from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
-from fdistill.teachers.teacher import open_teacher
+from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
+from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import PromptEncoder, open_prompt_encoder
 
 #: What runs a checkpoint: fdistill's own sampler, or the pipeline of diffusers that the checkpoint is.
@@ -99,7 +99,7 @@ def open_source(
     if num_steps < 1:
         raise ArgumentError(f"steps: expected at least 1, got {num_steps}")
     try:
-        teacher = open_teacher(checkpoint, resolution=resolution)
+        teacher = open_teacher(TeacherSettings(str(checkpoint), resolution=resolution))
     except CheckpointError as error:
         if only_diffusers_runs(checkpoint):
             raise CheckpointError(f"{error}; `--sampler pipeline` runs it with diffusers' own") from error
@@ -133,7 +133,7 @@ def check_unread(why: str, **options: object) -> None:
 def _prompt_encoder(checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None) -> PromptEncoder | None:
     if denoiser.text_shapes is None:
         return None
-    return open_prompt_encoder(checkpoint, denoiser.sample_shape[-1] * (1 if latents is None else latents.factor))
+    return open_prompt_encoder(checkpoint, image_size(denoiser, latents))
 
 
 def told_of(

@@ -37,11 +37,11 @@ from fdistill.step import (
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
 from fdistill.students.text_to_image import check_exportable
 from fdistill.students.tiue import Student, TiUEGenerator, leading_levels
-from fdistill.teachers.autoencoder import LatentSpace
-from fdistill.teachers.teacher import open_teacher
+from fdistill.teachers.autoencoder import LatentSpace, image_size
+from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.training.activation_checkpointing import checkpoint_activations
 from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
-from fdistill.training.prompts import latents_folder, open_run_text
+from fdistill.training.prompts import Obtain, encode, open_inputs
 from fdistill.training.updates import Update, critic_update, student_update
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Distillation:
     @property
     def image_size(self) -> int:
         """Pixels of a side of the images that samples are, or are decoded to."""
-        return self.networks.teacher.sample_shape[-1] * (1 if self.latents is None else self.latents.factor)
+        return image_size(self.networks.teacher, self.latents)
 
     def role(self, name: str) -> nn.Module:
         """The trainable module of an optimiser's role."""
@@ -135,7 +135,7 @@ def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
         parameter.requires_grad_(gradient is not None)
 
 
-def build(config: DistillConfig, device: torch.device) -> Distillation:
+def build(config: DistillConfig, device: torch.device, obtain: Obtain = encode) -> Distillation:
     """Networks and state at iteration 0: the fake score is a copy of the teacher, and so is the student unless the
     config says otherwise.
 
@@ -168,7 +168,7 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
             f"data: got null, but method={config.method} shows real images to a discriminator; expected a data set, or "
             "teacher-samples"
         )
-    opened = open_teacher(
+    settings = TeacherSettings(
         config.teacher,
         base=config.teacher_base,
         lora=config.teacher_lora,
@@ -177,9 +177,9 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         vae=config.vae,
         resolution=config.resolution,
     )
+    opened = open_teacher(settings)
     checkpoint, unguided, latents = opened.checkpoint, opened.denoiser, opened.latents
-    stored = latents_folder(config, opened, device)
-    text = open_run_text(config, opened, stored, device)
+    stored, text = open_inputs(config, opened, device, obtain)
     null = None if text is None else text.embeddings.null.to(device)
 
     torch.manual_seed(config.seed)

@@ -36,6 +36,7 @@ from fdistill.training.checkpoint import checkpoints, load_checkpoint, save_chec
 from fdistill.training.curves import save_curves
 from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal, append_record, read_records, scalars, truncate_records
+from fdistill.training.prompts import Obtain, encode
 from fdistill.training.sample_grids import grid_prompts, save_teacher_grid, student_images
 from fdistill.training.snapshots import save_snapshot, truncate_snapshots
 
@@ -108,13 +109,13 @@ def distill(
     return student
 
 
-def open_watch(config: DistillConfig, run: Distillation, device: torch.device) -> Watch | None:
+def open_watch(config: DistillConfig, run: Distillation, device: torch.device, obtain: Obtain = encode) -> Watch | None:
     """What scores the student as it learns; None where nothing does. Raises as `evaluation.watch.Watch`."""
     if not config.eval.every:
         return None
     from evaluation.watch import Watch
 
-    return Watch(config, run, device)
+    return Watch(config, run, device, obtain)
 
 
 def _save_student(

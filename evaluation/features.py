@@ -28,7 +28,7 @@ from evaluation.images import Images
 from evaluation.metrics.moments import Moments
 from fdistill.base import rng
 from fdistill.base.errors import OutputError
-from fdistill.base.files import atomic_file, cache_folder
+from fdistill.base.files import atomic_file, cache_path
 
 #: Features float32 [N, D] by "label.output", as "inception.pool".
 Rows = dict[str, Tensor]
@@ -290,7 +290,7 @@ def _cache_file(reading: Reading, kind: str, batch_size: int) -> Path | None:
     if content is None or not extractor.sha256:
         return None
     facts = [kind, content, len(reading.images), extractor.name, extractor.sha256, extractor.preparation, batch_size]
-    return cache_folder() / "features" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
+    return cache_path("features", f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors")
 
 
 def _read_cache(file: Path, shapes: Shapes) -> Rows | None:

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from evaluation.generated import GeneratedImages
@@ -23,7 +22,7 @@ from evaluation.reference import open_reference
 from evaluation.weights import parse_weights
 from fdistill.base.errors import ArgumentError, ConfigError, DataError
 from fdistill.condition import TextCondition
-from fdistill.data.embeddings import EmbeddingSource
+from fdistill.data.embeddings import Embeddings
 from fdistill.data.prompts import read_prompts
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.teachers.text_encoders import CutPrompt
@@ -72,13 +71,13 @@ class WatchedStudent:
 
     maker: NetworkMaker
     image_shape: tuple[int, int, int]
-    encode: Callable[[Sequence[str]], EmbeddingSource] | None = None
+    encode: Callable[[Sequence[str]], Embeddings] | None = None
 
 
 class StoredPrompts:
     """Prompts that were encoded before the run, in place of text encoders."""
 
-    def __init__(self, prompts: Sequence[str], source: EmbeddingSource):
+    def __init__(self, prompts: Sequence[str], source: Embeddings):
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
         self._source = source
 
@@ -256,6 +255,4 @@ def _with_prompts(student: WatchedStudent, prompts: Sequence[str] | None) -> Net
     if prompts is None or student.encode is None:
         return student.maker
     different = list(dict.fromkeys(prompts))
-    with PartialState().local_main_process_first():  # which writes the cache that the others read
-        source = student.encode(different)
-    return replace(student.maker, text=StoredPrompts(different, source))
+    return replace(student.maker, text=StoredPrompts(different, student.encode(different)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import urllib.request
@@ -19,12 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.base.files import sha256_of_files
 
 #: Weights that the user gave, {network: file or folder}; "" is a folder of files, or a file, under published names.
 Weights = Mapping[str, Path]
 
 _TIMEOUT = 5  # seconds to wait for a server's first answer
-_CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -240,11 +239,7 @@ def _is_torchscript(path: Path) -> bool:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return sha256_of_files([path])
 
 
 def is_published(path: Path, sha256: str, file: PublishedFile) -> bool:

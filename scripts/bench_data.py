@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fdistill.data import ImageLoader, open_source
+from fdistill.data import Batching, ImageLoader, open_source
 
 _BATCH = 256
 
@@ -31,7 +31,7 @@ def make_folder(folder: Path, count: int, size: int) -> None:
 
 def images_per_second(folder: Path, size: int, workers: int, seconds: float) -> float:
     """After a warm-up of as many batches as the workers keep ready."""
-    with ImageLoader(open_source(str(folder)), (3, size, size), batch_size=_BATCH, seed=0, workers=workers) as loader:
+    with ImageLoader(open_source(str(folder)), (3, size, size), Batching(_BATCH, seed=0), workers=workers) as loader:
         for _ in range(5 * workers):
             next(loader)
         start, count = time.perf_counter(), 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fdistill.assets import DIGITS_FEATURES
+from fdistill.base.files import sha256_of_files
 from fdistill.base.images import to_unit
 
 FEATURE_DIM = 64
@@ -50,7 +49,7 @@ def load_digit_features() -> DigitFeatures:
 
 def weights_sha256() -> str:
     """SHA-256 of the embedded weights file, in hexadecimal digits, for the provenance of scores."""
-    return hashlib.sha256((DIGITS_FEATURES / "model.safetensors").read_bytes()).hexdigest()
+    return sha256_of_files([DIGITS_FEATURES / "model.safetensors"])
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written beside their final name, then renamed."""
+"""Files and folders that appear whole or not at all, what is made once and kept in the cache, and hashes of files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fdistill.base.errors import OutputError
-
-
-def cache_folder() -> Path:
-    """$FDISTILL_CACHE, or fdistill/ in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("FDISTILL_CACHE") or Path(home) / "fdistill")
 
 
 @contextmanager
@@ -116,38 +112,72 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """The hash, in hexadecimal, of the contents of files one after another; their names do not count."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 24):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
 def weights_sha256(folder: Path) -> str:
-    """Hash of all safetensors files below a folder, in the order of their paths."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
+    """The hash of all safetensors files below a folder, in the order of their paths."""
+    return sha256_of_files(sorted(folder.rglob("*.safetensors")))
 
 
-def content_hash(files: Iterable[Path]) -> str:
-    """Hash of the contents, in this order."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 24):
-                digest.update(chunk)
-    return digest.hexdigest()
+_SCRATCH: ContextVar[Path | None] = ContextVar("scratch", default=None)
+
+
+def cache_folder() -> Path:
+    """$FDISTILL_CACHE, or fdistill/ in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("FDISTILL_CACHE") or Path(home) / "fdistill")
+
+
+@contextmanager
+def nothing_cached() -> Iterator[None]:
+    """Inside the block the cache is read and not written: what it lacks goes into a temporary folder, which is deleted
+    at the end of the block.
+    """
+    if _SCRATCH.get() is not None:
+        yield
+        return
+    with TemporaryDirectory(prefix="fdistill-") as folder:
+        token = _SCRATCH.set(Path(folder))
+        try:
+            yield
+        finally:
+            _SCRATCH.reset(token)
+
+
+def cache_path(*parts: str) -> Path:
+    """Where something is in the cache, or where it is to be written if it is not there yet."""
+    path, scratch = cache_folder().joinpath(*parts), _SCRATCH.get()
+    return path if scratch is None or path.exists() else scratch.joinpath(*parts)
+
+
+def cached_folder(kind: str, key: Mapping[str, Any]) -> Path:
+    """Where `made_once` puts the folder of this kind and key."""
+    return cache_path(kind, hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32])
 
 
 def made_once(kind: str, key: Mapping[str, Any], fill: Callable[[Path], None]) -> Path:
-    """The folder $FDISTILL_CACHE/<kind>/<hash of key>, filled by `fill` if it is not there yet.
+    """The folder $FDISTILL_CACHE/<kind>/<hash of key>, which is made if it is not there yet.
+
+    Args:
+        kind: a folder's name, such as "merged".
+        key: everything that the content depends on, as JSON can say it.
+        fill: writes the content into an empty folder.
 
     Raises:
         OutputError: the cache folder cannot be written.
     """
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    path = cache_folder() / kind / name
+    path = cached_folder(kind, key)
     if path.is_dir():
         return path
-    own = path.with_name(f"{name}.{uuid.uuid4().hex}")  # another run may be making the same folder
+    own = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # another run may be making the same folder
     with atomic_folder(own) as temporary:
         fill(temporary)
     try:

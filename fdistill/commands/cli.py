@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -81,22 +82,25 @@ def distill(
         raise ConfigError(f"expected one CONFIG and key=value settings, got {' '.join(names)}")
 
     name = names[0] if names else "digits"
-    if smoke:
-        from fdistill.commands.smoke import smoke_config
+    from fdistill.base.files import nothing_cached
 
-        config = smoke_config(name, overrides)
-    else:
-        from fdistill.config.reading import load_config
+    with nothing_cached() if dry_run else nullcontext():
+        if smoke:
+            from fdistill.commands.smoke import smoke_config
 
-        config = load_config(name, overrides)
+            config = smoke_config(name, overrides)
+        else:
+            from fdistill.config.reading import load_config
 
-    if dry_run:
-        from fdistill.commands.dry_run import describe
-        from fdistill.training.run_folder import check_output
+            config = load_config(name, overrides)
 
-        check_output(output, config, resume)
-        typer.echo(describe(config))
-        return
+        if dry_run:
+            from fdistill.commands.dry_run import describe
+            from fdistill.training.run_folder import check_output
+
+            check_output(output, config, resume)
+            typer.echo(describe(config))
+            return
     from fdistill.training.loop import distill as run
 
     typer.echo(f"student: {run(config, output=output, resume=resume)}")

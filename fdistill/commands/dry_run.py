@@ -2,26 +2,82 @@
 
 from __future__ import annotations
 
+import torch
+
 from fdistill.base.devices import start
+from fdistill.base.files import nothing_cached
 from fdistill.config.reading import dump_config
 from fdistill.config.schema import DistillConfig
+from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.methods import METHODS
 from fdistill.students.lora import has_adapters
 from fdistill.training.build import Distillation, build
-from fdistill.training.inputs import TrainingData, stored_data
+from fdistill.training.inputs import TrainingData, data_samples, pair_samples, stored_data
 from fdistill.training.loop import open_watch
+from fdistill.training.prompts import EncodingPlan
 
 
 def describe(config: DistillConfig) -> str:
-    """What a run would do: the text of `--dry-run`. Loads the teacher and builds all networks, writes nothing."""
-    state, device = start(config.device)
-    run = build(config, device)
-    data = stored_data(config, run)  # refuses what does not fit
-    if data is not None:
-        one = config.model_copy(update={"batch_size": 1})
-        with TrainingData(data, None).loader(one, run.networks.teacher, 0) as loader:
-            next(loader)  # and what cannot be decoded to the teacher's samples
-    watch = open_watch(config, run, device)
+    """The text of `--dry-run`: the config, and what a run of it would do.
+
+    Loads the teacher, builds all networks and reads a first batch, so that it refuses what a run would refuse. It
+    encodes no prompts or images, draws no teacher samples, and leaves nothing in the cache: a teacher that has to be
+    converted or merged with a LoRA first is made in a temporary folder.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: as `distill` does before it writes anything.
+    """
+    with nothing_cached():
+        state, device = start(config.device)
+        plan = EncodingPlan()
+        run = build(config, device, plan)
+        _read_once(config, run, plan)
+        evaluation = _evaluation(config, run, device, plan)
+        lines = [
+            *_networks(config, run),
+            f"iterations     {config.iterations}, each {config.critic_steps} critic updates and then 1 student update "
+            f"of {config.batch_size} samples",
+            *(f"beforehand     {sentence}" for sentence in _preparations(config, run, plan)),
+            *evaluation,
+            f"device         {device}, {config.precision}, {state.num_processes} process(es)",
+        ]
+    return dump_config(config) + "\n" + "\n".join(lines)
+
+
+def _read_once(config: DistillConfig, run: Distillation, plan: EncodingPlan) -> None:
+    """Raises what reading a first batch raises."""
+    if data_samples(config, run) is not None:
+        return
+    if any(job.kind == "latents" and not job.is_done for job in plan.jobs):
+        assert config.data is not None
+        shape = (3, run.image_size, run.image_size)
+        with ImageLoader(
+            open_source(config.data), shape, Batching(1, config.seed), recipe=config.images.recipe
+        ) as images:
+            next(images)
+        return
+    one = config.model_copy(update={"batch_size": 1})
+    with TrainingData(stored_data(config, run), None).loader(one, run.networks.teacher, 0) as loader:
+        next(loader)
+
+
+def _preparations(config: DistillConfig, run: Distillation, plan: EncodingPlan) -> list[str]:
+    """What a run does once before its first iteration, and what of it the cache has already."""
+    sentences = []
+    for job in plan.jobs:
+        for part in job.parts:
+            sentences.append(
+                f"{part} are in the cache" if job.is_done else f"would encode {part} (none of them cached)"
+            )
+    for samples in (data_samples(config, run), pair_samples(config, run)):
+        if samples is not None:
+            what = f"{samples.count:,} teacher samples with {samples.evaluations} evaluations each"
+            sentences.append(f"{what} are in the cache" if samples.is_cached else f"would draw {what}")
+    return sentences
+
+
+def _networks(config: DistillConfig, run: Distillation) -> list[str]:
+    """Lines about the method, the teacher and what is trained."""
     millions = {
         name: sum(p.numel() for p in run.role(name).parameters() if p.requires_grad) / 1e6 for name in run.optimizers
     }
@@ -29,29 +85,27 @@ def describe(config: DistillConfig) -> str:
     if run.networks.discriminator is not None:
         on = f"{config.discriminator.source} features {', '.join(config.discriminator.features)}"
         discriminator = f"{config.discriminator.head} heads on {on}"
-    lines = [
+    return [
         f"method         {config.method}: {METHODS[config.method].summary}",
         f"teacher        {config.teacher} ({type(run.networks.fake_score).__name__}), "
         f"samples {run.networks.teacher.sample_shape}, {run.networks.teacher.num_classes or 'no'} classes",
         f"guidance       {config.guidance_scale:g}",
-        *([] if run.text is None else [_prompts(run, config)]),
+        *_prompts(run, config),
         f"student        {run.student.describe()}{_start(run, config)}",
         f"divergence     {(config.divergence and run.divergence.name) or 'the method has its own'}",
         f"discriminator  {discriminator}",
         "trained        " + ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
-        f"iterations     {config.iterations}, each {config.critic_steps} critic updates and then 1 student update "
-        f"of {config.batch_size} samples",
-        *([] if watch is None else [f"evaluated      every {config.eval.every} and at last, {watch.describe()}"]),
-        f"device         {device}, {config.precision}, {state.num_processes} process(es)",
     ]
-    return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def _prompts(run: Distillation, config: DistillConfig) -> str:
-    assert run.text is not None
+def _prompts(run: Distillation, config: DistillConfig) -> list[str]:
+    if run.text is None:
+        return []
     prompts = run.text.embeddings.prompts
     negative = f", away from {config.negative_prompt!r}" if config.negative_prompt else ""
-    return f"text           {len(prompts)} prompts, such as {prompts[0]!r}{negative}; images of {run.image_size} pixels"
+    return [
+        f"text           {len(prompts)} prompts, such as {prompts[0]!r}{negative}; images of {run.image_size} pixels"
+    ]
 
 
 def _start(run: Distillation, config: DistillConfig) -> str:
@@ -62,3 +116,8 @@ def _start(run: Distillation, config: DistillConfig) -> str:
         return origin
     copied, new = run.resized.copied, run.resized.new
     return f"{origin}, {len(copied)} of {len(copied) + len(new)} tensors copied (new: {', '.join(new) or 'none'})"
+
+
+def _evaluation(config: DistillConfig, run: Distillation, device: torch.device, plan: EncodingPlan) -> list[str]:
+    watch = open_watch(config, run, device, plan)
+    return [] if watch is None else [f"evaluated      every {config.eval.every} and at last, {watch.describe()}"]

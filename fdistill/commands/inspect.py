@@ -18,13 +18,13 @@ from fdistill.base.devices import start
 from fdistill.base.errors import DataError
 from fdistill.base.images import to_unit
 from fdistill.condition import Condition
-from fdistill.data import ImageLoader, open_source
+from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.denoiser import Denoiser
 from fdistill.noise import add_noise, noise_to_signal
 from fdistill.sampler import heun_sample, sampling_levels
 from fdistill.students.folder import find_student, load_student
-from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
-from fdistill.teachers.teacher import open_teacher
+from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
+from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
 
 _LEVELS, _SEED = 8, 0
@@ -103,7 +103,7 @@ def inspect(
         found, denoiser = Checkpoint(str(checkpoint), folder), load_student(folder).denoiser.to(chosen)
         latents = attach_latent_space(denoiser, found, vae)
     else:
-        teacher = open_teacher(checkpoint, vae=vae)
+        teacher = open_teacher(TeacherSettings(str(checkpoint), vae=vae))
         found, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(chosen), teacher.latents
     network: Any = getattr(denoiser, "network", denoiser)
     schedule = denoiser.schedule
@@ -178,15 +178,15 @@ def _samples(
         if denoiser.text_shapes is not None:
             condition = _encoded(checkpoint, denoiser, latents, [_PROMPT] * count, device)
         return heun_sample(denoiser, noise, condition), condition
-    channels, size = denoiser.sample_shape[0], denoiser.sample_shape[-1]
-    shape = (channels, size, size) if latents is None else (3, latents.factor * size, latents.factor * size)
+    size = image_size(denoiser, latents)
+    shape = (denoiser.sample_shape[0] if latents is None else 3, size, size)
     source = open_source(data)
     if classes and (source.num_classes is None or source.num_classes > classes):
         raise DataError(
             f"data {data}: has {source.num_classes or 'no'} classes, but the checkpoint {classes}; expected data like "
             "what it was trained on"
         )
-    with ImageLoader(source, shape, recipe=recipe, batch_size=count, seed=_SEED) as loader:
+    with ImageLoader(source, shape, Batching(count, _SEED), recipe=recipe) as loader:
         batch = next(loader)
     x0 = to_unit(batch.images.to(device))
     if latents is not None:
@@ -201,7 +201,7 @@ def _samples(
 def _encoded(
     checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None, prompts: list[str], device: torch.device
 ) -> Condition:
-    encoders = open_prompt_encoder(checkpoint, denoiser.sample_shape[-1] * (1 if latents is None else latents.factor))
+    encoders = open_prompt_encoder(checkpoint, image_size(denoiser, latents))
     with encoders.on(device):
         return encoders.encode(prompts).to(device)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-import uuid
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,13 +19,13 @@ from fdistill.adapters.checkpoint import load_denoiser, resolve_checkpoint
 from fdistill.adapters.parametrisation import load_scheduler
 from fdistill.adapters.tiny_parts import untrained
 from fdistill.base.errors import ConfigError, did_you_mean
-from fdistill.base.files import atomic_folder, cache_folder
+from fdistill.base.files import made_once
 from fdistill.commands.tiny_pipelines import tiny_pipeline
 from fdistill.config.reading import load_config, load_smoke
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import SmokeConfig
 from fdistill.data import TEACHER_SAMPLES
-from fdistill.teachers.autoencoder import attach_latent_space
+from fdistill.teachers.autoencoder import attach_latent_space, image_size
 from fdistill.training.cache import cache
 
 #: Settings of every smoke run: over the recipe's, under those of its smoke section.
@@ -58,19 +56,13 @@ def smoke_config(name_or_path: str, overrides: Iterable[str] | Mapping[str, Any]
     given = dict(overrides) if isinstance(overrides, Mapping) else list(overrides)
     made: dict[str, Any] = {**SETTINGS, **section.overrides}
     config = load_config(name_or_path, _under(made, given))
-    key = json.dumps([__version__, section.model_dump(), *_encoding(config), _reads_images(config)], sort_keys=True)
-    name = f"{Path(name_or_path).stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-    folder = cache_folder() / "smoke" / name
-    if not folder.is_dir():
-        own = folder.with_name(f"{name}.{uuid.uuid4().hex}")  # another process may be making the same
-        with atomic_folder(own) as temporary:
-            _write(temporary, section, config, name_or_path)
-        try:
-            own.replace(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-            shutil.rmtree(own)
+    key = {
+        "version": __version__,
+        "section": section.model_dump(mode="json"),
+        "encoding": _encoding(config),
+        "reads_images": _reads_images(config),
+    }
+    folder = made_once("smoke", key, partial(_write, section=section, config=config, where=name_or_path))
     read = {"prompts": str(folder / _PROMPTS)} if (folder / _PROMPTS).is_file() else {"data": str(folder / "data")}
     return load_config(name_or_path, _under({"teacher": str(folder / "teacher"), **read, **made}, given))
 
@@ -108,7 +100,7 @@ def _write(folder: Path, section: SmokeConfig, config: DistillConfig, where: str
         (folder / _PROMPTS).write_text("\n".join(_CAPTIONS) + "\n", encoding="utf-8")
         return
     latents = attach_latent_space(denoiser, checkpoint, None)
-    size = config.resolution or denoiser.sample_shape[-1] * (latents.factor if latents else 1)
+    size = config.resolution or image_size(denoiser, latents)
     mode = "L" if denoiser.sample_shape[0] == 1 else "RGB"
     exact = latents is None and config.images.recipe == "exact"
     width = size if exact else size + size // 4  # otherwise there is a side to cut off

@@ -1,63 +1,68 @@
-"""Training data: one file per kind of source, and the order in which it is visited."""
+"""Training data: one file for each kind of source, the registry of them, and batches in a repeatable order.
+
+A new kind of source is one file, which provides a `Kind`, and one row of `STORED`.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 from fdistill.base.errors import ConfigError, DataError, did_you_mean
-from fdistill.data.cifar10 import is_cifar10, open_cifar10
-from fdistill.data.digit_captions import load_captioned_digits
-from fdistill.data.digits import load_digits
-from fdistill.data.edm_zip import LABEL_FILE, open_edm_folder, open_edm_zip
-from fdistill.data.folder import open_folder
-from fdistill.data.hugging_face import is_saved_dataset, open_hub, open_parquet, open_saved_dataset
+from fdistill.data import cifar10, digit_captions, digits, edm_zip, folder, hugging_face, npz, webdataset
 from fdistill.data.loader import Batch, ImageLoader
-from fdistill.data.npz import open_npz
-from fdistill.data.order import EpochOrder
+from fdistill.data.order import Batching, EpochOrder
 from fdistill.data.recipes import RECIPES
-from fdistill.data.source import ArraySource, Source
-from fdistill.data.webdataset import open_webdataset
+from fdistill.data.source import ArraySource, Kind, Source
+from fdistill.data.teacher_samples import TEACHER_SAMPLES
 
 __all__ = [
-    "CAPTIONED",
+    "EMBEDDED",
     "RECIPES",
-    "SOURCES",
+    "STORED",
     "TEACHER_SAMPLES",
     "Batch",
+    "Batching",
     "EpochOrder",
     "ImageLoader",
-    "ImageSet",
+    "Kind",
     "Source",
+    "is_embedded",
     "load_data",
     "open_source",
 ]
 
-SOURCES = {"digits": load_digits}
-CAPTIONED = {"digit-captions": load_captioned_digits}
-TEACHER_SAMPLES = "teacher-samples"  # data=teacher-samples: see data/teacher_samples.py
+#: Data sets that come with the package. Their names win over files that have the same name.
+EMBEDDED: tuple[Kind, ...] = (digits.KIND, digit_captions.KIND)
+#: Everything else, in the order in which it is tried. A folder that two of them recognise is refused; a folder that
+#: none of them recognises is a folder of images.
+STORED: tuple[Kind, ...] = (
+    hugging_face.HUB,
+    hugging_face.SAVED,
+    edm_zip.KIND,
+    cifar10.KIND,
+    webdataset.KIND,
+    hugging_face.PARQUET,
+    npz.KIND,
+)
 
 
-@dataclass(frozen=True)
-class ImageSet:
-    """images uint8 [N, C, H, W], labels int64 [N]."""
-
-    images: Tensor
-    labels: Tensor
+def is_embedded(name: str) -> bool:
+    """Whether this names a data set that comes with the package."""
+    return any(kind.recognises(name) for kind in EMBEDDED)
 
 
-def load_data(name: str) -> ImageSet:
-    """An embedded data set by name; raises ConfigError with the nearest one."""
-    if name not in SOURCES:
-        raise ConfigError(f"data: got {name!r}; {did_you_mean(name, [*SOURCES, TEACHER_SAMPLES])}")
-    return ImageSet(*SOURCES[name]())
+def load_data(name: str) -> ArraySource:
+    """A data set that comes with the package, as arrays; raises ConfigError with the nearest name for any other."""
+    for kind in EMBEDDED:
+        if kind.recognises(name):
+            source = kind.open(name)
+            assert isinstance(source, ArraySource)
+            return source
+    raise ConfigError(f"data: got {name!r}; {did_you_mean(name, [*_names(), TEACHER_SAMPLES])}")
 
 
 def open_source(where: str) -> Source:
-    """A data set by what is found at `where`.
+    """Opens a data set, whose kind is found from its name and from what lies there.
 
     Args:
         where: the name of an embedded data set; hf:owner/name or hf:owner/name:split; a folder of images (one
@@ -65,57 +70,25 @@ def open_source(where: str) -> Source:
             extracted CIFAR-10; a .zip, .npz, .tar, .parquet or CIFAR-10's .tar.gz; or shards as a/b-{0000..0009}.tar.
 
     Raises:
-        DataError: nothing there, nothing that is known, or two kinds of data in one folder.
+        DataError: there is nothing, or nothing that a row of the registry recognises; a folder holds two kinds of
+            data; or the data are damaged.
     """
-    if where in SOURCES:
-        data = load_data(where)
-        return ArraySource(where, data.images, data.labels, int(data.labels.max()) + 1)
-    if where in CAPTIONED:
-        images, prompts = CAPTIONED[where]()
-        labels = torch.tensor([prompt.digit for prompt in prompts])
-        return ArraySource(where, images, labels, 10, [prompt.text for prompt in prompts])
-    if where.startswith("hf:"):
-        return open_hub(where)
-    path = Path(where)
+    if is_embedded(where):
+        return load_data(where)
+    found, path = [kind for kind in STORED if kind.recognises(where)], Path(where)
+    if len(found) > 1:
+        kinds = " and ".join(kind.name for kind in found)
+        raise DataError(f"data {path}: holds {kinds}; expected one kind of data in a folder")
+    if found:
+        return found[0].open(where)
     if path.is_dir():
-        return _open_folder(path)
-    if "{" in path.name and path.suffix == ".tar":
-        return open_webdataset(where)
+        return folder.open_folder(path)
     if not path.is_file():
-        nearest = did_you_mean(where, [*SOURCES, *CAPTIONED, TEACHER_SAMPLES])
+        nearest = did_you_mean(where, [*_names(), TEACHER_SAMPLES])
         raise DataError(f"data {where!r}: no such file or folder; {nearest}, a path, or hf:owner/name")
-    if is_cifar10(path):
-        return open_cifar10(path)
-    if path.suffix == ".tar":
-        return open_webdataset(where)
-    if path.suffix == ".parquet":
-        return open_parquet(path)
-    if path.suffix == ".zip":
-        return open_edm_zip(path)
-    if path.suffix == ".npz":
-        return open_npz(path)
-    raise DataError(
-        f"data {where}: a file of unknown kind; expected .zip, .npz, .tar, .parquet, CIFAR-10's .tar.gz, or a folder"
-    )
+    files = ", ".join(kind.file for kind in STORED if kind.file)
+    raise DataError(f"data {where}: a file of unknown kind; expected {files}, or a folder")
 
 
-def _open_folder(path: Path) -> Source:
-    found = {
-        "a saved data set": is_saved_dataset(path),
-        f"a {LABEL_FILE}": (path / LABEL_FILE).is_file(),
-        "CIFAR-10": is_cifar10(path),
-        "tar files": any(path.glob("*.tar")),
-        "parquet files": any(path.glob("*.parquet")),
-    }
-    kinds = [kind for kind, there in found.items() if there]
-    if len(kinds) > 1:
-        raise DataError(f"data {path}: holds {' and '.join(kinds)}; expected one kind of data in a folder")
-    if found["a saved data set"]:
-        return open_saved_dataset(path)
-    if found["CIFAR-10"]:
-        return open_cifar10(path)
-    if found["tar files"]:
-        return open_webdataset(str(path))
-    if found["parquet files"]:
-        return open_parquet(path)
-    return open_edm_folder(path) if found[f"a {LABEL_FILE}"] else open_folder(path)
+def _names() -> list[str]:
+    return [kind.name for kind in EMBEDDED]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from fdistill.base.errors import DataError
-from fdistill.data.source import ArraySource, class_labels
+from fdistill.data.source import ArraySource, Kind, class_labels
 
 _FOLDERS = {"cifar-10-batches-py": "", "cifar-10-batches-bin": ".bin"}
 _ARCHIVES = {"cifar-10-python.tar.gz": "cifar-10-batches-py", "cifar-10-binary.tar.gz": "cifar-10-batches-bin"}
@@ -47,6 +47,11 @@ def open_cifar10(path: Path) -> ArraySource:
         if labels[-1].max() > 9:
             raise DataError(f"{where}: label {int(labels[-1].max())}; expected class ids from 0 to 9")
     return ArraySource(str(path), torch.cat(images), torch.cat(labels), 10)
+
+
+KIND = Kind(
+    "CIFAR-10", lambda where: is_cifar10(Path(where)), lambda where: open_cifar10(Path(where)), "CIFAR-10's .tar.gz"
+)
 
 
 def _extracted(path: Path) -> tuple[Path, str] | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fdistill.base.images import to_uint8, to_unit
 from fdistill.data.digits import load_digits
+from fdistill.data.source import ArraySource, Kind
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 WEIGHT_WORDS = ("thin", "bold")
@@ -85,6 +86,16 @@ def load_captioned_digits(seed: int = 0) -> tuple[Tensor, list[DigitPrompt]]:
         prompts = true_prompts(digit, WEIGHT_WORDS[weight])
         captions.append(prompts[int(draw * len(prompts))])
     return images, captions
+
+
+def open_captioned_digits(name: str) -> ArraySource:
+    """The images of `load_captioned_digits` with their digits as classes and their prompts as captions."""
+    images, prompts = load_captioned_digits()
+    labels = torch.tensor([prompt.digit for prompt in prompts])
+    return ArraySource(name, images, labels, 10, [prompt.text for prompt in prompts])
+
+
+KIND = Kind("digit-captions", lambda where: where == "digit-captions", open_captioned_digits)
 
 
 def as_digits(images: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fdistill.assets import DIGITS_DATA
+from fdistill.data.source import ArraySource, Kind
 
 
 def load_digits() -> tuple[Tensor, Tensor]:
@@ -18,3 +19,11 @@ def load_digits() -> tuple[Tensor, Tensor]:
         levels = torch.from_numpy(archive["images"].astype(np.float32))
         labels = torch.from_numpy(archive["labels"].astype(np.int64))
     return (levels * (255 / 16)).round().to(torch.uint8)[:, None], labels
+
+
+def open_digits(name: str) -> ArraySource:
+    """The digits with their classes."""
+    return ArraySource(name, *load_digits(), 10)
+
+
+KIND = Kind("digits", lambda where: where == "digits", open_digits)

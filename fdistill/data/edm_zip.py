@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fdistill.base.errors import DataError
 from fdistill.data.folder import FolderSource, image_files
-from fdistill.data.source import Encoded, PerProcess, class_labels, is_image
+from fdistill.data.source import Encoded, Kind, PerProcess, Source, class_labels, is_image
 
 LABEL_FILE = "dataset.json"
 
@@ -74,6 +74,19 @@ def open_edm_folder(root: Path) -> FolderSource:
     if not images:
         raise DataError(f"data {root}: a {LABEL_FILE} but no images; expected the images that it names")
     return FolderSource(root, images, *_labels((root / LABEL_FILE).read_bytes(), images, str(root)))
+
+
+def _is_edm(where: str) -> bool:
+    path = Path(where)
+    return (path / LABEL_FILE).is_file() if path.is_dir() else path.is_file() and path.suffix == ".zip"
+
+
+def _open(where: str) -> Source:
+    path = Path(where)
+    return open_edm_folder(path) if path.is_dir() else open_edm_zip(path)
+
+
+KIND = Kind(f"a {LABEL_FILE}", _is_edm, _open, file=".zip")
 
 
 def _labels(text: bytes | None, images: Sequence[str], where: str) -> tuple[Tensor, int | None]:

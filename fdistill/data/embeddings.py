@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,6 +34,24 @@ _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.int32, torch.bool)
 }
+
+
+class Embeddings(Protocol):
+    """Encoded prompts by index.
+
+    Attributes:
+        prompts: the N prompts.
+        null: the encoded prompt that guidance leads away from, tensors [1, ...].
+    """
+
+    prompts: Sequence[str]
+    null: TextCondition
+
+    def __len__(self) -> int:
+        """N."""
+
+    def rows(self, index: Tensor) -> TextCondition:
+        """The prompts of an index int64 [B] (B >= 1, on the CPU)."""
 
 
 class EmbeddingSource:
@@ -115,7 +133,7 @@ class EmbeddingSource:
 class Captions:
     """The prompts of a data set's rows: row i has prompt number index[i], int64 [N], of `embeddings`."""
 
-    embeddings: EmbeddingSource
+    embeddings: Embeddings
     index: Tensor
 
     def rows(self, rows: Tensor) -> TextCondition:

@@ -12,9 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from fdistill.base.errors import DataError
-from fdistill.base.files import cache_folder, read_json_object
+from fdistill.base.files import cached_folder, read_json_object
 from fdistill.data.captions import CAPTION_KEYS, all_or_none, caption_text
-from fdistill.data.source import Encoded, class_labels
+from fdistill.data.source import Encoded, Kind, class_labels
 
 _IMAGE_NAMES, _LABEL_NAMES = ("image", "img", "jpg", "png"), ("label", "labels", "cls")
 _CAPTION_NAMES = (*CAPTION_KEYS, "txt")  # txt: as `datasets` calls it in WebDataset shards
@@ -139,13 +139,31 @@ def open_parquet(path: Path) -> HuggingFaceSource:
     """
     datasets = _library(str(path))
     files = [path] if path.is_file() else sorted(path.glob("train*.parquet")) or sorted(path.glob("*.parquet"))
+    names = [str(file.resolve()) for file in files]
+    copied = cached_folder("parquet", {name: _version(Path(name)) for name in names})
     try:
-        data = datasets.Dataset.from_parquet(
-            [str(file.resolve()) for file in files], cache_dir=str(cache_folder() / "parquet")
-        )
+        data = datasets.Dataset.from_parquet(names, cache_dir=str(copied))
     except Exception as error:  # pyarrow's, or of the file system, wrapped by `datasets` in its own
         raise DataError(f"data {path}: cannot be read as parquet ({_first_line(error)}); copy it again") from error
     return _from_dataset(data, str(path), datasets)
+
+
+def _is_saved(where: str) -> bool:
+    return Path(where).is_dir() and is_saved_dataset(Path(where))
+
+
+def _is_parquet(where: str) -> bool:
+    path = Path(where)
+    return any(path.glob("*.parquet")) if path.is_dir() else path.is_file() and path.suffix == ".parquet"
+
+
+HUB = Kind("a data set of the hub", lambda where: where.startswith("hf:"), open_hub)
+SAVED = Kind("a saved data set", _is_saved, lambda where: open_saved_dataset(Path(where)))
+PARQUET = Kind("parquet files", _is_parquet, lambda where: open_parquet(Path(where)), file=".parquet")
+
+
+def _version(file: Path) -> list[int]:
+    return [file.stat().st_size, file.stat().st_mtime_ns]
 
 
 def _library(where: str) -> ModuleType:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from fdistill.base.errors import DataError, did_you_mean
 from fdistill.base.rng import Stream, derived_seed
 from fdistill.condition import TextCondition
-from fdistill.data.order import EpochOrder
+from fdistill.data.order import Batching, EpochOrder
 from fdistill.data.recipes import RECIPES, open_image, pixels, to_channels
 from fdistill.data.source import ArraySource, Source
 
@@ -51,22 +51,18 @@ class _Plan:
     size: int
     recipe: str
     flip: bool
-    batch_size: int
-    seed: int
-    rank: int
-    processes: int
+    batching: Batching
 
     def rows(self, order: EpochOrder, number: int) -> tuple[Tensor, Tensor]:
         """This process's (rows int64 [B], flipped bool [B]) of the global batch."""
-        local = self.batch_size // self.processes
-        mine = slice(self.rank * local, (self.rank + 1) * local)
+        batching, rows = self.batching, self.batching.mine(order.rows(number))
         if not self.flip:
-            return order.rows(number)[mine], torch.zeros(local, dtype=torch.bool)
-        generator = torch.Generator().manual_seed(derived_seed(self.seed, Stream.FLIP, number))
-        return order.rows(number)[mine], (torch.rand(self.batch_size, generator=generator) < 0.5)[mine]
+            return rows, torch.zeros(len(rows), dtype=torch.bool)
+        generator = torch.Generator().manual_seed(derived_seed(batching.seed, Stream.FLIP, number))
+        return rows, batching.mine(torch.rand(batching.batch_size, generator=generator) < 0.5)
 
     def order(self) -> EpochOrder:
-        return EpochOrder(len(self.source), self.batch_size, self.seed)
+        return self.batching.order(len(self.source))
 
     @property
     def allowed(self) -> float:
@@ -79,20 +75,18 @@ _Decoded = tuple[np.ndarray[Any, Any], list[int], list[tuple[int, str, str]]]
 
 
 class ImageLoader:
-    """Iterates over batches number `first`, `first` + 1, ... without end; use it as a context or `close` it.
+    """Iterates over the batches of a data set without end, from number `batching.first` on.
 
-    Images are decoded by worker processes only; those in memory that need no resampling are taken from there. An item
-    that cannot be decoded is replaced by the next one that can, and counted in `skipped`.
+    Use it as a context, or `close` it. Images are decoded by worker processes only; those that are in memory and need
+    no resampling are taken from there. An item that cannot be decoded is replaced by the next one that can, and counted
+    in `skipped`.
 
     Args:
         source: the data set.
         sample_shape: (C, H, W) of the batches, C = 1 or 3 and H = W.
+        batching: size and order of the batches, the first of them, and this process's part of each.
         recipe: a name in `RECIPES`.
         flip: mirror half of the images, drawn from (seed, batch number, row in the batch).
-        batch_size: of all processes together, a multiple of `processes`.
-        seed: of the order and the flips.
-        first: number of the first batch.
-        rank, processes: which rows of each global batch: the rank-th of equal parts.
         workers: processes that decode, at least 1. Batches do not depend on how many.
 
     Raises:
@@ -104,14 +98,10 @@ class ImageLoader:
         self,
         source: Source,
         sample_shape: tuple[int, int, int],
+        batching: Batching,
         *,
         recipe: str = "exact",
         flip: bool = False,
-        batch_size: int,
-        seed: int,
-        first: int = 0,
-        rank: int = 0,
-        processes: int = 1,
         workers: int = 1,
     ):
         if recipe not in RECIPES:
@@ -122,7 +112,7 @@ class ImageLoader:
                 f"data {source.name}: the teacher's samples are {channels}x{height}x{width}; images can be made grey "
                 "or RGB, and square"
             )
-        self._plan = _Plan(source, channels, height, recipe, flip, batch_size, seed, rank, processes)
+        self._plan, first = _Plan(source, channels, height, recipe, flip, batching), batching.first
         self._skipped: dict[int, tuple[str, str]] = {}
         self._in_memory: Tensor | None = None
         self._workers: Any = None

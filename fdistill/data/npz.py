@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fdistill.base.errors import DataError
-from fdistill.data.source import ArraySource, class_labels
+from fdistill.data.source import ArraySource, Kind, class_labels
 
 _IMAGES, _LABELS = ("images", "arr_0"), ("labels", "y", "arr_1")
 _CHANNELS = (1, 3, 4)
@@ -48,3 +48,11 @@ def open_npz(path: Path) -> ArraySource:
     # A copy, as one channel moved first counts as contiguous with strides by which torch takes it for channels-last.
     tensor = torch.from_numpy(np.array(images, order="C"))
     return ArraySource(str(path), tensor, *class_labels(labels, len(tensor), f"data {path}"))
+
+
+def _is_npz(where: str) -> bool:
+    path = Path(where)
+    return path.is_file() and path.suffix == ".npz"
+
+
+KIND = Kind("an .npz file", _is_npz, lambda where: open_npz(Path(where)), file=".npz")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,34 @@ class EpochOrder:
             parts.append(part)
             position, missing = position + len(part), missing - len(part)
         return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a data set is cut into batches, and which rows of each batch this process reads.
+
+    Attributes:
+        batch_size: of all processes together, a multiple of `processes`.
+        seed: of the order, and of which images are mirrored.
+        first: number of the first batch.
+        rank, processes: each batch is cut into `processes` equal parts; this process reads part number `rank`.
+    """
+
+    batch_size: int
+    seed: int
+    first: int = 0
+    rank: int = 0
+    processes: int = 1
+
+    @property
+    def local(self) -> int:
+        """Rows per batch that this process reads."""
+        return self.batch_size // self.processes
+
+    def order(self, items: int) -> EpochOrder:
+        """The order of a data set of so many items."""
+        return EpochOrder(items, self.batch_size, self.seed)
+
+    def mine(self, rows: Tensor) -> Tensor:
+        """This process's part of what belongs to the rows of a whole batch, [batch_size, ...]."""
+        return rows[self.rank * self.local : (self.rank + 1) * self.local]

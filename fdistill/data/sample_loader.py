@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdistill.data.embeddings import Captions, EmbeddingSource
+from fdistill.data.embeddings import Captions, Embeddings
 from fdistill.data.latents import LatentSource
 from fdistill.data.loader import Batch
-from fdistill.data.order import EpochOrder
+from fdistill.data.order import Batching
 from fdistill.denoiser import LatentScaling
 
 
@@ -49,7 +49,7 @@ class FixedSamples:
         return self.x0[rows]
 
 
-def prompts_alone(embeddings: EmbeddingSource, sample_shape: tuple[int, ...]) -> FixedSamples:
+def prompts_alone(embeddings: Embeddings, sample_shape: tuple[int, ...]) -> FixedSamples:
     """A row for each prompt, for a run that reads no images: x0 is zeros [N, *sample_shape] that take no memory."""
     count = len(embeddings)
     x0 = torch.zeros(1, *sample_shape).expand(count, *sample_shape)
@@ -57,36 +57,21 @@ def prompts_alone(embeddings: EmbeddingSource, sample_shape: tuple[int, ...]) ->
 
 
 class SampleLoader:
-    """Iterates over batches number `first`, `first` + 1, ... without end, as `ImageLoader` does; their images are
-    float32 samples, and their text is that of the source.
+    """Iterates over batches without end, as `ImageLoader` does, from number `batching.first` on.
 
-    Args:
-        batch_size: of all processes together, a multiple of `processes`.
-        seed: of the order.
-        first: number of the first batch.
-        rank, processes: which rows of each global batch: the rank-th of equal parts.
+    The `images` of a batch are float32 samples [B, C, h, w], and its `text` holds their prompts if the source has them.
     """
 
-    def __init__(
-        self,
-        source: ScaledLatents | FixedSamples,
-        *,
-        batch_size: int,
-        seed: int,
-        first: int = 0,
-        rank: int = 0,
-        processes: int = 1,
-    ):
+    def __init__(self, source: ScaledLatents | FixedSamples, batching: Batching):
         self.skipped: list[tuple[str, str]] = []
-        self._source, self._next, local = source, first, batch_size // processes
-        self._order = EpochOrder(len(source.labels), batch_size, seed)
-        self._mine = slice(rank * local, (rank + 1) * local)
+        self._source, self._batching, self._next = source, batching, batching.first
+        self._order = batching.order(len(source.labels))
 
     def __iter__(self) -> SampleLoader:
         return self
 
     def __next__(self) -> Batch:
-        rows = self._order.rows(self._next)[self._mine]
+        rows = self._batching.mine(self._order.rows(self._next))
         text = self._source.text.rows(rows) if self._source.text is not None else None
         batch = Batch(self._source.samples(rows, self._next), self._source.labels[rows], rows, text)
         self._next += 1

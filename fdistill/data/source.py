@@ -1,9 +1,10 @@
-"""What a data set is to the loader: a number of encoded images with labels, each found by its index."""
+"""What a kind of data set provides: how it is recognised, and its images with labels, each found by its index."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -46,6 +47,25 @@ class Source(Protocol):
 
     def encoded(self, index: int) -> Encoded:
         """A compressed image file, or pixels uint8 [H, W, C] or [H, W]."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of data set: a row of the registry in `fdistill.data`, made in the file that reads it.
+
+    Both functions take what the user wrote after `data=`: a name, or the path of a file or folder.
+
+    Attributes:
+        name: what messages call it, as in "holds CIFAR-10 and tar files"; of an embedded data set, its own name.
+        recognises: whether this is a data set of the kind. It looks at names, and opens nothing.
+        open: the data set; raises DataError where it is damaged.
+        file: what messages call one file of this kind, such as ".zip"; empty where there are only folders.
+    """
+
+    name: str
+    recognises: Callable[[str], bool]
+    open: Callable[[str], Source]
+    file: str = ""
 
 
 class PerProcess(Generic[T]):

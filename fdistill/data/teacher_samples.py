@@ -5,11 +5,10 @@ Sample i comes from the noise `indexed_normal(0, [i])`, so a pair needs no store
 
 from __future__ import annotations
 
-import hashlib
-import json
-import uuid
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -17,13 +16,48 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from fdistill.base.files import atomic_file, cache_folder
+from fdistill.base.files import cached_folder, made_once
 from fdistill.base.rng import indexed_normal
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.sampler import heun_sample
 
+TEACHER_SAMPLES = "teacher-samples"  #: data=teacher-samples
+
 _SEED, _BATCH = 0, 256
+_FILE, _FORMAT = "samples.safetensors", 3
+
+
+@dataclass(frozen=True)
+class SampleSet:
+    """Which samples of which teacher: what the cache knows them by.
+
+    Attributes:
+        teacher: a hash of the teacher's weights, of what they mean, and of the conditions.
+        count: how many, at least 1.
+        num_steps: of Heun's method.
+        start_level: where the sampler starts, with schedule.start(start_level) times standard normal noise.
+    """
+
+    teacher: str
+    count: int
+    num_steps: int
+    start_level: float
+
+    @property
+    def evaluations(self) -> int:
+        """Of the teacher for each sample: two for each of Heun's steps but the last."""
+        return 2 * self.num_steps - 1
+
+    @property
+    def key(self) -> dict[str, object]:
+        """Of the cache."""
+        return {**asdict(self), "format": _FORMAT}
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether nothing has to be drawn."""
+        return (cached_folder(TEACHER_SAMPLES, self.key) / _FILE).is_file()
 
 
 @dataclass(frozen=True)
@@ -40,56 +74,41 @@ class TeacherSamples:
 
 def teacher_samples(
     teacher: Denoiser,
-    fingerprint: str,
+    wanted: SampleSet,
     conditions: Callable[[range], Condition | None],
     *,
-    count: int,
-    num_steps: int,
-    start_level: float,
     device: torch.device,
     progress: bool = True,
 ) -> TeacherSamples:
-    """The first `count` samples, from the cache if they are there.
+    """Draws samples number 0 to `wanted.count` - 1, or reads them from the cache if they are there.
 
     Args:
         teacher: on `device`.
-        fingerprint: of its weights, of what they mean and of the conditions: part of the cache's key.
-        conditions: rows -> what the teacher is told for them: labels or prompts, on the CPU, or None.
-        count: at least 1.
-        num_steps: of Heun's method, 2 num_steps - 1 evaluations a sample.
-        start_level: where the sampler starts, with schedule.start(start_level) times standard normal noise.
+        conditions: numbers of samples -> their labels or prompts, on the CPU, or None for an unconditional teacher.
         device: where to compute.
         progress: show a bar.
 
     Raises:
         OutputError: the cache folder cannot be written.
     """
-    key = {
-        "teacher": fingerprint,
-        "count": count,
-        "num_steps": num_steps,
-        "start_level": start_level,
-        "format": 2,
-    }
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    path = cache_folder() / "teacher-samples" / f"{name}.safetensors"
-    labels = torch.arange(count) % (teacher.num_classes or 1)
+
+    def draw(folder: Path) -> None:
+        parts = []
+        with tqdm(total=wanted.count, desc="teacher samples", unit="img", disable=not progress, mininterval=0.5) as bar:
+            for first in range(0, wanted.count, _BATCH):
+                rows = range(first, min(first + _BATCH, wanted.count))
+                noise, asked = indexed_normal(_SEED, rows, teacher.sample_shape).to(device), conditions(rows)
+                condition = None if asked is None else asked.to(device)
+                x0 = heun_sample(teacher, noise, condition, wanted.num_steps, start_level=wanted.start_level)
+                parts.append(x0.float().cpu())
+                bar.update(len(rows))
+        save_file({"x0": torch.cat(parts).contiguous()}, folder / _FILE)
+
+    labels = torch.arange(wanted.count) % (teacher.num_classes or 1)
+    folder = made_once(TEACHER_SAMPLES, wanted.key, draw)
     try:
-        return TeacherSamples(load_file(path)["x0"], labels)
+        return TeacherSamples(load_file(folder / _FILE)["x0"], labels)
     except (OSError, SafetensorError, KeyError):
-        pass  # none yet, or one cut short: made anew
-    parts = []
-    with tqdm(total=count, desc="teacher samples", unit="img", disable=not progress, mininterval=0.5) as bar:
-        for first in range(0, count, _BATCH):
-            rows = range(first, min(first + _BATCH, count))
-            noise = indexed_normal(_SEED, rows, teacher.sample_shape).to(device)
-            told = conditions(rows)
-            condition = None if told is None else told.to(device)
-            parts.append(heun_sample(teacher, noise, condition, num_steps, start_level=start_level).float().cpu())
-            bar.update(len(rows))
-    x0 = torch.cat(parts).contiguous()
-    own = path.with_name(f"{name}.{uuid.uuid4().hex}")  # another run may be making the same samples
-    with atomic_file(own) as temporary:
-        save_file({"x0": x0}, temporary)
-    own.replace(path)
-    return TeacherSamples(x0, labels)
+        shutil.rmtree(folder, ignore_errors=True)  # cut short by a full disk: drawn anew
+        folder = made_once(TEACHER_SAMPLES, wanted.key, draw)
+        return TeacherSamples(load_file(folder / _FILE)["x0"], labels)

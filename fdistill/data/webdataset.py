@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fdistill.base.errors import DataError
 from fdistill.data.captions import all_or_none, caption_text, decoded, named_caption
-from fdistill.data.source import IMAGE_SUFFIXES, Encoded, PerProcess, class_labels
+from fdistill.data.source import IMAGE_SUFFIXES, Encoded, Kind, PerProcess, class_labels
 
 _NO_CAPTION, _IN_TEXT, _IN_JSON = range(3)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -140,6 +140,20 @@ def open_webdataset(where: str) -> TarSource:
     labels = class_labels(given, len(samples), f"data {where}")
     texts = np.array([sample.caption for _, sample in samples], dtype=np.int64)
     return TarSource(where, shards, [sample.member for _, sample in samples], places, *labels, texts, strays)
+
+
+def _is_webdataset(where: str) -> bool:
+    path = Path(where)
+    if path.is_dir():
+        return any(path.glob("*.tar"))
+    return path.suffix == ".tar" and ("{" in path.name or path.is_file())
+
+
+def _open(where: str) -> TarSource:
+    return open_webdataset(str(Path(where)) if Path(where).is_dir() else where)
+
+
+KIND = Kind("tar files", _is_webdataset, _open, file=".tar")
 
 
 def _samples(shard: Path, strays: list[str]) -> Iterator[_Sample]:

@@ -18,12 +18,12 @@ from torch import Tensor
 from fdistill.adapters import original_layout
 from fdistill.adapters.original_names import swap_halves
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import content_hash, made_once
+from fdistill.base.files import made_once, sha256_of_files
 from fdistill.formats.comfy.text_encoders import without_wrapper
 from fdistill.formats.lora_file import LoraLayer, read_lora
 from fdistill.formats.pipeline_folder import (
     components,
-    pipeline_files,
+    pipeline_hashes,
     read_config,
     read_tensors,
     share_files,
@@ -69,10 +69,10 @@ def merged_folder(folder: Path, lora: Path, scale: float = 1.0) -> Path:
     """
     layers = read_lora(lora)
     key = {
-        "pipeline": content_hash(pipeline_files(folder)),
-        "lora": content_hash([lora]),
+        "pipeline": pipeline_hashes(folder),
+        "lora": sha256_of_files([lora]),
         "scale": float(scale),
-        "format": 1,
+        "format": 2,
     }
 
     def fill(temporary: Path) -> None:

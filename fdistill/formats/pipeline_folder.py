@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import read_json_object
+from fdistill.base.files import read_json_object, sha256_of_files
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 #: What configs, tokenizers, schedulers and weights are made of; pickles and other formats stay behind.
@@ -104,6 +104,11 @@ def pipeline_files(folder: Path) -> list[Path]:
     for name in components(folder):
         found += [path for path in (folder / name).rglob("*") if path.suffix in _KEPT and path.is_file()]
     return sorted(path for path in found if path.suffix != ".safetensors" or "." not in path.stem)
+
+
+def pipeline_hashes(folder: Path) -> dict[str, str]:
+    """Path below the folder -> hash, of each of the pipeline's files: what a folder made out of this one depends on."""
+    return {path.relative_to(folder).as_posix(): sha256_of_files([path]) for path in pipeline_files(folder)}
 
 
 def share_files(source: Path, target: Path, without: Iterable[str] = ()) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from fdistill.adapters import original_layout
 from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import content_hash, made_once
+from fdistill.base.files import made_once, sha256_of_files
 from fdistill.formats.pipeline_folder import (
     components,
-    pipeline_files,
+    pipeline_hashes,
     read_config,
     read_tensors,
     share_files,
@@ -79,7 +79,7 @@ def single_file_to_folder(path: Path, base: Path | None) -> Path:
         )
     _check_base(path, kind, base)
     _check_network(path, shapes, kind, base)
-    key = {"file": content_hash([path]), "base": content_hash(pipeline_files(base)), "name": path.name, "format": 1}
+    key = {"file": sha256_of_files([path]), "base": pipeline_hashes(base), "name": path.name, "format": 2}
 
     def fill(folder: Path) -> None:
         made = _convert(path, shapes, kind, base)

@@ -28,8 +28,8 @@ from fdistill.generation.pipeline_maker import open_pipeline
 from fdistill.generation.sampling import Sampling, check_unread
 from fdistill.guidance import GuidedDenoiser
 from fdistill.students.folder import find_student, load_student
-from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
-from fdistill.teachers.teacher import open_teacher
+from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
+from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import PromptEncoder, open_prompt_encoder
 
 _DEFAULTS = Sampling()
@@ -69,7 +69,7 @@ def _student_maker(checkpoint: str | Path, folder: Path, device: torch.device, n
 
 def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling) -> NetworkMaker:
     try:
-        teacher = open_teacher(checkpoint, resolution=sampling.resolution)
+        teacher = open_teacher(TeacherSettings(str(checkpoint), resolution=sampling.resolution))
     except CheckpointError as error:
         if only_diffusers_runs(checkpoint):
             raise CheckpointError(f"{error}; `--sampler pipeline` runs it with diffusers' own") from error
@@ -97,7 +97,7 @@ def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampl
 def _prompt_encoder(checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None) -> PromptEncoder | None:
     if denoiser.text_shapes is None:
         return None
-    return open_prompt_encoder(checkpoint, denoiser.sample_shape[-1] * (1 if latents is None else latents.factor))
+    return open_prompt_encoder(checkpoint, image_size(denoiser, latents))
 
 
 def labels_or_prompts(

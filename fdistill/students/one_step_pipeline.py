@@ -17,6 +17,7 @@ from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.base.errors import ArgumentError
 from fdistill.denoiser import LatentScaling
 from fdistill.generator import Student, student_generator
+from fdistill.teachers.autoencoder import decode_latents
 
 
 class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -99,7 +100,7 @@ def pipeline_output(
     """What a pipeline of ours returns for a student's samples [B, C, H, W]; its settings say what latents they are."""
     if pipeline.vae is not None:
         scaling = LatentScaling(pipeline.config.student["latent_scale"], pipeline.config.student["latent_bias"])
-        samples = pipeline.vae.decode(scaling.to_latents(samples).to(pipeline.vae.dtype)).sample
+        samples = decode_latents(pipeline.vae, scaling.to_latents(samples).to(pipeline.vae.dtype))
     images: Any = (samples / 2 + 0.5).clamp(0, 1)
     if output_type != "pt":
         images = images.cpu().permute(0, 2, 3, 1).float().numpy()

@@ -14,7 +14,7 @@ from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError, ConfigError
 from fdistill.base.files import read_json_object
 from fdistill.formats.pipeline_folder import share_files
-from fdistill.teachers.autoencoder import LatentSpace
+from fdistill.teachers.autoencoder import LatentSpace, image_size
 
 
 def check_exportable(denoiser: TextDenoiser, levels: Sequence[float]) -> None:
@@ -66,5 +66,5 @@ def save_text_pipeline(
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     index["vae"] = ["diffusers", type(latents.vae).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    size = denoiser.sample_shape[-1] * latents.factor
+    size = image_size(denoiser, latents)
     return str(index["_class_name"]), {**call, **text.unguided, "height": size, "width": size}

@@ -27,6 +27,7 @@ from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition
 from fdistill.students.one_step_pipeline import pipeline_output
 from fdistill.students.tiue import TiUEGenerator
+from fdistill.teachers.autoencoder import pixels_per_latent
 
 
 class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -172,7 +173,7 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ArgumentError("class_labels: this student is told none; expected None")
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            pixels = student.sample_shape[-1] * 2 ** (len(self.vae.config.block_out_channels) - 1)
+            pixels = student.sample_shape[-1] * pixels_per_latent(self.vae)
             condition = unet2d_condition.encode_prompts(self._encoders(), prompts, pixels)
             return condition.to(device), len(prompts)
         if student.num_classes is None:

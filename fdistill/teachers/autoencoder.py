@@ -41,12 +41,7 @@ class LatentSpace:
         self.vae: Any = vae.eval().requires_grad_(False)
         self.scaling = scaling
         self.sha256 = sha256
-        config = self.vae.config
-        if _is_video(vae):
-            self.factor = 2 ** len(config.temperal_downsample)
-        else:
-            levels = config.encoder_block_out_channels if _has_no_posterior(vae) else config.block_out_channels
-            self.factor = 2 ** (len(levels) - 1)
+        self.factor = pixels_per_latent(vae)
 
     @contextmanager
     def _on(self, device: torch.device) -> Iterator[None]:
@@ -62,10 +57,15 @@ class LatentSpace:
 
     @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
-        """Samples [B, C, h, w] -> images [B, 3, H, W], nominally in [-1, 1]."""
+        """Samples [B, C, h, w] -> images [B, 3, H, W], nominally in [-1, 1]; without gradient, a few at a time."""
         z = self.scaling.to_latents(samples)
         with self._on(samples.device):
-            return torch.cat([self._decode(part) for part in z.split(_at_once(self.factor * z.shape[-1]))])
+            return torch.cat([decode_latents(self.vae, part) for part in z.split(_at_once(self.factor * z.shape[-1]))])
+
+    def decode_with_gradient(self, samples: Tensor) -> Tensor:
+        """As `decode`, differentiable in the samples, all at once; the autoencoder stays on their device."""
+        self.vae.to(samples.device)
+        return decode_latents(self.vae, self.scaling.to_latents(samples))
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -74,13 +74,6 @@ class LatentSpace:
         """
         with self._on(images.device):
             return torch.cat([self._encode(part) for part in images.split(_at_once(images.shape[-1]))])
-
-    def _decode(self, z: Tensor) -> Tensor:
-        if _is_video(self.vae):
-            frames: Tensor = self.vae.decode(z[:, :, None]).sample
-            return frames[:, :, 0]
-        images: Tensor = self.vae.decode(z).sample
-        return images
 
     def _encode(self, images: Tensor) -> Tensor:
         if _has_no_posterior(self.vae):
@@ -91,6 +84,33 @@ class LatentSpace:
             return torch.cat([posterior.mean, posterior.std], dim=1)[:, :, 0]
         posterior = self.vae.encode(images).latent_dist
         return torch.cat([posterior.mean, posterior.std], dim=1)
+
+
+def decode_latents(vae: Any, z: Tensor) -> Tensor:
+    """Images [B, 3, H, W], nominally in [-1, 1], of an autoencoder's own latents [B, C, h, w] on its device.
+
+    Args:
+        vae: of one of the classes of `AUTOENCODERS`.
+    """
+    if _is_video(vae):
+        frames: Tensor = vae.decode(z[:, :, None]).sample
+        return frames[:, :, 0]
+    images: Tensor = vae.decode(z).sample
+    return images
+
+
+def pixels_per_latent(vae: Any) -> int:
+    """The autoencoder's factor: how many pixels one latent stands for, in each direction."""
+    config = vae.config
+    if _is_video(vae):
+        return int(2 ** len(config.temperal_downsample))
+    levels = config.encoder_block_out_channels if _has_no_posterior(vae) else config.block_out_channels
+    return int(2 ** (len(levels) - 1))
+
+
+def image_size(denoiser: Denoiser, latents: LatentSpace | None) -> int:
+    """Pixels of a side of the images that a denoiser's samples are, or are decoded to."""
+    return denoiser.sample_shape[-1] * (1 if latents is None else latents.factor)
 
 
 def _at_once(size: int) -> int:

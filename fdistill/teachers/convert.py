@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import inspect
 import json
 import math
@@ -21,7 +20,7 @@ from torch import Tensor
 from fdistill.adapters.dit import FREQ_SHIFT
 from fdistill.adapters.parametrisation import TIME_CONVENTION
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
-from fdistill.base.files import atomic_folder, claim_folder, read_json_object
+from fdistill.base.files import atomic_folder, claim_folder, read_json_object, sha256_of_files
 from fdistill.formats.unpickle import Record, load_restricted, state_dict
 from fdistill.networks import EDM2Network, EDMNetwork
 from fdistill.teachers.convert_dit import transformer_config, transformer_tensors
@@ -278,14 +277,10 @@ def _architecture(config: Mapping[str, Any]) -> str:
 
 
 def _write_card(folder: Path, source: Path, what: str, network: ModelMixin, note: str) -> None:
-    digest = hashlib.sha256()
-    with source.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
     count = sum(parameter.numel() for parameter in network.parameters())
     (folder / "README.md").write_text(
         f"# {source.stem}\n\n{what}, {count:,} parameters in float32.\n\n{note}\n\n"
-        f"Converted by `fdistill convert` from `{source.name}`, sha256\n`{digest.hexdigest()}`. "
+        f"Converted by `fdistill convert` from `{source.name}`, sha256\n`{sha256_of_files([source])}`. "
         "The licence is that of the source.\n\n"
         "Distil it with `fdistill distill CONFIG teacher=THIS_FOLDER --output RUN`.\n",
         encoding="utf-8",

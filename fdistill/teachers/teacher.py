@@ -1,4 +1,4 @@
-"""A teacher as runs, caches and samplers want it: its denoiser, and the autoencoder of its latents."""
+"""A teacher as it is distilled, encoded for and sampled from: its denoiser, and the autoencoder of its latents."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fdistill.denoiser import Denoiser
 from fdistill.formats.merged_lora import merged_folder
 from fdistill.formats.pipeline_folder import share_files
 from fdistill.formats.single_file import single_file_to_folder
-from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
+from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
 
 
 @dataclass(frozen=True)
@@ -32,52 +32,63 @@ class Teacher:
     @property
     def image_size(self) -> int:
         """Pixels of a side of the images that samples are, or are decoded to."""
-        return self.denoiser.sample_shape[-1] * (1 if self.latents is None else self.latents.factor)
+        return image_size(self.denoiser, self.latents)
 
 
-def open_teacher(
-    name: str | Path,
-    *,
-    base: str | None = None,
-    lora: str | None = None,
-    lora_scale: float = 1.0,
-    null_class: int | None = None,
-    vae: str | None = None,
-    resolution: int | None = None,
-) -> Teacher:
-    """Loads a teacher.
+@dataclass(frozen=True)
+class TeacherSettings:
+    """What a teacher is made of.
 
-    Args:
-        name: anything that `resolve_checkpoint` takes.
-        base: the published pipeline that a single-file checkpoint was made from.
-        lora, lora_scale: a LoRA file that is merged into it.
+    Attributes:
+        name: the checkpoint; anything that `resolve_checkpoint` takes, or a single file.
+        base: the published pipeline that a single-file checkpoint was trained from.
+        lora: a LoRA file that is merged into the checkpoint.
+        lora_scale: the factor on the LoRA's update.
         null_class: the label that stands for no class, where the checkpoint does not say it.
         vae: autoencoder of a latent teacher whose folder has none.
-        resolution: of a text-to-image teacher's images, in pixels, where it is not its own.
+        resolution: pixels of a side of a text-to-image teacher's images; its own by default.
+    """
+
+    name: str
+    base: str | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
+    null_class: int | None = None
+    vae: str | None = None
+    resolution: int | None = None
+
+
+def open_teacher(settings: TeacherSettings) -> Teacher:
+    """Loads a teacher.
 
     Raises:
-        CheckpointError: what cannot be read.
+        CheckpointError: files that cannot be read, or are of no kind that is known.
         ConfigError: a base, a LoRA or a resolution for a teacher that has no use for it.
     """
-    checkpoint = _resolve(str(name), base)
-    if lora is not None:
+    checkpoint = _resolve(settings.name, settings.base)
+    if settings.lora is not None:
         if checkpoint.folder is None:
-            raise ConfigError(f"teacher_lora: teacher {str(name)!r} is a function; expected a pipeline folder")
-        checkpoint = Checkpoint(checkpoint.name, merged_folder(checkpoint.folder, Path(lora), lora_scale))
-    denoiser = load_denoiser(checkpoint, null_class=null_class).requires_grad_(False)
-    latents = attach_latent_space(denoiser, checkpoint, vae)
-    if resolution is not None:
-        if not isinstance(denoiser, TextDenoiser) or latents is None:
-            raise ConfigError(
-                f"resolution: got {resolution}, but only text-to-image teachers draw at several; expected null"
-            )
-        size, rest = divmod(resolution, latents.factor)
-        if rest or size < 1:
-            raise ConfigError(
-                f"resolution: got {resolution}; expected a multiple of {latents.factor}, the autoencoder's factor"
-            )
-        denoiser.resize(size)
+            raise ConfigError(f"teacher_lora: teacher {settings.name!r} is a function; expected a pipeline folder")
+        merged = merged_folder(checkpoint.folder, Path(settings.lora), settings.lora_scale)
+        checkpoint = Checkpoint(checkpoint.name, merged)
+    denoiser = load_denoiser(checkpoint, null_class=settings.null_class).requires_grad_(False)
+    latents = attach_latent_space(denoiser, checkpoint, settings.vae)
+    if settings.resolution is not None:
+        _resize(denoiser, latents, settings.resolution)
     return Teacher(checkpoint, denoiser, latents)
+
+
+def _resize(denoiser: Denoiser, latents: LatentSpace | None, resolution: int) -> None:
+    if not isinstance(denoiser, TextDenoiser) or latents is None:
+        raise ConfigError(
+            f"resolution: got {resolution}, but only text-to-image teachers draw at several; expected null"
+        )
+    size, rest = divmod(resolution, latents.factor)
+    if rest or size < 1:
+        raise ConfigError(
+            f"resolution: got {resolution}; expected a multiple of {latents.factor}, the autoencoder's factor"
+        )
+    denoiser.resize(size)
 
 
 def _resolve(name: str, base: str | None) -> Checkpoint:

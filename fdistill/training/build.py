@@ -33,12 +33,12 @@ from fdistill.ratio import DensityRatio
 from fdistill.step import ROLES, Networks
 from fdistill.students.kinds import KINDS
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
-from fdistill.teachers.autoencoder import LatentSpace
-from fdistill.teachers.teacher import Teacher, open_teacher
+from fdistill.teachers.autoencoder import LatentSpace, image_size
+from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.training import checks
 from fdistill.training.activation_checkpointing import checkpoint_activations
 from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
-from fdistill.training.prompts import latents_folder, open_run_text
+from fdistill.training.prompts import Obtain, encode, open_inputs
 from fdistill.training.updates import Update, critic_update, student_update
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ class Distillation:
     @property
     def image_size(self) -> int:
         """Pixels of a side of the images that samples are, or are decoded to."""
-        return self.networks.teacher.sample_shape[-1] * (1 if self.latents is None else self.latents.factor)
+        return image_size(self.networks.teacher, self.latents)
 
     def role(self, name: str) -> nn.Module:
         """The trainable module of an optimiser's role."""
@@ -147,7 +147,7 @@ class _Trained(NamedTuple):
     resized: Resized | None
 
 
-def build(config: DistillConfig, device: torch.device) -> Distillation:
+def build(config: DistillConfig, device: torch.device, obtain: Obtain = encode) -> Distillation:
     """Networks and state at iteration 0: the fake score is a copy of the teacher, and so is the student unless the
     config says otherwise.
 
@@ -156,7 +156,7 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         CheckpointError: the teacher, or what the student starts from, cannot be read.
     """
     divergence = checks.read_divergence(config)
-    loaded = _load(config, device)
+    loaded = _load(config, device, obtain)
     torch.manual_seed(config.seed)
     try:
         return _assemble(config, device, divergence, loaded)
@@ -164,8 +164,8 @@ def build(config: DistillConfig, device: torch.device) -> Distillation:
         raise ConfigError(f"config: {error}") from error
 
 
-def _load(config: DistillConfig, device: torch.device) -> _Loaded:
-    teacher = open_teacher(
+def _load(config: DistillConfig, device: torch.device, obtain: Obtain) -> _Loaded:
+    settings = TeacherSettings(
         config.teacher,
         base=config.teacher_base,
         lora=config.teacher_lora,
@@ -174,8 +174,9 @@ def _load(config: DistillConfig, device: torch.device) -> _Loaded:
         vae=config.vae,
         resolution=config.resolution,
     )
-    stored = latents_folder(config, teacher, device)
-    return _Loaded(teacher, stored, open_run_text(config, teacher, stored, device))
+    teacher = open_teacher(settings)
+    stored, text = open_inputs(config, teacher, device, obtain)
+    return _Loaded(teacher, stored, text)
 
 
 def _assemble(config: DistillConfig, device: torch.device, divergence: Divergence, loaded: _Loaded) -> Distillation:

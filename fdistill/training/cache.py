@@ -1,28 +1,55 @@
-"""Images encoded once by a latent teacher's autoencoder: what `data=FOLDER` then reads."""
+"""Images and captions encoded once for a latent teacher: what `data=FOLDER` then reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fdistill.base.devices import start, upload
-from fdistill.base.errors import ArgumentError, DataError, did_you_mean
+from fdistill.base.errors import ArgumentError, ConfigError, DataError, did_you_mean
 from fdistill.base.files import claim_folder
 from fdistill.base.images import to_unit
-from fdistill.data import ImageLoader, Source, open_source
+from fdistill.data import Batching, ImageLoader, Source, open_source
 from fdistill.data.captions import distinct
 from fdistill.data.embeddings import write_embeddings
 from fdistill.data.latents import SAMPLING, Moments, write_latents
-from fdistill.data.order import EpochOrder
 from fdistill.teachers.autoencoder import LatentSpace
-from fdistill.teachers.teacher import Teacher, open_teacher
+from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import encoding_facts, open_prompt_encoder, prompt_batches
 
 _SEED = 0
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images and prompts are encoded.
+
+    Attributes:
+        device: where networks compute.
+        recipe: how images are brought to the teacher's size; a name in `fdistill.data.RECIPES`.
+        flip: encode every image's mirror image as well.
+        sampling: what training takes of each latent's moments: "sample" draws from them, "mean" does not.
+        negative_prompt: what guidance leads away from.
+        precision: "fp32" or "bf16", of the text encoders: a run's frozen_precision.
+        batch_size: images at a time.
+        workers: processes that decode image files.
+    """
+
+    device: torch.device
+    recipe: str = "center-box"
+    flip: bool = False
+    sampling: str = "sample"
+    negative_prompt: str = ""
+    precision: str = "fp32"
+    batch_size: int = 64
+    workers: int = 2
 
 
 def cache(
@@ -41,20 +68,20 @@ def cache(
     precision: str = "fp32",
     device: str = "auto",
 ) -> Path:
-    """Encodes every image of a data set to moments (mean and standard deviation of its latents), and for a
-    text-to-image teacher every caption to what its denoiser is told.
+    """Encodes every image of a data set to moments: mean and standard deviation of its latents. For a text-to-image
+    teacher it encodes every caption as well, with the teacher's text encoders.
 
     Args:
         data: what `data=` takes: a folder, an archive, hf:name.
-        teacher: the latent teacher, whose sample size gives the resolution.
+        teacher: the latent teacher. Images are encoded at the size of its own.
         output: a folder that is empty or does not exist.
-        vae: autoencoder, where the teacher's folder has none.
-        recipe: how images are brought to the resolution.
-        flip: add every image's mirror image.
-        sampling: what training takes: "sample" draws from the moments, "mean" does not.
+        vae: the autoencoder, where the teacher's folder has none.
+        recipe: how images are brought to the teacher's size.
+        flip: encode every image's mirror image as well.
+        sampling: what training takes of each latent's moments: "sample" draws from them, "mean" does not.
         batch_size: images at a time.
-        workers: processes that decode.
-        resolution: of a text-to-image teacher, where it is not the teacher's own.
+        workers: processes that decode image files.
+        resolution: pixels of a side of a text-to-image teacher's images; its own by default.
         negative_prompt: what guidance leads away from.
         precision: "fp32" or "bf16", of the text encoders: a run's frozen_precision.
         device: "auto", "cpu", "cuda" or "mps".
@@ -69,103 +96,100 @@ def cache(
         raise ArgumentError(f"sampling: got {sampling!r}; {did_you_mean(sampling, SAMPLING)}")
     if batch_size < 1 or workers < 1:
         raise ArgumentError(f"batch_size, workers: expected at least 1, got {batch_size} and {workers}")
-    opened = open_teacher(teacher, vae=vae, resolution=resolution)
+    opened = open_teacher(TeacherSettings(str(teacher), vae=vae, resolution=resolution))
     source = open_source(str(data))
     folder = claim_folder(Path(output))
     _, chosen = start(device)
-    encode_data(
-        source,
-        opened,
-        folder,
-        device=chosen,
-        recipe=recipe,
-        flip=flip,
-        sampling=sampling,
-        negative_prompt=negative_prompt,
-        precision=precision,
-        batch_size=batch_size,
-        workers=workers,
-    )
+    encoding = Encoding(chosen, recipe, flip, sampling, negative_prompt, precision, batch_size, workers)
+    encode_data(source, opened, folder, encoding)
     return Path(output)
 
 
-def encode_data(
-    source: Source,
-    teacher: Teacher,
-    folder: Path,
-    *,
-    device: torch.device,
-    recipe: str = "center-box",
-    flip: bool = False,
-    sampling: str = "sample",
-    negative_prompt: str = "",
-    precision: str = "fp32",
-    batch_size: int = 64,
-    workers: int = 2,
-) -> None:
-    """`cache` of an open source for a loaded teacher, into a folder that is made or replaced."""
-    latents, checkpoint = teacher.latents, teacher.checkpoint
+def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encoding) -> None:
+    """`cache` of an open data set for a loaded teacher, into a folder that is made or replaced."""
+    latents, resolution = teacher.latents, teacher.image_size
     if latents is None:
-        raise ArgumentError(f"teacher {checkpoint.name!r}: makes pixels; pass the images to distill as they are")
-    resolution = teacher.image_size
+        raise ArgumentError(
+            f"teacher {teacher.checkpoint.name!r}: makes pixels; pass the images to distill as they are"
+        )
     index, write_text = None, None
     if teacher.denoiser.text_shapes is not None:
-        if source.captions is None:
-            raise DataError(
-                f"data {source.name}: images without captions, but teacher {checkpoint.name!r} is told prompts; "
-                "expected photo.txt beside photo.jpg, a metadata.jsonl, or a caption column"
-            )
-        assert checkpoint.folder is not None
-        prompts, index = distinct(source.captions)
-        encoders = open_prompt_encoder(checkpoint, resolution, precision)
-        described = {
-            "encoder": encoding_facts(checkpoint.folder, resolution, precision),
-            "null_prompt": negative_prompt,
-        }
-
-        def write_text(path: Path) -> None:
-            with encoders.on(device):
-                null = encoders.null(negative_prompt)
-                write_embeddings(path, prompt_batches(encoders, prompts), null=null, meta=described)
-
+        prompts, index = distinct_captions(source, teacher)
+        write_text = partial(write_prompts, prompts=prompts, teacher=teacher, encoding=encoding)
     meta = {
         **latents.facts(),
-        "sampling": sampling,
-        "recipe": recipe,
+        "sampling": encoding.sampling,
+        "recipe": encoding.recipe,
         "resolution": resolution,
         "source": source.name,
-        "flip": flip,
+        "flip": encoding.flip,
     }
+    batching = Batching(encoding.batch_size, _SEED)
     with ImageLoader(
-        source, (3, resolution, resolution), recipe=recipe, batch_size=batch_size, seed=_SEED, workers=workers
+        source, (3, resolution, resolution), batching, recipe=encoding.recipe, workers=encoding.workers
     ) as loader:
-        batches = _moments(loader, source, latents, index, batch_size, flip, device)
+        batches = _moments(loader, batching, len(source), latents, index, encoding)
         write_latents(folder, batches, meta, source.num_classes, write_text)
         for name, reason in loader.skipped:
             tqdm.write(f"skipped {name}: {reason}")
 
 
+def distinct_captions(source: Source, teacher: Teacher) -> tuple[list[str], Tensor]:
+    """(each caption of the images once; int64 [N]: which of them each image has); DataError if there are none."""
+    if source.captions is None:
+        raise DataError(
+            f"data {source.name}: images without captions, but teacher {teacher.checkpoint.name!r} draws what prompts "
+            "say; expected photo.txt beside photo.jpg, a metadata.jsonl, or a caption column"
+        )
+    return distinct(source.captions)
+
+
+def text_facts(teacher: Teacher, encoding: Encoding) -> dict[str, Any]:
+    """What embeddings depend on beside their prompts: the META_KEYS of `fdistill.data.embeddings`.
+
+    Raises:
+        ConfigError: the teacher is a function, and no folder with text encoders in it.
+    """
+    folder = teacher.checkpoint.folder
+    if folder is None:
+        raise ConfigError(
+            f"teacher {teacher.checkpoint.name!r}: is a function, which has no text encoders; expected a pipeline "
+            "folder"
+        )
+    encoder = encoding_facts(folder, teacher.image_size, encoding.precision)
+    return {"encoder": encoder, "null_prompt": encoding.negative_prompt}
+
+
+def write_prompts(folder: Path, prompts: Sequence[str], teacher: Teacher, encoding: Encoding) -> None:
+    """Encodes prompts with the teacher's text encoders, which are loaded for this alone, into a folder for
+    `EmbeddingSource`.
+    """
+    encoders = open_prompt_encoder(teacher.checkpoint, teacher.image_size, encoding.precision)
+    with encoders.on(encoding.device):
+        null = encoders.null(encoding.negative_prompt)
+        write_embeddings(folder, prompt_batches(encoders, prompts), null=null, meta=text_facts(teacher, encoding))
+
+
 def _moments(
     loader: ImageLoader,
-    source: Source,
+    batching: Batching,
+    items: int,
     latents: LatentSpace,
     captions: Tensor | None,
-    batch_size: int,
-    flip: bool,
-    device: torch.device,
+    encoding: Encoding,
 ) -> Iterator[Moments]:
-    """Every item once, in the loader's order; without those that cannot be decoded."""
-    order, items = EpochOrder(len(source), batch_size, _SEED), len(source)
+    """The moments of every image once, in the loader's order; those that cannot be decoded are left out."""
+    order = batching.order(items)
     with tqdm(total=items, desc="encode", unit="img", mininterval=0.5) as bar:
-        for number in range(-(-items // batch_size)):
+        for number in range(-(-items // batching.batch_size)):
             batch, wanted = next(loader), order.rows(number)
-            once = torch.arange(len(wanted)) < items - number * batch_size
+            once = torch.arange(len(wanted)) < items - number * batching.batch_size
             kept = once & (batch.rows == wanted)  # the loader puts another item in the place of an unreadable one
             if not bool(kept.any()):
                 continue
-            images, labels = to_unit(upload(batch.images[kept], device)), batch.labels[kept]
+            images, labels = to_unit(upload(batch.images[kept], encoding.device)), batch.labels[kept]
             rest = (labels,) if captions is None else (labels, captions[batch.rows[kept]])
             yield latents.moments(images), *rest
-            if flip:
+            if encoding.flip:
                 yield latents.moments(images.flip(-1)), *rest
             bar.update(len(labels))

@@ -56,7 +56,9 @@ class ClipHinge(nn.Module):
         """
         if len(text) != len(x0):
             raise ArgumentError(f"text: expected features of {len(x0)} prompts, one for each sample, got {len(text)}")
-        images = (self._images(x0.to(wide(x0.dtype))) / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
+        x0 = x0.to(wide(x0.dtype))
+        decoded = x0 if self._latents is None else self._latents.decode_with_gradient(x0)
+        images = (decoded / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
         images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
         features = self.clip.encode_image((images - self.mean) / self.std, normalize=True)
         similarity: Tensor = (features * text).sum(1, dtype=wide(features.dtype))
@@ -65,14 +67,6 @@ class ClipHinge(nn.Module):
     def forward(self, x0: Tensor, text: Tensor) -> Tensor:
         """[B] losses, in [0, 1 + margin]; arguments as in `similarity`."""
         return F.relu(self.margin - self.similarity(x0, text))
-
-    def _images(self, x0: Tensor) -> Tensor:
-        if self._latents is None:
-            return x0
-        # Where it is already, but for the times after `LatentSpace.decode`, which sends it home.
-        vae = self._latents.vae.to(x0.device)
-        images: Tensor = vae.decode(self._latents.scaling.to_latents(x0)).sample
-        return images
 
 
 def load_clip(name: str, weights: str | Path) -> tuple[nn.Module, Any]:

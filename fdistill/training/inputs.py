@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -16,12 +15,12 @@ from fdistill.base.errors import ConfigError
 from fdistill.base.images import to_uint8
 from fdistill.condition import Condition
 from fdistill.config.schema import DistillConfig
-from fdistill.data import TEACHER_SAMPLES, ImageLoader, Source, open_source
+from fdistill.data import TEACHER_SAMPLES, Batching, ImageLoader, Source, open_source
 from fdistill.data.embeddings import Captions
 from fdistill.data.latents import META_FILE, LatentSource, check_latents
 from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatents, prompts_alone
 from fdistill.data.source import ArraySource
-from fdistill.data.teacher_samples import TeacherSamples, teacher_samples
+from fdistill.data.teacher_samples import SampleSet, TeacherSamples, teacher_samples
 from fdistill.denoiser import Denoiser
 from fdistill.generator import Student
 from fdistill.training.build import Distillation
@@ -38,35 +37,31 @@ class TrainingData:
 
     def loader(self, config: DistillConfig, teacher: Denoiser, first: int) -> ImageLoader | SampleLoader:
         """This process's rows of batch number `first` and all after it."""
-        rank, processes = rng.world()
-        order: dict[str, Any] = {
-            "batch_size": config.batch_size,
-            "seed": config.seed,
-            "first": first,
-            "rank": rank,
-            "processes": processes,
-        }
+        batching = Batching(config.batch_size, config.seed, first, *rng.world())
         if isinstance(self.source, ScaledLatents | FixedSamples):
-            return SampleLoader(self.source, **order)
+            return SampleLoader(self.source, batching)
         images = config.images
         return ImageLoader(
-            self.source, teacher.sample_shape, recipe=images.recipe, flip=images.flip, workers=images.workers, **order
+            self.source,
+            teacher.sample_shape,
+            batching,
+            recipe=images.recipe,
+            flip=images.flip,
+            workers=images.workers,
         )
 
 
-def stored_data(config: DistillConfig, run: Distillation) -> Data | None:
-    """The data a config names, with prompts for a teacher that is told some; None where the teacher has to make them.
+def stored_data(config: DistillConfig, run: Distillation) -> Data:
+    """The data that a config names, other than teacher-samples; for a text-to-image teacher with their prompts.
 
     Raises:
         ConfigError, DataError: nothing there, or data that do not fit the teacher.
     """
     teacher, latents = run.networks.teacher, run.latents
-    if config.data == TEACHER_SAMPLES:
-        return None
     if config.data is None and run.text is not None:
         return prompts_alone(run.text.embeddings, teacher.sample_shape)
     if config.data is None:
-        # Nothing reads the images; the labels, all classes alike, are what the student is asked for.
+        # Nothing reads the images; the labels are the classes that the student is asked for, all equally often.
         classes = teacher.num_classes or 1
         count = classes * max(1, config.batch_size // classes)
         empty = torch.zeros(1, *teacher.sample_shape).expand(count, *teacher.sample_shape)
@@ -94,8 +89,27 @@ def stored_data(config: DistillConfig, run: Distillation) -> Data | None:
     return source
 
 
+def data_samples(config: DistillConfig, run: Distillation) -> SampleSet | None:
+    """The teacher's samples that stand in for data; None where the config names other data, or none."""
+    if config.data != TEACHER_SAMPLES:
+        return None
+    return _sample_set(config, run, config.teacher_samples.count, run.networks.teacher.schedule.t_max)
+
+
+def pair_samples(config: DistillConfig, run: Distillation) -> SampleSet | None:
+    """The teacher's samples that the student regresses on, each from its own noise; None where it does not.
+
+    Raises:
+        ConfigError: the teacher's sampler cannot start where the student does.
+    """
+    if not config.regression.weight:
+        return None
+    _check_same_start(run.networks.teacher, run.student)
+    return _sample_set(config, run, config.regression.pairs, run.student.levels[0])
+
+
 def training_data(config: DistillConfig, run: Distillation, device: torch.device) -> TrainingData:
-    """Opens, or makes and caches, what a config names.
+    """Opens what a config names; draws the teacher's samples if it needs some and the cache does not have them.
 
     Raises:
         ConfigError, DataError: nothing there, or data that do not fit the teacher.
@@ -109,33 +123,32 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
             return text.rows(index % len(text.index))
         return index % teacher.num_classes if teacher.num_classes else None
 
-    def samples(count: int, start_level: float) -> TeacherSamples:
-        with PartialState().local_main_process_first():  # it makes them; the others find them in the cache
-            return teacher_samples(
-                teacher,
-                _made_of(run, config),
-                conditions,
-                count=count,
-                num_steps=config.teacher_samples.num_steps,
-                start_level=start_level,
-                device=device,
-                progress=PartialState().is_main_process,
-            )
+    def drawn(wanted: SampleSet) -> TeacherSamples:
+        with PartialState().local_main_process_first():  # it draws them; the others find them in the cache
+            progress = PartialState().is_main_process
+            return teacher_samples(teacher, wanted, conditions, device=device, progress=progress)
 
-    source = stored_data(config, run)
-    if source is None:
-        made = samples(config.teacher_samples.count, teacher.schedule.t_max)
-        if run.latents is None:
-            source = ArraySource(TEACHER_SAMPLES, to_uint8(made.x0), made.labels, teacher.num_classes)
-        else:
-            rows = torch.arange(len(made.x0))
-            prompts = None if text is None else Captions(text.embeddings, text.index[rows % len(text.index)])
-            source = FixedSamples(made.x0, made.labels, prompts)
-    pairs = None
-    if config.regression.weight:
-        _check_same_start(run.networks.teacher, run.student)
-        pairs = samples(config.regression.pairs, run.student.levels[0])
-    return TrainingData(source, pairs)
+    samples = data_samples(config, run)
+    source = stored_data(config, run) if samples is None else None
+    pairs = pair_samples(config, run)  # refuses what does not fit before anything is drawn
+    if samples is not None:
+        source = _as_data(drawn(samples), run)
+    assert source is not None
+    return TrainingData(source, None if pairs is None else drawn(pairs))
+
+
+def _as_data(samples: TeacherSamples, run: Distillation) -> Data:
+    """Samples of pixels as images, samples of latents with the prompts they were drawn for."""
+    if run.latents is None:
+        return ArraySource(TEACHER_SAMPLES, to_uint8(samples.x0), samples.labels, run.networks.teacher.num_classes)
+    if run.text is None:
+        return FixedSamples(samples.x0, samples.labels)
+    index = run.text.index[torch.arange(len(samples.x0)) % len(run.text.index)]
+    return FixedSamples(samples.x0, samples.labels, Captions(run.text.embeddings, index))
+
+
+def _sample_set(config: DistillConfig, run: Distillation, count: int, start_level: float) -> SampleSet:
+    return SampleSet(_made_of(run, config), count, config.teacher_samples.num_steps, start_level)
 
 
 def _made_of(run: Distillation, config: DistillConfig) -> str:

@@ -14,17 +14,18 @@ from fdistill.base.devices import autocast, start
 from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
-from fdistill.data.embeddings import EmbeddingSource
+from fdistill.data.embeddings import Embeddings
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.step import StepResult
 from fdistill.teachers.teacher import Teacher
 from fdistill.training.batches import Batches
 from fdistill.training.build import Distillation, build
+from fdistill.training.cache import Encoding
 from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal
 from fdistill.training.logbook import Logbook
 from fdistill.training.optimise import Role
-from fdistill.training.prompts import encoded_prompts
+from fdistill.training.prompts import Obtain, encode, open_prompts
 from fdistill.training.run_folder import check_output, export_student, prepare_folder, resume_from
 
 if TYPE_CHECKING:
@@ -78,26 +79,26 @@ def distill(
     return folder / "student"
 
 
-def open_watch(config: DistillConfig, run: Distillation, device: torch.device) -> Watch | None:
-    """What scores the student while it is trained; None without `eval.every`. Raises as `evaluation.watch.Watch`."""
+def open_watch(config: DistillConfig, run: Distillation, device: torch.device, obtain: Obtain = encode) -> Watch | None:
+    """What scores the student while it is trained; None without `eval.every`. Raises as `evaluation.watch.Watch`.
+
+    Args:
+        obtain: returns the folder of encoded prompts; see `open_inputs`.
+    """
     if not config.eval.every:
         return None
     from evaluation.watch import Watch, WatchedStudent, WatchSettings
 
-    def encode(prompts: Sequence[str]) -> EmbeddingSource:
-        return encoded_prompts(
-            list(prompts),
-            Teacher(run.checkpoint, run.networks.teacher, run.latents),
-            negative_prompt=config.negative_prompt,
-            precision=config.frozen_precision,
-            device=device,
-        )
+    def encoded(prompts: Sequence[str]) -> Embeddings:
+        teacher = Teacher(run.checkpoint, run.networks.teacher, run.latents)
+        encoding = Encoding(device, negative_prompt=config.negative_prompt, precision=config.frozen_precision)
+        return open_prompts(list(prompts), teacher, encoding, obtain, "evaluation prompts")
 
     channels = run.networks.teacher.sample_shape[0] if run.latents is None else 3
     student = WatchedStudent(
         NetworkMaker("the student", run.student, None, "", run.latents),
         (channels, run.image_size, run.image_size),
-        None if run.text is None else encode,
+        None if run.text is None else encoded,
     )
     settings = WatchSettings(**config.eval.model_dump(exclude={"every"}), seed=config.seed)
     return Watch(student, settings, device)

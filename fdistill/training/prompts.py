@@ -1,151 +1,232 @@
-"""The prompts of a run of a text-to-image teacher, encoded once: by `fdistill cache` beside its latents, or here."""
+"""What a run of a latent or text-to-image teacher reads that has to be encoded first: prompts, and embedded images.
+
+`open_inputs` finds it in the cache, or has it encoded. A dry run asks an `EncodingPlan` in its place, which encodes
+nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from torch import Tensor
 
 from fdistill import __version__
 from fdistill.base.errors import ConfigError, DataError
-from fdistill.base.files import made_once
+from fdistill.base.files import cached_folder, made_once
+from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
-from fdistill.data import CAPTIONED, TEACHER_SAMPLES, open_source
-from fdistill.data.embeddings import Captions, EmbeddingSource, write_embeddings
+from fdistill.data import TEACHER_SAMPLES, Source, is_embedded, open_source
+from fdistill.data.embeddings import Captions, Embeddings, EmbeddingSource
 from fdistill.data.latents import META_FILE, LatentSource
 from fdistill.data.prompts import read_prompts
 from fdistill.teachers.teacher import Teacher
-from fdistill.teachers.text_encoders import encoding_facts, open_prompt_encoder, prompt_batches
-from fdistill.training.cache import encode_data
+from fdistill.training.cache import Encoding, distinct_captions, encode_data, text_facts, write_prompts
 
 
-def open_run_text(
-    config: DistillConfig, teacher: Teacher, stored: Path | None, device: torch.device
-) -> Captions | None:
-    """Prompts and what they were encoded to; None for a teacher that is told none.
+@dataclass(frozen=True)
+class EncodingJob:
+    """Something that is encoded once and kept in the cache.
+
+    Attributes:
+        kind, key: what the cache knows it by, as in `fdistill.base.files.made_once`.
+        write: encodes it into an empty folder.
+        parts: what is encoded, for people: "12,000 prompts".
+    """
+
+    kind: str
+    key: Mapping[str, Any]
+    write: Callable[[Path], None]
+    parts: tuple[str, ...]
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the cache has it."""
+        return cached_folder(self.kind, self.key).is_dir()
+
+
+#: Returns the folder of what a job encodes, or None if it has not been encoded.
+Obtain = Callable[[EncodingJob], Path | None]
+
+
+def encode(job: EncodingJob) -> Path:
+    """The folder of what a job encodes: the first process of each machine encodes it, the others find it."""
+    with PartialState().local_main_process_first():
+        return made_once(job.kind, job.key, job.write)
+
+
+class EncodingPlan:
+    """What has been encoded and what has not: in place of `encode`, for a dry run.
+
+    Attributes:
+        jobs: those that were asked for.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: list[EncodingJob] = []
+
+    def __call__(self, job: EncodingJob) -> Path | None:
+        self.jobs.append(job)
+        return cached_folder(job.kind, job.key) if job.is_done else None
+
+
+class PlannedPrompts:
+    """Prompts that have not been encoded: zeros in the shapes of their embeddings, in place of an `EmbeddingSource`.
+
+    Attributes:
+        prompts: the N prompts.
+        null: zeros as well.
+    """
+
+    def __init__(self, prompts: Sequence[str], teacher: Teacher):
+        zeros = teacher.denoiser.example_condition(1, "cpu")
+        assert isinstance(zeros, TextCondition)
+        self.prompts, self.null = prompts, zeros
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def rows(self, index: Tensor) -> TextCondition:
+        """Zeros for the prompts of an index int64 [B]."""
+        return self.null.repeated(len(index))
+
+
+def open_inputs(
+    config: DistillConfig, teacher: Teacher, device: torch.device, obtain: Obtain = encode
+) -> tuple[Path | None, Captions | None]:
+    """The folder of cached latents that a run reads, and its prompts; None where it reads none.
 
     Text encoders are loaded only where prompts are not in the cache yet, and are gone when this returns.
 
     Args:
-        stored: the folder of cached latents, if the run reads some.
+        obtain: returns the folder of what has to be encoded; where it returns None, zeros stand for the prompts.
 
     Raises:
-        ConfigError, DataError: no prompts, or such as were encoded for another teacher.
+        ConfigError, DataError: prompts that are missing, superfluous, or encoded for another teacher.
     """
+    encoding = Encoding(
+        device,
+        recipe=config.images.recipe,
+        negative_prompt=config.negative_prompt,
+        precision=config.frozen_precision,
+    )
+    _check_prompts(config, teacher)
+    source = _embedded_images(config, teacher)
+    if source is not None:
+        stored = obtain(_latents_job(source, teacher, encoding))
+    else:
+        stored = Path(config.data) if config.data is not None and _is_cached(config.data) else None
     if teacher.denoiser.text_shapes is None:
-        if config.prompts is not None:
-            raise ConfigError(f"prompts: got {config.prompts!r}, but teacher {config.teacher!r} is told none")
+        return stored, None
+    if stored is not None:
+        return stored, _stored_captions(config, teacher, stored, encoding)
+    if source is not None:
+        prompts, index = distinct_captions(source, teacher)
+        return None, Captions(PlannedPrompts(prompts, teacher), index)
+    prompts = _listed_prompts(config)
+    return None, Captions(open_prompts(prompts, teacher, encoding, obtain), torch.arange(len(prompts)))
+
+
+def open_prompts(
+    prompts: Sequence[str], teacher: Teacher, encoding: Encoding, obtain: Obtain = encode, name: str = "prompts"
+) -> Embeddings:
+    """The embeddings of a list of prompts; zeros where `obtain` returns None.
+
+    Args:
+        name: what the prompts are called where people are told that they have to be encoded.
+    """
+    job = EncodingJob(
+        "text",
+        {**text_facts(teacher, encoding), "prompts": list(prompts)},
+        partial(write_prompts, prompts=prompts, teacher=teacher, encoding=encoding),
+        (f"{len(prompts):,} {name}",),
+    )
+    folder = obtain(job)
+    return PlannedPrompts(prompts, teacher) if folder is None else EmbeddingSource(folder)
+
+
+def _is_cached(data: str) -> bool:
+    return (Path(data) / META_FILE).is_file()
+
+
+def _embedded_images(config: DistillConfig, teacher: Teacher) -> Source | None:
+    """A captioned data set of the package, which a run encodes by itself; None where the config names no such data."""
+    if config.data is None or _is_cached(config.data) or teacher.latents is None or not is_embedded(config.data):
         return None
-    encoder = encoding_facts(_folder(teacher), teacher.image_size, config.frozen_precision)
-    if config.prompts is not None and config.data not in (None, TEACHER_SAMPLES):
+    source = open_source(config.data)
+    return None if source.captions is None else source
+
+
+def _latents_job(source: Source, teacher: Teacher, encoding: Encoding) -> EncodingJob:
+    assert teacher.latents is not None
+    key = {
+        "teacher": teacher.checkpoint.fingerprint(teacher.denoiser),
+        **text_facts(teacher, encoding),
+        "autoencoder": teacher.latents.facts(),
+        "data": source.name,
+        "recipe": encoding.recipe,
+        "version": __version__,
+    }
+    parts = [f"{len(source):,} images to latents"]
+    if teacher.denoiser.text_shapes is not None:
+        parts.append(f"{len(distinct_captions(source, teacher)[0]):,} prompts")
+    return EncodingJob("latents", key, partial(encode_data, source, teacher, encoding=encoding), tuple(parts))
+
+
+def _check_prompts(config: DistillConfig, teacher: Teacher) -> None:
+    """Raises ConfigError for prompts that nothing would read."""
+    if config.prompts is None:
+        return
+    if teacher.denoiser.text_shapes is None:
+        raise ConfigError(
+            f"prompts: got {config.prompts!r}, but teacher {config.teacher!r} takes no prompts; expected null"
+        )
+    if config.data not in (None, TEACHER_SAMPLES):
         raise ConfigError(
             f"prompts: got {config.prompts!r} beside data {config.data!r}, whose captions are the prompts; expected "
             f"data={TEACHER_SAMPLES} or data=null"
         )
-    if stored is not None:
-        captions = LatentSource(stored, config.seed).text
-        if captions is None:
-            raise ConfigError(
-                f"data {config.data!r}: latents without captions, but teacher {config.teacher!r} is told prompts; "
-                "expected latents of captioned images"
-            )
-        _check(captions.embeddings, encoder, config.negative_prompt)
-        return captions
-    if config.prompts is None:
-        if config.data not in (None, TEACHER_SAMPLES):
-            raise ConfigError(
-                f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents and prompts; encode them "
-                f"once with `fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass "
-                "data=FOLDER"
-            )
+
+
+def _listed_prompts(config: DistillConfig) -> list[str]:
+    """The prompts of the file that the config names."""
+    if config.prompts is not None:
+        return read_prompts(Path(config.prompts))
+    if config.data not in (None, TEACHER_SAMPLES):
         raise ConfigError(
-            f"prompts: got null, but teacher {config.teacher!r} is told prompts; expected a file with one a line, or "
-            "data of captioned images"
+            f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents and prompts; encode them "
+            f"once with `fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass "
+            "data=FOLDER"
         )
-    prompts = read_prompts(Path(config.prompts))
-    with PartialState().local_main_process_first():
-        source = encoded_prompts(
-            prompts,
-            teacher,
-            negative_prompt=config.negative_prompt,
-            precision=config.frozen_precision,
-            device=device,
-        )
-    return Captions(source, torch.arange(len(prompts)))
+    raise ConfigError(
+        f"prompts: got null, but teacher {config.teacher!r} draws what prompts say; expected a file with one a line, "
+        "or data of captioned images"
+    )
 
 
-def _folder(teacher: Teacher) -> Path:
-    if teacher.checkpoint.folder is None:
+def _stored_captions(config: DistillConfig, teacher: Teacher, stored: Path, encoding: Encoding) -> Captions:
+    """The prompts beside cached latents, if they were encoded as this run needs them."""
+    captions = LatentSource(stored, config.seed).text
+    if captions is None:
         raise ConfigError(
-            f"teacher {teacher.checkpoint.name!r}: is a function, which has no text encoders; expected a pipeline "
-            "folder"
+            f"data {config.data!r}: latents without captions, but teacher {config.teacher!r} draws what prompts say; "
+            "expected latents of captioned images"
         )
-    return teacher.checkpoint.folder
-
-
-def latents_folder(config: DistillConfig, teacher: Teacher, device: torch.device) -> Path | None:
-    """The folder of cached latents that a config names, or that an embedded data set is encoded to now; None where it
-    names neither.
-    """
-    if config.data is None or (Path(config.data) / META_FILE).is_file():
-        return None if config.data is None else Path(config.data)
-    if config.data not in CAPTIONED or teacher.latents is None:
-        return None
-    facts = {
-        "teacher": teacher.checkpoint.fingerprint(teacher.denoiser),
-        "encoders": encoding_facts(_folder(teacher), teacher.image_size, config.frozen_precision),
-        "autoencoder": teacher.latents.facts(),
-        "data": config.data,
-        "recipe": config.images.recipe,
-        "null_prompt": config.negative_prompt,
-        "version": __version__,
-    }
-
-    def encode(folder: Path) -> None:
-        encode_data(
-            open_source(str(config.data)),
-            teacher,
-            folder,
-            device=device,
-            recipe=config.images.recipe,
-            negative_prompt=config.negative_prompt,
-            precision=config.frozen_precision,
-        )
-
-    with PartialState().local_main_process_first():
-        return made_once("latents", facts, encode)
-
-
-def _check(source: EmbeddingSource, encoder: str, negative_prompt: str) -> None:
-    if source.meta["encoder"] != encoder:
+    source, wanted = captions.embeddings, text_facts(teacher, encoding)
+    assert isinstance(source, EmbeddingSource)
+    if source.meta["encoder"] != wanted["encoder"]:
         raise DataError(
             f"data {source.name}: its captions were encoded by other text encoders, for another resolution or in "
             "another frozen_precision; make them again with fdistill cache"
         )
-    if source.meta["null_prompt"] != negative_prompt:
+    if source.meta["null_prompt"] != wanted["null_prompt"]:
         raise DataError(
             f"data {source.name}: was cached with negative prompt {source.meta['null_prompt']!r}, but negative_prompt "
-            f"is {negative_prompt!r}; make it again with fdistill cache --negative-prompt, or change the setting"
+            f"is {wanted['null_prompt']!r}; make it again with fdistill cache --negative-prompt, or change the setting"
         )
-
-
-def encoded_prompts(
-    prompts: list[str],
-    teacher: Teacher,
-    *,
-    negative_prompt: str,
-    precision: str,
-    device: torch.device,
-) -> EmbeddingSource:
-    """A prompt list's embeddings, from $FDISTILL_CACHE if they are there."""
-    encoder = encoding_facts(_folder(teacher), teacher.image_size, precision)
-
-    def encode(folder: Path) -> None:
-        encoders = open_prompt_encoder(teacher.checkpoint, teacher.image_size, precision)
-        with encoders.on(device):
-            null, meta = encoders.null(negative_prompt), {"encoder": encoder, "null_prompt": negative_prompt}
-            write_embeddings(folder, prompt_batches(encoders, prompts), null=null, meta=meta)
-
-    facts = {"encoder": encoder, "null_prompt": negative_prompt, "prompts": prompts}
-    return EmbeddingSource(made_once("text", facts, encode))
+    return captions

@@ -10,7 +10,17 @@ import torch
 from torch import nn
 
 from fdistill.base.errors import CheckpointError, OutputError
-from fdistill.base.files import atomic_file, atomic_folder, check_file, claim_folder
+from fdistill.base.files import (
+    atomic_file,
+    atomic_folder,
+    cached_folder,
+    check_file,
+    claim_folder,
+    made_once,
+    nothing_cached,
+    sha256_of_files,
+    weights_sha256,
+)
 from fdistill.base.state_dicts import load_exactly, take
 from fdistill.training.checkpoint import (
     checkpoints,
@@ -36,6 +46,67 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         temporary.write_text("new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_hashes_of_files_are_of_their_contents_in_order(tmp_path: Path) -> None:
+    """FIPS 180-2's example, "abc", cut into files; stored hashes rest on these values."""
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    for name, content in {
+        "1.safetensors": b"a",
+        "b/2.safetensors": b"b",
+        "b/3.safetensors": b"c",
+        "d.json": b"d",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    assert weights_sha256(tmp_path) == expected
+    parts = [tmp_path / name for name in ("1.safetensors", "b/2.safetensors", "b/3.safetensors")]
+    assert sha256_of_files(parts) == expected
+    assert sha256_of_files(parts[::-1]) != expected
+
+
+def test_a_cached_folder_is_made_once_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "cache"))
+    made = []
+
+    def fill(folder: Path) -> None:
+        made.append(folder)
+        (folder / "a.txt").write_text("whole")
+
+    with pytest.raises(RuntimeError):
+        made_once("kind", {"a": 1}, lambda folder: fails_half_way(folder / "a.txt"))
+    assert list((tmp_path / "cache" / "kind").iterdir()) == []
+    first = made_once("kind", {"a": 1, "b": 2}, fill)
+    assert made_once("kind", {"b": 2, "a": 1}, fill) == first == cached_folder("kind", {"a": 1, "b": 2})
+    assert len(made) == 1
+    assert made_once("kind", {"a": 2}, fill) != first
+    assert [path.name for path in first.iterdir()] == ["a.txt"]
+
+
+def test_two_runs_may_make_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "cache"))
+
+    def fill(folder: Path) -> None:
+        (folder / "a.txt").write_text("second")
+        other = cached_folder("kind", {})
+        other.mkdir()
+        (other / "a.txt").write_text("first")
+
+    assert (made_once("kind", {}, fill) / "a.txt").read_text() == "first"
+    assert len(list((tmp_path / "cache" / "kind").iterdir())) == 1
+
+
+def test_the_cache_is_read_and_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "cache"))
+    kept = made_once("kind", {"a": 1}, lambda folder: (folder / "a.txt").touch())
+    with nothing_cached():
+        assert made_once("kind", {"a": 1}, lambda folder: pytest.fail("made again")) == kept
+        with nothing_cached():
+            made = made_once("kind", {"a": 2}, lambda folder: (folder / "a.txt").touch())
+        assert (made / "a.txt").is_file()
+        assert made_once("kind", {"a": 2}, lambda folder: pytest.fail("made again")) == made
+    assert not made.exists()
+    assert list((tmp_path / "cache" / "kind").iterdir()) == [kept]
 
 
 def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from fdistill.formats.lora_file import LORA_FILE
 from fdistill.methods import METHODS
 from fdistill.networks import EDM2Network, EDMNetwork
 from fdistill.students.text_to_image import check_exportable
-from fdistill.teachers.teacher import open_teacher
+from fdistill.teachers.teacher import TeacherSettings, open_teacher
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 
@@ -210,7 +210,7 @@ def adapted_layers(denoiser: TextDenoiser, targets: list[str] | None) -> set[str
 @pytest.mark.parametrize("name", TEXT_RECIPES)
 def test_published_and_tiny_network_have_what_a_text_recipe_names(name: str) -> None:
     config, tried = load_config(name), smoke_config(name)
-    opened = open_teacher(tried.teacher, resolution=tried.resolution)
+    opened = open_teacher(TeacherSettings(tried.teacher, resolution=tried.resolution))
     assert isinstance(opened.denoiser, TextDenoiser)
     real, tiny = published_network(TEXT_RECIPES[name][0]), opened.denoiser
     assert (type(tiny), type(tiny.network)) == (type(real), type(real.network))
@@ -311,7 +311,7 @@ def test_what_smoke_makes_fits_the_recipe_and_is_made_once(tmp_path: Path, monke
     first = smoke_config("imagenet512")
     folder = Path(first.teacher).parent
     with monkeypatch.context() as patched:
-        patched.setattr(smoke, "_write", None)  # nothing is made again
+        patched.setattr(smoke, "_write", lambda *_, **__: pytest.fail("made again"))
         assert smoke_config("imagenet512").teacher == first.teacher
     latents = LatentSource(Path(str(first.data)))
     assert (len(latents), latents.num_classes, tuple(latents.shape)) == (16, 10, (4, 64, 64))

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fdistill.base.errors import DataError
-from fdistill.data import RECIPES, EpochOrder, ImageLoader, open_source
+from fdistill.data import RECIPES, Batching, EpochOrder, ImageLoader, open_source
 from fdistill.data.latents import LatentSource, check_latents, write_latents
 from fdistill.data.loader import Batch
 from fdistill.data.recipes import open_image, pixels, to_channels
@@ -150,8 +150,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def batches(source: Source, count: int, **settings: object) -> list[Batch]:
-    settings = {"batch_size": 8, "seed": 3, "flip": True, **settings}
-    with ImageLoader(source, (3, 8, 8), **settings) as loader:  # type: ignore[arg-type]
+    ordered = {name: settings.pop(name) for name in ("seed", "first", "rank", "processes") if name in settings}
+    batching = Batching(8, **{"seed": 3, **ordered})  # type: ignore[arg-type]
+    with ImageLoader(source, (3, 8, 8), batching, **{"flip": True, **settings}) as loader:  # type: ignore[arg-type]
         return list(islice(loader, count))
 
 
@@ -209,8 +210,7 @@ def test_half_of_the_images_are_mirrored_anew_each_time(source: Source) -> None:
 
 def test_arrays_of_another_size_are_resampled(source: Source) -> None:
     memory = in_memory(source)
-    settings = {"recipe": "center-box", "batch_size": 4, "seed": 0}
-    with ImageLoader(memory, (1, 4, 4), **settings) as loader:  # type: ignore[arg-type]
+    with ImageLoader(memory, (1, 4, 4), Batching(4, seed=0), recipe="center-box") as loader:
         batch = next(loader)
     assert batch.images.shape == (4, 1, 4, 4)
     grey = memory.images[batch.rows].double().permute(0, 2, 3, 1).numpy() @ [0.299, 0.587, 0.114]
@@ -249,7 +249,7 @@ def test_damaged_images_are_replaced_by_the_next_and_counted_once(tmp_path: Path
     names = damage(folder, bad)
     source, order = open_source(str(folder)), EpochOrder(400, 8, 3)
     for workers in (1, 2):
-        with ImageLoader(source, (3, 8, 8), batch_size=8, seed=3, workers=workers) as loader:
+        with ImageLoader(source, (3, 8, 8), Batching(8, seed=3), workers=workers) as loader:
             for number in range(100):  # two epochs
                 batch = next(loader)
                 expected = [{399: 1, 0: 1, 100: 102, 101: 102}.get(row, row) for row in order.rows(number).tolist()]
@@ -265,7 +265,7 @@ def test_more_than_one_percent_damaged_stops_with_a_list(workers: int, tmp_path:
     folder = png_folder(tmp_path / "data", 400)
     names = damage(folder, [10, 20, 30, 40, 50])
     with (
-        ImageLoader(open_source(str(folder)), (3, 8, 8), batch_size=8, seed=3, workers=workers) as loader,
+        ImageLoader(open_source(str(folder)), (3, 8, 8), Batching(8, seed=3), workers=workers) as loader,
         pytest.raises(DataError, match="5 of 400 images cannot be decoded, more than 1 %") as caught,
     ):
         list(islice(loader, 50))
@@ -277,7 +277,7 @@ def test_a_data_set_without_one_good_image_stops_at_once_with_the_first_twenty(t
     folder = png_folder(tmp_path / "data", 3000)
     damage(folder, list(range(3000)))
     with (
-        ImageLoader(open_source(str(folder)), (3, 8, 8), batch_size=8, seed=0) as loader,
+        ImageLoader(open_source(str(folder)), (3, 8, 8), Batching(8, seed=0)) as loader,
         pytest.raises(DataError, match="31 of 3000") as caught,
     ):
         next(loader)
@@ -316,7 +316,7 @@ def await_the_end_of(workers: set[int]) -> None:
 
 def test_a_worker_that_dies_is_reported_and_the_others_end(source: Source) -> None:
     before = children()
-    loader = ImageLoader(source, (3, 8, 8), batch_size=8, seed=0, workers=2)
+    loader = ImageLoader(source, (3, 8, 8), Batching(8, seed=0), workers=2)
     next(loader)
     workers = children() - before
     os.kill(min(workers), signal.SIGKILL)
@@ -330,7 +330,7 @@ def test_a_worker_that_dies_is_reported_and_the_others_end(source: Source) -> No
 
 def test_closing_ends_the_workers_at_once(source: Source) -> None:
     before = children()
-    loader = ImageLoader(source, (3, 8, 8), batch_size=8, seed=0, workers=2)
+    loader = ImageLoader(source, (3, 8, 8), Batching(8, seed=0), workers=2)
     next(loader)
     workers = children() - before
     assert len(workers) == 2
@@ -345,10 +345,10 @@ def test_closing_ends_the_workers_at_once(source: Source) -> None:
 
 def test_settings_that_no_loader_has(source: Source) -> None:
     with pytest.raises(DataError, match="did you mean 'center-box'"):
-        ImageLoader(source, (3, 8, 8), recipe="centre-box", batch_size=8, seed=0)
+        ImageLoader(source, (3, 8, 8), Batching(8, seed=0), recipe="centre-box")
     for shape in ((4, 8, 8), (3, 8, 16)):
         with pytest.raises(DataError, match="grey or RGB, and square"):
-            ImageLoader(source, shape, batch_size=8, seed=0)
+            ImageLoader(source, shape, Batching(8, seed=0))
 
 
 META = {

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from fdistill.base.errors import DataError
-from fdistill.data import ImageLoader, load_data, open_source
+from fdistill.data import Batching, ImageLoader, load_data, open_source
 from fdistill.data.cifar10 import open_cifar10
 from fdistill.data.recipes import open_image
 from fdistill.data.source import Source
@@ -380,7 +380,7 @@ def test_paths_in_parquet_are_not_followed(tmp_path: Path) -> None:
         pa.table({"image": [{"bytes": None, "path": str(tmp_path / "secret.png")}]}), tmp_path / "set.parquet"
     )
     source = open_source(str(tmp_path / "set.parquet"))
-    with ImageLoader(source, (3, 8, 8), batch_size=1, seed=0) as loader, pytest.raises(DataError) as caught:
+    with ImageLoader(source, (3, 8, 8), Batching(1, seed=0)) as loader, pytest.raises(DataError) as caught:
         next(loader)
     assert "paths in a data set are not followed" in str(caught.value)
     assert "cannot be decoded" not in str(caught.value)

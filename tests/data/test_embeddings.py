@@ -22,7 +22,7 @@ from fdistill.data.embeddings import (
     write_embeddings,
 )
 from fdistill.data.latents import LatentSource, write_latents
-from fdistill.data.order import EpochOrder
+from fdistill.data.order import Batching, EpochOrder
 from fdistill.data.prompts import read_prompts
 from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatents, prompts_alone
 from fdistill.denoiser import LatentScaling
@@ -304,7 +304,7 @@ def test_the_loader_gives_every_row_its_prompt(tmp_path: Path) -> None:
     index = torch.tensor([prompts(10).index(caption) for caption in CAPTIONS])
     fixed = FixedSamples(scaled.samples(torch.arange(13), 0), torch.zeros(13).long(), Captions(memory, index))
     halves = [
-        SampleLoader(source, batch_size=4, seed=3, first=1, rank=rank, processes=2)
+        SampleLoader(source, Batching(4, seed=3, first=1, rank=rank, processes=2))
         for source in (scaled, fixed)
         for rank in range(2)
     ]
@@ -328,18 +328,18 @@ def test_prompts_alone(tmp_path: Path) -> None:
     samples = prompts_alone(source, (4, 64, 64))
     assert samples.x0.shape == (10, 4, 64, 64)
     assert samples.x0.untyped_storage().nbytes() == 4 * 4 * 64 * 64
-    loader = SampleLoader(samples, batch_size=5, seed=0)
+    loader = SampleLoader(samples, Batching(5, seed=0))
     first, second = next(loader), next(loader)
     assert first.images.shape == (5, 4, 64, 64)
     assert sorted([*first.rows.tolist(), *second.rows.tolist()]) == list(range(10))
     for batch in (first, second):
         assert batch.text is not None
         assert same(batch.text, encoded(10).rows(batch.rows))
-    large = next(SampleLoader(samples, batch_size=25, seed=0))  # more than there are
+    large = next(SampleLoader(samples, Batching(25, seed=0)))  # more than there are
     assert torch.bincount(large.rows, minlength=10).min() == 2
     assert len(large.text or []) == 25
 
 
 def test_samples_without_prompts_have_no_text() -> None:
-    batch = next(SampleLoader(FixedSamples(torch.zeros(3, 1, 2, 2), torch.zeros(3).long()), batch_size=2, seed=0))
+    batch = next(SampleLoader(FixedSamples(torch.zeros(3, 1, 2, 2), torch.zeros(3).long()), Batching(2, seed=0)))
     assert batch.text is None

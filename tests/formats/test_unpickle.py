@@ -24,7 +24,7 @@ from torch import nn
 
 from fdistill.base.errors import CheckpointError
 from fdistill.formats.unpickle import Record, load_restricted, state_dict
-from support.pickles import EasyDict, Persistent, dumps
+from support.pickles import EasyDict, Persistent, dumps, published_names
 
 PROTOCOLS = (0, 2, 4, 5)
 
@@ -236,8 +236,6 @@ def test_plain_values_come_as_they_are(protocol: int, tmp_path: Path, marker: Pa
 
 
 def test_source_text_would_run_in_a_plain_unpickler(tmp_path: Path, marker: Path) -> None:
-    from pickles import published_names
-
     data = dumps(Persistent("EDMPrecond", marker, {}))
     with published_names():
         pickle.loads(data)

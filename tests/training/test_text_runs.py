@@ -214,6 +214,23 @@ def test_clip_loss_pulls_images_towards_prompts(teacher: Path, prompts: Path, tm
         run(tmp_path / "other", teacher, **settings)
 
 
+@pytest.mark.skipif(not HAS_QWEN_IMAGE, reason="this diffusers has no Qwen-Image")
+def test_clip_loss_sees_the_images_of_a_video_autoencoder(prompts: Path, tmp_path: Path) -> None:
+    """Qwen-Image's autoencoder decodes videos, of which an image is one frame."""
+    settings = {
+        "prompts": str(prompts),
+        "resolution": RESOLUTION,
+        "discriminator.features": ["depth50"],
+        "clip_loss.weight": 0.1,
+        "clip_loss.model": "tiny-fdistill",
+        "clip_loss.weights": str(tiny_clip_file(tmp_path)),
+        "clip_loss.margin": 1.0,
+    }
+    run(tmp_path / "run", qwen_image(tmp_path / "qwen"), **settings, iterations=1)
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 < record["generator/image"] <= 2
+
+
 def test_commands(captioned: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def command(*arguments: object) -> str:
         app([str(argument) for argument in arguments], standalone_mode=False)

@@ -321,8 +321,8 @@ class TestBadInput:
         with pytest.raises(ConfigError, match="prompts: got null"):
             distill("digits", output=tmp_path / "run", **self.settings(teachers))
 
-    def test_prompts_for_a_teacher_that_is_told_none(self, prompts: Path, tmp_path: Path) -> None:
-        with pytest.raises(ConfigError, match="is told none"):
+    def test_prompts_for_a_teacher_that_takes_none(self, prompts: Path, tmp_path: Path) -> None:
+        with pytest.raises(ConfigError, match="takes no prompts"):
             distill("digits", output=tmp_path / "run", prompts=str(prompts))
 
     def test_images_that_are_not_cached(self, teachers: dict[str, Path], tmp_path: Path) -> None:

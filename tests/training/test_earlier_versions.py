@@ -66,7 +66,7 @@ def weights(student: Path) -> dict[str, Tensor]:
 
 def assert_alike(found: Tensor, expected: Tensor) -> None:
     """One float32 network on two machines: a few times 1e-7 of the largest value apart, wherever the kernels differ."""
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * expected.abs().max().clamp(min=1).item())
+    torch.testing.assert_close(found, expected, rtol=0, atol=3e-6 * expected.abs().max().clamp(min=1).item())
 
 
 @pytest.mark.parametrize("name", STUDENTS)
@@ -99,7 +99,9 @@ def test_diffusers_loads_and_runs_it(name: str) -> None:
     noise = torch.stack([torch.randn(2, *student.sample_shape, generator=draws) for _ in student.levels], 1)
     labels = torch.tensor([0, 0]) if student.num_classes else None
     expected = student(noise if len(student.levels) > 1 else noise[:, 0], labels)
-    assert_alike(torch.from_numpy(images).permute(0, 3, 1, 2), (expected / 2 + 0.5).clamp(0, 1))
+    # The scheduler works out levels and coefficients by itself.
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", WITH_PROMPTS)

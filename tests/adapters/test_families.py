@@ -289,9 +289,8 @@ def test_in_bfloat16_a_level_stays_what_it_is(checkpoints: dict[str, Path], tmp_
 
 
 def test_latent_unets_keep_their_autoencoder(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    from families import tiny_vae
-
     from support.denoisers import tiny_unet
+    from support.families import tiny_vae
 
     folder = tmp_path / "teacher"
     tiny_unet(in_channels=4, out_channels=4).save_pretrained(folder / "unet")

@@ -236,7 +236,7 @@ def test_plain_values_come_as_they_are(protocol: int, tmp_path: Path, marker: Pa
 
 
 def test_source_text_would_run_in_a_plain_unpickler(tmp_path: Path, marker: Path) -> None:
-    from pickles import published_names
+    from support.pickles import published_names
 
     data = dumps(Persistent("EDMPrecond", marker, {}))
     with published_names():

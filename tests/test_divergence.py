@@ -33,9 +33,19 @@ def test_weight_is_r_squared_times_the_second_derivative_of_f(name: str) -> None
 
 @pytest.mark.parametrize("name", ALL)
 def test_f_is_convex_and_zero_at_one(name: str) -> None:
-    divergence = get_divergence(name)
-    assert abs(divergence.f(torch.ones(1, dtype=torch.float64)).item()) < 1e-15
-    assert (divergence.weight(ratios()) > 0).all()
+    """Below its chords, and above its tangent at 1; a ratio far from 1 costs something."""
+    f = get_divergence(name).f
+    assert abs(f(torch.ones(1, dtype=torch.float64)).item()) < 1e-15
+    low, high = torch.cartesian_prod(ratios(), ratios()).unbind(1)
+    apart = high > 1.05 * low
+    low, high = low[apart], high[apart]
+    for share in (0.1, 0.5, 0.9):
+        chord = share * f(low) + (1 - share) * f(high)
+        assert (f(share * low + (1 - share) * high) < chord).all()
+    one = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(f(one), one)
+    away = torch.tensor([0.01, 0.5, 2.0, 100.0], dtype=torch.float64)
+    assert (f(away) - slope * (away - 1) > 1e-3).all()
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)

@@ -106,6 +106,24 @@ def test_bad_settings_are_refused(settings: dict[str, object], message: str) -> 
         DensityRatio(**settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"upper": 30000.0}, r"upper.*22026"), ({"upper": 22027.0}, r"upper.*22026"), ({"lower": 4e-5}, "lower")],
+)
+def test_bounds_that_clamped_logits_never_reach_are_refused(settings: dict[str, float], message: str) -> None:
+    """Logits are clamped to +-10, so ratios to e^-10 = 4.54e-5 and e^10 = 22026.47."""
+    with pytest.raises(ArgumentError, match=message):
+        DensityRatio(**settings)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_the_widest_bounds_are_reached(backend: str) -> None:
+    ratio = DensityRatio(lower=5e-5, upper=22026.0, num_bins=1)
+    result = ratio.evaluate(torch.tensor([20.0, 0.0, -20.0]), torch.ones(3), "forward-kl", backend=backend)
+    torch.testing.assert_close(result.h / result.h[1], torch.tensor([22026.0, 1.0, 5e-5]), rtol=1e-6, atol=0)
+    assert result.clamped.tolist() == [1, 0, 1]
+
+
 def test_bad_shapes_are_refused() -> None:
     with pytest.raises(ArgumentError, match=r"\(4, 1, 1\)"):
         DensityRatio().weight(torch.zeros(4, 1, 1), torch.ones(4), "js")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
@@ -25,8 +25,18 @@ from fdistill.training.run_folder import export_student
 from fdistill.training.sample_grids import save_teacher_grid, student_images
 from fdistill.training.snapshots import save_snapshot
 
-if TYPE_CHECKING:
-    from evaluation.watch import Watch
+
+class Scorer(Protocol):
+    """Scores a run's student while it is trained; `evaluation.watch.Watch` is one."""
+
+    def scores(self) -> dict[str, float]:
+        """The student's scores as it is now, by the names that records have for them."""
+
+    def is_best(self, scores: Mapping[str, float], earlier: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether no earlier record has a better score."""
+
+    def reason(self, scores: Mapping[str, float], iteration: int) -> str:
+        """What a model card says about why this student was kept."""
 
 
 class Logbook:
@@ -45,7 +55,7 @@ class Logbook:
         config: DistillConfig,
         folder: Path,
         device: torch.device,
-        watch: Watch | None,
+        watch: Scorer | None,
         *,
         main: bool,
     ):

@@ -79,6 +79,13 @@ def test_bad_settings_say_what_where_and_what_was_expected(override: str, messag
         load_config("digits", [override])
 
 
+@pytest.mark.parametrize("override", ["ratio.upper=30000", "ratio.lower=1e-5"])
+def test_bounds_that_clamped_logits_never_reach_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.split("=")[0].replace(".", r"\.")):
+        load_config("digits", [override])
+    assert load_config("digits", ["ratio.lower=5e-5", "ratio.upper=22026"]).ratio.upper == 22026
+
+
 def test_every_mistake_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("digits", ["divergense=js", "iterations=0"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -180,37 +181,58 @@ def test_generator_loss_reaches_the_student_alone(source: str, gan_weight: float
 
 @pytest.mark.parametrize("source", ["fake", "teacher"])
 def test_gan_gradient_of_the_student_flows_through_the_tapped_network(source: str) -> None:
-    """Matching and GAN gradients add up: with a huge GAN weight the direction is another."""
-    gradients = []
-    for gan_weight in (0.0, 1e3):
+    """Matching and GAN gradients add up: with a huge GAN weight the direction is another, and a step along it makes the
+    samples more like data to the discriminator."""
+    gradients, gan = [], []
+    for gan_weight in (0.0, 1e3, 2e3):
         networks = real_networks(source)
-        generator_step(
+        step = functools.partial(
+            generator_step,
             networks,
             torch.arange(6) % 10,
-            torch.Generator().manual_seed(0),
             ratio=DensityRatio(),
             divergence="js",
             batch_size=6,
             gan_weight=gan_weight,
-        ).loss.backward()
+        )
+        step(torch.Generator().manual_seed(0)).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in networks.generator.parameters() if p.grad is not None]))
-    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) < 0.9
+        if gan_weight:
+            gan.append(moved_along_its_gradient(step, networks.generator, "generator/gan"))
+    assert torch.nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0) < 0.9
+    torch.testing.assert_close(
+        gradients[2] - gradients[0], 2 * (gradients[1] - gradients[0]), rtol=1e-3, atol=1e-4 * gradients[2].abs().max()
+    )
+    assert all(after < before for before, after in gan)
+
+
+def moved_along_its_gradient(step: Any, module: nn.Module, *names: str) -> tuple[float, float]:
+    """The sum of what is logged under these names, before and after a small step of the module against its gradient."""
+    totals = []
+    for _ in range(2):
+        result = step(torch.Generator().manual_seed(0))
+        totals.append(sum(result.logs[name].value.mean().item() for name in names))
+        with torch.no_grad():
+            norm = torch.stack([p.grad.square().sum() for p in module.parameters() if p.grad is not None]).sum().sqrt()
+            for parameter in module.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.01 * parameter.grad / norm
+    return totals[0], totals[1]
 
 
 def test_where_heads_sit_on_the_fake_score_network_its_gan_loss_trains_it() -> None:
     gradients: dict[str, Any] = {}
     for source in ("fake", "teacher"):
         networks = real_networks(source)
-        critic_step(
-            networks,
-            torch.rand(6, 1, 8, 8) * 2 - 1,
-            torch.arange(6) % 10,
-            torch.Generator().manual_seed(0),
-            gan_weight=1.0,
-        ).loss.backward()
+        real = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+        step = functools.partial(critic_step, networks, real, torch.arange(6) % 10, gan_weight=1e3)
+        step(torch.Generator().manual_seed(0)).loss.backward()
         gradients[source] = torch.cat(
             [p.grad.flatten() for p in networks.fake_score.parameters() if p.grad is not None]
         )
+        trained = networks.fake_score if source == "fake" else networks.discriminator
+        before, after = moved_along_its_gradient(step, trained, "discriminator/gan_real", "discriminator/gan_fake")
+        assert after < before
     assert not torch.allclose(gradients["fake"], gradients["teacher"])
 
 
@@ -320,16 +342,22 @@ def test_levels_of_pure_noise_give_finite_losses_and_gradients(form: DirectPredi
     assert moved(student)
 
 
-@pytest.mark.parametrize("name", ["sid", "sida", "sid uniform", "sim", "kl", "js", "js vsd"])
+@pytest.mark.parametrize(
+    "name", ["sid", "sida", "sid uniform", "sim", "kl", "kl gan", "kl detached", "js", "js vsd", "js cut"]
+)
 def test_implicit_steps_are_their_formulas(name: str) -> None:
-    """Losses of whole steps against the same formulas written out, on the same draws and exact networks."""
+    """Losses of whole steps, and their gradients in the student, against the same formulas written out, on the same
+    draws and exact networks."""
     p, q, schedule, batch = (0.3, 0.8), (-0.2, 0.6), EDMSchedule(), 64
     teacher, fake = GaussianDenoiser(*p, size=3), GaussianDenoiser(*q, size=3)
-    ratio_network = ExactLogRatio(p, q, schedule)
-    networks = Networks(teacher, fake, LinearGenerator(a=q[1], b=q[0], size=3), ratio_network, fake)  # type: ignore[arg-type]
-    common: dict[str, Any] = {"batch_size": batch, "levels": karras_levels}
-    draws = torch.Generator().manual_seed(3)
+    ratio_network, student = ExactLogRatio(p, q, schedule), LinearGenerator(a=q[1], b=q[0], size=3)
+    networks = Networks(teacher, fake, student, ratio_network, fake)  # type: ignore[arg-type]
     name, _, weighting = name.partition(" ")
+    levels = functools.partial(karras_levels, low=0.1, high=0.6) if weighting == "cut" else karras_levels
+    common: dict[str, Any] = {"batch_size": batch, "levels": levels}
+    extra: dict[str, Any] = {"gan": {"gan_weight": 0.5}, "detached": {"detach_weight": True}}.get(weighting, {})
+    weighting = weighting if weighting in ("uniform", "vsd") else ""
+    draws = torch.Generator().manual_seed(3)
     if name != "sim":
         common["weighting"] = weighting or "normalised"
     if name in ("sid", "sida"):
@@ -339,19 +367,19 @@ def test_implicit_steps_are_their_formulas(name: str) -> None:
         result = sim_step(networks, None, draws, huber_c=0.1, **common)
     else:
         result = uni_instruct_step(
-            networks, None, draws, divergence=name, ratio=DensityRatio(), ratio_ramp=0.5, **common
+            networks, None, draws, divergence=name, ratio=DensityRatio(), ratio_ramp=0.5, **common, **extra
         )
 
     draws = torch.Generator().manual_seed(3)
-    x0 = q[1] * rng.normal(draws, batch, (1, 1, 3)) + q[0]
-    t = karras_levels(schedule, rng.uniform(draws, batch))
+    x0 = student(rng.normal(draws, batch, (1, 1, 3)), None)
+    t = levels(schedule, rng.uniform(draws, batch))
     eps = counter_normal(rng.device_seed(draws), 0, batch, 3).reshape(x0.shape)
     x_t = x0 + t[:, None, None, None] * eps
     fake_x0, teacher_x0 = fake(x_t, t), teacher(x_t, t)
-    x0, x_t, fake_x0, teacher_x0 = (v.flatten(1).detach() for v in (x0, x_t, fake_x0, teacher_x0))
+    x0, x_t, fake_x0, teacher_x0 = (v.flatten(1) for v in (x0, x_t, fake_x0, teacher_x0))
     inner = ((teacher_x0 - fake_x0) * (fake_x0 - x0)).mean(1)
     square = (teacher_x0 - fake_x0).square().mean(1)
-    normaliser = {"": (x0 - teacher_x0).abs().mean(1) + 1e-6, "uniform": 1.0, "vsd": (1 + t**2) / t}[weighting]
+    normaliser = {"": (x0 - teacher_x0).detach().abs().mean(1) + 1e-6, "uniform": 1.0, "vsd": (1 + t**2) / t}[weighting]
     logits = ratio_network({"x_t": x_t, "t": t})
     if name == "sim":
         expected = inner / (square + 0.01).sqrt()
@@ -359,13 +387,22 @@ def test_implicit_steps_are_their_formulas(name: str) -> None:
         gan = torch.nn.functional.softplus(-logits) if name == "sida" else 0.0
         expected = (inner + (1 - 1.2) * square + 0.5 * gan) / normaliser
     else:
-        r, _ = DensityRatio().ratio(logits, t)
+        r, _ = DensityRatio().ratio(logits.detach() if extra.get("detach_weight") else logits, t)
         h = {"kl": r, "js": r / (1 + r)}[name]
         rest = {"kl": torch.zeros_like(r), "js": (r / (1 + r)) ** 2}[name]  # h - r h'
         # Halfway from reverse KL, where both are 1, to the divergence with its mean weight of 1.
-        h, rest = 0.5 + 0.5 * h / h.mean(), 0.5 + 0.5 * rest / h.mean()
-        expected = (h * inner + rest / 2 * square) / normaliser
-    torch.testing.assert_close(result.loss.detach(), expected.mean(), rtol=1e-4, atol=1e-6)
+        mean = h.mean().detach()
+        h, rest = 0.5 + 0.5 * h / mean, 0.5 + 0.5 * rest / mean
+        gan = torch.nn.functional.softplus(-logits) if extra.get("gan_weight") else 0.0
+        expected = (h * inner + rest / 2 * square + 0.5 * gan) / normaliser
+    torch.testing.assert_close(result.loss, expected.mean(), rtol=1e-4, atol=1e-6)
+    result.loss.backward()
+    assert untouched(teacher)
+    assert untouched(fake)
+    gradients = torch.autograd.grad(expected.mean(), [student.a, student.b])
+    for parameter, gradient in zip((student.a, student.b), gradients, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_the_critics_gan_losses_are_weighted_at_their_own_levels() -> None:

@@ -94,22 +94,52 @@ def test_the_exported_weights_are_the_ema(tiny_teacher: Path, tmp_path: Path) ->
     assert any(not torch.equal(exported[name], state[f"generator.denoiser.network.{name}"]) for name in exported)
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(tiny_teacher, tmp_path_factory.mktemp("plain") / "run", iterations=2, **{"log.samples_every": 0})
+
+
 @pytest.mark.parametrize(
-    "changes",
+    ("changes", "logged", "not_logged"),
     [
-        {"divergence": "forward-kl", "discriminator.source": "teacher"},
-        {"divergence": "rkl", "discriminator.gan_weight": 0.0, "generator.gan_weight": 0.0},
-        {"divergence": "alpha(0.5)", "discriminator.r1_weight": 1.0, "discriminator.features": ["down0", "mid"]},
-        {"precision": "bf16", "fake_score.weighting": "min-snr", "critic_levels.sampler": "lognormal"},
-        {"ratio.bin_edges": "linear", "ratio.momentum": 0.5, "critic_steps": 1, "student_level": None},
+        ({"divergence": "forward-kl", "discriminator.source": "teacher"}, "generator/h", "discriminator/r1"),
+        (
+            {"divergence": "rkl", "discriminator.gan_weight": 0.0, "generator.gan_weight": 0.0},
+            "generator/matching",
+            "discriminator/grad_norm",
+        ),
+        (
+            {"divergence": "alpha(0.5)", "discriminator.r1_weight": 1.0, "discriminator.features": ["down0", "mid"]},
+            "discriminator/r1",
+            "generator/image",
+        ),
+        (
+            {"precision": "bf16", "fake_score.weighting": "min-snr", "critic_levels.sampler": "lognormal"},
+            "generator/gan",
+            "discriminator/r1",
+        ),
+        (
+            {"ratio.bin_edges": "linear", "ratio.momentum": 0.5, "critic_steps": 1, "student_level": None},
+            "generator/clamped_ratios",
+            "discriminator/r1",
+        ),
     ],
     ids=["teacher-features", "no-gan", "r1", "bf16", "published-bins"],
 )
-def test_options_run(tiny_teacher: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+def test_options_run(
+    tiny_teacher: Path, tmp_path: Path, plain: Path, changes: dict[str, object], logged: str, not_logged: str
+) -> None:
+    """What the options do is in test_updates; here, that a whole run with them is finite, another one, and says so."""
     student = run(
         tiny_teacher, tmp_path / "run", iterations=2, **{"log.samples_every": 0, "log.tracker": "none", **changes}
     )
-    assert all(torch.isfinite(value).all() for value in weights(student).values())
+    found, untrained = weights(student), load_file(tiny_teacher / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.isfinite(value).all() and value.dtype == torch.float32 for value in found.values())
+    assert any(not torch.equal(value, untrained[name]) for name, value in found.items())
+    assert not same(student, plain)
+    record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert logged in record
+    assert not_logged not in record
 
 
 def test_resumed_equals_uninterrupted_bit_by_bit(tiny_teacher: Path, tmp_path: Path) -> None:

@@ -101,14 +101,35 @@ def test_a_run_without_images_needs_no_discriminator(teacher: Path, prompts: Pat
 
 
 def test_long_and_short_guidance_and_regression(teacher: Path, prompts: Path, tmp_path: Path) -> None:
-    run(
-        tmp_path / "sid",
-        teacher,
-        prompts=str(prompts),
-        data=None,
-        method="sid",
-        **{"fake_score.guidance_scale": 2.0, "fake_score.training_guidance_scale": 2.0, "guidance_rescale": 0.7},
+    sid: dict[str, Any] = {"prompts": str(prompts), "data": None, "method": "sid"}
+    guided: dict[str, float] = {
+        "fake_score.guidance_scale": 3.0,
+        "fake_score.training_guidance_scale": 4.0,
+        "guidance_rescale": 0.7,
+    }
+    student = run(tmp_path / "sid", teacher, **sid, **guided)
+    record = json.loads((tmp_path / "sid" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {name for name in record if name.endswith("grad_norm")} == {"generator/grad_norm", "fake_score/grad_norm"}
+    assert record["generator/grad_norm"] > 0
+    trained, start = (
+        load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (student, teacher)
     )
+    assert any(not torch.equal(trained[name], start[name]) for name in trained)
+
+    def losses(**settings: float) -> list[float]:
+        """Of the critic's and the student's first updates."""
+        text = load_config("digits", {**SETTINGS, "teacher": str(teacher), **sid, **settings})
+        built = build(text, torch.device("cpu"))
+        assert built.text is not None
+        told, real = built.text.rows(torch.arange(4)), torch.zeros(4, *built.student.sample_shape)
+        random = torch.Generator().manual_seed(0)
+        critic = built.critic_update(real, told, random).loss
+        return [critic.item(), built.student_update(told, random, batch_size=4).loss.item()]
+
+    whole = losses(**guided)
+    for name, changed in zip(guided, ([False, True], [True, False], [True, True]), strict=True):
+        without = losses(**{other: value for other, value in guided.items() if other != name})
+        assert [a != b for a, b in zip(whole, without, strict=True)] == changed, name
     run(tmp_path / "dmd", teacher, prompts=str(prompts), data=None, method="dmd", **{"regression.pairs": 6})
     record = json.loads((tmp_path / "dmd" / "metrics.jsonl").read_text().splitlines()[-1])
     assert record["generator/regression"] > 0

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import fdistill
 from fdistill.base.rng import indexed_normal
-from fdistill.generator import noise_shape
 
 FIRST = Path(__file__).parent.parent / "fixtures" / "first-layout"
 #: A student -> the arguments that its pipeline takes besides those its folder names.
@@ -57,7 +56,7 @@ WITH_PROMPTS = [
 
 
 def noise_of(student: Any) -> Tensor:
-    return indexed_normal(0, range(2), noise_shape(student))
+    return indexed_normal(0, range(2), student.noise_shape())
 
 
 def weights(student: Path) -> dict[str, Tensor]:

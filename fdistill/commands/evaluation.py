@@ -23,44 +23,102 @@ from fdistill.commands.options import (
     whole_numbers,
 )
 
+Samples = Annotated[
+    str,
+    typer.Argument(
+        metavar="SAMPLES",
+        help="Images (a folder, zip or npz), or a student, run folder, teacher or diffusers pipeline that makes them.",
+    ),
+]
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        help="Images to compare the samples with, or statistics of them (.npz, EDM2's .pkl, torch-fidelity's .pt); by "
+        "default the protocol's embedded reference, if it has one."
+    ),
+]
+NumImages = Annotated[
+    int | None, typer.Option(help="Number of samples; by default the protocol's. Names of scores show another number.")
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="File with one prompt in each line, for protocols that have no prompts of their own."),
+]
+ScoresFile = Annotated[
+    Path | None, typer.Option(help="JSON file to write scores and provenance to; by default scores are only printed.")
+]
+Seeds = Annotated[
+    str,
+    typer.Option(
+        help="Seeds of generated samples. With several, as in 0,1,2, each score is the mean over them, and its spread "
+        "their standard deviation."
+    ),
+]
+Replicates = Annotated[
+    int, typer.Option(help="Bootstrap replicates behind the spread of Frechet distances; 0 for no spread.")
+]
+Classifier = Annotated[
+    str | None,
+    typer.Option(
+        help="module:function that returns a torch module from images in [-1, 1] to logits, for class_accuracy in a "
+        "protocol without a classifier."
+    ),
+]
+
+Inputs = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="A B ...",
+        help="Two or more JSON files that evaluate wrote, or anything that evaluate takes, which is measured first.",
+    ),
+]
+ComparisonFolder = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for comparison.md, comparison.json and comparison.png; must be empty or not exist. By default the "
+        "table is only printed."
+    ),
+]
+Names = Annotated[
+    str | None,
+    typer.Option(help="Names of the rows, as in ours,teacher; by default the parts of the paths that differ."),
+]
+Columns = Annotated[
+    str | None,
+    typer.Option(help="Columns of the table, as in fid,recall, of which the first is drawn; by default all."),
+]
+CommonProtocol = Annotated[
+    str | None,
+    typer.Option(help="Protocol of all results; by default that of the JSON files, or digits if there are none."),
+]
+SeedsIfGiven = Annotated[str | None, typer.Option(help="Seeds of generated samples, as in 0,1,2; 0 by default.")]
+SamplerIfGiven = Annotated[
+    str | None, typer.Option(help="How checkpoints are sampled: heun (the default) or pipeline, as for evaluate.")
+]
+StepsIfGiven = Annotated[
+    int | None, typer.Option("--steps", help="Sampler steps of teachers and pipelines; 18 by default.")
+]
+DeviceIfGiven = Annotated[str | None, typer.Option(help="auto (the default), cpu, cuda or mps.")]
+
+StatisticsFile = Annotated[Path, typer.Option(help="The .npz file to write.")]
+MetricsToServe = Annotated[
+    str | None,
+    typer.Option(
+        help="Metrics that the file must be enough for, as in fid,recall. By default those of the protocol's default "
+        "metrics that need only mean and covariance; others, such as recall, make the file large."
+    ),
+]
+
 
 def evaluate(
-    samples: Annotated[
-        str,
-        typer.Argument(
-            metavar="SAMPLES",
-            help="Images (a folder, zip or npz), or a student, run folder, teacher or diffusers pipeline that makes "
-            "them.",
-        ),
-    ],
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Images to compare the samples with, or statistics of them (.npz, EDM2's .pkl, torch-fidelity's .pt); "
-            "by default the protocol's embedded reference, if it has one."
-        ),
-    ] = None,
+    samples: Samples,
+    reference: Reference = None,
     protocol: Protocol = "digits",
     metrics: Metrics = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(help="JSON file to write scores and provenance to; by default scores are only printed."),
-    ] = None,
-    seeds: Annotated[
-        str,
-        typer.Option(
-            help="Seeds of generated samples. With several, as in 0,1,2, each score is the mean over them, and its "
-            "spread their standard deviation."
-        ),
-    ] = "0",
-    num_images: Annotated[
-        int | None,
-        typer.Option(help="Number of samples; by default the protocol's. Names of scores show another number."),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="File with one prompt in each line, for protocols that have no prompts of their own."),
-    ] = None,
+    output: ScoresFile = None,
+    seeds: Seeds = "0",
+    num_images: NumImages = None,
+    prompts: Prompts = None,
     weights: Weights = None,
     batch_size: BatchSize = 64,
     sampler: Sampler = "heun",
@@ -68,16 +126,8 @@ def evaluate(
     guidance_scale: Guidance = None,
     negative_prompt: NegativePrompt = "",
     resolution: Resolution = None,
-    replicates: Annotated[
-        int, typer.Option(help="Bootstrap replicates behind the spread of Frechet distances; 0 for no spread.")
-    ] = 20,
-    classifier: Annotated[
-        str | None,
-        typer.Option(
-            help="module:function that returns a torch module from images in [-1, 1] to logits, for class_accuracy in "
-            "a protocol without a classifier."
-        ),
-    ] = None,
+    replicates: Replicates = 20,
+    classifier: Classifier = None,
     network: Network = None,
     device: Device = "auto",
 ) -> None:
@@ -118,52 +168,19 @@ def evaluate(
 
 
 def compare(
-    inputs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="A B ...",
-            help="Two or more JSON files that evaluate wrote, or anything that evaluate takes, which is then measured.",
-        ),
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for comparison.md, comparison.json and comparison.png; must be empty or not exist. By default "
-            "the table is only printed."
-        ),
-    ] = None,
-    names: Annotated[
-        str | None,
-        typer.Option(help="Names of the rows, as in ours,teacher; by default the parts of the paths that differ."),
-    ] = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(help="Columns of the table, as in fid,recall, of which the first is drawn; by default all."),
-    ] = None,
-    protocol: Annotated[
-        str | None,
-        typer.Option(help="Protocol of all results; by default that of the JSON files, or digits if there are none."),
-    ] = None,
-    reference: Annotated[
-        str | None,
-        typer.Option(
-            help="Images or statistics to compare samples with; by default the protocol's embedded reference."
-        ),
-    ] = None,
-    num_images: Annotated[
-        int | None, typer.Option(help="Number of samples of each input; by default the protocol's.")
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="File with one prompt in each line, for protocols that have no prompts of their own."),
-    ] = None,
+    inputs: Inputs,
+    output: ComparisonFolder = None,
+    names: Names = None,
+    metrics: Columns = None,
+    protocol: CommonProtocol = None,
+    reference: Reference = None,
+    num_images: NumImages = None,
+    prompts: Prompts = None,
     weights: Weights = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds of generated samples, as in 0,1,2; 0 by default.")] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="How checkpoints are sampled: heun (the default) or pipeline, as for evaluate.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampler steps of teachers and pipelines; 18 by default.")] = None,
-    device: Annotated[str | None, typer.Option(help="auto (the default), cpu, cuda or mps.")] = None,
+    seeds: SeedsIfGiven = None,
+    sampler: SamplerIfGiven = None,
+    steps: StepsIfGiven = None,
+    device: DeviceIfGiven = None,
 ) -> None:
     """Compare results in one table, and in a figure of quality over network evaluations and seconds for each image.
 
@@ -200,15 +217,9 @@ def compare(
 
 def reference(
     data: Annotated[str, typer.Argument(help="Images: a folder, an archive, or an embedded data set.")],
-    output: Annotated[Path, typer.Option(help="The .npz file to write.")],
+    output: StatisticsFile,
     protocol: Protocol = "digits",
-    metrics: Annotated[
-        str | None,
-        typer.Option(
-            help="Metrics that the file must be enough for, as in fid,recall. By default those of the protocol's "
-            "default metrics that need only mean and covariance; others, such as recall, make the file large."
-        ),
-    ] = None,
+    metrics: MetricsToServe = None,
     weights: Weights = None,
     batch_size: BatchSize = 64,
     device: Device = "auto",

@@ -29,7 +29,7 @@ def result(
     **provenance: Any,
 ) -> dict[str, Any]:
     """What `evaluate` returns, as far as it matters here."""
-    told = {
+    usual = {
         "protocol": "cifar10-fid50k",
         "num_samples": 50000,
         "reference": {"name": "/data/cifar10.npz", "sha256": "d38ed10b" * 8},
@@ -41,7 +41,7 @@ def result(
         "device": "cuda",
     }
     spreads = {name: {"value": value, "of": of} for name, value in (spread or {}).items()}
-    return {"metrics": metrics, "spread": spreads, "provenance": told | provenance}
+    return {"metrics": metrics, "spread": spreads, "provenance": usual | provenance}
 
 
 def write(folder: Path, **results: dict[str, Any]) -> list[Path]:
@@ -243,7 +243,7 @@ def test_extractors_that_one_alone_used_are_no_difference() -> None:
     assert not any(entry.unlike for entry in comparison.entries)
 
 
-def test_seconds_of_several_devices_are_told_apart() -> None:
+def test_seconds_of_several_devices_are_kept_apart() -> None:
     comparison = of(
         a=result({"fid": 2.0}), b=result({"fid": 3.0}, device="cpu", timed_batch_size=8), c=result({"fid": 4.0})
     )
@@ -257,13 +257,13 @@ def test_seconds_of_several_devices_are_told_apart() -> None:
     assert "Seconds on cuda, if not said otherwise." in below(figure)
 
 
-def test_guidance_is_told_where_there_is_any() -> None:
+def test_guidance_is_named_if_there_is_any() -> None:
     assert "Guidance" not in text_table(of(a=result({"fid": 2.0}), b=result({"fid": 3.0}, **TEACHER)))
     guided = of(a=result({"fid": 2.0}), b=result({"fid": 3.0}, guidance=7.5), c=result({"fid": 3.0}, guidance=7.5))
     assert "Guidance scale: none (a); 7.5 (b, c)." in text_table(guided)
 
 
-def test_spreads_of_several_kinds_are_told_apart() -> None:
+def test_spreads_of_several_kinds_are_kept_apart() -> None:
     table = text_table(
         of(
             a=result({"fid": 2.0, "recall": 0.5}, {"fid": 0.1, "recall": 0.1}),
@@ -311,8 +311,8 @@ def names_in(figure: Figure, panel: int) -> list[str]:
 
 def test_one_checkpoint_with_several_numbers_of_steps_is_a_line() -> None:
     def teacher(evaluations: float, fid: float, **more: Any) -> dict[str, Any]:
-        told = {**TEACHER, "checkpoint_sha256": "a" * 64, "sampler": "heun", **more}
-        return result({"fid": fid}, **(told | {"evaluations_per_image": evaluations}))
+        facts = {**TEACHER, "checkpoint_sha256": "a" * 64, "sampler": "heun", **more}
+        return result({"fid": fid}, **(facts | {"evaluations_per_image": evaluations}))
 
     comparison = of(
         long=teacher(35, 2.0),

@@ -135,9 +135,9 @@ def test_two_processes_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             key: pytest.approx(value, rel=1e-6, abs=1e-9) for key, value in results[0]["metrics"].items()
         }, name
         assert results[1]["spread"].keys() == results[0]["spread"].keys()
-        for told in results:
-            told["provenance"] = {
-                key: value for key, value in told["provenance"].items() if key not in ("date", "seconds_per_image")
+        for result in results:
+            result["provenance"] = {
+                key: value for key, value in result["provenance"].items() if key not in ("date", "seconds_per_image")
             }
         assert results[1]["provenance"] == results[0]["provenance"]
     teacher = json.loads((tmp_path / "two" / "teacher.json").read_text())
@@ -311,8 +311,8 @@ def command(
             status = 0
         except SystemExit as end:
             status = int(end.code or 0)
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
 
 
 @pytest.mark.parametrize("name", ["evaluate", "reference", "compare"])
@@ -451,7 +451,7 @@ def test_samples_of_some_classes_say_so(tmp_path: Path) -> None:
     assert list(evaluate(few, **how)["metrics"]) == ["class_accuracy@100"]  # that few may lack some by chance
 
 
-def test_what_is_no_samples_is_told_at_once(tmp_path: Path) -> None:
+def test_what_is_no_samples_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("")
     cases = [
@@ -519,13 +519,18 @@ def test_a_pipeline_is_scored_by_a_clip_of_ones_own(
     status, _, err = command(monkeypatch, capsys, "evaluate", tmp_path / "lcm", *how, *scored, *clip)
     assert status == 0, err
     result = json.loads(output.read_text())
-    told = result["provenance"]
-    mark = f"@{told['num_samples']} (other weights {told['extractors']['clip-l14']['sha256'][:8]})"
+    provenance = result["provenance"]
+    mark = f"@{provenance['num_samples']} (other weights {provenance['extractors']['clip-l14']['sha256'][:8]})"
     assert result["metrics"].keys() == {name + mark for name in ("clip_cosine", "clip_x100", "clipscore")}
     assert abs(result["metrics"]["clip_cosine" + mark]) <= 1
     assert result["metrics"]["clip_x100" + mark] == pytest.approx(max(0, 100 * result["metrics"]["clip_cosine" + mark]))
-    assert (told["kind"], told["steps"], told["guidance"], told["evaluations_per_image"]) == ("pipeline", 2, 4.0, 2)
-    assert told["sampler"] == "LatentConsistencyModelPipeline, LCMScheduler"
+    assert (provenance["kind"], provenance["steps"], provenance["guidance"], provenance["evaluations_per_image"]) == (
+        "pipeline",
+        2,
+        4.0,
+        2,
+    )
+    assert provenance["sampler"] == "LatentConsistencyModelPipeline, LCMScheduler"
     prompts = ["a bold seven", "a thin two", "a nine"]
     images = generate(
         tmp_path / "lcm",
@@ -540,7 +545,7 @@ def test_a_pipeline_is_scored_by_a_clip_of_ones_own(
     )
     again = evaluate(images, protocol="folder", metrics=["clip"], weights={"clip-l14": CLIP_DIGITS}, device="cpu")
     assert again["metrics"] == {name: pytest.approx(v, abs=2e-3) for name, v in result["metrics"].items()}
-    assert again["provenance"]["prompts_sha256"] == told["prompts_sha256"]
+    assert again["provenance"]["prompts_sha256"] == provenance["prompts_sha256"]
     (tmp_path / "other.txt").write_text("a bold seven\n")
     with pytest.raises(ArgumentError, match=r"prompts: the images of .* were not generated from this list"):
         evaluate(images, protocol="folder", metrics=["clip"], prompts=tmp_path / "other.txt")

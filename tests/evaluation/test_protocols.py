@@ -231,14 +231,14 @@ def test_coco10k_sees_patches_and_clip_sees_256_pixels(tmp_path: Path, monkeypat
     samples = [smooth(1024, 1024, i) for i in range(6)]
     photographs = [smooth(480, 640, 10 + i) for i in range(4)] + [smooth(640, 427, 14), smooth(200, 700, 15)]
     prompts = [f"{text} {number}" for text in ("a bold", "a thin") for number in ("one", "four", "nine")]
-    told = tmp_path / "prompts.txt"
-    told.write_text("\n".join(prompts))
+    file = tmp_path / "prompts.txt"
+    file.write_text("\n".join(prompts))
     with pytest.warns(UserWarning, match=r"6 images, and protocol 'coco10k-sdxl' wants 10000"):
         result = evaluate(
             write(tmp_path / "samples", samples),
             protocol="coco10k-sdxl",
             reference=write(tmp_path / "photographs", photographs),
-            prompts=told,
+            prompts=file,
             weights={"clip-g14": CLIP_DIGITS},
             replicates=0,
             batch_size=4,
@@ -518,9 +518,14 @@ def test_provenance_says_how_to_repeat_it(tiny_teacher: Path, tmp_path: Path) ->
     distill("digits", output=run, teacher=str(tiny_teacher), batch_size=8, iterations=1, seed=3)
     how: dict[str, Any] = {"metrics": ["class_accuracy"], "num_images": 20, "device": "cpu", "replicates": 0}
     with pytest.warns(UserWarning, match="20 images"):
-        told = evaluate(run, seeds=[4], **how)["provenance"]
-    assert (told["kind"], told["seeds"], told["evaluations_per_image"], told["guidance"]) == ("student", [4], 1, None)
-    assert told["student"] == {
+        provenance = evaluate(run, seeds=[4], **how)["provenance"]
+    assert (provenance["kind"], provenance["seeds"], provenance["evaluations_per_image"], provenance["guidance"]) == (
+        "student",
+        [4],
+        1,
+        None,
+    )
+    assert provenance["student"] == {
         "method": "f-distill",
         "divergence": "jensen-shannon",
         "teacher": str(tiny_teacher),
@@ -529,18 +534,23 @@ def test_provenance_says_how_to_repeat_it(tiny_teacher: Path, tmp_path: Path) ->
         "ema": 0.98,
         "seed": 3,
     }
-    assert told["resolution"] == "8x8"
+    assert provenance["resolution"] == "8x8"
     with pytest.warns(UserWarning, match="20 images"):
-        told = evaluate(tiny_teacher, num_steps=2, **how)["provenance"]
-    assert (told["kind"], told["steps"], told["sampler"], told["guidance"]) == ("teacher", 2, "heun", 1.0)
-    assert "student" not in told
-    assert told["extractors"]["digits"].keys() == {"sha256", "published", "preparation"}
+        provenance = evaluate(tiny_teacher, num_steps=2, **how)["provenance"]
+    assert (provenance["kind"], provenance["steps"], provenance["sampler"], provenance["guidance"]) == (
+        "teacher",
+        2,
+        "heun",
+        1.0,
+    )
+    assert "student" not in provenance
+    assert provenance["extractors"]["digits"].keys() == {"sha256", "published", "preparation"}
 
 
 def test_captions_are_a_prompt_each_for_protocols_that_draw_each_once(tmp_path: Path) -> None:
     samples = write(tmp_path / "samples", noise(3, 0))
-    told = tmp_path / "prompts.txt"
-    told.write_text("one\ntwo\n")
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\ntwo\n")
     for protocol in ("coco30k-dmd2", "folder"):  # a list that is too short is not begun again
         with pytest.raises(ArgumentError, match=r"prompts: 2 in .* for 3 images; expected one for each"):
-            evaluate(samples, protocol=protocol, metrics=["clip"], prompts=told)
+            evaluate(samples, protocol=protocol, metrics=["clip"], prompts=file)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 
 from fdistill import __version__
 from fdistill.base.errors import ConfigError, FDistillError
+from fdistill.base.files import nothing_cached
 from fdistill.commands.evaluation import compare, evaluate, reference
 from fdistill.commands.options import (
     Device,
@@ -53,6 +53,7 @@ def _options(
 
 @app.command()
 def distill(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="The run folder; must not exist or be empty.")],
     arguments: Annotated[
         list[str] | None,
@@ -65,7 +66,10 @@ def distill(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved config and what would be done; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved config and what a run would do, encode and draw; write nothing."
+        ),
     ] = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Try a recipe out: a few iterations, tiny network, random images.")
@@ -82,28 +86,27 @@ def distill(
         raise ConfigError(f"expected one CONFIG and key=value settings, got {' '.join(names)}")
 
     name = names[0] if names else "digits"
-    from fdistill.base.files import nothing_cached
+    if dry_run:
+        context.with_resource(nothing_cached())
+    if smoke:
+        from fdistill.commands.smoke import smoke_config
 
-    with nothing_cached() if dry_run else nullcontext():
-        if smoke:
-            from fdistill.commands.smoke import smoke_config
+        config = smoke_config(name, overrides)
+    else:
+        from fdistill.config.reading import load_config
 
-            config = smoke_config(name, overrides)
-        else:
-            from fdistill.config.reading import load_config
+        config = load_config(name, overrides)
 
-            config = load_config(name, overrides)
+    from fdistill.training import loop
 
-        from fdistill.training import loop
+    if dry_run:
+        loop.check_output(output, config, resume)
+        from fdistill.commands.dry_run import describe
 
-        if dry_run:
-            loop.check_output(output, config, resume)
-            from fdistill.commands.dry_run import describe
-
-            typer.echo(describe(config))
-            return
-        student = loop.distill(config, output=output, resume=resume)
-        typer.echo(f"student: {student}")
+        typer.echo(describe(config))
+        return
+    student = loop.distill(config, output=output, resume=resume)
+    typer.echo(f"student: {student}")
 
 
 @app.command()

@@ -235,21 +235,29 @@ def inspect(
 
 @app.command()
 def cache(
-    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, hf:name.")],
+    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, or hf:owner/name.")],
     teacher: Annotated[str, typer.Option(help="The latent teacher that will be distilled.")],
-    output: Annotated[Path, typer.Option(help="A folder for the latents; must not exist or be empty.")],
-    vae: Annotated[str | None, typer.Option(help="Autoencoder, where the teacher's folder has none.")] = None,
+    output: Annotated[Path, typer.Option(help="A folder for the latents; must not exist, or be empty.")],
+    vae: Annotated[str | None, typer.Option(help="The autoencoder, if the teacher's folder has none.")] = None,
     recipe: Annotated[str, typer.Option(help="How images are brought to the teacher's size.")] = "center-box",
-    flip: Annotated[bool, typer.Option("--flip", help="Add every image's mirror image.")] = False,
-    sampling: Annotated[str, typer.Option(help="What training takes of each latent: sample or mean.")] = "sample",
+    flip: Annotated[bool, typer.Option("--flip", help="Encode every image's mirror image as well.")] = False,
+    sampling: Annotated[
+        str, typer.Option(help="What training reads of each latent: a sample of its distribution, or its mean.")
+    ] = "sample",
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
-    workers: Annotated[int, typer.Option(help="Processes that decode.")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes that decode image files.")] = 2,
     resolution: Resolution = None,
-    negative_prompt: Annotated[str, typer.Option(help="The negative_prompt of the runs that will read this.")] = "",
-    precision: Annotated[str, typer.Option(help="The frozen_precision of those runs: fp32 or bf16.")] = "fp32",
+    negative_prompt: Annotated[
+        str, typer.Option(help="What guidance leads away from: the negative_prompt of the runs that read the latents.")
+    ] = "",
+    precision: Annotated[
+        str, typer.Option(help="Of the text encoders, fp32 or bf16: the frozen_precision of those runs.")
+    ] = "fp32",
     device: Device = "auto",
 ) -> None:
-    """Encode images, and the captions of a text-to-image teacher's, once, for `distill data=FOLDER`.
+    """Encode images to the latents of a teacher, once; and their captions, if the teacher draws what prompts say.
+
+    `fdistill distill data=FOLDER` reads the result.
 
     \b
     Example: fdistill cache photos --teacher teachers/dit --recipe adm --flip --output latents

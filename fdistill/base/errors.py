@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class FDistillError(Exception):
-    """Base of every error that a user can cause and can mend."""
+    """Base of every error that a user can cause, and can put right."""
 
 
 class ConfigError(FDistillError, ValueError):
@@ -23,7 +23,7 @@ class CheckpointError(FDistillError):
 
 
 class DataError(FDistillError):
-    """Training data are missing, unreadable, or not what they were said to be."""
+    """Training data are missing, unreadable, or not what was expected of them."""
 
 
 class OutputError(FDistillError):

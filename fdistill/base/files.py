@@ -79,8 +79,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder to fill; takes the place of `path` when the block ends, removed when it fails.
 
-    An old folder at `path` is set aside until the new one has its name: if this fails or is killed in between, the old
-    one comes back, at the latest with the next call.
+    An old folder at `path` is set aside until the new one has its name. If the process is stopped in between, the next
+    call puts the old folder back.
     """
     temporary, old = partial_path(path), path.with_name(f".{path.name}.old")
     with writing(path):

@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 class Stream(IntEnum):
-    """What the numbers of a seed are for: draws of different streams do not depend on one another. A number is never
-    given to another use, since runs are repeated by their seeds.
+    """What a seed's random numbers are used for. Each use has a stream of its own, so that its draws do not depend on
+    those of the others. The numbers stay as they are: a changed one would change what a seed gives.
     """
 
     SHUFFLE = 1  #: the order of a data set
@@ -22,7 +22,7 @@ class Stream(IntEnum):
     STUDENT_STEP = 4  #: which of a few-step student's steps is trained
     FLIP = 5  #: which images are mirrored
     LATENT = 6  #: latents drawn from their moments
-    NO_CONDITION = 7  #: which conditions the critic is not told
+    NO_CONDITION = 7  #: which samples the critic sees without their condition
     EVALUATED_LABELS = 11  #: classes of generated images, where a protocol draws them
 
 

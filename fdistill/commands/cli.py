@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ import typer
 
 from fdistill import __version__
 from fdistill.base.errors import ConfigError, FDistillError
+from fdistill.base.files import nothing_cached
 from fdistill.commands.evaluation import compare, evaluate, reference
 from fdistill.commands.options import (
     Device,
@@ -53,6 +53,7 @@ def _options(
 
 @app.command()
 def distill(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="The run folder; must not exist or be empty.")],
     arguments: Annotated[
         list[str] | None,
@@ -65,7 +66,10 @@ def distill(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved config and what would be done; write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the resolved config and what a run would do, encode and draw; write nothing."
+        ),
     ] = False,
     smoke: Annotated[
         bool, typer.Option("--smoke", help="Try a recipe out: a few iterations, tiny network, random images.")
@@ -82,25 +86,24 @@ def distill(
         raise ConfigError(f"expected one CONFIG and key=value settings, got {' '.join(names)}")
 
     name = names[0] if names else "digits"
-    from fdistill.base.files import nothing_cached
+    if dry_run:
+        context.with_resource(nothing_cached())
+    if smoke:
+        from fdistill.commands.smoke import smoke_config
 
-    with nothing_cached() if dry_run else nullcontext():
-        if smoke:
-            from fdistill.commands.smoke import smoke_config
+        config = smoke_config(name, overrides)
+    else:
+        from fdistill.config.reading import load_config
 
-            config = smoke_config(name, overrides)
-        else:
-            from fdistill.config.reading import load_config
+        config = load_config(name, overrides)
 
-            config = load_config(name, overrides)
+    if dry_run:
+        from fdistill.commands.dry_run import describe
+        from fdistill.training.run_folder import check_output
 
-        if dry_run:
-            from fdistill.commands.dry_run import describe
-            from fdistill.training.run_folder import check_output
-
-            check_output(output, config, resume)
-            typer.echo(describe(config))
-            return
+        check_output(output, config, resume)
+        typer.echo(describe(config))
+        return
     from fdistill.training.loop import distill as run
 
     typer.echo(f"student: {run(config, output=output, resume=resume)}")
@@ -240,21 +243,29 @@ def inspect(
 
 @app.command()
 def cache(
-    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, hf:name.")],
+    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, or hf:owner/name.")],
     teacher: Annotated[str, typer.Option(help="The latent teacher that will be distilled.")],
-    output: Annotated[Path, typer.Option(help="A folder for the latents; must not exist or be empty.")],
-    vae: Annotated[str | None, typer.Option(help="Autoencoder, where the teacher's folder has none.")] = None,
+    output: Annotated[Path, typer.Option(help="A folder for the latents; must not exist, or be empty.")],
+    vae: Annotated[str | None, typer.Option(help="The autoencoder, if the teacher's folder has none.")] = None,
     recipe: Annotated[str, typer.Option(help="How images are brought to the teacher's size.")] = "center-box",
-    flip: Annotated[bool, typer.Option("--flip", help="Add every image's mirror image.")] = False,
-    sampling: Annotated[str, typer.Option(help="What training takes of each latent: sample or mean.")] = "sample",
+    flip: Annotated[bool, typer.Option("--flip", help="Encode every image's mirror image as well.")] = False,
+    sampling: Annotated[
+        str, typer.Option(help="What training reads of each latent: a sample of its distribution, or its mean.")
+    ] = "sample",
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
-    workers: Annotated[int, typer.Option(help="Processes that decode.")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes that decode image files.")] = 2,
     resolution: Resolution = None,
-    negative_prompt: Annotated[str, typer.Option(help="The negative_prompt of the runs that will read this.")] = "",
-    precision: Annotated[str, typer.Option(help="The frozen_precision of those runs: fp32 or bf16.")] = "fp32",
+    negative_prompt: Annotated[
+        str, typer.Option(help="What guidance leads away from: the negative_prompt of the runs that read the latents.")
+    ] = "",
+    precision: Annotated[
+        str, typer.Option(help="Of the text encoders, fp32 or bf16: the frozen_precision of those runs.")
+    ] = "fp32",
     device: Device = "auto",
 ) -> None:
-    """Encode images, and the captions of a text-to-image teacher's, once, for `distill data=FOLDER`.
+    """Encode images to the latents of a teacher, once; and their captions, if the teacher draws what prompts say.
+
+    `fdistill distill data=FOLDER` reads the result.
 
     \b
     Example: fdistill cache photos --teacher teachers/dit --recipe adm --flip --output latents

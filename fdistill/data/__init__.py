@@ -32,10 +32,10 @@ __all__ = [
 ]
 
 #: Data sets that come with the package. Their names win over files that have the same name.
-EMBEDDED: tuple[Kind, ...] = (digits.KIND, digit_captions.KIND)
+EMBEDDED: list[Kind] = [digits.KIND, digit_captions.KIND]
 #: Everything else, in the order in which it is tried. A folder that two of them recognise is refused; a folder that
 #: none of them recognises is a folder of images.
-STORED: tuple[Kind, ...] = (
+STORED: list[Kind] = [
     hugging_face.HUB,
     hugging_face.SAVED,
     edm_zip.KIND,
@@ -43,7 +43,7 @@ STORED: tuple[Kind, ...] = (
     webdataset.KIND,
     hugging_face.PARQUET,
     npz.KIND,
-)
+]
 
 
 def is_embedded(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Captions as sources find them: text files and JSON in UTF-8, one text for every image or for none."""
+"""Reading captions: from text files and JSON in UTF-8. A data set has one for each of its images, or none at all."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 
 from fdistill.base.errors import DataError
 
-#: What a caption is called in JSON; of several, the first.
+#: The keys that a caption may have in JSON; if an object has several of them, the first counts.
 CAPTION_KEYS = ("caption", "text", "prompt")
 
 
 def decoded(content: bytes, where: str) -> str:
-    """UTF-8 with or without a byte order mark.
+    """The text of a file in UTF-8, with or without a byte order mark.
 
     Raises:
-        DataError: bytes that are no UTF-8, or zero bytes, with the number of their line.
+        DataError: it holds bytes that are not UTF-8, or zero bytes; the message names their line.
     """
     zero = content.find(b"\0")
     if zero >= 0:
@@ -36,10 +36,10 @@ def decoded(content: bytes, where: str) -> str:
 
 
 def text_lines(content: bytes, where: str) -> list[tuple[int, str]]:
-    """(number from 1, line without surrounding spaces) of each line that is not blank; CRLF is a line's end too.
+    """(number from 1, line without surrounding spaces) of each line that is not blank. Lines end in LF or CRLF.
 
     Raises:
-        DataError: as of `decoded`.
+        DataError: the content is not UTF-8.
     """
     # Not splitlines(), which also splits at characters such as U+2028 that JSON and prompts may hold.
     lines = [(number, line.strip()) for number, line in enumerate(decoded(content, where).split("\n"), 1)]
@@ -47,10 +47,10 @@ def text_lines(content: bytes, where: str) -> list[tuple[int, str]]:
 
 
 def json_lines(content: bytes, where: str) -> list[tuple[int, dict[str, Any]]]:
-    """(line number, object) of a .jsonl file; blank lines are skipped.
+    """(line number, object) of each line of a .jsonl file that is not blank.
 
     Raises:
-        DataError: not UTF-8, or a line that is no JSON object.
+        DataError: the content is not UTF-8, or a line is not a JSON object.
     """
     found = []
     for number, line in text_lines(content, where):
@@ -65,15 +65,15 @@ def json_lines(content: bytes, where: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def named_caption(row: Mapping[str, Any]) -> Any:
-    """What a JSON object has under the first of CAPTION_KEYS that is not null; None if it has none."""
+    """The value of the first of CAPTION_KEYS that a JSON object has and that is not null; None without any."""
     return next((row[key] for key in CAPTION_KEYS if row.get(key) is not None), None)
 
 
 def caption_text(value: Any, where: str) -> str:
-    """A caption without surrounding spaces; of a list of captions the first.
+    """A caption without surrounding spaces; the first one, if an image has a list of them.
 
     Raises:
-        DataError: not text, empty, or not to be written as UTF-8.
+        DataError: the value is not text, is empty, or cannot be written as UTF-8.
     """
     if isinstance(value, list) and value:
         value = value[0]
@@ -97,11 +97,12 @@ def all_or_none(
     Args:
         captions: one for each image, None where there is none.
         image: its name.
-        strays: captions that have no image. They count only where images have captions: without, a README.txt is none.
-        where: for messages.
+        strays: names of captions that have no image. They are an error only if some images have captions: in a folder
+            without captions, a README.txt is just a text file.
+        where: the data set's name, for messages.
 
     Raises:
-        DataError: some images have no caption, or some captions no image.
+        DataError: some images have no caption, or some captions have no image.
     """
     missing = [row for row, caption in enumerate(captions) if caption is None]
     if len(missing) == len(captions):
@@ -120,7 +121,7 @@ def all_or_none(
 
 
 def distinct(captions: Sequence[str]) -> tuple[list[str], Tensor]:
-    """(each caption once, in the order of their first rows; int64 [len(captions)]: which of them each row has)."""
+    """(each caption once, in the order in which they first occur; int64 [len(captions)]: the number of each row's)."""
     places: dict[str, int] = {}
     index = [places.setdefault(caption, len(places)) for caption in captions]
     return list(places), torch.tensor(index, dtype=torch.long)

@@ -33,7 +33,7 @@ def open_cifar10(path: Path) -> ArraySource:
     """uint8 [N, 3, 32, 32] and labels in [0, 9]; the test batch is left out.
 
     Raises:
-        DataError: a batch is missing or damaged, or its pickle holds more than arrays and text.
+        DataError: a batch is missing or damaged, or its pickle holds more than arrays, numbers and text.
     """
     batches = _archived(path) if path.is_file() else _read(path)
     images, labels = [], []
@@ -132,7 +132,7 @@ class _UInt8:
 
 
 class _Unpickler(pickle.Unpickler):
-    """For containers, numbers, text and arrays of uint8: nothing that a pickle names is imported."""
+    """Reads containers, numbers, text and arrays of uint8, and imports nothing that a pickle names."""
 
     def find_class(self, module: str, name: str) -> type:
         known = {"_reconstruct": _Array, "ndarray": _Array, "dtype": _UInt8}

@@ -1,4 +1,4 @@
-"""The embedded digits with captions: 16x16 RGB images, a true caption for each, and prompts that can be marked.
+"""The embedded digits with captions: 16x16 RGB images, a true caption of each, and prompts whose answer is known.
 
 A digit is bold if it has more ink than the median of its own class, and thin otherwise. The median of all digits
 together would part the ink as far (0.055 of 1), but make 69 % of the eights and only 39 % of the sevens bold: the
@@ -29,13 +29,13 @@ WEIGHTED = (
     "the digit {digit} in {weight} strokes",
     "{weight} {digit}",
 )
-#: Phrasings that say nothing of it.
+#: Phrasings that do not name it.
 PLAIN = ("a handwritten {digit}", "the digit {digit}", "{digit}")
 
 
 @dataclass(frozen=True)
 class DigitPrompt:
-    """A caption, the digit it asks for, and its weight word (None if it has none)."""
+    """A caption, the digit that it names, and the weight that it names (None if it names none)."""
 
     text: str
     digit: int
@@ -43,7 +43,7 @@ class DigitPrompt:
 
 
 def true_prompts(digit: int, weight: str) -> list[DigitPrompt]:
-    """All captions that are true of a digit of this weight: those of WEIGHTED in their order, then those of PLAIN."""
+    """All captions that are true of a digit of this weight: first those of WEIGHTED, then those of PLAIN, in order."""
     word = DIGIT_WORDS[digit]
     weighted = [DigitPrompt(text.format(weight=weight, digit=word), digit, weight) for text in WEIGHTED]
     return weighted + [DigitPrompt(text.format(digit=word), digit, None) for text in PLAIN]

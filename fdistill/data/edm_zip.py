@@ -45,10 +45,11 @@ class ZipSource:
 
 
 def open_edm_zip(path: Path) -> ZipSource:
-    """Without a dataset.json the images have no labels.
+    """A zip file of images; they have no labels if there is no dataset.json.
 
     Raises:
-        DataError: not a zip file, no images in it, or a dataset.json that does not label each of them with an integer.
+        DataError: the file is not a zip, holds no images, or its dataset.json does not label each of them with an
+            integer.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -65,10 +66,10 @@ def open_edm_zip(path: Path) -> ZipSource:
 
 
 def open_edm_folder(root: Path) -> FolderSource:
-    """A folder with a dataset.json.
+    """A folder of images with a dataset.json.
 
     Raises:
-        DataError: no images in it, or a dataset.json that does not label each of them with an integer.
+        DataError: it holds no images, or its dataset.json does not label each of them with an integer.
     """
     images = image_files(root)
     if not images:

@@ -1,8 +1,8 @@
-"""Prompts encoded once: what a text-to-image run reads instead of calling text encoders.
+"""Prompts encoded once: a text-to-image run reads these files instead of calling text encoders.
 
-A folder of embeddings-00000.safetensors, ... (a row of each tensor for each prompt), prompts.jsonl (the prompts, one
-object a line, which is also a list of prompts for `read_prompts`), null.safetensors (the same tensors for the prompt
-that guidance is away from, [1, ...]) and embeddings.json, which says of what they are.
+They are a folder of embeddings-00000.safetensors, ... (every tensor with a row for each prompt); prompts.jsonl (the
+prompts, one object a line, a file that `read_prompts` reads as well); null.safetensors (the same tensors, [1, ...], for
+the prompt that guidance leads away from); and embeddings.json, which says how they were made.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Embeddings(Protocol):
         """N."""
 
     def rows(self, index: Tensor) -> TextCondition:
-        """The prompts of an index int64 [B] (B >= 1, on the CPU)."""
+        """The encoded prompts of an index int64 [B] (B >= 1, on the CPU)."""
 
 
 class EmbeddingSource:
@@ -60,7 +60,7 @@ class EmbeddingSource:
     Attributes:
         meta: the content of embeddings.json.
         prompts: the N prompts.
-        null: of meta["null_prompt"], tensors [1, ...].
+        null: the encoded meta["null_prompt"], tensors [1, ...].
 
     Args:
         folder: written by `write_embeddings`.
@@ -107,11 +107,11 @@ class EmbeddingSource:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, without the batch."""
+        """The shape of every tensor, without the batch dimension."""
         return {name: shape for name, (shape, _) in self._kinds.items()}
 
     def rows(self, index: Tensor) -> TextCondition:
-        """The prompts of an index int64 [B] (B >= 1, on the CPU), in the dtypes they were given in.
+        """The encoded prompts of an index int64 [B] (B >= 1, on the CPU), in the dtypes in which they were written.
 
         Raises:
             ArgumentError: an index below 0 or beyond the last prompt.
@@ -137,11 +137,11 @@ class Captions:
     index: Tensor
 
     def rows(self, rows: Tensor) -> TextCondition:
-        """What the prompts of these rows int64 [B] were encoded to."""
+        """The encoded prompts of these rows, int64 [B]."""
         return self.embeddings.rows(self.index[rows])
 
     def prompts(self, rows: Tensor) -> list[str]:
-        """The prompts themselves."""
+        """The prompts of these rows, int64 [B], as text."""
         return [self.embeddings.prompts[number] for number in self.index[rows].tolist()]
 
 
@@ -156,14 +156,15 @@ def write_embeddings(
 
     Args:
         folder: to be made, or replaced.
-        batches: prompts, and what they were encoded to: on any device, in float16, bfloat16, float32 or (masks)
-            integers or bool; every tensor has one shape and dtype in all batches.
-        null: of one prompt, meta["null_prompt"], which guidance is away from.
-        meta: "encoder", a hash of the text encoders and of how they were used, "null_prompt", and what else should be
-            noted.
+        batches: prompts and their encoded form, on any device: float16, bfloat16 or float32, masks as integers or bool.
+            A tensor must have the same shape and dtype in all batches.
+        null: the encoded prompt that guidance leads away from, one row.
+        meta: "encoder", a hash of the text encoders and of how they were used; "null_prompt", the text of `null`; and
+            anything else that is to be noted.
 
     Raises:
-        DataError: meta lacks a key, tensors of several shapes or dtypes, of another dtype or not finite, or no prompts.
+        DataError: meta lacks a key; tensors are of several shapes or dtypes, of a dtype that is not stored, or not
+            finite; or there are no prompts.
         OutputError: the folder cannot be written.
     """
     missing = [key for key in META_KEYS if key not in meta]
@@ -226,7 +227,7 @@ def _noted(
 
 
 def _shards(conditions: Iterable[TextCondition], size: int) -> Iterator[TextCondition]:
-    """Joined and cut into parts of `size` rows each, the last one perhaps less."""
+    """Conditions joined and cut into parts of `size` rows; the last part may be smaller."""
     held: list[TextCondition] = []
     missing = size
     for condition in conditions:

@@ -1,7 +1,7 @@
 """A folder of image files: one sub-folder per class, or all at the top without labels.
 
-Captions, where a source is asked for them: `photo.txt` beside `photo.jpg`, or a metadata.jsonl or captions.jsonl at the
-top with lines such as {"file_name": "photo.jpg", "text": "a photo"}, as of Hugging Face's image folders.
+Captions are in `photo.txt` beside `photo.jpg`, or in a metadata.jsonl or captions.jsonl at the top with lines such as
+{"file_name": "photo.jpg", "text": "a photo"}, as Hugging Face's image folders have them.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ class FolderSource:
 
     @cached_property
     def captions(self) -> list[str] | None:
-        """Of a list if one has captions, else of text files.
+        """Captions of a .jsonl list, if there is one that has some, else of the text files; None if there are none.
 
         Raises:
-            DataError: one is empty, not UTF-8 or not text, an image has none or two, or one has no image.
+            DataError: a caption is empty or not UTF-8 text, an image has none or two, or a caption has no image.
         """
         for name in _LISTS:
             if (self.root / name).is_file():

@@ -52,10 +52,10 @@ class HuggingFaceSource:
 
     @cached_property
     def captions(self) -> list[str] | None:
-        """Of the column caption, text, prompt or txt, the first there is; of a row with a list of texts, the first.
+        """From the first column there is of caption, text, prompt and txt; the first text where a row has a list.
 
         Raises:
-            DataError: one is empty or not text, or some rows have none.
+            DataError: a caption is empty or not text, or only some rows have one.
         """
         if self._texts is None:
             return None
@@ -69,7 +69,7 @@ class HuggingFaceSource:
 
 
 def open_hub(where: str) -> HuggingFaceSource:
-    """hf:owner/name or hf:owner/name:split (train if not said); downloaded unless it is cached.
+    """A data set of the hub, hf:owner/name or hf:owner/name:split (train by default), downloaded if it is not cached.
 
     Raises:
         DataError: `datasets` is not installed, the hub cannot be reached or has no such data set or split, or its
@@ -103,7 +103,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def open_saved_dataset(folder: Path) -> HuggingFaceSource:
-    """A folder of `save_to_disk`; of several splits, train.
+    """A folder of `save_to_disk`; its train split, if it has several.
 
     Raises:
         DataError: `datasets` is not installed, the folder is damaged or names files outside itself, there is no split
@@ -130,7 +130,7 @@ def open_saved_dataset(folder: Path) -> HuggingFaceSource:
 
 
 def open_parquet(path: Path) -> HuggingFaceSource:
-    """One .parquet, or those at the top of a folder: only those called train*, if there are any.
+    """One .parquet file, or those at the top of a folder; if some of them are called train*, only these.
 
     Their images are copied once into an Arrow file below $FDISTILL_CACHE, which is then read without loading it.
 

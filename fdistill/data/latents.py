@@ -1,9 +1,9 @@
-"""Cached latents of an autoencoder: what `fdistill cache` writes and a latent teacher trains on.
+"""Cached latents of an autoencoder: `fdistill cache` writes them, and runs of latent teachers read them.
 
-A folder of latents-00000.safetensors, ... (moments [n, 2 C, h, w], float16 or float32: mean, then standard deviation,
-of the autoencoder's own latents, before any scaling; labels int64 [n]), and latents.json, which says of what they are.
-With captions, each of them is encoded once, in text/ (see data/embeddings.py), and the files above also hold captions
-int64 [n]: which of them each image has.
+They are a folder of latents-00000.safetensors, ... and latents.json, which says how they were made. Each file holds
+moments [n, 2 C, h, w], float16 or float32 (the mean and then the standard deviation of the autoencoder's own latents,
+before any scaling), and labels int64 [n]. If the images have captions, the folder text/ holds each distinct caption in
+encoded form (see data/embeddings.py), and the files above hold the number of each image's caption, captions int64 [n].
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class LatentSource:
     Attributes:
         meta: the content of latents.json.
         labels: int64 [N], zeros if the data set had none.
-        num_classes: None without labels.
+        num_classes: None if the data set had no labels.
         shape: (C, h, w) of a latent.
-        text: the captions of the N images, as their embeddings; None if the data set had none.
+        text: the encoded captions of the N images; None if the data set had none.
 
     Args:
         folder: written by `write_latents`.
-        seed: of the noise, where meta["sampling"] is "sample".
+        seed: of the noise that is drawn if meta["sampling"] is "sample".
 
     Raises:
         DataError: the folder is incomplete or damaged.
@@ -105,11 +105,11 @@ class LatentSource:
         return mean, std
 
     def latent(self, rows: Tensor, draw: int) -> Tensor:
-        """float32 [len(rows), C, h, w]: mean + std noise, or the mean if that is what meta["sampling"] says.
+        """Latents, float32 [B, C, h, w]: mean + std noise, or the mean alone if meta["sampling"] is "mean".
 
         Args:
             rows: int64 [B].
-            draw: which of a row's draws, as the number of the batch: the noise depends on (seed, draw, row) alone.
+            draw: the number of the batch. The noise of a row depends on (seed, draw, row) alone.
         """
         mean, std = self.moments(rows)
         if self.meta["sampling"] == "mean":
@@ -134,13 +134,13 @@ def write_latents(
         folder: to be made, or replaced.
         batches: (moments float16 or float32 [B, 2 C, h, w], labels int64 [B]), on any device; with `write_text` also
             the number of each image's prompt, int64 [B].
-        meta: the META_KEYS; "latent_scale" and "latent_bias" are noted, and applied by whoever reads.
+        meta: the META_KEYS. "latent_scale" and "latent_bias" are noted here, and applied when latents are read.
         num_classes: None for a data set without labels.
-        write_text: writes the folder of the prompts' embeddings, as `partial(write_embeddings, batches=..., ...)` does;
-            called before the first batch is asked for.
+        write_text: writes the folder of the prompts' embeddings, as `partial(write_embeddings, batches=..., ...)` does.
+            It is called before the first batch is asked for.
 
     Raises:
-        DataError: meta lacks a key, moments have another shape or are not finite, there are none, or an image has no
+        DataError: meta lacks a key, moments are of another shape or not finite, there are no images, or an image has no
             prompt.
         OutputError: the folder cannot be written.
     """
@@ -164,7 +164,7 @@ def write_latents(
 
 
 def check_latents(meta: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raises DataError where `meta` says something else than `wanted`, which may have any of its keys."""
+    """Raises DataError if `meta` differs from `wanted` in any key that `wanted` has."""
     for key, value in json.loads(json.dumps(dict(wanted))).items():  # as it would be read: tuples become lists
         if meta.get(key) != value:
             raise DataError(
@@ -194,7 +194,7 @@ def _in_range(index: Tensor, count: int) -> bool:
 
 
 def _shards(batches: Iterable[Moments], prompts: int | None) -> Iterator[dict[str, Tensor]]:
-    """Batches, checked, joined to about _SHARD_BYTES each; `prompts`: how many there are to choose from."""
+    """Checks batches and joins them to about _SHARD_BYTES each; `prompts` is the number of encoded captions."""
     held: list[dict[str, Tensor]] = []
     for moments, labels, *captions in batches:
         if moments.ndim != 4 or moments.shape[1] % 2 or moments.dtype not in (torch.float16, torch.float32):
@@ -206,7 +206,9 @@ def _shards(batches: Iterable[Moments], prompts: int | None) -> Iterator[dict[st
             raise DataError("latents: the autoencoder's moments are not finite; encode in float32")
         held.append({"moments": moments.cpu(), "labels": class_labels(labels, len(moments), "latents")[0]})
         if len(captions) != (prompts is not None):
-            raise DataError("latents: numbers of captions without captions, or the other way round; expected both")
+            raise DataError(
+                "latents: got encoded captions or their numbers, but not the other of the two; expected both or neither"
+            )
         for index in captions:
             if index.shape != (len(moments),) or not _in_range(index, prompts or 0):
                 raise DataError(

@@ -32,8 +32,13 @@ _LISTED = 20
 
 @dataclass(frozen=True)
 class Batch:
-    """images uint8 [B, C, H, W], their labels int64 [B], the rows of the data set they are, int64 [B], and what their
-    prompts were encoded to (on the CPU), if the data set holds that.
+    """A batch on the CPU.
+
+    Attributes:
+        images: uint8 [B, C, H, W]; or samples, float32 [B, C, h, w].
+        labels: int64 [B].
+        rows: int64 [B], their places in the data set.
+        text: their encoded prompts, if the data set has prompts.
     """
 
     images: Tensor
@@ -90,8 +95,8 @@ class ImageLoader:
         workers: processes that decode, at least 1. Batches do not depend on how many.
 
     Raises:
-        DataError: an unknown recipe, or a shape that no recipe makes. While iterating: an image that the recipe
-            refuses, more than 1 % of the items unreadable (with the first 20 of them), or a worker that died.
+        DataError: the recipe is unknown, or no recipe makes images of this shape. While iterating: the recipe refuses
+            an image, more than 1 % of the items are unreadable (the message lists the first 20), or a worker died.
     """
 
     def __init__(
@@ -185,9 +190,8 @@ class ImageLoader:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Takes back the handler that DataLoader installs, which would raise a worker's death amid any line of training.
-
-    Without it the death is found by whoever waits for a batch, in at most five seconds.
+    """Removes the signal handler that DataLoader installs: it would raise an error in the middle of any line of
+    training when a worker dies. Without it, the next wait for a batch finds the death within five seconds.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     yield
@@ -200,7 +204,7 @@ def _as_it_is(batch: object) -> object:
 
 
 class _BatchDecoder(Dataset[_Decoded | DataError]):
-    """Item n is the decoded batch n. Our errors come back as values: DataLoader would wrap them in a traceback."""
+    """Item n is the decoded batch n. DataErrors come back as values, as DataLoader would wrap them in a traceback."""
 
     def __init__(self, plan: _Plan):
         self._plan, self._order = plan, plan.order()

@@ -16,11 +16,12 @@ _CHANNELS = (1, 3, 4)
 
 
 def open_npz(path: Path) -> ArraySource:
-    """images or arr_0: uint8 [N, H, W, C], [N, C, H, W] (if the last size is none of 1, 3, 4) or [N, H, W];
-    labels, y or arr_1, if there: integers [N].
+    """Images in the array `images` or `arr_0`, and integer labels [N] in `labels`, `y` or `arr_1` if there are some.
+
+    Images are uint8 [N, H, W, C], [N, C, H, W] (if the last size is none of 1, 3, 4) or [N, H, W].
 
     Raises:
-        DataError: unreadable, no such arrays, or of other shapes or types.
+        DataError: the file is unreadable, or its arrays have other names, shapes or types.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:

@@ -11,8 +11,8 @@ from fdistill.base.rng import Stream, derived_seed
 
 
 class EpochOrder:
-    """Every item once per epoch, in an order that depends on (seed, epoch) alone, so any batch can be found without
-    its predecessors.
+    """Visits every item once per epoch, in an order that depends on (seed, epoch) alone, so that any batch can be found
+    without its predecessors.
 
     Args:
         items: size of the data set.

@@ -9,14 +9,14 @@ from fdistill.data.captions import CAPTION_KEYS, caption_text, json_lines, named
 
 
 def read_prompts(path: Path) -> list[str]:
-    """At least one prompt, in the order of the file, repeated ones as often as they are there.
+    """The prompts of a file, at least one, in its order; repeated ones stay repeated.
 
-    UTF-8, with or without a byte order mark, lines that end in LF or CRLF; blank lines are skipped. Of an object in a
-    .jsonl file, the first of "caption", "text" and "prompt" that it has.
+    The file is in UTF-8, with or without a byte order mark, and its lines end in LF or CRLF; blank lines are skipped.
+    An object in a .jsonl file has its prompt under "caption", "text" or "prompt"; the first of these counts.
 
     Raises:
-        DataError: no such file, another kind of file, no prompts in it, not UTF-8, or a line that holds none, with its
-            number.
+        DataError: there is no such file, it is of another kind, holds no prompts or is not UTF-8, or a line holds none
+            (the message has its number).
     """
     where = f"prompts {path}"
     if path.suffix.lower() not in (".txt", ".jsonl"):

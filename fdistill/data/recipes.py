@@ -1,4 +1,4 @@
-"""From an encoded image to pixels of the teacher's size: named recipes, as results depend on the resampling.
+"""From an encoded image to pixels of the teacher's size. Recipes have names, as results depend on the resampling.
 
 Camera rotation (EXIF) is not applied, as in the data sets that the recipes come from.
 """

@@ -1,4 +1,4 @@
-"""Batches of samples that are no images any more: cached latents, a teacher's own samples, or prompts alone."""
+"""Batches of samples that need no decoding: cached latents, a teacher's own samples, or prompts without images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fdistill.denoiser import LatentScaling
 
 @dataclass(frozen=True)
 class ScaledLatents:
-    """Cached latents as the denoiser sees them."""
+    """Cached latents, scaled as the denoiser sees them."""
 
     source: LatentSource
     scaling: LatentScaling
@@ -28,17 +28,17 @@ class ScaledLatents:
 
     @property
     def text(self) -> Captions | None:
-        """The prompts of the N rows, if they were cached with the latents."""
+        """The prompts of the N rows; None if none were cached with the latents."""
         return self.source.text
 
     def samples(self, rows: Tensor, draw: int) -> Tensor:
-        """float32 [len(rows), C, h, w]; where latents are drawn from their moments, the draw-th time."""
+        """float32 [len(rows), C, h, w]; `draw` numbers the draws from a latent's moments, and is the batch's number."""
         return self.scaling.to_samples(self.source.latent(rows, draw))
 
 
 @dataclass(frozen=True)
 class FixedSamples:
-    """x0 float32 [N, C, h, w] and labels int64 [N], as they are; with text, a prompt for each of the N."""
+    """Samples that are the same each time: x0 float32 [N, C, h, w], labels int64 [N], and N prompts or None."""
 
     x0: Tensor
     labels: Tensor
@@ -50,7 +50,7 @@ class FixedSamples:
 
 
 def prompts_alone(embeddings: Embeddings, sample_shape: tuple[int, ...]) -> FixedSamples:
-    """A row for each prompt, for a run that reads no images: x0 is zeros [N, *sample_shape] that take no memory."""
+    """A row for each prompt, for a run that reads no images. Its x0 are zeros [N, *sample_shape] without memory."""
     count = len(embeddings)
     x0 = torch.zeros(1, *sample_shape).expand(count, *sample_shape)
     return FixedSamples(x0, torch.zeros(count, dtype=torch.long), Captions(embeddings, torch.arange(count)))

@@ -37,7 +37,7 @@ class Source(Protocol):
 
     @property
     def captions(self) -> Sequence[str] | None:
-        """One text per item, read at first use; None for a source without. DataError if they are damaged."""
+        """One text per item, read at first use; None for a source without captions. DataError if they are damaged."""
 
     def __len__(self) -> int:
         """The number of items, at least 1."""

@@ -1,8 +1,8 @@
 """WebDataset shards: uncompressed tar files in which `key.png` and `key.cls`, `key.txt` or `key.json` are one sample.
 
-A label is in .cls, or in .json as "label"; a caption in .txt, or in .json as "caption", "text" or "prompt".
+A label stands in .cls, or in .json under "label"; a caption in .txt, or in .json under "caption", "text" or "prompt".
 
-Members are found by an index of offsets, made once by walking the headers, so any sample is one read away.
+When shards are opened, their headers are walked once to note the offset of every member; any sample is then one read.
 """
 
 from __future__ import annotations
@@ -76,10 +76,10 @@ class TarSource:
 
     @cached_property
     def captions(self) -> list[str] | None:
-        """One per image, read from the shards.
+        """One per image, read from the shards; None if there are none.
 
         Raises:
-            DataError: one is empty, not UTF-8 or not text, an image has none, or one has no image.
+            DataError: a caption is empty or not UTF-8 text, an image has none, or a caption has no image.
         """
         captions = [self._caption(row) for row in range(len(self))]
         return all_or_none(captions, self.item_name, self._strays, f"data {self.name}")
@@ -157,7 +157,7 @@ KIND = Kind("tar files", _is_webdataset, _open, file=".tar")
 
 
 def _samples(shard: Path, strays: list[str]) -> Iterator[_Sample]:
-    """The images of a shard; names of captions without one are added to `strays`."""
+    """The images of a shard. The names of captions without an image are added to `strays`."""
     samples: dict[str, _Sample] = {}
     labels: dict[str, int | None] = {}
     captions: dict[str, tuple[str, tuple[int, int, int]]] = {}
@@ -197,7 +197,7 @@ def _samples(shard: Path, strays: list[str]) -> Iterator[_Sample]:
 
 
 def _value(text: bytes, extension: str, where: str) -> Any:
-    """The integer of a .cls; the object of a .json, whose "label" is an integer, if it has one."""
+    """The integer of a .cls, or the object of a .json, whose "label" must be an integer if there is one."""
     try:
         value = json.loads(text)
         label = value.get("label") if extension == "json" else value

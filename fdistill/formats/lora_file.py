@@ -101,10 +101,10 @@ class LoraLayer:
 
 
 def read_lora(path: Path) -> dict[str, LoraLayer]:
-    """The layers of a LoRA file, by the names it has for them: of diffusers, peft, kohya or the model's publisher.
+    """The layers of a LoRA file by their names in it, which are diffusers', peft's, kohya's or the publisher's.
 
     Raises:
-        CheckpointError: not readable, or more than plain low-rank updates (DoRA, LoHa, LoKr, biases).
+        CheckpointError: the file is unreadable, or holds more than plain low-rank updates (DoRA, LoHa, LoKr, biases).
     """
     if path.suffix != ".safetensors":
         raise CheckpointError(f"{path}: expected a .safetensors file; convert a pickled LoRA with safetensors first")
@@ -142,7 +142,7 @@ def read_lora(path: Path) -> dict[str, LoraLayer]:
 
 
 def _layer(name: str) -> str:
-    """A layer's name without what diffusers' first LoRA files put between: attention processors."""
+    """A layer's name without the attention processors that diffusers' first LoRA files put into it."""
     if ".processor." in name:
         name = name.replace(".processor.", ".")
         name = f"{name}.0" if name.endswith(".to_out") else name

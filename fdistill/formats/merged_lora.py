@@ -52,7 +52,7 @@ _PREFIXES = {
 def merged_folder(folder: Path, lora: Path, scale: float = 1.0) -> Path:
     """A copy of a pipeline folder with a LoRA merged into its network and text encoders, made once and cached.
 
-    Weights keep their type; each sum is taken in float32 and rounded once. Files without changes are shared.
+    Weights keep their dtype; each sum is taken in float32 and rounded once. Files without changes are shared.
 
     Args:
         folder: a pipeline folder.
@@ -63,8 +63,8 @@ def merged_folder(folder: Path, lora: Path, scale: float = 1.0) -> Path:
         $FDISTILL_CACHE/merged/<hash of the pipeline's files, the LoRA and the scale>.
 
     Raises:
-        CheckpointError: unreadable, no plain LoRA, or of another base: a layer that the pipeline does not have, or of
-            another shape.
+        CheckpointError: the file is unreadable, no plain LoRA, or of another base model: the pipeline lacks one of its
+            layers, or has it in another shape.
         OutputError: the cache folder cannot be written.
     """
     layers = read_lora(lora)

@@ -1,4 +1,4 @@
-"""Pipeline folders as files: the weights of a component read, and a folder made once out of another and cached."""
+"""Pipeline folders of diffusers as files: their components, weights and hashes, and copies that share weights."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fdistill.base.errors import CheckpointError
 from fdistill.base.files import read_json_object, sha256_of_files
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-#: What configs, tokenizers, schedulers and weights are made of; pickles and other formats stay behind.
+#: The suffixes of configs, tokenizers, schedulers and weights. Pickles and other formats are left out.
 _KEPT = (".json", ".txt", ".model", ".safetensors")
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """The error of a file that is missing, cut short, or no safetensors."""
+    """The error for a safetensors file that is missing, cut short, or something else."""
     return CheckpointError(
         f"{path}: cannot be read as safetensors ({error}); the download may have been cut short: fetch it again"
     )
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file; CheckpointError where it cannot be read."""
+    """All tensors of a safetensors file; CheckpointError if it cannot be read."""
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -36,7 +36,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON file of a pipeline folder; CheckpointError where it is missing or no JSON object."""
+    """A JSON file of a pipeline folder; CheckpointError if it is missing or no JSON object."""
     try:
         return read_json_object(path)
     except (OSError, ValueError) as error:
@@ -82,10 +82,10 @@ def weight_shapes(component: Path) -> dict[str, tuple[int, ...]]:
 
 
 def components(folder: Path) -> dict[str, str]:
-    """Component name -> class name, as model_index.json of a pipeline folder has them, without empty ones.
+    """Component name -> class name, from model_index.json of a pipeline folder; components it lacks are left out.
 
     Raises:
-        CheckpointError: no pipeline folder.
+        CheckpointError: this is no pipeline folder.
     """
     index = read_config(folder / "model_index.json")
     return {
@@ -112,7 +112,7 @@ def pipeline_hashes(folder: Path) -> dict[str, str]:
 
 
 def share_files(source: Path, target: Path, without: Iterable[str] = ()) -> None:
-    """Gives `target` the pipeline files of `source`: weights as hard links where the disk can, the rest copied.
+    """Gives `target` the pipeline files of `source`: weights as hard links if the disk allows them, the rest as copies.
 
     Args:
         without: names of components that stay behind.

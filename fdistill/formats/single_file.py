@@ -62,7 +62,8 @@ def single_file_to_folder(path: Path, base: Path | None) -> Path:
         $FDISTILL_CACHE/single-file/<hash of the file and of the base>.
 
     Raises:
-        CheckpointError: a pickle, truncated, a LoRA, of an unknown kind, no base, or not of this base.
+        CheckpointError: the file is a pickle, truncated, a LoRA or of an unknown kind; or there is no base, or another
+            than the checkpoint was trained from.
         OutputError: the cache folder cannot be written.
     """
     if path.suffix != ".safetensors":
@@ -156,7 +157,7 @@ def _network_class(base: Path) -> tuple[str, Any]:
 
 
 def _check_network(path: Path, shapes: Shapes, kind: str | None, base: Path) -> None:
-    """Whether the file has every tensor of the base's network, in its shape, and no other one."""
+    """Raises CheckpointError unless the file has every tensor of the base's network, in its shape, and no other."""
     place, cls = _network_class(base)
     with torch.device("meta"):  # no memory for weights
         network = cls.from_config(read_config(base / place / "config.json"))
@@ -214,14 +215,14 @@ def _convert(path: Path, shapes: Shapes, kind: str | None, base: Path) -> dict[s
 
 
 def _as_it_is(cls: Any, path: Path, folder: Path, dtype: torch.dtype) -> Any:
-    """A network under the names of diffusers, which older versions of it do not take from a single file."""
+    """A network under the names of diffusers, which older versions of diffusers do not read from a single file."""
     network = cls.from_config(cls.load_config(folder)).to(dtype)
     network.load_state_dict(load_file(path))
     return network
 
 
 def _dtype(path: Path, *starts: str) -> torch.dtype:
-    """A type that holds all tensors whose names start so exactly."""
+    """A dtype that holds all tensors whose names start with one of `starts` without rounding them."""
     with safe_open(path, framework="pt") as file:
         found = {file.get_slice(name).get_dtype() for name in file.keys() if name.startswith(starts)}  # noqa: SIM118
     if found == {"F16"}:
@@ -230,7 +231,7 @@ def _dtype(path: Path, *starts: str) -> torch.dtype:
 
 
 def _network_of(path: Path, shapes: Shapes) -> str | dict[str, Tensor]:
-    """The file; for a UNet alone its tensors under the names of a whole checkpoint, which diffusers wants."""
+    """The file; for a UNet alone, its tensors under the names of a whole checkpoint, as diffusers expects them."""
     if "input_blocks.0.0.weight" in shapes:
         return {_NETWORK + name: value for name, value in read_tensors(path).items()}
     return str(path)

@@ -26,9 +26,9 @@ AUTOENCODERS = tuple(name for name in ("AutoencoderKL", "AutoencoderDC", _VIDEO)
 
 
 class LatentSpace:
-    """A frozen autoencoder.
+    """A frozen autoencoder, between a latent teacher's samples and images.
 
-    It stays on the CPU and visits a device only while it is used there, so that it takes no memory from training.
+    It stays on the CPU, and is on a device only while it is used there, so that it takes no memory from training.
 
     Attributes:
         vae: one of `AUTOENCODERS`.
@@ -52,7 +52,7 @@ class LatentSpace:
             self.vae.to("cpu")
 
     def facts(self) -> dict[str, Any]:
-        """What cached latents have to agree with."""
+        """What `fdistill cache` notes beside latents, and what those that a run reads have to agree with."""
         return {"vae": self.sha256, "latent_scale": list(self.scaling.scale), "latent_bias": list(self.scaling.bias)}
 
     @torch.no_grad()
@@ -127,7 +127,7 @@ def _has_no_posterior(vae: ModelMixin) -> bool:
 
 
 def _own_scaling(vae: ModelMixin) -> LatentScaling:
-    """What the networks that were trained on an autoencoder's latents see of them."""
+    """The scaling that an autoencoder's config says, which networks on its latents are trained with."""
     config: Any = vae.config
     if _is_video(vae):
         pairs = list(zip(config.latents_mean, config.latents_std, strict=False))
@@ -138,7 +138,7 @@ def _own_scaling(vae: ModelMixin) -> LatentScaling:
 
 
 def _load_autoencoder(folder: Path) -> ModelMixin:
-    """CheckpointError: a class that is not among `AUTOENCODERS`, or files that are missing or do not fit."""
+    """The autoencoder of a folder; CheckpointError if its class is not among `AUTOENCODERS`, or files do not fit it."""
     path = folder / "config.json"
     try:
         name = str(read_json_object(path).get("_class_name"))
@@ -155,10 +155,10 @@ def _load_autoencoder(folder: Path) -> ModelMixin:
 def attach_latent_space(denoiser: Denoiser, checkpoint: Checkpoint, vae: str | None) -> LatentSpace | None:
     """The autoencoder in a checkpoint's vae/, or in the folder or hub id `vae`; None for a denoiser of pixels.
 
-    The denoiser's `latent_scaling` becomes the autoencoder's own where the checkpoint says nothing else.
+    The denoiser's `latent_scaling` becomes the autoencoder's own, unless the checkpoint has set another.
 
     Raises:
-        CheckpointError: latents without an autoencoder, or one of another number of channels.
+        CheckpointError: the denoiser sees latents, but there is no autoencoder, or one with other channels.
     """
     folder = (checkpoint.folder or Path()) / "vae"
     if vae is not None:

@@ -18,13 +18,14 @@ from fdistill.teachers.autoencoder import LatentSpace
 
 
 class ClipHinge(nn.Module):
-    """max(0, margin - cos(image, prompt)): no more is asked of images that are like their prompts already.
+    """max(0, margin - cos(image, prompt)): an image that is similar enough to its prompt has no loss.
 
     Args:
-        clip: a model of open_clip's, which is frozen; its `preprocess_cfg` names mean and standard deviation.
+        clip: a model of open_clip, which is frozen here. Its `preprocess_cfg` has the mean and standard deviation of
+            its inputs.
         tokenizer: its tokenizer: texts -> [B, L] tokens.
-        latents: the autoencoder that makes images of samples; None where samples are images.
-        margin: the cosine similarity from which on there is no loss.
+        latents: the autoencoder that decodes samples; None if samples are images.
+        margin: the cosine similarity at and above which there is no loss.
     """
 
     mean: Tensor
@@ -45,14 +46,14 @@ class ClipHinge(nn.Module):
 
     @torch.no_grad()
     def encode_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """Unit features [B, D] of B prompts; their ends are cut off where the tokenizer takes no more."""
+        """Unit features [B, D] of B prompts. The tokenizer cuts off the ends of prompts that are too long for it."""
         features: Tensor = self.clip.encode_text(self.tokenizer(list(prompts)).to(self.mean.device), normalize=True)
         return features
 
     def similarity(self, x0: Tensor, text: Tensor) -> Tensor:
         """Cosine similarity [B] of samples [B, C, H, W] with `encode_prompts`'s features [B, D], differentiable in x0.
 
-        Images, cut to [0, 1], are scaled to CLIP's size (bicubic, antialiased), whatever their shape.
+        Images are clamped to [0, 1] and scaled to CLIP's size (bicubic, antialiased), whatever their shape.
         """
         if len(text) != len(x0):
             raise ArgumentError(f"text: expected features of {len(x0)} prompts, one for each sample, got {len(text)}")
@@ -91,7 +92,7 @@ def load_clip(name: str, weights: str | Path) -> tuple[nn.Module, Any]:
         raise ConfigError(f"clip_loss.model: got {name!r}; {did_you_mean(name, open_clip.list_models())}")
     path = Path(weights)
     if path.suffix != ".safetensors" or not path.is_file():
-        problem = "no such file" if path.suffix == ".safetensors" else "is not a safetensors file, and no other is read"
+        problem = "no such file" if path.suffix == ".safetensors" else "is not a safetensors file"
         raise CheckpointError(
             f"clip_loss.weights {str(weights)!r}: {problem}; download open_clip_model.safetensors of the architecture "
             f"{name} from the hub and pass its path"
@@ -102,6 +103,5 @@ def load_clip(name: str, weights: str | Path) -> tuple[nn.Module, Any]:
     except (OSError, ValueError, RuntimeError, KeyError, AssertionError, SafetensorError) as error:
         raise CheckpointError(
             f"clip_loss.weights {str(weights)!r}: cannot be loaded as {name} ({' '.join(str(error).split())[:300]}); "
-            "expected the weights of that architecture, and for those with a tokenizer of the hub's one downloaded "
-            "before"
+            "expected the weights of that architecture; if its tokenizer comes from the hub, download that once as well"
         ) from error

@@ -30,7 +30,7 @@ Data = Source | ScaledLatents | FixedSamples
 
 @dataclass(frozen=True)
 class TrainingData:
-    """What a run reads: images or latents with labels, and teacher pairs for a method that regresses on them."""
+    """What a run reads: images or latents with labels or prompts, and the teacher's samples that it regresses on."""
 
     source: Data
     pairs: TeacherSamples | None
@@ -152,7 +152,7 @@ def _sample_set(config: DistillConfig, run: Distillation, count: int, start_leve
 
 
 def _made_of(run: Distillation, config: DistillConfig) -> str:
-    """A hash of everything that the teacher's samples depend on, but the sampler."""
+    """A hash of everything that the teacher's samples depend on, except the sampler's settings."""
     teacher = run.networks.teacher
     facts = [run.checkpoint.fingerprint(teacher)]
     if run.text is not None:
@@ -164,7 +164,7 @@ def _made_of(run: Distillation, config: DistillConfig) -> str:
 
 
 def _check_same_start(teacher: Denoiser, student: Student) -> None:
-    """Raises ConfigError where the teacher's sampler cannot start from the noise that the student does."""
+    """Raises ConfigError if the teacher's sampler cannot start from the student's noise."""
     level = torch.tensor(student.levels[0], dtype=torch.float64)
     own, others = student.denoiser.schedule, teacher.schedule
     mine, theirs = (torch.stack([s.start(level), s.alpha(level), s.sigma(level)]) for s in (own, others))
@@ -184,7 +184,7 @@ def _check_same_start(teacher: Denoiser, student: Student) -> None:
 def _check_data(
     config: DistillConfig, teacher: Denoiser, source: Source | LatentSource, shape: tuple[int, ...] | None
 ) -> None:
-    """Raises ConfigError where shape (if it is known before anything is read) or classes are not the teacher's."""
+    """Raises ConfigError if classes, or the shape where it is known before anything is read, are not the teacher's."""
     if shape is not None and shape != tuple(teacher.sample_shape):
         raise ConfigError(
             f"data {config.data!r} has samples of shape {shape} (C, H, W), but teacher {config.teacher!r} makes "

@@ -275,8 +275,8 @@ def test_latents_and_captions_that_do_not_fit(tmp_path: Path) -> None:
         ("caption numbers torch.int64", torch.tensor([0, -1, 2]), text),
         ("for 3 images", torch.tensor([0, 1]), text),
         ("caption numbers torch.float32", torch.tensor([0.0, 1, 2]), text),
-        ("numbers of captions without captions", torch.tensor([0, 1, 2]), None),
-        ("numbers of captions without captions", None, text),
+        ("got encoded captions or their numbers", torch.tensor([0, 1, 2]), None),
+        ("got encoded captions or their numbers", None, text),
     ]
     for says, index, write_text in cases:
         batch = (moments, labels) if index is None else (moments, labels, index)

@@ -15,6 +15,7 @@ from fdistill.teachers.autoencoder import LatentSpace
 from fdistill.training.clip_loss import ClipHinge, load_clip
 from support.clip import tiny_clip_file
 from support.families import tiny_vae
+from support.text_families_dit import HAS_QWEN_IMAGE, deep_compression_vae, video_vae
 
 open_clip: Any = pytest.importorskip("open_clip")
 
@@ -71,12 +72,19 @@ def test_hinge_stops_at_the_margin(hinge: ClipHinge) -> None:
     assert torch.equal(moved, similarity == ordered[0])
 
 
-def test_gradient_goes_through_the_autoencoder_to_the_latents_alone(weights: Path) -> None:
-    scaling = LatentScaling((0.5, 0.6, 0.7, 0.8), (0.1, 0.0, -0.1, 0.0))
-    latents = LatentSpace(tiny_vae(), scaling, "")
+AUTOENCODERS = {"image": tiny_vae, "deep-compression": deep_compression_vae}
+if HAS_QWEN_IMAGE:
+    AUTOENCODERS["video"] = video_vae
+
+
+@pytest.mark.parametrize("kind", AUTOENCODERS)
+def test_gradient_goes_through_the_autoencoder_to_the_latents_alone(kind: str, weights: Path) -> None:
+    channels = 8 if kind == "deep-compression" else 4
+    scaling = LatentScaling((0.5, 0.6, 0.7, 0.8) * (channels // 4), (0.1, 0.0, -0.1, 0.0) * (channels // 4))
+    latents = LatentSpace(AUTOENCODERS[kind](), scaling, "")
     hinge = ClipHinge(*load_clip("tiny-fdistill", weights), latents, margin=2.0)  # always below it
     torch.manual_seed(2)
-    x0, text = torch.randn(2, 4, 8, 8, requires_grad=True), hinge.encode_prompts(PROMPTS[:2])
+    x0, text = torch.randn(2, channels, 8, 8, requires_grad=True), hinge.encode_prompts(PROMPTS[:2])
     images = ClipHinge(hinge.clip, hinge.tokenizer, margin=2.0)
     torch.testing.assert_close(hinge(x0, text), images(latents.decode(x0), text), rtol=1e-5, atol=1e-5)
     hinge(x0, text).sum().backward()

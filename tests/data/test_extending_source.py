@@ -1,0 +1,117 @@
+"""A kind of data set is one file and one row: the worked example of docs/extending.md."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fdistill import data, distill
+from fdistill.base.errors import DataError
+from fdistill.data import open_source
+from fdistill.data.digits import load_digits
+from fdistill.data.source import ArraySource
+from fdistill.training.journal import read_records
+
+FILE = '''# file: csv_rows.py
+"""A .csv file with a row for each image, as MNIST is often passed on: its class, then its grey values, row by row."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fdistill.base.errors import DataError
+from fdistill.data.source import ArraySource, Kind, class_labels
+
+
+def open_csv(where: str) -> ArraySource:
+    """uint8 [N, 1, H, H] in memory, with classes; DataError where the file is no such table."""
+    try:
+        table = np.loadtxt(where, delimiter=",", dtype=np.int64, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise DataError(f"data {where}: cannot be read ({error}); expected rows of whole numbers and commas") from error
+    labels, values = table[:, 0], table[:, 1:]
+    side = math.isqrt(values.shape[1])
+    if values.size == 0 or side**2 != values.shape[1] or values.min() < 0 or values.max() > 255:
+        raise DataError(f"data {where}: rows of {table.shape[1]} numbers; expected a class and H x H of 0 to 255")
+    images = torch.from_numpy(values.astype(np.uint8)).reshape(-1, 1, side, side)
+    return ArraySource(where, images, *class_labels(labels, len(images), f"data {where}"))
+
+
+KIND = Kind(
+    name="a .csv file",
+    recognises=lambda where: where.endswith(".csv") and Path(where).is_file(),
+    open=open_csv,
+    file=".csv",
+)
+'''
+
+ROW = """
+import csv_rows  # inside fdistill: from fdistill.data import csv_rows
+
+from fdistill.data import STORED
+
+STORED.append(csv_rows.KIND)  # inside fdistill: a row of STORED in fdistill/data/__init__.py
+"""
+
+
+@pytest.fixture
+def _added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The example's file and row, taken away again."""
+    rows = list(data.STORED)
+    (tmp_path / "csv_rows.py").write_text(FILE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    exec(compile(ROW, "docs/extending.md", "exec"), {})
+    yield
+    data.STORED[:] = rows
+    sys.modules.pop("csv_rows", None)
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """The first digits as rows of text."""
+    images, labels = load_digits()
+    rows = torch.cat([labels[:, None], images.flatten(1).long()], dim=1)[:64]
+    np.savetxt(tmp_path / "digits.csv", rows.numpy(), fmt="%d", delimiter=",")
+    return tmp_path / "digits.csv"
+
+
+@pytest.mark.usefixtures("_added")
+def test_a_new_kind_is_opened_and_distilled_from(table: Path, tmp_path: Path) -> None:
+    images, labels = load_digits()
+    source = open_source(str(table))
+    assert isinstance(source, ArraySource)
+    assert torch.equal(source.images, images[:64])
+    assert torch.equal(source.labels, labels[:64])
+    assert source.num_classes == 10
+    settings = {"iterations": 1, "batch_size": 8, "log.every": 1, "log.samples_every": 0, "log.tracker": "none"}
+    students = [
+        distill("digits", output=tmp_path / name, data=where, **settings)
+        for name, where in (("from-csv", str(table)), ("from-digits", "digits"))
+    ]
+    first, second = (load_file(next(folder.rglob("*.safetensors"))) for folder in students)
+    assert read_records(tmp_path / "from-csv" / "metrics.jsonl")[-1]["iteration"] == 1
+    assert any(not torch.equal(first[name], second[name]) for name in first)  # the discriminator saw other images
+
+
+@pytest.mark.usefixtures("_added")
+def test_messages_know_the_new_kind(tmp_path: Path) -> None:
+    for text, says in (("1,300\n", "expected a class and H x H of 0 to 255"), ("a,b\n", "cannot be read")):
+        (tmp_path / "wrong.csv").write_text(text)
+        with pytest.raises(DataError, match=says):
+            open_source(str(tmp_path / "wrong.csv"))
+    (tmp_path / "strange.xyz").touch()
+    with pytest.raises(DataError, match=r"a file of unknown kind; expected .*\.npz, \.csv, or a folder"):
+        open_source(str(tmp_path / "strange.xyz"))
+
+
+def test_without_its_row_it_is_unknown(table: Path) -> None:
+    with pytest.raises(DataError, match="a file of unknown kind"):
+        open_source(str(table))

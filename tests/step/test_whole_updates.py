@@ -12,14 +12,25 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softplus
 
+from fdistill.adapters.parametrisation import DirectPrediction
+from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.base import rng
 from fdistill.denoiser import Denoiser
 from fdistill.generator import FewStepGenerator
 from fdistill.kernels.reference.renoise import counter_normal
-from fdistill.noise import EDMSchedule, NoiseSchedule, karras_levels, lognormal_levels
+from fdistill.losses import noise_kl_loss
+from fdistill.noise import (
+    EDMSchedule,
+    NoiseSchedule,
+    karras_levels,
+    lognormal_levels,
+    uniform_levels,
+    vp_schedule_from_config,
+)
 from fdistill.ratio import DensityRatio
 from fdistill.step import Networks, Pairs, critic_step, diffratio_step, generator_step, ratio_critic_step
-from support.denoisers import GaussianDenoiser
+from fdistill.students.tiue import TiUEGenerator
+from support.denoisers import GaussianDenoiser, tiny_unet
 from support.networks import ExactLogRatio, LinearGenerator, real_networks
 
 P, Q, SIZE = (0.3, 0.8), (-0.2, 0.6), 3
@@ -166,6 +177,25 @@ def test_terms_of_the_student_are_weighted_and_reach_it() -> None:
         difference = loss(**options) - loss()
         torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-6)
         assert_gradients(difference, expected, student)
+
+
+def test_the_kl_of_predicted_noise_is_weighted_and_reaches_the_student() -> None:
+    torch.manual_seed(0)
+    form = DirectPrediction(vp_schedule_from_config({"beta_schedule": "scaled_linear"}), "v")
+    teacher, fake, own = (UNet2DDenoiser(tiny_unet(num_class_embeds=None), form) for _ in range(3))
+    student = TiUEGenerator(own, (751.0, 501.0, 251.0, 1.0))
+    networks = Networks(teacher.requires_grad_(False), fake, student)
+
+    def loss(weight: float) -> Tensor:
+        random = torch.Generator().manual_seed(3)
+        options: dict[str, Any] = {"batch_size": 4, "gan_weight": 0.0, "levels": uniform_levels}
+        return generator_step(networks, None, random, noise_kl_weight=weight, **options).loss
+
+    noise = rng.normal(torch.Generator().manual_seed(3), 4, (1, 8, 8))
+    expected = 30.0 * noise_kl_loss(student.sample_with_predictions(noise, None)[1]).mean()
+    difference = loss(30.0) - loss(0.0)
+    torch.testing.assert_close(difference, expected, rtol=1e-3, atol=1e-4)
+    assert_gradients(difference, expected, student)
 
 
 LABELS, OTHERS = torch.tensor([0, 3, 9, 4, 1, 7]), torch.tensor([5, 2, 2, 8, 6, 0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from fdistill.adapters.unet_blocks import decode, embed, encode
 from fdistill.condition import TextCondition
@@ -36,3 +37,20 @@ def test_encoder_and_decoder_at_one_level_are_the_label_networks_forward(name: s
     expected = unet(sample, t, labels).sample
     embedding, text = embed(unet, t, labels, sample.dtype)
     assert torch.equal(decode(unet, encode(unet, sample, embedding, text), embedding, text, t), expected)
+
+
+def test_a_feature_is_the_last_layer_of_its_resolution() -> None:
+    """What the block's downsampler is given; of the last resolution, which has none, what the middle is given."""
+    torch.manual_seed(0)
+    unet = randomised(tiny_unet(layers_per_block=2, num_class_embeds=None))
+    given: list[Tensor] = []
+    for module in (unet.down_blocks[0].downsamplers[0], unet.mid_block):
+        module.register_forward_pre_hook(lambda _module, inputs: given.append(inputs[0]))
+    sample, t = torch.randn(2, 1, 8, 8), torch.tensor([500.0, 1.0])
+    unet(sample, t)
+    expected = dict(zip(("down0", "down1"), given, strict=True))
+    embedding, _ = embed(unet, t, None, sample.dtype)
+    features = encode(unet, sample, embedding, None, ("down0", "down1", "mid")).features
+    assert features.keys() == {"down0", "down1", "mid"}
+    assert all(torch.equal(features[name], value) for name, value in expected.items())
+    assert encode(unet, sample, embedding, None).features == {}

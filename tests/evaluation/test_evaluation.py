@@ -105,6 +105,19 @@ def test_manifests_that_make_no_sense_are_refused(manifest: str, tmp_path: Path)
         evaluate(folder)
 
 
+@pytest.mark.filterwarnings("ignore:.*scores carry the count")
+def test_fidelity_and_variety_are_not_mixed_up(tmp_path: Path) -> None:
+    """Real zeros alone are faithful and lack variety: precision and density are high, recall and coverage low."""
+    images, labels = load_digits()
+    folder = write(tmp_path / "zeros", images[labels == 0])
+    names = ["precision", "recall", "density", "coverage"]
+    result = evaluate(folder, metrics=names)["metrics"]
+    precision, recall, density, coverage = result.values()
+    assert [name.split("@")[0] for name in result] == names
+    assert min(precision, density) > 0.9
+    assert max(recall, coverage) < 0.2
+
+
 def test_bad_requests_are_refused(tmp_path: Path) -> None:
     images, _ = load_digits()
     folder = write(tmp_path / "images", images[:100])

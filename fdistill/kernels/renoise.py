@@ -175,7 +175,7 @@ def renoise(
         x_t, float32 (float64 for float64 x0) and laid out like x0, and the network's input.
 
     Raises:
-        ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
+        ArgumentError: shapes, devices or dtypes do not match, or the backend cannot run.
     """
     _check(x0, alpha, sigma, input_scale, channels_last)
     check_samples("noise", noise, x0)

@@ -88,8 +88,8 @@ class Networks:
         student: Any = self.generator
         if not hasattr(student, "sample_with_predictions"):
             raise ArgumentError(
-                f"noise_kl_weight: {type(student).__name__} predicts no noise while sampling; expected 0, or a generator "
-                "with sample_with_predictions, such as TiUEGenerator"
+                f"noise_kl_weight: {type(student).__name__} predicts no noise while sampling; expected 0, or a "
+                "generator with sample_with_predictions, such as TiUEGenerator"
             )
         x0, predicted = student.sample_with_predictions(rng.normal(generator, batch, student.sample_shape), condition)
         return x0, predicted

@@ -1,4 +1,4 @@
-"""Argument checks of the operators: shapes, dtypes and devices, not values, which would have to be waited for."""
+"""Argument checks of the operators: shapes, dtypes, devices. Values are not read, since that would wait for a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""fdistill: diffusion checkpoints into one-step generators by f-divergence distillation (arXiv 2502.15681)."""
+"""fdistill distils diffusion checkpoints into one-step generators, by f-divergence distillation (arXiv 2502.15681)."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from fdistill.teachers.text_encoders import PromptEncoder as PromptEncoder
     from fdistill.training.loop import distill as distill
 
-# Imported on first use: `import fdistill` and `fdistill --help` then cost no second of torch and diffusers.
+# Names are imported on first use, so that `import fdistill` and `fdistill --help` do not wait for torch and diffusers.
 _WHERE = {
     "ChannelMean": "discriminator",
     "critic_step": "step",

@@ -1,4 +1,4 @@
-"""What a network is asked for: class labels [B], or what text encoders made of B prompts."""
+"""What a network is conditioned on: class labels [B], or the text encoders' outputs for B prompts."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fdistill.base.errors import ArgumentError
 
 @dataclass(frozen=True)
 class TextCondition:
-    """B prompts as their encoders' outputs.
+    """The text encoders' outputs for B prompts.
 
     Attributes:
-        tensors: by name, all with B as first dimension: "prompt_embeds" [B, L, D] and whatever else the family's
-            networks are given with it, such as "pooled_prompt_embeds" [B, D] or "prompt_attention_mask" [B, L].
+        tensors: the outputs by name, each with B as its first dimension: "prompt_embeds" [B, L, D], and what else the
+            model family takes, such as "pooled_prompt_embeds" [B, D] or "prompt_attention_mask" [B, L].
     """
 
     tensors: Mapping[str, Tensor]
@@ -26,7 +26,7 @@ class TextCondition:
     def __post_init__(self) -> None:
         if len({len(value) for value in self.tensors.values()}) != 1:
             shapes = {name: tuple(value.shape) for name, value in self.tensors.items()}
-            raise ArgumentError(f"TextCondition: expected tensors with one and the same first dimension, got {shapes}")
+            raise ArgumentError(f"TextCondition: expected tensors with the same first dimension, got {shapes}")
 
     def __len__(self) -> int:
         return len(next(iter(self.tensors.values())))
@@ -35,22 +35,22 @@ class TextCondition:
         return self.tensors[name]
 
     def rows(self, index: Tensor | slice) -> TextCondition:
-        """The prompts of an index [N] (on the same device) or a slice; one prompt can be taken many times."""
+        """The prompts at an index [N] (on the same device) or in a slice; an index may repeat a prompt."""
         return TextCondition({name: value[index] for name, value in self.tensors.items()})
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TextCondition:
-        """The same on another device."""
+        """The same prompts on another device."""
         return TextCondition(
             {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors.items()}
         )
 
     def repeated(self, count: int) -> TextCondition:
-        """One prompt [1, ...] as `count` of them, without copying."""
+        """Repeats one prompt [1, ...] `count` times, without copying its tensors."""
         return TextCondition({name: value.expand(count, *value.shape[1:]) for name, value in self.tensors.items()})
 
     @staticmethod
     def concat(parts: Sequence[TextCondition]) -> TextCondition:
-        """Prompts one after another; ArgumentError where parts are of different encoders or lengths."""
+        """Joins batches of prompts; ArgumentError if they come from different encoders or differ in length."""
         names = parts[0].tensors.keys()
         try:
             if any(part.tensors.keys() != names for part in parts):
@@ -59,7 +59,7 @@ class TextCondition:
         except RuntimeError as error:
             raise ArgumentError(
                 f"TextCondition: prompts of different encoders cannot be joined ({str(error).splitlines()[0]}); encode "
-                "all of them with one teacher's"
+                "all of them with the encoders of one teacher"
             ) from error
 
 
@@ -68,7 +68,7 @@ Condition = Tensor | TextCondition
 
 
 def concat(first: Condition, second: Condition) -> Condition:
-    """Two batches of the same kind of condition as one."""
+    """Joins two batches of conditions; ArgumentError if they are of different kinds."""
     if isinstance(first, TextCondition) and isinstance(second, TextCondition):
         return TextCondition.concat([first, second])
     if isinstance(first, Tensor) and isinstance(second, Tensor):
@@ -77,7 +77,7 @@ def concat(first: Condition, second: Condition) -> Condition:
 
 
 def where(mask: Tensor, first: Condition, second: Condition) -> Condition:
-    """Row by row `first` where mask [B] bool holds, else `second`."""
+    """Takes each row from `first` where mask [B] bool is True, else from `second`."""
     if isinstance(first, TextCondition) and isinstance(second, TextCondition):
         return TextCondition(
             {
@@ -91,7 +91,7 @@ def where(mask: Tensor, first: Condition, second: Condition) -> Condition:
 
 
 def none_like(condition: Condition, none: TextCondition | int) -> Condition:
-    """As many times what stands for no condition, a label or one prompt, as there are conditions."""
+    """Repeats `none`, the null label or the one null prompt, once for each row of `condition`."""
     if isinstance(condition, TextCondition):
         assert isinstance(none, TextCondition)
         return none.repeated(len(condition))
@@ -100,16 +100,16 @@ def none_like(condition: Condition, none: TextCondition | int) -> Condition:
 
 
 def as_labels(condition: Condition | None, num_classes: int | None) -> Tensor | None:
-    """Labels [B], or None for a network without classes; ArgumentError where it is told something else."""
+    """Checks that a condition is labels [B], or None for a network without classes; ArgumentError otherwise."""
     if isinstance(condition, TextCondition):
-        raise ArgumentError("condition: got prompts; this network knows class labels, or nothing")
+        raise ArgumentError("condition: got prompts; this network takes class labels, or no condition")
     if condition is None and num_classes:
-        raise ArgumentError(f"condition: this network wants class labels [B] in [0, {num_classes})")
+        raise ArgumentError(f"condition: got None; this network takes class labels [B] in [0, {num_classes})")
     return condition
 
 
 def upload_condition(condition: Condition, device: torch.device) -> Condition:
-    """`upload` of labels, or of every tensor of prompts."""
+    """Uploads labels, or every tensor of prompts, with `upload`."""
     if isinstance(condition, TextCondition):
         return TextCondition({name: upload(value, device) for name, value in condition.tensors.items()})
     return upload(condition, device)

@@ -1,4 +1,4 @@
-"""The one view every network is seen through: (x_t, t, condition) -> x0, and intermediate features."""
+"""The interface that all networks share: (x_t, t, condition) -> x0, and intermediate features."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Features = dict[str, Tensor]
 
 
 class LatentScaling(NamedTuple):
-    """sample = scale * z + bias, channel by channel, for an autoencoder's latents z."""
+    """How an autoencoder's latents z become samples: sample = scale * z + bias, channel by channel."""
 
     scale: tuple[float, ...]
     bias: tuple[float, ...]
 
     def to_samples(self, z: Tensor) -> Tensor:
-        """Latents [B, C, h, w] as the denoiser sees them."""
+        """Converts latents [B, C, h, w] to the samples that the denoiser takes."""
         return _by_channel(self.scale, z) * z + _by_channel(self.bias, z)
 
     def to_latents(self, samples: Tensor) -> Tensor:
@@ -39,22 +39,22 @@ def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 class Denoiser(nn.Module, ABC):
-    """An x0-predicting network at levels t of its own noise schedule.
+    """A network that predicts x0 from noised samples at levels t of its own noise schedule.
 
     Attributes:
         schedule: x_t = schedule.alpha(t) x0 + schedule.sigma(t) eps.
         sample_shape: (C, H, W) of one x0; values nominally in [-1, 1].
-        num_classes: conditions are labels [B] in [0, num_classes); None for a network that is told none.
-        text_shapes: conditions are prompts: per prompt, the shape of each tensor of their `TextCondition`; None for a
-            network that is told none.
-        null_class: the label that stands for no class; None if the network does not know one.
+        num_classes: conditions are labels [B] in [0, num_classes); None for a network that takes no labels.
+        text_shapes: for a network conditioned on prompts, the shape of each tensor of a `TextCondition`, per prompt;
+            None for a network that takes no prompts.
+        null_class: the label that means "no class"; None if the network has no such label.
         sigma_data: standard deviation of the data, used by the EDM loss weighting.
         feature_shapes: (C, H, W) of every tensor that `features` can name, from the input towards the output.
-        kind: networks of equal kind have the same preconditioning, which is computed once for all of them; None where
-            nobody else has it.
-        latent_scaling: how samples follow from an autoencoder's latents; None for a network of pixels.
-        embedded_guidance: the guidance scale that a network which was distilled to be told one is told; None for all
-            others, which `GuidedDenoiser` guides.
+        kind: networks of equal kind have the same preconditioning, which is computed once for all of them; None if no
+            other network shares it.
+        latent_scaling: how an autoencoder's latents become samples; None for a network that works on pixels.
+        embedded_guidance: the guidance scale given to a guidance-distilled network, which takes it as an input; None
+            for all other networks, which `GuidedDenoiser` guides.
     """
 
     schedule: NoiseSchedule
@@ -79,16 +79,16 @@ class Denoiser(nn.Module, ABC):
         output: bool,
         output_grad: bool,
     ) -> tuple[Tensor | None, Features]:
-        """What adapters implement: the network's output (None unless `output`) and the named features.
+        """Returns the network's output (None unless `output`) and the named features. Adapters implement this.
 
-        A condition is labels [B], a `TextCondition` of B prompts, or None, as the network is told.
+        A condition is labels [B], a `TextCondition` of B prompts, or None, whichever the network takes.
 
-        With `output_grad` False the part of the network that only the output depends on runs without autograd and
+        If `output_grad` is False, the part of the network that only the output depends on runs without autograd and
         keeps no activations.
         """
 
     def example_condition(self, count: int, device: torch.device | str) -> Condition | None:
-        """A condition of the kind this network is told: label 0, or prompts that are all zeros."""
+        """A condition of the kind that this network takes: label 0, prompts that are all zeros, or None."""
         if self.text_shapes is not None:
             return TextCondition(
                 {name: torch.zeros(count, *shape, device=device) for name, shape in self.text_shapes.items()}
@@ -96,19 +96,19 @@ class Denoiser(nn.Module, ABC):
         return torch.zeros(count, dtype=torch.long, device=device) if self.num_classes else None
 
     def guidance_norm(self, output: Tensor) -> Tensor:
-        """What `GuidedDenoiser` rescales by, [B, 1, 1, 1] or finer: the standard deviation of each sample's output."""
+        """The norm by which `GuidedDenoiser` rescales, [B, 1, 1, 1] or finer: the standard deviation of each output."""
         return output.std(dim=(1, 2, 3), keepdim=True)
 
     def after_update(self) -> None:
-        """Called after every update of the parameters; for networks that keep them normalised."""
+        """Is called after every update of the parameters; networks that keep them normalised override it."""
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
-        """What `run` is fed at levels t [B], and what its output means; by default x_t and x0."""
+        """How `run`'s input and output relate to x_t and x0 at levels t [B]; by default they are x_t and x0."""
         return Preconditioning()
 
     def input_form(self) -> tuple[object, torch.dtype | None, bool]:
-        """Denoisers of equal form can share one network input: kind, dtype (None: that of x_t) and whether channels
-        are last.
+        """Kind, dtype (None means that of x_t) and whether channels are last, of this network's input. Denoisers with
+        equal forms can share one input.
         """
         dtype: torch.dtype | None = None
         plain = type(self).preconditioning is Denoiser.preconditioning
@@ -117,12 +117,12 @@ class Denoiser(nn.Module, ABC):
             device = kernel.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernel.dtype
             first, last = kernel.is_contiguous(), kernel.is_contiguous(memory_format=torch.channels_last)
-            if first != last:  # a kernel of one channel or one pixel is laid out both ways
+            if first != last:  # a kernel of one channel or one pixel is contiguous in both formats
                 return kind, dtype, last
         return kind, dtype, False
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """What the network is fed for x_t at levels t."""
+        """The network's input for x_t at levels t."""
         return self._fed(x_t, self.preconditioning(t).input_scale)
 
     def _fed(self, x_t: Tensor, scale: Tensor | None) -> Tensor:
@@ -140,14 +140,14 @@ class Denoiser(nn.Module, ABC):
         form: Preconditioning | None = None,
         output_grad: bool = True,
     ) -> tuple[Prediction, Features]:
-        """The network's output as it is, with what turns it into x0, and the named features.
+        """The network's raw output with the coefficients that turn it into x0, and the named features.
 
         Args:
-            network_input: [B, C, H, W] of `network_input`, or of a kernel that made it together with x_t.
-            form: of `preconditioning`, where it is known.
-            output_grad: False where only the features need a gradient.
+            network_input: [B, C, H, W] from `network_input`, or from a kernel that made it together with x_t.
+            form: the result of `preconditioning`, if the caller has it already.
+            output_grad: False if only the features need a gradient.
 
-        Others as in `denoise`.
+        Other arguments are as in `denoise`.
         """
         self._check_features(features)
         output, tapped = self.run(network_input, t, condition, features, output=True, output_grad=output_grad)
@@ -158,16 +158,16 @@ class Denoiser(nn.Module, ABC):
     def denoise(
         self, x_t: Tensor, t: Tensor, condition: Condition | None = None, features: Sequence[str] = ()
     ) -> Tensor | tuple[Tensor, Features]:
-        """x0-prediction, differentiable in x_t.
+        """Predicts x0, differentiably in x_t.
 
         Args:
             x_t: [B, C, H, W], noisy samples at levels t.
             t: [B] levels of `schedule`.
             condition: [B] class labels, a `TextCondition` of B prompts, or None for an unconditional network.
-            features: names out of `feature_shapes`.
+            features: names from `feature_shapes`.
 
         Returns:
-            x0 [B, C, H, W] float32; with features, (x0, {name: [B, *feature_shapes[name]]}).
+            x0 [B, C, H, W] float32; if features are named, (x0, {name: [B, *feature_shapes[name]]}).
         """
         x0, tapped = self.denoise_with_features(x_t, t, condition, features)
         return (x0, tapped) if features else x0
@@ -177,7 +177,7 @@ class Denoiser(nn.Module, ABC):
     def denoise_with_features(
         self, x_t: Tensor, t: Tensor, condition: Condition | None, features: Sequence[str]
     ) -> tuple[Tensor, Features]:
-        """`denoise` that returns the pair even when no feature is asked for."""
+        """Like `denoise`, but returns the pair (x0, features) even if no feature is named."""
         form = self.preconditioning(t)
         fed = self._fed(x_t, form.input_scale)
         prediction, tapped = self.predict(fed, t, condition, features, form=form)
@@ -186,7 +186,7 @@ class Denoiser(nn.Module, ABC):
     def features(
         self, network_input: Tensor, t: Tensor, condition: Condition | None, features: Sequence[str]
     ) -> Features:
-        """The named features alone; what lies beyond the last of them is not computed. Arguments as in `predict`."""
+        """Only the named features; layers after the last of them do not run. Arguments are as in `predict`."""
         self._check_features(features)
         return self.run(network_input, t, condition, features, output=False, output_grad=False)[1]
 

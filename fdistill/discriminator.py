@@ -12,14 +12,14 @@ from fdistill.denoiser import Denoiser, Features
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of at least 16 channels: on one pixel a smaller group is normalised to almost nothing."""
+    """At most 32 groups of at least 16 channels each: on one pixel a smaller group is normalised to almost nothing."""
     most = max(1, min(32, channels // 16))
     groups = next(n for n in range(most, 0, -1) if channels % n == 0)
     return nn.GroupNorm(groups, channels)
 
 
 def _head(channels: int, height: int, width: int) -> nn.Sequential:
-    """[B, C, H, W] -> [B, 1, 1, 1]: halve to 4 pixels or fewer, then one convolution over what is left (DMD2)."""
+    """[B, C, H, W] -> [B, 1, 1, 1]: halves to 4 pixels or fewer, then one convolution over the rest (DMD2)."""
     layers: list[nn.Module] = []
     while min(height, width) > 4:
         layers += [nn.Conv2d(channels, channels, 4, stride=2, padding=1), _group_norm(channels), nn.SiLU()]
@@ -31,12 +31,12 @@ def _head(channels: int, height: int, width: int) -> nn.Sequential:
 class Discriminator(nn.Module):
     """One head for each tapped feature.
 
-    At its optimum a logit is log(p_teacher / p_student) at the noised sample. It is not told the noise level or the
-    condition: the features are.
+    At its optimum a logit is log(p_teacher / p_student) at the noised sample. It does not take the noise level
+    or the condition as an input: the features depend on them already.
 
     Args:
-        denoiser: the network whose features are tapped (its shapes are read, the network is not kept).
-        features: names out of `denoiser.feature_shapes`, at least one.
+        denoiser: the network whose features are tapped (only its shapes are read; the network is not stored).
+        features: names from `denoiser.feature_shapes`, at least one.
     """
 
     def __init__(self, denoiser: Denoiser, features: Sequence[str]):
@@ -50,17 +50,17 @@ class Discriminator(nn.Module):
         self.heads = nn.ModuleDict({name: _head(*denoiser.feature_shapes[name]) for name in features})
 
     def forward(self, features: Mapping[str, Tensor] | Features) -> Tensor:
-        """{name: [B, C, H, W]} -> logits [B, H], one column a head."""
+        """{name: [B, C, H, W]} -> logits [B, H], one column per head."""
         return torch.cat([self.heads[name](features[name]).flatten(1) for name in self.features], dim=1)
 
 
 class ChannelMean(nn.Module):
-    """A discriminator without parameters of its own: the mean over channels of one tapped feature, a logit for each
-    pixel of it (SiDA, arXiv 2410.14919). What it learns, the tapped network learns.
+    """A discriminator without parameters of its own: its logits are the mean over channels of one tapped feature, one
+    logit per pixel (SiDA, arXiv 2410.14919). Its loss trains the tapped network.
 
     Args:
-        denoiser: the network whose feature is tapped; it has to be one that is trained.
-        features: the feature's name, alone in a sequence.
+        denoiser: the network whose feature is tapped; it must be a trained one.
+        features: a sequence with one name, that of the feature.
     """
 
     def __init__(self, denoiser: Denoiser, features: Sequence[str]):

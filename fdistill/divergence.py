@@ -27,7 +27,7 @@ class Divergence:
     """An f-divergence: `f` is convex on (0, inf) with f(1) = 0, `weight` is h(r) = r^2 f''(r), both elementwise.
 
     Both take float tensors of density ratios r > 0, of any shape, and return that shape and dtype. `powers` is (c, a,
-    b) where h(r) = c r^a (1 + r)^b, which fused kernels compute; None where only `weight` knows h.
+    b) where h(r) = c r^a (1 + r)^b, which fused kernels compute; None if h has no such form.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Divergence:
     powers: tuple[float, float, float] | None = None
 
     def weight_slope(self, r: Tensor) -> Tensor:
-        """r h'(r), like r; differentiable in r."""
+        """r h'(r), in the shape and dtype of r; differentiable in r."""
         return r * _derivative(self.weight, r)
 
     @cached_property
@@ -49,7 +49,7 @@ class Divergence:
 
 
 def _derivative(function: Function, r: Tensor) -> Tensor:
-    """Of an elementwise function, at r; differentiable in r if r is."""
+    """The derivative of an elementwise function at r; differentiable in r if r requires a gradient."""
     with torch.enable_grad():
         at = r if r.requires_grad else r.detach().requires_grad_(True)
         value = function(at)
@@ -85,21 +85,21 @@ def alpha_divergence(a: float) -> Divergence:
     return Divergence(f"alpha({a:g})", f, lambda r: r**a, (1.0, a, 0.0))
 
 
-#: Ratios at which `divergence_from` examines a function: far beyond what training meets.
+#: Ratios at which `divergence_from` checks a function: a far wider range than training needs.
 _EXAMINED = torch.logspace(-4, 4, 161, dtype=torch.float64)
 
 
 def divergence_from(f: Function, name: str | None = None) -> Divergence:
-    """A divergence of one's own, from f alone: h(r) = r^2 f''(r) by automatic differentiation, in float64 where the
-    device has it. Examined once, then remembered.
+    """Builds a custom divergence from f alone: h(r) = r^2 f''(r) by automatic differentiation, in float64 where the
+    device has it. A function is checked once, and the result is cached.
 
     Args:
         f: elementwise on float tensors, twice differentiable by torch, convex on (0, inf), f(1) = 0.
         name: what logs and cards call it; the function's own name by default.
 
     Raises:
-        ArgumentError: f is not elementwise or not finite, f(1) is not 0, or f is not convex; with the point that
-            shows it.
+        ArgumentError: f is not elementwise or not finite, f(1) is not 0, or f is not convex; the message names a
+            ratio at which this shows.
     """
     label = name or str(getattr(f, "__name__", type(f).__name__))
     try:
@@ -135,7 +135,7 @@ def _examined(f: Function, label: str) -> Divergence:
     for what, wrong, shown in (
         ("f must be finite on (0, inf)", ~torch.isfinite(values), values),
         ("f'' must be finite on (0, inf)", ~torch.isfinite(h), h / r**2),
-        # f'' is a difference of terms as large as f: rounding is measured against it.
+        # f'' is a difference of terms as large as f, so the tolerance for rounding grows with f.
         ("f must be convex, f'' >= 0", h < -1e-9 * (1 + values.abs()), h / r**2),
         ("f must be convex, its slope must not fall", kink > 1e-9 * (1 + values.abs() / r), -kink),
     ):
@@ -192,11 +192,11 @@ _ALPHA = re.compile(r"alpha\(\s*([^)]*?)\s*\)")
 
 def get_divergence(name: str | Divergence | Function) -> Divergence:
     """A divergence by name: a key of `DIVERGENCES`, of `ALIASES`, "alpha(a)" with a real number a, or "module:function"
-    for an f of one's own (`divergence_from`), imported from where Python finds modules. A function f itself, or a
-    Divergence, will do as well.
+    for a custom f that Python can import (see `divergence_from`). A function f or a `Divergence` is accepted as well.
 
     Raises:
-        ArgumentError: no divergence of that name, with the nearest one; or a function that is none.
+        ArgumentError: no divergence has that name (the message suggests the nearest one), or `divergence_from` rejects
+            the function.
     """
     if isinstance(name, Divergence):
         return name

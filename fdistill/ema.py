@@ -1,5 +1,5 @@
-"""Averages of a module's weights: float32 whatever the module's dtype, several at once, of constant decay or by the
-power functions of `ema_profiles`.
+"""Moving averages of a module's weights, in float32 whatever the module's dtype. Several can be kept at once, each with
+a constant decay or with a power function of `ema_profiles`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from fdistill.base.errors import ArgumentError
 from fdistill.ema_profiles import decay_at, gamma_from_sigma_rel, profile_name
 from fdistill.kernels.ema import ema
 
-#: A decay, or the name of a power-function average, as "sigma_rel=0.1".
+#: A decay, or the name of a power-function average, such as "sigma_rel=0.1".
 Average = float | str
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict without frozen parameters, which may be another network's as well; of a network with adapters,
-    without buffers too.
+    """The state dict without frozen parameters, which another network may share. For a network with adapters, buffers
+    are left out too.
     """
     named = module.named_parameters(remove_duplicate=False)
     trained = {name: parameter.requires_grad for name, parameter in named}
@@ -29,17 +29,17 @@ def trained_state(module: nn.Module) -> dict[str, Tensor]:
 
 
 class EMA:
-    """Shadow copies of `module`'s trainable parameters and buffers, one set for each average; they start as copies.
+    """Shadow copies of `module`'s trainable parameters and buffers, one set for each average.
 
     Args:
         decays: each in [0, 1); after every `update`, shadow = decay * shadow + (1 - decay) * parameter. Integer
             buffers are copied.
-        sigma_rel: relative widths of power-function averages (see `ema_profiles`), whose decay grows from update to
-            update; the first update copies.
+        sigma_rel: relative widths of power-function averages (see `ema_profiles`). Their decay grows from update to
+            update; the first update copies the parameters.
 
     Attributes:
-        shadows: tensors by name, by average: a decay, or `profile_name(sigma_rel)`.
-        updates: how many there have been.
+        shadows: {average: {name: tensor}}, where an average is a decay or `profile_name(sigma_rel)`.
+        updates: the number of updates so far.
     """
 
     def __init__(self, module: nn.Module, decays: Sequence[float], sigma_rel: Sequence[float] = ()):
@@ -90,7 +90,7 @@ class EMA:
             self._module.load_state_dict(own, strict=False)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The shadows and, if a power-function average needs it, the number of updates."""
+        """The shadows and, if there are power-function averages, the number of updates."""
         shadows = self.shadows.items()
         state = {f"{average}.{name}": value for average, shadow in shadows for name, value in shadow.items()}
         return state | ({"updates": torch.tensor(self.updates)} if self._gammas else {})

@@ -1,7 +1,7 @@
-"""Power-function averages of a run's weights, and how to make one of them from others (EDM2, arXiv 2312.02696,
+"""Power-function averages of a run's weights, and how to compute one of them from others (EDM2, arXiv 2312.02696,
 section 3 and appendix C).
 
-After t iterations the average of exponent gamma weighs the weights of iteration tau in [0, t] by the profile
+After t iterations the average with exponent gamma weighs the weights of iteration tau in [0, t] by the profile
 p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1). Its relative width sigma_rel is the standard deviation of tau / t under
 p.
 """
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from fdistill.base.errors import ArgumentError
 
-#: The widest profile is gamma = 0, the plain mean of all iterations; below the least one only the last weights count.
+#: The widest profile is gamma = 0, the plain mean of all iterations; below the minimum only the last weights count.
 MIN_SIGMA_REL, MAX_SIGMA_REL = 1e-4, 12**-0.5
 
 
 def profile_name(sigma_rel: float) -> str:
-    """How a power-function average is named among a run's averages; one of constant decay is named by its decay."""
+    """The name of a power-function average among a run's averages. A constant-decay average is named by its decay."""
     return f"sigma_rel={float(sigma_rel)}"
 
 
@@ -31,7 +31,7 @@ def sigma_rel_from_gamma(gamma: float) -> float:
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """The gamma >= 0 of a relative width in [1e-4, 12^(-1/2)]; ArgumentError outside."""
+    """The gamma >= 0 of a relative width in [1e-4, 12^(-1/2)]; ArgumentError outside that range."""
     if not MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL:
         raise ArgumentError(
             f"sigma_rel: expected {MIN_SIGMA_REL:g} to {MAX_SIGMA_REL:.4f}, the mean of all iterations, got {sigma_rel}"
@@ -48,10 +48,10 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
 
 
 def decay_at(gamma: float, iteration: int) -> float:
-    """beta in update number t = `iteration` >= 1, average = beta average + (1 - beta) weights: (1 - 1/t)^(gamma + 1).
+    """The decay beta = (1 - 1/t)^(gamma + 1) of update number t = `iteration` >= 1.
 
-    The first is 0. The average is then the exact integral of the profile over weights that stand still within each
-    iteration.
+    The update is average = beta average + (1 - beta) weights, and the first beta is 0. The average is then the exact
+    integral of the profile over weights that are constant within each iteration.
     """
     return float((1 - 1 / iteration) ** (gamma + 1))
 
@@ -66,10 +66,10 @@ def inner_product(t_a: float, gamma_a: float, t_b: float, gamma_b: float) -> flo
 def posthoc_weights(
     t_in: Sequence[float], gamma_in: Sequence[float], t_out: float, gamma_out: float
 ) -> NDArray[np.float64]:
-    """Coefficients, float64 [N] of sum 1, of the combination of N profiles that is nearest to another, in L2 over tau.
+    """Coefficients [N] float64, of sum 1, of the combination of N profiles nearest to another one in L2 over tau.
 
-    The sum is held at 1, which EDM2 leaves to the fit: a combination of a few snapshots would otherwise scale the
-    weights by some per cent, which only networks that normalise their weights forgive.
+    The sum is fixed at 1, unlike in EDM2: otherwise a combination of a few snapshots would scale the weights by a few
+    per cent, which only networks that normalise their weights tolerate.
     """
     profiles = list(zip(t_in, gamma_in, strict=True))
     gram = np.array([[inner_product(*a, *b) for b in profiles] for a in profiles])

@@ -1,4 +1,4 @@
-"""Generators: noise and a condition in, x0 out, in one evaluation or a few."""
+"""Generators map noise and a condition to x0, in one network evaluation or a few."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fdistill.kernels.renoise import renoise
 
 
 class Student(nn.Module, ABC):
-    """What a run trains, keeps and exports. How a kind of student is made and exported is a row of
-    `fdistill.students.kinds.KINDS`.
+    """The generator that a run trains and exports. `fdistill.students.kinds.KINDS` says how each kind is built and
+    exported.
 
     Attributes:
         denoiser: its network.
-        levels: where noise is put in, falling: one level for each network evaluation of an image.
+        levels: the levels at which noise enters, falling: one for each network evaluation of an image.
     """
 
     denoiser: Denoiser
@@ -46,23 +46,23 @@ class Student(nn.Module, ABC):
 
     @property
     def network_levels(self) -> tuple[float, ...]:
-        """The levels at which its network, or a part of it, runs; what makes this student of a network again."""
+        """The levels at which the network, or a part of it, runs. With the network, they define the student."""
         return self.levels
 
     def noise_shape(self, steps: int | None = None) -> tuple[int, ...]:
         """Shape of one sample's noise: (C, H, W), or (steps, C, H, W) for a student of a few steps.
 
         Args:
-            steps: how many of its steps are taken; all by default. A student of one step has no choice.
+            steps: number of steps to take; all by default. One-step students ignore it.
         """
         return self.sample_shape
 
     def settings(self) -> dict[str, Any]:
-        """What a student's folder has to say, beside its network, for the student to be made again; JSON values."""
+        """The JSON values that a student's folder stores beside the network, so that the student can be rebuilt."""
         return {"levels": list(self.levels)}
 
     def describe(self) -> str:
-        """How an image is made, for people."""
+        """A phrase for people that says how an image is made."""
         levels = ", ".join(f"{level:g}" for level in self.levels)
         return (
             f"one evaluation from level {levels}"
@@ -89,13 +89,13 @@ class OneStepGenerator(Student):
 
     def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
         """Standard normal noise [B, C, H, W], labels [B] or None -> x0 [B, C, H, W] float32, nominally in [-1, 1]."""
-        t = noise.new_full((len(noise),), self.levels[0], dtype=wide(noise.dtype))  # bfloat16 has no 999
+        t = noise.new_full((len(noise),), self.levels[0], dtype=wide(noise.dtype))  # bfloat16 cannot represent 999
         x_t = expand(self.denoiser.schedule.start(t), noise) * noise
         return cast(Tensor, self.denoiser(x_t, t, condition))
 
 
 class FewStepGenerator(Student):
-    """A denoiser used at a few falling levels, each evaluation being noised again to the next level (consistency
+    """A denoiser used at a few falling levels; each x0-prediction is noised again to the next level (consistency
     models' multistep sampling, arXiv 2303.01469, algorithm 1; DMD2, arXiv 2405.14867, section 4.4).
 
     Args:
@@ -118,10 +118,10 @@ class FewStepGenerator(Student):
         return (steps or len(self.levels), *self.sample_shape)
 
     def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
-        """Standard normal noise [B, k, C, H, W] -> x0 [B, C, H, W] after the first k steps, k from 1 to all of them.
+        """Standard normal noise [B, k, C, H, W] -> x0 [B, C, H, W] after the first k of the steps, k >= 1.
 
-        Only the last of these evaluations has a gradient: a training step makes a sample for one of the steps from
-        what the earlier ones give, as inference will (DMD2's backward simulation).
+        Only the last of these evaluations has a gradient: a training step trains one of the steps on the output of the
+        earlier ones, as at inference (DMD2's backward simulation).
         """
         schedule = self.denoiser.schedule
         if noise.ndim != 5 or noise.shape[2:] != self.sample_shape or not 1 <= noise.shape[1] <= len(self.levels):
@@ -131,7 +131,7 @@ class FewStepGenerator(Student):
         x0 = noise[:, 0]
         for k in range(last + 1):
             t = noise.new_full((len(noise),), self.levels[k], dtype=wide(noise.dtype))
-            # At the first level nothing of a sample is there yet, and nothing is kept of what stands for it.
+            # Before the first level there is no sample: x0 is a placeholder there, and its coefficient is 0.
             signal, scale = (schedule.alpha(t), schedule.sigma(t)) if k else (torch.zeros_like(t), schedule.start(t))
             x_t, _ = renoise(x0, noise[:, k], signal, scale)
             with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
@@ -140,5 +140,5 @@ class FewStepGenerator(Student):
 
 
 def student_generator(denoiser: Denoiser, levels: Sequence[float]) -> OneStepGenerator | FewStepGenerator:
-    """The student that takes one step for each level."""
+    """Builds the student that takes one step at each level."""
     return OneStepGenerator(denoiser, levels[0]) if len(levels) == 1 else FewStepGenerator(denoiser, levels)

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598), of classes and of prompts."""
+"""Classifier-free guidance (arXiv 2207.12598), for class labels and for prompts."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ class GuidedDenoiser(Denoiser):
     Features are those of the conditional half.
 
     Args:
-        denoiser: class-conditional, with a `null_class`, or told prompts.
-        guidance_scale: 1 is the denoiser itself.
-        null: the one prompt that stands for none, or that is led away from; for a denoiser that is told prompts.
+        denoiser: conditioned on class labels, with a `null_class`, or on prompts.
+        guidance_scale: 1 gives the conditional output.
+        null: one prompt, usually the empty or negative prompt, that guidance leads away from; needed if the denoiser is
+            conditioned on prompts.
         rescale: in [0, 1]: how far the guided output's norm (`Denoiser.guidance_norm`) is brought back to that of the
-            conditional output, against the colours that large scales saturate (Lin et al. 2023, arXiv 2305.08891,
+            conditional output. This keeps large scales from saturating colours (Lin et al. 2023, arXiv 2305.08891,
             section 3.4).
 
     Raises:
-        ArgumentError: the denoiser has no label for "no class", or is told prompts and there is no `null`.
+        ArgumentError: the denoiser has no label for "no class", or takes prompts and `null` is not one prompt.
     """
 
     def __init__(
@@ -35,13 +36,13 @@ class GuidedDenoiser(Denoiser):
         super().__init__()
         if denoiser.text_shapes is not None:
             if null is None or len(null) != 1:
-                raise ArgumentError("null: expected the one prompt that stands for none, as a TextCondition")
+                raise ArgumentError("null: expected one prompt, such as the empty one, as a TextCondition")
             for name, value in null.tensors.items():
                 self.register_buffer(f"null_{name}", value.to(next(denoiser.parameters()).device), persistent=False)
         elif denoiser.num_classes is None or denoiser.null_class is None:
             known = "no classes" if denoiser.num_classes is None else "no label for `no class`"
             raise ArgumentError(
-                f"guidance_scale: got {guidance_scale:g}, but the teacher knows {known}; expected 1, or null_class set "
+                f"guidance_scale: got {guidance_scale:g}, but the teacher has {known}; expected 1, or null_class set "
                 "to the teacher's label for it"
             )
         self.denoiser = denoiser
@@ -91,7 +92,7 @@ class GuidedDenoiser(Denoiser):
     ) -> tuple[Prediction, Features]:
         if condition is None:
             wanted = "prompts" if self.text_shapes is not None else f"class labels [B] in [0, {self.num_classes})"
-            raise ArgumentError(f"condition: a guided network wants {wanted}")
+            raise ArgumentError(f"condition: got None; a guided network takes {wanted}")
         self._check_features(features)
         both, tapped = self.run(
             torch.cat([network_input, network_input]),

@@ -1,8 +1,8 @@
-"""One pure function per loss: per-sample values [B], targets detached inside, reduction left to the caller.
+"""Each loss is one pure function. It returns per-sample values [B], detaches its targets and does not reduce further.
 
 Where a loss takes `Tensor | Prediction`, a tensor is an x0-prediction. A `Prediction` is a network's raw output; it
 becomes an x0-prediction inside the loss, in the one pass that the loss makes over the data anyway, and needs the noised
-samples x_t for that. Written out, with T, F and x0 of one sample of n numbers, and h and other weights constants:
+samples x_t for that. The formulas, where T, F and x0 are one sample of n numbers, and h and other weights constants:
 
     matching_loss           gradient in x0:  h (F - T) / (mean|x0 - T| + eps) / n
     score_difference_loss   gradient in x0:  w (F - T) / n
@@ -16,7 +16,7 @@ samples x_t for that. Written out, with T, F and x0 of one sample of n numbers, 
     r1_penalty              |d l(real) / d x_t|^2
     noise_kl_loss           (mean(eps)^2 + var(eps) - 1 - log var(eps)) / 2
 
-T and F are the x0-predictions of teacher and fake score at x_t, D any other, l a discriminator's logit.
+T and F are the x0-predictions of teacher and fake score at x_t, D is any x0-prediction, l a discriminator's logit.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ def matching_loss(
     d/dx0 of loss.sum() = weight * (fake_x0 - teacher_x0) / (mean|x0 - teacher_x0| + eps) / numel_per_sample
 
     The difference of x0-predictions is sigma^2 / alpha times that of the scores. The normaliser is DMD's (arXiv
-    2311.18828, eq. 8), the weight h(r) is f-distill's (arXiv 2502.15681, theorem 1). The value is mean(gradient^2) / 2
-    with the gradient times numel_per_sample: it says how far the student is pushed, and need not fall.
+    2311.18828, eq. 8), the weight h(r) is f-distill's (arXiv 2502.15681, theorem 1). The value is
+    mean((numel_per_sample gradient)^2) / 2: it says how far the student is pushed, and need not fall in training.
 
     Args:
         x0: [B, ...] student samples; the only argument that receives a gradient.
-        teacher_x0, fake_x0: [B, ...] x0-predictions at the student's noised samples, or outputs of networks there; the
-            teacher's with `unconditional` and `guidance_scale` is guided in the same pass.
+        teacher_x0, fake_x0: [B, ...] x0-predictions at the student's noised samples, or networks' outputs there. A
+            teacher's `Prediction` with `unconditional` and `guidance_scale` is guided in the same pass.
         weight: [B] h(r); ones by default.
         eps: keeps the normaliser from zero.
-        x_t: [B, ...] the noised samples, where outputs of networks are given.
+        x_t: [B, ...] the noised samples, needed if networks' outputs are given.
         backend: "auto", "triton" or "reference".
 
     Returns:
         [B] float32 (float64 for float64 x0).
 
     Raises:
-        ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
+        ArgumentError: shapes, devices or dtypes do not match, or the backend cannot run.
     """
     if weight is None:
         weight = torch.ones(len(x0), device=x0.device)
@@ -95,7 +95,7 @@ def score_difference_loss(
         x0: [B, ...] samples of any differentiable generator; the only argument that receives a gradient.
         weight: [B].
 
-    Others, result and errors as in `matching_loss`.
+    Other arguments, the result and the errors are as in `matching_loss`.
     """
     teacher, fake = as_prediction(teacher_x0), as_prediction(fake_x0)
     return matching(x0, teacher, fake, weight, eps=None, x_t=x_t, backend=backend)
@@ -119,7 +119,7 @@ def score_difference_weight(name: str, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 class ImplicitMeans(NamedTuple):
-    """What implicit objectives are made of: means over a sample, [B], with T = teacher_x0 and F = fake_x0."""
+    """The means over a sample, [B], that implicit objectives combine; T = teacher_x0 and F = fake_x0."""
 
     inner: Tensor  #: (T - F)(F - x0)
     square: Tensor  #: (T - F)^2
@@ -138,11 +138,11 @@ def implicit_means(
     x_t: Tensor | None = None,
     backend: str = "auto",
 ) -> ImplicitMeans:
-    """The means that SiD, SIM and Uni-Instruct weigh; nothing is detached but the last: gradients go through x_t into T
-    and F, whose networks the caller freezes.
+    """The means that SiD, SIM and Uni-Instruct combine. Only the last is detached: gradients reach x_t through T and F,
+    whose networks the caller freezes.
 
-    The inner product stands for a gradient that cannot be computed, that of the fake score in the student's parameters:
-    for any weight w that depends on x_t alone,
+    The inner product replaces a gradient that cannot be computed: that of the fake score with respect to the student's
+    parameters. For any weight w that depends on x_t alone,
 
         d/dtheta E[w |s_q - s_p|^2] at fixed x_t  =  d/dtheta E[2 w (s_p - s_q) . (s_q + eps / sigma)] along x_t(theta)
 
@@ -151,16 +151,16 @@ def implicit_means(
 
     Args:
         x0: [B, ...] student samples.
-        teacher_x0, fake_x0: [B, ...] x0-predictions at x_t = alpha x0 + sigma eps, or outputs of networks there, with
+        teacher_x0, fake_x0: [B, ...] x0-predictions at x_t = alpha x0 + sigma eps, or networks' outputs there, with
             autograd through x_t.
-        x_t: [B, ...] the noised samples, where outputs of networks are given.
+        x_t: [B, ...] the noised samples, needed if networks' outputs are given.
         backend: "auto", "triton" or "reference".
 
     Returns:
         Means in the dtype of x0, at least float32.
 
     Raises:
-        ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
+        ArgumentError: shapes, devices or dtypes do not match, or the backend cannot run.
     """
     teacher, fake = as_prediction(teacher_x0), as_prediction(fake_x0)
     inner, square, distance = implicit(x0, teacher, fake, x_t=x_t, backend=backend).unbind()
@@ -180,7 +180,7 @@ def sim_loss(means: ImplicitMeans, *, huber_c: float) -> Tensor:
     """Score implicit matching with the pseudo-Huber distance d(y) = sqrt(|y|^2 + c^2) - c, [B] (arXiv 2410.16794).
 
     |y| is the root mean square of T - F over a sample: the score difference in units of x0, in which one c serves
-    every noise level. The gradient passes through d'(y) as well, as the theorem wants.
+    every noise level. The gradient passes through d'(y) as well, as the theorem requires.
     """
     return means.inner * (means.square + huber_c**2).rsqrt()
 
@@ -189,8 +189,8 @@ def uni_instruct_loss(means: ImplicitMeans, h: Tensor, h_slope: Tensor) -> Tenso
     """The expanded f-divergence E_q[h(r) |s_p - s_q|^2] (Uni-Instruct, arXiv 2505.20755), up to 2 alpha^2 / sigma^4:
     h <T - F, F - x0> + (h - r h') / 2 |T - F|^2, [B].
 
-    The second term is what the student's own density adds through r and vanishes for forward KL alone. The gradient
-    is exact if it also passes through h(r(x_t)) and r h'(r(x_t)); detached they bias it, and noticeably: for forward KL
+    The second term comes from the student's density, on which r depends; it vanishes only for forward KL. The gradient
+    is exact if it also passes through h(r(x_t)) and r h'(r(x_t)). Detaching them biases it noticeably: for forward KL
     between Gaussians, the gradient in the scale loses nearly a third (`test_a_detached_weight_is_biased`).
 
     Args:
@@ -208,7 +208,7 @@ def denoising_weight(
     eps-error; "min-snr" min(1 / s^2, gamma) (arXiv 2303.09556, eq. 6); "uniform" 1.
 
     Raises:
-        ArgumentError: an unknown name, or a sigma of 0, seen where it is on the CPU.
+        ArgumentError: the name is unknown, or a sigma is 0 (checked only if sigma is on the CPU).
     """
     if name == "uniform":
         return torch.ones_like(sigma)
@@ -237,16 +237,16 @@ def denoising_loss(
 
     Args:
         prediction: [B, ...] x0-predictions, or outputs of a network at x_t; the only argument that receives a gradient.
-        x0: [B, ...] what is to be predicted.
+        x0: [B, ...] the target.
         weight: [B].
-        x_t: [B, ...] the noised samples, where outputs of a network are given.
+        x_t: [B, ...] the noised samples, needed if a network's output is given.
         backend: "auto", "triton" or "reference".
 
     Returns:
         [B] float32 (float64 for float64 predictions).
 
     Raises:
-        ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
+        ArgumentError: shapes, devices or dtypes do not match, or the backend cannot run.
     """
     return denoising(as_prediction(prediction), x0, weight, x_t=x_t, backend=backend)
 
@@ -294,8 +294,8 @@ def noise_kl_loss(eps: Tensor) -> Tensor:
         eps: [B, K, ...] K predictions for each sample; mean and unbiased variance are over the dimensions after them.
 
     Returns:
-        [B] float32 (float64 for float64 eps), mean over the predictions. The published code sums over batch and
-        predictions: its weight 0.1 for 8 samples of 4 predictions is 3.2 on the mean of this.
+        [B] float32 (float64 for float64 eps), the mean over the predictions. The published code sums over batch and
+        predictions: its weight of 0.1, for 8 samples of 4 predictions, is a weight of 3.2 on the mean of this loss.
     """
     variance, mean = torch.var_mean(eps.to(wide(eps.dtype)).flatten(2), dim=2)
     return ((mean.square() + variance - 1 - variance.log()) / 2).mean(1)

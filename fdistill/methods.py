@@ -1,7 +1,7 @@
-"""The published methods, a row each: the two updates, what they read, and the settings they come with.
+"""The table of published methods. A row names a method's two updates, what they read, and the method's settings.
 
-A method's settings lie between the config's own defaults and a config file. Its page, with formula and source, is
-docs/methods/NAME.md. A row names its updates as text, so that configs can be read and refused without torch.
+A method's settings override the config's defaults, and a config file overrides both. docs/methods/NAME.md has the
+method's formula and source. Updates are named as text, so that configs can be checked without importing torch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Option:
-    """A number or a switch that one objective alone reads: a setting objective.NAME, given to the student's update.
+    """A number or a switch that only some objectives read: the setting objective.NAME, passed to the student's update.
 
     Attributes:
-        default: its type is the setting's type.
-        above: the bound that numbers have to exceed; None for any finite number.
+        default: the default value, whose type is the setting's type.
+        above: numbers must be greater than this; None allows any finite number.
     """
 
     default: float | bool
@@ -26,7 +26,7 @@ class Option:
 
     @property
     def unset(self) -> bool | None:
-        """The value with which other methods ignore the setting."""
+        """The value that means "not set", and that methods without this setting accept."""
         return False if isinstance(self.default, bool) else None
 
 
@@ -36,19 +36,19 @@ class Method:
 
     Attributes:
         student: the student's update, as "module:function".
-        summary: one line for people.
-        critic: the critic's update, likewise.
-        divergence: the default; None for a method that has no choice of it.
+        summary: a description of one line.
+        critic: the critic's update, as "module:function".
+        divergence: the default divergence; None for a method whose divergence is fixed.
         discriminator: whether it may have a GAN term or read a density ratio.
-        scores: whether teacher and fake score are evaluated. Otherwise the critic is a classifier on the encoder of the
-            fake-score network, and nothing else.
+        scores: whether teacher and fake score are evaluated. Otherwise the critic is only a classifier on the encoder
+            of the fake-score network.
         weighting: whether the student's loss is weighted as `generator.weighting` says.
-        pairs: whether it regresses on pairs of noise and what the teacher's ODE makes of it.
+        pairs: whether it regresses on pairs of noise and the sample that the teacher's ODE makes from it.
         extra_terms: whether its update adds the terms of clip_loss, student.noise_kl_weight and
             generator.gan_gradient_ratio.
         few_step: whether students of two or four steps are supported.
-        options: settings of its own.
-        settings: over the defaults of `DistillConfig`, nested as in a config file.
+        options: the settings of its objective.
+        settings: values that override the defaults of `DistillConfig`, nested as in a config file.
     """
 
     student: str
@@ -150,5 +150,5 @@ METHODS: dict[str, Method] = {
 
 
 def methods_with(attribute: str) -> list[str]:
-    """The methods whose row has an attribute set, such as "discriminator"."""
+    """The names of the methods whose row has an attribute set, such as "discriminator"."""
     return [name for name, method in METHODS.items() if getattr(method, attribute)]

@@ -1,7 +1,7 @@
 """Noise schedules, x_t = alpha(t) x0 + sigma(t) eps, and samplers of training levels.
 
-Everything in the library is an x0-prediction at a level t of the teacher's own schedule. Levels are float tensors;
-fractional ones are allowed.
+The whole library works with x0-predictions at levels t of the teacher's own schedule. Levels are float tensors and may
+be fractional.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class NoiseSchedule(Hashable, Protocol):
         """The t with sigma(t) / alpha(t) equal to the argument, clamped to [t_min, t_max]."""
 
     def start(self, t: Tensor) -> Tensor:
-        """What a sampler or a generator that starts at level t multiplies standard normal noise by."""
+        """The scale of the noise from which a sampler or a generator starts at level t."""
 
 
 def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def noise_to_signal(schedule: NoiseSchedule, t: Tensor) -> Tensor:
 
 @cache
 def noise_to_signal_range(schedule: NoiseSchedule) -> tuple[float, float]:
-    """The ratio at t_min and t_max, cut to [0.001, 1000] so that it can be spaced; computed once, on the CPU."""
+    """The ratio at t_min and t_max, clamped to [0.001, 1000] so that a grid can span it; computed once, on the CPU."""
     ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64, device="cpu")
     low, high = noise_to_signal(schedule, ends).clamp(1e-3, 1e3).tolist()
     return low, high
@@ -160,18 +160,18 @@ class VPSchedule:
 
     def start(self, t: Tensor) -> Tensor:
         # Not sigma(t): diffusers' samplers start from pure noise whatever the first timestep, and so do one-step
-        # students that are told an earlier one (DMD2's of SDXL starts at 399).
+        # students that start at a lower timestep (DMD2's SDXL student starts at 399).
         return torch.ones_like(t)
 
 
 def vp_schedule_from_config(config: Mapping[str, Any]) -> VPSchedule:
     """The schedule of any diffusers DDPM-style scheduler config (a scheduler_config.json read as a dict).
 
-    The table is diffusers' own: its DDPMScheduler computes it, so every beta schedule it knows is supported, zero
-    terminal SNR and `trained_betas` included.
+    diffusers' DDPMScheduler computes the table, so every beta schedule that it supports works here, including zero
+    terminal SNR and `trained_betas`.
 
     Raises:
-        CheckpointError: a beta schedule diffusers does not know.
+        CheckpointError: diffusers does not support the beta schedule.
     """
     from diffusers import DDPMScheduler
 
@@ -212,8 +212,8 @@ def uniform_levels(schedule: NoiseSchedule, u: Tensor, *, low: float = 0.0, high
 def shifted_levels(
     schedule: NoiseSchedule, u: Tensor, *, shift: float = 3.0, low: float = 0.0, high: float = 1.0
 ) -> Tensor:
-    """Uniform levels moved towards noise, shift t / (1 + (shift - 1) t) of the way: as rectified flows of large images
-    are trained and sampled (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
+    """Uniform levels moved towards noise: a fraction f of the range becomes shift f / (1 + (shift - 1) f). This is
+    how rectified flows of large images are trained and sampled (Esser et al. 2024, arXiv 2403.03206, section 5.3.2).
     """
     fraction = low + (high - low) * u
     return schedule.t_min + (schedule.t_max - schedule.t_min) * shift * fraction / (1 + (shift - 1) * fraction)
@@ -225,14 +225,15 @@ def karras_levels(
     """Uniform over the Karras grid of noise-to-signal ratios (arXiv 2206.00364, eq. 5); the usual choice for EDM
     teachers.
 
-    low and high cut the grid, counted from the least noisy end (DMD2 leaves out 2 % at either end).
+    low and high limit the part of the grid that is used, counted from the least noisy end (DMD2 leaves out 2 % at
+    either end).
     """
     smallest, largest = (bound ** (1 / rho) for bound in noise_to_signal_range(schedule))
     return schedule.level((smallest + (low + (high - low) * u) * (largest - smallest)) ** rho)
 
 
 def lognormal_levels(schedule: NoiseSchedule, u: Tensor, *, mean: float = -1.2, std: float = 1.2) -> Tensor:
-    """Log of the noise-to-signal ratio normal with `mean` and `std` (arXiv 2206.00364, table 1)."""
+    """Levels whose log noise-to-signal ratio is normal with `mean` and `std` (arXiv 2206.00364, table 1)."""
     tiny = torch.finfo(u.dtype).eps
     standard_normal = math.sqrt(2) * torch.erfinv(2 * u.clamp(tiny, 1 - tiny) - 1)
     return schedule.level(torch.exp(mean + std * standard_normal))

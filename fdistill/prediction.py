@@ -1,4 +1,4 @@
-"""A network's output, and what makes an x0-prediction of it. Here and in `adapters/` alone, eps, v and flow differ."""
+"""A network's output and its conversion to x0. Only this module and `adapters/` distinguish eps, v and flow."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fdistill.kernels.to_x0 import to_x0
 
 
 class Preconditioning(NamedTuple):
-    """How a network is wrapped at levels t: it is fed input_scale x_t, and x0 = skip x_t + out output. All [B], or
-    None: fed x_t itself, and an output that is x0.
+    """How a network is wrapped at levels t: its input is input_scale x_t, and x0 = skip x_t + out output. All fields
+    are [B]; None means that the input is x_t itself, or the output is x0.
     """
 
     input_scale: Tensor | None = None
@@ -27,8 +27,8 @@ class Prediction(NamedTuple):
     """A network's output [B, ...] in its own precision, and what turns it into x0 = skip x_t + out output; skip and
     out are [B], or None where the output is x0.
 
-    With `unconditional`, the output [B, ...] for no condition, the prediction is that of unconditional + guidance_scale
-    (output - unconditional): classifier-free guidance (arXiv 2207.12598).
+    `unconditional` is the output [B, ...] without a condition. If it is given, the prediction is that of
+    unconditional + guidance_scale (output - unconditional): classifier-free guidance (arXiv 2207.12598).
     """
 
     output: Tensor
@@ -38,7 +38,7 @@ class Prediction(NamedTuple):
     guidance_scale: float = 1.0
 
     def guided(self) -> Prediction:
-        """The same prediction in one output."""
+        """The same prediction with guidance applied, as a single output."""
         if self.unconditional is None:
             return self
         return Prediction(guided_output(self), self.skip, self.out)
@@ -53,7 +53,7 @@ class Prediction(NamedTuple):
 
 
 def as_prediction(x0: Tensor | Prediction) -> Prediction:
-    """An x0-prediction [B, ...] as an output that is x0; a Prediction as it is."""
+    """Wraps an x0-prediction [B, ...] in a `Prediction`; returns a `Prediction` unchanged."""
     return x0 if isinstance(x0, Prediction) else Prediction(x0)
 
 

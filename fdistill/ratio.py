@@ -21,32 +21,32 @@ from fdistill.noise import NoiseSchedule, noise_to_signal
 
 @dataclass(frozen=True)
 class RatioWeight:
-    """What one batch of logits became; all [B] float32."""
+    """The weights of one batch, and what they were computed from; all [B] float32."""
 
     weight: Tensor  #: h / mean(h) over the global batch
-    h: Tensor  #: h(r) before that
+    h: Tensor  #: h(r) before the normalisation
     clamped: Tensor  #: 1 where the ratio left [lower, upper], else 0
 
 
 class DensityRatio:
-    """log(p_teacher / p_student) logits -> weights.
+    """Turns the logits log(p_teacher / p_student) into weights of the score difference.
 
-    In order: mean over heads, clamp to +-10, exp, clamp to [lower, upper]; r / (running mean of r in its noise bin),
-    since E_student[r] = 1 at every level; h(r); h / mean(h) over all processes. Bins start at 1, an empty bin keeps its
-    value, and bin = momentum * bin + (1 - momentum) * mean.
+    The steps: r = exp(mean over heads, clamped to +-10), clamped to [lower, upper]; r / (running mean of r in its noise
+    bin), since E_student[r] = 1 at every level; h(r); h / mean(h) over all processes. Bins start at 1, an empty bin
+    keeps its value, and otherwise bin = momentum * bin + (1 - momentum) * mean.
 
     Args:
         lower, upper: bounds of the ratio, e^-10 <= lower <= 1 <= upper <= e^10.
-        num_bins: noise bins.
+        num_bins: number of noise bins.
         bin_edges: "log-sigma": equal width in the log of the noise-to-signal ratio over [sigma_min, sigma_max], so
             that every bin is used; "linear": equal width in the level itself, as published (for EDM two thirds of the
             draws then share a bin).
         momentum: in [0, 1); 0 uses the batch alone.
-        sigma_min, sigma_max: range that the bins cover, in the unit that `weight` is given; what lies outside joins
-            the end bins.
+        sigma_min, sigma_max: range of the bins, in the unit of `sigma` in `weight`; values outside it fall into the
+            first or the last bin.
 
     Attributes:
-        bins: [num_bins] float32 running means; state that a checkpoint must keep.
+        bins: [num_bins] float32 running means; a checkpoint must store them.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class DensityRatio:
         if lower < least or upper > most:
             raise ArgumentError(
                 f"lower, upper: got {lower:g} and {upper:g}, but logits are clamped to +-{reference.LOGIT_BOUND:g}, so "
-                f"no ratio leaves [{least:.1e}, {int(most)}]; expected bounds within"
+                f"every ratio is in [{least:.1e}, {int(most)}]; expected bounds within that range"
             )
         if num_bins < 1:
             raise ArgumentError(f"num_bins: expected at least 1, got {num_bins}")
@@ -107,8 +107,8 @@ class DensityRatio:
         return logits[:, None] if logits.ndim == 1 else logits
 
     def ratio(self, logits: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised ratios, differentiable in the logits where they are not clamped, and whether they are (1.0 or
-        0.0); both [B] float32. Updates the bins. Arguments as in `weight`.
+        """Normalised ratios, differentiable in the logits where they are not clamped, and 1.0 where they are clamped,
+        else 0.0; both [B] float32. Updates the bins. Arguments as in `weight`.
         """
         samples = reference.ratio_samples(
             self._checked(logits, sigma),
@@ -132,14 +132,14 @@ class DensityRatio:
         ramp: float = 1.0,
         backend: str = "auto",
     ) -> RatioWeight:
-        """`weight`, with what is worth logging beside it. Updates the bins.
+        """Like `weight`, but also returns values for the log. Updates the bins.
 
         Args:
             ramp: the weight is 1 + ramp (h / mean(h) - 1).
-            backend: "auto", "triton" or "reference"; a divergence of one's own is computed by torch, and "triton"
-                refuses it.
+            backend: "auto", "triton" or "reference"; a custom divergence is computed by torch, so "triton" raises
+                ArgumentError for it.
 
-        Others as in `weight`.
+        Other arguments are as in `weight`.
         """
         divergence = get_divergence(divergence)
         logits = self._checked(logits, sigma).detach()
@@ -158,15 +158,15 @@ class DensityRatio:
             )
             return RatioWeight(_ramped(weight, ramp), h, clamped)
         samples = kernels.ratio_samples(logits, sigma, self.lower, self.upper, self.num_bins, *bounds, backend)
-        # The means of the bins are the global batch's, and so is that of h, which depends on them: one exchange of
-        # the samples stands for two reductions in a row, and every process adds up in the same order.
+        # The means of the bins and the mean of h, which depends on them, are over the global batch. One exchange of
+        # the samples replaces two reductions in a row, and every process adds up in the same order.
         everyone = gather_rows(samples)
         if divergence.powers:
             weight, h = kernels.ratio_weights(everyone, self.bins, self.momentum, *divergence.powers, backend)
         elif backend == "triton":
             raise ArgumentError(
-                f"backend: 'triton' computes h(r) = c r^a (1 + r)^b, which divergence {divergence.name!r} is not known "
-                "to be; expected 'auto' or 'reference'"
+                f"backend: 'triton' computes only weights h(r) = c r^a (1 + r)^b, and divergence {divergence.name!r} "
+                "is not known in that form; expected 'auto' or 'reference'"
             )
         else:
             self.bins.copy_(reference.ratio_bins(everyone, self.bins, self.momentum))

@@ -12,7 +12,7 @@ from fdistill.noise import noise_to_signal, noise_to_signal_range
 
 
 def evaluations(num_steps: int) -> int:
-    """Network evaluations per sample (NFE) that `heun_sample` spends."""
+    """Network evaluations per sample (NFE) that `heun_sample` needs."""
     return 2 * num_steps - 1
 
 
@@ -26,7 +26,7 @@ def sampling_levels(denoiser: Denoiser, num_steps: int, rho: float = 7.0, start_
     if start < schedule.t_max:
         largest = noise_to_signal(schedule, torch.tensor(start, dtype=torch.float64)).item()
     levels = schedule.level(torch.linspace(largest ** (1 / rho), smallest ** (1 / rho), num_steps) ** rho)
-    levels[0] = start  # where the ratio is infinite, the grid is cut short of it
+    levels[0] = start  # where its noise-to-signal ratio is infinite, the grid begins at a finite one
     return levels
 
 
@@ -42,8 +42,8 @@ def heun_sample(
 
     Args:
         condition: class labels [B], or None.
-        num_steps: grid points; costs 2 num_steps - 1 evaluations a sample.
-        start_level: where schedule.start(start_level) * noise is taken for a noisy sample; t_max by default.
+        num_steps: number of grid points; costs 2 num_steps - 1 evaluations per sample.
+        start_level: the level at which schedule.start(start_level) * noise is the noisy sample; t_max by default.
     """
     schedule = denoiser.schedule
     levels = sampling_levels(denoiser, num_steps, start_level=start_level).to(noise.device)
@@ -61,8 +61,8 @@ def heun_sample(
         x_next = alpha_next * x0 + sigma_next * eps
         x0_next, _ = denoiser.denoise_with_features(x_next, t_next, condition, ())
         eps_next = (x_next - alpha_next * x0_next) / sigma_next
-        # Trapezoid rule in x / alpha over the noise-to-signal ratio; from an infinite ratio the Euler step is all
-        # there is.
+        # Trapezoid rule in x / alpha over the noise-to-signal ratio; from an infinite ratio only the Euler step
+        # is finite.
         step = sigma_next / alpha_next - sigma / alpha
         correction = alpha_next * step * (eps_next - eps) / 2
         x = x_next + torch.where(torch.isfinite(step), correction, torch.zeros_like(correction))

@@ -230,7 +230,10 @@ def test_coefficients_are_the_nearest_combination() -> None:
         ("ema.export=sigma_rel=0.1", r"ema: export: got sigma_rel=0\.1, expected one of decays \[0\.98\]$"),
         ("ema.export=yes", r"export: got yes, expected one of decays"),
         ("ema.export=[0.98]", r"ema\.export: got \[0\.98\], expected one of decays, or one of sigma_rel"),
-        ("ema.snapshot_every=5", r"snapshot_every: got 5, but snapshots are of sigma_rel, which is empty"),
+        (
+            "ema.snapshot_every=5",
+            r"snapshot_every: got 5, but snapshots store the averages of sigma_rel, which is empty",
+        ),
         ("ema.snapshot_every=-1", "greater than or equal to 0"),
         ("ema.decays=[]", r"expected one of decays \[\]"),
     ],

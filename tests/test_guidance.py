@@ -62,7 +62,7 @@ def test_a_teacher_without_a_label_for_no_class_is_refused(teacher: Denoiser) ->
     with pytest.raises(ArgumentError, match="no label for `no class`"):
         GuidedDenoiser(teacher, 2.0)
     teacher.num_classes = None
-    with pytest.raises(ArgumentError, match="the teacher knows no classes"):
+    with pytest.raises(ArgumentError, match="the teacher has no classes"):
         GuidedDenoiser(teacher, 2.0)
 
 

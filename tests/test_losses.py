@@ -228,6 +228,6 @@ def test_score_difference_gradient_and_value() -> None:
 @pytest.mark.parametrize("name", ["edm", "inverse-sigma2", "min-snr"])
 def test_a_sigma_that_divides_must_not_be_zero(name: str) -> None:
     alpha, sigma = torch.ones(3), torch.tensor([1.0, 0.0, 2.0])
-    with pytest.raises(ArgumentError, match="sigma: it divides, so expected values above 0, got 0"):
+    with pytest.raises(ArgumentError, match="sigma: it is a divisor, so expected values above 0, got 0"):
         denoising_weight(name, alpha, sigma)
     assert (denoising_weight("uniform", alpha, sigma) == 1).all()

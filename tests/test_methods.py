@@ -317,15 +317,18 @@ def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Pat
         ),
         ({"divergence": "alpha(0.5)", "discriminator.gan_weight": 0.0}, "discriminator.gan_weight > 0"),
         ({"method": "dmd", "regression.pairs": 0}, "regression.pairs: method=dmd regresses"),
-        ({"method": "dmd", "regression.weight": 0.0}, "regression.weight: method=dmd is nothing without it"),
+        ({"method": "dmd", "regression.weight": 0.0}, "regression.weight: method=dmd needs it"),
         ({"method": "sid", "generator.gan_weight": 1e-3}, "has no discriminator; expected 0, or method=sida"),
         ({"method": "sid", "discriminator.gan_weight": 1e-2}, "has no discriminator; expected 0, or method=sida"),
         (
             {"method": "sid", "discriminator.r1_weight": 1.0},
             "discriminator.r1_weight: got 1.0, but method=sid has no discriminator",
         ),
-        ({"method": "sid", "objective.alpha": None}, "objective.alpha: method=sid is nothing without it"),
-        ({"method": "sid", "divergence": "js"}, "divergence: method=sid has no choice.*f-distill, uni-instruct"),
+        ({"method": "sid", "objective.alpha": None}, "objective.alpha: method=sid needs it"),
+        (
+            {"method": "sid", "divergence": "js"},
+            "divergence: method=sid has a fixed divergence.*f-distill, uni-instruct",
+        ),
         (
             {"objective.alpha": 1.0},
             "objective.alpha: got 1.0, which method=f-distill does not read; it is for sid, sida",
@@ -341,7 +344,10 @@ def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Pat
         ({"student_level": [90.0, 2.5]}, r"levels: expected falling numbers in \(0.002, 80\]"),
         ({"discriminator.head": "channel-mean", "discriminator.source": "teacher"}, "expected fake"),
         ({"discriminator.head": "channel-mean", "discriminator.features": ["mid", "down0"]}, "expected one of"),
-        ({"method": "diffratio", "discriminator.gan_weight": 0.0}, "nothing but its classifier"),
+        (
+            {"method": "diffratio", "discriminator.gan_weight": 0.0},
+            "discriminator.gan_weight: got 0, but method=diffratio trains nothing but its classifier",
+        ),
         ({"method": "sid", "discriminator.head": "channel-mean"}, "discriminator.head: .*choose a method.*sida"),
         ({"method": "sid", "discriminator.features": ["down0"]}, "discriminator.features: .*no discriminator"),
         (

@@ -1,4 +1,4 @@
-"""Random draws that depend on the seed and the sample alone: not on batch splits, process counts, or earlier runs."""
+"""Random draws that depend only on the seed and the sample, not on batch splits, process counts or earlier runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Stream(IntEnum):
 
     SHUFFLE = 1  #: the order of a data set
     STEP = 2  #: noise and levels of an iteration's updates
-    DROPOUT = 3  #: what layers drop in an iteration; differs between processes
+    DROPOUT = 3  #: dropout of layers in an iteration; differs between processes
     STUDENT_STEP = 4  #: which of a few-step student's steps is trained
     FLIP = 5  #: which images are mirrored
     LATENT = 6  #: latents drawn from their moments
@@ -36,8 +36,8 @@ def world() -> tuple[int, int]:
 def normal(generator: torch.Generator, batch: int, shape: Sequence[int]) -> Tensor:
     """Standard normal [batch, *shape] float32 on the generator's device: this process's rows of one global draw.
 
-    Every process must hold a generator in the same state and ask for as many rows. Drawing the global batch everywhere
-    costs little beside a network evaluation, and makes N processes see the samples that one would.
+    Every process must have a generator in the same state and draw the same number of rows. Drawing the global batch
+    everywhere costs little beside a network evaluation, and N processes then see the same samples as one would.
     """
     rank, processes = world()
     draw = torch.randn(processes * batch, *shape, generator=generator, device=generator.device)
@@ -53,19 +53,19 @@ def uniform(generator: torch.Generator, batch: int) -> Tensor:
 
 
 def device_seed(generator: torch.Generator) -> Tensor:
-    """A 0-d int64 seed on the generator's device, for noise that is made where it is used; nothing is read back."""
+    """A 0-d int64 seed on the generator's device, for noise that is drawn there; the CPU never reads it."""
     return torch.randint(2**63 - 1, (), generator=generator, device=generator.device)
 
 
 def derived_seed(seed: int, *stream: int) -> int:
-    """A seed in [0, 2^63) for one stream of a run, such as (Stream.STEP, iteration): no random state is stored."""
+    """A seed in [0, 2^63) for one stream of a run, such as (Stream.STEP, iteration); no random state is stored."""
     return int(np.random.SeedSequence([seed, *stream]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def indexed_normal(seed: int, indices: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Standard normal [len(indices), *shape] float32 on the CPU; row k depends on (seed, indices[k]) alone.
 
-    One Philox stream a sample (Salmon et al. 2011), keyed by seed and index, so no two samples share numbers.
+    One Philox stream per sample (Salmon et al. 2011), keyed by seed and index, so no two samples share numbers.
     """
     rows = [
         np.random.Generator(np.random.Philox(key=np.array([seed, index], dtype=np.uint64))).standard_normal(

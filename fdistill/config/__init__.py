@@ -1,1 +1,1 @@
-"""A distillation as a typed description, read from YAML and the command line. Imports no torch."""
+"""The typed settings of a distillation, read from YAML and the command line. This package imports no torch."""

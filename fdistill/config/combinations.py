@@ -1,6 +1,6 @@
-"""Whether settings go together, as far as their values alone tell. Imports no torch.
+"""Checks that settings fit together, as far as their values alone show it. Imports no torch.
 
-What needs the teacher or a divergence's function to be known is decided in `training/checks.py`. Each function raises
+Checks that need the teacher or a divergence's function are in `training/checks.py`. Each function here raises
 ValueError, whose text becomes one line of a ConfigError.
 """
 
@@ -24,8 +24,8 @@ from fdistill.methods import METHODS, methods_with
 
 
 def objective_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The method's own settings: its defaults, and over them what is given of `objective`. Settings of other methods
-    are left out where they are not set.
+    """The settings of a method's objective: its defaults, overridden by the `given` settings of `objective`.
+    Unset settings of other methods are left out; set ones raise ValueError.
     """
     owners: dict[str, list[str]] = {}
     for other, method in METHODS.items():
@@ -52,7 +52,7 @@ def _checked_option(name: str, key: str, value: Any) -> Any:
             raise ValueError(f"objective.{key}: got {value!r}; expected true or false")
         return value
     if value is None:
-        raise ValueError(f"objective.{key}: method={name} is nothing without it; expected a number, not None")
+        raise ValueError(f"objective.{key}: method={name} needs it; expected a number, not None")
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"objective.{key}: got {value!r}; expected a finite number")
     if option.above is not None and value <= option.above:
@@ -63,7 +63,7 @@ def _checked_option(name: str, key: str, value: Any) -> Any:
 def check_objective(
     name: str, divergence: str | None, generator: GeneratorConfig, regression: RegressionConfig
 ) -> None:
-    """What only some objectives read: a divergence, a weighting, pairs of the teacher."""
+    """Checks the settings that only some methods read: divergence, weighting and teacher pairs."""
     method = METHODS[name]
     if not method.weighting and generator.weighting != "normalised":
         raise ValueError(
@@ -77,13 +77,13 @@ def check_objective(
         )
     if method.pairs and not regression.weight:
         raise ValueError(
-            f"regression.weight: method={name} is nothing without it; expected a number, not {regression.weight}"
+            f"regression.weight: method={name} needs it; expected a number above 0, not {regression.weight}"
         )
     if method.pairs and not regression.pairs:
         raise ValueError(f"regression.pairs: method={name} regresses on teacher pairs; expected a number above 0")
     if method.divergence is None and divergence is not None:
         raise ValueError(
-            f"divergence: method={name} has no choice of it; expected null, or method="
+            f"divergence: method={name} has a fixed divergence; expected null, or method="
             f"{', '.join(methods_with('divergence'))}"
         )
     if generator.gan_gradient_ratio and not (method.extra_terms and generator.gan_weight):
@@ -96,7 +96,7 @@ def check_objective(
 def check_discriminator(
     name: str, data: str | None, generator: GeneratorConfig, discriminator: DiscriminatorConfig
 ) -> None:
-    """Who may have a discriminator, what it reads, and whether somebody trains it."""
+    """Checks that the method may have a discriminator, that it can read its features, and that it is trained."""
     if METHODS[name].discriminator:
         _check_trained(name, data, generator, discriminator)
     else:
@@ -129,15 +129,18 @@ def _check_trained(name: str, data: str | None, generator: GeneratorConfig, disc
             raise ValueError(f"discriminator.source: method={name} trains the network its heads read; expected fake")
         if generator.weighting == "normalised" or generator.gan_weight:
             raise ValueError(
-                f"generator: method={name} evaluates no teacher to normalise by, and its classifier is all it follows; "
-                "expected weighting=vsd or uniform, and gan_weight=0"
+                f"generator: method={name} evaluates no teacher, which weighting=normalised needs, and has no GAN "
+                "term; expected weighting=vsd or uniform, and gan_weight=0"
             )
         if not discriminator.gan_weight:
-            raise ValueError(f"method={name} has nothing but its classifier; expected discriminator.gan_weight > 0")
+            raise ValueError(
+                f"discriminator.gan_weight: got 0, but method={name} trains nothing but its classifier; "
+                "expected a number above 0"
+            )
     if generator.gan_weight > 0 and not discriminator.gan_weight:
         raise ValueError(
-            "generator.gan_weight follows a discriminator that discriminator.gan_weight=0 leaves untrained; expected "
-            "generator.gan_weight=0 as well"
+            f"generator.gan_weight: got {generator.gan_weight}, but discriminator.gan_weight=0 leaves the "
+            "discriminator untrained; expected generator.gan_weight=0 as well"
         )
     if discriminator.gan_weight and data is None:
         raise ValueError(
@@ -147,53 +150,62 @@ def _check_trained(name: str, data: str | None, generator: GeneratorConfig, disc
 
 
 def check_scores(name: str, condition_dropout: float, fake_score: FakeScoreConfig) -> None:
-    """What a method without score networks cannot do: learn a score without conditions, or guide one."""
+    """Checks that a method without score networks has no condition dropout and no guidance of the fake score."""
     if METHODS[name].scores:
         return
     if condition_dropout:
-        raise ValueError(f"condition_dropout: method={name} has no score that could learn it; expected 0")
+        raise ValueError(
+            f"condition_dropout: got {condition_dropout}, but method={name} trains no fake score; expected 0"
+        )
     if {fake_score.guidance_scale, fake_score.training_guidance_scale} != {1.0}:
         raise ValueError(f"fake_score.guidance_scale: method={name} evaluates no fake score; expected 1")
 
 
 def check_precision(precision: str, frozen_precision: str) -> None:
-    """Weights that are held in bfloat16 are computed with in bfloat16."""
+    """Checks that networks with bfloat16 weights also compute in bfloat16."""
     if frozen_precision == "bf16" and precision != "bf16":
         raise ValueError(
-            "frozen_precision: bf16 weights are computed with in bf16; expected precision=bf16 as well, or fp32"
+            f"frozen_precision: got bf16, but precision={precision}; expected precision=bf16 as well, or "
+            "frozen_precision=fp32"
         )
 
 
 def check_student(
     name: str, student: StudentConfig, regression: RegressionConfig, clip_loss: CLIPLossConfig, snapshot_every: int
 ) -> None:
-    """What a student can be made of, and which terms its loss can have."""
+    """Checks the settings of the student's network and the extra terms of its loss."""
     if student.lora_rank and (student.checkpoint or student.network):
         raise ValueError(
-            f"student.lora_rank: got {student.lora_rank}, but adapters are on the teacher's own weights; expected 0, "
-            "or neither student.checkpoint nor student.network"
+            f"student.lora_rank: got {student.lora_rank}, but adapters are added to the teacher's own weights; "
+            "expected 0, or neither student.checkpoint nor student.network"
         )
     if student.lora_rank and snapshot_every:
-        raise ValueError("ema.snapshot_every: snapshots are of whole networks; expected 0 with student.lora_rank")
+        raise ValueError(
+            "ema.snapshot_every: snapshots store whole networks, not adapters; expected 0 with student.lora_rank"
+        )
     if student.noise_kl_weight and student.generator != "tiue":
-        raise ValueError("student.noise_kl_weight: is of the noise that tiue's decoders predict; expected 0")
+        raise ValueError(
+            "student.noise_kl_weight: weighs the noise that tiue's decoders predict; expected 0, or generator=tiue"
+        )
     for key, value in {
         "student.noise_kl_weight": student.noise_kl_weight,
         "clip_loss.weight": clip_loss.weight,
     }.items():
         if value and not METHODS[name].extra_terms:
-            raise ValueError(f"{key}: got {value}, which method={name} does not add; expected 0, or method=f-distill")
+            raise ValueError(
+                f"{key}: got {value}, but method={name} does not add this term; expected 0, or method=f-distill"
+            )
     if clip_loss.weight and clip_loss.weights is None:
         raise ValueError(
             f"clip_loss.weight: got {clip_loss.weight}, but clip_loss.weights is null; expected 0, or a safetensors "
             "file of the model's weights"
         )
     if student.generator == "tiue" and regression.weight:
-        raise ValueError("regression.weight: the teacher's pairs are of a student of one level; expected 0 with tiue")
+        raise ValueError("regression.weight: teacher pairs are for students of one level; expected 0 with tiue")
 
 
 def check_levels(name: str, levels: Sequence[float]) -> None:
-    """A list of levels of a student that takes a step for each."""
+    """Checks the list of levels of a student that takes one step per level."""
     if len(levels) not in (1, 2, 4) or any(a <= b for a, b in pairwise(levels)):
         raise ValueError(f"student_level: got {list(levels)}; expected 1, 2 or 4 falling levels, as in [80.0, 2.5]")
     if len(levels) > 1 and not METHODS[name].few_step:

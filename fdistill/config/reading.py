@@ -1,4 +1,4 @@
-"""Configs from files and overrides: defaults < YAML file < key=value. Imports no torch.
+"""Reads configs from files and overrides: defaults < YAML file < key=value. Imports no torch.
 
 YAML is read by the 1.2 rules, so `1e-5` is a number and `no` is a word.
 """
@@ -20,14 +20,14 @@ from fdistill.config.sections import SmokeConfig
 
 #: Settings that may change when a run is resumed; all others define the run.
 RESUMABLE = ("iterations", "device", "log", "eval")
-_SMOKE = "smoke"  # section of a recipe's file that is no setting of a run
+_SMOKE = "smoke"  # section of a recipe's file that does not belong to a run's settings
 
 
 def config_path(name_or_path: str) -> Path:
-    """A config file by path, or by the name of one that comes with the package.
+    """Finds a config file by its path, or by the name of a config that comes with the package.
 
     Raises:
-        ConfigError: neither exists; the message has the nearest name.
+        ConfigError: neither exists; the message suggests the nearest name.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -45,15 +45,16 @@ def config_path(name_or_path: str) -> Path:
 
 
 def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> DistillConfig:
-    """Defaults < YAML file < overrides.
+    """Loads a config; overrides win over the YAML file, which wins over the defaults.
 
     Args:
-        name_or_path: a YAML file, or the name of an embedded config; None for the defaults alone.
-        overrides: "section.key=value" strings, the value being YAML (`1e-5`, `[0.98, 0.999]`), or a mapping of dotted
-            keys.
+        name_or_path: a YAML file, or the name of a config that comes with the package; None for only the defaults.
+        overrides: "section.key=value" strings, whose values are YAML (`1e-5`, `[0.98, 0.999]`), or a mapping of dotted
+            keys to values.
 
     Raises:
-        ConfigError: an unknown key (with the nearest one), a wrong type or range, or YAML that cannot be read.
+        ConfigError: a key is unknown (the message suggests the nearest one), a value has the wrong type or range, or
+            the YAML cannot be read.
     """
     values = {} if name_or_path is None else _read_file(name_or_path)
     values.pop(_SMOKE, None)
@@ -80,7 +81,7 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
 
 
 def load_smoke(name_or_path: str) -> SmokeConfig:
-    """The smoke section of a config; raises ConfigError where there is none, or one that is wrong."""
+    """Loads the smoke section of a config; raises ConfigError if it is missing or wrong."""
     values = _read_file(name_or_path)
     if _SMOKE not in values:
         raise ConfigError(
@@ -95,7 +96,7 @@ def load_smoke(name_or_path: str) -> SmokeConfig:
 
 
 def validate(values: Mapping[str, Any]) -> DistillConfig:
-    """A config from nested plain values; raises ConfigError for each thing that is wrong, all in one message."""
+    """Builds a config from nested plain values; raises one ConfigError that lists everything that is wrong."""
     try:
         return DistillConfig.model_validate(values)
     except ValidationError as error:
@@ -111,7 +112,7 @@ def dump_config(config: DistillConfig) -> str:
 
 
 def changed_keys(old: DistillConfig, new: DistillConfig) -> list[str]:
-    """Dotted keys, with both values, in which two configs describe different runs."""
+    """The dotted keys, with both values, that make two configs describe different runs."""
     before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
@@ -148,10 +149,10 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
         values = child
     old = values.get(last)
     if isinstance(old, dict) and isinstance(value, Mapping):
-        for key, inner in value.items():  # a section given as a mapping changes what it names, and nothing else
+        for key, inner in value.items():  # a section given as a mapping changes only the keys that it names
             _set(old, str(key), inner)
     else:
-        if callable(value):  # a divergence of one's own: in a config functions have names
+        if callable(value):  # a custom divergence: a config stores functions by name
             value = f"{value.__module__}:{value.__qualname__}"
         values[last] = str(value) if isinstance(value, Path) else value
 

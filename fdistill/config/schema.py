@@ -1,4 +1,4 @@
-"""The typed description of a distillation. Imports no torch."""
+"""The settings of a distillation and their types. Imports no torch."""
 
 from __future__ import annotations
 
@@ -36,61 +36,72 @@ from fdistill.methods import METHODS
 
 
 class DistillConfig(Section):
-    """One distillation.
+    """The settings of one distillation.
 
     An iteration is `critic_steps` updates of the critic (fake score and discriminator) followed by one update of the
-    student; every count of iterations in this file means that.
+    student; every number of iterations in a config counts these.
     """
 
-    method: str = Field(default="f-distill", description="a published method; its settings come before this file's")
-    teacher: str = Field(default="digits", description="an embedded teacher, a folder, a hub id, or module:function")
+    method: str = Field(
+        default="f-distill", description="published method; its settings apply unless this file overrides them"
+    )
+    teacher: str = Field(default="digits", description="built-in teacher, folder, Hub id, or module:function")
     null_class: CountOrZero | None = Field(
-        default=None, description="the teacher's label for `no class`, its last, where its checkpoint does not say it"
+        default=None,
+        description="the teacher's label for `no class`, which is its last, if its checkpoint does not name it",
     )
     teacher_base: str | None = Field(
-        default=None, description="the published pipeline that a single-file teacher was made from: a folder or hub id"
+        default=None, description="folder or Hub id of the published pipeline that a single-file teacher was made from"
     )
-    teacher_lora: str | None = Field(default=None, description="a LoRA file that is merged into the teacher")
+    teacher_lora: str | None = Field(default=None, description="LoRA file to merge into the teacher; null is none")
     teacher_lora_scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
     guidance_scale: Positive = Field(
-        default=1.0, description="of the teacher, against its null class or negative_prompt; 1 is off"
+        default=1.0,
+        description="guidance scale of the teacher, against its null class or negative_prompt; 1 turns it off",
     )
     guidance_rescale: Fraction = Field(
-        default=0.0, description="how far the norm of a guided prediction is brought back to the conditional one's"
+        default=0.0,
+        description="0 to 1: how far the norm of a guided prediction is reset to the conditional one's; 0 turns it off",
     )
-    negative_prompt: str = Field(default="", description="what guidance of a text-to-image teacher leads away from")
+    negative_prompt: str = Field(
+        default="", description="prompt that guidance of a text-to-image teacher leads away from"
+    )
     condition_dropout: Fraction = Field(
-        default=0.0, description="share of the critic's labels or prompts that are replaced by `none`"
+        default=0.0, description="share of the critic's labels or prompts to replace by the null class or null prompt"
     )
     resolution: Count | None = Field(
-        default=None, description="of a text-to-image student's images, in pixels; null is the teacher's"
+        default=None, description="side of a text-to-image student's images in pixels; null is the teacher's"
     )
-    vae: str | None = Field(default=None, description="autoencoder of a latent teacher whose folder has none")
+    vae: str | None = Field(
+        default=None, description="folder or Hub id of the autoencoder, for a latent teacher whose folder has none"
+    )
     data: str | None = Field(
         default="digits",
-        description="embedded; a folder, archive or hf:name; teacher-samples; or null where no method reads images",
+        description="built-in name, folder, archive, hf:name or teacher-samples; null if the method reads no images",
     )
     prompts: str | None = Field(
-        default=None, description="a file with a prompt a line, for a text-to-image teacher without captioned images"
+        default=None, description="file with one prompt per line, for a text-to-image teacher without captioned images"
     )
     images: ImagesConfig = ImagesConfig()
     divergence: str | None = Field(
-        default=None, description="a name, alpha(a), or module:function; null is the method's own"
+        default=None, description="name of a divergence, alpha(a), or module:function; null is the method's default"
     )
     student_level: float | list[float] | None = Field(
-        default=None, description="level the student starts from, or its 1, 2 or 4 falling levels; null is t_max"
+        default=None,
+        description="noise level the student starts from, or a list of 1, 2 or 4 falling levels; null is t_max",
     )
     student: StudentConfig = StudentConfig()
     iterations: Count = 400
-    batch_size: Count = Field(default=128, description="over all processes")
+    batch_size: Count = Field(default=128, description="samples per update, over all processes")
     critic_steps: Count = 2
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
     frozen_precision: Literal["fp32", "bf16"] = Field(
-        default="fp32", description="in which weights that are not trained are held: the teacher's, text encoders'"
+        default="fp32",
+        description="precision of the weights that are not trained: the teacher's and the text encoders'",
     )
-    gradient_checkpointing: bool = Field(default=False, description="less memory for a fifth more time, or a third")
+    gradient_checkpointing: bool = Field(default=False, description="save memory for a fifth to a third more time")
     generator: GeneratorConfig = GeneratorConfig()
     fake_score: FakeScoreConfig = FakeScoreConfig()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
@@ -146,7 +157,7 @@ class DistillConfig(Section):
 
     @property
     def student_levels(self) -> tuple[float, ...] | None:
-        """`student_level` as a tuple; None for the teacher's t_max."""
+        """`student_level` as a tuple; None means the teacher's t_max."""
         level = self.student_level
         return tuple(level) if isinstance(level, list) else None if level is None else (level,)
 

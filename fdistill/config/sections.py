@@ -1,4 +1,4 @@
-"""The sections of a config: what each part of a distillation may be told."""
+"""The sections of a config: the settings of each part of a distillation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Weighting = Literal["edm", "inverse-sigma2", "min-snr", "uniform"]
 
 
 class OptimizerConfig(Section):
-    """AdamW of one role; gradients are clipped to a global norm before every update."""
+    """AdamW for one role. Before every update its gradients are clipped to the global norm grad_clip."""
 
     lr: Positive = 1e-4
     beta1: Decay = 0.0
@@ -39,21 +39,27 @@ class OptimizerConfig(Section):
 class LoRAConfig(Section):
     """Adapters on a frozen network that is shared with the teacher (LoRA, arXiv 2106.09685)."""
 
-    lora_rank: CountOrZero = Field(default=0, description="train adapters of this rank on a shared teacher; 0 is all")
-    lora_alpha: Positive | None = Field(default=None, description="adapters count alpha / rank; null is the rank")
+    lora_rank: CountOrZero = Field(default=0, description="rank of the adapters to train; 0 trains all weights")
+    lora_alpha: Positive | None = Field(
+        default=None, description="adapters are scaled by alpha / rank; null is the rank"
+    )
     lora_targets: list[str] | None = Field(
-        default=None, description="ends of layers' names, as [to_q, to_v]; null is all linear and convolutional ones"
+        default=None,
+        description="name endings of the layers to adapt, such as [to_q, to_v]; null is all linear and conv layers",
     )
 
 
 class FakeScoreConfig(OptimizerConfig, LoRAConfig):
-    """The fake-score network: keeps learning to denoise what the student makes."""
+    """The fake-score network, which keeps learning to denoise the student's samples."""
 
     weighting: Weighting = "edm"
     min_snr_gamma: Positive = 5.0
-    guidance_scale: Positive = Field(default=1.0, description="of the fake score beside the guided teacher's; 1 is off")
+    guidance_scale: Positive = Field(
+        default=1.0, description="guidance scale of the fake score when compared with the teacher; 1 turns it off"
+    )
     training_guidance_scale: Positive = Field(
-        default=1.0, description="of the fake score while it learns (SiD-LSG's long guidance); 1 is off"
+        default=1.0,
+        description="guidance scale of the fake score in its own training (SiD-LSG's long guidance); 1 turns it off",
     )
 
 
@@ -63,87 +69,98 @@ class DiscriminatorConfig(OptimizerConfig):
     source: Literal["fake", "teacher"] = "fake"
     features: list[str] = Field(default=["mid"], min_length=1)
     head: Literal["convolutional", "channel-mean"] = "convolutional"
-    gan_weight: NonNegative = Field(default=1e-2, description="of the discriminator's loss in the critic's")
+    gan_weight: NonNegative = Field(
+        default=1e-2, description="weight of the discriminator's loss in the critic's; 0 turns it off"
+    )
     gan_weighting: Weighting = "uniform"
-    r1_weight: NonNegative = Field(default=0.0, description="gamma of the R1 penalty on noised data; 0 is off")
+    r1_weight: NonNegative = Field(default=0.0, description="gamma of the R1 penalty on noised data; 0 turns it off")
 
 
 class GeneratorConfig(OptimizerConfig):
-    """The student."""
+    """The optimiser and the loss of the student."""
 
-    gan_weight: NonNegative = Field(default=1e-3, description="of the GAN term beside distribution matching")
+    gan_weight: NonNegative = Field(
+        default=1e-3, description="weight of the GAN term beside distribution matching; 0 turns it off"
+    )
     gan_gradient_ratio: NonNegative = Field(
         default=0.0,
-        description="above 0, gan_weight is set anew in each update: the GAN term's gradient on the image gets this "
-        "times the norm of the matching term's",
+        description="above 0, each update sets gan_weight so that the norm of the GAN term's gradient on the image is "
+        "this many times the matching term's; 0 keeps gan_weight fixed",
     )
     weighting: Literal["normalised", "uniform", "vsd"] = Field(
-        default="normalised", description="of the score difference over samples and noise levels"
+        default="normalised", description="how the score difference is weighted over samples and noise levels"
     )
 
 
 class StudentConfig(LoRAConfig):
-    """The student's network, where it is not a copy of the teacher."""
+    """The student's network, if it is not a copy of the teacher."""
 
     generator: Literal["denoiser", "tiue"] = Field(
         default="denoiser",
-        description="tiue evaluates a UNet's encoder once and its decoder at every level of student_level",
+        description="denoiser evaluates the whole network at every level of student_level; tiue evaluates a UNet's "
+        "encoder once and its decoder at every level",
     )
     noise_kl_weight: NonNegative = Field(
-        default=0.0, description="of the KL divergence of tiue's predicted noise from a standard normal"
+        default=0.0,
+        description="weight of the KL divergence of tiue's predicted noise from a standard normal; 0 turns it off",
     )
 
-    checkpoint: str | None = Field(default=None, description="start from this checkpoint; null is the teacher")
+    checkpoint: str | None = Field(default=None, description="checkpoint to start from; null is the teacher")
     network: dict[str, Any] = Field(
-        default_factory=dict, description="changes to the network's config, such as fewer blocks; what fits is copied"
+        default_factory=dict,
+        description="changes to the network's config, such as fewer blocks; weights that still fit are copied",
     )
 
 
 class ObjectiveConfig(Section):
-    """Settings of one objective alone, under the names in its method's row (`methods.Method.options`)."""
+    """Settings of the method's objective, under the names in its row of the table (`methods.Method.options`)."""
 
     model_config = ConfigDict(extra="allow")
 
 
 class RegressionConfig(Section):
-    """DMD's regression on pairs of noise and what the teacher's ODE makes of it from the student's level."""
+    """DMD's regression on pairs of noise and the sample that the teacher's ODE makes of it from the student's level."""
 
     weight: NonNegative = 0.0
     pairs: CountOrZero = 2000
 
 
 class ImagesConfig(Section):
-    """How image files become what the teacher was trained on."""
+    """How image files are converted to the format that the teacher was trained on."""
 
     recipe: Literal["exact", "center-box", "center-lanczos", "adm", "squash"] = "exact"
-    flip: bool = Field(default=False, description="mirror every other image, at random")
-    workers: Count = Field(default=2, description="processes that decode, for each process that trains")
+    flip: bool = Field(default=False, description="mirror half of the images, chosen at random")
+    workers: Count = Field(default=2, description="decoding processes per training process")
 
 
 class CLIPLossConfig(Section):
-    """A hinge on the CLIP similarity of the student's images and their prompts; needs the autoencoder in every step."""
+    """A hinge on the CLIP similarity of the student's images and their prompts; a latent student's samples are decoded
+    in every step."""
 
-    weight: NonNegative = Field(default=0.0, description="0 is off")
-    margin: Fraction = Field(default=0.35, description="cosine similarity from which on there is no loss")
-    model: str = Field(default="ViT-B-32", description="a name that open_clip knows")
-    weights: str | None = Field(default=None, description="safetensors file of its weights")
+    weight: NonNegative = Field(default=0.0, description="weight of the loss; 0 turns it off")
+    margin: Fraction = Field(default=0.35, description="cosine similarity above which the loss is 0")
+    model: str = Field(default="ViT-B-32", description="name of a model in open_clip")
+    weights: str | None = Field(default=None, description="safetensors file of the model's weights")
 
 
 class TeacherSamplesConfig(Section):
-    """Samples of the teacher's own sampler (Heun, 2 num_steps - 1 evaluations), made once and cached."""
+    """Samples of the teacher's own sampler (Heun, 2 num_steps - 1 evaluations each), drawn once and cached."""
 
-    count: Count = Field(default=2000, description="with data=teacher-samples, how many stand in for data")
+    count: Count = Field(default=2000, description="number of samples to draw with data=teacher-samples")
     num_steps: Count = 18
 
 
 class LevelsConfig(Section):
-    """How training levels are drawn. low and high cut `uniform` (over t) or `karras` (over the Karras grid)."""
+    """How training levels are drawn. low and high are the ends of the range that is used: a fraction of t with
+    `uniform`, of the Karras grid with `karras`."""
 
     sampler: Literal["karras", "uniform", "lognormal", "shifted"] = "karras"
     low: Fraction = 0.0
     high: Fraction = 1.0
     rho: Positive = 7.0
-    shift: Positive = Field(default=3.0, description="of `shifted`, uniform levels moved towards noise (SD3)")
+    shift: Positive = Field(
+        default=3.0, description="how far `shifted` moves uniform levels towards noise (SD3); 1 moves none"
+    )
     mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
     std: Positive = 1.2
 
@@ -155,7 +172,7 @@ class LevelsConfig(Section):
 
 
 class MatchingLevelsConfig(LevelsConfig):
-    """Levels at which scores are compared: the ends, where they say least, are left out (DMD2)."""
+    """Levels at which scores are compared. The ends, where scores say least, are left out (DMD2)."""
 
     low: Fraction = 0.02
     high: Fraction = 0.98
@@ -164,13 +181,13 @@ class MatchingLevelsConfig(LevelsConfig):
 class RatioConfig(Section):
     """The density ratio and its two-stage normalisation."""
 
-    # A logit is clamped to +-10 before it becomes a ratio: wider bounds would silently not be reached.
+    # A logit is clamped to +-10 before it becomes a ratio, so wider bounds would never be reached.
     lower: Annotated[float, Field(ge=math.exp(-10), le=1)] = 0.1
     upper: Annotated[float, Field(ge=1, le=math.exp(10))] = 20.0
     num_bins: Count = 10
     bin_edges: Literal["log-sigma", "linear"] = "log-sigma"
     momentum: Decay = 0.0
-    warmup: CountOrZero = Field(default=50, description="iterations in which weights ramp from 1 to h / mean(h)")
+    warmup: CountOrZero = Field(default=50, description="iterations over which weights ramp from 1 to h / mean(h)")
 
 
 class EMAConfig(Section):
@@ -179,15 +196,18 @@ class EMAConfig(Section):
 
     decays: list[Decay] = [0.98]
     sigma_rel: list[RelativeWidth] = []
-    export: float | str = Field(default=0.98, description="one of decays, or one of sigma_rel as sigma_rel=0.1")
+    export: float | str = Field(
+        default=0.98, description="average to export: one of decays, or one of sigma_rel, as in sigma_rel=0.1"
+    )
     snapshot_every: CountOrZero = Field(
-        default=0, description="keep the averages of sigma_rel every so many iterations, for `fdistill ema`; 0 is off"
+        default=0,
+        description="iterations between snapshots of the sigma_rel averages, for `fdistill ema`; 0 turns them off",
     )
 
     @field_validator("export", mode="before")
     @classmethod
     def _average(cls, value: Any) -> Any:
-        """sigma_rel=0.10 and sigma_rel=0.1 are one name."""
+        """Makes sigma_rel=0.10 and sigma_rel=0.1 the same name."""
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError(f"got {value!r}, expected one of decays, or one of sigma_rel as sigma_rel=0.1")
         kind, _, width = str(value).partition("=")
@@ -206,14 +226,14 @@ class EMAConfig(Section):
             )
         if self.snapshot_every and not self.sigma_rel:
             raise ValueError(
-                f"snapshot_every: got {self.snapshot_every}, but snapshots are of sigma_rel, which is empty; "
-                "expected widths such as [0.05, 0.1], or snapshot_every=0"
+                f"snapshot_every: got {self.snapshot_every}, but snapshots store the averages of sigma_rel, which is "
+                "empty; expected widths such as [0.05, 0.1], or snapshot_every=0"
             )
         return self
 
 
 class LogConfig(Section):
-    """What a run writes, and how often in iterations. 0 turns sample grids, or intermediate checkpoints, off."""
+    """What a run writes, and every how many iterations. 0 turns sample grids or intermediate checkpoints off."""
 
     every: Count = 10
     samples_every: CountOrZero = 100
@@ -223,37 +243,39 @@ class LogConfig(Section):
 
 
 class EvalConfig(Section):
-    """Scores of the exported average while it learns; the best so far is kept as a student of its own, in best/."""
+    """Scores of the exported average during training; the best one so far is saved as a separate student in best/."""
 
-    every: CountOrZero = Field(default=0, description="iterations between measurements; 0 is off")
-    protocol: str = Field(default="digits", description="one that `fdistill evaluate` knows")
-    num_images: Count | None = Field(default=None, description="null is the protocol's count")
-    metrics: list[str] | None = Field(default=None, description="names out of the protocol's; null is its own choice")
-    metric: str | None = Field(
-        default=None, description="the one that says which is best; null is the first that can be measured"
+    every: CountOrZero = Field(default=0, description="iterations between evaluations; 0 turns them off")
+    protocol: str = Field(default="digits", description="a protocol of `fdistill evaluate`")
+    num_images: Count | None = Field(default=None, description="number of images; null is the protocol's number")
+    metrics: list[str] | None = Field(
+        default=None, description="some of the protocol's metrics; null is its default ones"
     )
-    reference: str | None = Field(default=None, description="images or statistics, where the protocol has none")
-    prompts: str | None = Field(default=None, description="a file with one a line, where the protocol has none")
-    weights: list[str] = Field(default=[], description="files of published weights, as --weights of evaluate")
+    metric: str | None = Field(
+        default=None, description="metric that decides which student is best; null is the first that can be measured"
+    )
+    reference: str | None = Field(default=None, description="reference images or statistics, if the protocol has none")
+    prompts: str | None = Field(default=None, description="file with one prompt per line, if the protocol has none")
+    weights: list[str] = Field(default=[], description="files of published weights, as for evaluate --weights")
     batch_size: Count = 64
 
 
 class SmokeConfig(Section):
-    """A recipe's smoke section: what `--smoke` makes in place of its teacher and data, and settings that fit those."""
+    """A recipe's smoke section: the tiny teacher and data that `--smoke` uses instead, and settings that fit those."""
 
     pipeline: str | None = Field(
         default=None,
-        description="of a text-to-image recipe: class of a tiny pipeline; network and scheduler then change its own",
+        description="for a text-to-image recipe, the class of a tiny pipeline; network and scheduler then change its own",
     )
     network: dict[str, Any] = Field(
         default_factory=dict, description="_class_name and settings of a tiny network of the teacher's family"
     )
     scheduler: dict[str, Any] | None = Field(
-        default=None, description="_class_name and settings of the scheduler beside it"
+        default=None, description="_class_name and settings of the scheduler for that network"
     )
     vae: dict[str, Any] | None = Field(default=None, description="settings of a latent teacher's AutoencoderKL")
-    images: Count = Field(default=16, description="how many, over all classes")
-    overrides: dict[str, Any] = Field(default_factory=dict, description="over the recipe's settings")
+    images: Count = Field(default=16, description="number of images, over all classes")
+    overrides: dict[str, Any] = Field(default_factory=dict, description="settings that override the recipe's")
 
     @model_validator(mode="after")
     def _one_teacher(self) -> SmokeConfig:

@@ -1,9 +1,9 @@
-"""Operations of a step that are not a network, each a torch custom operator over two backends.
+"""The operations of a step outside the networks. Each is a torch custom operator with two backends.
 
 `<op>.py` is the operator: its arguments and their checks, shapes for `torch.compile`, and its derivative.
 `reference/<op>.py` is plain torch and runs everywhere; `triton/<op>.py` has the same functions as fused kernels. "auto"
-takes the kernels on a GPU that has Triton, and the reference elsewhere; naming a backend that cannot run is an error.
-What each operation moves, and the least it could, is counted in docs/kernels.md.
+uses the kernels on a GPU that has Triton, and the reference elsewhere; naming a backend that cannot run is an error.
+docs/kernels.md counts the bytes that each operation moves, and the least that it could move.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _runs_triton(device: torch.device) -> bool:
 
 
 def _what_is_missing(tensor: Tensor) -> str | None:
-    """What keeps the fused kernels from running on a tensor like this one; None where nothing does."""
+    """Why the fused kernels cannot run on a tensor like this one; None if they can."""
     if tensor.dtype == torch.float64:
         return "computes in float32, got float64"
     if tensor.device.type == "cuda":
@@ -49,13 +49,13 @@ def implementation(operation: str, backend: str, tensor: Tensor) -> ModuleType:
     """The module that holds `operation` for tensors like `tensor`.
 
     Raises:
-        ArgumentError: an unknown backend, or "triton" where the kernels cannot run.
+        ArgumentError: the backend is unknown, or it is "triton" and the kernels cannot run.
     """
     if backend not in BACKENDS:
         raise ArgumentError(f"backend: got {backend!r}; {did_you_mean(str(backend), BACKENDS)}")
     missing = _what_is_missing(tensor)
     if backend == "triton" and missing:
         raise ArgumentError(f"backend: 'triton' {missing}; expected 'auto' or 'reference'")
-    # The interpreter is for tests: "auto" never takes it.
+    # The interpreter is for tests: "auto" never uses it.
     fused = backend == "triton" or (backend == "auto" and tensor.device.type == "cuda" and not missing)
     return importlib.import_module(f"{__name__}.{'triton' if fused else 'reference'}.{operation}")

@@ -1,4 +1,4 @@
-"""Refusals at the boundary of the operators: shapes, dtypes and devices, never values, which a GPU would wait for."""
+"""Argument checks of the operators: shapes, dtypes, devices. Values are not read, since that would wait for a GPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fdistill.base.errors import ArgumentError
 
 
 def check_samples(name: str, value: Tensor, like: Tensor | None = None) -> None:
-    """`value` must be a float tensor [B, ...]; of the shape and on the device of `like`, where that is given."""
+    """`value` must be a float tensor [B, ...]; with the shape and on the device of `like`, if that is given."""
     if like is None:
         if not value.is_floating_point() or value.ndim < 2:
             raise ArgumentError(f"{name}: expected a float tensor [B, ...], got {value.dtype} {tuple(value.shape)}")
@@ -19,7 +19,7 @@ def check_samples(name: str, value: Tensor, like: Tensor | None = None) -> None:
             f"got {value.dtype} {tuple(value.shape)} on {value.device}"
         )
     elif (value.dtype == torch.float64) != (like.dtype == torch.float64):
-        raise ArgumentError(f"{name}: float64 goes with float64 alone; got {value.dtype} beside {like.dtype}")
+        raise ArgumentError(f"{name}: float64 cannot be mixed with other dtypes; got {value.dtype} beside {like.dtype}")
 
 
 def check_rows(name: str, value: Tensor, like: Tensor) -> None:
@@ -32,24 +32,24 @@ def check_rows(name: str, value: Tensor, like: Tensor) -> None:
 
 
 def check_positive(name: str, value: Tensor) -> None:
-    """What divides must not be 0. Looked at on the CPU alone: a GPU would have to be waited for, and what a training
-    run divides by is checked once, when it is built.
+    """A divisor must be above 0. It is checked only on the CPU: on a GPU the check would wait for the device, and a
+    training run checks its divisors once, when it is built.
     """
     looked_at = type(value) is Tensor and value.device.type == "cpu" and not torch.compiler.is_compiling()
     if looked_at and not bool((value > 0).all()):
-        raise ArgumentError(f"{name}: it divides, so expected values above 0, got {value.min().item():g}")
+        raise ArgumentError(f"{name}: it is a divisor, so expected values above 0, got {value.min().item():g}")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums and weights are computed in: float32, or float64 for float64."""
+    """The dtype in which sums and weights are computed: float32, or float64 for float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def given(*values: Tensor | None) -> list[Tensor]:
-    """Arguments that come together, once it is known that they came."""
+    """Optional arguments that are known to be given, typed as tensors."""
     return [value for value in values if value is not None]
 
 
 def widened(r: Tensor) -> Tensor:
-    """r in float64, in which no weight overflows, where the device has it."""
+    """r in float64, in which no weight overflows; unchanged on MPS, which has no float64."""
     return r if r.device.type == "mps" else r.double()

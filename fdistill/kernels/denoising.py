@@ -1,4 +1,4 @@
-"""Squared error of an x0-prediction: what `losses.denoising_loss` computes with; see `kernels`."""
+"""Squared error of an x0-prediction: the operator behind `losses.denoising_loss`; see `kernels`."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _(prediction: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)  # of direction and scale: nothing flows back through them
+    ctx.set_materialize_grads(False)  # direction and scale have no gradient
     ctx.backend = inputs[-1]
 
 

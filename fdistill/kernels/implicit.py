@@ -1,4 +1,4 @@
-"""Inner products of implicit score objectives: what `losses.implicit_means` computes with; see `kernels`."""
+"""Inner products of implicit score objectives: the operator behind `losses.implicit_means`; see `kernels`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _implicit(
     fake_out: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """[3, B] means as `reference.implicit`, the first two differentiable in x0, x_t, teacher and fake."""
+    """The means [3, B] of `reference.implicit`; the first two are differentiable in x0, x_t, teacher and fake."""
     means: Tensor = implementation("implicit", backend, x0).implicit(
         x0, x_t, teacher, fake, teacher_skip, teacher_out, fake_skip, fake_out
     )
@@ -50,7 +50,7 @@ def implicit_backward(
     fake_out: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x0, x_t (empty without), teacher and fake, as `reference.implicit_backward`."""
+    """Gradients of x0, x_t (empty if x_t is None), teacher and fake, as `reference.implicit_backward`."""
     gradients: tuple[Tensor, Tensor, Tensor, Tensor] = implementation("implicit", backend, x0).implicit_backward(
         upstream, x0, x_t, teacher, fake, teacher_skip, teacher_out, fake_skip, fake_out
     )

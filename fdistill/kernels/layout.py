@@ -1,7 +1,7 @@
-"""Memory layouts of sample tensors [B, ...], so that two of them can be walked together, sample by sample.
+"""Memory layouts of sample tensors [B, ...], so that a kernel can walk through two of them in the same order.
 
-Kernels walk a sample as one dense run of memory, so results are laid out with the batch outermost: each sample like
-those of the argument where they are dense in some order of their dimensions, and contiguous otherwise.
+Kernels read a sample as one dense run of memory, so results have the batch outermost. Each sample of a result has the
+strides of the argument's samples if those are dense in some order of their dimensions, and is contiguous otherwise.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def _steps(value: Tensor) -> list[tuple[int, int]]:
-    """(step, size) of the dimensions of a sample that have one."""
+    """(stride, size) of the dimensions of a sample whose size is above 1."""
     return [(step, size) for size, step in zip(value.shape[1:], value.stride()[1:], strict=True) if size > 1]
 
 
@@ -27,7 +27,7 @@ def _dense(value: Tensor) -> bool:
 def empty_samples_like(
     value: Tensor, dtype: torch.dtype | None = None, device: torch.device | str | None = None
 ) -> Tensor:
-    """An empty tensor for results about `value` [B, ...]; on the device "meta" it is nothing but a layout."""
+    """An uninitialised tensor laid out for results about `value` [B, ...]; on the device "meta", only the layout."""
     dtype, device = dtype or value.dtype, device or value.device
     if not _dense(value):
         return torch.empty(value.shape, dtype=dtype, device=device)
@@ -35,7 +35,7 @@ def empty_samples_like(
 
 
 def layout_of(value: Tensor) -> Tensor:
-    """The layout of results about `value`, without memory."""
+    """The layout of results about `value`, as a tensor without memory."""
     return empty_samples_like(value, device="meta")
 
 
@@ -48,7 +48,7 @@ def laid_out_like(value: Tensor, like: Tensor) -> Tensor:
 
 
 def as_results(value: Tensor, about: Tensor, dtype: torch.dtype) -> Tensor:
-    """`value` in `dtype` as a result about `about`: with the very strides that `empty_samples_like` gives."""
+    """`value` in `dtype`, with the strides that `empty_samples_like(about)` gives."""
     layout, value = layout_of(about), value.to(dtype)
     if value.stride() == layout.stride():
         return value
@@ -56,7 +56,7 @@ def as_results(value: Tensor, about: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def network_input_like(x0: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """An empty tensor for the network's input: with channels last, or laid out like x0."""
+    """An uninitialised tensor for the network's input: with channels last, or laid out like x0."""
     if channels_last:
         return torch.empty(x0.shape, dtype=dtype, device=x0.device, memory_format=torch.channels_last)
     return empty_samples_like(x0, dtype)

@@ -1,4 +1,4 @@
-"""Score difference with its per-sample normaliser: what `losses.matching_loss` computes with; see `kernels`."""
+"""Score difference with its per-sample normaliser: the operator behind `losses.matching_loss`; see `kernels`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _(x0: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(*output[1:])
-    ctx.set_materialize_grads(False)  # of direction and scale: nothing flows back through them
+    ctx.set_materialize_grads(False)  # direction and scale have no gradient
     ctx.backend = inputs[-1]
 
 

@@ -1,4 +1,4 @@
-"""What operators read of a network's prediction, and how they check that predictions belong together."""
+"""The fields of a network's prediction that operators read, and the checks that predictions match."""
 
 from __future__ import annotations
 
@@ -43,19 +43,19 @@ def guided_output(prediction: NetworkOutput) -> Tensor:
 
 
 def check_predictions(x0: Tensor, x_t: Tensor | None, **predictions: NetworkOutput) -> Tensor | None:
-    """Checks samples x0 [B, ...], noised samples and predictions against one another.
+    """Checks that samples x0 [B, ...], noised samples and predictions match.
 
     Returns:
-        x_t, or None where every prediction is an x0-prediction already and needs none.
+        x_t, or None if all predictions are x0-predictions, which do not need it.
 
     Raises:
-        ArgumentError: shapes, devices or dtypes that do not belong together; the message names the argument.
+        ArgumentError: shapes, devices or dtypes do not match; the message names the argument.
     """
     check_samples("x0", x0)
     for name, prediction in predictions.items():
         check_samples(name, prediction.output, x0)
         if (prediction.skip is None) != (prediction.out is None):
-            raise ArgumentError(f"{name}: a Prediction has both of skip and out, or neither; got one of them")
+            raise ArgumentError(f"{name}: expected a Prediction with both skip and out, or neither; got one of them")
         for part, coefficient in (("skip", prediction.skip), ("out", prediction.out)):
             if coefficient is not None:
                 check_rows(f"{name}.{part}", coefficient, x0)
@@ -64,7 +64,7 @@ def check_predictions(x0: Tensor, x_t: Tensor | None, **predictions: NetworkOutp
         elif prediction.guidance_scale != 1:
             raise ArgumentError(
                 f"{name}.unconditional: guidance_scale {prediction.guidance_scale:g} needs the network's output "
-                "without condition, got None"
+                "without a condition, got None"
             )
     if all(prediction.skip is None for prediction in predictions.values()):
         return None
@@ -75,8 +75,8 @@ def check_predictions(x0: Tensor, x_t: Tensor | None, **predictions: NetworkOutp
 
 
 def coefficients(prediction: NetworkOutput, x_t: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(skip, out) [B] with x0 = skip x_t + out output; 0 and 1 for an x0-prediction beside predictions that are none,
-    and None, None where no prediction needs x_t.
+    """(skip, out) [B] with x0 = skip x_t + out output; 0 and 1 for an x0-prediction beside raw outputs of networks,
+    and None, None if no prediction needs x_t.
     """
     if x_t is None or prediction.skip is not None:
         return prediction.skip, prediction.out

@@ -1,7 +1,7 @@
 """From logits to the weights of an f-divergence: operators behind `ratio.DensityRatio`; see `kernels`.
 
-`ratio` is the whole way in one process. Between `ratio_samples` and `ratio_weights` several processes exchange their
-samples: both the means of the noise bins and that of h, which depends on them, are the global batch's.
+In one process, `ratio` does all of it. Several processes exchange their samples between `ratio_samples` and
+`ratio_weights`, since the means of the noise bins and the mean of h, which depends on them, are over the global batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def ratio(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """weight (float64 where the device has it), h and clamped (float32), all [B], as `reference.ratio`; no gradient.
-    Updates the bins [K] in place, as a captured graph needs it.
+    Updates the bins [K] in place, as a captured graph requires.
     """
     results: tuple[Tensor, Tensor, Tensor] = implementation("ratio", backend, logits).ratio(
         logits, level, bins, lower, upper, low, high, log_bins, momentum, factor, power, power1p
@@ -56,7 +56,7 @@ def ratio_samples(
     log_bins: bool,
     backend: str,
 ) -> Tensor:
-    """[B, 3] ratio, bin and whether it was clamped, as `reference.ratio_samples`; no gradient."""
+    """[B, 3] ratio, bin and 1 where the ratio was clamped, as `reference.ratio_samples`; no gradient."""
     samples: Tensor = implementation("ratio", backend, logits).ratio_samples(
         logits, level, lower, upper, num_bins, low, high, log_bins
     )

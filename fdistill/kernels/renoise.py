@@ -118,12 +118,12 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    # From the end, where the arguments of both operators agree.
+    # Unpacked from the end, where both operators have the same arguments.
     *_, alpha, _, input_scale, _, _, ctx.backend = inputs
     ctx.save_for_backward(alpha, input_scale)
     ctx.dtype = inputs[0].dtype
     ctx.arguments = len(inputs)
-    ctx.set_materialize_grads(False)  # the network's input alone has a gradient, mostly
+    ctx.set_materialize_grads(False)  # mostly only the network's input has a gradient
 
 
 def _backward(ctx: Any, x_t: Tensor | None, network_input: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -166,16 +166,16 @@ def renoise(
         x0: [B, ...] of any float dtype; receives the gradients of both results.
         noise: like x0 in shape; no gradient.
         alpha, sigma: [B].
-        input_scale: [B]; None where the network sees x_t itself.
-        input_dtype: of the network's input; that of x_t by default.
-        channels_last: the memory format of the network's input, which is laid out like x0 otherwise.
+        input_scale: [B]; None if the network takes x_t itself.
+        input_dtype: dtype of the network's input; that of x_t by default.
+        channels_last: whether the network's input has channels last; otherwise it is laid out like x0.
         backend: "auto", "triton" or "reference".
 
     Returns:
         x_t, float32 (float64 for float64 x0) and laid out like x0, and the network's input.
 
     Raises:
-        ArgumentError: shapes, devices or dtypes that do not belong together, or a backend that cannot run.
+        ArgumentError: shapes, devices or dtypes do not match, or the backend cannot run.
     """
     _check(x0, alpha, sigma, input_scale, channels_last)
     check_samples("noise", noise, x0)
@@ -196,14 +196,14 @@ def renoise_seeded(
     channels_last: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`renoise` with noise that is never stored: that of sample i is a function of the seed and first + i alone,
-    whatever batch or process it is in (`reference.renoise.counter_normal`).
+    """`renoise` with noise that is never stored: the noise of sample i depends only on the seed and first + i,
+    whatever its batch or process (`reference.renoise.counter_normal`).
 
     Args:
-        seed: 0-d int64 on the device of x0, so that a captured graph can be given another one.
+        seed: 0-d int64 on the device of x0, so that a captured graph can be replayed with another seed.
         first: index of the first sample, from 0 to 2^31 - 1.
 
-    Others, result and errors as in `renoise`.
+    Other arguments, the result and the errors are as in `renoise`.
     """
     _check(x0, alpha, sigma, input_scale, channels_last)
     if seed.dtype != torch.int64 or seed.ndim or seed.device != x0.device:
@@ -220,7 +220,7 @@ def renoise_seeded(
 def _input_form(
     x0: Tensor, input_scale: Tensor | None, input_dtype: torch.dtype | None, channels_last: bool, alpha: Tensor
 ) -> tuple[Tensor | None, torch.dtype]:
-    """The scale and dtype of an input that is written; no scale where x_t can be used as it is."""
+    """The scale and dtype of the network's input; the scale is None if x_t itself can be that input."""
     own = wide(x0.dtype)
     dtype = own if input_dtype is None else input_dtype
     as_it_is = dtype == own and (not channels_last or x0.is_contiguous(memory_format=torch.channels_last))

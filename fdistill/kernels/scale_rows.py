@@ -1,4 +1,4 @@
-"""The operator that multiplies samples by a number each, as derivatives of the others do; see `kernels`."""
+"""Multiplies each sample by a number: the operator that the others' derivatives use; see `kernels`."""
 
 from __future__ import annotations
 

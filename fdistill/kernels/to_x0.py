@@ -1,4 +1,4 @@
-"""A network's output as an x0-prediction: the operator behind `denoiser.Prediction.x0`; see `kernels`."""
+"""A network's output as an x0-prediction: the operator behind `prediction.Prediction.x0`; see `kernels`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks whose published checkpoints no library of ours can hold, under the names and shapes of those checkpoints."""
+"""Networks of published checkpoints for which diffusers has no class, with the checkpoints' tensor names and shapes."""
 
 from __future__ import annotations
 

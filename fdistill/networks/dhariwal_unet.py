@@ -16,11 +16,11 @@ class DhariwalUNet(UNet):
     """The ADM network; the defaults are those of ImageNet 64x64, without its 1000 classes.
 
     Args:
-        label_dim: classes, 0 for none.
-        augment_dim: augmentation labels, 0 for none.
+        label_dim: number of classes; 0 for an unconditional network.
+        augment_dim: number of augmentation labels, or 0.
 
     Raises:
-        ArgumentError: attention at channels that are no multiple of 64.
+        ArgumentError: the channels of an attention layer are not a multiple of 64.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class DhariwalUNet(UNet):
         self._initialise()
 
     def _initialise(self) -> None:
-        # torch's own uniform initialisation, but blocks start as their shortcut, and the network's output is 0.
+        # torch's own uniform initialisation, but blocks start as their shortcuts, and the network's output starts at 0.
         for name, module in self.named_modules():
             if name.rpartition(".")[2] in ("conv1", "proj", "out_conv", "map_augment"):
                 for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""EDM networks (Karras et al. 2022, arXiv 2206.00364) with a config.json and safetensors beside it."""
+"""EDM networks (Karras et al. 2022, arXiv 2206.00364) stored as config.json and safetensors."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class EDMNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     Args:
         model_type: "SongUNet" (DDPM++, NCSN++) or "DhariwalUNet" (ADM).
-        label_dim: classes, 0 for an unconditional network.
-        sigma_min: least noisy level; published checkpoints hold 0, and were sampled down to 0.002.
-        sigma_max: noisiest level; published checkpoints hold infinity, and were sampled from 80.
-        sigma_data: standard deviation of the data, of the preconditioning.
-        augment_dim: augmentation labels the network was trained with, 0 for none.
-        label_dropout: how often training replaced a label by zeros, None for never; forward never does.
+        label_dim: number of classes; 0 for an unconditional network.
+        sigma_min: least noisy level; published checkpoints hold 0, but were sampled down to 0.002.
+        sigma_max: noisiest level; published checkpoints hold infinity, but were sampled from 80.
+        sigma_data: standard deviation of the data, for the preconditioning.
+        augment_dim: number of augmentation labels that the network was trained with, or 0.
+        label_dropout: probability with which training replaced a label by zeros; None means never. forward never does.
         decoder_type: "standard", as in every published checkpoint.
 
-    The others are the settings of `SongUNet` and `DhariwalUNet`; None is the network's own default, and the only
-    value for a setting that it does not have.
+    The others are the settings of `SongUNet` and `DhariwalUNet`. None means the network's default, and is the only
+    value allowed for a setting that the network does not have.
 
     Raises:
-        ArgumentError: a network, type or setting that is not known.
+        ArgumentError: model_type or decoder_type is unknown, or the network does not have a setting that is given.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -89,7 +89,7 @@ class EDMNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
         """The raw output F. x [B, C, H, W] = c_in x_t, c_noise [B] = ln(sigma) / 4, class_labels [B, label_dim] one-hot
-        rows (a row of zeros: no class), augment_labels [B, augment_dim]; None stands for zeros. -> [B, C, H, W].
+        rows (a row of zeros: no class), augment_labels [B, augment_dim]; None means zeros. -> [B, C, H, W].
         """
         output: Tensor = self.model(x, c_noise, class_labels, augment_labels)
         return output

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def unit_rms(x: Tensor, dims: Sequence[int], eps: float = 1e-4) -> Tensor:
-    """x / (eps + its root mean square over `dims`), computed in at least float32, in x's dtype."""
+    """x / (eps + its root mean square over `dims`), in x's dtype; the mean is computed in at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
     norm: Tensor = torch.linalg.vector_norm(x, dim=tuple(dims), keepdim=True, dtype=wide)
     count = math.prod(x.shape[dim] for dim in dims)
@@ -24,13 +24,13 @@ def mp_silu(x: Tensor) -> Tensor:
 
 
 def mp_sum(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """(1 - t) a + t b, of the magnitude of its uncorrelated inputs (eq. 88)."""
+    """(1 - t) a + t b, scaled to keep the magnitude of uncorrelated inputs (eq. 88)."""
     length = math.hypot(1 - t, t)
     return torch.add(a * ((1 - t) / length), b, alpha=t / length)
 
 
 def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
-    """Concatenated channels, in which b contributes the part t whatever their numbers are (eq. 103)."""
+    """Concatenated channels; b contributes the fraction t, whatever the numbers of channels (eq. 103)."""
     scale = math.sqrt((a.shape[1] + b.shape[1]) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (scale * (1 - t) / math.sqrt(a.shape[1])), b * (scale * t / math.sqrt(b.shape[1]))], dim=1)
 
@@ -53,9 +53,9 @@ class MPFourier(nn.Module):
 
 
 class MPConv(nn.Module):
-    """A convolution of size^2, or a matrix (size None), without bias, whose effective rows have unit length (eq. 47).
+    """A size x size convolution, or a matrix (size None), without bias, whose effective rows have unit length (eq. 47).
 
-    The stored weight's scale has no effect on the result; `normalize_weight_` sets it to what training wants.
+    The stored weight's scale has no effect on the result; `normalize_weight_` sets it to what training needs.
     """
 
     def __init__(self, in_channels: int, out_channels: int, size: int | None = None):

@@ -18,7 +18,7 @@ from fdistill.networks.skeleton import Levels, Resampling, UNet, build_decoder, 
 #: model_channels of the published sizes (arXiv 2312.02696, table 2).
 EDM2_CHANNELS = {"xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
 
-#: What the published ImageNet-512 networks see: scale * (latents of the stabilityai VAE) + bias, of mean 0 and std 0.5.
+#: The published ImageNet-512 networks take scale * (latents of the stabilityai VAE) + bias, with mean 0 and std 0.5.
 STABILITY_LATENT_SCALE = tuple(0.5 / std for std in (4.17, 4.62, 3.71, 3.28))
 STABILITY_LATENT_BIAS = tuple(
     -mean * scale for mean, scale in zip((5.81, 3.25, 0.12, -2.15), STABILITY_LATENT_SCALE, strict=True)
@@ -26,7 +26,7 @@ STABILITY_LATENT_BIAS = tuple(
 
 
 class MPBlock(nn.Module):
-    """The residual block: of the encoder, which normalises its pixels first, or of the decoder."""
+    """A residual block of the encoder, which first normalises each pixel, or of the decoder."""
 
     def __init__(
         self,
@@ -63,8 +63,8 @@ class MPBlock(nn.Module):
         if self.of_encoder:
             x = unit_rms(x if self.conv_skip is None else self.conv_skip(x), (1,))
 
-        told = self.emb_linear(embedding, self.emb_gain) + 1
-        hidden = mp_silu(self.conv_res0(mp_silu(x)) * told[:, :, None, None])
+        scale = self.emb_linear(embedding, self.emb_gain) + 1
+        hidden = mp_silu(self.conv_res0(mp_silu(x)) * scale[:, :, None, None])
         hidden = self.conv_res1(self.dropout(hidden))
 
         if not self.of_encoder and self.conv_skip is not None:
@@ -82,7 +82,7 @@ class MPBlock(nn.Module):
 
 
 class EDM2UNet(UNet):
-    """The network inside `EDM2Network`, whose arguments it shares."""
+    """The network inside `EDM2Network`; the arguments mean the same there."""
 
     def __init__(
         self,
@@ -149,7 +149,7 @@ class EDM2UNet(UNet):
     def encode(
         self, x: Tensor, embedding: Tensor, features: Sequence[str]
     ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
-        # A channel of ones does what biases would.
+        # A channel of ones replaces biases.
         return super().encode(torch.cat([x, torch.ones_like(x[:, :1])], dim=1), embedding, features)
 
     def join(self, hidden: Tensor, skip: Tensor) -> Tensor:
@@ -165,19 +165,20 @@ class EDM2Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
     and order. It computes in the dtype of its parameters.
 
     Args:
-        label_dim: classes, 0 for an unconditional network.
-        sigma_min, sigma_max: levels of the schedule; published networks were sampled between these.
-        channel_mult_noise: Fourier features of the noise level, in model_channels; None: as many as the finest level's.
-        channel_mult_emb: channels of the embedding, in model_channels; None: as many as the widest level's.
-        label_balance, concat_balance, res_balance, attn_balance: t of the sums and concatenations.
+        label_dim: number of classes; 0 for an unconditional network.
+        sigma_min, sigma_max: range of the schedule; published networks were sampled between the defaults.
+        channel_mult_noise: Fourier features of the noise level, in model_channels; None: as many as channels at the
+            finest resolution.
+        channel_mult_emb: channels of the embedding, in model_channels; None: as many as at the widest resolution.
+        label_balance, concat_balance, res_balance, attn_balance: t of `mp_sum` and `mp_cat`.
         clip_act: activations are clipped to this magnitude at the end of every block.
-        logvar_channels: Fourier features of the uncertainty.
-        label_dropout: how often training replaced a label by zeros; forward never does.
-        latent_scale, latent_bias: [img_channels]; the network sees scale * latent + bias. None for pixels.
+        logvar_channels: number of Fourier features for the uncertainty.
+        label_dropout: probability with which training replaced a label by zeros; forward never does.
+        latent_scale, latent_bias: [img_channels]; the network takes scale * latent + bias. None for pixels.
 
     Raises:
-        ArgumentError: attention at channels that are no multiple of channels_per_head, or only one of latent_scale and
-            latent_bias, or of another length than img_channels.
+        ArgumentError: the channels of an attention layer are not a multiple of channels_per_head; only one of
+            latent_scale and latent_bias is given; or their length is not img_channels.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -212,7 +213,7 @@ class EDM2Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if latent != (None, None) and any(values is None or len(values) != img_channels for values in latent):
             raise ArgumentError(
                 f"latent_scale and latent_bias: got {latent_scale} and {latent_bias}; expected {img_channels} numbers "
-                "each, one a channel, or null for both"
+                "each, one per channel, or null for both"
             )
         channels = tuple(model_channels * factor for factor in channel_mult)
         self.unet = EDM2UNet(
@@ -240,7 +241,7 @@ class EDM2Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return output
 
     def log_variance(self, c_noise: Tensor) -> Tensor:
-        """The uncertainty u of levels c_noise [B], by which teachers' training weighs its loss (eq. 21): [B]."""
+        """The uncertainty u [B] at levels c_noise [B], which weighs the loss when a teacher is trained (eq. 21)."""
         fourier = self.logvar_fourier(c_noise).to(self.logvar_linear.weight.dtype)
         logvar: Tensor = self.logvar_linear(fourier).squeeze(1)
         return logvar
@@ -248,8 +249,9 @@ class EDM2Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def normalize_weights_(self) -> None:
         """Forced weight normalisation (eq. 66): every row of every weight gets unit root mean square, in place.
 
-        Changes no result; to be called after every optimiser step, which else would grow the weights and thereby
-        shrink the steps. Not part of forward, because a graph that holds several passes must not see weights change.
+        This does not change what the network computes. Call it after every optimiser step; otherwise weights grow,
+        which shrinks the effective steps. forward does not do it, because weights must not change
+        within a graph of several passes.
         """
         for module in self.modules():
             if isinstance(module, MPConv):

@@ -17,7 +17,7 @@ from fdistill.networks.skeleton import Resampling
 class PositionalEmbedding(nn.Module):
     """[B] -> [B, C]: cos, then sin, of c times C / 2 frequencies falling geometrically from 1 to 1 / 10000.
 
-    With `endpoint` the last frequency is 1 / 10000 itself (DDPM++), without it is the one before (ADM).
+    With `endpoint` the last frequency is 1 / 10000 itself (DDPM++); without, the series stops one step before it (ADM).
     """
 
     def __init__(self, channels: int, endpoint: bool):
@@ -48,14 +48,16 @@ class FourierEmbedding(nn.Module):
 
 
 def separable_filter(taps: Sequence[float]) -> Tensor:
-    """[1, 1, K, K]: the taps' outer product, of sum 1.
+    """The outer product of the taps, [1, 1, K, K], scaled to sum 1.
 
     Raises:
-        ArgumentError: taps that are no symmetric filter of even length; others would shift the image.
+        ArgumentError: the taps are not a symmetric filter of even length; any other would shift the image.
     """
     values = list(taps)
     if not values or len(values) % 2 or values != values[::-1]:
-        raise ArgumentError(f"resample_filter: got {values}; expected a symmetric filter of even length, as [1, 1]")
+        raise ArgumentError(
+            f"resample_filter: got {values}; expected a symmetric filter of even length, such as [1, 1]"
+        )
     line = torch.tensor(values, dtype=torch.float32)
     return torch.outer(line, line)[None, None] / line.sum() ** 2
 
@@ -72,7 +74,7 @@ def halve(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def double(x: Tensor, kernel: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, C, 2 H, 2 W], zeros put between the pixels and filtered with 4 kernel [1, 1, K, K]."""
+    """[B, C, H, W] -> [B, C, 2 H, 2 W], zeros are put between the pixels, then filtered with 4 kernel [1, 1, K, K]."""
     if kernel.shape[-1] == 2:
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
     padding = (kernel.shape[-1] - 1) // 2
@@ -97,7 +99,7 @@ class Resample(nn.Module):
 
 
 class FilteredConv(nn.Module):
-    """A convolution with a filter's taps beside it. Not an nn.Conv2d: low-rank adapters are put around those, and would
+    """A convolution and a resampling filter. It is not an nn.Conv2d, because low-rank adapters wrap those, and would
     see another resolution than the convolution inside.
     """
 
@@ -141,16 +143,17 @@ def group_norm(channels: int, eps: float) -> nn.GroupNorm:
 
 @dataclass(frozen=True)
 class BlockStyle:
-    """In what the blocks of a whole network agree.
+    """The settings that all blocks of a network share.
 
     Attributes:
-        emb_channels: of the embedding.
+        emb_channels: channels of the embedding.
         head_channels: channels of an attention head; None for a single head.
-        skip_scale: what the sum with the shortcut is multiplied by.
-        eps: of the group norms.
-        resample_filter: taps of the filter, as [1, 1].
+        skip_scale: factor of the sum with the shortcut.
+        eps: eps of the group norms.
+        resample_filter: taps of the filter, such as [1, 1].
         project_resampled: whether a resampling shortcut has a 1x1 convolution even where the channels stay.
-        adaptive_scale: whether the embedding scales and shifts normalised activations, or is added before they are.
+        adaptive_scale: True: the embedding scales and shifts the normalised activations; False: it is added before the
+            normalisation.
     """
 
     emb_channels: int
@@ -164,7 +167,7 @@ class BlockStyle:
 
 
 class UNetBlock(nn.Module):
-    """The residual block, with resampling in its first convolution and self-attention at its end where wanted."""
+    """The residual block, with resampling in its first convolution and self-attention at its end, both optional."""
 
     def __init__(
         self, in_channels: int, out_channels: int, resampling: Resampling | None, attention: bool, style: BlockStyle
@@ -197,12 +200,12 @@ class UNetBlock(nn.Module):
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         style = self.style
         hidden = self.conv0(F.silu(self.norm0(x)))
-        told = self.affine(embedding)[:, :, None, None]
+        modulation = self.affine(embedding)[:, :, None, None]
         if style.adaptive_scale:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = modulation.chunk(2, dim=1)
             hidden = torch.addcmul(shift, self.norm1(hidden), scale + 1)
         else:
-            hidden = self.norm1(hidden + told)
+            hidden = self.norm1(hidden + modulation)
         hidden = self.conv1(self.dropout(F.silu(hidden)))
         x = (hidden + (x if self.skip is None else self.skip(x))) * style.skip_scale
         if self.heads:

@@ -1,7 +1,7 @@
-"""What the U-Nets of Karras et al. have in common: which block stands where, and the way through them.
+"""The structure that the U-Nets of Karras et al. share: where each block is, and the order in which they run.
 
-A forward pass is `embed`, `encode`, `middle`, `decode`, so that features can be read in between and what nobody needs
-can be left out.
+A forward pass is `embed`, `encode`, `middle`, `decode`, so that features can be read in between, and parts
+that nobody needs can be left out.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def build_encoder(
 
     Args:
         stem: the first convolution, with `stem_channels` outputs.
-        shortcut: level -> the way of the image to it past the blocks, where the encoder is a residual one.
+        shortcut: level -> the module that brings the image to it past the blocks; None if the encoder has no such path.
     """
     enc = nn.ModuleDict()
     width, skips = stem_channels, [stem_channels]
@@ -78,8 +78,8 @@ def build_decoder(
     """The decoder's modules under their published names, without the output layers.
 
     Args:
-        skips: channels of the skip connections, of `build_encoder`.
-        attention: (resolution, index of the block in its level) -> with attention.
+        skips: channels of the skip connections, from `build_encoder`.
+        attention: (resolution, index of the block in its level) -> whether it has attention.
     """
     dec = nn.ModuleDict()
     remaining = list(skips)
@@ -99,11 +99,11 @@ def build_decoder(
 
 
 class UNet(nn.Module, ABC):
-    """An encoder `enc` and a decoder `dec` built as above.
+    """A U-Net of an encoder `enc` and a decoder `dec`, from `build_encoder` and `build_decoder`.
 
     Attributes:
         levels: the resolutions.
-        feature_shapes: (C, H, W) of what `encode` and `middle` can hand out, from the input towards the output.
+        feature_shapes: (C, H, W) of the features that `encode` and `middle` can return, from input to output.
     """
 
     enc: nn.ModuleDict
@@ -120,8 +120,8 @@ class UNet(nn.Module, ABC):
     def embed(
         self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        """What every block is told. c_noise [B], class_labels [B, label_dim], augment_labels [B, augment_dim] ->
-        [B, E] in `dtype`; None stands for zeros.
+        """The embedding that every block takes. c_noise [B], class_labels [B, label_dim], augment_labels
+        [B, augment_dim] -> [B, E] in `dtype`; None means zeros.
         """
 
     @abstractmethod
@@ -135,8 +135,8 @@ class UNet(nn.Module, ABC):
     def encode(
         self, x: Tensor, embedding: Tensor, features: Sequence[str]
     ) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
-        """x [B, C, H, W] -> the lowest resolution's activation, those for the skip connections, and the named
-        features of the encoder.
+        """x [B, C, H, W] -> the activation at the lowest resolution, the activations for the skip connections, and
+        the named features of the encoder.
         """
         hidden, image = x, x
         skips: list[Tensor] = []
@@ -154,7 +154,7 @@ class UNet(nn.Module, ABC):
         return hidden, skips, tapped
 
     def middle(self, hidden: Tensor, embedding: Tensor) -> Tensor:
-        """The two blocks at the lowest resolution that see no skip connection; their output is the feature "mid"."""
+        """The two blocks at the lowest resolution that take no skip connection; their output is the feature "mid"."""
         for name, module in self.dec.items():
             if "_in" in name:
                 hidden = module(hidden, embedding)
@@ -173,7 +173,7 @@ class UNet(nn.Module, ABC):
     def forward(
         self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None
     ) -> Tensor:
-        """x [B, C, H, W]; others as in `embed` -> [B, C, H, W]."""
+        """x [B, C, H, W] -> [B, C, H, W]; other arguments are as in `embed`."""
         embedding = self.embed(c_noise, class_labels, augment_labels, x.dtype)
         hidden, skips, _ = self.encode(x, embedding, ())
         return self.decode(self.middle(hidden, embedding), skips, embedding)

@@ -26,14 +26,14 @@ class SongUNet(UNet):
     """DDPM++ (the defaults) or NCSN++ (fourier, residual, [1, 3, 3, 1], channel_mult_noise 2).
 
     Args:
-        label_dim: classes, 0 for none.
-        augment_dim: augmentation labels, 0 for none.
+        label_dim: number of classes; 0 for an unconditional network.
+        augment_dim: number of augmentation labels, or 0.
         embedding_type: "positional" or "fourier".
         encoder_type: "standard" or "residual".
-        resample_filter: taps.
+        resample_filter: taps of the resampling filter.
 
     Raises:
-        ArgumentError: an embedding or encoder type that is not known, or an asymmetric filter.
+        ArgumentError: embedding_type or encoder_type is unknown, or the filter is not symmetric and of even length.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class SongUNet(UNet):
         self._initialise()
 
     def _initialise(self) -> None:
-        # Blocks start as their shortcut, and the network's output near 0.
+        # Each block starts as its shortcut, and the network's output starts near 0.
         gains = {"conv1": 1e-5, "proj": 1e-5, f"{self._last}_aux_conv": 1e-5, "qkv": math.sqrt(0.2)}
         for name, module in self.named_modules():
             if isinstance(module, nn.Conv2d | nn.Linear | FilteredConv):

@@ -1,7 +1,7 @@
-"""The updates of a distillation as plain functions: a batch in, a loss to call backward on out.
+"""The updates of a distillation as plain functions: each takes a batch and returns a loss to call backward on.
 
-Devices, optimisers, logging and files belong to the caller. Each loss reaches the parameters of its own role only: the
-other networks are frozen while the step's graph is built, so a plain `loss.backward()` is right.
+Devices, optimisers, logging and files belong to the caller. Each loss has gradients only for the parameters of its own
+role: the other networks are frozen while the step's graph is built, so a plain `loss.backward()` is enough.
 """
 
 from fdistill.step.critic import critic_step

@@ -32,29 +32,29 @@ def critic_step(
     critic_condition: Condition | None = None,
     backend: str = "auto",
 ) -> StepResult:
-    """One update of the critic: the fake-score network learns to denoise what the student makes now, and the
-    discriminator to tell noised data from noised student samples.
+    """One update of the critic: the fake-score network learns to denoise the student's current samples, and
+    the discriminator to distinguish noised data from noised student samples.
 
     loss = mean(lambda(t) |fake_score(x_t) - x0|^2) + gan_weight (mean softplus(l_fake) + mean softplus(-l_real)
            + r1_weight / 2 mean |d l_real / d x_t|^2)
 
-    It reaches the fake-score network and the discriminator. Where the heads sit on the fake-score network, the GAN
-    loss trains that network as well (DMD2, arXiv 2405.14867); where they sit on the teacher, the heads alone. Real
-    samples have levels of their own.
+    The loss trains the fake-score network and the discriminator. With heads on the fake-score network, the GAN loss
+    trains that network as well (DMD2, arXiv 2405.14867); with heads on the teacher, it trains only the heads. Levels of
+    real samples are drawn separately.
 
     Args:
         networks: the roles.
         real_x0: [B, C, H, W] data in [-1, 1]; without a GAN term only its shape is used.
-        condition: [B] class labels or prompts of the data, also those the student is asked for; None if unconditional.
+        condition: [B] class labels or prompts of the data, given to the student as well; None if unconditional.
         generator: source of all randomness; its device is where the networks live.
         levels: (schedule, uniform draws [B]) -> t [B].
         weighting, min_snr_gamma: see `denoising_weight`.
         gan_weight, r1_weight: 0 leaves the term out.
-        gan_weighting: weight of the GAN losses over noise levels, one of those of `denoising_weight`; SiDA's is "edm".
-        student_steps: how many of its steps a `FewStepGenerator` takes.
-        critic_condition: what the critic is given in place of `condition`, such as the same with some rows replaced by
-            what stands for no condition; None is `condition` itself.
-        backend: "auto", "triton" or "reference", of noise, weights and losses.
+        gan_weighting: weight of the GAN losses over noise levels, a name for `denoising_weight`; SiDA uses "edm".
+        student_steps: number of steps that a `FewStepGenerator` takes; None means all.
+        critic_condition: the condition for the critic, such as `condition` with some rows replaced by the null class or
+            the null prompt; None means `condition` itself.
+        backend: "auto", "triton" or "reference", for noise, weights and losses.
     """
     batch, schedule = len(real_x0), networks.teacher.schedule
 
@@ -99,7 +99,7 @@ def critic_step(
 
 
 class DiscriminatorLosses(NamedTuple):
-    """Per-sample losses [B] of real and fake samples, the R1 term (0-d), levels of the real ones, and logs."""
+    """Per-sample losses [B] of real and fake samples, the R1 term (0-d), levels of the real samples, and logs."""
 
     real: Tensor
     fake: Tensor
@@ -119,7 +119,7 @@ def discriminator_losses(
     r1_weight: float,
     backend: str = "auto",
 ) -> DiscriminatorLosses:
-    """What the discriminator minimises, given its logits on noised student samples: `fake.value` [B, H] at `fake.t`."""
+    """The discriminator's losses, given its logits `fake.value` [B, H] on student samples noised to levels `fake.t`."""
     batch, schedule = len(real_x0), networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
     t_real = levels(schedule, rng.uniform(generator, batch))

@@ -1,6 +1,6 @@
-"""DiffRatio: both updates from a classifier of student against data over noise levels alone.
+"""DiffRatio: both updates use only a classifier that distinguishes data from student samples at all noise levels.
 
-No score network is evaluated: a classifier c(x_t, t) = log(p_t / q_t) has the score difference as its gradient.
+No score network is evaluated: the gradient of the classifier c(x_t, t) = log(p_t / q_t) is the score difference.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def ratio_critic_step(
 
     loss = mean softplus(-l_real) + mean softplus(l_fake) + r1_weight / 2 mean |d l_real / d x_t|^2
 
-    It reaches `networks.discriminator` and the part of `networks.tapped` below the tapped features.
+    The loss trains `networks.discriminator` and the part of `networks.tapped` below the tapped features.
 
     Args:
         networks: the roles; `tapped` is trained, and its decoder is never evaluated.
         real_x0: [B, C, H, W] data in [-1, 1].
-        condition: [B] class labels of the data, also those the student is asked for; None if unconditional.
+        condition: [B] class labels of the data, given to the student as well; None if unconditional.
         generator: source of all randomness.
         levels: (schedule, uniform draws [B]) -> t [B].
         r1_weight: 0 leaves the term out.
-        backend: "auto", "triton" or "reference", of noise, weights and losses.
+        backend: "auto", "triton" or "reference", for noise, weights and losses.
     """
     batch, schedule = len(real_x0), networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
@@ -65,15 +65,15 @@ def diffratio_step(
     weighting: str = "vsd",
     backend: str = "auto",
 ) -> StepResult:
-    """One update of the student along the gradient of the classifier's logit, which stands for s_teacher - s_fake.
+    """One update of the student along the gradient of the classifier's logit, which replaces s_teacher - s_fake.
 
-    In units of x0 the difference is sigma^2 / alpha d l / d x_t; loss = mean(`score_difference_loss`). It reaches the
-    student alone.
+    In units of x0 the difference is sigma^2 / alpha d l / d x_t; loss = mean(`score_difference_loss`). It trains
+    only the student.
 
     Args:
-        weighting: of the difference over noise levels, see `score_difference_weight`.
+        weighting: how the difference is weighted over noise levels, see `score_difference_weight`.
 
-    Others as in `ratio_critic_step`.
+    Other arguments are as in `ratio_critic_step`.
     """
     schedule = networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
@@ -87,7 +87,7 @@ def diffratio_step(
         logits = logits.reshape(batch_size, -1).mean(1)
         (slope,) = torch.autograd.grad(logits.sum(), network_input)
     weight = sigma.square() / alpha.clamp(min=1e-3) * score_difference_weight(weighting, alpha, sigma)
-    if form.input_scale is not None:  # the slope is in the network's input, the weight for one in x_t
+    if form.input_scale is not None:  # the slope is with respect to the network's input, not x_t
         weight = weight * form.input_scale
     matching = score_difference_loss(x0, slope, torch.zeros_like(slope), weight, backend=backend)
     logs = {"generator/matching": PerSample(matching.detach(), t), "generator/logit": PerSample(logits.detach(), t)}

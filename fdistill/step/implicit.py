@@ -63,7 +63,7 @@ def _evaluate(
 
 
 def _scale(networks: Networks, evaluated: _Evaluated, weighting: str) -> Tensor:
-    """[B] factors of the objective."""
+    """The factors [B] of the objective."""
     if weighting == "normalised":
         return 1 / evaluated.means.normaliser()
     schedule = networks.teacher.schedule
@@ -98,21 +98,21 @@ def sid_step(
 
     loss = mean((`sid_loss` + gan_weight softplus(-l_fake)) / mean|x0 - teacher_x0|)
 
-    SiD (arXiv 2404.04057) has no GAN term, SiDA (arXiv 2410.14919) has one and alpha = 1. It reaches the student
-    alone.
+    SiD (arXiv 2404.04057) has no GAN term, SiDA (arXiv 2410.14919) has one and alpha = 1. The loss trains
+    only the student.
 
     Args:
-        networks: the roles; a discriminator for SiDA.
+        networks: the roles; SiDA needs a discriminator.
         condition: [B] class labels, or None.
         generator: source of all randomness.
         batch_size: B.
         levels: (schedule, uniform draws [B]) -> t [B].
         alpha: see `sid_loss`.
-        weighting: "normalised" divides by mean|x0 - teacher_x0|, as published. That depends on x0, for which the
-            implicit gradient does not hold: a useful reweighting, not the gradient of a divergence. "uniform" and "vsd"
-            (`score_difference_weight`) depend on the level alone, and are.
+        weighting: "normalised" divides by mean|x0 - teacher_x0|, as published. That factor depends on x0, so the
+            implicit gradient does not hold exactly: the update is useful, but not the gradient of a divergence. With
+            "uniform" and "vsd" (`score_difference_weight`), which depend only on the level, it is.
         gan_weight: 0 leaves the term out.
-        backend: "auto", "triton" or "reference", of noise, weights and losses.
+        backend: "auto", "triton" or "reference", for noise, weights and losses.
     """
     evaluated = _evaluate(
         networks, condition, generator, batch_size, levels, read_logits=gan_weight > 0, backend=backend
@@ -131,8 +131,8 @@ def sim_step(
     huber_c: float = 0.03,
     backend: str = "auto",
 ) -> StepResult:
-    """One update of the student by score implicit matching (arXiv 2410.16794): loss = mean(`sim_loss`), which reaches
-    the student alone. Arguments as in `sid_step`.
+    """One update of the student by score implicit matching (arXiv 2410.16794): loss = mean(`sim_loss`), which trains
+    only the student. Arguments are as in `sid_step`.
     """
     evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=False, backend=backend)
     objective = sim_loss(evaluated.means, huber_c=huber_c)
@@ -158,19 +158,19 @@ def uni_instruct_step(
 
     loss = mean((`uni_instruct_loss` / mean(h) + gan_weight softplus(-l_fake)) / mean|x0 - teacher_x0|)
 
-    The density ratio is that of the discriminator, sample by sample, and the gradient passes through it, except where
-    it is clamped: there the objective is biased as with `detach_weight`. It reaches the student alone.
+    The discriminator gives the density ratio of each sample, and the gradient passes through it, except where the ratio
+    is clamped: there the objective is biased, as with `detach_weight`. The loss trains only the student.
 
     Args:
         divergence: anything `get_divergence` takes.
         ratio: turns logits into ratios; its bins are updated. Needed unless h is constant.
-        ratio_ramp: in [0, 1]: from reverse KL (0) to the divergence (1), in which the loss is linear.
-        detach_weight: no gradient through the ratio: cheaper, and biased unless h is constant.
+        ratio_ramp: in [0, 1]: 0 is reverse KL, 1 is the divergence, and the loss is linear in between.
+        detach_weight: True stops the gradient at the ratio: cheaper, but biased unless h is constant.
 
-    Others as in `sid_step`.
+    Other arguments are as in `sid_step`.
 
     Raises:
-        ArgumentError: a divergence that needs a ratio, without one.
+        ArgumentError: the divergence needs a ratio, and `ratio` is None.
     """
     divergence = checked_divergence(divergence, ratio)
     read = gan_weight > 0 or divergence.needs_ratio

@@ -1,4 +1,4 @@
-"""Updates of the student along a score difference that carries no gradient itself: f-distill, DMD, DMD2,
+"""The update of the student along a score difference that is treated as a constant: f-distill, DMD, DMD2,
 Diff-Instruct, VSD.
 """
 
@@ -28,7 +28,7 @@ from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, chec
 
 
 class Pairs(NamedTuple):
-    """Noise [B, C, H, W], what the teacher's deterministic sampler made of it, and the condition it was given."""
+    """Noise [B, C, H, W], the x0 that the teacher's deterministic sampler made from it, and the sampler's condition."""
 
     noise: Tensor
     x0: Tensor
@@ -56,41 +56,42 @@ def generator_step(
     student_steps: int | None = None,
     backend: str = "auto",
 ) -> StepResult:
-    """One update of the student along h(r) (score_teacher - score_fake), plus the GAN and the regression term.
+    """One update of the student along h(r) (score_teacher - score_fake), plus the other terms.
 
     loss = mean(matching_loss(x0, teacher_x0, fake_x0, weight=h)) + gan_weight mean softplus(-l_fake)
            + noise_kl_weight mean KL(predicted noise || normal) + image_weight mean image_loss(x0)
            + regression_weight mean |student(z) - teacher's ODE(z)|^2
 
-    It reaches the student alone. Logits are read at the same (x_t, t) as the score difference; where the heads sit on
-    the network that is evaluated there anyway, they cost no evaluation of their own.
+    The loss trains only the student. Logits are computed at the same (x_t, t) as the score difference; heads on a
+    network that is evaluated there anyway need no evaluation of their own.
 
     Args:
         networks: the roles.
         condition: [B] class labels, prompts, or None.
         generator: source of all randomness.
         batch_size: B.
-        divergence: anything `get_divergence` takes; with reverse KL h = 1 and no ratio is read.
+        divergence: anything `get_divergence` takes; with reverse KL h = 1, and no ratio is needed.
         ratio: turns logits into weights; its bins are updated. Needed unless h is constant.
         levels: (schedule, uniform draws [B]) -> t [B].
-        weighting: "normalised" is DMD's, by mean|x0 - teacher_x0| (`matching_loss`); others are those of
-            `score_difference_weight`.
-        ratio_ramp: in [0, 1]: the weight is 1 + ratio_ramp (h - 1), for the time in which the discriminator is
-            untrained.
+        weighting: "normalised" divides by mean|x0 - teacher_x0|, as DMD does (`matching_loss`); other names are
+            those of `score_difference_weight`.
+        ratio_ramp: in [0, 1]: the weight is 1 + ratio_ramp (h - 1). Values below 1 are for the first iterations, while
+            the discriminator is untrained.
         gan_weight: 0 leaves the term out.
-        gan_gradient_ratio: above 0, gan_weight is chosen in every update such that the gradient of the GAN term on x0
-            has this times the norm of the matching loss's, over the global batch; its value is logged.
-        noise_kl_weight: of `TiUEGenerator.sample_with_predictions`'s noise (One-Way Ticket, arXiv 2505.21960); 0 leaves
-            the term out.
-        image_loss: x0 [B, C, H, W] -> [B], such as a `ClipHinge`.
-        image_weight: of that term.
+        gan_gradient_ratio: above 0, gan_weight is chosen anew in every update, so that the norm of the GAN term's
+            gradient on x0 is this many times that of the matching loss's, over the global batch; the weight is logged.
+            0 keeps gan_weight as it is.
+        noise_kl_weight: weight of the KL term on the noise that `TiUEGenerator.sample_with_predictions` predicts
+            (One-Way Ticket, arXiv 2505.21960); 0 leaves the term out.
+        image_loss: x0 [B, C, H, W] -> [B], such as a `ClipHinge`; None leaves the term out.
+        image_weight: weight of that term.
         pairs: for the regression term (DMD, arXiv 2311.18828); None leaves it out.
-        regression_weight: of that term.
-        student_steps: how many of its steps a `FewStepGenerator` takes.
-        backend: "auto", "triton" or "reference", of noise, weights and losses.
+        regression_weight: weight of that term.
+        student_steps: number of steps that a `FewStepGenerator` takes; None means all.
+        backend: "auto", "triton" or "reference", for noise, weights and losses.
 
     Raises:
-        ArgumentError: a divergence that needs a ratio, without one.
+        ArgumentError: the divergence needs a ratio, and `ratio` is None.
     """
     divergence = checked_divergence(divergence, ratio)
     read = gan_weight > 0 or divergence.needs_ratio
@@ -156,7 +157,7 @@ def generator_step(
 def balanced(loss: Tensor, other: Tensor, x0: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
     """loss + w other, with w such that |w d other / d x0| = ratio |d loss / d x0| over all processes; and w (0-d).
 
-    The result has that gradient on x0, from which it goes on to the student; its value means nothing.
+    Only the gradient of the result on x0 is meaningful, and flows on to the student; the value is not.
 
     Args:
         loss, other: 0-d, functions of x0 alone.

@@ -1,4 +1,4 @@
-"""Who takes part in a step, what a step returns, and what all steps share."""
+"""The networks that take part in a step, the result of a step, and helpers that all steps share."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Networks:
             module, such as an image or a field seen under random views.
         discriminator: None for methods that have none.
         tapped: the network that the discriminator reads: `fake_score` or `teacher`; None without one.
-        compared: the fake score as the student's update sees it, where it is guided there; None is `fake_score`.
-        learning: the fake score as its own update sees it, where it is guided there; None is `fake_score`.
+        compared: the guided fake score for the student's update; None means `fake_score` without guidance.
+        learning: the guided fake score for its own update; None means `fake_score` without guidance.
     """
 
     teacher: Denoiser
@@ -55,7 +55,7 @@ class Networks:
         return self.teacher, self.compared or self.fake_score
 
     def taps(self, network: Denoiser) -> tuple[str, ...]:
-        """The features to ask of `network`."""
+        """The names of the features of `network` that the discriminator reads; () if it reads none."""
         if self.discriminator is None:
             return ()
         plain = self.fake_score if network in (self.compared, self.learning) else network
@@ -64,13 +64,15 @@ class Networks:
     def tapped_discriminator(self) -> tuple[Discriminator | ChannelMean, Denoiser]:
         """The discriminator and the network it reads; ArgumentError if there is none."""
         if self.discriminator is None or self.tapped is None:
-            raise ArgumentError("networks: this step reads a density ratio; expected a discriminator and `tapped`")
+            raise ArgumentError(
+                "networks: this step needs a discriminator's logits; expected `discriminator` and `tapped`, got None"
+            )
         return self.discriminator, self.tapped
 
     def draw_samples(
         self, generator: torch.Generator, batch: int, condition: Condition | None, student_steps: int | None
     ) -> Tensor:
-        """Student samples [batch, C, H, W]; a student of a few steps takes `student_steps` of them, all by default."""
+        """Student samples [batch, C, H, W]; a few-step student takes `student_steps` steps; None means all."""
         student: Any = self.generator
         shape = student.noise_shape(student_steps) if isinstance(student, Student) else student.sample_shape
         noise = rng.normal(generator, batch, shape)
@@ -80,22 +82,22 @@ class Networks:
     def draw_samples_with_noise(
         self, generator: torch.Generator, batch: int, condition: Condition | None
     ) -> tuple[Tensor, Tensor]:
-        """Samples [batch, C, H, W] and the noise [batch, K, C, H, W] that was predicted on the way, of a generator with
-        `sample_with_predictions`; ArgumentError for others.
+        """Samples [batch, C, H, W] of a generator with `sample_with_predictions`, and the noise [batch, K, C, H, W]
+        that it predicted while sampling; ArgumentError for other generators.
         """
         student: Any = self.generator
         if not hasattr(student, "sample_with_predictions"):
             raise ArgumentError(
-                f"noise_kl_weight: {type(student).__name__} predicts no noise on its way; expected 0, or a generator "
-                "with sample_with_predictions, such as TiUEGenerator"
+                f"noise_kl_weight: {type(student).__name__} predicts no noise while sampling; expected 0, or a "
+                "generator with sample_with_predictions, such as TiUEGenerator"
             )
         x0, predicted = student.sample_with_predictions(rng.normal(generator, batch, student.sample_shape), condition)
         return x0, predicted
 
 
 class Noised(NamedTuple):
-    """Samples at levels t, x_t [B, C, H, W], and for each of the networks that see them its input and its
-    preconditioning there.
+    """Noised samples x_t [B, C, H, W] at levels t, and for each network its input and its preconditioning at these
+    levels.
     """
 
     x_t: Tensor
@@ -106,8 +108,8 @@ class Noised(NamedTuple):
 def renoise(
     networks: Sequence[Denoiser], x0: Tensor, t: Tensor, generator: torch.Generator, *, backend: str = "auto"
 ) -> Noised:
-    """x0 [B, C, H, W] with noise of the generator's at levels t, for networks that share a schedule. Inputs and x_t
-    carry gradients to x0. The noise of a sample does not depend on how a batch is split over processes.
+    """Noises x0 [B, C, H, W] to levels t with the generator, for networks that share a schedule. Gradients flow from
+    the inputs and x_t to x0. The noise of a sample does not depend on how a batch is split over processes.
     """
     main, schedule = networks[0], networks[0].schedule
     _, dtype, channels_last = main.input_form()
@@ -132,7 +134,7 @@ def renoise(
 
 
 def checked_divergence(divergence: str | Divergence | Function, ratio: DensityRatio | None) -> Divergence:
-    """What `get_divergence` makes of it; ArgumentError if it needs a ratio and there is none."""
+    """The divergence as `get_divergence` returns it; ArgumentError if it needs a ratio and `ratio` is None."""
     resolved = get_divergence(divergence)
     if resolved.needs_ratio and ratio is None:
         raise ArgumentError(f"ratio: divergence {resolved.name!r} weighs by a density ratio; expected a DensityRatio")
@@ -156,7 +158,7 @@ class StepResult:
 
 @contextmanager
 def frozen(*modules: nn.Module | None) -> Iterator[None]:
-    """The modules' parameters take part in the block as constants; gradients still flow through to their inputs."""
+    """Freezes the modules' parameters inside the block; gradients still flow through the modules to their inputs."""
     parameters = [p for module in modules if module is not None for p in module.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.requires_grad_(False)

@@ -829,7 +829,7 @@ def test_losses_of_raw_outputs_refuse_what_does_not_fit() -> None:
         (lambda: matching_loss(x0, Prediction(x0, guidance_scale=2.0), x0), "unconditional: guidance_scale 2 needs"),
         (lambda: matching_loss(x0, Prediction(x0, ones), raw, x_t=x0), "teacher_x0: a Prediction has both"),
         (lambda: matching_loss(x0, Prediction(x0, None, ones), x0), "teacher_x0: a Prediction has both"),
-        (lambda: matching_loss(x0, x0.double(), x0), "teacher_x0: float64 goes with float64 alone"),
+        (lambda: matching_loss(x0, x0.double(), x0), "teacher_x0: float64 cannot be mixed with other dtypes"),
         (lambda: denoising_loss(x0, x0.int(), ones), "x0: expected a float tensor"),
         (lambda: denoising_loss(x0, x0, torch.ones(3, device=DEVICE)), "weight"),
         (lambda: implicit_means(x0, x0, x0[:, :2]), "fake_x0"),

@@ -17,7 +17,7 @@ def denoising(
     weight: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss weight mean(e^2) [B], residual e = skip x_t + out prediction - x0 like the prediction, and scale [B]:
-    d loss / d prediction = scale e. Without x_t the prediction is an x0-prediction. Statistics are float32.
+    d loss / d prediction = scale e. If x_t is None, the prediction is an x0-prediction. Statistics are float32.
     """
     dtype = wide(prediction.dtype)
     residual, slope = prediction.to(dtype), weight.to(dtype)

@@ -43,8 +43,8 @@ def implicit(
 ) -> Tensor:
     """Means over a sample, [3, B], at least float32: (T - F)(F - x0), (T - F)^2 and |x0 - T|.
 
-    T = teacher_skip x_t + teacher_out teacher and F = fake_skip x_t + fake_out fake; without x_t the outputs are
-    x0-predictions.
+    T = teacher_skip x_t + teacher_out teacher and F = fake_skip x_t + fake_out fake; if x_t is None, the outputs
+    are x0-predictions.
     """
     dtype = wide(x0.dtype)
     fake_x0, difference = _predictions(x_t, teacher, fake, teacher_skip, teacher_out, fake_skip, fake_out, dtype)
@@ -65,7 +65,7 @@ def implicit_backward(
     fake_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x0, x_t, teacher and fake in their dtypes, laid out like x0, from upstream [3, B]; the third result
-    has no derivative. The gradient of x_t is empty without x_t.
+    has no derivative. The gradient of x_t is empty if x_t is None.
     """
     dtype = wide(x0.dtype)
     fake_x0, difference = _predictions(x_t, teacher, fake, teacher_skip, teacher_out, fake_skip, fake_out, dtype)

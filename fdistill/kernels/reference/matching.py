@@ -25,9 +25,9 @@ def matching(
     """Loss [B], direction d = F - T like x0, and scale [B]: d loss / d x0 = scale d. Statistics are float32.
 
     T = teacher_skip x_t + teacher_out (unconditional + guidance_scale (teacher - unconditional)), F = fake_skip x_t +
-    fake_out fake; without x_t the outputs are x0-predictions. With n = numel of a sample and s = weight / (mean|x0 -
-    T| + eps): scale = s / n and loss = mean((s d)^2) / 2, the value of the pseudo-target regression mean((x0 - sg(x0 -
-    s d))^2) / 2 whose gradient that is. With eps None there is no normaliser: s = weight.
+    fake_out fake; if x_t is None, the outputs are x0-predictions. With n = numel of a sample and s = weight / (mean|x0
+    - T| + eps): scale = s / n and loss = mean((s d)^2) / 2, the value of the pseudo-target regression mean((x0 - sg(x0
+    - s d))^2) / 2 whose gradient that is. If eps is None, there is no normaliser: s = weight.
     """
     dtype = wide(x0.dtype)
     x0_, teacher, fake = (value.to(dtype) for value in (x0, teacher, fake))

@@ -45,7 +45,7 @@ def ratio_bins(samples: Tensor, bins: Tensor, momentum: float) -> Tensor:
 
 
 def normalised(samples: Tensor, bins: Tensor) -> Tensor:
-    """Ratios [N] over the means of their bins, in float64 where the device has it: 20^30 has no float32."""
+    """Ratios [N] over the means of their bins, in float64 where the device has it, since 20^30 overflows float32."""
     return widened(samples[:, 0]) / widened(bins)[samples[:, 1].long()]
 
 

@@ -21,14 +21,14 @@ def _philox(key: Tensor, counter: Tensor) -> Tensor:
     """
 
     def pair(first: int, second: int) -> Tensor:
-        # Filled on the device: a copy from the host would be waited for.
+        # Filled on the device, because a copy from the host would wait for the device.
         constants = torch.stack([key.new_full((), first), key.new_full((), second)])
         return constants.reshape(2, *[1] * (counter.ndim - 1))
 
     multipliers, steps = pair(0xD2511F53, 0xCD9E8D57), pair(0x9E3779B9, 0xBB67AE85)
     even, odd = counter[::2], counter[1::2]
     for _ in range(10):
-        # 64-bit products wrap around, which leaves their two words right.
+        # 64-bit products wrap around, but both of their 32-bit words are still right.
         product = (multipliers * even).flip(0)
         even, odd = ((product >> 32) & _MASK) ^ odd ^ key, product & _MASK
         key = (key + steps) & _MASK
@@ -44,7 +44,7 @@ def counter_normal(seed: Tensor, first: int, batch: int, size: int) -> Tensor:
     Args:
         seed: 0-d int64.
         first: index of the first sample, below 2^32.
-        size: numbers a sample, below 2^32.
+        size: numbers per sample, below 2^32.
     """
     quarter = -(-size // 4)
     counter = torch.zeros(4, batch, quarter, dtype=torch.int64, device=seed.device)
@@ -68,8 +68,8 @@ def renoise(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """x_t = alpha x0 + sigma noise, at least float32, and the network's input: input_scale x_t in input_dtype, with
-    channels last or laid out like x0. alpha, sigma, input_scale are [B]; without input_scale there is no input, which
-    is empty then.
+    channels last or laid out like x0. alpha, sigma, input_scale are [B]; if input_scale is None, the second
+    result is empty.
     """
     dtype = wide(x0.dtype)
     x_t = expand(alpha.to(dtype), x0) * x0.to(dtype) + expand(sigma.to(dtype), x0) * noise.to(dtype)
@@ -90,7 +90,7 @@ def renoise_seeded(
     input_dtype: torch.dtype,
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`renoise` with the noise of `counter_normal`, sample i being number first + i."""
+    """`renoise` with the noise of `counter_normal`, where sample i has the index first + i."""
     noise = counter_normal(seed, first, len(x0), x0.shape[1:].numel()).reshape(x0.shape)
     return renoise(x0, noise, alpha, sigma, input_scale, input_dtype, channels_last)
 
@@ -102,7 +102,7 @@ def renoise_backward(
     input_scale: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Gradient of x0 in `dtype`, from those of the two results of `renoise`, at least one of them given."""
+    """Gradient of x0 in `dtype`, from those of the two results of `renoise`; at least one of these must be given."""
     total: Tensor | None = None
     if x_t_gradient is not None:
         total = x_t_gradient.to(wide(dtype))

@@ -1,1 +1,1 @@
-"""Fused kernels. Imported only where they are used: nothing else needs the triton package."""
+"""Fused kernels. They are imported only where they are used, because nothing else needs the triton package."""

@@ -1,4 +1,4 @@
-"""Exponential moving averages of many tensors in one launch for each dtype, every decay in one read of the weights."""
+"""Exponential moving averages of many tensors: one launch per dtype, which reads the weights once for all decays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _ema(
     tensor = tl.load(chunks_ptr + program)
     start = tl.load(chunks_ptr + tl.num_programs(0) + program) * BLOCK
     size = tl.load(sizes_ptr + tensor)
-    # A mask of unknown alignment would turn every access into single elements: only a tensor's last block has one.
+    # A mask of unknown alignment would split accesses into single elements, so only a tensor's last block has a mask.
     if start + BLOCK <= size:
         _blend(pointers_ptr, rates_ptr, tensors, tensor, start, size, DTYPE, DECAYS, ALIGNED, False, BLOCK)
     else:
@@ -66,7 +66,7 @@ def _blend(
             shadow_ptr = tl.multiple_of(shadow_ptr, 16)
         shadow = tl.load(shadow_ptr + i, mask=inside)
         rate = tl.load(rates_ptr + k)
-        # As torch's lerp: from the nearer end, so that a rate of 1 copies.
+        # As in torch's lerp, start from the nearer end, so that a rate of 1 copies exactly.
         change = value - shadow
         shadow = tl.where(rate < 0.5, shadow + rate * change, value - (1 - rate) * change)
         tl.store(shadow_ptr + i, shadow, mask=inside)
@@ -74,7 +74,7 @@ def _blend(
 
 @lru_cache(maxsize=64)
 def _tables(device: torch.device, pointers: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernel reads of the tensors; weights do not move between updates, so it is uploaded once."""
+    """Tables of the tensors' blocks, addresses and sizes; weights do not move, so these are uploaded only once."""
     blocks = [triton.cdiv(size, BLOCK) for size in sizes]
     chunks = torch.tensor(
         [[k for k, count in enumerate(blocks) for _ in range(count)], [b for count in blocks for b in range(count)]]
@@ -84,14 +84,14 @@ def _tables(device: torch.device, pointers: tuple[int, ...], sizes: tuple[int, .
 
 @lru_cache(maxsize=64)
 def _rates(device: torch.device, decays: tuple[float, ...]) -> Tensor:
-    """1 - decay; uploaded without a wait, since some decays are others in every update."""
+    """1 - decay; uploaded without waiting, since some decays change with every update."""
     rates = torch.tensor([1 - decay for decay in decays])
     return rates.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rates.to(device)
 
 
 def ema(shadows: Sequence[Tensor], values: Sequence[Tensor], decays: Sequence[float]) -> None:
-    """See `reference.ema`. With one decay and float32 weights torch's own multi-tensor kernel moves the least possible
-    already, and is taken.
+    """See `reference.ema`. With one decay and float32 weights this uses torch's own multi-tensor kernel, which moves
+    the least possible already.
     """
     groups: dict[torch.dtype, list[int]] = {}
     plain: list[int] = []

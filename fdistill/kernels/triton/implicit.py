@@ -1,7 +1,7 @@
 """Inner products of implicit score objectives, and their derivatives, each in one pass.
 
-The forward pass writes three numbers a sample. Saving the four gradients there instead would write them and read them
-back to multiply them by the upstream gradient: more than the second read of the inputs costs.
+The forward pass writes three numbers per sample. If it saved the four gradients instead, they would be written and read
+back to multiply them by the upstream gradient, which costs more than reading the inputs twice.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _implicit(
         inner += difference * error
         square += difference * difference
         distance += tl.abs(error + difference)
-    # [3, batch, splits]; divided here, so that a sample in one piece is done.
+    # [3, batch, splits]; divided here, so that a sample in one piece needs no second pass.
     at = sums_ptr + program
     tl.store(at, tl.sum(inner) / size)
     tl.store(at + batch * splits, tl.sum(square) / size)

@@ -1,8 +1,8 @@
 """Score difference with its per-sample normaliser, in one pass over the networks' outputs.
 
-The direction F - T does not depend on the normaliser, and the normaliser enters as one number a sample. So the pass
+The direction F - T does not depend on the normaliser, and the normaliser is one number per sample. So the pass
 writes the direction unscaled, beside its sums, and the backward pass, which has to multiply by the upstream gradient
-anyway, multiplies by the scale as well. No size of sample is read twice.
+anyway, multiplies by the scale as well. Samples of any size are read only once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""From logits to weights: one launch in one process; with several, one on either side of their collective.
+"""From logits to weights: one launch in one process; with several, one launch before and one after their collective.
 
-What a batch shares, the means of its noise bins and of h, is B numbers: one block holds them, and nothing waits for a
-second one. It computes in float64, in which no weight overflows and whose cost does not show at B numbers; bounds and
-powers reach it as float32.
+The means of the noise bins and of h are over only B numbers, so one block computes them and need not wait for others.
+It computes in float64, in which no weight overflows and whose cost is negligible for B numbers; bounds and powers are
+passed to it as float32.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from fdistill.kernels.reference.ratio import LOGIT_BOUND
 from fdistill.kernels.triton.rows import on_device
 
-#: Numbers that a block holds at a time: logits to be added up, and samples times bins.
+#: Numbers that a block holds at a time: logits to add up, and (sample, bin) pairs.
 LOGITS, MEMBERS = 2048, 4096
 
 
@@ -51,7 +51,7 @@ def _samples(
         mask = inside[:, None] & (head < heads)[None, :]
         total += tl.sum(tl.load(logits_ptr + at, mask=mask, other=0.0).to(tl.float32), 1)
     logit = (total / heads).to(tl.float64)
-    # min and max of the hardware would turn a NaN into a bound.
+    # The hardware's min and max would turn a NaN into a bound.
     logit = tl.where(logit > LOGIT_BOUND, LOGIT_BOUND, tl.where(logit < -LOGIT_BOUND, -LOGIT_BOUND, logit))
     raw = tl.exp(logit)
     ratio = tl.where(raw > upper, upper, tl.where(raw < lower, lower, raw))
@@ -207,7 +207,7 @@ def _ratio_weights(
 
 @triton.jit
 def _h(samples_ptr, sample, inside, bins, column, factor, power, power1p):
-    """factor r^power (1 + r)^power1p of a block of samples, r their ratio over its bin's mean."""
+    """factor r^power (1 + r)^power1p of a block of samples; r is a sample's ratio over its bin's mean."""
     ratio = tl.load(samples_ptr + 3 * sample, mask=inside, other=1.0).to(tl.float64)
     index = tl.load(samples_ptr + 3 * sample + 1, mask=inside, other=0.0).to(tl.int32)
     mean = tl.sum(tl.where(index[:, None] == column[None, :], bins[None, :], 0.0), 1)
@@ -266,7 +266,7 @@ def _weights(
     power: float,
     power1p: float,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and h; the first half of the work, from logits to samples, is done as well where they are given."""
+    """Weight and h. If logits are given, the same launch also computes the samples from them."""
     batch = len(samples)
     weight = torch.empty(batch, dtype=torch.float64, device=samples.device)
     h = torch.empty(batch, dtype=torch.float32, device=samples.device)
@@ -336,7 +336,7 @@ def ratio(
     batch, device = len(logits), logits.device
     clamped = torch.empty(batch, dtype=torch.float32, device=device)
     bounds, rest = (lower, upper, low, high, log_bins), (momentum, factor, power, power1p)
-    if logits.numel() > 1 << 15:  # one block would take longer over them than a launch does
+    if logits.numel() > 1 << 15:  # one block would take longer for them than a second launch
         samples = ratio_samples(logits, level, lower, upper, len(bins), low, high, log_bins)
         weight, h = _weights(None, None, samples, clamped, bins, bounds, *rest)
     else:

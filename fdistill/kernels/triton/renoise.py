@@ -17,7 +17,7 @@ COUNTERS, WARPS = 512, 4
 
 @triton.jit
 def _normals(u, v):
-    """Two standard normals of two 32-bit words (Box & Muller 1958), without the branch that sine and cosine of
+    """Two standard normals from two 32-bit words (Box & Muller 1958), without the branch that sine and cosine of
     unbounded angles need: half the angle is within a quarter turn, where short series are exact to float32.
     """
     radius = tl.sqrt(-2.0 * tl.log(u.to(tl.float32) * 2.3283064365386963e-10 + 1.1641532182693481e-10))
@@ -143,7 +143,7 @@ def _launch(
     if not batch:
         return x_t, network_input
     last = is_channels_last(x_t)
-    # Elements are counted in the order of a contiguous sample: any layout but that and channels last is copied.
+    # Elements are counted in the order of a contiguous sample: any layout other than that and channels last is copied.
     plain = x_t if last or x_t.is_contiguous() else torch.empty_like(x_t, memory_format=torch.contiguous_format)
     x0 = laid_out_like(x0, plain)
     noise = noise if seeded else laid_out_like(noise, plain)

@@ -1,4 +1,4 @@
-"""Samples times a number each, in one pass."""
+"""Multiplies each sample by a number, in one pass."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _scale_rows(
 
 
 def scale_rows(rows: Tensor, scale: Tensor, upstream: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """See `reference.scale_rows`. The upstream gradient of a sum is one number, expanded, and is read as that."""
+    """See `reference.scale_rows`. The upstream gradient of a sum is one expanded number, and is read without a copy."""
     scaled = empty_samples_like(rows, dtype)
     if not scaled.numel():
         return scaled

@@ -1,4 +1,4 @@
-"""State dicts of DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740), converted to those of DiTTransformer2DModel."""
+"""Converts state dicts of DiT (Peebles and Xie 2022, arXiv 2212.09748) and SiT (arXiv 2401.08740) to diffusers' DiT."""
 
 from __future__ import annotations
 

@@ -136,7 +136,7 @@ class TokenDenoiser(TextDenoiser):
         tokens, rest = divmod(size, patch)
         most = getattr(config, "pos_embed_max_size", None)
         if rest or tokens < 1 or (most is not None and tokens > most):
-            limit = "" if most is None else f" up to {patch * most}, its number of position embeddings"
+            limit = "" if most is None else f" up to {patch * most}, the largest size with position embeddings"
             raise ArgumentError(
                 f"latents of {size} x {size}: expected a multiple of {patch}{limit}; patches of "
                 f"{type(self.network).__name__} have that side"

@@ -285,7 +285,7 @@ def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) 
 def _networks(
     config: DistillConfig, frozen: Denoiser, fake_score: Denoiser, student: Student, null: TextCondition | None
 ) -> Networks:
-    """The roles: guided where the config has a guidance scale, and with a discriminator if gan_weight is above 0."""
+    """The roles: guided if the config has a guidance scale, and with a discriminator if gan_weight is above 0."""
 
     def guided(denoiser: Denoiser, scale: float) -> Denoiser:
         if scale == 1:

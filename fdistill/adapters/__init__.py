@@ -1,4 +1,4 @@
-"""Checkpoints as denoisers: a file for each family, and the only place that knows eps from v."""
+"""Checkpoints as denoisers, one file for each family of networks. Only this package handles eps, v and flow outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdistill.adapters.original_names import Layout
 from fdistill.base.errors import CheckpointError
 from fdistill.denoiser import Denoiser
 
-#: Network class in a checkpoint's config.json -> its family.
+#: Network class, as named in a checkpoint's config.json -> its family.
 FAMILIES: dict[str, Family] = {
     "UNet2DModel": unet2d.FAMILY,
     "UNet2DConditionModel": unet2d_condition.FAMILY,
@@ -31,42 +31,47 @@ if hasattr(diffusers, "QwenImageTransformer2DModel"):  # since 0.35
 
     FAMILIES["QwenImageTransformer2DModel"] = qwen_image.FAMILY
 
-#: Names of the classes of pipelines that are ours, as model_index.json has them: students that no class of diffusers
-#: runs, and students with one encoder and several decoders.
+#: Names of fdistill's own pipeline classes in model_index.json: for students that no class of diffusers can run, and
+#: for students with one encoder and several decoders.
 ONE_STEP, TIUE = "OneStepPipeline", "TiUEPipeline"
 OWN_PIPELINES = (ONE_STEP, TIUE)
 
 
 def family_of(network: nn.Module) -> Family:
-    """The family of a network; KeyError where its class is of none."""
+    """The family of a network; raises KeyError if its class belongs to none."""
     return FAMILIES[type(network).__name__]
 
 
 def supported_pipelines() -> list[str]:
-    """The text-to-image pipelines of diffusers that are read."""
+    """Class names of the supported text-to-image pipelines of diffusers."""
     return [name for family in FAMILIES.values() if family.text is not None for name in family.text.pipelines]
 
 
 def wrap(network: nn.Module, scheduler: Mapping[str, Any] | None) -> Denoiser:
-    """The denoiser of a network of a known family, with the config of the scheduler that its pipeline has."""
+    """Builds the denoiser from a network of a supported family and the config of its pipeline's scheduler."""
     return family_of(network).wrap(network, scheduler)
 
 
 def original_layout(class_name: str, names: Collection[str], config: Mapping[str, Any]) -> Layout | None:
-    """A network's tensors under the names of its publisher, see `Family`; None where these are not known.
+    """The layout of a network's tensors under its publisher's names, see `Family`; None if these are not known.
+
+    Args:
+        class_name: the network's class.
+        names: names of its tensors in diffusers.
+        config: the network's config.
 
     Raises:
-        CheckpointError: a tensor has no name there.
+        CheckpointError: a tensor has no name in the publisher's format.
     """
     family = FAMILIES.get(class_name)
     return None if family is None or family.original_layout is None else family.original_layout(names, config)
 
 
 def set_null_class(denoiser: Denoiser, label: int | None) -> None:
-    """Takes the last label for "no class"; nothing happens where that is known, or label is None.
+    """Declares the last label to be "no class". Does nothing if it already is, or if `label` is None.
 
     Raises:
-        CheckpointError: another label.
+        CheckpointError: `label` is not the last label, or another label is "no class" already.
     """
     if label is None or label == denoiser.null_class:
         return

@@ -1,4 +1,4 @@
-"""What a teacher's name stands for, and how its denoiser is loaded."""
+"""Finds the checkpoint that a teacher's name refers to, and loads its denoiser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object, weights_sha256
 from fdistill.denoiser import Denoiser
 
-#: Where a checkpoint's network may be; the last is the folder itself.
+#: Sub-folders in which a checkpoint's network may be; the last is the checkpoint's folder itself.
 _NETWORK_FOLDERS = ("unet", "transformer", "network", ".")
 
 _DOWNLOADED = [
@@ -28,7 +28,7 @@ _DOWNLOADED = [
     "*/*.json",
     "*/*.safetensors",
     "*/*.txt",  # a tokenizer's merges
-    "*/*.model",  # and its sentence pieces
+    "*/*.model",  # a tokenizer's SentencePiece model
     "diffusion_pytorch_model.safetensors",
 ]
 _NOT_DOWNLOADED = [
@@ -46,12 +46,12 @@ _NOT_DOWNLOADED = [
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Where a denoiser comes from: a folder, or a function of the user's.
+    """The source of a denoiser: a folder, or a function of the user's own.
 
     Attributes:
-        name: as it was given.
-        folder: of a pipeline or a network.
-        factory: returns the denoiser.
+        name: the name as the user gave it.
+        folder: the folder of a pipeline or a network.
+        factory: the user's function, which returns the denoiser.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Checkpoint:
     factory: Callable[[], Denoiser] | None = None
 
     def fingerprint(self, denoiser: Denoiser) -> str:
-        """Hash of the weights and of what they mean: schedule, prediction type, guidance."""
+        """Hash of the weights and of the settings that say what they mean: schedule, prediction type, guidance."""
         digest = hashlib.sha256()
         digest.update(f"{denoiser.null_class} {getattr(denoiser, 'guidance_scale', 1.0)}".encode())
         if self.folder is None:
@@ -84,7 +84,9 @@ class Checkpoint:
 
 
 def resolve_checkpoint(name: str | Path) -> Checkpoint:
-    """What is behind an embedded teacher's name, a path, "module:function", or a hub id (downloaded, safetensors only).
+    """The checkpoint of an embedded teacher's name, a path, "module:function", or a hub id.
+
+    A hub id is downloaded, with weights in safetensors only.
 
     Raises:
         CheckpointError: there is no such folder or function, and the hub does not have it or cannot be reached.
@@ -152,7 +154,7 @@ def find_network(folder: Path) -> tuple[Family, Path]:
     """The family of a checkpoint folder's network, and the folder in it that holds the network.
 
     Raises:
-        CheckpointError: no network config where a checkpoint has one, or a network class of no family.
+        CheckpointError: the folder has no network config, or the network's class is not supported.
     """
     found = None
     for place in _NETWORK_FOLDERS:
@@ -165,7 +167,7 @@ def find_network(folder: Path) -> tuple[Family, Path]:
             raise CheckpointError(f"{config}: cannot be read ({error})") from error
         name = str(settings.get("_class_name"))
         if name == "Transformer2DModel" and settings.get("norm_type") == "ada_norm_single":
-            name = "PixArtTransformer2DModel"  # as PixArt was published, before it had a class of its own
+            name = "PixArtTransformer2DModel"  # older PixArt checkpoints name this class
         if name in FAMILIES:
             return FAMILIES[name], config.parent
         found = f"{config}: network class {name!r} is not supported; {did_you_mean(name, FAMILIES)}"
@@ -177,8 +179,9 @@ def find_network(folder: Path) -> tuple[Family, Path]:
 
 
 def check_pipeline(checkpoint: Checkpoint, family: Family) -> None:
-    """Raises CheckpointError for a text-to-image network whose pipeline is not read: it may be given something else
-    there than networks of its class are given in the pipelines that are.
+    """Raises CheckpointError for a text-to-image network in a pipeline class that is not supported.
+
+    Such a pipeline may feed a network of the same class different inputs than the supported pipelines do.
     """
     name = checkpoint.index.get("_class_name")
     if family.text is not None and name not in (None, TIUE, *supported_pipelines()):
@@ -189,13 +192,14 @@ def check_pipeline(checkpoint: Checkpoint, family: Family) -> None:
 
 
 def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> Denoiser:
-    """The denoiser of a checkpoint in eval mode, float32, on the CPU.
+    """Loads the denoiser of a checkpoint in eval mode, in float32, on the CPU.
 
     Args:
-        null_class: the label that stands for no class, where the checkpoint does not say it: its last one.
+        checkpoint: the source of the denoiser.
+        null_class: the label for "no class", if the checkpoint does not say it; must be its last label.
 
     Raises:
-        CheckpointError: missing, truncated, or of an architecture that is not supported.
+        CheckpointError: the checkpoint is missing, truncated, or of an architecture that is not supported.
     """
     if checkpoint.factory is not None:
         denoiser = checkpoint.factory()
@@ -217,16 +221,16 @@ def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> D
 def load_teacher(
     path_or_hub_id: str | Path, device: torch.device | str = "cpu", *, null_class: int | None = None
 ) -> Denoiser:
-    """A teacher as a frozen denoiser in eval mode, float32.
+    """Loads a teacher as a frozen denoiser in eval mode, in float32.
 
     Args:
         path_or_hub_id: the name of an embedded teacher ("digits"), a checkpoint folder, a hub id, or "module:function"
             whose function returns a Denoiser.
-        device: where to put it.
-        null_class: the label that stands for no class, where the checkpoint does not say it: its last one.
+        device: the device to put it on.
+        null_class: the label for "no class", if the checkpoint does not say it; must be its last label.
 
     Raises:
-        CheckpointError: missing, truncated, or of an architecture that is not supported.
+        CheckpointError: the checkpoint is missing, truncated, or of an architecture that is not supported.
     """
     denoiser = load_denoiser(resolve_checkpoint(path_or_hub_id), null_class=null_class)
     return denoiser.requires_grad_(False).to(device)

@@ -27,11 +27,13 @@ from fdistill.prediction import Preconditioning
 
 
 class DiTDenoiser(Denoiser):
-    """A DiTTransformer2DModel and its parametrisation. Features: "block0", "block1", ... as images of tokens.
+    """A DiTTransformer2DModel and its parametrisation.
+
+    Features: "block0", "block1", ..., the outputs of the blocks as images [B, C, H, W] with one pixel per token.
 
     Args:
         freq_shift: frequency i of the timestep embedding is 10000^(-i / (128 - freq_shift)). DiT and SiT were trained
-            with 0; diffusers computes, and its DiTPipeline samples, with 1.
+            with 0; diffusers, with its DiTPipeline, uses 1.
     """
 
     def __init__(self, network: DiTTransformer2DModel, parametrisation: Parametrisation, freq_shift: float = 1.0):
@@ -44,7 +46,7 @@ class DiTDenoiser(Denoiser):
             if isinstance(module, LabelEmbedding):
                 has_null = module.embedding_table.num_embeddings > module.num_classes
                 self.null_class = module.num_classes if has_null else None
-                module.dropout_prob = 0.0  # in training mode it would take labels away from student and fake score
+                module.dropout_prob = 0.0  # in training mode it would drop labels of the student and the fake score
         self.network = network
         self.freq_shift = freq_shift
         self.parametrisation = parametrisation
@@ -58,7 +60,7 @@ class DiTDenoiser(Denoiser):
         self.feature_shapes = {f"block{i}": (width, tokens, tokens) for i in range(config.num_layers)}
 
     def with_network(self, network: DiTTransformer2DModel) -> DiTDenoiser:
-        """The same reading of another network of this class."""
+        """A denoiser of another network of this class, with the same parametrisation."""
         return DiTDenoiser(network, self.parametrisation, self.freq_shift)
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
@@ -90,12 +92,12 @@ class DiTDenoiser(Denoiser):
         return rearrange(tokens, "b (h w) c -> b c h w", h=self.feature_shapes[name][1])
 
 
-#: A key of ours in the scheduler's config, which `fdistill convert` writes for the published state dicts.
+#: A key that fdistill adds to the scheduler's config; `fdistill convert` writes it for the published state dicts.
 FREQ_SHIFT = "downscale_freq_shift"
 
 
 def wrap(network: DiTTransformer2DModel, scheduler: Mapping[str, Any] | None) -> DiTDenoiser:
-    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
+    """Builds the denoiser from a network and its scheduler's config; raises CheckpointError if they do not fit."""
     form = parametrisation_from_scheduler(scheduler)
     return DiTDenoiser(network, form, float((scheduler or {}).get(FREQ_SHIFT, 1.0)))
 
@@ -103,7 +105,7 @@ def wrap(network: DiTTransformer2DModel, scheduler: Mapping[str, Any] | None) ->
 def native_pipeline(
     denoiser: DiTDenoiser, levels: Sequence[float], index: Mapping[str, Any], vae: AutoencoderKL | None
 ) -> Runnable | None:
-    """See `Family`: a DiTPipeline, with the names of the teacher's classes."""
+    """See `Family`: a DiTPipeline that keeps the names of the teacher's classes."""
     form, scaling = denoiser.parametrisation, denoiser.latent_scaling
     if vae is None or len(levels) != 1 or denoiser.freq_shift != 1 or not isinstance(form, DirectPrediction):
         return None

@@ -20,10 +20,10 @@ from fdistill.prediction import Preconditioning
 
 
 class EDMDenoiser(Denoiser):
-    """An EDMNetwork with its preconditioning. Features: "enc32", "enc16", ... (the last encoder block of each
-    resolution) and "mid".
+    """An EDMNetwork with its preconditioning.
 
-    Augmentation labels are zeros, as in published sampling.
+    Features: "enc32", "enc16", ..., the outputs of the last encoder block of each resolution, and "mid", that of the
+    middle block. Augmentation labels are zeros, as in published sampling.
 
     Attributes:
         network: the EDMNetwork.
@@ -47,7 +47,7 @@ class EDMDenoiser(Denoiser):
         self.feature_shapes = dict(self._unet().feature_shapes)
 
     def with_network(self, network: EDMNetwork | EDM2Network) -> EDMDenoiser:
-        """The same reading of another network of this class."""
+        """A denoiser of another network of this class, with the same parametrisation."""
         return type(self)(network)
 
     def _unet(self) -> UNet:
@@ -82,14 +82,14 @@ class EDMDenoiser(Denoiser):
             return unet.decode(hidden, skips, embedding), tapped
 
     def _class_rows(self, labels: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Labels [B] as one-hot rows [B, label_dim]; a label beyond them is a row of zeros."""
+        """Labels [B] as one-hot rows [B, label_dim]; a label outside [0, label_dim) is a row of zeros."""
         if self.num_classes is None or labels is None:
             return None
         return (labels[:, None] == torch.arange(self.network.config.label_dim, device=labels.device)).to(dtype)
 
 
 def without_dropout(network: EDMNetwork | EDM2Network) -> None:
-    """A distilled sample must be a function of its noise, in the training of student and fake score too."""
+    """Sets all dropout to 0, so that a sample depends on its noise alone, in training mode too."""
     for module in network.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -97,7 +97,7 @@ def without_dropout(network: EDMNetwork | EDM2Network) -> None:
 
 
 def wrap(network: EDMNetwork, scheduler: Mapping[str, Any] | None) -> EDMDenoiser:
-    """The denoiser of a network, whose own config names its schedule; a scheduler beside it is of no concern."""
+    """Builds the denoiser from a network. The network's own config gives the schedule, so `scheduler` is ignored."""
     without_dropout(network)
     return EDMDenoiser(network)
 

@@ -1,4 +1,4 @@
-"""EDM2 networks (Karras et al. 2023), of pixels or of latents, as denoisers."""
+"""EDM2 networks (Karras et al. 2023), on pixels or latents, as denoisers."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class EDM2Denoiser(EDMDenoiser):
         return self.network.unet
 
     def after_update(self) -> None:
-        """Forced weight normalisation, which EDM2's training rests on."""
+        """Normalises the weights after every update, as EDM2's training does (forced weight normalisation)."""
         self.network.normalize_weights_()
 
 
 def wrap(network: EDM2Network, scheduler: Mapping[str, Any] | None) -> EDM2Denoiser:
-    """The denoiser of a network, whose own config names its schedule; a scheduler beside it is of no concern."""
+    """Builds the denoiser from a network. The network's own config gives the schedule, so `scheduler` is ignored."""
     without_dropout(network)
     return EDM2Denoiser(network)
 

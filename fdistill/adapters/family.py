@@ -1,4 +1,4 @@
-"""The protocol between a family of teachers and everything that reads, exports or tries out its checkpoints."""
+"""The interface of a family of teachers, used by all code that loads, exports or tries out its checkpoints."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from fdistill.base.errors import ArgumentError
 from fdistill.condition import TextCondition
 from fdistill.denoiser import Denoiser
 
-#: A pipeline of diffusers that runs a student, and the arguments it has to be called with.
+#: A pipeline of diffusers that runs a student, and the arguments to call it with.
 Runnable = tuple[DiffusionPipeline, dict[str, Any]]
 
 
 def no_native_pipeline(
     denoiser: Denoiser, levels: Sequence[float], index: Mapping[str, Any], vae: AutoencoderKL | None
 ) -> Runnable | None:
-    """The `Family.native_pipeline` of networks that no pipeline of diffusers runs in one step."""
+    """The `Family.native_pipeline` of networks that no pipeline of diffusers can run in one step: always None."""
     return None
 
 
 def no_embedded_guidance(network: Any, scale: float) -> None:
-    """The `TextToImage.fold_guidance` of networks that are given no guidance scale: there is nothing to fold."""
-    raise ArgumentError(f"network: {type(network).__name__} has no guidance embedding that could be folded")
+    """The `TextToImage.fold_guidance` of networks that take no guidance scale: raises ArgumentError."""
+    raise ArgumentError(f"network: {type(network).__name__} has no guidance embedding to fold into its weights")
 
 
 def own_pipeline_class(index: Mapping[str, Any]) -> str:
@@ -36,26 +36,27 @@ def own_pipeline_class(index: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class TextToImage:
-    """What a family adds whose networks are given prompts. The first three fields are required.
+    """The additional parts of a family whose networks take prompts. The first three fields are required.
 
     Attributes:
-        pipelines: names of the classes of diffusers whose checkpoints are read. Other pipelines may hold a network of
-            the same class and feed it something else, so they are refused.
-        tokenizers: names of the tokenizers in these pipelines, and how many tokens of a prompt each of them reads; None
-            where the tokenizer says so itself.
-        encode_prompts: `(pipeline, prompts, resolution) -> TextCondition`, what the pipeline feeds its network for B
-            prompts and square images of `resolution` pixels. The pipeline has its encoders and tokenizers, but neither
-            network nor autoencoder.
+        pipelines: names of the pipeline classes of diffusers whose checkpoints are supported. Other pipelines may hold
+            a network of the same class and feed it different inputs, so they are refused.
+        tokenizers: name of each tokenizer in these pipelines -> number of tokens that it reads of a prompt; None if
+            the tokenizer's own limit holds.
+        encode_prompts: `(pipeline, prompts, resolution) -> TextCondition`, the inputs that the pipeline feeds its
+            network for B prompts and square images of `resolution` pixels. The pipeline has its encoders and
+            tokenizers, but no network and no autoencoder.
         encode_negative: `(pipeline, negative_prompt, resolution) -> TextCondition` of one prompt, for pipelines that
-            encode the negative prompt otherwise than prompts; None where they do not. Callers use `encode_null`.
-        unguided: arguments with which the pipelines sample without guidance and at exactly the size asked for, as a
+            encode the negative prompt differently from prompts; otherwise None. Callers use `encode_null`.
+        unguided: arguments with which the pipelines sample without guidance and at exactly the requested size, as a
             student does.
-        fold_guidance: `(network, scale)`, makes a network that is given a guidance scale into one that is given none
-            and acts as under this scale. Needed where denoisers have an `embedded_guidance`.
-        encoding_pipeline: `model_index.json -> name`, which class of `pipelines` has the text encoders and tokenizers
-            of a folder. Needed where a student's folder names a class of ours.
-        tiny: class of pipeline -> `settings -> arguments` that it is constructed with to be an untrained pipeline of a
-            few thousand parameters, given settings over those of its tiny network. `--smoke` runs recipes on them.
+        fold_guidance: `(network, scale)`, changes a network that takes a guidance scale into one that takes none and
+            behaves as under this scale. Required if denoisers have an `embedded_guidance`.
+        encoding_pipeline: `model_index.json -> name` of the class in `pipelines` that loads the text encoders and
+            tokenizers of a folder. Required if a student's folder names a pipeline class of fdistill.
+        tiny: pipeline class -> a function `settings -> arguments` that returns the constructor's arguments for an
+            untrained pipeline of a few thousand parameters; `settings` replace those of its tiny network. `--smoke`
+            runs recipes on these pipelines.
     """
 
     pipelines: tuple[str, ...]
@@ -68,7 +69,7 @@ class TextToImage:
     tiny: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = field(default_factory=dict)
 
     def encode_null(self, pipeline: Any, negative_prompt: str, resolution: int) -> TextCondition:
-        """What guidance leads away from, as one prompt: a negative prompt, or the empty one."""
+        """The negative condition of guidance, one row: the encoded negative prompt, which may be empty."""
         if self.encode_negative is not None:
             return self.encode_negative(pipeline, negative_prompt, resolution)
         return self.encode_prompts(pipeline, [negative_prompt], resolution)
@@ -76,24 +77,24 @@ class TextToImage:
 
 @dataclass(frozen=True)
 class Family:
-    """How the networks of one class are read. The first two fields are required.
+    """How the networks of one class are loaded and exported. The first two fields are required.
 
-    Each file of a family ends with its `FAMILY`, which `fdistill.adapters.FAMILIES` lists under the network's class.
+    Each family's file ends with its `FAMILY`, which `fdistill.adapters.FAMILIES` lists under the network's class.
 
     Attributes:
-        network: the class, with config.json and safetensors as diffusers saves them.
-        wrap: `(network, scheduler config or None) -> Denoiser`; raises CheckpointError where the two do not fit, or the
-            network is of a kind that cannot be distilled.
-        native_pipeline: `(denoiser, levels, model_index.json, vae or None)`, the pipeline of diffusers that runs a
-            student at these levels, with the arguments it has to be called with; None where there is none, and the
-            student is saved as a `OneStepPipeline`. A text-to-image student keeps its teacher's pipeline instead.
-        component: what the pipelines call the network, and what the names in a LoRA file begin with.
-        text: what text-to-image networks add; None for networks that are given labels or nothing.
-        original_layout: `(names of the tensors, config) -> Layout`, the tensors under the names of the network's
-            publisher, for LoRA files and single-file checkpoints with these names; raises CheckpointError for a tensor
-            without one. None where they are not known.
-        original_variances: the publisher's network has twice as many output as input channels, and ComfyUI expects all
-            of them.
+        network: the class, whose networks diffusers saves as config.json and safetensors.
+        wrap: `(network, scheduler config or None) -> Denoiser`; raises CheckpointError if the two do not fit, or if
+            such a network cannot be distilled.
+        native_pipeline: `(denoiser, levels, model_index.json, vae or None)` -> the pipeline of diffusers that runs a
+            student at these levels, and the arguments to call it with. None if no pipeline does; the student is then
+            saved as a `OneStepPipeline`. Not used for text-to-image students, which keep their teacher's pipeline.
+        component: name of the network in the pipelines, and first part of the names in a LoRA file.
+        text: the additional parts for text-to-image networks; None for networks that take labels or no condition.
+        original_layout: `(names of the tensors, config) -> Layout`, maps the tensors to the names of the network's
+            publisher, for LoRA files and single-file checkpoints; raises CheckpointError for a tensor without such a
+            name. None if the publisher's names are not known.
+        original_variances: whether the publisher's network has twice as many output as input channels, all of which
+            ComfyUI expects.
     """
 
     network: type[ModelMixin]

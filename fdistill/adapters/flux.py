@@ -20,19 +20,21 @@ from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import TextCondition
 
 _T5_TOKENS = 512
-_PATCH = 2  # of latents in a token
-_SIZE = 128  # of latents where nobody says otherwise, as in FluxPipeline
+_PATCH = 2  # side of the patch of latents in a token
+_SIZE = 128  # default height and width of latents, as in FluxPipeline
 _GUIDANCE = 3.5  # FluxPipeline's default
 
 
 class FluxDenoiser(TokenDenoiser):
-    """A FluxTransformer2DModel; latents [B, C, H, W] become tokens of 2 x 2 here. Features, all images of its image
-    tokens: "block0", "block1", ... (blocks of two streams, then those of one, counted on) and the blocks at a share of
-    its depth, "depth25", "depth50", "depth75" and "depth99".
+    """A FluxTransformer2DModel; this class turns latents [B, C, H, W] into tokens of 2 x 2.
+
+    Features, all as images with one pixel per image token: "block0", "block1", ... (first the two-stream blocks, then
+    the single-stream blocks, numbered on), and "depth25", "depth50", "depth75" and "depth99", the blocks at that
+    percentage of the depth.
 
     Attributes:
-        embedded_guidance: the guidance scale that the network is given, 3.5 at first; None for a network that is given
-            none, such as schnell's.
+        embedded_guidance: the guidance scale that the network takes as input, 3.5 at first; None for a network that
+            takes none, such as schnell's.
     """
 
     patch = _PATCH
@@ -55,7 +57,7 @@ class FluxDenoiser(TokenDenoiser):
         self.embedded_guidance = _GUIDANCE if config.guidance_embeds else None
 
     def with_network(self, network: nn.Module) -> TextDenoiser:
-        """The same reading of another network of this class, for latents of the same size and the same guidance."""
+        """A denoiser of another network of this class, with the same parametrisation, size of latents and guidance."""
         other = super().with_network(network)
         assert isinstance(other, FluxDenoiser)
         if None not in (other.embedded_guidance, self.embedded_guidance):
@@ -84,21 +86,21 @@ class FluxDenoiser(TokenDenoiser):
 
 
 def _image_positions(height: int, width: int, device: torch.device) -> Tensor:
-    """[height * width, 3]: 0, row and column of every token."""
+    """Positions [height * width, 3] float32: (0, row, column) of every token."""
     axes = (torch.arange(side, device=device, dtype=torch.float32) for side in (1, height, width))
     return torch.cartesian_prod(*axes)
 
 
 @torch.no_grad()
 def fold_guidance(network: FluxTransformer2DModel, scale: float) -> None:
-    """Makes a network that is given a guidance scale into one that is given none and acts as under this one.
+    """Changes a network that takes a guidance scale into one that takes none and behaves as under this scale.
 
-    The scale only adds guidance_embedder(scale), a constant, to the embedding of the timestep, so that it becomes part
-    of that embedding's last bias. Changes the network in place, whose `guidance_embeds` is False afterwards; it then
-    runs in FluxPipeline whatever the `guidance_scale` there.
+    The scale only adds a constant, guidance_embedder(scale), to the timestep's embedding, so the constant is added to
+    the last bias of that embedding. The network is changed in place, and its `guidance_embeds` becomes False;
+    FluxPipeline then ignores its own `guidance_scale`.
 
     Raises:
-        ArgumentError: a network that is given no guidance scale.
+        ArgumentError: the network takes no guidance scale.
     """
     model: Any = network
     if not model.config.guidance_embeds:
@@ -114,12 +116,16 @@ def fold_guidance(network: FluxTransformer2DModel, scale: float) -> None:
 
 
 def wrap(network: FluxTransformer2DModel, scheduler: Mapping[str, Any] | None) -> FluxDenoiser:
-    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
+    """Builds the denoiser from a network and its scheduler's config; raises CheckpointError if they do not fit."""
     return FluxDenoiser(network, flow_from_scheduler("FluxTransformer2DModel", scheduler, time_scale=1.0))
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """Prompts as the network is given them, the same at every resolution; CheckpointError if an encoder is missing."""
+    """Encodes prompts into the network's inputs, the same at every resolution.
+
+    Raises:
+        CheckpointError: an encoder is missing.
+    """
     encoders: Any = pipeline
     if encoders.text_encoder is None or encoders.text_encoder_2 is None:
         raise CheckpointError("FluxPipeline without text_encoder or text_encoder_2: expected both")
@@ -170,7 +176,7 @@ _SINGLE_BLOCK_NAMES: Table = {
 
 
 def tiny_transformer(**changes: Any) -> FluxTransformer2DModel:
-    """Of FLUX.1-dev, which is given a guidance scale."""
+    """A tiny transformer of the kind of FLUX.1-dev, which takes a guidance scale."""
     settings: dict[str, Any] = {
         "num_layers": 2,
         "num_single_layers": 2,
@@ -185,7 +191,7 @@ def tiny_transformer(**changes: Any) -> FluxTransformer2DModel:
 
 
 def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What an untrained pipeline is constructed with."""
+    """The constructor's arguments of an untrained tiny pipeline."""
     transformer = tiny_transformer(**changes)
     first, second = tiny.clip_tokenizer(), tiny.t5_tokenizer()
     return {

@@ -1,4 +1,4 @@
-"""UNets of Stable Diffusion 1, 2 and XL under the names of latent-diffusion (LDM), which ComfyUI reads."""
+"""Tensor names of Stable Diffusion 1, 2 and XL UNets in latent-diffusion (LDM), which ComfyUI reads."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ _LAYER = re.compile(
 def unet_layout(names: Collection[str], config: Mapping[str, Any]) -> Layout:
     """The layout of a UNet2DConditionModel.
 
-    LDM numbers the layers of all resolutions through: input block 0 is the first convolution, then every resolution
-    has `layers_per_block` layers and a downsampler; every resolution of the output blocks has one layer more, with the
-    upsampler in its last.
+    LDM numbers the layers of all resolutions consecutively: input block 0 is the first convolution; then every
+    resolution has `layers_per_block` layers and a downsampler. In the output blocks every resolution has one layer
+    more, and the upsampler is part of its last layer.
 
     Raises:
-        CheckpointError: a tensor has no name there, or resolutions have different numbers of layers.
+        CheckpointError: a tensor has no name in LDM, or resolutions have different numbers of layers.
     """
     layers = config.get("layers_per_block")
     if not isinstance(layers, int):

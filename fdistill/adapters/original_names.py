@@ -1,6 +1,6 @@
-"""A network's tensors under the names of its publisher, which ComfyUI and LoRA files use, made of diffusers' tensors.
+"""Converts diffusers' tensors to the names and shapes of a network's publisher, which ComfyUI and LoRA files use.
 
-A family names its tensors in tables; the functions here make a layout of them.
+A family gives the names in tables; the functions here make a layout from them.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ class Original:
     """One tensor of an original checkpoint.
 
     Attributes:
-        parts: names of the diffusers tensors that it holds on top of each other.
-        swapped: shift comes before scale, where diffusers has scale before shift: the halves are exchanged.
+        parts: names of the diffusers tensors that it concatenates along dimension 0.
+        swapped: whether the halves are exchanged: it has shift before scale, diffusers has scale before shift.
     """
 
     parts: tuple[str, ...]
     swapped: bool = False
 
 
-#: Name in the original checkpoint -> what it holds.
+#: Name in the original checkpoint -> its contents.
 Layout = dict[str, Original]
 
-#: Where a diffusers tensor goes: the original name, and its place among the parts there.
+#: Where a diffusers tensor goes: the original name, and its index among the parts of that tensor.
 Place = tuple[str, int]
 
-#: Table entries: a diffusers module, or a full tensor name -> its original name, alone or with its place.
+#: A diffusers module, or a full tensor name -> its original name, alone (then the index is 0) or as a `Place`.
 Table = Mapping[str, str | Place]
 
 
 def look_up(name: str, table: Table) -> Place | None:
-    """The place of a tensor whose full name, or whose module, is in the table."""
+    """The place of a tensor, by its full name or its module; None if neither is in the table."""
     module, _, leaf = name.rpartition(".")
     for key, suffix in ((name, ""), (module, f".{leaf}")):
         if key in table:
@@ -56,9 +56,9 @@ def make_layout(
     """The layout of the tensors `names`.
 
     Args:
-        names: of diffusers.
-        place: where one of them goes, or None.
-        swapped: whether the original of one of them has shift before scale.
+        names: names of the tensors in diffusers.
+        place: maps such a name to its place, or to None if it has none.
+        swapped: says for such a name whether the original tensor has shift before scale.
 
     Raises:
         CheckpointError: a tensor has no place.
@@ -77,18 +77,19 @@ def make_layout(
     }
 
 
-#: Queries, keys and values of an attention in diffusers: of the image, and of the text beside it.
+#: Modules for queries, keys and values of an attention in diffusers: those of the image, and those of the text.
 SELF_ATTENTION = ("to_q", "to_k", "to_v")
 ADDED_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def fused(target: str, attention: str, modules: Iterable[str], *more: str) -> dict[str, Place]:
-    """Table entries of modules that stand on top of each other in one original tensor.
+    """Table entries of modules whose tensors are concatenated in one original tensor.
 
     Args:
         target: the original module.
-        attention: the module of diffusers that has `modules`.
-        more: names of further modules, which are not the attention's.
+        attention: the module of diffusers that contains `modules`.
+        modules: names of the modules inside `attention`, in order.
+        more: full names of further modules, outside `attention`.
     """
     names = [*(f"{attention}.{module}" for module in modules), *more]
     return {name: (target, i) for i, name in enumerate(names)}
@@ -103,8 +104,9 @@ def transformer_layout(
     """The `Family.original_layout` of a transformer.
 
     Args:
-        top: the tensors outside of its blocks.
-        blocks: "transformer_blocks" or "single_transformer_blocks" -> the original name, and the tensors of a block.
+        top: table of the tensors outside the blocks.
+        blocks: "transformer_blocks" or "single_transformer_blocks" -> their original name, and the table of a block's
+            tensors.
     """
 
     def layout(names: Collection[str], config: Mapping[str, Any]) -> Layout:
@@ -117,7 +119,7 @@ def transformer_layout(
             found = look_up(rest, table)
             return (f"{original}.{number}.{found[0]}", found[1]) if found else None
 
-        # The last block of SD3 has no output for the text: its norm is one of scale and shift, like the network's last.
+        # The last block of SD3 has no output for the text: its text norm has only scale and shift, like norm_out.
         matches = [match for match in map(_BLOCK.fullmatch, names) if match]
         outputs = {match[2] for match in matches if match[3].startswith("attn.to_add_out.")}
 
@@ -139,7 +141,7 @@ def swap_halves(value: Tensor) -> Tensor:
 
 
 def assemble(layout: Layout, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original tensors."""
+    """The original tensors, by name, made from diffusers' tensors."""
     made = {}
     for target, original in layout.items():
         values = [tensors[part] for part in original.parts]

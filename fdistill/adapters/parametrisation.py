@@ -1,4 +1,4 @@
-"""What a network is fed at a level and what its raw output means, read from the diffusers scheduler beside it."""
+"""Parametrisations of networks: their inputs at a level and the meaning of their outputs, from a scheduler's config."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fdistill.prediction import Preconditioning, PredictionKind, x0_coefficients
 
 
 class Parametrisation(Protocol):
-    """What the network is fed at level t, and what its raw output means."""
+    """The network's inputs at level t, and the meaning of its raw output."""
 
     @property
     def schedule(self) -> NoiseSchedule:
-        """Levels the network was trained at."""
+        """The noise schedule that the network was trained with."""
 
     @property
     def sigma_data(self) -> float:
@@ -37,17 +37,17 @@ class Parametrisation(Protocol):
 
     @property
     def kind(self) -> object:
-        """Equal where the preconditioning is."""
+        """A value that is equal for two parametrisations if their preconditioning is equal."""
 
     def timestep(self, t: Tensor) -> Tensor:
-        """[B] levels -> [B] timesteps that the network is given."""
+        """Levels t [B] -> the network's timestep inputs [B]."""
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
         """See `Denoiser.preconditioning`."""
 
 
 class EDMPreconditioning:
-    """D = c_skip x_t + c_out F(c_in x_t, time_scale ln sigma) (Karras et al. 2022, table 1).
+    """EDM: D = c_skip x_t + c_out F(c_in x_t, time_scale ln sigma) (Karras et al. 2022, table 1).
 
     With `boundary` > 0, c_skip and c_out are those of consistency models, where D(x, sigma = boundary) = x
     (Song et al. 2023, arXiv 2303.01469, appendix C); boundary = 0 is EDM.
@@ -71,7 +71,7 @@ class EDMPreconditioning:
 
 
 class DirectPrediction:
-    """The network sees x_t as it is and a timestep `time_scale` * t, and predicts eps, v, x0 or flow."""
+    """The network takes x_t unscaled and the timestep `time_scale` * t, and predicts eps, v, x0 or flow."""
 
     def __init__(self, schedule: NoiseSchedule, kind: PredictionKind, time_scale: float = 1.0):
         self.schedule = schedule
@@ -90,7 +90,7 @@ class DirectPrediction:
 
 
 class SiTPrediction:
-    """SiT's own conventions (arXiv 2401.08740): the network is given 1 - t and predicts x0 - eps."""
+    """SiT's own conventions (arXiv 2401.08740): the network takes 1 - t and predicts x0 - eps."""
 
     def __init__(self, schedule: FlowSchedule):
         self.schedule = schedule
@@ -108,20 +108,20 @@ class SiTPrediction:
 _PREDICTION_TYPES: dict[str, PredictionKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
-#: A key of ours in a flow-matching scheduler's config, for networks that count time from noise to data.
+#: A key that fdistill adds to a flow-matching scheduler's config, for networks whose time runs from noise to data.
 TIME_CONVENTION = "time_convention"
 
 
 def parametrisation_from_scheduler(config: Mapping[str, Any] | None) -> Parametrisation:
-    """What a diffusers scheduler_config.json says about the network beside it.
+    """The parametrisation of a network, from the scheduler_config.json of its diffusers pipeline.
 
     Raises:
-        CheckpointError: no config, or a scheduler or prediction type that is not supported.
+        CheckpointError: there is no config, or its scheduler or prediction type is not supported.
     """
     if config is None:
         raise CheckpointError(
-            "checkpoint: the network says nothing about its noise schedule; expected scheduler/scheduler_config.json "
-            "beside it, as in the pipeline it was published with"
+            "checkpoint: the network's noise schedule is not known; expected scheduler/scheduler_config.json beside "
+            "it, as in the pipeline it was published with"
         )
     try:
         return _parametrisation(config)
@@ -135,14 +135,15 @@ def parametrisation_from_scheduler(config: Mapping[str, Any] | None) -> Parametr
 def flow_from_scheduler(
     network: str, config: Mapping[str, Any] | None, time_scale: float | None = None
 ) -> DirectPrediction:
-    """`parametrisation_from_scheduler` for networks that can only predict the velocity of a rectified flow.
+    """Like `parametrisation_from_scheduler`, for networks that can only predict the velocity of a rectified flow.
 
     Args:
-        network: its class, for the message.
-        time_scale: the network is given time_scale * t; by default as many timesteps as the scheduler has.
+        network: name of the network's class, for the message.
+        config: the scheduler's config.
+        time_scale: the network takes time_scale * t; by default the scheduler's number of timesteps.
 
     Raises:
-        CheckpointError: no config, or another scheduler.
+        CheckpointError: there is no config, or its scheduler is not a flow-matching one.
     """
     form = parametrisation_from_scheduler(config)
     if not isinstance(form, DirectPrediction) or form.prediction != "flow":
@@ -176,7 +177,7 @@ def _parametrisation(config: Mapping[str, Any]) -> Parametrisation:
     scheduler = getattr(diffusers, name, None)
     if "beta_schedule" in config and isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin):
         kind = str(config.get("prediction_type", "epsilon"))
-        if kind == "flow_prediction":  # Sana's solver, whose betas are not read
+        if kind == "flow_prediction":  # Sana's solver; its betas are not used
             return DirectPrediction(FlowSchedule(), "flow", time_scale=float(config["num_train_timesteps"]))
         if kind not in _PREDICTION_TYPES:
             raise CheckpointError(f"{name}: prediction_type got {kind!r}; {did_you_mean(kind, _PREDICTION_TYPES)}")
@@ -199,11 +200,12 @@ def _parametrisation(config: Mapping[str, Any]) -> Parametrisation:
 
 
 def read_scheduler_config(folder: Path) -> dict[str, Any] | None:
-    """The scheduler config of a pipeline folder, the oldest form of which has all components in one folder; None if
-    there is none.
+    """The scheduler's config in a pipeline folder; None if there is none.
+
+    The oldest pipeline folders hold it at the top, newer ones in scheduler/.
 
     Raises:
-        CheckpointError: a config that is not a JSON object.
+        CheckpointError: the config cannot be read or is not a JSON object.
     """
     for path in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"):
         try:
@@ -216,25 +218,27 @@ def read_scheduler_config(folder: Path) -> dict[str, Any] | None:
 
 
 def scheduler_config(scheduler: SchedulerMixin) -> dict[str, Any]:
-    """What `save_pretrained` would write for a scheduler."""
+    """A scheduler's config as `save_pretrained` would write it."""
     return {"_class_name": type(scheduler).__name__, **scheduler.config}
 
 
 def load_scheduler(config: Mapping[str, Any] | None) -> SchedulerMixin | None:
-    """The scheduler of a `read_scheduler_config`, keys of ours included."""
+    """The scheduler of a config from `read_scheduler_config`; it keeps the keys that fdistill adds."""
     if config is None:
         return None
-    with quiet_diffusers("configuration_utils"):  # which warns of keys that are not its own
+    with quiet_diffusers("configuration_utils"):  # it warns of keys that it does not know
         scheduler: SchedulerMixin = getattr(diffusers, str(config["_class_name"])).from_config(dict(config))
     return scheduler
 
 
 def one_step_scheduler(form: DirectPrediction, level: float) -> DDIMScheduler | None:
-    """A DDIM scheduler whose only step starts from pure noise at timestep `level` and returns the x0-prediction; None
-    where there is no such thing.
+    """A DDIM scheduler whose only step starts from pure noise at timestep `level` and returns the x0-prediction.
 
-    With "trailing" spacing its one timestep is the last, and "the alpha before it" is 1. A student that starts earlier
-    gets the schedule cut off there.
+    None if DDIM cannot do so: the schedule has no discrete timesteps, the level is not a whole number, or the network
+    does not predict eps, v or x0.
+
+    With "trailing" spacing its one timestep is the last one, and the final alpha is 1. For a student that starts below
+    the last timestep the schedule is cut off at `level`.
     """
     schedule, kinds = form.schedule, {kind: name for name, kind in _PREDICTION_TYPES.items()}
     if not isinstance(schedule, VPSchedule) or form.prediction not in kinds or level != int(level):
@@ -246,18 +250,20 @@ def one_step_scheduler(form: DirectPrediction, level: float) -> DDIMScheduler | 
         trained_betas=betas.tolist(),
         prediction_type=kinds[form.prediction],
         timestep_spacing="trailing",
-        steps_offset=1,  # not read with this spacing, but StableDiffusionPipeline wants it
+        steps_offset=1,  # not used with this spacing, but StableDiffusionPipeline warns about other values
         set_alpha_to_one=True,
         clip_sample=False,
     )
 
 
 def student_scheduler(form: Parametrisation, levels: Sequence[float]) -> tuple[SchedulerMixin, dict[str, Any]] | None:
-    """A scheduler of diffusers' with which a text-to-image pipeline runs a student at these levels, and the arguments
-    it has to be called with; None where there is no such thing.
+    """The scheduler with which a text-to-image pipeline of diffusers runs a student at these levels.
 
-    One step is one of DDIM or Euler. A few are those of latent consistency models (arXiv 2310.04378), whose scheduler
-    renoises x0 to the next level; the boundary condition that it has beside is scaled away.
+    A one-step student gets DDIM or Euler. A few-step student gets the scheduler of latent consistency models (arXiv
+    2310.04378), which renoises x0 to the next level; a large `timestep_scaling` makes its boundary condition vanish.
+
+    Returns:
+        The scheduler, and the arguments to call the pipeline with; None if no scheduler does this.
     """
     if not isinstance(form, DirectPrediction):
         return None

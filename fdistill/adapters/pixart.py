@@ -17,14 +17,13 @@ from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.adapters.variances import without_variances
 from fdistill.condition import TextCondition
 
-_ALPHA_TOKENS, _TOKENS = 120, 300  # max_sequence_length in the calls of PixArt-alpha's pipeline and of Sigma's
+_ALPHA_TOKENS, _TOKENS = 120, 300  # max_sequence_length of PixArt-alpha's and PixArt-Sigma's pipeline
 
 
 class PixArtDenoiser(TokenDenoiser):
     """A PixArtTransformer2DModel.
 
-    Every condition holds the resolution and the aspect ratio, which only the networks of PixArt-alpha for 1024 pixels
-    read.
+    Every condition holds the resolution and the aspect ratio, but only PixArt-alpha's 1024-pixel networks use them.
     """
 
     def __init__(self, network: PixArtTransformer2DModel, parametrisation: Parametrisation):
@@ -58,13 +57,14 @@ class PixArtDenoiser(TokenDenoiser):
 
 
 def wrap(network: PixArtTransformer2DModel, scheduler: Mapping[str, Any] | None) -> PixArtDenoiser:
-    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
+    """Builds the denoiser from a network and its scheduler's config; raises CheckpointError if they do not fit."""
     return PixArtDenoiser(network, parametrisation_from_scheduler(scheduler))
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """Prompts as the network is given them, for square images of `resolution` pixels. All are padded to 300 tokens, and
-    a mask hides the padding.
+    """Encodes prompts into the network's inputs, for square images of `resolution` pixels.
+
+    Prompts are padded to 300 tokens, and a mask hides the padding.
     """
     read = _ALPHA_TOKENS if isinstance(pipeline, PixArtAlphaPipeline) else _TOKENS
     embeds, mask, _, _ = pipeline.encode_prompt(
@@ -110,7 +110,7 @@ _BLOCK_NAMES: Table = {
 
 
 def tiny_transformer(**changes: Any) -> PixArtTransformer2DModel:
-    """With learned variances."""
+    """A tiny transformer with learned variances."""
     settings: dict[str, Any] = {
         "num_attention_heads": 3,
         "attention_head_dim": 8,
@@ -126,7 +126,7 @@ def tiny_transformer(**changes: Any) -> PixArtTransformer2DModel:
 
 
 def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What an untrained pipeline is constructed with."""
+    """The constructor's arguments of an untrained tiny pipeline."""
     transformer, tokenizer = tiny_transformer(**changes), tiny.t5_tokenizer()
     return {
         "tokenizer": tokenizer,
@@ -143,7 +143,7 @@ FAMILY = Family(
     component="transformer",
     text=TextToImage(
         pipelines=("PixArtAlphaPipeline", "PixArtSigmaPipeline"),
-        tokenizers={"tokenizer": _TOKENS},  # of which alpha reads fewer
+        tokenizers={"tokenizer": _TOKENS},  # PixArt-alpha reads fewer
         encode_prompts=encode_prompts,
         unguided={"guidance_scale": 0.0, "use_resolution_binning": False},
         tiny={"PixArtAlphaPipeline": tiny_arguments, "PixArtSigmaPipeline": tiny_arguments},

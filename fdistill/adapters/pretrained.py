@@ -1,4 +1,4 @@
-"""Networks of diffusers' kind (config.json beside safetensors), loaded exactly or not at all."""
+"""Loads networks in diffusers' format (config.json and safetensors); every tensor must fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Network = TypeVar("Network", bound=ModelMixin)
 
 @contextmanager
 def quiet_diffusers(module: str) -> Iterator[None]:
-    """Without what this module of diffusers would log."""
+    """Silences the log messages of this module of diffusers."""
     logger = logging.getLogger(f"diffusers.{module}")
     before, logger.disabled = logger.disabled, True
     try:
@@ -28,13 +28,13 @@ def quiet_diffusers(module: str) -> Iterator[None]:
 
 
 def load_network(cls: type[Network], folder: Path) -> Network:
-    """The network in a folder with config.json and diffusion_pytorch_model.safetensors.
+    """Loads the network in a folder with config.json and diffusion_pytorch_model.safetensors.
 
     Raises:
         CheckpointError: a file is missing, truncated, or does not fit the architecture its config names.
     """
     try:
-        with quiet_diffusers("models.modeling_utils"):  # what it would say is in the error below
+        with quiet_diffusers("models.modeling_utils"):  # its messages are part of the error below
             network, info = cls.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True
             )

@@ -19,14 +19,14 @@ from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
 
-_TOKENS = 512  # max_sequence_length of its pipeline's call
-_PATCH = 2  # of latents in a token
-_SIZE = 128  # of latents where nobody says otherwise, as in QwenImagePipeline
+_TOKENS = 512  # max_sequence_length of its pipeline
+_PATCH = 2  # side of the patch of latents in a token
+_SIZE = 128  # default height and width of latents, as in QwenImagePipeline
 _VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
 class QwenImageDenoiser(TokenDenoiser):
-    """A QwenImageTransformer2DModel; latents [B, C, H, W] become tokens of 2 x 2 here."""
+    """A QwenImageTransformer2DModel; this class turns latents [B, C, H, W] into tokens of 2 x 2."""
 
     patch = _PATCH
 
@@ -49,7 +49,7 @@ class QwenImageDenoiser(TokenDenoiser):
         super().__init__(network, parametrisation, channels=channels, size=_SIZE, text_shapes=text)
 
     def guidance_norm(self, output: Tensor) -> Tensor:
-        """The norm of each token, to which QwenImagePipeline brings a guided prediction back."""
+        """The norm of each token [B, 1, H, W]; QwenImagePipeline rescales a guided prediction to these norms."""
         squares = reduce(output.square(), "b c (h p) (w q) -> b 1 h w", "sum", p=_PATCH, q=_PATCH)
         return repeat(squares.sqrt(), "b 1 h w -> b 1 (h p) (w q)", p=_PATCH, q=_PATCH)
 
@@ -68,8 +68,10 @@ class QwenImageDenoiser(TokenDenoiser):
 
 
 def wrap(network: QwenImageTransformer2DModel, scheduler: Mapping[str, Any] | None) -> QwenImageDenoiser:
-    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit, or if
-    this version of diffusers lets the network see the padding of prompts.
+    """Builds the denoiser from a network and its scheduler's config.
+
+    Raises:
+        CheckpointError: they do not fit, or this version of diffusers lets the network attend to padding tokens.
     """
     if tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 37):
         raise CheckpointError(
@@ -80,8 +82,9 @@ def wrap(network: QwenImageTransformer2DModel, scheduler: Mapping[str, Any] | No
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """Prompts as the network is given them, the same at every resolution. All are padded to 512 tokens, and a mask
-    hides the padding.
+    """Encodes prompts into the network's inputs, the same at every resolution.
+
+    Prompts are padded to 512 tokens, and a mask hides the padding.
     """
     embeds, mask = pipeline.encode_prompt(list(prompts), max_sequence_length=_TOKENS)
     if mask is None:
@@ -102,5 +105,6 @@ FAMILY = Family(
         encode_prompts=encode_prompts,
         unguided={"true_cfg_scale": 1.0},
     ),
-    original_layout=lambda names, config: make_layout(names, lambda name: (name, 0)),  # its publisher uses diffusers'
+    # The publisher's names are those of diffusers.
+    original_layout=lambda names, config: make_layout(names, lambda name: (name, 0)),
 )

@@ -1,4 +1,4 @@
-"""A denoiser around a network of the same class with another config, such as fewer blocks or channels."""
+"""Makes a denoiser of a network with the same class but another config, such as fewer blocks or channels."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class Resized(NamedTuple):
     new: list[str]
 
 
-#: Settings that say what the weights mean.
+#: Settings that say what the weights mean; they cannot be changed.
 _NOT_ARCHITECTURE = {"sigma_data", "sigma_min", "sigma_max", "label_dropout", "latent_scale", "latent_bias"}
 
 
 @torch.no_grad()
 def _try(denoiser: Denoiser) -> None:
-    """Some settings that do not fit one another are only found when the network runs."""
+    """Runs the network once, as some settings that do not fit one another only fail then."""
     t = torch.full((1,), denoiser.schedule.t_max)
     denoiser.eval()(torch.zeros(1, *denoiser.sample_shape), t, denoiser.example_condition(1, "cpu"))
 
@@ -35,14 +35,14 @@ def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
     """A denoiser whose network's config differs in `changes`; tensors of equal name and shape are copied.
 
     Raises:
-        ConfigError: a key that the network's config does not have, or a network that cannot be built from it, that
-            makes samples of another shape, or that takes prompts otherwise.
+        ConfigError: the network's config has no such key, no network can be built with these settings, or the new
+            network makes samples of another shape or takes other classes or prompts.
     """
     network: Any = getattr(denoiser, "network", None)
     if network is None or not hasattr(denoiser, "with_network"):
         raise ConfigError(
-            "student.network: the network is a function's, not a config's; expected a function that returns a smaller "
-            "one, as student.checkpoint=module:function"
+            "student.network: the network comes from a function and has no config; expected a function that returns a "
+            "smaller network, as student.checkpoint=module:function"
         )
     known = {key for key in network.config if not key.startswith("_")} - _NOT_ARCHITECTURE
     for key in changes:

@@ -25,7 +25,7 @@ class SanaDenoiser(TokenDenoiser):
         config: Any = network.config
         if config.guidance_embeds:
             raise CheckpointError(
-                "SanaTransformer2DModel with guidance_embeds: expected a network that is told no guidance scale; "
+                "SanaTransformer2DModel with guidance_embeds: expected a network that takes no guidance scale; "
                 "Sana-Sprint, a student of a few steps, is not supported as a teacher"
             )
         if config.out_channels not in (None, config.in_channels):
@@ -51,20 +51,21 @@ class SanaDenoiser(TokenDenoiser):
 
 
 def wrap(network: SanaTransformer2DModel, scheduler: Mapping[str, Any] | None) -> SanaDenoiser:
-    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
+    """Builds the denoiser from a network and its scheduler's config; raises CheckpointError if they do not fit."""
     return SanaDenoiser(network, parametrisation_from_scheduler(scheduler))
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """Prompts as the network is given them, the same at every resolution. The pipeline's own instruction to its
-    language model stands before each of them.
+    """Encodes prompts into the network's inputs, the same at every resolution.
+
+    The pipeline's own instruction to its language model is put before each prompt.
     """
     instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
     return _encode(pipeline, list(prompts), instruction)
 
 
 def encode_negative(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
-    """A negative prompt, or the empty one, without the instruction."""
+    """Encodes a negative prompt, which may be empty, without the instruction."""
     return _encode(pipeline, [negative_prompt], None)
 
 
@@ -85,7 +86,7 @@ FAMILY = Family(
     component="transformer",
     text=TextToImage(
         pipelines=("SanaPipeline",),
-        tokenizers={"tokenizer": _TOKENS},  # of the prompt; the instruction before it has its own
+        tokenizers={"tokenizer": _TOKENS},  # for the prompt, beside those of the instruction
         encode_prompts=encode_prompts,
         encode_negative=encode_negative,
         unguided={"guidance_scale": 0.0, "use_resolution_binning": False},

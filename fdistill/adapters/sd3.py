@@ -49,17 +49,17 @@ class SD3Denoiser(TokenDenoiser):
 
 
 def wrap(network: SD3Transformer2DModel, scheduler: Mapping[str, Any] | None) -> SD3Denoiser:
-    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
+    """Builds the denoiser from a network and its scheduler's config; raises CheckpointError if they do not fit."""
     return SD3Denoiser(network, flow_from_scheduler("SD3Transformer2DModel", scheduler))
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """Prompts as the network is given them, the same at every resolution.
+    """Encodes prompts into the network's inputs, the same at every resolution.
 
-    Without its T5 encoder (text_encoder_3) the pipeline puts zeros in its place, as wide as its transformer reads.
+    If the T5 encoder (text_encoder_3) is missing, the pipeline uses zeros of the transformer's width for its output.
 
     Raises:
-        CheckpointError: a CLIP encoder is missing, or T5 and the transformer both.
+        CheckpointError: a CLIP encoder is missing, or both T5 and the transformer are.
     """
     encoders: Any = pipeline
     if encoders.text_encoder is None or encoders.text_encoder_2 is None:
@@ -69,8 +69,8 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
         )
     if encoders.text_encoder_3 is None and encoders.transformer is None:
         raise CheckpointError(
-            "StableDiffusion3Pipeline without text_encoder_3: zeros stand for its output, as wide as the transformer "
-            "reads; expected the transformer beside the encoders (only its config is read)"
+            "StableDiffusion3Pipeline without text_encoder_3: zeros of the transformer's width replace its output; "
+            "expected the transformer beside the encoders (only its config is read)"
         )
     embeds, _, pooled, _ = encoders.encode_prompt(
         list(prompts),
@@ -117,7 +117,7 @@ _BLOCK_NAMES: Table = {
 
 
 def tiny_transformer(**changes: Any) -> SD3Transformer2DModel:
-    """Of Stable Diffusion 3.5, whose first blocks attend to the image twice."""
+    """A tiny transformer of the kind of Stable Diffusion 3.5, whose first blocks attend to the image twice."""
     settings: dict[str, Any] = {
         "sample_size": tiny.LATENTS,
         "num_layers": 4,
@@ -134,7 +134,7 @@ def tiny_transformer(**changes: Any) -> SD3Transformer2DModel:
 
 
 def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What an untrained pipeline is constructed with."""
+    """The constructor's arguments of an untrained tiny pipeline."""
     transformer = tiny_transformer(**changes)
     first, second, third = tiny.clip_tokenizer(), tiny.clip_tokenizer(pad="!"), tiny.t5_tokenizer()
     return {

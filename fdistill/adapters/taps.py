@@ -1,6 +1,4 @@
-"""Features of a network that runs as its own library wrote it: hooks read them, and end the run where nothing more is
-wanted.
-"""
+"""Reads features of a network with forward hooks, and ends its forward early if nothing more is needed."""
 
 from __future__ import annotations
 
@@ -26,15 +24,15 @@ def run_tapped(
     output: bool,
     output_grad: bool,
 ) -> tuple[Tensor | None, Features]:
-    """What `Denoiser.run` returns, for a forward that is not ours.
+    """Returns what `Denoiser.run` returns, for a network whose forward is another library's code.
 
     Args:
         call: evaluates the network.
-        modules: that make the named features.
-        read: turns what a module returned into the feature [B, C, H, W].
-        features: names out of `modules`; each module must run once in `call`.
-        output: False ends the run at the last feature.
-        output_grad: False runs what lies beyond the last feature without autograd.
+        modules: name of a feature -> the module whose output it is.
+        read: turns a feature's name and its module's output into the feature [B, C, H, W].
+        features: names in `modules`; each of these modules must run once in `call`.
+        output: False ends the forward at the last feature.
+        output_grad: False runs everything after the last feature without autograd.
     """
     tapped: Features = {}
     wanted = set(features)

@@ -1,4 +1,4 @@
-"""What all text-to-image networks of diffusers have in common as denoisers."""
+"""Base classes for the denoisers of diffusers' text-to-image networks."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fdistill.condition import Condition, TextCondition
 from fdistill.denoiser import Denoiser, Features
 from fdistill.prediction import Preconditioning
 
-_DEPTHS = (25, 50, 75, 99)  # per cent, at which others place heads on transformers
+_DEPTHS = (25, 50, 75, 99)  # per cent of the depth, where other implementations put discriminator heads
 
 
 def as_prompts(condition: Condition | None) -> TextCondition:
-    """The condition of a network that is given prompts; ArgumentError where it is something else."""
+    """Returns the condition if it holds prompts; raises ArgumentError otherwise."""
     if not isinstance(condition, TextCondition):
         got = "None" if condition is None else "labels"
-        raise ArgumentError(f"condition: got {got}; this network wants a TextCondition, as PromptEncoder makes")
+        raise ArgumentError(f"condition: got {got}; this network wants a TextCondition, as PromptEncoder returns")
     return condition
 
 
 class TextDenoiser(Denoiser):
-    """A network that is given prompts, and its parametrisation.
+    """A network that takes prompts, and its parametrisation.
 
     Args:
-        network: of diffusers; its own forward runs.
-        parametrisation: what it is fed and predicts.
-        channels: of its latents.
+        network: a network of diffusers, whose own forward is called.
+        parametrisation: the network's inputs at a level, and the meaning of its output.
+        channels: number of channels of its latents.
         size: height and width of its latents; `resize` changes it.
-        text_shapes: per prompt, the shapes of the tensors that the family's `encode_prompts` makes.
+        text_shapes: name -> shape, for one prompt, of each tensor that the family's `encode_prompts` returns.
     """
 
     text_shapes: dict[str, tuple[int, ...]]
@@ -61,32 +61,32 @@ class TextDenoiser(Denoiser):
         self.feature_shapes = self._feature_shapes(size)
 
     def with_network(self, network: nn.Module) -> TextDenoiser:
-        """The same reading of another network of this class, for latents of the same size."""
-        # Families are made of a network and its parametrisation.
+        """A denoiser of another network of this class, with the same parametrisation and size of latents."""
+        # The constructors of subclasses take a network and its parametrisation.
         other = type(self)(network, self.parametrisation)  # type: ignore[call-arg]
         other.resize(self.sample_shape[-1])
         return other
 
     def resize(self, size: int) -> None:
-        """Latents of another height and width."""
+        """Sets the height and width of latents."""
         self.sample_shape = (self.sample_shape[0], size, size)
         self.feature_shapes = self._feature_shapes(size)
 
     @abstractmethod
     def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
-        """For latents of this size."""
+        """Name of a feature -> its shape (C, H, W), for latents of this size."""
 
     @abstractmethod
     def _taps(self) -> dict[str, nn.Module]:
-        """The module behind every name in `feature_shapes`."""
+        """Name of a feature -> the module whose output it is, for every name in `feature_shapes`."""
 
     @abstractmethod
     def _read(self, name: str, result: Any) -> Tensor:
-        """The feature [B, C, H, W] in what its module returned."""
+        """The feature [B, C, H, W], extracted from the output of its module."""
 
     @abstractmethod
     def _call(self, network_input: Tensor, timestep: Tensor, condition: TextCondition) -> Tensor:
-        """The network's own forward: [B, C, H, W] latents and [B] timesteps -> [B, C, H, W]."""
+        """Calls the network's own forward: latents [B, C, H, W] and timesteps [B] -> output [B, C, H, W]."""
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
         return self.parametrisation.preconditioning(t)
@@ -112,16 +112,18 @@ class TextDenoiser(Denoiser):
         )
 
     def _cast(self, value: Tensor) -> Tensor:
-        """A floating-point tensor of a condition in the network's precision; others as they are."""
+        """Casts a floating-point tensor of a condition to the network's dtype; leaves other tensors unchanged."""
         return value.to(next(self.network.parameters()).dtype) if value.is_floating_point() else value
 
 
 class TokenDenoiser(TextDenoiser):
-    """A transformer over patches of latents. Features, all images of its image tokens: "block0", "block1", ... and the
-    blocks at a share of its depth, "depth25", "depth50", "depth75" and "depth99".
+    """A transformer over patches of latents.
+
+    Features, all as images with one pixel per image token: "block0", "block1", ..., and "depth25", "depth50", "depth75"
+    and "depth99", the blocks at that percentage of the depth.
     """
 
-    #: Side of the patches that the adapter itself makes; None where the network does, as its config says.
+    #: Side of the patches, if this class cuts them; None if the network does, with the side in its config.
     patch: int | None = None
 
     def _blocks(self) -> Sequence[nn.Module]:
@@ -134,7 +136,7 @@ class TokenDenoiser(TextDenoiser):
         tokens, rest = divmod(size, patch)
         most = getattr(config, "pos_embed_max_size", None)
         if rest or tokens < 1 or (most is not None and tokens > most):
-            limit = "" if most is None else f" up to {patch * most}, for which it has positions"
+            limit = "" if most is None else f" up to {patch * most}, the largest size with position embeddings"
             raise ArgumentError(
                 f"latents of {size} x {size}: expected a multiple of {patch}{limit}; patches of "
                 f"{type(self.network).__name__} have that side"
@@ -148,6 +150,6 @@ class TokenDenoiser(TextDenoiser):
 
     def _read(self, name: str, result: Any) -> Tensor:
         _, height, width = self.feature_shapes[name]
-        # Blocks that carry text as well return it first; older diffusers' both in one tensor.
+        # Blocks that also carry text return (text, image); those of older diffusers return both in one tensor.
         tokens = result if isinstance(result, Tensor) else result[1]
         return rearrange(tokens[:, -height * width :], "b (h w) c -> b c h w", h=height)

@@ -1,5 +1,6 @@
-"""Parts of untrained text-to-image pipelines of a few thousand parameters, on which recipes are tried out: tokenizers,
-text encoders and autoencoders, all of them real. Latents are 8 x 8, images 16 x 16 pixels.
+"""Parts of untrained text-to-image pipelines of a few thousand parameters, for trying recipes out.
+
+The tokenizers, text encoders and autoencoders are of the real classes. Latents are 8 x 8, images 16 x 16 pixels.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ _HEAD = 8  # channels of a text encoder's attention head
 
 
 def untrained(make: Callable[[], nn.Module]) -> Any:
-    """A module in eval mode with the same weights every time; a layer that starts at zero gets others, as its output
-    would not depend on its input. The caller's random numbers are not touched.
+    """Makes a module in eval mode, with the same random weights every time.
+
+    Parameters that are initialised to zero get random values too, so that outputs depend on inputs. The global random
+    state is left unchanged.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -38,7 +41,7 @@ def untrained(make: Callable[[], nn.Module]) -> Any:
 
 
 def clip_tokenizer(pad: str = _END) -> Any:
-    """All 256 bytes, alone and at the end of a word, and a few merges; 77 tokens."""
+    """A CLIP tokenizer of all 256 bytes, alone and at the end of a word, and a few merges; its limit is 77 tokens."""
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
@@ -62,7 +65,7 @@ def clip_tokenizer(pad: str = _END) -> Any:
 
 
 def t5_tokenizer() -> Any:
-    """A unigram model of letters and a few words; 512 tokens."""
+    """A T5 tokenizer: a unigram model of letters and a few words; its limit is 512 tokens."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import AutoTokenizer
 
@@ -89,7 +92,7 @@ def t5_tokenizer() -> Any:
 
 
 def clip_encoder(tokenizer: Any, width: int, *, projected: bool) -> Any:
-    """Of a width that heads of 8 channels divide."""
+    """A CLIP text encoder; the width must be a multiple of 8, the channels of a head."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
@@ -100,7 +103,7 @@ def clip_encoder(tokenizer: Any, width: int, *, projected: bool) -> Any:
         num_hidden_layers=2,
         num_attention_heads=width // _HEAD,
         max_position_embeddings=77,
-        initializer_factor=5.0,  # prompts differ, and attention to them does not saturate, which magnifies rounding
+        initializer_factor=5.0,  # embeddings of prompts differ, but attention does not saturate
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -109,7 +112,7 @@ def clip_encoder(tokenizer: Any, width: int, *, projected: bool) -> Any:
 
 
 def t5_encoder(tokenizer: Any, width: int) -> Any:
-    """Of any width."""
+    """A T5 text encoder of any width."""
     from transformers import T5Config, T5EncoderModel
 
     config = T5Config(
@@ -127,7 +130,7 @@ def t5_encoder(tokenizer: Any, width: int) -> Any:
 
 
 def autoencoder(**changes: Any) -> AutoencoderKL:
-    """2 pixels a latent, 4 channels unless settings say otherwise."""
+    """An autoencoder that halves height and width; it has 4 latent channels unless `changes` say otherwise."""
     settings: dict[str, Any] = {
         "block_out_channels": (8, 8),
         "down_block_types": ("DownEncoderBlock2D",) * 2,
@@ -141,7 +144,7 @@ def autoencoder(**changes: Any) -> AutoencoderKL:
 
 
 def wide_autoencoder() -> AutoencoderKL:
-    """Of the kind of Stable Diffusion 3 and Flux: 16 channels, and a shift."""
+    """An autoencoder of the kind of Stable Diffusion 3 and Flux: 16 latent channels, and a shift."""
     return autoencoder(
         latent_channels=16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False
     )

@@ -38,7 +38,10 @@ from fdistill.prediction import Preconditioning
 
 
 class UNet2DDenoiser(Denoiser):
-    """A UNet2DModel and its parametrisation. Features: "down0", "down1", ... (last of each resolution) and "mid"."""
+    """A UNet2DModel and its parametrisation.
+
+    Features: "down0", "down1", ..., the outputs of the last layer of each resolution, and "mid", the middle block's.
+    """
 
     def __init__(self, network: UNet2DModel, parametrisation: Parametrisation):
         super().__init__()
@@ -62,7 +65,7 @@ class UNet2DDenoiser(Denoiser):
             self.feature_shapes["mid"] = (config.block_out_channels[-1], size >> last, size >> last)
 
     def with_network(self, network: UNet2DModel) -> UNet2DDenoiser:
-        """The same reading of another network of this class."""
+        """A denoiser of another network of this class, with the same parametrisation."""
         return UNet2DDenoiser(network, self.parametrisation)
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
@@ -88,16 +91,16 @@ class UNet2DDenoiser(Denoiser):
 
 
 def wrap(network: UNet2DModel, scheduler: Mapping[str, Any] | None) -> UNet2DDenoiser:
-    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
+    """Builds the denoiser from a network and its scheduler's config; raises CheckpointError if they do not fit."""
     return UNet2DDenoiser(network, parametrisation_from_scheduler(scheduler))
 
 
 def native_pipeline(
     denoiser: UNet2DDenoiser, levels: Sequence[float], index: Mapping[str, Any], vae: AutoencoderKL | None
 ) -> Runnable | None:
-    """See `Family`: a consistency model's pipeline, or one step of the teacher's DDPM or DDIM."""
+    """See `Family`: a consistency model's pipeline, or the teacher's DDPM or DDIM pipeline with one step."""
     if vae is not None:
-        return None  # these pipelines are of pixels
+        return None  # these pipelines generate pixels
     form = denoiser.parametrisation
     if isinstance(form, EDMPreconditioning) and form.time_scale == 250.0 and form.boundary == form.schedule.t_min:
         return _consistency_model(denoiser.network, form, levels)
@@ -110,9 +113,11 @@ def native_pipeline(
 
 
 def _consistency_model(network: UNet2DModel, form: EDMPreconditioning, levels: Sequence[float]) -> Runnable:
-    """A consistency model's pipeline starts from sigma_max * noise and takes D(x, sigma_max) as its sample, which is
-    what a one-step student is once sigma_max is the student's level. Further levels are points of its Karras grid, made
-    fine enough to hold any level to five digits.
+    """The pipeline of consistency models, set up to run a student at these levels.
+
+    It starts from sigma_max * noise and takes D(x, sigma_max) as the sample: with sigma_max at the student's level,
+    that is what a one-step student does. Further levels are points of the pipeline's Karras grid, which is made so fine
+    that it holds any level to five digits.
     """
     rho = 7.0
     points = 40 if len(levels) == 1 else 1_000_001

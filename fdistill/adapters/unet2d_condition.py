@@ -24,12 +24,15 @@ from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-_TOKENS = 77  # of CLIP's tokenizers; the network takes any number
+_TOKENS = 77  # limit of CLIP's tokenizers; the network takes any number
 _SIZE_CONDITIONS = 6  # original height and width, top and left of the crop, target height and width
 
 
 class UNet2DConditionDenoiser(TextDenoiser):
-    """A UNet2DConditionModel. Features: "down0", "down1", ... (last of each resolution) and "mid"."""
+    """A UNet2DConditionModel.
+
+    Features: "down0", "down1", ..., the outputs of the last layer of each resolution, and "mid", the middle block's.
+    """
 
     def __init__(self, network: UNet2DConditionModel, parametrisation: Parametrisation):
         config: Any = network.config
@@ -92,12 +95,12 @@ class UNet2DConditionDenoiser(TextDenoiser):
 
 
 def wrap(network: UNet2DConditionModel, scheduler: Mapping[str, Any] | None) -> UNet2DConditionDenoiser:
-    """The denoiser of a network and the config of the scheduler beside it; CheckpointError if they do not fit."""
+    """Builds the denoiser from a network and its scheduler's config; raises CheckpointError if they do not fit."""
     return UNet2DConditionDenoiser(network, parametrisation_from_scheduler(scheduler))
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resolution: int) -> TextCondition:
-    """Prompts as the network is given them, for square images of `resolution` pixels."""
+    """Encodes prompts into the network's inputs, for square images of `resolution` pixels."""
     if isinstance(pipeline, StableDiffusionXLPipeline):
         embeds, _, pooled, _ = pipeline.encode_prompt(list(prompts), do_classifier_free_guidance=False)
         return _with_size(embeds, pooled, resolution)
@@ -106,7 +109,7 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
 
 
 def encode_negative(pipeline: DiffusionPipeline, negative_prompt: str, resolution: int) -> TextCondition:
-    """A negative prompt, or the empty one, which XL replaces by zeros."""
+    """Encodes a negative prompt, which may be empty; XL uses zeros for the empty one."""
     if isinstance(pipeline, StableDiffusionXLPipeline):
         _, embeds, _, pooled = pipeline.encode_prompt(
             "", do_classifier_free_guidance=True, negative_prompt=negative_prompt or None
@@ -122,7 +125,7 @@ def _with_size(embeds: Tensor, pooled: Tensor, resolution: int) -> TextCondition
 
 
 def encoding_pipeline(index: Mapping[str, Any]) -> str:
-    """The folder's own class; where that is a student's, XL's if there are two text encoders."""
+    """The folder's own pipeline class if it is supported; otherwise XL's if there are two text encoders, or SD's."""
     name = str(index.get("_class_name"))
     if name in _PIPELINES:
         return name
@@ -130,7 +133,7 @@ def encoding_pipeline(index: Mapping[str, Any]) -> str:
     return _PIPELINES[1 if two else 0]
 
 
-#: Betas of every Stable Diffusion.
+#: Betas of all versions of Stable Diffusion.
 _BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _TINY_XL: dict[str, Any] = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
@@ -145,7 +148,7 @@ _TINY_XL: dict[str, Any] = {
 
 
 def tiny_unet(**changes: Any) -> UNet2DConditionModel:
-    """Of Stable Diffusion 1, unless settings say otherwise."""
+    """A tiny UNet of the kind of Stable Diffusion 1, unless `changes` say otherwise."""
     settings: dict[str, Any] = {
         "sample_size": tiny.LATENTS,
         "in_channels": 4,
@@ -162,12 +165,12 @@ def tiny_unet(**changes: Any) -> UNet2DConditionModel:
     with torch.no_grad():
         for name, parameter in unet.named_parameters():
             if "attn2.to_out.0.weight" in name:
-                parameter.mul_(100)  # so that prompts make as much of a difference as in a trained network
+                parameter.mul_(100)  # so that prompts change the output as much as in a trained network
     return unet
 
 
 def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What an untrained pipeline of Stable Diffusion 1 is constructed with."""
+    """The constructor's arguments of an untrained tiny pipeline of Stable Diffusion 1."""
     unet, tokenizer = tiny_unet(**changes), tiny.clip_tokenizer()
     return {
         "vae": tiny.autoencoder(),
@@ -182,7 +185,10 @@ def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tiny_xl_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """What an untrained XL is constructed with: two encoders side by side, of which the second is pooled, too."""
+    """The constructor's arguments of an untrained tiny XL pipeline.
+
+    It has two text encoders; the second also gives a pooled embedding.
+    """
     first, second = tiny.clip_tokenizer(), tiny.clip_tokenizer(pad="!")
     return {
         "vae": tiny.autoencoder(),

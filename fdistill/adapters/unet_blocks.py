@@ -1,8 +1,8 @@
 """The forward of diffusers' UNets in three parts: embedding, encoder with middle, decoder.
 
-The parts call the model's own blocks in the order of its own forward, for `UNet2DModel` and `UNet2DConditionModel`.
-So features can be read without hooks, the decoder can be left out, and TiUE can run one encoder and many decoders.
-Tests hold them to the output of the model's forward, bit by bit.
+The parts call the blocks of a `UNet2DModel` or `UNet2DConditionModel` in the order of the model's own forward. So
+features can be read without hooks, the decoder can be left out, and TiUE can run one encoder and many decoders. Tests
+check that the output equals that of the model's forward, bit by bit.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fdistill.kernels.layout import expand
 
 
 class Encoded(NamedTuple):
-    """What the encoder and the middle of a UNet make of its input.
+    """The outputs of the encoder and the middle block of a UNet.
 
     Attributes:
-        hidden: the middle's output [B, D, h, w].
+        hidden: the middle block's output [B, D, h, w].
         residuals: the skip connections, in the encoder's order.
-        features: those that were asked for.
+        features: the requested features, by name.
     """
 
     hidden: Tensor
@@ -37,16 +37,16 @@ class Encoded(NamedTuple):
 def embed(
     network: nn.Module, timestep: Tensor, condition: Condition | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """What all blocks are given: the embedding [B, D] of timesteps and condition, and the text [B, L, E] of prompts.
+    """The inputs of all blocks: the embedding [B, D] of timesteps and condition, and the text [B, L, E] of prompts.
 
     Args:
         network: a `UNet2DModel` or `UNet2DConditionModel`.
         timestep: [B].
         condition: labels [B], a `TextCondition` of B prompts, or None.
-        dtype: of the network's input.
+        dtype: dtype of the network's input.
 
     Raises:
-        ArgumentError: no labels for a network that needs them.
+        ArgumentError: the network needs labels, but there are none.
     """
     unet: Any = network
     if isinstance(condition, TextCondition):
@@ -75,11 +75,15 @@ def embed(
 def encode(
     network: nn.Module, sample: Tensor, embedding: Tensor, text: Tensor | None, features: Sequence[str] = ()
 ) -> Encoded:
-    """The first convolution, all down blocks and the middle, on a sample [B, C, H, W].
+    """Runs the first convolution, all down blocks and the middle block on a sample [B, C, H, W].
 
     Args:
-        features: "down0", "down1", ... are the last layer of each resolution, before it is downsampled; "mid" is the
-            middle's output.
+        network: a `UNet2DModel` or `UNet2DConditionModel`.
+        sample: the network's input.
+        embedding: [B, D], from `embed`.
+        text: [B, L, E], from `embed`; None for a network that takes no prompts.
+        features: names to return: "down0", "down1", ... are the outputs of the last layer of each resolution, before
+            downsampling; "mid" is the middle block's output.
     """
     unet: Any = network
     if unet.config.center_input_sample:
@@ -103,7 +107,7 @@ def encode(
 
 
 def decode(network: nn.Module, encoded: Encoded, embedding: Tensor, text: Tensor | None, timestep: Tensor) -> Tensor:
-    """All up blocks and what follows them: the network's output [B, C, H, W]."""
+    """Runs all up blocks and the output layers; returns the network's output [B, C, H, W]."""
     unet: Any = network
     hidden, residuals = encoded.hidden, encoded.residuals
     skip: Tensor | None = None
@@ -115,7 +119,7 @@ def decode(network: nn.Module, encoded: Encoded, embedding: Tensor, text: Tensor
         elif text is None:
             hidden = block(hidden, block_residuals, embedding)
         else:
-            # The size of the next block's skips: not always twice this one's.
+            # The size of the next block's skip connections is not always twice this block's.
             size = residuals[-1].shape[2:] if residuals else None
             hidden = block(hidden, block_residuals, embedding, upsample_size=size, **_attended(block, text))
     if unet.conv_norm_out is not None:

@@ -1,4 +1,4 @@
-"""Learned variances (Nichol & Dhariwal 2021, arXiv 2102.09672), which only an ancestral sampler reads, cut off."""
+"""Removes learned variances (Nichol & Dhariwal 2021, arXiv 2102.09672), which only an ancestral sampler uses."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from fdistill.base.errors import CheckpointError
 
 
 def without_variances(network: Any, last: str) -> None:
-    """Leaves a network of diffusers, in place, with as many output as input channels.
+    """Cuts the outputs of a network of diffusers, in place, to as many channels as it has inputs.
 
     Args:
-        network: whose config has in_channels and out_channels.
-        last: name of its last layer, a convolution, or a linear layer whose rows are pixels of a patch with all output
-            channels each.
+        network: a network whose config has in_channels and out_channels.
+        last: name of its last layer: a convolution, or a linear layer whose rows are the output channels of the first
+            pixel of a patch, then those of the next, and so on.
 
     Raises:
-        CheckpointError: neither as many outputs as inputs nor twice as many.
+        CheckpointError: the network has neither as many output as input channels nor twice as many.
     """
     inputs, outputs = network.config.in_channels, network.config.out_channels
     if outputs in (None, inputs):
@@ -31,12 +31,12 @@ def without_variances(network: Any, last: str) -> None:
         )
     setattr(network, last, _means(getattr(network, last), inputs))
     network.register_to_config(out_channels=inputs)
-    network.out_channels = inputs  # which the forward of a transformer reads
+    network.out_channels = inputs  # read by the forward of transformers
 
 
 @torch.no_grad()
 def _means(layer: nn.Linear | nn.Conv2d, channels: int) -> nn.Linear | nn.Conv2d:
-    """A layer with the first `channels` of every 2 * `channels` outputs."""
+    """A copy of the layer with only the first `channels` of every 2 * `channels` outputs."""
     options: dict[str, Any] = {"device": layer.weight.device, "dtype": layer.weight.dtype}
     kept: nn.Linear | nn.Conv2d
     if isinstance(layer, nn.Conv2d):

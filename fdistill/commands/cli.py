@@ -27,7 +27,7 @@ from fdistill.commands.options import (
 
 app = typer.Typer(
     name="fdistill",
-    help="Pretrained diffusion checkpoints into one-step generators.",
+    help="Distil pretrained diffusion checkpoints into one-step generators.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,16 +54,16 @@ def _options(
 @app.command()
 def distill(
     context: typer.Context,
-    output: Annotated[Path, typer.Option(help="The run folder; must not exist or be empty.")],
+    output: Annotated[Path, typer.Option(help="The run folder; must be empty or not exist, unless --resume is given.")],
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [KEY=VALUE]...",
-            help="A config's name or YAML file (default: digits), then settings over it.",
+            help="Name of an embedded config or path of a YAML file (default: digits), then settings that replace its.",
         ),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint in the run folder.")
+        bool, typer.Option("--resume", help="Continue from the newest checkpoint in the run folder, if there is one.")
     ] = False,
     dry_run: Annotated[
         bool,
@@ -72,10 +72,10 @@ def distill(
         ),
     ] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Try a recipe out: a few iterations, tiny network, random images.")
+        bool, typer.Option("--smoke", help="Try a recipe out: a few iterations of a tiny network on random images.")
     ] = False,
 ) -> None:
-    """Distil a teacher into a student of one step or a few.
+    """Distil a teacher into a student that samples in one step or a few.
 
     \b
     Example: fdistill distill digits divergence=forward-kl generator.lr=1e-4 --output runs/forward-kl
@@ -179,14 +179,17 @@ app.command()(reference)
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="A published .pkl, .pt, .pth or .safetensors file.")],
-    output: Annotated[Path, typer.Option(help="The teacher folder; must not exist or be empty.")],
-    family: Annotated[str | None, typer.Option(help="Of a state dict: dit or sit.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the teacher; must be empty or not exist.")],
+    family: Annotated[
+        str | None, typer.Option(help="Family of a DiT or SiT state dict, dit or sit; needed for these files only.")
+    ] = None,
     base: Annotated[
-        str | None, typer.Option(help="Of a text-to-image checkpoint: folder or hub id of the pipeline it comes from.")
+        str | None,
+        typer.Option(help="For a text-to-image checkpoint: folder or hub id of the pipeline that it was trained from."),
     ] = None,
 ) -> None:
-    """Turn a published file into a safetensors folder: an EDM or EDM2 pickle, a DiT or SiT state dict, or, with --base,
-    a single-file text-to-image checkpoint. Nothing in it is run.
+    """Turn a published file into a teacher folder with safetensors. The file is an EDM or EDM2 pickle, a DiT or SiT
+    state dict, or, with --base, a single-file text-to-image checkpoint. No code in the file is run.
 
     \b
     Example: fdistill convert edm-cifar10-32x32-cond-vp.pkl --output teachers/cifar10-cond
@@ -204,10 +207,18 @@ def convert(
 
 @app.command()
 def export(
-    student: Annotated[Path, typer.Argument(help="A student or run folder of a text-to-image student.")],
-    format: Annotated[str, typer.Option(help="lora, comfy (all weights in one file) or comfy-lora.")],
-    output: Annotated[Path, typer.Option(help="A .safetensors file.")],
-    dtype: Annotated[str | None, typer.Option(help="fp16, bf16 or fp32; the student's own by default.")] = None,
+    student: Annotated[Path, typer.Argument(help="Student folder or run folder of a text-to-image student.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="lora (adapters as diffusers reads them), comfy (all weights as ComfyUI reads them) or comfy-lora "
+            "(adapters as ComfyUI reads them)."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(help="The file to write; its name ends in .safetensors.")],
+    dtype: Annotated[
+        str | None, typer.Option(help="Data type of the weights: fp16, bf16 or fp32; by default the student's own.")
+    ] = None,
 ) -> None:
     """Write a student as one file for other programs: the adapters of a LoRA run, or weights under ComfyUI's names.
 
@@ -224,13 +235,23 @@ def export(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help="A teacher: an embedded name, a folder, a hub id; or a student.")],
-    data: Annotated[str | None, typer.Option(help="Images like its training data; its own samples by default.")] = None,
-    recipe: Annotated[str, typer.Option(help="How images are brought to its size.")] = "center-box",
-    vae: Annotated[str | None, typer.Option(help="Autoencoder, where a latent checkpoint has none.")] = None,
+    checkpoint: Annotated[
+        str, typer.Argument(help="A teacher (an embedded name, a folder or a hub id), or a student or run folder.")
+    ],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Images like those the checkpoint was trained on (a folder, an archive, hf:name); by default the "
+            "checkpoint's own samples."
+        ),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="How images are cropped and resized to its size.")] = "center-box",
+    vae: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the autoencoder, if a latent checkpoint has none.")
+    ] = None,
     device: Device = "auto",
 ) -> None:
-    """Say what a checkpoint is, what distill would do with it, and whether its x0-predictions make sense.
+    """Describe a checkpoint and what distill would do with it, and check that its x0-predictions make sense.
 
     \b
     Example: fdistill inspect digits --data digits
@@ -292,18 +313,19 @@ def cache(
 
 @app.command()
 def ema(
-    run: Annotated[Path, typer.Argument(help="A run folder with snapshots of averages in ema/.")],
+    run: Annotated[Path, typer.Argument(help="A run folder with snapshots of averaged weights in ema/.")],
     sigma_rel: Annotated[
         float, typer.Option(help="Width of the average relative to the number of iterations, from 0.0001 to 0.288.")
     ],
     output: Annotated[Path, typer.Option(help="Folder for the new student; must be empty or not exist.")],
     iteration: Annotated[
-        int | None, typer.Option(help="Iteration whose average is made, one with a snapshot; by default the last.")
+        int | None,
+        typer.Option(help="Iteration at which the average ends, one with a snapshot; default: the last."),
     ] = None,
     network: Network = None,
     device: Device = "auto",
 ) -> None:
-    """Make a student with another average of a run's weights, from the snapshots that ema.snapshot_every kept.
+    """Make a student with another average of a run's weights, from the snapshots written with ema.snapshot_every.
 
     \b
     Example: fdistill ema runs/digits --sigma-rel 0.08 --output students/digits-0.08
@@ -322,9 +344,9 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def main() -> None:
-    """Runs the command; an error a user can mend is one message and exit status 1."""
+    """Runs the command. An error that the user can fix prints one message and ends with exit status 1."""
     warnings.showwarning = _show_warning
-    sys.path.append(str(Path.cwd()))  # where module:function is looked for last, as with `python -m`
+    sys.path.append(str(Path.cwd()))  # so that module:function is also found in the current folder
     try:
         app()
     except FDistillError as error:

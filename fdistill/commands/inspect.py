@@ -1,4 +1,4 @@
-"""What a checkpoint is, what fdistill would do with it, and whether its x0-predictions make sense."""
+"""Describes a checkpoint and what fdistill would do with it, and checks that its x0-predictions make sense."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
 
 _LEVELS, _SEED = 8, 0
-_PROMPT = "a photo"  # where images have no captions
-#: A trained network is better than the best linear denoiser; one that is read wrongly is worse at some level.
+_PROMPT = "a photo"  # used if images have no captions
+#: Largest error relative to the best linear denoiser's. A trained network is better than that denoiser at every level;
+#: a network whose prediction is misinterpreted is worse at some level.
 _TOLERANCE = 1.05
 
 
 @dataclass(frozen=True)
 class LevelCheck:
-    """Root mean square errors of x0 at one level: the network's, and that of the best linear denoiser, which knows
-    nothing but the data's mean and variance.
+    """Root mean square errors of x0 at one level: the network's, and that of the best linear denoiser.
+
+    The best linear denoiser uses only the data's mean and variance.
     """
 
     t: float
@@ -46,7 +48,7 @@ class LevelCheck:
 
     @property
     def makes_sense(self) -> bool:
-        """False for an error beyond the tolerance, or one that is no number."""
+        """False if the error is above the tolerance or NaN."""
         return self.error <= _TOLERANCE * self.linear_error
 
 
@@ -87,15 +89,15 @@ def inspect(
 
     Args:
         checkpoint: anything that `load_teacher` takes, or a student folder.
-        data: what `data=` takes, like what the checkpoint was trained on; by default the checkpoint's own samples,
-            which say less.
-        recipe: how images are brought to the checkpoint's size.
-        vae: autoencoder, where a latent checkpoint has none.
-        num_images: for the check.
+        data: images like those the checkpoint was trained on, as the setting `data` names them. By default the
+            checkpoint's own samples, with which the check finds fewer mistakes.
+        recipe: how images are cropped and resized to the checkpoint's size.
+        vae: the autoencoder, if a latent checkpoint has none.
+        num_images: number of images to check on.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
-        CheckpointError, DataError: what cannot be read.
+        CheckpointError, DataError: the checkpoint or the data cannot be read.
     """
     _, chosen = start(device)
     folder = find_student(checkpoint)
@@ -183,8 +185,8 @@ def _samples(
     source = open_source(data)
     if classes and (source.num_classes is None or source.num_classes > classes):
         raise DataError(
-            f"data {data}: has {source.num_classes or 'no'} classes, but the checkpoint {classes}; expected data like "
-            "what it was trained on"
+            f"data {data}: has {source.num_classes or 'no'} classes, but the checkpoint has {classes}; expected data "
+            "like those it was trained on"
         )
     with ImageLoader(source, shape, Batching(count, _SEED), recipe=recipe) as loader:
         batch = next(loader)
@@ -193,8 +195,8 @@ def _samples(
         x0 = latents.scaling.to_samples(latents.moments(x0).chunk(2, dim=1)[0])
     if denoiser.text_shapes is not None:
         captions = source.captions
-        told = [_PROMPT if captions is None else captions[row] for row in batch.rows.tolist()]
-        return x0, _encoded(checkpoint, denoiser, latents, told, device)
+        prompts = [_PROMPT if captions is None else captions[row] for row in batch.rows.tolist()]
+        return x0, _encoded(checkpoint, denoiser, latents, prompts, device)
     return x0, batch.labels.to(device) if classes else None
 
 
@@ -207,7 +209,7 @@ def _encoded(
 
 
 def describe(facts: dict[str, Any], checks: list[LevelCheck]) -> str:
-    """What `fdistill inspect` prints."""
+    """The text that `fdistill inspect` prints."""
     lines = [f"{name:<12} {value}" for name, value in facts.items()]
     lines += ["", f"{'level':>10} {'noise/signal':>13} {'error of x0':>12} {'best linear':>12}"]
     for check in checks:

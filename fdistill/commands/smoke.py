@@ -1,4 +1,4 @@
-"""What `--smoke` puts in place of a recipe's teacher and data, so that the recipe runs anywhere within a minute."""
+"""For `--smoke`: a tiny teacher and data in place of a recipe's, so that the recipe runs anywhere within a minute."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fdistill.data import TEACHER_SAMPLES
 from fdistill.teachers.autoencoder import attach_latent_space, image_size
 from fdistill.training.cache import cache
 
-#: Settings of every smoke run: over the recipe's, under those of its smoke section.
+#: Settings of every smoke run. They replace the recipe's; those of its smoke section replace these.
 SETTINGS: dict[str, Any] = {
     "iterations": 3,
     "batch_size": 4,
@@ -43,13 +43,13 @@ _CAPTIONS = ("a bold seven", "a thin digit", "a red house by the sea", "two cats
 
 
 def smoke_config(name_or_path: str, overrides: Iterable[str] | Mapping[str, Any] = ()) -> DistillConfig:
-    """A recipe for a few iterations on a tiny untrained teacher of its architecture and on random images, or on the
-    prompts alone of a recipe that reads no images.
+    """A recipe's config for a few iterations with a tiny untrained teacher of the same architecture.
 
-    Both are made once, from the recipe's smoke section, in $FDISTILL_CACHE. Arguments as in `load_config`.
+    The data are random images, or prompts alone for a recipe that reads no images. Teacher and data are made once, from
+    the recipe's smoke section, in $FDISTILL_CACHE. The arguments are those of `load_config`.
 
     Raises:
-        ConfigError: the config has no smoke section, or one of which no network can be built.
+        ConfigError: the config has no smoke section, or no network can be built from it.
         OutputError: the cache folder cannot be written.
     """
     section = load_smoke(name_or_path)
@@ -74,7 +74,7 @@ def _under(made: Mapping[str, Any], given: Mapping[str, Any] | list[str]) -> Map
 
 
 def _encoding(config: DistillConfig) -> list[Any]:
-    """What images and captions become depends on these settings."""
+    """The settings that the encoded images and captions depend on."""
     return [config.images.recipe, config.resolution, config.negative_prompt, config.frozen_precision]
 
 
@@ -83,7 +83,7 @@ def _reads_images(config: DistillConfig) -> bool:
 
 
 def _write(folder: Path, section: SmokeConfig, config: DistillConfig, where: str) -> None:
-    """teacher/, and what a run of it reads: prompts.txt, or data/ with images or what they are encoded to."""
+    """Writes teacher/, and the data of a run: prompts.txt, or data/ with images or encoded latents."""
     teacher, images = folder / "teacher", folder / "images"
     try:
         components = _components(section)
@@ -103,7 +103,7 @@ def _write(folder: Path, section: SmokeConfig, config: DistillConfig, where: str
     size = config.resolution or image_size(denoiser, latents)
     mode = "L" if denoiser.sample_shape[0] == 1 else "RGB"
     exact = latents is None and config.images.recipe == "exact"
-    width = size if exact else size + size // 4  # otherwise there is a side to cut off
+    width = size if exact else size + size // 4  # otherwise images are wider than high, so that they have to be cropped
     _write_images(images, section.images, denoiser.num_classes or 1, mode, (width, size))
     if denoiser.text_shapes is not None:
         for i, image in enumerate(sorted(images.rglob("*.png"))):
@@ -125,7 +125,7 @@ def _write(folder: Path, section: SmokeConfig, config: DistillConfig, where: str
 
 
 def _components(section: SmokeConfig) -> dict[str, Any]:
-    """What to save in the teacher's folder, by sub-folder: "." for a whole pipeline."""
+    """The components to save, by sub-folder of the teacher's folder; "." holds a whole pipeline."""
     scheduler = load_scheduler(section.scheduler)
     if section.pipeline is not None:
         return {".": tiny_pipeline(section.pipeline, section.network, scheduler)}
@@ -143,7 +143,7 @@ def _network(settings: Mapping[str, Any]) -> Any:
 
 
 def _write_images(folder: Path, count: int, classes: int, mode: str, size: tuple[int, int]) -> None:
-    """Coarse random images, as PNG in a folder for each class."""
+    """Writes coarse random images as PNG, in one folder for each class."""
     random = np.random.default_rng(0)
     for i in range(count):
         path = folder / f"{i % classes:04d}" / f"{i:06d}.png"

@@ -1,4 +1,4 @@
-"""Untrained text-to-image pipelines of a few thousand parameters, on which recipes are tried out."""
+"""Untrained text-to-image pipelines of a few thousand parameters, for trying recipes out."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ def tiny_pipeline(
     """A pipeline to be saved with `save_pretrained`. Latents are 8 x 8, images 16 x 16 pixels.
 
     Args:
-        class_name: one of diffusers' classes, such as "StableDiffusionPipeline", of which a family has a tiny one.
-        network: settings over those of its tiny UNet or transformer; the text encoder gets the width they ask for.
-        scheduler: in place of the one that its teachers are published with.
+        class_name: a pipeline class of diffusers for which a family has a tiny pipeline, such as
+            "StableDiffusionPipeline".
+        network: settings that replace those of the tiny UNet or transformer; the text encoder gets the width that the
+            network needs.
+        scheduler: replaces the scheduler that teachers of this class are published with.
 
     Raises:
-        ArgumentError: another class.
-        TypeError, ValueError: settings of which diffusers makes no network.
+        ArgumentError: no family has a tiny pipeline of this class.
+        TypeError, ValueError: diffusers cannot build a network from these settings.
     """
     families = [family.text for family in FAMILIES.values() if family.text is not None]
     tiny = {name: arguments for family in families for name, arguments in family.tiny.items()}

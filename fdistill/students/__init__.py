@@ -1,1 +1,1 @@
-"""What a distillation makes, as folders and files that other programs load."""
+"""Distilled students as folders and files that other programs load."""

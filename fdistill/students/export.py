@@ -23,17 +23,19 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
 
     Args:
         student: the folder of a student's pipeline.
-        format: "lora", the adapters as `load_lora_weights` of diffusers reads them; "comfy-lora", the same under the
-            names that ComfyUI reads; "comfy", all weights under ComfyUI's names, adapters merged.
+        format: "lora" writes the adapters as diffusers' `load_lora_weights` reads them; "comfy-lora" writes the
+            adapters under the names that ComfyUI reads; "comfy" writes all weights under ComfyUI's names, with the
+            adapters merged.
         output: a .safetensors file.
         dtype: "fp16", "bf16" or "fp32" for all weights; None leaves them as they are.
 
     Returns:
-        What to know before using the file, a sentence each.
+        Notes that a user must read before using the file, one sentence each.
 
     Raises:
-        ArgumentError: another format or dtype, or an output of another kind.
-        CheckpointError: no pipeline folder, no adapters where a LoRA is asked for, or a network without names there.
+        ArgumentError: the format or dtype is unknown, or the output's name does not end in .safetensors.
+        CheckpointError: the student is not a pipeline folder, a LoRA format is chosen but the student has no adapters,
+            or the format has no names for this network.
         OutputError: the file cannot be written.
     """
     if format not in FORMATS:
@@ -58,14 +60,14 @@ def _adapters(student: Path) -> dict[str, Tensor]:
     path = student / LORA_FILE
     if not path.is_file():
         raise CheckpointError(
-            f"{student}: has no {LORA_FILE}: all its weights were trained, which no LoRA holds; train with "
+            f"{student}: has no {LORA_FILE}, because all its weights were trained instead of adapters; train with "
             "student.lora_rank, or export with --format comfy"
         )
     return read_tensors(path)
 
 
 def _comfy_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ComfyUI reads diffusers' names of transformers, but of UNets only kohya's."""
+    """ComfyUI reads diffusers' LoRA names for transformers, but only kohya's names for UNets."""
     return kohya_names(tensors) if any(name.startswith("unet.") for name in tensors) else tensors
 
 

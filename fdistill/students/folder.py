@@ -39,14 +39,16 @@ def save_student(
     config: str,
     samples: Image,
 ) -> None:
-    """Writes a folder that `DiffusionPipeline.from_pretrained` runs, in a class of diffusers where one can, which then
-    needs no fdistill, else in `OneStepPipeline`. A network of the user's own is written as weights alone.
+    """Writes a student as a folder that `DiffusionPipeline.from_pretrained` loads.
+
+    The pipeline is a class of diffusers where one can run the student; that folder works without fdistill. Otherwise
+    it is a pipeline class of fdistill. For a network of the user's own, only the weights are written.
 
     Args:
         generator: the student, holding the weights to export.
         folder: replaced as a whole if it exists.
-        origin: where the student's network comes from, the teacher or another checkpoint: its pipeline class is tried,
-            and its scheduler kept where that fails.
+        origin: the checkpoint that the student's network comes from: the teacher or another one. Its pipeline class is
+            used if it can run the student; otherwise only its scheduler is kept.
         latents: the autoencoder of a latent student, which is copied into the folder.
         card: JSON values for the model card: teacher, divergence, iterations, ...
         config: the training config, as YAML.
@@ -77,16 +79,16 @@ def save_student(
 
 
 def find_student(path: str | Path) -> Path | None:
-    """The student folder at `path`, or in the run folder `path`; None if what is there is no student, as a teacher."""
+    """The student folder at `path`, or in the run folder `path`; None if there is no student, but a teacher, say."""
     places = (Path(path), Path(path) / "student")
     return next((folder for folder in places if (folder / STUDENT_FILE).is_file()), None)
 
 
 def student_folder(path: str | Path) -> Path:
-    """`find_student`, where nothing else will do.
+    """Like `find_student`, but raises an error if there is no student.
 
     Raises:
-        CheckpointError: no such folder, or one that is not a student.
+        CheckpointError: the folder does not exist, or holds no student.
     """
     folder = find_student(path)
     if folder is None:
@@ -98,16 +100,18 @@ def student_folder(path: str | Path) -> Path:
 
 
 def load_student(path: str | Path, device: torch.device | str = "cpu", *, network: str | None = None) -> Student:
-    """An exported student as (noise, condition) -> x0, frozen, in eval mode, float32: a `OneStepGenerator`, or a
-    `FewStepGenerator` if it was trained for more steps. A latent student's x0 are latents.
+    """Loads an exported student: a function (noise, condition) -> x0, frozen, in eval mode, in float32.
+
+    It is a `OneStepGenerator`, a `FewStepGenerator` if it was trained for several steps, or a `TiUEGenerator`. The x0
+    of a latent student are latents.
 
     Args:
         path: a student folder, or a run folder that has one.
-        network: "module:function" of a student of a user's own network. It is not taken from the folder, so that no
-            folder can say which code runs.
+        network: "module:function" that returns the network, for students of a user's own network. It is not read from
+            the folder, so that no folder can choose which code runs.
 
     Raises:
-        CheckpointError: no such folder, or one that is not a student.
+        CheckpointError: the folder does not exist, or holds no student.
     """
     folder = student_folder(path)
     try:
@@ -119,7 +123,7 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
         denoiser = _own_network(folder, facts, network)
     else:
         if network is not None:
-            raise CheckpointError(f"network: got {network!r}, and {path} has its network in its folder; leave it out")
+            raise CheckpointError(f"network: got {network!r}, but {path} holds its network itself; leave it out")
         denoiser = load_denoiser(Checkpoint(str(path), folder))
     set_null_class(denoiser, facts.get("null_class"))
     if isinstance(denoiser, TextDenoiser):

@@ -1,4 +1,4 @@
-"""Kinds of students, a row each: how one is made of a network, found again in a folder, and exported."""
+"""The kinds of students, one row each: how a student is built from a network, loaded from a folder, and exported."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ class Kind:
     """One row of `KINDS`.
 
     Attributes:
-        levels_key: where a student's file has the levels that `make` takes; the row whose key is there says the kind.
-        make: a network and levels (None for the kind's own choice) -> the student. ConfigError for levels at which it
-            could not be exported.
-        save_pipeline: fills a folder with a pipeline that runs the student; returns the pipeline's class and the
-            arguments that it has to be called with. It is given the folder, the student, the student's network with
-            adapters merged, where the network comes from, and the autoencoder.
+        levels_key: the key in a student's file that holds the levels for `make`. Its presence in the file identifies
+            the kind.
+        make: builds the student from a network and levels (None for the kind's default levels). Raises ConfigError for
+            levels at which the student could not be exported.
+        save_pipeline: fills a folder with a pipeline that runs the student; returns the name of the pipeline's class
+            and the arguments to call it with. Takes the folder, the student, the student's network with adapters
+            merged, the checkpoint that the network comes from, and the autoencoder.
     """
 
     levels_key: str
@@ -53,7 +54,7 @@ def _make_steps(denoiser: Denoiser, levels: Sequence[float] | None) -> Student:
 def _save_steps(
     folder: Path, student: Student, denoiser: Any, origin: Checkpoint, latents: LatentSpace | None
 ) -> tuple[str, dict[str, Any]]:
-    """The pipeline of the network's family where it runs the student, else a `OneStepPipeline`."""
+    """Saves the pipeline of the network's family if it can run the student, otherwise a `OneStepPipeline`."""
     assert origin.folder is not None
     if isinstance(denoiser, TextDenoiser):
         assert latents is not None
@@ -89,7 +90,7 @@ def _save_tiue(
     return type(pipeline).__name__, {"num_inference_steps": 1, "guidance_scale": 0.0}
 
 
-#: By the names that student.generator has for them.
+#: Value of the setting student.generator -> the kind.
 KINDS: dict[str, Kind] = {
     "denoiser": Kind("levels", _make_steps, _save_steps),
     "tiue": Kind("decoder_levels", _make_tiue, _save_tiue),

@@ -1,4 +1,4 @@
-"""Trainable low-rank copies of a frozen network that share its weights (LoRA, arXiv 2106.09685), by peft."""
+"""Copies of a frozen network that share its weights and add trainable low-rank adapters (LoRA, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 from fdistill.base.errors import ConfigError
 from fdistill.denoiser import Denoiser
 
-#: Names of the adapters, as a LoRA file and peft call them.
+#: Names of the adapters in peft.
 STUDENT, FAKE = "student", "fake"
 
 
@@ -26,21 +26,21 @@ def lora_copy(
     alpha: float | None = None,
     targets: Sequence[str] | None = None,
 ) -> Denoiser:
-    """The same function as `denoiser`, with trainable adapters.
+    """A copy of `denoiser` with trainable adapters; at first it computes the same function.
 
-    The frozen weights are shared, not copied: student, fake score and teacher are three networks in the memory of one
-    and its adapters, and nothing has to be switched between them.
+    The frozen weights are shared, not copied: student, fake score and teacher together take the memory of one network
+    and its adapters, and no adapters have to be switched on or off between them.
 
     Args:
         denoiser: a frozen network; the copy is in the same train or eval mode.
-        rank: of the adapters, float32, which start at zero.
-        adapter: their name.
-        setting: what the config calls these adapters, for messages.
-        alpha: adapters count alpha / rank; the rank by default.
-        targets: ends of the names of linear and convolutional layers; all of them by default.
+        rank: rank of the adapters, which are float32 and start at zero.
+        adapter: the adapters' name in peft.
+        setting: name of the config section of these adapters, for messages.
+        alpha: the adapters' output is scaled by alpha / rank; by default alpha is the rank.
+        targets: the linear and convolutional layers whose names end so get adapters; by default all of them.
 
     Raises:
-        ConfigError: peft is not installed, or no layer has such a name.
+        ConfigError: peft is not installed, the network has no layer for adapters, or no layer's name matches `targets`.
     """
     if importlib.util.find_spec("peft") is None:
         raise ConfigError(
@@ -55,8 +55,8 @@ def lora_copy(
     chosen = [name for name in layers if targets is None or any(_ends(name, target) for target in targets)]
     if not layers:
         raise ConfigError(
-            f"{setting}.lora_rank: got {rank}, but this teacher has no linear or convolutional layer of torch's for "
-            "adapters (EDM2 has its own); expected 0"
+            f"{setting}.lora_rank: got {rank}, but this teacher has no torch.nn.Linear or Conv2d layer that adapters "
+            "could be added to (EDM2 has layer classes of its own); expected 0"
         )
     if not chosen:
         raise ConfigError(
@@ -80,11 +80,11 @@ def _ends(name: str, target: str) -> bool:
 
 
 def merged(denoiser: Denoiser) -> Denoiser:
-    """A copy on the CPU in float32 with its adapters merged into the weights: W + alpha / rank B A."""
+    """A copy on the CPU in float32 with the adapters merged into the weights: W + alpha / rank B A."""
     from peft.tuners.lora import LoraLayer
 
     with torch.no_grad():
-        # Copied to the CPU one by one: the whole network may not fit a second time where it is.
+        # Tensors are copied to the CPU one by one: the device may have no memory for a second network.
         tensors = (*denoiser.parameters(), *denoiser.buffers())
         memo = {id(tensor): copy.deepcopy(tensor.cpu()) for tensor in tensors}
         plain = copy.deepcopy(denoiser, memo).to("cpu", torch.float32)

@@ -1,4 +1,4 @@
-"""What a student's folder says of itself: how to use it, what made it."""
+"""The model card in a student's folder: how to use the student, and how it was trained."""
 
 from __future__ import annotations
 
@@ -15,9 +15,15 @@ generator = load_student("path/to/this/folder", network="{name}")
 
 
 def usage(generator: Student, pipeline: str, call: dict[str, Any]) -> str:
-    """Python that draws with a student that was exported as this class of pipeline, called so."""
+    """A Markdown block of Python that samples from an exported student.
+
+    Args:
+        generator: the student.
+        pipeline: the class of pipeline that it was exported as.
+        call: the arguments to call the pipeline with.
+    """
     own = pipeline in OWN_PIPELINES
-    header = f"from fdistill import {pipeline}  # which diffusers then knows\n" if own else ""
+    header = f"from fdistill import {pipeline}  # registers the class with diffusers\n" if own else ""
     if generator.denoiser.text_shapes is not None:
         drawn = 'image = pipeline("a prompt"{arguments}).images[0]'
     elif generator.num_classes and pipeline == "ConsistencyModelPipeline":
@@ -42,6 +48,7 @@ def _rows(values: dict[str, Any]) -> str:
 
 
 def model_card(generator: Student, usage: str, card: dict[str, Any], config: str) -> str:
+    """The text of README.md in a student's folder; see `save_student` for `card` and `config`."""
     rows = _rows({key: value for key, value in card.items() if key != "metrics"})
     metrics = {key: value for key, value in card.get("metrics", {}).items() if isinstance(value, (int, float))}
     steps = len(generator.levels)
@@ -51,8 +58,8 @@ tags: [one-step, distillation, fdistill]
 ---
 # {steps}-step student of `{card.get("teacher")}`
 
-Network evaluations an image: {steps}. No guidance: what the teacher's had was learnt. Call the pipeline with
-these arguments: its own defaults may be many steps, or guided.
+Network evaluations per image: {steps}. Use no guidance: the student was trained with its teacher's guidance.
+Call the pipeline with these arguments: its own defaults may be many steps, or guided.
 
 ![Samples](samples.png)
 

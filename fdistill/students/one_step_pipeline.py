@@ -1,7 +1,7 @@
-"""`OneStepPipeline`: students that no pipeline of diffusers runs, in a folder that diffusers loads."""
+"""`OneStepPipeline` runs the students that no pipeline class of diffusers can run; diffusers loads its folders."""
 
-# No `from __future__ import annotations`: diffusers compares a pipeline's components with the classes that its
-# constructor is annotated with, and older versions know plain classes alone.
+# No `from __future__ import annotations`: diffusers compares a pipeline's components with the classes in its
+# constructor's annotations, and older versions understand only plain classes there.
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -24,18 +24,18 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
     """A student of one step or a few.
 
     Args:
-        network: of any family that fdistill reads.
-        scheduler: whose config says what the network predicts; None for networks that say it themselves.
-        vae: of a latent student.
-        student: how they are used, in one mapping because diffusers takes lists in a pipeline's config for components:
-            "levels", the falling noise levels of its steps, one for a one-step student; "null_class", the label that
-            stands for no class, where the network's config does not say it; "latent_scale" and "latent_bias", for each
-            channel of the autoencoder's latents, what makes samples of them.
+        network: a network of any family that fdistill reads.
+        scheduler: its config says what the network predicts; None for networks whose own config says it.
+        vae: the autoencoder of a latent student.
+        student: the student's settings. They are one mapping because diffusers takes a list in a pipeline's config for
+            a component. "levels" are the noise levels of the steps, falling; a one-step student has one. "null_class"
+            is the label for "no class", where the network's config does not say it. "latent_scale" and "latent_bias",
+            one number per channel, map the autoencoder's latents to the network's samples.
     """
 
     _optional_components: ClassVar[list[str]] = ["scheduler", "vae"]
     model_cpu_offload_seq = "network->vae"
-    #: Whether prompts are what it is called with.
+    #: Whether the pipeline is called with prompts.
     takes_prompts = False
 
     def __init__(
@@ -64,16 +64,16 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Images in one evaluation each, or the few the student was trained for.
+        """Draws images, with one network evaluation each, or as many as the student was trained for.
 
         Args:
-            batch_size: how many; with labels, one for each of them.
-            class_labels: one for each image; None for an unconditional student.
-            generator: of the noise.
+            batch_size: number of images; ignored if there are labels, which give one image each.
+            class_labels: one label for each image; None for an unconditional student.
+            generator: draws the noise.
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]) or "pt" ([B, C, H, W] in [0, 1]).
 
         Raises:
-            ArgumentError: labels missing, unasked for, or beyond the student's classes.
+            ArgumentError: labels are missing, outside the student's classes, or given to an unconditional student.
         """
         student = self._generator()
         device = self._execution_device
@@ -97,7 +97,10 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
 def pipeline_output(
     pipeline: Any, samples: torch.Tensor, output_type: str, return_dict: bool
 ) -> ImagePipelineOutput | tuple[Any]:
-    """What a pipeline of ours returns for a student's samples [B, C, H, W]; its settings say what latents they are."""
+    """What a pipeline of fdistill returns for a student's samples [B, C, H, W].
+
+    With an autoencoder the samples are scaled latents, and the pipeline's settings hold the scale and bias.
+    """
     if pipeline.vae is not None:
         scaling = LatentScaling(pipeline.config.student["latent_scale"], pipeline.config.student["latent_bias"])
         samples = decode_latents(pipeline.vae, scaling.to_latents(samples).to(pipeline.vae.dtype))
@@ -110,5 +113,5 @@ def pipeline_output(
     return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 
-# `DiffusionPipeline.from_pretrained` looks a pipeline's class up in diffusers, by the name in model_index.json.
+# `DiffusionPipeline.from_pretrained` looks up the class named in model_index.json as an attribute of diffusers.
 diffusers.OneStepPipeline = OneStepPipeline

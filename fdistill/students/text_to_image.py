@@ -1,4 +1,4 @@
-"""A text-to-image student in its teacher's own pipeline class, which needs no fdistill where it is used."""
+"""Saves a text-to-image student in its teacher's own pipeline class, so that it can be used without fdistill."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from fdistill.teachers.autoencoder import LatentSpace, image_size
 
 
 def check_exportable(denoiser: TextDenoiser, levels: Sequence[float]) -> None:
-    """Raises ConfigError where no scheduler of diffusers runs a student at these levels."""
+    """Raises ConfigError if no scheduler of diffusers can run a student at these levels."""
     if student_scheduler(denoiser.parametrisation, levels) is None:
         raise ConfigError(
-            f"student_level: got {list(levels)}, at which no scheduler of diffusers runs a text-to-image student; "
+            f"student_level: got {list(levels)}, but no scheduler of diffusers runs a text-to-image student there; "
             "expected whole timesteps, and a teacher that predicts eps, v, x0 or a flow"
         )
 
@@ -29,18 +29,22 @@ def check_exportable(denoiser: TextDenoiser, levels: Sequence[float]) -> None:
 def save_text_pipeline(
     denoiser: TextDenoiser, levels: Sequence[float], origin: Path, folder: Path, latents: LatentSpace
 ) -> tuple[str, dict[str, Any]]:
-    """Fills a folder with the origin's pipeline, whose network is the student's and whose scheduler takes its steps.
+    """Fills a folder with the origin's pipeline, with the student's network and a scheduler that takes its steps.
 
-    A network that was told a guidance scale is told it no more: it is part of its weights.
+    If the network takes a guidance scale as input, the scale is folded into its weights, and the exported network takes
+    none.
 
     Args:
         denoiser: the student's network without adapters, holding the weights to export.
-        levels: of its steps.
-        origin: the pipeline folder that its network comes from.
-        latents: its autoencoder.
+        levels: noise levels of the student's steps.
+        origin: the pipeline folder that the student's network comes from.
+        latents: the student's autoencoder.
 
     Returns:
-        The pipeline's class, and the arguments, beside a prompt, that it has to be called with.
+        The name of the pipeline's class, and the arguments to call it with beside a prompt.
+
+    Raises:
+        CheckpointError: the origin's model_index.json cannot be read.
     """
     exported = student_scheduler(denoiser.parametrisation, levels)
     assert exported is not None
@@ -62,7 +66,7 @@ def save_text_pipeline(
         raise CheckpointError(f"{origin / 'model_index.json'}: cannot be read ({error})") from error
     for name, entry in index.items():
         if isinstance(entry, list) and not (folder / name).is_dir():
-            index[name] = [None, None]  # such as a safety checker, which is not downloaded
+            index[name] = [None, None]  # such as a safety checker, which was not downloaded
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     index["vae"] = ["diffusers", type(latents.vae).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,5 @@
 """Time-independent UNet encoder (TiUE; "One-Way Ticket", arXiv 2505.21960): a UNet's encoder is evaluated once, its
-decoder at several levels in one batch, and DDIM makes a sample of what they predict.
+decoder at several levels in one batch, and DDIM combines the decoders' predictions into a sample.
 """
 
 from __future__ import annotations
@@ -27,28 +27,30 @@ def leading_levels(schedule: NoiseSchedule, count: int = 4) -> tuple[float, ...]
     """The timesteps of DDIM's "leading" spacing with offset 1: 751, 501, 251, 1 for four of a thousand.
 
     Raises:
-        ArgumentError: a schedule that is not one of discrete timesteps, or more levels than it has.
+        ArgumentError: the schedule has no discrete timesteps, or not more of them than `count`.
     """
     if not isinstance(schedule, VPSchedule) or not 1 <= count < len(schedule.alphas_cumprod):
         raise ArgumentError(
-            f"decoder_levels: {count} cannot be spaced over a {type(schedule).__name__}; name them, falling within "
-            f"({schedule.t_min:g}, {schedule.t_max:g}]"
+            f"decoder_levels: {count} levels cannot be spaced over a {type(schedule).__name__}; give them, falling, "
+            f"in ({schedule.t_min:g}, {schedule.t_max:g}]"
         )
     spacing = len(schedule.alphas_cumprod) // count
     return tuple(float(k * spacing + 1) for k in reversed(range(count)))
 
 
 class TiUEGenerator(Student):
-    """A UNet whose encoder and middle run at the first of K levels, and whose decoder runs at all of them: no
-    prediction is fed back, so the K decoders are one batch.
+    """A UNet whose encoder and middle block run at the first of K levels, and whose decoder runs at all K.
+
+    No prediction is fed back into the network, so the K decoder evaluations are one batch.
 
     Args:
-        denoiser: the student network, usually a copy of the teacher; its network is a `UNet2DModel` or a
-            `UNet2DConditionModel`, and may predict eps, v, x0 or anything else that a `Denoiser` has a name for.
-        decoder_levels: falling, all in (t_min, t_max] of the denoiser's schedule; `leading_levels` are the paper's.
+        denoiser: the student's denoiser, usually a copy of the teacher; its network is a `UNet2DModel` or a
+            `UNet2DConditionModel`, with any parametrisation (eps, v, x0, EDM's, ...).
+        decoder_levels: the K levels, falling, all in (t_min, t_max] of the denoiser's schedule; the paper's are those
+            of `leading_levels`.
 
     Attributes:
-        levels: where its one noise is put in: the first of `decoder_levels`.
+        levels: the one level at which noise enters: the first of `decoder_levels`.
     """
 
     def __init__(self, denoiser: Denoiser, decoder_levels: Sequence[float]):
@@ -81,25 +83,25 @@ class TiUEGenerator(Student):
         return f"one encoder, decoders at levels {', '.join(f'{level:g}' for level in self.decoder_levels)}"
 
     def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
-        """Standard normal noise [B, C, H, W], labels [B], prompts or None -> x0 [B, C, H, W], at least float32."""
+        """Standard normal noise [B, C, H, W] and labels [B], prompts or None -> x0 [B, C, H, W], at least float32."""
         return _combined(self._rows[-1], self._parts(noise, condition))
 
     def sample_with_predictions(self, noise: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
-        """`forward`, and the noise [B, K, C, H, W] that the decoders predict, whatever their network's outputs are."""
+        """The result of `forward`, and the K predictions converted to predicted noise [B, K, C, H, W]."""
         parts = self._parts(noise, condition)
         predicted = torch.stack([_combined(row, parts) for row in self._rows[:-1]], dim=1)
         return _combined(self._rows[-1], parts), predicted
 
     def _parts(self, noise: Tensor, condition: Condition | None) -> list[Tensor]:
-        """What a sample is a combination of: the noise, and the K outputs."""
+        """The terms that a sample is a linear combination of: the noise, and the K outputs."""
         outputs = self.outputs(noise, condition)
         return [noise.to(wide(noise.dtype)), *outputs.to(wide(outputs.dtype)).unbind(1)]
 
     def outputs(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
-        """The network's outputs [B, K, C, H, W] at the K levels, in its own precision; arguments as in `forward`."""
+        """The network's outputs [B, K, C, H, W] at the K levels, in the network's dtype; arguments as in `forward`."""
         denoiser: Any = self.denoiser
         unet, batch, count = denoiser.network, len(noise), len(self.decoder_levels)
-        # Filled on the device: a tensor made of numbers would be copied there, and waited for.
+        # Filled on the device: a tensor made from Python numbers would be copied there, and the host would wait.
         t = torch.cat([noise.new_full((batch,), level, dtype=wide(noise.dtype)) for level in self.decoder_levels])
         first = t[:batch]
         network_input = denoiser.network_input(expand(denoiser.schedule.start(first), noise) * noise, first)
@@ -119,10 +121,10 @@ class TiUEGenerator(Student):
 def composition(denoiser: Denoiser, levels: Sequence[float]) -> Tensor:
     """DDIM without feedback in closed form, [K + 1, K + 1] float64 on the CPU.
 
-    Columns stand for the noise [0] and the network's K outputs. Row k is the noise that output k predicts, the last row
-    the sample: DDIM's steps (arXiv 2010.02502, eq. 12, eta = 0) are linear in both, so that for eps-prediction
-    z0 = S noise + sum_k E_k output_k. As in the schedulers of Stable Diffusion, the last step ends at the schedule's
-    t_min, not at a signal of 1 (`set_alpha_to_one=False`).
+    Column 0 holds the coefficients of the noise, columns 1 to K those of the network's K outputs. Row k gives the noise
+    that output k predicts, the last row the sample. DDIM's steps (arXiv 2010.02502, eq. 12, eta = 0) are linear in
+    noise and outputs, so that for eps-prediction z0 = S noise + sum_k E_k output_k. As in the schedulers of Stable
+    Diffusion, the last step ends at the schedule's t_min, not at a signal of 1 (`set_alpha_to_one=False`).
     """
     schedule, count = denoiser.schedule, len(levels)
     t = torch.tensor([*levels, schedule.t_min], dtype=torch.float64, device="cpu")
@@ -148,14 +150,14 @@ def _combined(row: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
 
 
 def as_told(unet: nn.Module, condition: Condition | None, num_classes: int | None) -> Condition | None:
-    """The condition, if it is of the kind that this network takes; ArgumentError otherwise."""
+    """Returns the condition if this network takes its kind, labels or prompts; raises ArgumentError otherwise."""
     if isinstance(unet, UNet2DModel):
         return as_labels(condition, num_classes)
     return as_prompts(condition)
 
 
 def _tiled(condition: Condition | None, count: int) -> Condition | None:
-    """One whole batch after another, as the copies of encoded samples are."""
+    """The whole batch, `count` times in a row: the same order as the copies of the encoder's output."""
     if isinstance(condition, TextCondition):
         return TextCondition.concat([condition] * count)
     return None if condition is None else torch.cat([condition] * count)

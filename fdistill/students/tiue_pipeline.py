@@ -1,7 +1,7 @@
-"""`TiUEPipeline`: students with one encoder and several decoders, in a folder that diffusers loads."""
+"""`TiUEPipeline` runs students with one encoder and several decoders; diffusers loads its folders."""
 
-# No `from __future__ import annotations`: diffusers compares a pipeline's components with the classes that its
-# constructor is annotated with, and older versions know plain classes alone.
+# No `from __future__ import annotations`: diffusers compares a pipeline's components with the classes in its
+# constructor's annotations, and older versions understand only plain classes there.
 
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -31,18 +31,19 @@ from fdistill.teachers.autoencoder import pixels_per_latent
 
 
 class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """A `TiUEGenerator` with what surrounds it: text-to-image with the encoders of Stable Diffusion 1, 2 or XL, images
-    of classes, or of neither.
+    """A `TiUEGenerator` with its text encoders and autoencoder, if it has any.
+
+    The student takes prompts (with the encoders of Stable Diffusion 1, 2 or XL), class labels, or neither.
 
     Args:
         unet: a `UNet2DModel` or `UNet2DConditionModel`.
-        scheduler: whose config says what the UNet predicts; it runs no step.
-        vae: of a latent student.
-        text_encoder, tokenizer, text_encoder_2, tokenizer_2: of a text-to-image student.
-        student: how they are used, in one mapping because diffusers takes lists in a pipeline's config for components:
-            "decoder_levels", falling; "size", height and width of the UNet's samples; "null_class", the label that
-            stands for no class; "latent_scale" and "latent_bias", for each channel of the autoencoder's latents, what
-            makes samples of them.
+        scheduler: its config says what the UNet predicts; the scheduler itself is not run.
+        vae: the autoencoder of a latent student.
+        text_encoder, tokenizer, text_encoder_2, tokenizer_2: those of a text-to-image student.
+        student: the student's settings. They are one mapping because diffusers takes a list in a pipeline's config for
+            a component. "decoder_levels" are the decoders' noise levels, falling. "size" is the height and width of the
+            UNet's samples. "null_class" is the label for "no class". "latent_scale" and "latent_bias", one number per
+            channel, map the autoencoder's latents to the UNet's samples.
     """
 
     _optional_components: ClassVar[list[str]] = [
@@ -53,7 +54,7 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
         "tokenizer_2",
     ]
     model_cpu_offload_seq = "text_encoder->text_encoder_2->vae"
-    _exclude_from_cpu_offload: ClassVar[list[str]] = ["unet"]  # whose forward, where the hook would be, is not called
+    _exclude_from_cpu_offload: ClassVar[list[str]] = ["unet"]  # the offload hook is in forward, which is not called
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     @property
     def takes_prompts(self) -> bool:
-        """Whether prompts are what it is called with."""
+        """Whether the pipeline is called with prompts."""
         return self.text_encoder is not None
 
     def _generator(self) -> TiUEGenerator:
@@ -92,7 +93,7 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
         return TiUEGenerator(denoiser, settings.get("decoder_levels", ())).eval()
 
     def _encoders(self) -> DiffusionPipeline:
-        """The family's own pipeline, without what it draws with: it encodes prompts as in training."""
+        """The family's own pipeline with text encoders only; it encodes prompts as they were in training."""
         nothing = {"vae": None, "unet": None, "scheduler": None}
         if self.text_encoder_2 is not None:
             return StableDiffusionXLPipeline(
@@ -125,26 +126,28 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Images in one evaluation of the encoder and one of the decoders.
+        """Draws images with one evaluation of the encoder and one batched evaluation of the decoders.
 
         Args:
-            prompt: one for each image; None for a student that is told none.
-            num_inference_steps: 1, as one-step students of other classes are called.
-            guidance_scale: at most 1: what guidance the teacher had was learnt.
-            batch_size: how many, where neither prompts nor labels say it: 1, or as many as `latents`.
-            class_labels: one for each image; None for a student that is told none.
-            generator: of the noise.
-            latents: [B, C, h, w] standard normal noise to use instead.
+            prompt: one for each image; None for a student that takes no prompts.
+            num_inference_steps: must be 1; it exists so that one-step students of all classes are called alike.
+            guidance_scale: at most 1, as the student was trained with its teacher's guidance and is not guided itself.
+            batch_size: number of images if there are no prompts or labels; by default that of `latents`, or 1.
+            class_labels: one for each image; None for a student that takes no class labels.
+            generator: draws the noise.
+            latents: [B, C, h, w] standard normal noise to use instead of drawing some.
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]) or "pt" ([B, C, H, W] in [0, 1]).
 
         Raises:
-            ArgumentError: a condition that is missing or unasked for, or a call for more than this student does.
+            ArgumentError: a condition is missing or one that this student does not take, the noise has the wrong shape,
+                or the call demands several steps or guidance.
         """
         if num_inference_steps != 1:
             raise ArgumentError(f"num_inference_steps: got {num_inference_steps}; this student takes 1")
         if guidance_scale > 1:
             raise ArgumentError(
-                f"guidance_scale: got {guidance_scale:g}; this student learnt its teacher's guidance, expected 0"
+                f"guidance_scale: got {guidance_scale:g}; this student was trained with its teacher's guidance and "
+                "takes none; expected 0"
             )
         student = self._generator()
         device = self._execution_device
@@ -165,12 +168,12 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
         class_labels: Sequence[int] | torch.Tensor | None,
         device: torch.device,
     ) -> tuple[Condition | None, int | None]:
-        """What the student is told, and of how many images it speaks."""
+        """The student's condition, and the number of images it is for (None for an unconditional student)."""
         if (prompt is None) != (self.text_encoder is None):
-            told = "is told no prompts; expected None" if self.text_encoder is None else "is told prompts; got None"
-            raise ArgumentError(f"prompt: this student {told}")
+            takes = "takes no prompts; expected None" if self.text_encoder is None else "takes prompts; got None"
+            raise ArgumentError(f"prompt: this student {takes}")
         if class_labels is not None and student.num_classes is None:
-            raise ArgumentError("class_labels: this student is told none; expected None")
+            raise ArgumentError("class_labels: this student takes no class labels; expected None")
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             pixels = student.sample_shape[-1] * pixels_per_latent(self.vae)
@@ -191,14 +194,13 @@ def tiue_pipeline(
     vae: AutoencoderKL | None,
     text: Mapping[str, Any],
 ) -> TiUEPipeline:
-    """A student as a pipeline to save.
+    """Wraps a student in a pipeline that can be saved.
 
     Args:
         generator: the student, holding the weights to export.
-        scheduler: of the teacher.
-        vae: of a latent student, whose denoiser has a `latent_scaling`.
-        text: the teacher's text encoders and tokenizers, by the names they have as components; empty for a student that
-            is told no prompts.
+        scheduler: the teacher's scheduler.
+        vae: the autoencoder of a latent student, whose denoiser has a `latent_scaling`.
+        text: the teacher's text encoders and tokenizers by component name; empty for a student that takes no prompts.
     """
     denoiser: Any = generator.denoiser
     settings: dict[str, Any] = {
@@ -212,5 +214,5 @@ def tiue_pipeline(
     return TiUEPipeline(denoiser.network, scheduler, vae, **text, student=settings)
 
 
-# `DiffusionPipeline.from_pretrained` looks a pipeline's class up in diffusers, by the name in model_index.json.
+# `DiffusionPipeline.from_pretrained` looks up the class named in model_index.json as an attribute of diffusers.
 diffusers.TiUEPipeline = TiUEPipeline

@@ -1,4 +1,4 @@
-"""Published checkpoints into teacher folders of config.json and safetensors, without running code of theirs."""
+"""Converts published checkpoints into teacher folders of config.json and safetensors, without running their code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from fdistill.formats.unpickle import Record, load_restricted, state_dict
 from fdistill.networks import EDM2Network, EDMNetwork
 from fdistill.teachers.convert_dit import transformer_config, transformer_tensors
 
-#: Class in the pickle -> our network, and the names and defaults of its constructor, in order, before **kwargs.
+#: Class name in the pickle -> fdistill's network class, and the arguments of the pickled class's constructor before
+#: **kwargs: names in order, with defaults.
 NETWORKS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     "EDMPrecond": (
         EDMNetwork,
@@ -53,7 +54,8 @@ NETWORKS: dict[str, tuple[type[Any], dict[str, Any]]] = {
     ),
 }
 
-#: What EDM2's encoder is constructed from, in order. Its latents are those of the VAE, shifted and scaled per channel.
+#: Arguments of the constructor of EDM2's encoder, in order, with defaults. Its latents are those of the VAE, shifted
+#: and scaled per channel.
 LATENT_ENCODER: dict[str, Any] = {
     "vae_name": "stabilityai/sd-vae-ft-mse",
     "raw_mean": [5.81, 3.25, 0.12, -2.15],
@@ -62,7 +64,7 @@ LATENT_ENCODER: dict[str, Any] = {
     "final_std": 0.5,
 }
 
-#: The levels that the published samplers use, where the network's own are 0 and infinity.
+#: The levels of the published samplers, used if the network's own bounds are 0 and infinity.
 LEVELS = {"sigma_min": 0.002, "sigma_max": 80.0}
 
 FAMILIES = ("dit", "sit")
@@ -77,15 +79,16 @@ def convert(source: Path, output: Path, family: str | None = None) -> Path:
     Args:
         source: a network pickle of EDM or EDM2 (.pkl), or a state dict of a DiT or SiT (.pt, .pth, .safetensors).
         output: a folder that does not exist, or is empty. A pickle becomes config.json and
-            diffusion_pytorch_model.safetensors in float32, a state dict transformer/ and scheduler/.
-        family: "dit" or "sit" for state dicts, whose tensors have the same names and shapes.
+            diffusion_pytorch_model.safetensors in float32, a state dict becomes transformer/ and scheduler/.
+        family: "dit" or "sit" for a state dict: tensors of both have the same names and shapes. None for a pickle.
 
     Returns:
-        the folder.
+        The output folder.
 
     Raises:
-        CheckpointError: the file cannot be read, names anything that is not on a fixed list, or holds another network.
-        ArgumentError: no family for a state dict, or one for a pickle.
+        CheckpointError: the file cannot be read, refers to code that is not on a fixed list of classes and functions,
+            or holds another network.
+        ArgumentError: the family is missing for a state dict, or given for a pickle.
         OutputError: the output exists or cannot be written.
     """
     source, suffix = Path(source), Path(source).suffix.lower()
@@ -143,12 +146,12 @@ def _network(content: Any, source: Path) -> Record:
 
 
 def _settings(record: Record, cls: type[Any], names: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """The constructor's arguments as ours takes them."""
+    """The arguments of the pickled network's constructor as those of `cls`."""
     given = dict(zip(names, record.arguments, strict=False)) | record.keywords
     config = {**names, **given}
     del config["use_fp16"]
     if cls is EDM2Network and config.get("resample_filter") in ([1, 1], (1, 1)):
-        del config["resample_filter"]  # ours has no other
+        del config["resample_filter"]  # the only one that EDM2Network has
     known = inspect.signature(cls.__init__).parameters.keys() - {"self"}
     for name, value in config.items():
         if name not in known:
@@ -171,7 +174,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _latent_encoder(encoder: Any, config: dict[str, Any], source: Path) -> str | None:
-    """Adds the scale and bias of a latent-space network to its config; the name of its VAE, None for pixels."""
+    """Adds the scale and bias of a latent network to its config; returns the name of its VAE, None for pixels."""
     name = encoder.name if isinstance(encoder, Record) else None
     if name == "StandardRGBEncoder" or (name is None and config["img_channels"] != 4):
         return None
@@ -225,7 +228,7 @@ def _convert_transformer(source: Path, output: Path, family: str) -> None:
         note = "Predicts noise at timesteps 0 ... 999 of a linear beta schedule."
     else:
         scheduler = FlowMatchEulerDiscreteScheduler()
-        note = "Predicts the velocity data - noise, and is told t from 0 (noise) to 1 (data)."
+        note = "Predicts the velocity data - noise, and takes t from 0 (noise) to 1 (data) as input."
     note += (
         " The network sees latents of a VAE, which the file does not hold. Next: put stabilityai/sd-vae-ft-ema (or "
         "sd-vae-ft-mse, whichever the checkpoint was trained with) into `vae/`."
@@ -246,14 +249,14 @@ def _read_state_dict(source: Path) -> dict[str, Tensor]:
     try:
         if source.suffix.lower() == ".safetensors":
             return dict(load_file(source))
-        # Training checkpoints carry their command line in a Namespace, which only holds values.
+        # Training checkpoints hold their command line in a Namespace, a class that only stores values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # of torch's reader nearly any, on damaged bytes
+    except Exception as error:  # torch's reader raises nearly any exception on damaged bytes
         reason = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
         named = re.search(r"GLOBAL (\S+)", reason)
         raise CheckpointError(
-            f"{source}: refused {named[1]}, which no state dict needs, and ran nothing; expected tensors alone"
+            f"{source}: refused {named[1]}, which no state dict needs; no code was run; expected tensors alone"
             if named
             else f"{source}: cannot be read ({reason[:200] or type(error).__name__}); expected a file of tensors"
         ) from error
@@ -265,7 +268,7 @@ def _read_state_dict(source: Path) -> dict[str, Tensor]:
         isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
     ):
         raise CheckpointError(
-            f"{source}: holds no state dict; expected tensors by name, or such under 'ema' or 'model'"
+            f"{source}: holds no state dict; expected a dict of tensors by name, or one under 'ema' or 'model'"
         )
     return content
 

@@ -1,4 +1,4 @@
-"""State dicts of DiT (Peebles and Xie 2022, arXiv 2212.09748) and SiT (arXiv 2401.08740) as DiTTransformer2DModel."""
+"""Converts state dicts of DiT (Peebles and Xie 2022, arXiv 2212.09748) and SiT (arXiv 2401.08740) to diffusers' DiT."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
 
-#: Width of a published DiT or SiT (S, B, L, XL) -> attention heads, which no tensor's shape tells.
+#: Width of a published DiT or SiT (S, B, L, XL) -> number of attention heads, which cannot be read off tensor shapes.
 ATTENTION_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
 def transformer_tensors(tensors: Mapping[str, Tensor], num_layers: int, source: Path) -> dict[str, Tensor]:
-    """The tensors under the names of diffusers.
+    """The tensors under their names in diffusers.
 
     Args:
+        tensors: the published state dict.
+        num_layers: number of transformer blocks.
         source: the file, for messages.
 
     Raises:
@@ -40,9 +42,10 @@ def transformer_tensors(tensors: Mapping[str, Tensor], num_layers: int, source: 
 
 
 def transformer_config(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """The architecture that the shapes of a DiT's tensors tell.
+    """The config of the DiTTransformer2DModel, derived from the shapes of the tensors.
 
     Args:
+        tensors: the published state dict.
         source: the file, for messages.
 
     Raises:
@@ -56,12 +59,12 @@ def transformer_config(tensors: Mapping[str, Tensor], source: Path) -> dict[str,
     }
     for name, ndim in dimensions.items():
         if name not in tensors or tensors[name].ndim != ndim:
-            raise CheckpointError(f"{source}: no tensor {name} of {ndim} dimensions; expected those of a DiT or SiT")
+            raise CheckpointError(f"{source}: no tensor {name} of {ndim} dimensions; expected a DiT or SiT")
     kernel, positions, classes, last = (tensors[name] for name in dimensions)
     width, channels, patch, _ = kernel.shape
     grid = math.isqrt(positions.shape[1])
     if width not in ATTENTION_HEADS:
-        raise CheckpointError(f"{source}: is {width} wide; expected a published width, {sorted(ATTENTION_HEADS)}")
+        raise CheckpointError(f"{source}: has width {width}; expected a published width, {sorted(ATTENTION_HEADS)}")
     if positions.shape != (1, grid**2, width) or not torch.allclose(
         positions[0].double(), _position_embedding(grid, width), atol=1e-4
     ):
@@ -75,13 +78,13 @@ def transformer_config(tensors: Mapping[str, Tensor], source: Path) -> dict[str,
         "num_layers": 1 + max(blocks, default=0),
         "sample_size": grid * patch,
         "patch_size": patch,
-        "num_embeds_ada_norm": classes.shape[0] - 1,  # the last row stands for no class
+        "num_embeds_ada_norm": classes.shape[0] - 1,  # the last row is the embedding of "no class"
         "norm_eps": 1e-6,
     }
 
 
 def _position_embedding(grid: int, width: int) -> Tensor:
-    """[grid^2, width] float64: sines and cosines of a patch's column, then of its row."""
+    """The fixed position embedding [grid^2, width] float64: sines and cosines of a patch's column, then of its row."""
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
     one = torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -89,9 +92,9 @@ def _position_embedding(grid: int, width: int) -> Tensor:
 
 
 def _transformer_names(num_layers: int) -> Iterator[tuple[str, str, int | None]]:
-    """(name in DiTTransformer2DModel, name in the file, which third of it or None for the whole).
+    """Yields (name in DiTTransformer2DModel, name in the file, which third of that tensor or None for all of it).
 
-    Blocks of diffusers have an embedder of time and label each, of which the file has one for all.
+    Every block of diffusers has its own embedder of time and label; the file has one for all blocks.
     """
     modules: list[tuple[str, str, int | None]] = [
         ("pos_embed.proj", "x_embedder.proj", None),

@@ -1,4 +1,4 @@
-"""The text encoders of a text-to-image teacher, which make of prompts what its denoiser is given."""
+"""The text encoders of a text-to-image teacher, which turn prompts into the condition of its denoiser."""
 
 from __future__ import annotations
 
@@ -27,14 +27,22 @@ from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object
 from fdistill.condition import TextCondition
 
-_BATCH = 32  # prompts that the encoders see at once
+_BATCH = 32  # prompts that the encoders process at once
 _SHOWN = 256  # prompts between two updates of progress
-_SAMPLES, _SAMPLE = 256, 2**16  # places in a file and bytes at each: all of files up to 16 MB
+_SAMPLES, _SAMPLE = 256, 2**16  # places in a file, bytes read at each; files up to 16 MB are read whole
 
 
 @dataclass(frozen=True)
 class CutPrompt:
-    """A prompt of which a tokenizer drops the end."""
+    """A prompt that is longer than a tokenizer's limit, so that its end is dropped.
+
+    Attributes:
+        index: the prompt's position in the list.
+        tokenizer: name of the tokenizer in the pipeline.
+        tokens: length of the prompt, in tokens.
+        limit: number of tokens that the encoder takes.
+        dropped: the text that is cut off.
+    """
 
     index: int
     tokenizer: str
@@ -46,12 +54,13 @@ class CutPrompt:
 class PromptEncoder:
     """Frozen text encoders with their tokenizers, as the teacher's own pipeline uses them.
 
-    They stay on the CPU and visit a device only inside `on`, so that they take no memory from training.
+    They stay on the CPU and are moved to a device only inside `on`, so that they take no memory from training.
 
     Args:
-        family: what the pipeline's family of networks says of its prompts.
-        pipeline: without denoiser and autoencoder.
-        resolution: of the images that prompts are for, in pixels: some networks are given it.
+        family: how the pipeline's family of networks encodes prompts.
+        pipeline: the pipeline without denoiser and autoencoder.
+        resolution: height and width in pixels of the images to be generated, which is part of the condition of some
+            networks.
     """
 
     def __init__(self, family: TextToImage, pipeline: DiffusionPipeline, resolution: int):
@@ -59,12 +68,12 @@ class PromptEncoder:
 
     @property
     def components(self) -> dict[str, Any]:
-        """Encoders and tokenizers, by their names in the pipeline."""
+        """The pipeline's encoders and tokenizers, by component name."""
         return dict(self._pipeline.components)
 
     @contextmanager
     def on(self, device: torch.device | str) -> Iterator[None]:
-        """The encoders are on the device inside the block."""
+        """Moves the encoders to the device for the duration of the block."""
         try:
             self._pipeline.to(device)
             yield
@@ -73,7 +82,10 @@ class PromptEncoder:
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> TextCondition:
-        """At least one prompt, where the encoders are; ends that they do not take are cut off (`cut` says which)."""
+        """Encodes at least one prompt, on the device that the encoders are on.
+
+        Prompts that are too long are cut; `cut` lists them.
+        """
         with quiet():
             parts = [
                 self._family.encode_prompts(self._pipeline, list(prompts[first : first + _BATCH]), self._resolution)
@@ -83,15 +95,15 @@ class PromptEncoder:
 
     @torch.no_grad()
     def null(self, negative_prompt: str = "") -> TextCondition:
-        """What guidance leads away from, as one prompt: the empty one as the family is trained with it, or another."""
+        """The negative condition of guidance, one row: the negative prompt, or the family's own empty prompt."""
         with quiet():
             return self._family.encode_null(self._pipeline, negative_prompt, self._resolution)
 
     def cut(self, prompts: Sequence[str]) -> list[CutPrompt]:
-        """The prompts that are longer than a tokenizer's limit, and what of them is dropped."""
+        """Lists the prompts that are longer than a tokenizer's limit, with the text that is dropped."""
         found = []
         called = inspect.signature(type(self._pipeline).__call__).parameters.get("max_sequence_length")
-        # CLIP's tokenizers have fewer; PixArt-alpha and Sigma differ in this alone.
+        # Tokens that the pipeline reads. CLIP's tokenizers have lower limits; PixArt-alpha and Sigma differ only here.
         read = sys.maxsize if called is None else int(called.default)
         for name, limit in self._family.tokenizers.items():
             tokenizer: Any = getattr(self._pipeline, name, None)
@@ -107,13 +119,13 @@ class PromptEncoder:
 
 
 def _closing(tokenizer: Any) -> int:
-    """How many tokens close a prompt, which stay when it is cut: CLIP's and T5's end, Gemma's and Qwen's none."""
+    """Number of end tokens, which stay when a prompt is cut: 1 for CLIP and T5, 0 for Gemma and Qwen."""
     ids = tokenizer("a").input_ids
     return int(len(ids) > 1 and ids[-1] == tokenizer.eos_token_id)
 
 
 def describe_cut(cut: Sequence[CutPrompt], prompts: Sequence[str]) -> str:
-    """One sentence for people about prompts that are longer than their encoder takes; empty if there are none."""
+    """A message to the user about prompts that were cut; empty if there are none."""
     if not cut:
         return ""
     by_tokenizer = {name: [entry for entry in cut if entry.tokenizer == name] for name in {e.tokenizer for e in cut}}
@@ -122,27 +134,27 @@ def describe_cut(cut: Sequence[CutPrompt], prompts: Sequence[str]) -> str:
         first = entries[0]
         sentences.append(
             f"{len(entries)} of {len(prompts)} prompts are longer than the {first.limit} tokens that {name} takes, and "
-            f"are cut; of prompt {first.index} ({first.tokens} tokens) this is lost: {first.dropped!r}"
+            f"are cut; prompt {first.index} ({first.tokens} tokens) loses {first.dropped!r}"
         )
     return "; ".join(sentences)
 
 
 class EncodesPrompts(Protocol):
-    """What a source of images needs of text encoders: a `PromptEncoder`, or prompts that were encoded before."""
+    """What a source of images needs: a `PromptEncoder`, or an object that returns prompts encoded before."""
 
     def on(self, device: torch.device) -> AbstractContextManager[None]:
-        """`encode` may be called inside the block."""
+        """A block inside which `encode` may be called."""
 
     def encode(self, prompts: Sequence[str]) -> TextCondition:
-        """At least one prompt."""
+        """Encodes at least one prompt."""
 
     def cut(self, prompts: Sequence[str]) -> list[CutPrompt]:
-        """The prompts that are too long."""
+        """Lists the prompts that are too long."""
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the libraries' own lines, such as one for each prompt that is cut, and bars for loading."""
+    """Silences diffusers and transformers: their warnings, such as one for each cut prompt, and progress bars."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -163,7 +175,7 @@ def quiet() -> Iterator[None]:
 
 
 def text_components(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Text encoders and tokenizers of a pipeline folder, by name; none for a network that is given no prompts."""
+    """Text encoders and tokenizers of a pipeline folder, by name; empty for a network that takes no prompts."""
     entries = [entry for name, entry in checkpoint.index.items() if name.startswith("text_encoder")]
     if all(entry[0] is None for entry in entries):
         return {}
@@ -172,28 +184,30 @@ def text_components(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str = "fp32") -> PromptEncoder:
-    """The text encoders in a text-to-image pipeline's folder.
+    """Loads the text encoders in a text-to-image pipeline's folder.
 
     Args:
+        checkpoint: the pipeline's checkpoint.
         resolution: see `PromptEncoder`.
-        precision: "fp32" or "bf16", in which they are held and compute.
+        precision: "fp32" or "bf16", the precision of the encoders' weights and computation.
 
     Raises:
-        CheckpointError: no pipeline folder, a class of pipeline that is not supported, or files that cannot be read.
+        CheckpointError: the checkpoint is not a pipeline folder, its pipeline class is not supported, or its files
+            cannot be read.
     """
     folder = checkpoint.folder
     if folder is None:
-        raise CheckpointError(f"checkpoint {checkpoint.name!r}: is a function, which has no text encoders")
+        raise CheckpointError(f"checkpoint {checkpoint.name!r}: is a function, and functions have no text encoders")
     name = str(checkpoint.index.get("_class_name"))
     if name not in (TIUE, *supported_pipelines()):
         raise CheckpointError(
-            f"checkpoint {checkpoint.name!r}: pipeline class {name!r} has no text encoders that are read; "
+            f"checkpoint {checkpoint.name!r}: text encoders of pipeline class {name!r} are not supported; "
             f"{did_you_mean(name, supported_pipelines())}"
         )
     family, network = find_network(folder)
     if family.text is None:
         raise CheckpointError(
-            f"checkpoint {checkpoint.name!r}: its network is given no prompts; expected a text-to-image pipeline"
+            f"checkpoint {checkpoint.name!r}: its network takes no prompts; expected a text-to-image pipeline"
         )
     unused = {family.component, "vae", "safety_checker", "feature_extractor", "image_encoder"}
     absent = {
@@ -208,10 +222,10 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
-                torch_dtype=dtype,  # newer versions call it dtype, and take this with a warning
+                torch_dtype=dtype,  # newer versions call it dtype, and accept this name with a warning
                 **absent,
             )
-            if absent.get("text_encoder_3", ...) is None:  # then zeros as wide as the transformer reads stand for it
+            if absent.get("text_encoder_3", ...) is None:  # its output is replaced by zeros of the transformer's width
                 settings = read_json_object(network / "config.json")
                 pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**settings))
             pipeline.to(dtype)
@@ -224,8 +238,9 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
 
 
 def encoders_sha256(folder: Path) -> str:
-    """A hash of the text encoders and tokenizers of a pipeline folder: of every file's name, its size, and samples from
-    all over it, as whole files may have tens of gigabytes.
+    """A hash of the text encoders and tokenizers of a pipeline folder.
+
+    It covers every file's name, size, and bytes at evenly spaced places: whole files may have tens of gigabytes.
     """
     digest = hashlib.sha256()
     for part in sorted(path for path in folder.glob("t*") if path.name.startswith(("text_encoder", "tokenizer"))):
@@ -241,13 +256,13 @@ def encoders_sha256(folder: Path) -> str:
 
 
 def encoding_facts(folder: Path, resolution: int, precision: str) -> str:
-    """A hash of what embeddings depend on, beside their prompts: encoders, image size and precision."""
+    """A hash of everything that embeddings depend on beside the prompts: encoders, image size and precision."""
     facts = [encoders_sha256(folder), resolution, precision]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def prompt_batches(encoders: PromptEncoder, prompts: Sequence[str]) -> Iterator[tuple[Sequence[str], TextCondition]]:
-    """Prompts and their embeddings, under a progress bar; first, what is cut off of them is said."""
+    """Yields prompts and their embeddings, with a progress bar; first prints which prompts are cut."""
     cut = describe_cut(encoders.cut(prompts), prompts)
     if cut:
         tqdm.write(cut)

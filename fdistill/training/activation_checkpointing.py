@@ -1,4 +1,4 @@
-"""Activations that are computed again for the gradient, not kept (arXiv 1604.06174), by torch and diffusers."""
+"""Activation checkpointing (arXiv 1604.06174) by torch and diffusers: backward recomputes activations."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fdistill.denoiser import Denoiser
 
 
 def checkpoint_activations(denoiser: Denoiser) -> None:
-    """Makes a network of diffusers keep no activations but those between its blocks.
+    """Makes a network of diffusers keep only the activations between its blocks.
 
     Raises:
-        ConfigError: a network that cannot.
+        ConfigError: the network does not support activation checkpointing.
     """
     network: Any = getattr(denoiser, "network", None)
     if not getattr(network, "_supports_gradient_checkpointing", False):
         raise ConfigError(
-            f"gradient_checkpointing: {type(denoiser if network is None else network).__name__} cannot; expected "
-            "false, or a network of diffusers that supports it"
+            f"gradient_checkpointing: {type(denoiser if network is None else network).__name__} does not support it; "
+            "expected false, or a network of diffusers that does"
         )
     parameters = list(network.parameters())
 
@@ -36,17 +36,18 @@ def checkpoint_activations(denoiser: Denoiser) -> None:
 
 
 def _contexts(parameters: Sequence[Parameter]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around a block, and around it again: what it runs under is then as it was the first time.
+    """The contexts for a block's first run and for its recomputation, which restores the settings of the first run.
 
-    A step treats some networks as constants while it evaluates them, and no longer when it calls backward; and R1 asks
-    for attention that can be differentiated twice while it evaluates.
+    The settings may have changed by then: a step freezes some networks only while it evaluates them, not during
+    backward; and R1 selects attention that can be differentiated twice only while it evaluates the network.
     """
     return nullcontext(), _AsItWas(parameters)
 
 
 class _AsItWas(AbstractContextManager[None]):
-    """Which parameters are trained, and how attention is computed, as when this was made. It can be entered again, as a
-    second backward through the same block does.
+    """Restores which parameters require gradients and which attention backends are enabled, as at construction.
+
+    It can be entered several times, as a second backward through the same block does.
     """
 
     def __init__(self, parameters: Sequence[Parameter]):

@@ -1,4 +1,4 @@
-"""What the two updates of an iteration are given: samples, conditions, and what a run's settings add."""
+"""The arguments of the two updates of an iteration: samples, conditions, and what a run's settings add."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fdistill.training.inputs import TrainingData
 
 @dataclass(frozen=True)
 class _Read:
-    """A batch on the device: real_x0 [B, C, H, W] in [-1, 1], what it is conditioned on, and its rows in the data."""
+    """A batch on the device: real_x0 [B, C, H, W] in [-1, 1], its condition, and its rows in the data."""
 
     real_x0: Tensor
     condition: Condition | None
@@ -31,11 +31,13 @@ class _Read:
 
 
 class Batches:
-    """Arguments of the updates of one iteration after another. Everything depends on the seed, the iteration and the
-    data alone, so that a resumed run goes on with the numbers of an uninterrupted one.
+    """Makes the arguments of the updates, one iteration after another.
+
+    They depend on the seed, the iteration and the data alone, so that a resumed run computes the same numbers as an
+    uninterrupted one.
 
     Args:
-        read: batches from the loader, from the run's iteration on.
+        read: batches from the loader, starting at the run's iteration.
         device: where the networks are.
     """
 
@@ -50,7 +52,7 @@ class Batches:
         self._last: _Read | None = None
 
     def critic(self, number: int) -> dict[str, Any]:
-        """Arguments of the critic's update with this number in its iteration, beside the random generator."""
+        """Arguments of critic update `number` (from 0) of this iteration, except the random generator."""
         self._last = read = self._next()
         return {
             "real_x0": read.real_x0,
@@ -60,7 +62,10 @@ class Batches:
         }
 
     def student(self) -> dict[str, Any]:
-        """Arguments of the student's update, likewise: it is asked for what the critic's last batch was."""
+        """Arguments of the student's update, except the random generator.
+
+        The student gets the conditions of the critic's last batch.
+        """
         assert self._last is not None
         return {
             "condition": self._last.condition,
@@ -86,14 +91,14 @@ class Batches:
         return rng.derived_seed(self._config.seed, stream, self._run.iteration, number)
 
     def _student_steps(self, number: int) -> dict[str, int]:
-        """Which of a few-step student's steps makes the samples: the same for a whole batch, drawn by the host."""
+        """The number of steps that a few-step student's samples take, the same for a whole batch; drawn on the CPU."""
         levels = self._run.student.levels
         if len(levels) == 1:
             return {}
         return {"student_steps": 1 + self._seed(rng.Stream.STUDENT_STEP, number) % len(levels)}
 
     def _without_some_conditions(self, condition: Condition | None, number: int) -> dict[str, Condition]:
-        """The condition with a share of its rows replaced by what stands for none; for the critic alone."""
+        """Condition dropout for the critic: replaces a share of the rows by "no class" or the null prompt."""
         share, none = self._config.condition_dropout, self._run.none
         if not share or condition is None or none is None:
             return {}
@@ -102,7 +107,7 @@ class Batches:
         return {"critic_condition": where(upload(dropped, self._device), none_like(condition, none), condition)}
 
     def _ratio_ramp(self) -> dict[str, float]:
-        """From 0 to 1 while the discriminator is young."""
+        """The factor of the density ratio's warmup, which rises from 0 to 1 over `ratio.warmup` iterations."""
         warmup = self._config.ratio.warmup
         if not (self._run.divergence.needs_ratio and warmup):
             return {}
@@ -121,7 +126,7 @@ class Batches:
         return {"pairs": Pairs(noise, x0, uploaded)}
 
     def _image_loss(self, rows: Tensor) -> dict[str, Any]:
-        """A loss on the images of prompts."""
+        """The CLIP loss between the student's images and the prompts of these rows."""
         clip, source = self._run.clip, self._data.source
         text = source.text if isinstance(source, ScaledLatents | FixedSamples) else None
         if clip is None or text is None:

@@ -1,4 +1,4 @@
-"""From a config to networks, optimisers and state. Reads checkpoints and data, writes nothing."""
+"""Builds networks, optimisers and state from a config. Reads checkpoints and data, writes nothing."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ class Distillation:
     """Everything one run holds in memory.
 
     Attributes:
-        checkpoint: the teacher's.
-        origin: where the student's network comes from.
-        resized: what became of its weights, if the network was changed.
+        checkpoint: the teacher's checkpoint.
+        origin: the checkpoint that the student's network comes from.
+        resized: which weights were copied and which are new, if student.network changed the network.
         latents: the autoencoder of a latent teacher.
-        latents_folder: cached latents that the run reads, if it does.
-        text: the prompts of a teacher that is told some, encoded.
-        none: the label, or the prompt (on the device), that stands for none; None where the teacher knows neither.
-        clip: the loss on images of prompts, where there is one.
+        latents_folder: the folder of cached latents, if the run reads one.
+        text: the encoded prompts of a text-to-image teacher.
+        none: the "no class" label or the null prompt (on the device); None for a teacher that has neither.
+        clip: the CLIP loss on decoded samples, if the config has one.
     """
 
     checkpoint: Checkpoint
@@ -80,16 +80,16 @@ class Distillation:
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side of the images that samples are, or are decoded to."""
+        """Height and width in pixels of the images, after decoding if samples are latents."""
         return image_size(self.networks.teacher, self.latents)
 
     def role(self, name: str) -> nn.Module:
-        """The trainable module of an optimiser's role."""
+        """The trainable module of a role: "generator", "fake_score" or "discriminator"."""
         module: nn.Module = getattr(self.networks, name)
         return module
 
     def state(self) -> dict[str, Tensor]:
-        """All tensors a resumed run needs; its randomness needs none, being a function of seed and iteration."""
+        """All tensors that a resumed run needs. Random draws depend on seed and iteration alone."""
         tensors = {"ratio.bins": self.ratio.bins}
         tensors.update({f"ema.{name}": value for name, value in self.ema.state_dict().items()})
         for name, optimizer in self.optimizers.items():
@@ -98,13 +98,13 @@ class Distillation:
         return tensors
 
     def check_finite(self) -> None:
-        """Raises NonFiniteError if an update has broken a role's weights, so that they are not saved."""
+        """Raises NonFiniteError if a role's weights are not finite; called before weights are saved."""
         for name in self.optimizers:
             if not all(bool(torch.isfinite(parameter).all()) for parameter in self.role(name).parameters()):
                 raise NonFiniteError(f"{name}: its weights became NaN or infinite in the last update")
 
     def load_state(self, tensors: dict[str, Tensor], what: str) -> None:
-        """Restores `state`; raises CheckpointError where it does not fit these networks."""
+        """Restores what `state` returned; raises CheckpointError if tensors are missing or do not fit."""
         missing = {name for name in self.state() if not name.startswith("optimizer.")} - tensors.keys()
         if missing or not any(name.startswith("optimizer.generator.") for name in tensors):
             raise CheckpointError(
@@ -122,11 +122,11 @@ class Distillation:
 
 @dataclass(frozen=True)
 class _Loaded:
-    """What is read before networks are put together.
+    """The inputs that are read before networks are built.
 
     Attributes:
-        latents_folder: cached latents that the run reads, if it does.
-        text: the prompts of a text-to-image teacher, encoded.
+        latents_folder: the folder of cached latents, if the run reads one.
+        text: the encoded prompts of a text-to-image teacher.
     """
 
     teacher: Teacher
@@ -134,12 +134,12 @@ class _Loaded:
     text: Captions | None
 
     def null(self, device: torch.device) -> TextCondition | None:
-        """The prompt that guidance leads away from; None for a teacher without prompts."""
+        """The negative or empty prompt that guidance uses; None for a teacher without prompts."""
         return None if self.text is None else self.text.embeddings.null.to(device)
 
 
 class _Trained(NamedTuple):
-    """Networks that are trained, and where the student's comes from."""
+    """The trained networks, and the checkpoint that the student's comes from."""
 
     student: Denoiser
     fake_score: Denoiser
@@ -148,11 +148,17 @@ class _Trained(NamedTuple):
 
 
 def build(config: DistillConfig, device: torch.device, obtain: Obtain = encode) -> Distillation:
-    """Networks and state at iteration 0: the fake score is a copy of the teacher, and so is the student unless the
-    config says otherwise.
+    """Builds the networks and state at iteration 0.
+
+    The fake score is a copy of the teacher, and so is the student unless the config says otherwise.
+
+    Args:
+        config: the run's settings.
+        device: where the networks go.
+        obtain: returns the folder of encoded prompts; see `open_inputs`.
 
     Raises:
-        ConfigError: settings that do not fit one another or the teacher.
+        ConfigError: settings do not fit one another or the teacher.
         CheckpointError: the teacher, or what the student starts from, cannot be read.
     """
     divergence = checks.read_divergence(config)
@@ -215,7 +221,10 @@ def _assemble(config: DistillConfig, device: torch.device, divergence: Divergenc
 
 
 def _trained_networks(config: DistillConfig, teacher: Teacher, device: torch.device) -> _Trained:
-    """The student's network and the fake score on the device: copies of the teacher's, adapters on it, or others."""
+    """The student's network and the fake score, on the device.
+
+    Each is a copy of the teacher's network or adapters on it; the student's may come from another checkpoint.
+    """
     frozen = teacher.denoiser
     # Copies whose weights are trained are made before the frozen ones lose precision.
     copies = {
@@ -241,8 +250,10 @@ def _trained_networks(config: DistillConfig, teacher: Teacher, device: torch.dev
 def _student_network(
     config: DistillConfig, teacher: Teacher, own: Denoiser | None
 ) -> tuple[Checkpoint, Denoiser | None, Resized | None]:
-    """Where the student's network comes from, the network (None where it is adapters on the teacher's), and what became
-    of its weights if it was changed.
+    """The checkpoint that the student's network comes from, the network, and the record of a changed network's weights.
+
+    The network is None if the student will be adapters on the teacher's network; the record is None if the network's
+    config was not changed.
     """
     origin, start = teacher.checkpoint, own
     if config.student.checkpoint is not None:
@@ -274,7 +285,7 @@ def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) 
 def _networks(
     config: DistillConfig, frozen: Denoiser, fake_score: Denoiser, student: Student, null: TextCondition | None
 ) -> Networks:
-    """The roles; guided where the config says so, with heads where somebody reads a discriminator."""
+    """The roles: guided if the config has a guidance scale, and with a discriminator if gan_weight is above 0."""
 
     def guided(denoiser: Denoiser, scale: float) -> Denoiser:
         if scale == 1:
@@ -301,7 +312,7 @@ def _networks(
 
 
 def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
-    """Takes the gradient from the parameters that the named features do not depend on: those of the decoder."""
+    """Freezes the parameters that the named features do not depend on: those of the decoder."""
     device = next(denoiser.parameters()).device
     t = torch.full((1,), denoiser.schedule.t_min, device=device)
     condition = denoiser.example_condition(1, device)
@@ -313,7 +324,7 @@ def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
 
 
 def _density_ratio(config: DistillConfig, schedule: NoiseSchedule) -> DensityRatio:
-    """With bins over the levels of the schedule, or over its noise-to-signal ratios."""
+    """The density ratio, with bins over the levels t of the schedule or over its noise-to-signal ratios."""
     low, high = schedule.t_min, schedule.t_max
     if config.ratio.bin_edges == "log-sigma":
         low, high = noise_to_signal_range(schedule)
@@ -338,7 +349,7 @@ def _clip_hinge(
 
 
 def _optimizers(config: DistillConfig, networks: Networks) -> dict[str, torch.optim.AdamW]:
-    """One for each role that has anything to train."""
+    """An AdamW optimiser for each role that has trainable parameters."""
     found: dict[str, torch.optim.AdamW] = {}
     for role in ROLES:
         module, section = getattr(networks, role), getattr(config, role)

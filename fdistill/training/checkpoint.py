@@ -54,7 +54,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(tensors on the CPU, meta) of one checkpoint folder.
 
     Raises:
-        CheckpointError: a file is missing, truncated or not what it should be.
+        CheckpointError: a file is missing, truncated or of another format.
     """
     try:
         meta = read_json_object(path / "state.json")
@@ -73,7 +73,7 @@ def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; hyper-parameters stay the optimiser's own."""
+    """The inverse of `optimizer_tensors`; the optimiser keeps its own hyper-parameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition(".")

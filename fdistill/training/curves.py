@@ -1,4 +1,4 @@
-"""Pictures of a run: sample grids and curves, as PNG."""
+"""Training curves of a run, as PNG."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Curves over iterations of everything a run logs, and the discriminator's accuracy per noise bin, as one PNG.
+    """Plots everything a run logs over iterations, and the discriminator's accuracy per noise bin, into one PNG.
 
-    What a method does not have gets no panel.
+    Quantities that the records do not have get no panel.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -40,8 +40,8 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     count = len(panels) + any(rows)
     height, width = (1, count) if count <= 3 else (2, -(-count // 2))
     figure = Figure(figsize=(5 * width, 4 * height))
-    # Inches around each panel, as its titles and numbers need them: an engine that asks each text for its
-    # size takes longer than all else here.
+    # Margins around each panel in inches. They are fixed because matplotlib's layout engines, which measure every
+    # text, would take longer than everything else here.
     left, right, below, above = 0.7, 0.2, 0.5, 0.55
     figure.subplots(
         height,
@@ -88,7 +88,7 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _plot_scores(axes: Axes, scores: Mapping[int, float]) -> None:
-    """What was measured now and then, by iteration."""
+    """Plots evaluation scores, which only some iterations have."""
     axes.plot(list(scores), list(scores.values()), marker="o", markersize=4)
     if min(scores.values()) > 0 and max(scores.values()) > 10 * min(scores.values()) and max(scores.values()) > 1:
         axes.set_yscale("log")  # a distance falls by orders of magnitude; a share stays as it is

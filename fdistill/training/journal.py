@@ -1,4 +1,4 @@
-"""What a run says about itself: per-sample quantities kept on the device, read and written every few iterations."""
+"""The metrics of a run: per-sample quantities stay on the device, and are read and written every few iterations."""
 
 from __future__ import annotations
 
@@ -21,13 +21,14 @@ _SPREAD = ("generator/h", "generator/weight")
 
 
 class Journal:
-    """Collects the logs of steps and turns them into one record at a time.
+    """Collects the logs of steps, and averages them into a record now and then.
 
-    Nothing is read from the device before `record`. Every process adds and records; all of them get the same record.
+    Nothing is read from the device before `record`. Every process must call `add` and `record`, and all of them get the
+    same record.
 
     Args:
         bin_index: levels t [N] -> noise bins [N], for the discriminator's accuracy per bin.
-        num_bins: how many there are.
+        num_bins: number of bins.
     """
 
     def __init__(self, bin_index: Callable[[Tensor], Tensor], num_bins: int):
@@ -35,15 +36,15 @@ class Journal:
         self._steps: list[tuple[Mapping[str, PerSample], Mapping[str, Tensor]]] = []
 
     def add(self, logs: Mapping[str, PerSample], grad_norms: Mapping[str, Tensor]) -> None:
-        """The logs of one step, named "role/quantity", and the gradient norm of each role it updated."""
+        """Adds the logs of one step, named "role/quantity", and the gradient norm of each role it updated."""
         self._steps.append((logs, grad_norms))
 
     def record(self) -> dict[str, Any]:
-        """Means since the last record, and starts anew.
+        """Returns the means since the last record, and clears the collected logs.
 
         Raises:
-            NonFiniteError: something was NaN or infinite; names the role, the quantity and the noise level of the
-                first step in which that was so, since one broken role soon breaks the others.
+            NonFiniteError: a quantity was NaN or infinite. The message names the role, quantity and noise level of the
+                first step with such a value, because one broken role soon breaks the others.
         """
         steps, self._steps = self._steps, []
         samples, norms = _collected(steps)
@@ -118,7 +119,7 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line cut short by a kill is left out."""
+    """The records of a JSON-lines file; a last line that is incomplete, as after a kill, is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -129,7 +130,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def truncate_records(path: Path, iteration: int) -> None:
-    """Keeps the records up to an iteration, so that a resumed run does not write any twice."""
+    """Removes the records after an iteration, so that a resumed run writes none of them twice."""
     if not path.is_file():
         return
     kept: Iterable[str] = [json.dumps(record) for record in read_records(path) if record["iteration"] <= iteration]
@@ -138,7 +139,7 @@ def truncate_records(path: Path, iteration: int) -> None:
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The record's finite numbers, lists spread over numbered names: what trackers take."""
+    """The record's finite numbers, for trackers; entry i of a list `name` becomes `name/i`."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         entries = enumerate(value) if isinstance(value, list) else [(None, value)]

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: records, scores, sample grids, snapshots, checkpoints, curves."""
+"""Writes a run's output during training: records, scores, sample grids, snapshots, checkpoints, curves."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from fdistill.training.snapshots import save_snapshot
 
 
 class Scorer(Protocol):
-    """Scores a run's student while it is trained; `evaluation.watch.Watch` is one."""
+    """Scores a run's student during training; `evaluation.watch.Watch` implements this protocol."""
 
     def scores(self) -> dict[str, float]:
-        """The student's scores as it is now, by the names that records have for them."""
+        """The current student's scores, by their names in records."""
 
     def is_best(self, scores: Mapping[str, float], earlier: Sequence[Mapping[str, Any]]) -> bool:
         """Whether no earlier record has a better score."""
 
     def reason(self, scores: Mapping[str, float], iteration: int) -> str:
-        """What a model card says about why this student was kept."""
+        """Why this student was kept, as a text for its model card."""
 
 
 class Logbook:
-    """Used as a context; `after_iteration` is called once for each.
+    """A context manager around training; call `after_iteration` once after each iteration.
 
-    Every process takes part in records and scores, which are sums over all of them; the main process writes.
+    Records and scores are computed over all processes, so every process must call it; only the main process writes.
 
     Args:
-        watch: scores the student as it learns; None where nothing does.
+        watch: scores the student during training; None for no scores.
         main: whether this is the process that writes.
     """
 
@@ -90,10 +90,10 @@ class Logbook:
         return self._stack.__exit__(*error)
 
     def after_iteration(self, skipped: Sequence[object]) -> None:
-        """Writes what is due; `skipped` are the data's items that could not be read.
+        """Writes whatever is due at this iteration; `skipped` lists the data's items that could not be read.
 
         Raises:
-            NonFiniteError: a loss or a role's weights became NaN or infinite; nothing of it is saved.
+            NonFiniteError: a loss or a role's weights became NaN or infinite; nothing of this iteration is saved.
         """
         config, snapshots = self._config, self._config.ema.snapshot_every
         last = self._run.iteration == config.iterations
@@ -121,7 +121,7 @@ class Logbook:
             self._save_checkpoint()
 
     def save_curves(self) -> None:
-        """curves.png, of all records."""
+        """Draws curves.png from all records."""
         if self._main:
             save_curves(read_records(self._folder / "metrics.jsonl"), self._folder / "curves.png")
 
@@ -129,7 +129,7 @@ class Logbook:
         return every > 0 and self._run.iteration % every == 0
 
     def _scores(self) -> dict[str, float]:
-        """Of the weights that are exported; the time they take is not training's."""
+        """Scores of the averaged weights that are exported; the time this takes is not counted as training time."""
         assert self._watch is not None
         before = time.perf_counter()
         self._run.student.eval()
@@ -156,7 +156,7 @@ class Logbook:
         append_record(path, record)
         for tracker in self._trackers:
             tracker.log(scalars(record), step=iteration)
-        # Before the checkpoint: what is resumed from it has the best student of the records up to it.
+        # Before the checkpoint, so that a run resumed from it has the best student of all records up to it.
         watch = self._watch
         if watch is not None and scores and watch.is_best(scores, earlier):
             reason = watch.reason(scores, iteration)

@@ -1,4 +1,4 @@
-"""The loop of `distill`: in every iteration the critic's updates, the student's update, and what is written down."""
+"""The training loop of `distill`. Every iteration runs the critic's updates, the student's update, and logging."""
 
 from __future__ import annotations
 
@@ -39,20 +39,22 @@ def distill(
     resume: bool = False,
     **overrides: Any,
 ) -> Path:
-    """Distils a teacher into a student of one step or a few.
+    """Distils a teacher into a student that samples in one step or a few.
 
     Args:
-        config: the name of an embedded config, a YAML file, or a DistillConfig.
-        output: the run folder: config.yaml, metrics.jsonl, samples/, checkpoints/, ema/, student/, and with eval.every
-            best/, the student that scored best. Must not exist or be empty.
-        resume: go on from the newest checkpoint in `output`, or start if there is none.
-        **overrides: settings over the config's: divergence="forward-kl"; dotted ones as **{"generator.lr": 1e-5}.
+        config: the name of an embedded config, the path of a YAML file, or a DistillConfig.
+        output: the run folder, which must be empty or not exist, unless `resume` is True. The run writes config.yaml,
+            metrics.jsonl, samples/, checkpoints/, ema/ and student/ into it; with eval.every also best/, the student
+            with the best score.
+        resume: continue from the newest checkpoint in `output`, or start anew if there is none.
+        **overrides: settings that replace the config's, as divergence="forward-kl", or with dots as
+            **{"generator.lr": 1e-5}.
 
     Returns:
-        The student: a folder for `fdistill.load_student` and for `diffusers.DiffusionPipeline.from_pretrained`.
+        The student's folder, for `fdistill.load_student` and `diffusers.DiffusionPipeline.from_pretrained`.
 
     Raises:
-        ConfigError, CheckpointError, OutputError: before anything is written.
+        ConfigError, CheckpointError, OutputError: raised before anything is written.
         NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
     """
     if not isinstance(config, DistillConfig):
@@ -80,7 +82,7 @@ def distill(
 
 
 def open_watch(config: DistillConfig, run: Distillation, device: torch.device, obtain: Obtain = encode) -> Watch | None:
-    """What scores the student while it is trained; None without `eval.every`. Raises as `evaluation.watch.Watch`.
+    """The scorer of the student during training; None if `eval.every` is 0. Raises what `evaluation.watch.Watch` does.
 
     Args:
         obtain: returns the folder of encoded prompts; see `open_inputs`.
@@ -105,7 +107,7 @@ def open_watch(config: DistillConfig, run: Distillation, device: torch.device, o
 
 
 def train(run: Distillation, data: TrainingData, config: DistillConfig, logbook: Logbook, device: torch.device) -> None:
-    """From the run's iteration to the config's last."""
+    """Trains from the run's current iteration to the config's last."""
     generator = torch.Generator(device)
     roles = {
         name: Role(run.role(name), optimizer, getattr(config, name).grad_clip)
@@ -129,9 +131,9 @@ def iterate(
     generator: torch.Generator,
     journal: Journal,
 ) -> None:
-    """The critic's updates, then one of the student, then the averages of its weights."""
+    """One iteration: the critic's updates, then the student's update, then the update of its averaged weights."""
     generator.manual_seed(rng.derived_seed(config.seed, rng.Stream.STEP, run.iteration))
-    # For dropout, which must differ between processes.
+    # Dropout draws from the global generator, and must draw different numbers in each process.
     torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
     for number in range(config.critic_steps):
         with autocast(generator.device, config.precision):
@@ -145,13 +147,13 @@ def iterate(
 
 
 def update(result: StepResult, roles: Mapping[str, Role], journal: Journal) -> None:
-    """Backward through a step's loss, and an optimiser step of each role that it trains."""
+    """Runs backward through a step's loss, and an optimiser step for each role that it trains."""
     result.loss.backward()
     journal.add(result.logs, {name: role.step() for name, role in roles.items()})
 
 
 def progress_bar(run: Distillation, config: DistillConfig) -> Any:
-    """Counts the student's samples; silent in all processes but the main one."""
+    """A progress bar that counts the student's samples, shown by the main process only."""
     return tqdm(
         total=config.iterations * config.batch_size,
         initial=run.iteration * config.batch_size,

@@ -13,7 +13,7 @@ class Role:
     """A trained module with its optimiser.
 
     Args:
-        grad_clip: bound of the gradient's global norm.
+        grad_clip: largest global norm of the gradient; larger gradients are scaled down to it.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float):
@@ -22,7 +22,7 @@ class Role:
         self._optimizer, self._grad_clip = optimizer, grad_clip
 
     def step(self) -> Tensor:
-        """Applies the gradients that `backward` left, and forgets them; their norm before clipping, 0-d."""
+        """Applies the gradients that `backward` left, and clears them; returns their norm before clipping, 0-d."""
         average_gradients(self._parameters)
         norm = nn.utils.clip_grad_norm_(self._parameters, self._grad_clip)
         self._optimizer.step()

@@ -1,4 +1,4 @@
-"""A run's folder: who may write there, what lies in it from the start, and the student in it."""
+"""A run's folder: whether a run may write there, the files it starts with, and the exported student."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ from fdistill.training.snapshots import truncate_snapshots
 
 
 def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
-    """Raises OutputError or ConfigError unless `folder` is free, or is this very run to be resumed."""
+    """Checks that a run may write to `folder`: it does not exist, is empty, or holds this run and `resume` is True.
+
+    Raises:
+        OutputError: the folder is a file, holds something else, or holds a run and `resume` is False.
+        ConfigError: the run in the folder has other settings, or the tracker is not installed.
+    """
     if config.log.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
         raise ConfigError("log.tracker: 'wandb' needs `pip install wandb`; expected tensorboard or none without it")
     with writing(folder):
@@ -47,7 +52,12 @@ def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
 
 
 def resume_from(folder: Path, run: Distillation, config: DistillConfig) -> None:
-    """Brings a run to where the newest checkpoint of its folder is; does nothing where there is none."""
+    """Loads the newest checkpoint of a run's folder into the run; does nothing if there is none.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or does not fit.
+        ConfigError: the run has already done more iterations than the config says.
+    """
     found = checkpoints(folder / "checkpoints")
     if not found:
         return
@@ -59,7 +69,7 @@ def resume_from(folder: Path, run: Distillation, config: DistillConfig) -> None:
 
 
 def prepare_folder(folder: Path, run: Distillation, config: DistillConfig) -> None:
-    """Writes what a run's folder holds before its first iteration, and removes what lies beyond the run's iteration."""
+    """Writes the files that a run's folder starts with, and removes records and snapshots after the run's iteration."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "config.yaml") as temporary:
@@ -75,7 +85,7 @@ def prepare_folder(folder: Path, run: Distillation, config: DistillConfig) -> No
 def export_student(
     run: Distillation, config: DistillConfig, folder: Path, device: torch.device, *, name: str, **facts: str
 ) -> Path:
-    """Writes folder/name: the student with the averaged weights that are exported. `facts` go into its card, too."""
+    """Writes the student with averaged weights to folder/name. `facts` are added to its model card."""
     student = folder / name
     with run.ema.applied(config.ema.export):
         save_student(
@@ -91,7 +101,7 @@ def export_student(
 
 
 def _card(config: DistillConfig, run: Distillation, folder: Path) -> dict[str, Any]:
-    """What the model card's table says; the last record is what training knew of itself."""
+    """The values for the model card's tables, with the last record of training as "metrics"."""
     records = read_records(folder / "metrics.jsonl")
     return {
         "teacher": config.teacher,

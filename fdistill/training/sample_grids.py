@@ -1,4 +1,4 @@
-"""The pictures a run draws as it goes: teacher and student from the same noise, classes and prompts."""
+"""Sample grids of a run: teacher and student from the same noise, classes and prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fdistill.config.schema import DistillConfig
 from fdistill.sampler import heun_sample
 from fdistill.training.build import Distillation
 
-_GRID, _LARGE_GRID = 80, 16  # samples in a picture; the second of latents and of images above 64 pixels
+_GRID, _LARGE_GRID = 80, 16  # samples in a grid; the second for images above 64 pixels
 
 
 def _grid_count(run: Distillation) -> int:
@@ -22,13 +22,13 @@ def _grid_count(run: Distillation) -> int:
 
 
 def _grid_rows(run: Distillation) -> Tensor:
-    """Rows from all over the prompts, one for each sample in a picture."""
+    """Rows of the prompts, evenly spaced, one for each sample in a grid."""
     assert run.text is not None
     return torch.arange(_grid_count(run)) * len(run.text.index) // _grid_count(run)
 
 
 def grid_prompts(run: Distillation) -> list[str]:
-    """What the samples in a picture are asked to be."""
+    """The prompts of the samples in a grid."""
     assert run.text is not None
     return run.text.prompts(_grid_rows(run))
 
@@ -47,7 +47,7 @@ def _images(run: Distillation, x0: Tensor) -> Tensor:
 
 
 def save_teacher_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
-    """samples/teacher.png, by the teacher's own sampler."""
+    """Writes samples/teacher.png, with samples of the teacher by Heun's method."""
     noise, condition = _grid_inputs(run, config, device)
     noise = noise.reshape(len(noise), -1, *run.networks.teacher.sample_shape)[:, 0]
     x0 = heun_sample(run.networks.teacher, noise, condition)
@@ -56,7 +56,7 @@ def save_teacher_grid(run: Distillation, config: DistillConfig, folder: Path, de
 
 @torch.no_grad()
 def student_images(run: Distillation, config: DistillConfig, device: torch.device) -> Tensor:
-    """Samples of the weights that are exported, for noise that is the same all along."""
+    """Images sampled with the averaged weights that are exported, from the same noise at every call."""
     noise, condition = _grid_inputs(run, config, device)
     student = run.student
     with run.ema.applied(config.ema.export):

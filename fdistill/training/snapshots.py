@@ -1,6 +1,7 @@
-"""Snapshots of power-function averages: what `posthoc_ema` makes other averages of. One safetensors file each, float32.
+"""Snapshots of power-function averages, from which `posthoc_ema` reconstructs other averages.
 
-Half precision would do for one of them, but a combination adds and subtracts them with coefficients above 1.
+Each is one safetensors file in float32. Half precision would do for a single snapshot, but a combination adds and
+subtracts them with coefficients above 1, which magnifies rounding errors.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def save_snapshot(folder: Path, iteration: int, sigma_rel: float, tensors: Mappi
 
 
 def find_snapshots(folder: Path) -> list[Snapshot]:
-    """A folder's snapshots in the order of iterations, then of widths; none where there is no folder."""
+    """A folder's snapshots, sorted by iteration, then by width; an empty list if the folder does not exist."""
     if not folder.is_dir():
         return []
     named = [(path, _FILE.fullmatch(path.name)) for path in folder.iterdir()]
@@ -54,7 +55,7 @@ def find_snapshots(folder: Path) -> list[Snapshot]:
 
 
 def truncate_snapshots(folder: Path, iteration: int) -> None:
-    """Removes the snapshots after an iteration, which a run that is resumed there will make again."""
+    """Removes the snapshots after an iteration, because a run resumed there will write them again."""
     with writing(folder):
         for snapshot in find_snapshots(folder):
             if snapshot.iteration > iteration:
@@ -62,10 +63,12 @@ def truncate_snapshots(folder: Path, iteration: int) -> None:
 
 
 def combine(snapshots: Sequence[Snapshot], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    """The sum of coefficient times snapshot, added up in float64 and returned in float32; integers are the last one's.
+    """The sum of coefficient times snapshot, computed in float64 and returned in float32.
+
+    Tensors that are not floating-point are taken from the last snapshot.
 
     Raises:
-        CheckpointError: a snapshot is truncated, or of other tensors than the rest.
+        CheckpointError: a snapshot is truncated, or its tensors have other names than the first one's.
     """
     sums: dict[str, Tensor] = {}
     for snapshot, coefficient in zip(snapshots, coefficients, strict=True):

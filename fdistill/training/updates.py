@@ -1,4 +1,4 @@
-"""The two updates of an iteration: the functions that a method's row names, with everything a config says bound."""
+"""The two updates of an iteration: the step functions that a method names, with the config's settings bound to them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Update = Callable[..., StepResult]
 
 
 def critic_update(config: DistillConfig, networks: Networks) -> Update:
-    """(real x0, condition, generator, ...) -> StepResult."""
+    """The critic's update as a function (real x0, condition, generator, ...) -> StepResult."""
     return _bound(
         METHODS[config.method].critic,
         networks,
@@ -36,7 +36,7 @@ def critic_update(config: DistillConfig, networks: Networks) -> Update:
 
 
 def student_update(config: DistillConfig, networks: Networks, divergence: Divergence, ratio: DensityRatio) -> Update:
-    """(condition, generator, batch_size, ...) -> StepResult."""
+    """The student's update as a function (condition, generator, batch_size, ...) -> StepResult."""
     return _bound(
         METHODS[config.method].student,
         networks,
@@ -55,8 +55,9 @@ def student_update(config: DistillConfig, networks: Networks, divergence: Diverg
 
 
 def _bound(name: str, networks: Networks, settings: Mapping[str, Any]) -> Update:
-    """A step with those of the settings that its signature names; `config.combinations` refuses values that a method
-    would not read.
+    """Binds to a step function the networks and those settings that its signature names.
+
+    Other settings are dropped: `config.combinations` has already refused values that the method does not read.
     """
     module, _, function = name.partition(":")
     step: Update = getattr(importlib.import_module(module), function)

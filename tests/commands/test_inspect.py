@@ -86,9 +86,9 @@ def test_students_and_runs_are_inspected_as_they_are(tiny_teacher: Path, tmp_pat
 def test_data_of_other_classes_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=np.zeros((12, 8, 8), np.uint8), labels=np.arange(12))
     np.savez(tmp_path / "b.npz", images=np.zeros((12, 8, 8), np.uint8))
-    with pytest.raises(DataError, match="has 12 classes, but the checkpoint 10"):
+    with pytest.raises(DataError, match="has 12 classes, but the checkpoint has 10"):
         inspect(tiny_teacher, data=str(tmp_path / "a.npz"))
-    with pytest.raises(DataError, match="has no classes, but the checkpoint 10"):
+    with pytest.raises(DataError, match="has no classes, but the checkpoint has 10"):
         inspect(tiny_teacher, data=str(tmp_path / "b.npz"))
 
 

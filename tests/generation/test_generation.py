@@ -66,7 +66,7 @@ def test_a_teacher_is_sampled_with_its_steps(tiny_teacher: Path, tmp_path: Path)
         ({"class_labels": [-1]}, ArgumentError, "class_labels: got -1"),
         ({"num_steps": 4}, ArgumentError, "^steps: .* is a student, whose training has settled that; leave it out"),
         ({"guidance_scale": 2.0, "resolution": 16}, ArgumentError, "^guidance_scale, resolution: .* leave them out"),
-        ({"network": "nowhere:f"}, CheckpointError, "network: got 'nowhere:f', and .* has its network in its folder"),
+        ({"network": "nowhere:f"}, CheckpointError, "network: got 'nowhere:f', but .* holds its network itself"),
         ({"sampler": "pipeline", "num_steps": 4}, ArgumentError, "^steps: .* is a student"),
     ],
 )

@@ -268,7 +268,7 @@ def test_v_predictions_are_marked_or_spoken_of(kind: str, tmp_path: Path) -> Non
     folder = tiny_pipeline(kind, tmp_path / kind)
     made, notes = single_file(folder)
     assert "v_pred" not in made
-    assert notes == ["ComfyUI knows the published sizes of this UNet only and will not recognise this one"]
+    assert notes == ["ComfyUI recognises only the published sizes of this UNet, and will not recognise this one"]
     scheduler = DDIMScheduler(
         steps_offset=1, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing"
     )

@@ -278,7 +278,7 @@ def test_what_has_no_decoder_or_no_such_levels_is_refused() -> None:
     for levels in ((), (1.0, 501.0), (501.0, 501.0), (1000.0, 1.0), (501.0, 0.0)):
         with pytest.raises(ArgumentError, match=r"decoder_levels: expected falling numbers in \(0, 999\]"):
             TiUEGenerator(denoiser, levels)
-    with pytest.raises(ArgumentError, match="decoder_levels: 4 cannot be spaced over a FlowSchedule"):
+    with pytest.raises(ArgumentError, match="decoder_levels: 4 levels cannot be spaced over a FlowSchedule"):
         leading_levels(FlowSchedule())
     with pytest.raises(ArgumentError, match="got a GaussianDenoiser"):
         TiUEGenerator(GaussianDenoiser(0.0, 1.0), (1.0,))

@@ -79,5 +79,5 @@ def test_fewer_bytes_are_kept_and_gradients_are_the_same(name: str, tmp_path: Pa
 @pytest.mark.parametrize("name", REFUSED)
 def test_networks_that_cannot_say_so(name: str, tmp_path: Path) -> None:
     denoiser = load_teacher(WRITERS[name](tmp_path / "teacher"))
-    with pytest.raises(ConfigError, match=r"gradient_checkpointing: EDM2?Network cannot; expected false"):
+    with pytest.raises(ConfigError, match=r"gradient_checkpointing: EDM2?Network does not support it; expected false"):
         checkpoint_activations(denoiser)

@@ -360,7 +360,7 @@ def test_flux_is_told_the_scale_wherever_its_student_starts(prompts: Path, tmp_p
     built = build(load_config("digits", settings), torch.device("cpu"))
     denoisers = (built.networks.teacher, built.networks.fake_score, built.student.denoiser)
     assert [denoiser.embedded_guidance for denoiser in denoisers] == [2.0, 2.0, 2.0]
-    with pytest.raises(ConfigError, match="this network is told guidance_scale"):
+    with pytest.raises(ConfigError, match="this network takes guidance_scale as an input"):
         build(load_config("digits", {**settings, "fake_score.guidance_scale": 2.0}), torch.device("cpu"))
 
 

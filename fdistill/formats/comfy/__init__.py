@@ -1,7 +1,7 @@
-"""A pipeline folder as one file with the tensor names that ComfyUI and other programs read.
+"""Converts a pipeline folder to one file with the tensor names that ComfyUI and other programs read.
 
-The names are those of each model's publisher. Where ComfyUI goes by more than names (a v-prediction, a size), that was
-read in its `supported_models.py`.
+The names are those of each model's publisher. ComfyUI also recognises models by other marks, such as a size or the
+mark of a v-prediction; these follow its `supported_models.py`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,24 @@ from fdistill.formats.comfy.autoencoder import original_autoencoder
 from fdistill.formats.comfy.text_encoders import original_clip, original_open_clip
 from fdistill.formats.pipeline_folder import components, read_config, read_weights
 
-#: Before the names of the network's tensors.
+#: Prefix of the names of the network's tensors.
 NETWORK = "model.diffusion_model."
-#: ComfyUI takes SD2 for a v-prediction where the standard deviation of this tensor is above the threshold.
+#: ComfyUI takes an SD2 network for a v-prediction if the standard deviation of this tensor is above the threshold.
 _V_PREDICTION_TENSOR, _V_PREDICTION_STD = f"{NETWORK}output_blocks.11.1.transformer_blocks.0.norm1.bias", 0.09
 _SAMPLING_NODE = "put a ModelSamplingDiscrete node with sampling=v_prediction behind the loader"
-#: First channels and width of the text, by which ComfyUI recognises the UNets that it knows.
+#: (channels of the first resolution, width of the text embeddings) of the UNets that ComfyUI recognises.
 _KNOWN_UNETS = {(320, 768), (320, 1024), (320, 2048)}
 
 
 def single_file(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """A pipeline folder's tensors under their original names, and what to know before loading them.
+    """A pipeline folder's tensors under their original names, and notes that a user must read before loading them.
 
     Stable Diffusion 1, 2 and XL become whole checkpoints (network, text encoders, autoencoder), for ComfyUI's "Load
-    Checkpoint"; SD3, Flux, PixArt and Qwen-Image the network alone, for "Load Diffusion Model".
+    Checkpoint". For SD3, Flux, PixArt and Qwen-Image only the network is returned, for "Load Diffusion Model".
 
     Raises:
-        CheckpointError: no pipeline folder, unreadable weights, or a network whose original names are not known.
+        CheckpointError: the folder is not a pipeline folder, its weights cannot be read, the network's original names
+            are not known, or ComfyUI does not support the prediction type or the number of output channels.
     """
     parts = components(folder)
     place = next((name for name in ("unet", "transformer") if name in parts), None)
@@ -55,12 +56,14 @@ def single_file(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
         _check_outputs(folder, parts[place], config)
         return made, ["the file holds the network alone: load it with ComfyUI's Load Diffusion Model (UNETLoader)"]
     if prediction not in ("epsilon", "v_prediction"):
-        raise CheckpointError(f"{folder}: ComfyUI's checkpoints predict eps or v, this student {prediction!r}")
+        raise CheckpointError(
+            f"{folder}: ComfyUI's checkpoints predict eps or v, but this student predicts {prediction!r}"
+        )
     made |= _prefixed("first_stage_model.", original_autoencoder(read_weights(folder / "vae")))
     made |= _text_encoders(folder, parts, config)
     notes = _predicts_v(made, parts, config, folder) if prediction == "v_prediction" else []
     if (config["block_out_channels"][0], config["cross_attention_dim"]) not in _KNOWN_UNETS:
-        notes.append("ComfyUI knows the published sizes of this UNet only and will not recognise this one")
+        notes.append("ComfyUI recognises only the published sizes of this UNet, and will not recognise this one")
     return made, notes
 
 
@@ -75,7 +78,7 @@ def _text_encoders(folder: Path, parts: Mapping[str, str], config: Mapping[str, 
         return _prefixed("conditioner.embedders.0.transformer.", original_clip(first)) | _prefixed(
             "conditioner.embedders.1.model.", second
         )
-    if config.get("use_linear_projection"):  # by which ComfyUI, too, knows SD2
+    if config.get("use_linear_projection"):  # as ComfyUI, too, recognises SD2
         return _prefixed("cond_stage_model.model.", original_open_clip(first))
     return _prefixed("cond_stage_model.transformer.", original_clip(first))
 
@@ -83,7 +86,7 @@ def _text_encoders(folder: Path, parts: Mapping[str, str], config: Mapping[str, 
 def _predicts_v(
     made: dict[str, Tensor], parts: Mapping[str, str], config: Mapping[str, Any], folder: Path
 ) -> list[str]:
-    """Marks a v-prediction where there is a mark; else says what to do where ComfyUI would take it for eps."""
+    """Marks a v-prediction if ComfyUI has a mark for it; otherwise returns a note if it would be taken for eps."""
     if "text_encoder_2" in parts:
         made["v_pred"] = torch.zeros(1)
         if read_config(folder / "scheduler" / "scheduler_config.json").get("rescale_betas_zero_snr"):
@@ -100,5 +103,5 @@ def _check_outputs(folder: Path, class_name: str, config: Mapping[str, Any]) -> 
     if FAMILIES[class_name].original_variances and outputs != 2 * config["in_channels"]:
         raise CheckpointError(
             f"{folder}: ComfyUI's {class_name.removesuffix('Transformer2DModel')} has twice as many output as input "
-            f"channels, this student {outputs}; use the folder with diffusers"
+            f"channels, but this student has {outputs}; use the folder with diffusers"
         )

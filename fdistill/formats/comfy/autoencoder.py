@@ -1,4 +1,4 @@
-"""AutoencoderKL under the names of latent-diffusion, which ComfyUI reads."""
+"""Tensor names of an AutoencoderKL in latent-diffusion (LDM), which ComfyUI reads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ATTENTION: Table = {
     "to_k": "k",
     "to_v": "v",
     "to_out.0": "proj_out",
-    # as diffusers named them before version 0.18; files of that time are still about
+    # names in diffusers before version 0.18; files of that time are still in use
     "query": "q",
     "key": "k",
     "value": "v",
@@ -27,10 +27,10 @@ _MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def autoencoder_layout(names: Collection[str]) -> Layout:
-    """The layout of an AutoencoderKL; LDM counts the resolutions of the decoder from the finest.
+    """The layout of an AutoencoderKL. LDM numbers the resolutions of the decoder from the finest.
 
     Raises:
-        CheckpointError: a tensor has no name there.
+        CheckpointError: a tensor has no name in LDM.
     """
     matches = [re.match(r"decoder\.up_blocks\.(\d+)\.", name) for name in names]
     last = max((int(match[1]) for match in matches if match), default=0)
@@ -65,7 +65,7 @@ def autoencoder_layout(names: Collection[str]) -> Layout:
 
 
 def original_autoencoder(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The original tensors of an AutoencoderKL: attention is of 1x1 convolutions there."""
+    """The original tensors of an AutoencoderKL; in LDM its attention layers are 1x1 convolutions."""
     made = assemble(autoencoder_layout(tensors), tensors)
     return {
         name: value[:, :, None, None] if ".attn_" in name and value.ndim == 2 else value for name, value in made.items()

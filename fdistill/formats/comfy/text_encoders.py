@@ -1,4 +1,4 @@
-"""CLIP text encoders as Stable Diffusion checkpoints hold them: OpenAI's as they are, OpenCLIP's by its own names."""
+"""CLIP text encoders in the format of Stable Diffusion checkpoints: OpenAI's, and OpenCLIP's with its own names."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _LAYER = re.compile(r"encoder\.layers\.(\d+)\.(.+)")
 
 
 def without_wrapper(name: str) -> str:
-    """A tensor's name without "text_model.", which some versions of transformers write and some do not."""
+    """A tensor's name without the prefix "text_model.", which only some versions of transformers write."""
     return name.removeprefix("text_model.")
 
 
 def original_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenAI's CLIP, "text_model.*"; without its projection, which no published checkpoint of this kind has."""
+    """The tensors of OpenAI's CLIP as "text_model.*", without the projection, which published checkpoints omit."""
     kept = {without_wrapper(name): value for name, value in tensors.items()}
     return {
         f"text_model.{name}": value
@@ -46,10 +46,10 @@ def original_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def open_clip_layout(names: Collection[str]) -> Layout:
-    """The layout of an OpenCLIP text encoder, of names without "text_model."
+    """The layout of an OpenCLIP text encoder, for names without the prefix "text_model.".
 
     Raises:
-        CheckpointError: a tensor has no name there.
+        CheckpointError: a tensor has no name in OpenCLIP.
     """
 
     def place(name: str) -> Place | None:
@@ -63,7 +63,7 @@ def open_clip_layout(names: Collection[str]) -> Layout:
 
 
 def original_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's names: queries, keys and values in one matrix, the projection transposed."""
+    """The tensors under OpenCLIP's names, with queries, keys and values in one matrix and the projection transposed."""
     kept = {without_wrapper(name): value for name, value in tensors.items()}
     kept.pop("embeddings.position_ids", None)
     made = assemble(open_clip_layout(kept), kept)

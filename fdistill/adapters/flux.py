@@ -135,6 +135,7 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     return TextCondition({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 
 
+#: Black Forest Labs' names of the tensors outside of blocks, and of those in a block.
 _NAMES: Table = {
     "x_embedder": "img_in",
     "context_embedder": "txt_in",

@@ -80,6 +80,7 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     )
 
 
+#: PixArt's own names of the tensors outside of blocks, and of those in a block.
 _NAMES: Table = {
     "pos_embed.proj": "x_embedder.proj",
     "caption_projection.linear_1": "y_embedder.y_proj.fc1",

@@ -83,6 +83,7 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     return TextCondition({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
 
 
+#: Stability AI's names of the tensors outside of blocks, and of those in a block.
 _NAMES: Table = {
     "pos_embed.pos_embed": "pos_embed",
     "pos_embed.proj": "x_embedder.proj",

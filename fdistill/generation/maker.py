@@ -43,11 +43,11 @@ class Maker(Protocol):
 
     @property
     def sampler(self) -> str | None:
-        """What samples; None for a student of fdistill that is run as such."""
+        """What draws images, as "heun" or "LCMPipeline, LCMScheduler"; None for a student that fdistill runs itself."""
 
     @property
     def num_steps(self) -> int | None:
-        """Sampler steps; None for a student of fdistill that is run as such."""
+        """Sampler steps; None for a student that fdistill runs itself."""
 
     @property
     def guidance_scale(self) -> float | None:

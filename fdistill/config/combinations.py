@@ -135,12 +135,12 @@ def _check_trained(name: str, data: str | None, generator: GeneratorConfig, disc
         if not discriminator.gan_weight:
             raise ValueError(
                 f"discriminator.gan_weight: got 0, but method={name} trains nothing but its classifier; "
-                "expected a number above 0"
+                "expected discriminator.gan_weight > 0"
             )
     if generator.gan_weight > 0 and not discriminator.gan_weight:
         raise ValueError(
             f"generator.gan_weight: got {generator.gan_weight}, but discriminator.gan_weight=0 leaves the "
-            "discriminator untrained; expected generator.gan_weight=0 as well"
+            "discriminator untrained; expected discriminator.gan_weight > 0, or generator.gan_weight=0 as well"
         )
     if discriminator.gan_weight and data is None:
         raise ValueError(

@@ -265,7 +265,7 @@ class SmokeConfig(Section):
 
     pipeline: str | None = Field(
         default=None,
-        description="for a text-to-image recipe: class of a tiny pipeline; network and scheduler then change its own",
+        description="class of a tiny text-to-image pipeline; network and scheduler then change its own",
     )
     network: dict[str, Any] = Field(
         default_factory=dict, description="_class_name and settings of a tiny network of the teacher's family"

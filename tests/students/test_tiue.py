@@ -282,7 +282,7 @@ def test_what_has_no_decoder_or_no_such_levels_is_refused() -> None:
         leading_levels(FlowSchedule())
     with pytest.raises(ArgumentError, match="got a GaussianDenoiser"):
         TiUEGenerator(GaussianDenoiser(0.0, 1.0), (1.0,))
-    with pytest.raises(ArgumentError, match="wants class labels"):
+    with pytest.raises(ArgumentError, match="takes class labels"):
         TiUEGenerator(denoiser, LEVELS)(torch.randn(2, 1, 8, 8))
     with pytest.raises(ArgumentError, match="got labels; this network wants a TextCondition"):
         TiUEGenerator(family("sd"), LEVELS)(torch.randn(2, 4, 8, 8), torch.tensor([1, 2]))

@@ -75,7 +75,7 @@ def test_features_are_the_conditional_halfs() -> None:
 def test_guidance_of_prompts_wants_a_null_prompt() -> None:
     with pytest.raises(ArgumentError, match="expected one prompt, such as the empty one, as a TextCondition"):
         GuidedDenoiser(denoiser(), 2.0)
-    with pytest.raises(ArgumentError, match="wants prompts"):
+    with pytest.raises(ArgumentError, match="a guided network takes prompts"):
         GuidedDenoiser(denoiser(), 2.0, null=prompts(1)).predict(*noisy(2), None)
 
 

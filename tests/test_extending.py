@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +14,8 @@ from fdistill.base.errors import ConfigError
 from fdistill.divergence import DIVERGENCES
 from fdistill.methods import METHODS
 from fdistill.training.journal import read_records
+from support.extending import blocks, run
 
-PAGE = (Path(__file__).parent.parent / "docs" / "extending.md").read_text(encoding="utf-8")
 SHORT = {
     "iterations": 2,
     "batch_size": 8,
@@ -27,11 +26,27 @@ SHORT = {
 }
 
 
-def blocks(heading: str) -> list[str]:
-    """The Python code under a heading of the page."""
-    section = re.search(rf"^## {heading}$(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL)
-    assert section is not None, heading
-    return re.findall(r"```python\n(.*?)```", section[1], re.DOTALL)
+@pytest.mark.parametrize(("heading", "file"), [("A family of teachers", "conv_family"), ("A metric", "mean_shift")])
+def test_the_page_shows_what_other_tests_run(heading: str, file: str) -> None:
+    code = (Path(__file__).parent / "support" / f"{file}.py").read_text(encoding="utf-8")
+    assert blocks(heading)[0] == f"# file: {file}.py\n{code}"
+
+
+@pytest.mark.parametrize("heading", ["A family of teachers", "A metric"])
+def test_a_row_registers_what_its_file_holds(heading: str, tmp_path: Path) -> None:
+    from evaluation.protocols import PROTOCOLS
+    from fdistill.adapters import FAMILIES
+
+    before = [dict(FAMILIES), dict(PROTOCOLS)]
+    try:
+        for code in blocks(heading):
+            run(code, tmp_path)
+        added = [table.keys() - rows.keys() for table, rows in zip((FAMILIES, PROTOCOLS), before, strict=True)]
+        assert added == ([{"ConvNet"}, set()] if heading == "A family of teachers" else [set(), {"digits-shift"}])
+    finally:
+        for table, rows in zip((FAMILIES, PROTOCOLS), before, strict=True):
+            table.clear()
+            table.update(rows)
 
 
 @pytest.fixture(autouse=True)
@@ -47,15 +62,6 @@ def _tables_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     for name in set(sys.modules) - loaded:
         if getattr(sys.modules[name], "__file__", None) and str(tmp_path) in str(sys.modules[name].__file__):
             del sys.modules[name]
-
-
-def run(code: str, folder: Path) -> None:
-    """Writes a block that begins with the name of a file, and runs any other."""
-    name = re.match(r"# file: (\S+)\n", code)
-    if name:
-        (folder / name[1]).write_text(code, encoding="utf-8")
-    else:
-        exec(compile(code, "docs/extending.md", "exec"), {})
 
 
 def test_a_divergence(tmp_path: Path) -> None:

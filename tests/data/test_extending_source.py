@@ -17,58 +17,16 @@ from fdistill.data import open_source
 from fdistill.data.digits import load_digits
 from fdistill.data.source import ArraySource
 from fdistill.training.journal import read_records
-
-FILE = '''# file: csv_rows.py
-"""A .csv file with a row for each image, as MNIST is often passed on: its class, then its grey values, row by row."""
-
-import math
-from pathlib import Path
-
-import numpy as np
-import torch
-
-from fdistill.base.errors import DataError
-from fdistill.data.source import ArraySource, Kind, class_labels
-
-
-def open_csv(where: str) -> ArraySource:
-    """uint8 [N, 1, H, H] in memory, with classes; DataError where the file is no such table."""
-    try:
-        table = np.loadtxt(where, delimiter=",", dtype=np.int64, ndmin=2)
-    except (OSError, ValueError) as error:
-        raise DataError(f"data {where}: cannot be read ({error}); expected rows of whole numbers and commas") from error
-    labels, values = table[:, 0], table[:, 1:]
-    side = math.isqrt(values.shape[1])
-    if values.size == 0 or side**2 != values.shape[1] or values.min() < 0 or values.max() > 255:
-        raise DataError(f"data {where}: rows of {table.shape[1]} numbers; expected a class and H x H of 0 to 255")
-    images = torch.from_numpy(values.astype(np.uint8)).reshape(-1, 1, side, side)
-    return ArraySource(where, images, *class_labels(labels, len(images), f"data {where}"))
-
-
-KIND = Kind(
-    name="a .csv file",
-    recognises=lambda where: where.endswith(".csv") and Path(where).is_file(),
-    open=open_csv,
-    file=".csv",
-)
-'''
-
-ROW = """
-import csv_rows  # inside fdistill: from fdistill.data import csv_rows
-
-from fdistill.data import STORED
-
-STORED.append(csv_rows.KIND)  # inside fdistill: a row of STORED in fdistill/data/__init__.py
-"""
+from support.extending import blocks, run
 
 
 @pytest.fixture
 def _added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The example's file and row, taken away again."""
     rows = list(data.STORED)
-    (tmp_path / "csv_rows.py").write_text(FILE, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    exec(compile(ROW, "docs/extending.md", "exec"), {})
+    for code in blocks("A data source"):
+        run(code, tmp_path)
     yield
     data.STORED[:] = rows
     sys.modules.pop("csv_rows", None)

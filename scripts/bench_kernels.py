@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fdistill.base.files import atomic_file
-from fdistill.kernels import ema, ratio, renoise, scale_rows, to_x0
+from fdistill.kernels import denoising, ema, implicit, matching, ratio, renoise, scale_rows, to_x0
 from fdistill.kernels.reference import denoising as plain_denoising
 from fdistill.kernels.reference import ema as plain_ema
 from fdistill.kernels.reference import implicit as plain_implicit
@@ -78,7 +78,7 @@ def fused_tail(x0: Tensor, seed: Tensor, raw: Tensor, logits: Tensor, level: Ten
     """What a generator update does apart from its networks: noise, weight, loss, and the gradient of its mean."""
     x_t, fed = renoise._renoise_seeded(x0, seed, 0, c, c, c, BF16, False, "triton")
     weight, *_ = ratio.ratio(logits, level, bins, *BOUNDS, *WEIGHTING, "triton")
-    loss, direction, scale = torch.ops.fdistill.matching(
+    loss, direction, scale = matching._matching(
         x0, x_t, raw, None, raw, c, c, c, c, weight.float(), 1e-6, 1.0, "triton"
     )
     upstream = torch.ones((), device=x0.device).expand(len(x0))
@@ -160,11 +160,11 @@ def of_samples(shape: tuple[int, ...], draws: Draws) -> list[Case]:
         case(
             "matching",
             lambda k: matched(k, False),
-            torch.ops.fdistill.matching,
+            matching._matching,
             plain_matching.matching,
             4 + 4 + 2 + 2 + 4,
         ),
-        case("matching, guided", lambda k: matched(k, True), torch.ops.fdistill.matching, plain_matching.matching, 18),
+        case("matching, guided", lambda k: matched(k, True), matching._matching, plain_matching.matching, 18),
         case(
             "scale_rows",
             lambda k: (x(k), *c(k, 2), F32),
@@ -175,15 +175,15 @@ def of_samples(shape: tuple[int, ...], draws: Draws) -> list[Case]:
         case(
             "denoising",
             lambda k: (x(k, BF16), x(k + 1), x(k + 2), *c(k, 3)),
-            torch.ops.fdistill.denoising,
+            denoising._denoising,
             plain_denoising.denoising,
             2 + 4 + 4 + 2,
         ),
-        case("implicit", pair, torch.ops.fdistill.implicit, plain_implicit.implicit, 4 + 4 + 2 + 2),
+        case("implicit", pair, implicit._implicit, plain_implicit.implicit, 4 + 4 + 2 + 2),
         case(
             "implicit, backward",
             lambda k: (draws.normal(k, 3, batch), *pair(k)),
-            torch.ops.fdistill.implicit_backward,
+            implicit.implicit_backward,
             plain_implicit.implicit_backward,
             2 * (4 + 4 + 2 + 2),
         ),

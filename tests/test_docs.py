@@ -16,11 +16,14 @@ from pydantic import BaseModel
 from fdistill.commands.cli import app
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
+from fdistill.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("fdistill/assets/*/README.md"))]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MENTIONING = [path.relative_to(ROOT) for path in (*PAGES, *CONFIGS)]
+# The last is of the method that docs/extending.md adds.
+OPTIONS = {option for method in METHODS.values() for option in method.options} | {"strength"}
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 pages = pytest.mark.parametrize("page", [path.relative_to(ROOT) for path in PAGES], ids=str)
@@ -68,7 +71,9 @@ def complete(words: list[str]) -> bool:
 
 
 def check_setting(key: str) -> None:
-    """`section.name` or `name` is a setting of a config."""
+    """`section.name` is a setting of a config; a method's own settings stand in the `objective` section."""
+    if key.removeprefix("objective.") in OPTIONS:
+        return
     model: type[BaseModel] = DistillConfig
     *sections, name = key.split(".")
     for section in sections:
@@ -97,7 +102,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_files_exist(page: Path) -> None:
     text = re.sub(r"\]\([^)]*\)", "]", text_of(page))  # links start at the page's folder, and have a test of their own
     for name in re.findall(r"(?<![\w/<>.-])((?:[\w-]+/)+[\w-]+\.(?:py|sh|yaml|md))\b", text):
-        assert (ROOT / name).is_file(), name
+        if "NAME" not in name:
+            assert (ROOT / name).is_file() or (ROOT / "fdistill" / name).is_file(), name
 
 
 @mentioning

@@ -257,7 +257,7 @@ def test_steps_that_need_a_ratio_say_so() -> None:
     for step in (generator_step, uni_instruct_step):
         with pytest.raises(ArgumentError, match=r"'jensen-shannon' weighs by a density ratio; expected a DensityRatio"):
             step(networks, None, torch.Generator(), batch_size=2, divergence="js")
-        with pytest.raises(ArgumentError, match="expected a discriminator"):
+        with pytest.raises(ArgumentError, match="expected `discriminator` and `tapped`"):
             step(networks, None, torch.Generator(), batch_size=2, divergence="js", ratio=DensityRatio())
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from evaluation.evaluate import evaluate
 from fdistill.commands import cli
-from fdistill.training import loop
+from fdistill.training import logbook
 from fdistill.training.checkpoint import checkpoints
 from fdistill.training.journal import read_records
 from support.processes import launch, launch_commands
@@ -153,7 +153,7 @@ def runs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     (folder / "prompts.txt").write_text("a cat\na dog on a mat\nthe moon\nan old house\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(loop, "save_curves", lambda *_: None)
+        patch.setattr(logbook, "save_curves", lambda *_: None)
         patch.setenv("FDISTILL_CACHE", str(folder / "cache-one"))
         for arguments in commands(tiny_teacher, "one"):
             cli.app(arguments, standalone_mode=False)

@@ -220,10 +220,10 @@ def clean(network: Denoiser, x_t: Tensor, t: Tensor, condition: Tensor) -> Tenso
 
 @pytest.mark.parametrize("source", ["fake", "teacher"])
 def test_what_a_critics_networks_are_asked_for(source: str) -> None:
-    """Samples are drawn of the condition, networks are told `told`; R1 is of x_t, though networks see it scaled."""
+    """Samples are drawn of the condition, networks get `critic_condition`; R1 is of x_t, though they see it scaled."""
     networks = real_networks(source, HEADS)
     real_x0 = torch.rand(6, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    options: dict[str, Any] = {"told": OTHERS, "levels": inner_levels, "gan_weight": 0.5, "r1_weight": 2.0}
+    options: dict[str, Any] = {"critic_condition": OTHERS, "levels": inner_levels, "gan_weight": 0.5, "r1_weight": 2.0}
     result = critic_step(networks, real_x0, LABELS, torch.Generator().manual_seed(3), **options)
 
     random, schedule = torch.Generator().manual_seed(3), networks.teacher.schedule

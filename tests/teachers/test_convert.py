@@ -474,7 +474,7 @@ def test_other_state_dicts_are_refused(tmp_path: Path) -> None:
     )
     refused(tensors | {"blocks.0.attn.q_norm.weight": torch.ones(2)}, r"q_norm\.weight has no place in a DiT or SiT")
     refused(tensors | {"blocks.1.mlp.fc1.bias": torch.ones(2)}, "has shape")
-    refused(tensors | {"x_embedder.proj.weight": torch.ones(400, 4, 2, 2)}, "400 wide; expected a published width")
+    refused(tensors | {"x_embedder.proj.weight": torch.ones(400, 4, 2, 2)}, "has width 400; expected a published width")
     refused(tensors | {"pos_embed": torch.randn(1, 16, WIDTH)}, "pos_embed is not the fixed sines")
     swapped = tensors["pos_embed"].reshape(1, 4, 4, WIDTH).transpose(1, 2).reshape(1, 16, WIDTH)
     refused(tensors | {"pos_embed": swapped}, "pos_embed is not the fixed sines")

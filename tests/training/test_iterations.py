@@ -126,7 +126,7 @@ def test_a_run_is_its_iterations_written_out(teacher: Path, tmp_path: Path) -> N
                     random,
                     levels=critic,
                     gan_weight=0.5,
-                    told=torch.where(none, NONE, labels),
+                    critic_condition=torch.where(none, NONE, labels),
                     student_steps=1 + seed(Stream.STUDENT_STEP, iteration, k) % 2,
                 )
                 update(result, "fake_score", "discriminator")

@@ -141,7 +141,12 @@ def test_the_critic_learns_guided_and_is_told_less() -> None:
     less = where(kept, told, none_like(told, null))
     learning = GuidedDenoiser(roles.fake_score, 1.5, null=null)
     real = torch.zeros(3, *roles.teacher.sample_shape)
-    options: dict[str, Any] = {"levels": uniform_levels, "gan_weight": 0.0, "weighting": "uniform", "told": less}
+    options: dict[str, Any] = {
+        "levels": uniform_levels,
+        "gan_weight": 0.0,
+        "weighting": "uniform",
+        "critic_condition": less,
+    }
     result = critic_step(
         networks(**vars(roles) | {"learning": learning}), real, told, torch.Generator().manual_seed(7), **options
     )

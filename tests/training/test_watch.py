@@ -26,11 +26,12 @@ from fdistill.commands.dry_run import describe
 from fdistill.config.reading import load_config
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.teachers.text_encoders import PromptEncoder
-from fdistill.training import loop
+from fdistill.training import logbook, loop
 from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints
 from fdistill.training.curves import save_curves
 from fdistill.training.journal import read_records
+from fdistill.training.logbook import Logbook
 from support.text_families import sd15
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*scores carry the count")
@@ -57,7 +58,7 @@ AVERAGED: dict[str, Any] = {"seed": 7, "ema.decays": [0.9, 0.5], "ema.export": 0
 @pytest.fixture(autouse=True)
 def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """They take longer than these runs. `watched` is made before, and has them."""
-    monkeypatch.setattr(loop, "save_curves", lambda *_: None)
+    monkeypatch.setattr(logbook, "save_curves", lambda *_: None)
 
 
 def run(teacher: Path, output: Path, **changes: Any) -> Path:
@@ -217,9 +218,11 @@ def test_measuring_leaves_modes_weights_random_state_and_speed(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended: dict[int, float] = {}
-    inner = loop._scores
+    inner, measured = Logbook._scores, Watch.scores
 
-    def scores(watch: Watch, built: Any, config: Any) -> dict[str, float]:
+    def scores(self: Logbook) -> dict[str, float]:
+        built = self._run
+
         def state() -> tuple[Any, ...]:
             modules = [
                 *built.student.modules(),
@@ -230,8 +233,7 @@ def test_measuring_leaves_modes_weights_random_state_and_speed(
             return [m.training for m in modules], torch.get_rng_state(), np.random.get_state()[1].tolist(), tensors  # type: ignore[union-attr]
 
         before = state()
-        time.sleep(0.5)
-        found = inner(watch, built, config)
+        found = inner(self)
         after = state()
         assert before[0] == after[0]
         assert torch.equal(before[1], after[1])
@@ -240,7 +242,12 @@ def test_measuring_leaves_modes_weights_random_state_and_speed(
         ended[built.iteration] = time.perf_counter()
         return found
 
-    monkeypatch.setattr(loop, "_scores", scores)
+    def slow(self: Watch) -> dict[str, float]:
+        time.sleep(0.5)
+        return measured(self)
+
+    monkeypatch.setattr(Logbook, "_scores", scores)
+    monkeypatch.setattr(Watch, "scores", slow)
     run(tiny_teacher, tmp_path / "run", iterations=3)
     assert list(ended) == [2, 3]
     seconds = [record["seconds"] for record in read_records(tmp_path / "run" / "metrics.jsonl")]
@@ -274,20 +281,20 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
     settings = {"iterations": 6, "log.every": 1, "log.checkpoint_every": 4}
     whole = run(tiny_teacher, tmp_path / "whole", **settings)
     assert chosen_at(whole / "best")[0] == 6
-    save = loop._save_student
+    save = logbook.export_student
     for written in (False, True):
 
-        def save_student(built: Any, *arguments: Any, written: bool = written, **options: Any) -> None:
+        def export_student(built: Any, *arguments: Any, written: bool = written, **options: Any) -> None:
             if written or built.iteration < 6:
                 save(built, *arguments, **options)
             if built.iteration == 6:
                 raise Killed
 
         folder = tmp_path / str(written)
-        monkeypatch.setattr(loop, "_save_student", save_student)
+        monkeypatch.setattr(logbook, "export_student", export_student)
         with pytest.raises(Killed):
             run(tiny_teacher, folder, **settings)
-        monkeypatch.setattr(loop, "_save_student", save)
+        monkeypatch.setattr(logbook, "export_student", save)
         with (folder / "metrics.jsonl").open("a") as records:
             records.write('{"iteration": 8, "eval/fd_dig')  # what a kill may leave
         assert [path.name for path in checkpoints(folder / "checkpoints")] == ["000004"]
@@ -322,7 +329,7 @@ def text_teacher(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_text_to_image(text_teacher: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The protocol's prompts are encoded before the loop; scores are those of the student with its own encoders."""
-    encode, train, encoded = PromptEncoder.encode, loop._train, []
+    encode, train, encoded = PromptEncoder.encode, loop.train, []
 
     def watched_encode(self: PromptEncoder, prompts: Any) -> Any:
         encoded.append(list(prompts))
@@ -335,7 +342,7 @@ def test_text_to_image(text_teacher: dict[str, Any], tmp_path: Path, monkeypatch
         assert len(encoded) == before
 
     monkeypatch.setattr(PromptEncoder, "encode", watched_encode)
-    monkeypatch.setattr(loop, "_train", watched_loop)
+    monkeypatch.setattr(loop, "train", watched_loop)
     folder = tmp_path / "run"
     changes = {key: value for key, value in text_teacher.items() if key != "teacher"}
     run(Path(text_teacher["teacher"]), folder, iterations=2, seed=3, **changes)

@@ -23,7 +23,7 @@ if [ -n "${WHEELS:-}" ]; then
     export PYTHONPATH="$PYTHONPATH:$site"
 fi
 case " $* " in
-*" --quick "*) ;;
+*" --quick "*) export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" ;; # tiny networks: more threads are slower
 *)
     "$python" -c 'import sys, torch; torch.cuda.is_available() or sys.exit("no CUDA GPU is visible to torch: add --quick to try this out here")'
     [ -f "$cifar10" ] || { echo "$cifar10: no such file; set CIFAR10 to the JPEG copy's training file" >&2; exit 1; }

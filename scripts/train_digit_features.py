@@ -1,10 +1,7 @@
-"""Train the digit feature network (fdistill/assets/digits-features): a minute on 2 cores, fixed seed.
+"""Train the digit feature network (fdistill/assets/digits-features): a minute on 2 cores, fixed seed."""
 
-python scripts/train_digit_features.py [OUTPUT_DIR]
-"""
-
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -30,7 +27,9 @@ def augment(x: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    output = Path(sys.argv[1]) if len(sys.argv) > 1 else DIGITS_FEATURES
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", nargs="?", type=Path, default=DIGITS_FEATURES, help="folder of the network's files")
+    output = parser.parse_args().output
     torch.manual_seed(SEED)
     images, labels = load_digits()
     order = torch.randperm(len(images))

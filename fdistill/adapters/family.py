@@ -13,6 +13,8 @@ from fdistill.base.errors import ArgumentError
 from fdistill.condition import TextCondition
 from fdistill.denoiser import Denoiser
 
+#: Names of a network's tensors -> their shapes.
+Shapes = Mapping[str, tuple[int, ...]]
 #: A pipeline of diffusers that runs a student, and the arguments to call it with.
 Runnable = tuple[DiffusionPipeline, dict[str, Any]]
 
@@ -84,7 +86,8 @@ class Family:
     Attributes:
         network: the class, whose networks diffusers saves as config.json and safetensors.
         wrap: `(network, scheduler config or None) -> Denoiser`; raises CheckpointError if the two do not fit, or if
-            such a network cannot be distilled.
+            such a network cannot be distilled. The denoiser keeps the network as its attribute `network`; if it also
+            has a method `with_network(other) -> Denoiser`, students may be smaller than their teacher.
         native_pipeline: `(denoiser, levels, model_index.json, vae or None)` -> the pipeline of diffusers that runs a
             student at these levels, and the arguments to call it with. None if no pipeline does; the student is then
             saved as a `OneStepPipeline`. Not used for text-to-image students, which keep their teacher's pipeline.
@@ -93,6 +96,9 @@ class Family:
         original_layout: `(names of the tensors, config) -> Layout`, maps the tensors to the names of the network's
             publisher, for LoRA files and single-file checkpoints; raises CheckpointError for a tensor without such a
             name. None if the publisher's names are not known.
+        single_files: what people call the checkpoints of one file that hold such a network, as "Stable Diffusion 3" ->
+            a function that recognises one by its tensors, under the publisher's names. These are the files that
+            `from_single_file` of the network's class reads.
         original_variances: whether the publisher's network has twice as many output as input channels, all of which
             ComfyUI expects.
     """
@@ -105,4 +111,5 @@ class Family:
     component: str = "unet"
     text: TextToImage | None = None
     original_layout: Callable[[Collection[str], Mapping[str, Any]], Layout] | None = None
+    single_files: Mapping[str, Callable[[Shapes], bool]] = field(default_factory=dict)
     original_variances: bool = False

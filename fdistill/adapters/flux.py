@@ -224,4 +224,9 @@ FAMILY = Family(
             "single_transformer_blocks": ("single_blocks", _SINGLE_BLOCK_NAMES),
         },
     ),
+    single_files={
+        "Flux": lambda tensors: (
+            "double_blocks.0.img_attn.norm.key_norm.scale" in tensors and "vector_in.in_layer.weight" in tensors
+        )
+    },
 )

@@ -162,4 +162,5 @@ FAMILY = Family(
         tiny={"StableDiffusion3Pipeline": tiny_arguments},
     ),
     original_layout=transformer_layout(_NAMES, {"transformer_blocks": ("joint_blocks", _BLOCK_NAMES)}),
+    single_files={"Stable Diffusion 3": lambda tensors: "joint_blocks.0.x_block.attn.qkv.weight" in tensors},
 )

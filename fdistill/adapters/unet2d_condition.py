@@ -16,7 +16,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 import fdistill.adapters.tiny_parts as tiny
-from fdistill.adapters.family import Family, TextToImage
+from fdistill.adapters.family import Family, Shapes, TextToImage
 from fdistill.adapters.ldm_names import unet_layout
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
@@ -202,6 +202,16 @@ def tiny_xl_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def checkpoint_of(tensors: Shapes) -> str | None:
+    """What people call a checkpoint of one file with these tensors of a UNet, under ldm's names; None if unknown."""
+    if "input_blocks.0.0.weight" not in tensors:
+        return None
+    if "label_emb.0.0.weight" in tensors:
+        return "Stable Diffusion XL"
+    projection = next((shape for name, shape in tensors.items() if name.endswith(".1.proj_in.weight")), ())
+    return "Stable Diffusion 2" if len(projection) == 2 else "Stable Diffusion 1"
+
+
 FAMILY = Family(
     UNet2DConditionModel,
     wrap,
@@ -214,4 +224,9 @@ FAMILY = Family(
         tiny=dict(zip(_PIPELINES, (tiny_arguments, tiny_xl_arguments), strict=True)),
     ),
     original_layout=unet_layout,
+    single_files={
+        "Stable Diffusion 1": lambda tensors: checkpoint_of(tensors) == "Stable Diffusion 1",
+        "Stable Diffusion 2": lambda tensors: checkpoint_of(tensors) == "Stable Diffusion 2",
+        "Stable Diffusion XL": lambda tensors: checkpoint_of(tensors) == "Stable Diffusion XL",
+    },
 )

@@ -16,7 +16,9 @@ class Stream(IntEnum):
     those of the others. The numbers stay as they are: a changed one would change what a seed gives.
     """
 
+    PIPELINE = 0  #: the torch.Generator that a diffusers pipeline is given
     SHUFFLE = 1  #: the order of a data set
+    PIPELINE_GLOBAL = 1  #: torch's global generator while a pipeline runs; a data set's order never meets it
     STEP = 2  #: noise and levels of an iteration's updates
     DROPOUT = 3  #: dropout of layers in an iteration; differs between processes
     STUDENT_STEP = 4  #: which of a few-step student's steps is trained

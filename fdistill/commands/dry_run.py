@@ -22,7 +22,8 @@ def describe(config: DistillConfig) -> str:
 
     Loads the teacher, builds all networks and reads a first batch, so that it refuses what a run would refuse. It
     encodes no prompts or images, draws no teacher samples, and leaves nothing in the cache: a teacher that has to be
-    converted or merged with a LoRA first is made in a temporary folder.
+    converted or merged with a LoRA first is made in a temporary folder. What it needs of a hub it downloads, as a run
+    would; and where the config asks for scores, it computes the reference's features, to try the protocol out.
 
     Raises:
         ConfigError, CheckpointError, DataError: as `distill` does before it writes anything.

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fdistill.adapters import original_layout
+from fdistill.adapters import FAMILIES, original_layout
+from fdistill.adapters.family import Shapes
 from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import made_once, sha256_of_files
@@ -25,18 +26,8 @@ from fdistill.formats.pipeline_folder import (
     unreadable,
 )
 
-Shapes = dict[str, tuple[int, ...]]
-
 _NETWORK = "model.diffusion_model."
 _LORA_KEYS = (".lora_A.", ".lora_down.", "_lora.down.", ".lora.down.")
-#: What a checkpoint is -> the pipeline class that its base has.
-_PIPELINES = {
-    "Stable Diffusion 1": "StableDiffusionPipeline",
-    "Stable Diffusion 2": "StableDiffusionPipeline",
-    "Stable Diffusion XL": "StableDiffusionXLPipeline",
-    "Stable Diffusion 3": "StableDiffusion3Pipeline",
-    "Flux": "FluxPipeline",
-}
 _AUTOENCODER = ("first_stage_model.", "vae.")
 #: Text encoders that a checkpoint of Stable Diffusion holds: a tensor name's start -> the component.
 _TEXT_ENCODERS = {
@@ -54,8 +45,8 @@ def single_file_to_folder(path: Path, base: Path | None) -> Path:
     encoders of SD3 and Flux always do: fine-tunes leave them as they are. Half precision stays. Nothing is downloaded.
 
     Args:
-        path: a safetensors file of Stable Diffusion 1, 2, XL or 3, or of Flux: a whole checkpoint or the network alone;
-            or a network under diffusers' names.
+        path: a safetensors file of a kind that a family lists in its `single_files`: a whole checkpoint or the network
+            alone; or a network under diffusers' names.
         base: folder of the published pipeline that the checkpoint was trained from.
 
     Returns:
@@ -103,29 +94,27 @@ def _has(shapes: Shapes, *starts: str) -> bool:
     return any(name.startswith(starts) for name in shapes)
 
 
+def _kind_of(tensors: Shapes) -> str | None:
+    """What people call a checkpoint with these tensors in its network: a key of a family's `single_files`."""
+    kinds = (kind for family in FAMILIES.values() for kind in family.single_files.items())
+    return next((name for name, recognised in kinds if recognised(tensors)), None)
+
+
 def _kind(path: Path, shapes: Shapes) -> str | None:
-    """A key of `_PIPELINES`; None for a network under the names of diffusers."""
-    names = {name.removeprefix(_NETWORK): shape for name, shape in shapes.items()}
+    """What people call the checkpoint; None for a network under the names of diffusers."""
     if any(part in name for name in shapes for part in _LORA_KEYS):
         raise CheckpointError(
             f"checkpoint {str(path)!r}: is a LoRA, not a whole model; set teacher to the pipeline it belongs to and "
             "teacher_lora to this file"
         )
-    if "double_blocks.0.img_attn.norm.key_norm.scale" in names and "vector_in.in_layer.weight" in names:
-        return "Flux"
-    if "joint_blocks.0.x_block.attn.qkv.weight" in names:
-        return "Stable Diffusion 3"
-    if "input_blocks.0.0.weight" in names:
-        if "label_emb.0.0.weight" in names:
-            return "Stable Diffusion XL"
-        projection = next((shape for name, shape in names.items() if name.endswith(".1.proj_in.weight")), ())
-        return "Stable Diffusion 2" if len(projection) == 2 else "Stable Diffusion 1"
-    if _has(shapes, "down_blocks.", "transformer_blocks."):
-        return None
+    kind = _kind_of({name.removeprefix(_NETWORK): shape for name, shape in shapes.items()})
+    if kind is not None or _has(shapes, "down_blocks.", "transformer_blocks."):
+        return kind
     example = next(iter(shapes), "no tensor")
+    known = [kind for family in FAMILIES.values() for kind in family.single_files]
     raise CheckpointError(
         f"checkpoint {str(path)!r}: its tensors (such as {example!r}) are of no known kind; expected "
-        f"{', '.join(_PIPELINES)}, or a network under the names of diffusers"
+        f"{', '.join(known)}, or a network under the names of diffusers"
     )
 
 
@@ -133,13 +122,9 @@ def _check_base(path: Path, kind: str | None, base: Path) -> None:
     if not (base / "model_index.json").is_file():
         raise CheckpointError(f"teacher_base {str(base)!r}: expected a pipeline folder with model_index.json")
     class_name = read_config(base / "model_index.json").get("_class_name")
-    if kind is None:
-        return
-    found = class_name == _PIPELINES[kind]
-    if found and class_name == "StableDiffusionPipeline":
-        linear = read_config(base / "unet" / "config.json").get("use_linear_projection", False)
-        found = linear == (kind == "Stable Diffusion 2")
-    if not found:
+    text = FAMILIES[_network_class(base)[1].__name__].text
+    of_family = text is None or class_name in text.pipelines
+    if kind is not None and not (of_family and _kind_of(_network_tensors(base, published=True)) == kind):
         raise CheckpointError(
             f"checkpoint {str(path)!r}: is {kind}, but teacher_base {str(base)!r} ({class_name}) is not; expected the "
             "pipeline that the checkpoint was trained from"
@@ -151,23 +136,30 @@ def _network_class(base: Path) -> tuple[str, Any]:
     parts = components(base)
     for name in ("unet", "transformer"):
         cls = getattr(diffusers, parts.get(name, ""), None)
-        if isinstance(cls, type) and issubclass(cls, ModelMixin):
+        if isinstance(cls, type) and issubclass(cls, ModelMixin) and cls.__name__ in FAMILIES:
             return name, cls
-    raise CheckpointError(f"teacher_base {str(base)!r}: expected a pipeline with a unet or a transformer of diffusers")
+    raise CheckpointError(
+        f"teacher_base {str(base)!r}: expected a pipeline whose unet or transformer is one of {', '.join(FAMILIES)}"
+    )
 
 
-def _check_network(path: Path, shapes: Shapes, kind: str | None, base: Path) -> None:
-    """Raises CheckpointError unless the file has every tensor of the base's network, in its shape, and no other."""
+def _network_tensors(base: Path, published: bool) -> dict[str, tuple[int, ...]]:
+    """The tensors of the base's network, under its publisher's names or under those of diffusers."""
     place, cls = _network_class(base)
     with torch.device("meta"):  # no memory for weights
         network = cls.from_config(read_config(base / place / "config.json"))
     tensors = network.state_dict()
-    if kind is not None:
+    if published:
         layout = original_layout(cls.__name__, list(tensors), network.config)
         tensors = assemble(layout or {}, tensors)
+    return {name: tuple(value.shape) for name, value in tensors.items()}
+
+
+def _check_network(path: Path, shapes: Shapes, kind: str | None, base: Path) -> None:
+    """Raises CheckpointError unless the file has every tensor of the base's network, in its shape, and no other."""
     prefix = _NETWORK if _has(shapes, _NETWORK) else ""
     found = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
-    expected = {name: tuple(value.shape) for name, value in tensors.items()}
+    expected = _network_tensors(base, published=kind is not None)
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if wrong:
         name = wrong[0]
@@ -196,7 +188,7 @@ def _convert(path: Path, shapes: Shapes, kind: str | None, base: Path) -> dict[s
         if kind is not None and held:
             others = {name: made.get(name) for name in components(base) if name not in held}
             dtype = _dtype(path, *_TEXT_ENCODERS)
-            pipeline_class = getattr(diffusers, _PIPELINES[kind])
+            pipeline_class = getattr(diffusers, read_config(base / "model_index.json")["_class_name"])
             pipeline = pipeline_class.from_single_file(str(path), torch_dtype=dtype, **where, **others)
             made |= {name: getattr(pipeline, name) for name in held}
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, SafetensorError) as error:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fdistill.adapters.checkpoint import Checkpoint, find_network, resolve_checkpoint
 from fdistill.base.errors import ArgumentError, CheckpointError, FDistillError
 from fdistill.base.files import read_json_object, weights_sha256
-from fdistill.base.rng import derived_seed
+from fdistill.base.rng import Stream, derived_seed
 from fdistill.generation.diffusers_pipeline import (
     OWN_PIPELINES,
     call_parameters,
@@ -27,11 +27,8 @@ from fdistill.generation.sampling import Sampling
 from fdistill.students.folder import STUDENT_FILE, find_student
 from fdistill.teachers.text_encoders import PromptEncoder, describe_cut, quiet
 
-#: Streams of an image's random numbers: of the torch.Generator that the pipeline is given, and of torch's global one.
-_OWN_GENERATOR, _GLOBAL_GENERATOR = 0, 1
 
-
-def noise_seed(seed: int, index: int, stream: int = _OWN_GENERATOR) -> int:
+def noise_seed(seed: int, index: int, stream: Stream = Stream.PIPELINE) -> int:
     """The seed, in [0, 2^32), of the torch.Generator of image `index`; no two images of one `seed` share it.
 
     torch's generators on the CPU read 32 bits of a seed, and 32-bit hashes of (seed, index) would collide among 50,000
@@ -162,7 +159,7 @@ class PipelineMaker:
         if self._negative is not None:
             call["negative_prompt"] = [self._negative] * len(indices)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(noise_seed(seed, indices[0], _GLOBAL_GENERATOR))
+            torch.manual_seed(noise_seed(seed, indices[0], Stream.PIPELINE_GLOBAL))
             before = _random_state(device)
             images = self._run(call, len(indices))
             if self._draws_alone is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,30 @@ Features = dict[str, Tensor]
 
 
 class LatentScaling(NamedTuple):
-    """How an autoencoder's latents z become samples: sample = scale * z + bias, channel by channel."""
+    """How an autoencoder's latents z become samples: sample = scale * z + bias, channel by channel.
+
+    Attributes:
+        pixel_range: the values of black and white in the images that the autoencoder reads and writes. It is [-1, 1]
+            almost everywhere, and [0, 1] for EDM2's networks (NVlabs/edm2, `StabilityVAEEncoder`).
+    """
 
     scale: tuple[float, ...]
     bias: tuple[float, ...]
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> LatentScaling:
+        """From what `settings` returned; those of before it named a pixel range mean [-1, 1]."""
+        low, high = settings.get("pixel_range") or (-1.0, 1.0)
+        return cls(tuple(settings["latent_scale"]), tuple(settings["latent_bias"]), (low, high))
+
+    def settings(self) -> dict[str, list[float]]:
+        """The JSON values that are stored with students and beside cached latents."""
+        return {
+            "latent_scale": list(self.scale),
+            "latent_bias": list(self.bias),
+            "pixel_range": list(self.pixel_range),
+        }
 
     def to_samples(self, z: Tensor) -> Tensor:
         """Converts latents [B, C, h, w] to the samples that the denoiser takes."""
@@ -31,6 +51,16 @@ class LatentScaling(NamedTuple):
     def to_latents(self, samples: Tensor) -> Tensor:
         """The inverse of `to_samples`."""
         return (samples - _by_channel(self.bias, samples)) / _by_channel(self.scale, samples)
+
+    def to_pixels(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1] -> the pixel values that the autoencoder reads."""
+        low, high = self.pixel_range
+        return images if (low, high) == (-1, 1) else low + (images + 1) * ((high - low) / 2)
+
+    def to_images(self, pixels: Tensor) -> Tensor:
+        """The inverse of `to_pixels`."""
+        low, high = self.pixel_range
+        return pixels if (low, high) == (-1, 1) else (pixels - low) * (2 / (high - low)) - 1
 
 
 def _by_channel(values: Sequence[float], like: Tensor) -> Tensor:

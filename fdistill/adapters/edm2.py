@@ -19,8 +19,8 @@ class EDM2Denoiser(EDMDenoiser):
 
     def __init__(self, network: EDM2Network):
         super().__init__(network)
-        scale, bias = network.config.latent_scale, network.config.latent_bias
-        self.latent_scaling = None if scale is None else LatentScaling(tuple(scale), tuple(bias))
+        latent = network.config.latent_scale is not None
+        self.latent_scaling = LatentScaling.from_settings(network.config) if latent else None
 
     def _unet(self) -> UNet:
         return self.network.unet

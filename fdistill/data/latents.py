@@ -29,7 +29,7 @@ from fdistill.data.embeddings import Captions, EmbeddingSource
 from fdistill.data.source import PerProcess, class_labels
 
 META_FILE = "latents.json"
-META_KEYS = ("vae", "latent_scale", "latent_bias", "sampling", "recipe", "resolution", "source", "flip")
+META_KEYS = ("vae", "latent_scale", "latent_bias", "pixel_range", "sampling", "recipe", "resolution", "source", "flip")
 SAMPLING = ("mean", "sample")
 
 _TEXT = "text"
@@ -57,7 +57,8 @@ class LatentSource:
     def __init__(self, folder: Path, seed: int = 0):
         self.name, self._seed = str(folder), seed
         try:
-            self.meta = read_json_object(folder / META_FILE)
+            # Latents of before the range was noted were all made from images in [-1, 1].
+            self.meta = {"pixel_range": [-1.0, 1.0]} | read_json_object(folder / META_FILE)
             files, counts = list(self.meta["shards"]), [int(count) for count in self.meta["shards"].values()]
             self.num_classes: int | None = self.meta["num_classes"]
             missing = [key for key in META_KEYS if key not in self.meta]

@@ -175,6 +175,8 @@ class EDM2Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
         logvar_channels: number of Fourier features for the uncertainty.
         label_dropout: probability with which training replaced a label by zeros; forward never does.
         latent_scale, latent_bias: [img_channels]; the network takes scale * latent + bias. None for pixels.
+        pixel_range: the values of black and white in the images that the latents' autoencoder reads and writes. The
+            published networks were trained on latents of images in [0, 1].
 
     Raises:
         ArgumentError: the channels of an attention layer are not a multiple of channels_per_head; only one of
@@ -207,6 +209,7 @@ class EDM2Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
         label_dropout: float = 0.0,
         latent_scale: Sequence[float] | None = None,
         latent_bias: Sequence[float] | None = None,
+        pixel_range: Sequence[float] = (0.0, 1.0),
     ):
         super().__init__()
         latent = (latent_scale, latent_bias)

@@ -66,8 +66,7 @@ def _save_steps(
     else:
         settings: dict[str, Any] = {**student.settings(), "null_class": denoiser.null_class}
         if denoiser.latent_scaling is not None:
-            scale, bias = denoiser.latent_scaling
-            settings |= {"latent_scale": list(scale), "latent_bias": list(bias)}
+            settings |= denoiser.latent_scaling.settings()
         scheduler = load_scheduler(read_scheduler_config(origin.folder))
         pipeline, call = OneStepPipeline(denoiser.network, scheduler, vae, settings), {}
     pipeline.save_pretrained(folder)

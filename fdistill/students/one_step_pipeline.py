@@ -17,7 +17,7 @@ from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.base.errors import ArgumentError
 from fdistill.denoiser import LatentScaling
 from fdistill.generator import Student, student_generator
-from fdistill.teachers.autoencoder import decode_latents
+from fdistill.teachers.autoencoder import decode_samples
 
 
 class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
@@ -29,8 +29,8 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
         vae: the autoencoder of a latent student.
         student: the student's settings. They are one mapping because diffusers takes a list in a pipeline's config for
             a component. "levels" are the noise levels of the steps, falling; a one-step student has one. "null_class"
-            is the label for "no class", where the network's config does not say it. "latent_scale" and "latent_bias",
-            one number per channel, map the autoencoder's latents to the network's samples.
+            is the label for "no class", where the network's config does not say it. "latent_scale", "latent_bias" and
+            "pixel_range" are those of the `LatentScaling`.
     """
 
     _optional_components: ClassVar[list[str]] = ["scheduler", "vae"]
@@ -91,19 +91,22 @@ class OneStepPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ArgumentError("class_labels: this student is unconditional; expected None")
         noise = randn_tensor((batch_size, *student.noise_shape()), generator=generator, device=device)
         samples = student(noise, labels)
-        return pipeline_output(self, samples, output_type, return_dict)
+        scaling = student.denoiser.latent_scaling  # of a network whose own config says it
+        if scaling is None and self.vae is not None:
+            scaling = LatentScaling.from_settings(self.config.student)
+        return pipeline_output(self, samples, scaling, output_type, return_dict)
 
 
 def pipeline_output(
-    pipeline: Any, samples: torch.Tensor, output_type: str, return_dict: bool
+    pipeline: Any, samples: torch.Tensor, scaling: LatentScaling | None, output_type: str, return_dict: bool
 ) -> ImagePipelineOutput | tuple[Any]:
     """What a pipeline of fdistill returns for a student's samples [B, C, H, W].
 
-    With an autoencoder the samples are scaled latents, and the pipeline's settings hold the scale and bias.
+    Args:
+        scaling: of the latents of the pipeline's autoencoder; None for samples of pixels.
     """
-    if pipeline.vae is not None:
-        scaling = LatentScaling(pipeline.config.student["latent_scale"], pipeline.config.student["latent_bias"])
-        samples = decode_latents(pipeline.vae, scaling.to_latents(samples).to(pipeline.vae.dtype))
+    if scaling is not None:
+        samples = decode_samples(pipeline.vae, scaling, samples)
     images: Any = (samples / 2 + 0.5).clamp(0, 1)
     if output_type != "pt":
         images = images.cpu().permute(0, 2, 3, 1).float().numpy()

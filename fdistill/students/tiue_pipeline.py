@@ -25,6 +25,7 @@ from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition
+from fdistill.denoiser import LatentScaling
 from fdistill.students.one_step_pipeline import pipeline_output
 from fdistill.students.tiue import TiUEGenerator
 from fdistill.teachers.autoencoder import pixels_per_latent
@@ -42,8 +43,8 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
         text_encoder, tokenizer, text_encoder_2, tokenizer_2: those of a text-to-image student.
         student: the student's settings. They are one mapping because diffusers takes a list in a pipeline's config for
             a component. "decoder_levels" are the decoders' noise levels, falling. "size" is the height and width of the
-            UNet's samples. "null_class" is the label for "no class". "latent_scale" and "latent_bias", one number per
-            channel, map the autoencoder's latents to the UNet's samples.
+            UNet's samples. "null_class" is the label for "no class". "latent_scale", "latent_bias" and
+            "pixel_range" are those of the `LatentScaling`.
     """
 
     _optional_components: ClassVar[list[str]] = [
@@ -159,7 +160,8 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
         elif latents.shape != shape:
             raise ArgumentError(f"latents: expected noise of shape {shape}, got {tuple(latents.shape)}")
         samples = student(latents.to(device), condition)
-        return pipeline_output(self, samples, output_type, return_dict)
+        scaling = None if self.vae is None else LatentScaling.from_settings(self.config.student)
+        return pipeline_output(self, samples, scaling, output_type, return_dict)
 
     def _condition(
         self,
@@ -209,8 +211,7 @@ def tiue_pipeline(
         "null_class": denoiser.null_class,
     }
     if denoiser.latent_scaling is not None:
-        scale, bias = denoiser.latent_scaling
-        settings |= {"latent_scale": list(scale), "latent_bias": list(bias)}
+        settings |= denoiser.latent_scaling.settings()
     return TiUEPipeline(denoiser.network, scheduler, vae, **text, student=settings)
 
 

@@ -53,19 +53,19 @@ class LatentSpace:
 
     def facts(self) -> dict[str, Any]:
         """What `fdistill cache` notes beside latents, and what those that a run reads have to agree with."""
-        return {"vae": self.sha256, "latent_scale": list(self.scaling.scale), "latent_bias": list(self.scaling.bias)}
+        return {"vae": self.sha256, **self.scaling.settings()}
 
     @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
         """Samples [B, C, h, w] -> images [B, 3, H, W], nominally in [-1, 1]; without gradient, a few at a time."""
-        z = self.scaling.to_latents(samples)
+        parts = samples.split(_at_once(self.factor * samples.shape[-1]))
         with self._on(samples.device):
-            return torch.cat([decode_latents(self.vae, part) for part in z.split(_at_once(self.factor * z.shape[-1]))])
+            return torch.cat([decode_samples(self.vae, self.scaling, part) for part in parts])
 
     def decode_with_gradient(self, samples: Tensor) -> Tensor:
         """As `decode`, differentiable in the samples, all at once; the autoencoder stays on their device."""
         self.vae.to(samples.device)
-        return decode_latents(self.vae, self.scaling.to_latents(samples))
+        return decode_samples(self.vae, self.scaling, samples)
 
     @torch.no_grad()
     def moments(self, images: Tensor) -> Tensor:
@@ -76,6 +76,7 @@ class LatentSpace:
             return torch.cat([self._encode(part) for part in images.split(_at_once(images.shape[-1]))])
 
     def _encode(self, images: Tensor) -> Tensor:
+        images = self.scaling.to_pixels(images)
         if _has_no_posterior(self.vae):
             z: Tensor = self.vae.encode(images).latent
             return torch.cat([z, torch.zeros_like(z)], dim=1)
@@ -86,17 +87,15 @@ class LatentSpace:
         return torch.cat([posterior.mean, posterior.std], dim=1)
 
 
-def decode_latents(vae: Any, z: Tensor) -> Tensor:
-    """Images [B, 3, H, W], nominally in [-1, 1], of an autoencoder's own latents [B, C, h, w] on its device.
+def decode_samples(vae: Any, scaling: LatentScaling, samples: Tensor) -> Tensor:
+    """Samples [B, C, h, w] -> images [B, 3, H, W], nominally in [-1, 1], on the autoencoder's device and in its dtype.
 
     Args:
         vae: of one of the classes of `AUTOENCODERS`.
     """
-    if _is_video(vae):
-        frames: Tensor = vae.decode(z[:, :, None]).sample
-        return frames[:, :, 0]
-    images: Tensor = vae.decode(z).sample
-    return images
+    z = scaling.to_latents(samples).to(vae.dtype)
+    pixels = vae.decode(z[:, :, None]).sample[:, :, 0] if _is_video(vae) else vae.decode(z).sample
+    return scaling.to_images(pixels)
 
 
 def pixels_per_latent(vae: Any) -> int:

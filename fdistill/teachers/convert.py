@@ -127,7 +127,7 @@ def _convert_pickle(source: Path, output: Path) -> None:
         levels = f"Noise levels sigma from {config['sigma_min']:g} to {config['sigma_max']:g}; "
         space = "the network sees pixels in [-1, 1]."
         if vae is not None:
-            space = f"the network sees latents of a VAE. Next: put the VAE {vae} into `vae/`."
+            space = f"the network sees latents of images in [0, 1]. Next: put their autoencoder {vae} into `vae/`."
         _write_card(folder, source, f"{record.name} ({_architecture(config)})", network, levels + space)
 
 
@@ -190,7 +190,8 @@ def _latent_encoder(encoder: Any, config: dict[str, Any], source: Path) -> str |
         ]
     except (TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"{source}: encoder {name} is made from {settings}; expected numbers") from error
-    config["latent_scale"], config["latent_bias"] = scale, bias
+    # StabilityVAEEncoder gives the autoencoder pixels / 255, and clamps what it decodes to [0, 1].
+    config |= {"latent_scale": scale, "latent_bias": bias, "pixel_range": [0.0, 1.0]}
     return str(settings["vae_name"])
 
 

@@ -355,6 +355,7 @@ META = {
     "vae": "0123",
     "latent_scale": [0.5, 0.25],
     "latent_bias": [0.0, 1.0],
+    "pixel_range": [-1.0, 1.0],
     "sampling": "sample",
     "recipe": "adm",
     "resolution": 32,

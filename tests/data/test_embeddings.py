@@ -32,6 +32,7 @@ LATENT_META = {
     "vae": "0123",
     "latent_scale": [1.0],
     "latent_bias": [0.0],
+    "pixel_range": [-1.0, 1.0],
     "sampling": "mean",
     "recipe": "adm",
     "resolution": 32,

@@ -418,7 +418,7 @@ def test_a_saved_network_loads_bit_by_bit_and_without_dropout(tmp_path: Path) ->
     assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == "EDM2Network"
     assert denoiser.network.config.dropout == 0.0
     assert denoiser.null_class == 3
-    assert denoiser.latent_scaling == ((0.5, 1.0, 2.0), (0.0, -1.0, 3.0))
+    assert denoiser.latent_scaling == ((0.5, 1.0, 2.0), (0.0, -1.0, 3.0), (0.0, 1.0))
     same = denoiser.with_network(EDM2Network.from_config(denoiser.network.config))
     assert type(same) is EDM2Denoiser
     assert same.latent_scaling == denoiser.latent_scaling

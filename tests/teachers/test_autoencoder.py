@@ -106,6 +106,17 @@ def test_teacher_samples_stay_latents(teacher: Path, tmp_path: Path) -> None:
     assert (student / "samples.png").is_file()
 
 
+def test_a_cache_from_images_of_another_range_is_refused(images: Path, tmp_path: Path) -> None:
+    """Caches of before the range was noted were made from images in [-1, 1], which EDM2's networks do not know."""
+    teacher = edm2_latent(tmp_path / "edm2")
+    cached = cache(images, teacher=teacher, output=tmp_path / "latents")
+    meta = json.loads((cached / "latents.json").read_text())
+    assert meta.pop("pixel_range") == [0, 1]
+    (cached / "latents.json").write_text(json.dumps(meta))
+    with pytest.raises(DataError, match=r"pixel_range is \[-1\.0, 1\.0\], but this run needs \[0\.0, 1\.0\]"):
+        distill("digits", output=tmp_path / "run", teacher=str(teacher), data=str(cached), **SETTINGS)
+
+
 def test_another_teachers_cache_is_refused(latents: Path, images: Path, teacher: Path, tmp_path: Path) -> None:
     other = edm2_latent(tmp_path / "other")
     with pytest.raises(DataError, match="latent_scale"):

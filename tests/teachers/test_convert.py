@@ -174,6 +174,7 @@ def test_an_edm2_pickle_becomes_the_same_network(encoder: str | None, tmp_path: 
     seen = scale * raw + bias  # latents of the assumed mean and standard deviation come out at 0 and 1/2
     torch.testing.assert_close(seen.mean(0), torch.zeros(4), atol=0.01, rtol=0)
     torch.testing.assert_close(seen.std(0), torch.full((4,), 0.5), atol=0.01, rtol=0)
+    assert config["pixel_range"] == [0, 1]
     assert "stabilityai/sd-vae-ft-mse" in card
 
 

@@ -21,7 +21,11 @@ class Resized(NamedTuple):
 
 
 #: Settings that say what the weights mean; they cannot be changed.
-_NOT_ARCHITECTURE = {"sigma_data", "sigma_min", "sigma_max", "label_dropout", "latent_scale", "latent_bias", "pixel_range"}
+_NOT_ARCHITECTURE = {"sigma_data", "sigma_min", "sigma_max", "label_dropout"} | {
+    "latent_scale",
+    "latent_bias",
+    "pixel_range",
+}
 
 
 @torch.no_grad()

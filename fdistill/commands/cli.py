@@ -59,7 +59,7 @@ def distill(
         list[str] | None,
         typer.Argument(
             metavar="[CONFIG] [KEY=VALUE]...",
-            help="Name of an embedded config or path of a YAML file (default: digits), then settings that replace its.",
+            help="Name of an embedded config or path of a YAML file (default: digits), followed by settings.",
         ),
     ] = None,
     resume: Annotated[
@@ -245,7 +245,10 @@ def inspect(
             "checkpoint's own samples."
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="How images are cropped and resized to its size.")] = "center-box",
+    recipe: Annotated[
+        str,
+        typer.Option(help="How images are cropped and resized: exact, center-box, center-lanczos, adm or squash."),
+    ] = "center-box",
     vae: Annotated[
         str | None, typer.Option(help="Folder or hub id of the autoencoder, if a latent checkpoint has none.")
     ] = None,
@@ -268,23 +271,27 @@ def cache(
     teacher: Annotated[str, typer.Option(help="The latent teacher that will be distilled.")],
     output: Annotated[Path, typer.Option(help="A folder for the latents; must not exist, or be empty.")],
     vae: Annotated[str | None, typer.Option(help="The autoencoder, if the teacher's folder has none.")] = None,
-    recipe: Annotated[str, typer.Option(help="How images are brought to the teacher's size.")] = "center-box",
+    recipe: Annotated[
+        str,
+        typer.Option(help="How images are cropped and resized: exact, center-box, center-lanczos, adm or squash."),
+    ] = "center-box",
     flip: Annotated[bool, typer.Option("--flip", help="Encode every image's mirror image as well.")] = False,
     sampling: Annotated[
-        str, typer.Option(help="What training reads of each latent: a sample of its distribution, or its mean.")
+        str,
+        typer.Option(help="sample: training draws a latent from its distribution each time; mean: it uses the mean."),
     ] = "sample",
     batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
     workers: Annotated[int, typer.Option(help="Processes that decode image files.")] = 2,
     resolution: Resolution = None,
     negative_prompt: Annotated[
-        str, typer.Option(help="What guidance leads away from: the negative_prompt of the runs that read the latents.")
+        str, typer.Option(help="Negative prompt for guidance. Must equal negative_prompt of the runs.")
     ] = "",
     precision: Annotated[
-        str, typer.Option(help="Of the text encoders, fp32 or bf16: the frozen_precision of those runs.")
+        str, typer.Option(help="Precision of the text encoders, fp32 or bf16. Must equal frozen_precision of the runs.")
     ] = "fp32",
     device: Device = "auto",
 ) -> None:
-    """Encode images to the latents of a teacher, once; and their captions, if the teacher draws what prompts say.
+    """Encode the images of a data set to a teacher's latents once. For a text-to-image teacher, encode captions too.
 
     `fdistill distill data=FOLDER` reads the result.
 

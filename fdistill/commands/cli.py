@@ -18,6 +18,7 @@ from fdistill.commands.options import (
     Guidance,
     NegativePrompt,
     Network,
+    Recipe,
     Resolution,
     Sampler,
     Steps,
@@ -245,10 +246,7 @@ def inspect(
             "checkpoint's own samples."
         ),
     ] = None,
-    recipe: Annotated[
-        str,
-        typer.Option(help="How images are cropped and resized: exact, center-box, center-lanczos, adm or squash."),
-    ] = "center-box",
+    recipe: Recipe = "center-box",
     vae: Annotated[
         str | None, typer.Option(help="Folder or hub id of the autoencoder, if a latent checkpoint has none.")
     ] = None,
@@ -271,10 +269,7 @@ def cache(
     teacher: Annotated[str, typer.Option(help="The latent teacher that will be distilled.")],
     output: Annotated[Path, typer.Option(help="A folder for the latents; must not exist, or be empty.")],
     vae: Annotated[str | None, typer.Option(help="The autoencoder, if the teacher's folder has none.")] = None,
-    recipe: Annotated[
-        str,
-        typer.Option(help="How images are cropped and resized: exact, center-box, center-lanczos, adm or squash."),
-    ] = "center-box",
+    recipe: Recipe = "center-box",
     flip: Annotated[bool, typer.Option("--flip", help="Encode every image's mirror image as well.")] = False,
     sampling: Annotated[
         str,

@@ -29,6 +29,9 @@ NegativePrompt = Annotated[
     str,
     typer.Option(help="What the guidance of a text-to-image teacher steers away from; nothing by default."),
 ]
+Recipe = Annotated[
+    str, typer.Option(help="How images are cropped and resized: exact, center-box, center-lanczos, adm or squash.")
+]
 Resolution = Annotated[
     int | None,
     typer.Option(help="Side of a text-to-image teacher's images in pixels; by default the teacher's own."),

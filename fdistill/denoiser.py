@@ -83,6 +83,8 @@ class Denoiser(nn.Module, ABC):
         kind: networks of equal kind have the same preconditioning, which is computed once for all of them; None if no
             other network shares it.
         latent_scaling: how an autoencoder's latents become samples; None for a network that works on pixels.
+        guidance_channels: how many of the first channels classifier-free guidance acts on, where the network's
+            publisher guides only some of them; None: all.
         embedded_guidance: the guidance scale given to a guidance-distilled network, which takes it as an input; None
             for all other networks, which `GuidedDenoiser` guides.
     """
@@ -96,6 +98,7 @@ class Denoiser(nn.Module, ABC):
     kind: object = None
     null_class: int | None = None
     latent_scaling: LatentScaling | None = None
+    guidance_channels: int | None = None
     embedded_guidance: float | None = None
 
     @abstractmethod

@@ -15,7 +15,7 @@ from fdistill.prediction import Preconditioning, Prediction
 
 class GuidedDenoiser(Denoiser):
     """x0 = unconditional + guidance_scale (conditional - unconditional), from one evaluation of a batch twice as large.
-    Features are those of the conditional half.
+    Features are those of the conditional half. Channels behind the denoiser's `guidance_channels` stay conditional.
 
     Args:
         denoiser: conditioned on class labels, with a `null_class`, or on prompts.
@@ -104,6 +104,9 @@ class GuidedDenoiser(Denoiser):
         )
         assert both is not None
         conditional, unconditional = both.chunk(2)
+        guided_channels = self.denoiser.guidance_channels
+        if guided_channels is not None:
+            unconditional = torch.cat([unconditional[:, :guided_channels], conditional[:, guided_channels:]], dim=1)
         form = self.preconditioning(t) if form is None else form
         prediction = Prediction(conditional, form.skip, form.out, unconditional, self.guidance_scale)
         if self.rescale:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers import AutoencoderKL, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding, Timesteps
@@ -26,29 +26,65 @@ from fdistill.denoiser import Denoiser, Features
 from fdistill.prediction import Preconditioning
 
 
+class Published(NamedTuple):
+    """What `fdistill convert` notes of published state dicts of DiT and SiT, in the scheduler's config.
+
+    Attributes:
+        freq_shift: frequency i of the timestep embedding is 10000^(-i / (128 - freq_shift)). DiT and SiT were trained
+            with 0; diffusers uses 1.
+        guidance_channels: how many of the first channels guidance acts on. It is 3 of 4 in the published code
+            (`forward_with_cfg` of facebookresearch/DiT, and of SiT); None: all, as in diffusers.
+        has_null_class: whether the last row of the label embedding means "no class".
+    """
+
+    freq_shift: float = 1.0
+    guidance_channels: int | None = None
+    has_null_class: bool = True
+
+    @classmethod
+    def of(cls, scheduler: Mapping[str, Any]) -> Published:
+        """From a scheduler's config; keys that are not there have diffusers' meaning."""
+        values = {name: scheduler[key] for name, key in _KEYS.items() if key in scheduler}
+        return cls(**values)
+
+    def keys(self) -> dict[str, Any]:
+        """The keys of the scheduler's config."""
+        return {_KEYS[name]: value for name, value in self._asdict().items()}
+
+
+_KEYS = {
+    "freq_shift": "downscale_freq_shift",
+    "guidance_channels": "guidance_channels",
+    "has_null_class": "has_null_class",
+}
+
+
 class DiTDenoiser(Denoiser):
     """A DiTTransformer2DModel and its parametrisation.
 
     Features: "block0", "block1", ..., the outputs of the blocks as images [B, C, H, W] with one pixel per token.
 
     Args:
-        freq_shift: frequency i of the timestep embedding is 10000^(-i / (128 - freq_shift)). DiT and SiT were trained
-            with 0; diffusers, with its DiTPipeline, uses 1.
+        published: what the published state dicts mean, where it differs from what diffusers' DiTPipeline assumes.
     """
 
-    def __init__(self, network: DiTTransformer2DModel, parametrisation: Parametrisation, freq_shift: float = 1.0):
+    def __init__(
+        self, network: DiTTransformer2DModel, parametrisation: Parametrisation, published: Published | None = None
+    ):
         super().__init__()
+        published = published or Published()
         config: Any = network.config
         without_variances(network, "proj_out_2")
         for module in network.modules():
             if isinstance(module, Timesteps):
-                module.downscale_freq_shift = freq_shift
+                module.downscale_freq_shift = published.freq_shift
             if isinstance(module, LabelEmbedding):
-                has_null = module.embedding_table.num_embeddings > module.num_classes
+                has_null = published.has_null_class and module.embedding_table.num_embeddings > module.num_classes
                 self.null_class = module.num_classes if has_null else None
                 module.dropout_prob = 0.0  # in training mode it would drop labels of the student and the fake score
         self.network = network
-        self.freq_shift = freq_shift
+        self.published = published
+        self.guidance_channels = published.guidance_channels
         self.parametrisation = parametrisation
         self.schedule = parametrisation.schedule
         self.sigma_data = parametrisation.sigma_data
@@ -61,7 +97,7 @@ class DiTDenoiser(Denoiser):
 
     def with_network(self, network: DiTTransformer2DModel) -> DiTDenoiser:
         """A denoiser of another network of this class, with the same parametrisation."""
-        return DiTDenoiser(network, self.parametrisation, self.freq_shift)
+        return DiTDenoiser(network, self.parametrisation, self.published)
 
     def preconditioning(self, t: Tensor) -> Preconditioning:
         return self.parametrisation.preconditioning(t)
@@ -92,14 +128,9 @@ class DiTDenoiser(Denoiser):
         return rearrange(tokens, "b (h w) c -> b c h w", h=self.feature_shapes[name][1])
 
 
-#: A key that fdistill adds to the scheduler's config; `fdistill convert` writes it for the published state dicts.
-FREQ_SHIFT = "downscale_freq_shift"
-
-
 def wrap(network: DiTTransformer2DModel, scheduler: Mapping[str, Any] | None) -> DiTDenoiser:
     """Builds the denoiser from a network and its scheduler's config; raises CheckpointError if they do not fit."""
-    form = parametrisation_from_scheduler(scheduler)
-    return DiTDenoiser(network, form, float((scheduler or {}).get(FREQ_SHIFT, 1.0)))
+    return DiTDenoiser(network, parametrisation_from_scheduler(scheduler), Published.of(scheduler or {}))
 
 
 def native_pipeline(
@@ -107,7 +138,7 @@ def native_pipeline(
 ) -> Runnable | None:
     """See `Family`: a DiTPipeline that keeps the names of the teacher's classes."""
     form, scaling = denoiser.parametrisation, denoiser.latent_scaling
-    if vae is None or len(levels) != 1 or denoiser.freq_shift != 1 or not isinstance(form, DirectPrediction):
+    if vae is None or len(levels) != 1 or denoiser.published.freq_shift != 1 or not isinstance(form, DirectPrediction):
         return None
     scheduler = one_step_scheduler(form, levels[0])
     if scheduler is None or scaling is None or any(scaling.bias) or set(scaling.scale) != {vae.config.scaling_factor}:

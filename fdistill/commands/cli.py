@@ -184,6 +184,12 @@ def convert(
     family: Annotated[
         str | None, typer.Option(help="Family of a DiT or SiT state dict, dit or sit; needed for these files only.")
     ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Classes of a DiT or SiT that was not trained on ImageNet's 1,000.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option(help="Attention heads of a DiT or SiT of another width than the published ones.")
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(help="For a text-to-image checkpoint: folder or hub id of the pipeline that it was trained from."),
@@ -203,7 +209,7 @@ def convert(
         return
     from fdistill.teachers.convert import convert as run
 
-    typer.echo(f"teacher: {run(source, output, family=family)}")
+    typer.echo(f"teacher: {run(source, output, family, num_classes=num_classes, heads=heads)}")
 
 
 @app.command()

@@ -17,13 +17,13 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fdistill.adapters.dit import FREQ_SHIFT
+from fdistill.adapters.dit import Published
 from fdistill.adapters.parametrisation import TIME_CONVENTION
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.base.files import atomic_folder, claim_folder, read_json_object, sha256_of_files
 from fdistill.formats.unpickle import Record, load_restricted, state_dict
 from fdistill.networks import EDM2Network, EDMNetwork
-from fdistill.teachers.convert_dit import transformer_config, transformer_tensors
+from fdistill.teachers.convert_dit import LABELS, Given, transformer_config, transformer_tensors
 
 #: Class name in the pickle -> fdistill's network class, and the arguments of the pickled class's constructor before
 #: **kwargs: names in order, with defaults.
@@ -73,7 +73,13 @@ _PICKLES = (".pkl", ".pickle")
 _STATE_DICTS = (".pt", ".pth", ".safetensors")
 
 
-def convert(source: Path, output: Path, family: str | None = None) -> Path:
+#: DiT and SiT guide the first three of four channels (`forward_with_cfg` of their published code).
+_GUIDANCE_CHANNELS = 3
+
+
+def convert(
+    source: Path, output: Path, family: str | None = None, *, num_classes: int | None = None, heads: int | None = None
+) -> Path:
     """Writes a teacher folder from a published checkpoint; nothing in the file is executed.
 
     Args:
@@ -81,6 +87,9 @@ def convert(source: Path, output: Path, family: str | None = None) -> Path:
         output: a folder that does not exist, or is empty. A pickle becomes config.json and
             diffusion_pytorch_model.safetensors in float32, a state dict becomes transformer/ and scheduler/.
         family: "dit" or "sit" for a state dict: tensors of both have the same names and shapes. None for a pickle.
+        num_classes: of a state dict whose label embedding has another number of rows than ImageNet's 1,001. It is the
+            number of rows, if the network was trained without class dropout, and one less if it was trained with it.
+        heads: number of attention heads of a state dict of another width than the published ones.
 
     Returns:
         The output folder.
@@ -88,7 +97,7 @@ def convert(source: Path, output: Path, family: str | None = None) -> Path:
     Raises:
         CheckpointError: the file cannot be read, refers to code that is not on a fixed list of classes and functions,
             or holds another network.
-        ArgumentError: the family is missing for a state dict, or given for a pickle.
+        ArgumentError: the family is missing for a state dict; or it, num_classes or heads are given for a pickle.
         OutputError: the output exists or cannot be written.
     """
     source, suffix = Path(source), Path(source).suffix.lower()
@@ -96,8 +105,9 @@ def convert(source: Path, output: Path, family: str | None = None) -> Path:
         raise CheckpointError(
             f"{source}: cannot tell what it is from its name; expected one of {', '.join(_PICKLES + _STATE_DICTS)}"
         )
-    if suffix in _PICKLES and family is not None:
-        raise ArgumentError(f"family: got {family!r} for a pickle, which says itself what it is; leave it out")
+    for name, value in {"family": family, "num_classes": num_classes, "heads": heads}.items():
+        if suffix in _PICKLES and value is not None:
+            raise ArgumentError(f"{name}: got {value!r} for a pickle, which says itself what it is; leave it out")
     if suffix in _STATE_DICTS and family not in FAMILIES:
         raise ArgumentError(
             f"family: got {family!r}; a state dict does not say whether it is a DiT (predicts noise) or a SiT "
@@ -108,7 +118,7 @@ def convert(source: Path, output: Path, family: str | None = None) -> Path:
         _convert_pickle(source, output)
     else:
         assert family is not None
-        _convert_transformer(source, output, family)
+        _convert_transformer(source, output, family, Given(num_classes, heads))
     return output
 
 
@@ -218,10 +228,11 @@ def _filled(cls: type[Any], config: Mapping[str, Any], tensors: Mapping[str, Ten
     return network
 
 
-def _convert_transformer(source: Path, output: Path, family: str) -> None:
+def _convert_transformer(source: Path, output: Path, family: str, given: Given) -> None:
     tensors = _read_state_dict(source)
-    config = transformer_config(tensors, source)
-    renamed = transformer_tensors(tensors, config["num_layers"], source)
+    config = transformer_config(tensors, given, source)
+    renamed = transformer_tensors(tensors, config, source)
+    has_null_class = len(tensors[LABELS]) > config["num_embeds_ada_norm"]
     network = _filled(DiTTransformer2DModel, config, renamed, source)
     scheduler: Any
     if family == "dit":
@@ -230,6 +241,8 @@ def _convert_transformer(source: Path, output: Path, family: str) -> None:
     else:
         scheduler = FlowMatchEulerDiscreteScheduler()
         note = "Predicts the velocity data - noise, and takes t from 0 (noise) to 1 (data) as input."
+    classes = f"{config['num_embeds_ada_norm']:,} classes"
+    note += f" It has {classes} and {'a' if has_null_class else 'no'} label for `no class`."
     note += (
         " The network sees latents of a VAE, which the file does not hold. Next: put stabilityai/sd-vae-ft-ema (or "
         "sd-vae-ft-mse, whichever the checkpoint was trained with) into `vae/`."
@@ -238,8 +251,10 @@ def _convert_transformer(source: Path, output: Path, family: str) -> None:
         network.save_pretrained(folder / "transformer")
         scheduler.save_pretrained(folder / "scheduler")
         path = folder / "scheduler" / "scheduler_config.json"
-        # The frequencies of published DiT and SiT are 10000^(-i/128); DiTTransformer2DModel's are 10000^(-i/127).
-        extra = {FREQ_SHIFT: 0} | ({TIME_CONVENTION: "sit"} if family == "sit" else {})
+        published = Published(
+            0, _GUIDANCE_CHANNELS if config["in_channels"] > _GUIDANCE_CHANNELS else None, has_null_class
+        )
+        extra = published.keys() | ({TIME_CONVENTION: "sit"} if family == "sit" else {})
         path.write_text(json.dumps(read_json_object(path) | extra, indent=2) + "\n", encoding="utf-8")
         kind = f"{'DiT' if family == 'dit' else 'SiT'} with {config['num_layers']} blocks"
         _write_card(folder, source, f"{kind}, patches of {config['patch_size']}", network, note)

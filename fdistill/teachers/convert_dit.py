@@ -6,23 +6,34 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fdistill.base.errors import CheckpointError
+from fdistill.base.errors import ArgumentError, CheckpointError
 
 #: Width of a published DiT or SiT (S, B, L, XL) -> number of attention heads, which cannot be read off tensor shapes.
 ATTENTION_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
+#: Rows of the label embedding of the published networks: ImageNet's classes and "no class".
+_PUBLISHED_ROWS = 1001
+LABELS = "y_embedder.embedding_table.weight"
 
 
-def transformer_tensors(tensors: Mapping[str, Tensor], num_layers: int, source: Path) -> dict[str, Tensor]:
-    """The tensors under their names in diffusers.
+class Given(NamedTuple):
+    """What tensors do not say, and the caller has to: see `convert`."""
+
+    num_classes: int | None = None
+    heads: int | None = None
+
+
+def transformer_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> dict[str, Tensor]:
+    """The tensors under their names in diffusers. A label embedding without "no class" gets a row of zeros for it,
+    which DiTTransformer2DModel always has.
 
     Args:
         tensors: the published state dict.
-        num_layers: number of transformer blocks.
+        config: from `transformer_config`.
         source: the file, for messages.
 
     Raises:
@@ -30,7 +41,7 @@ def transformer_tensors(tensors: Mapping[str, Tensor], num_layers: int, source: 
     """
     renamed: dict[str, Tensor] = {}
     used = {"pos_embed"}
-    for target, name, third in _transformer_names(num_layers):
+    for target, name, third in _transformer_names(config["num_layers"]):
         if name not in tensors:
             raise CheckpointError(f"{source}: tensor {name} is missing; expected the tensors of a DiT or SiT")
         used.add(name)
@@ -38,23 +49,27 @@ def transformer_tensors(tensors: Mapping[str, Tensor], num_layers: int, source: 
     foreign = sorted(tensors.keys() - used)
     if foreign:
         raise CheckpointError(f"{source}: tensor {foreign[0]} has no place in a DiT or SiT")
+    if len(tensors[LABELS]) == config["num_embeds_ada_norm"]:
+        table = torch.cat([tensors[LABELS], torch.zeros_like(tensors[LABELS][:1])])
+        renamed |= {name: table for name in renamed if name.endswith("class_embedder.embedding_table.weight")}
     return renamed
 
 
-def transformer_config(tensors: Mapping[str, Tensor], source: Path) -> dict[str, Any]:
-    """The config of the DiTTransformer2DModel, derived from the shapes of the tensors.
+def transformer_config(tensors: Mapping[str, Tensor], given: Given, source: Path) -> dict[str, Any]:
+    """The config of the DiTTransformer2DModel, derived from the shapes of the tensors and what the caller says.
 
     Args:
         tensors: the published state dict.
         source: the file, for messages.
 
     Raises:
-        CheckpointError: a tensor is missing, or the width or the position embedding is not a published one.
+        CheckpointError: a tensor is missing, or the position embedding is not the published one.
+        ArgumentError: the caller has to say the number of heads or classes, or what he says does not fit.
     """
     dimensions = {
         "x_embedder.proj.weight": 4,
         "pos_embed": 3,
-        "y_embedder.embedding_table.weight": 2,
+        LABELS: 2,
         "final_layer.linear.weight": 2,
     }
     for name, ndim in dimensions.items():
@@ -63,24 +78,46 @@ def transformer_config(tensors: Mapping[str, Tensor], source: Path) -> dict[str,
     kernel, positions, classes, last = (tensors[name] for name in dimensions)
     width, channels, patch, _ = kernel.shape
     grid = math.isqrt(positions.shape[1])
-    if width not in ATTENTION_HEADS:
-        raise CheckpointError(f"{source}: has width {width}; expected a published width, {sorted(ATTENTION_HEADS)}")
+    heads = _heads(width, given.heads, source)
     if positions.shape != (1, grid**2, width) or not torch.allclose(
         positions[0].double(), _position_embedding(grid, width), atol=1e-4
     ):
         raise CheckpointError(f"{source}: pos_embed is not the fixed sines and cosines of DiT, the only supported one")
     blocks = [int(found[1]) for found in (re.match(r"blocks\.(\d{1,4})\.", name) for name in tensors) if found]
     return {
-        "num_attention_heads": ATTENTION_HEADS[width],
-        "attention_head_dim": width // ATTENTION_HEADS[width],
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
         "in_channels": channels,
         "out_channels": last.shape[0] // patch**2,
         "num_layers": 1 + max(blocks, default=0),
         "sample_size": grid * patch,
         "patch_size": patch,
-        "num_embeds_ada_norm": classes.shape[0] - 1,  # the last row is the embedding of "no class"
+        "num_embeds_ada_norm": _classes(len(classes), given.num_classes, source),
         "norm_eps": 1e-6,
     }
+
+
+def _heads(width: int, given: int | None, source: Path) -> int:
+    heads = ATTENTION_HEADS.get(width) if given is None else given
+    if heads is None:
+        raise ArgumentError(
+            f"heads: {source} has width {width}, none of the published {sorted(ATTENTION_HEADS)}, and tensors do not "
+            "say the number of attention heads; pass it"
+        )
+    if heads < 1 or width % heads:
+        raise ArgumentError(f"heads: got {heads}, but {source} has width {width}; expected a divisor of it")
+    return heads
+
+
+def _classes(rows: int, given: int | None, source: Path) -> int:
+    if given is None and rows == _PUBLISHED_ROWS:
+        return rows - 1
+    if given not in (rows, rows - 1):
+        raise ArgumentError(
+            f"num_classes: got {given}, but the label embedding of {source} has {rows} rows; expected {rows - 1}, if "
+            f"the last row means `no class` (trained with class dropout), or {rows}, if every row is a class"
+        )
+    return given
 
 
 def _position_embedding(grid: int, width: int) -> Tensor:

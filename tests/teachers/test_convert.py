@@ -402,7 +402,7 @@ def test_a_converted_transformer_computes_dit(family: str, out_channels: int, su
     tensors = dit_tensors(out_channels)
     source = tmp_path / f"model.{suffix}"
     torch.save(tensors, source) if suffix == "pt" else save_file(dict(tensors), source)
-    folder = convert(source, tmp_path / "teacher", family)
+    folder = convert(source, tmp_path / "teacher", family, num_classes=CLASSES)
     assert {path.name for path in folder.iterdir()} == {"transformer", "scheduler", "README.md"}
 
     x, labels = torch.randn(4, CHANNELS, SIZE, SIZE), torch.tensor([0, 3, CLASSES - 1, CLASSES])
@@ -438,7 +438,7 @@ def test_diffusers_own_frequencies_are_not_dits(tmp_path: Path) -> None:
     """The reason for `downscale_freq_shift` in the scheduler's config."""
     tensors = dit_tensors()
     torch.save(tensors, tmp_path / "DiT.pt")
-    folder = convert(tmp_path / "DiT.pt", tmp_path / "teacher", "dit")
+    folder = convert(tmp_path / "DiT.pt", tmp_path / "teacher", "dit", num_classes=CLASSES)
     x, t, labels = torch.randn(1, CHANNELS, SIZE, SIZE), torch.tensor([431.0]), torch.tensor([3])
     with torch.no_grad():
         found = DiTTransformer2DModel.from_pretrained(folder / "transformer").eval()(x, t, labels).sample
@@ -452,7 +452,7 @@ def test_training_checkpoints_of_dit_are_read(key: str, tmp_path: Path) -> None:
     zeros = {name: torch.zeros_like(value) for name, value in tensors.items()}
     content = {"model": zeros, "opt": {"state": {}}, "args": argparse.Namespace(epochs=3)} | {key: tensors}
     torch.save(content, tmp_path / "0400000.pt")
-    folder = convert(tmp_path / "0400000.pt", tmp_path / "teacher", "sit")
+    folder = convert(tmp_path / "0400000.pt", tmp_path / "teacher", "sit", num_classes=CLASSES)
     saved_tensors = load_file(folder / "transformer" / WEIGHTS)
     assert torch.equal(saved_tensors["proj_out_2.weight"], tensors["final_layer.linear.weight"])
 
@@ -460,8 +460,8 @@ def test_training_checkpoints_of_dit_are_read(key: str, tmp_path: Path) -> None:
 def test_other_state_dicts_are_refused(tmp_path: Path) -> None:
     def refused(content: Any, message: str) -> None:
         torch.save(content, tmp_path / "DiT.pt")
-        with pytest.raises(CheckpointError, match=message):
-            convert(tmp_path / "DiT.pt", tmp_path / "teacher", "dit")
+        with pytest.raises((CheckpointError, ArgumentError), match=message):
+            convert(tmp_path / "DiT.pt", tmp_path / "teacher", "dit", num_classes=CLASSES)
         assert not (tmp_path / "teacher").exists()
 
     tensors = dit_tensors()
@@ -475,10 +475,39 @@ def test_other_state_dicts_are_refused(tmp_path: Path) -> None:
     )
     refused(tensors | {"blocks.0.attn.q_norm.weight": torch.ones(2)}, r"q_norm\.weight has no place in a DiT or SiT")
     refused(tensors | {"blocks.1.mlp.fc1.bias": torch.ones(2)}, "has shape")
-    refused(tensors | {"x_embedder.proj.weight": torch.ones(400, 4, 2, 2)}, "has width 400; expected a published width")
+    refused(
+        tensors | {"x_embedder.proj.weight": torch.ones(400, 4, 2, 2)}, "heads: .* has width 400, none of the published"
+    )
     refused(tensors | {"pos_embed": torch.randn(1, 16, WIDTH)}, "pos_embed is not the fixed sines")
     swapped = tensors["pos_embed"].reshape(1, 4, 4, WIDTH).transpose(1, 2).reshape(1, 16, WIDTH)
     refused(tensors | {"pos_embed": swapped}, "pos_embed is not the fixed sines")
     (tmp_path / "DiT.safetensors").write_bytes(pickle.dumps(tensors)[:5000])
     with pytest.raises(CheckpointError, match="cannot be read"):
         convert(tmp_path / "DiT.safetensors", tmp_path / "teacher", "dit")
+
+
+def test_what_tensors_do_not_say_of_a_dit(tmp_path: Path) -> None:
+    """The number of heads of an unpublished width, and whether the last row of the labels means "no class"."""
+    tensors = dit_tensors()
+    torch.save(tensors, tmp_path / "DiT.pt")
+
+    def converted(name: str, **given: int) -> Any:
+        return load_teacher(convert(tmp_path / "DiT.pt", tmp_path / name, "dit", **given))
+
+    with pytest.raises(ArgumentError, match=r"num_classes: got None, but .* has 6 rows; expected 5, if .* or 6, if"):
+        converted("unsaid")
+    with pytest.raises(ArgumentError, match="num_classes: got 7"):
+        converted("seven", num_classes=7)
+    with pytest.raises(ArgumentError, match=r"heads: got 5, but .* has width 384"):
+        converted("five", num_classes=5, heads=5)
+    dropout, plain = converted("dropout", num_classes=5), converted("plain", num_classes=6)
+    assert (dropout.num_classes, dropout.null_class) == (5, 5)
+    assert (plain.num_classes, plain.null_class) == (6, None)
+    last = torch.tensor([5])
+    x, t = torch.randn(1, CHANNELS, SIZE, SIZE), torch.tensor([431.0])
+    expected = plain_dit(tensors, x, t, last)[:, :CHANNELS]
+    found, _ = plain.run(x, t, last, (), output=True, output_grad=True)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert converted("heads", num_classes=5, heads=12).network.config.num_attention_heads == 12
+    with pytest.raises(ArgumentError, match="num_classes: got 5 for a pickle"):
+        convert(tmp_path / "network.pkl", tmp_path / "out", num_classes=5)

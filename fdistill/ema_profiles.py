@@ -68,8 +68,8 @@ def posthoc_weights(
 ) -> NDArray[np.float64]:
     """Coefficients [N] float64, of sum 1, of the combination of N profiles nearest to another one in L2 over tau.
 
-    The sum is fixed at 1, unlike in EDM2: otherwise a combination of a few snapshots would scale the weights by a few
-    per cent, which only networks that normalise their weights tolerate.
+    The fit is among combinations of sum 1. A free fit of a few snapshots would scale the weights by a few per cent;
+    EDM2's code makes one and then divides the coefficients by their sum, which is near this but not the nearest.
     """
     profiles = list(zip(t_in, gamma_in, strict=True))
     gram = np.array([[inner_product(*a, *b) for b in profiles] for a in profiles])

@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from fdistill.base.errors import ArgumentError
-from fdistill.networks.edm2_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, unit_rms
+from fdistill.networks.edm2_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, unit_rms, without_autocast
 from fdistill.networks.skeleton import Levels, Resampling, UNet, build_decoder, build_encoder
 
 #: model_channels of the published sizes (arXiv 2312.02696, table 2).
@@ -40,7 +40,7 @@ class MPBlock(nn.Module):
         dropout: float,
         res_balance: float,
         attn_balance: float,
-        clip_act: float,
+        clip_act: float | None,
     ):
         super().__init__()
         self.of_encoder, self.resampling, self.heads = of_encoder, resampling, heads
@@ -63,8 +63,10 @@ class MPBlock(nn.Module):
         if self.of_encoder:
             x = unit_rms(x if self.conv_skip is None else self.conv_skip(x), (1,))
 
-        scale = self.emb_linear(embedding, self.emb_gain) + 1
-        hidden = mp_silu(self.conv_res0(mp_silu(x)) * scale[:, :, None, None])
+        with without_autocast(x.device):
+            scale = self.emb_linear(embedding, self.emb_gain) + 1
+        hidden = self.conv_res0(mp_silu(x))
+        hidden = mp_silu(hidden * scale[:, :, None, None].to(hidden.dtype))
         hidden = self.conv_res1(self.dropout(hidden))
 
         if not self.of_encoder and self.conv_skip is not None:
@@ -72,7 +74,7 @@ class MPBlock(nn.Module):
         x = mp_sum(x, hidden, self.res_balance)
         if self.heads:
             x = mp_sum(x, self.attn_proj(self._attention(x)), self.attn_balance)
-        return x.clip(-self.clip_act, self.clip_act)
+        return x if self.clip_act is None else x.clip(-self.clip_act, self.clip_act)
 
     def _attention(self, x: Tensor) -> Tensor:
         # A head's channels hold (q, k, v) side by side for every one of its dimensions.
@@ -98,7 +100,7 @@ class EDM2UNet(UNet):
         dropout: float,
         res_balance: float,
         attn_balance: float,
-        clip_act: float,
+        clip_act: float | None,
     ):
         super().__init__(levels)
         self.label_dim, self.label_balance, self.concat_balance = label_dim, label_balance, concat_balance
@@ -139,12 +141,15 @@ class EDM2UNet(UNet):
     def embed(
         self, c_noise: Tensor, class_labels: Tensor | None, augment_labels: Tensor | None, dtype: torch.dtype
     ) -> Tensor:
-        embedding: Tensor = self.emb_noise(self.emb_fourier(c_noise).to(dtype))
-        if self.emb_label is not None:
-            rows = embedding.new_zeros(len(embedding), self.label_dim)
-            rows = rows if class_labels is None else class_labels.to(dtype)
-            embedding = mp_sum(embedding, self.emb_label(rows * math.sqrt(self.label_dim)), self.label_balance)
-        return mp_silu(embedding)
+        """As in `UNet`, but never in less than float32: published networks keep embeddings in it in their fp16 mode."""
+        wide = torch.promote_types(dtype, torch.float32)
+        with without_autocast(c_noise.device):
+            embedding: Tensor = self.emb_noise(self.emb_fourier(c_noise).to(wide))
+            if self.emb_label is not None:
+                rows = embedding.new_zeros(len(embedding), self.label_dim)
+                rows = rows if class_labels is None else class_labels.to(wide)
+                embedding = mp_sum(embedding, self.emb_label(rows * math.sqrt(self.label_dim)), self.label_balance)
+            return mp_silu(embedding)
 
     def encode(
         self, x: Tensor, embedding: Tensor, features: Sequence[str]
@@ -171,7 +176,7 @@ class EDM2Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
             finest resolution.
         channel_mult_emb: channels of the embedding, in model_channels; None: as many as at the widest resolution.
         label_balance, concat_balance, res_balance, attn_balance: t of `mp_sum` and `mp_cat`.
-        clip_act: activations are clipped to this magnitude at the end of every block.
+        clip_act: activations are clipped to this magnitude at the end of every block; None clips none.
         logvar_channels: number of Fourier features for the uncertainty.
         label_dropout: probability with which training replaced a label by zeros; forward never does.
         latent_scale, latent_bias: [img_channels]; the network takes scale * latent + bias. None for pixels.
@@ -204,7 +209,7 @@ class EDM2Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
         dropout: float = 0.0,
         res_balance: float = 0.3,
         attn_balance: float = 0.3,
-        clip_act: float = 256.0,
+        clip_act: float | None = 256.0,
         logvar_channels: int = 128,
         label_dropout: float = 0.0,
         latent_scale: Sequence[float] | None = None,

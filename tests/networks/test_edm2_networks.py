@@ -232,6 +232,10 @@ def test_activations_are_clipped() -> None:
     network = tiny(clip_act=0.5)
     _, features = EDM2Denoiser(network).predict(inputs()[0], torch.ones(2), torch.tensor([0, 1]), ("enc8", "mid"))
     assert all(value.abs().max() == 0.5 for value in features.values())
+    # None, which EDM2's code documents, is no clipping.
+    unclipped, wide = tiny(clip_act=None), tiny(clip_act=1e9)
+    x, c_noise, rows = inputs()
+    assert torch.equal(unclipped(x, c_noise, rows), wide(x, c_noise, rows))
 
 
 def test_the_uncertainty_is_a_cosine_series() -> None:
@@ -388,6 +392,25 @@ def test_features_alone_run_no_decoder(chosen: str) -> None:
     alone = denoiser.features(x, t, labels, (chosen,))[chosen]
     assert torch.equal(alone, features[chosen])
     assert ran == (["4x4_in0", "4x4_in1"] if chosen == "mid" else [])
+
+
+def test_embeddings_stay_in_float32_in_half_precision() -> None:
+    """As in the publisher's fp16 mode: noise and labels are embedded in float32, down to each block's scales."""
+    network = tiny().float()
+    x, c_noise, rows = (value.float() for value in inputs())
+    block = network.unet.enc["8x8_block0"]
+    exact = network.unet.embed(c_noise, rows, None, torch.float32)
+    scales = block.emb_linear(exact, block.emb_gain)
+    seen: list[torch.Tensor] = []
+    block.emb_linear.register_forward_hook(lambda _module, _given, result: seen.append(result))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network.unet.embed(c_noise, rows, None, torch.bfloat16), exact)
+        network(x, c_noise, rows)
+    assert torch.equal(seen[0], scales)
+    low = network.bfloat16().unet.embed(c_noise, rows, None, torch.bfloat16)
+    assert low.dtype == torch.float32
+    stored = tiny().bfloat16().float()  # only the stored weights are rounded
+    torch.testing.assert_close(low, stored.unet.embed(c_noise, rows, None, torch.float32))
 
 
 def test_half_precision_and_autocast_stay_near() -> None:

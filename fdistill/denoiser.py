@@ -79,6 +79,7 @@ class Denoiser(nn.Module, ABC):
             None for a network that takes no prompts.
         null_class: the label that means "no class"; None if the network has no such label.
         sigma_data: standard deviation of the data, used by the EDM loss weighting.
+        loss_weighting: the name of the weight in `losses.denoising_weight` with which such networks are trained.
         feature_shapes: (C, H, W) of every tensor that `features` can name, from the input towards the output.
         kind: networks of equal kind have the same preconditioning, which is computed once for all of them; None if no
             other network shares it.
@@ -94,6 +95,7 @@ class Denoiser(nn.Module, ABC):
     num_classes: int | None
     text_shapes: dict[str, tuple[int, ...]] | None = None
     sigma_data: float
+    loss_weighting: str = "edm"
     feature_shapes: dict[str, tuple[int, int, int]]
     kind: object = None
     null_class: int | None = None

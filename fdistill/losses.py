@@ -199,13 +199,18 @@ def uni_instruct_loss(means: ImplicitMeans, h: Tensor, h_slope: Tensor) -> Tenso
     return h * means.inner + (h - h_slope) / 2 * means.square
 
 
+#: Names that `denoising_weight` knows.
+DENOISING_WEIGHTINGS = ("edm", "inverse-sigma2", "v", "flow", "min-snr", "uniform")
+
+
 def denoising_weight(
     name: str, alpha: Tensor, sigma: Tensor, *, sigma_data: float = 0.5, min_snr_gamma: float = 5.0
 ) -> Tensor:
     """Weight [B] of the squared x0-error at noise levels with coefficients alpha, sigma [B].
 
     With s = sigma / alpha: "edm" 1 / s^2 + 1 / sigma_data^2 (arXiv 2206.00364, table 1); "inverse-sigma2" 1 / s^2, the
-    eps-error; "min-snr" min(1 / s^2, gamma) (arXiv 2303.09556, eq. 6); "uniform" 1.
+    eps-error; "v" (alpha^2 + sigma^2)^2 / sigma^2, the v-error; "flow" (alpha + sigma)^2 / sigma^2, the error of the
+    velocity; "min-snr" min(1 / s^2, gamma) (arXiv 2303.09556, eq. 6); "uniform" 1, the x0-error.
 
     Raises:
         ArgumentError: the name is unknown, or a sigma is 0 (checked only if sigma is on the CPU).
@@ -218,11 +223,13 @@ def denoising_weight(
         return snr + 1 / sigma_data**2
     if name == "inverse-sigma2":
         return snr
+    if name == "v":
+        return ((alpha.square() + sigma.square()) / sigma).square()
+    if name == "flow":
+        return ((alpha + sigma) / sigma).square()
     if name == "min-snr":
         return snr.clamp(max=min_snr_gamma)
-    raise ArgumentError(
-        f"weighting: got {name!r}; {did_you_mean(name, ('edm', 'inverse-sigma2', 'min-snr', 'uniform'))}"
-    )
+    raise ArgumentError(f"weighting: got {name!r}; {did_you_mean(name, DENOISING_WEIGHTINGS)}")
 
 
 def denoising_loss(

@@ -7,6 +7,7 @@ import torch
 
 from fdistill.base.errors import ArgumentError
 from fdistill.losses import (
+    DENOISING_WEIGHTINGS,
     denoising_loss,
     denoising_weight,
     gan_discriminator_loss,
@@ -142,20 +143,27 @@ def test_denoising_weights() -> None:
     # Where nothing of the signal is left (flow at t = 1) every weight is finite.
     t = torch.tensor([1.0])
     flow = FlowSchedule()
-    for name in ("edm", "inverse-sigma2", "min-snr", "uniform"):
+    for name in DENOISING_WEIGHTINGS:
         assert torch.isfinite(denoising_weight(name, flow.alpha(t), flow.sigma(t))).all()
     with pytest.raises(ArgumentError, match="did you mean 'min-snr'"):
         denoising_weight("minsnr", alpha, sigma)
 
 
-def test_inverse_sigma2_weight_is_the_eps_error() -> None:
-    """|eps_hat - eps|^2 = (alpha / sigma)^2 |x0_hat - x0|^2 at one x_t."""
-    alpha, sigma = torch.tensor([0.8]), torch.tensor([0.6])
-    x0, eps, prediction = torch.randn(3, 1, 2, 2).unbind(0)
+@pytest.mark.parametrize(("alpha", "sigma"), [(0.8, 0.6), (0.25, 0.75), (1.0, 7.0)])
+@pytest.mark.parametrize("name", ["inverse-sigma2", "v", "flow"])
+def test_a_weight_makes_the_x0_error_that_of_the_prediction(name: str, alpha: float, sigma: float) -> None:
+    """At one x_t = alpha x0 + sigma eps, an x0 determines the eps, v = alpha eps - sigma x0 or eps - x0 of a network."""
+    x0, eps, predicted = torch.randn(3, 1, 2, 2, dtype=torch.float64).unbind(0)
     x_t = alpha * x0 + sigma * eps
-    eps_error = ((x_t - alpha * prediction) / sigma - eps).square().mean()
-    weight = denoising_weight("inverse-sigma2", alpha, sigma)
-    torch.testing.assert_close(denoising_loss(prediction[None], x0[None], weight)[0], eps_error, rtol=1e-5, atol=1e-6)
+
+    def target(x0: torch.Tensor) -> torch.Tensor:
+        eps = (x_t - alpha * x0) / sigma
+        return {"inverse-sigma2": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}[name]
+
+    error = (target(predicted) - target(x0)).square().mean()
+    alpha_, sigma_ = (torch.tensor([value], dtype=torch.float64) for value in (alpha, sigma))
+    loss = denoising_loss(predicted[None], x0[None], denoising_weight(name, alpha_, sigma_))
+    torch.testing.assert_close(loss[0], error)
 
 
 def test_denoising_loss_detaches_its_target() -> None:
@@ -225,7 +233,7 @@ def test_score_difference_gradient_and_value() -> None:
     torch.testing.assert_close(loss, g.square().flatten(1).mean(1) / 2)
 
 
-@pytest.mark.parametrize("name", ["edm", "inverse-sigma2", "min-snr"])
+@pytest.mark.parametrize("name", sorted({*DENOISING_WEIGHTINGS} - {"uniform"}))
 def test_a_sigma_that_divides_must_not_be_zero(name: str) -> None:
     alpha, sigma = torch.ones(3), torch.tensor([1.0, 0.0, 2.0])
     with pytest.raises(ArgumentError, match="sigma: it is a divisor, so expected values above 0, got 0"):

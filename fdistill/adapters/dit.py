@@ -89,6 +89,7 @@ class DiTDenoiser(Denoiser):
         self.schedule = parametrisation.schedule
         self.sigma_data = parametrisation.sigma_data
         self.kind = parametrisation.kind
+        self.loss_weighting = parametrisation.loss_weighting
         self.sample_shape = (config.in_channels, config.sample_size, config.sample_size)
         self.num_classes = config.num_embeds_ada_norm
         tokens = config.sample_size // config.patch_size

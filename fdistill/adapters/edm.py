@@ -41,6 +41,7 @@ class EDMDenoiser(Denoiser):
         self.schedule = self.parametrisation.schedule
         self.sigma_data = self.parametrisation.sigma_data
         self.kind = self.parametrisation.kind
+        self.loss_weighting = self.parametrisation.loss_weighting
         self.sample_shape = (config.img_channels, config.img_resolution, config.img_resolution)
         self.num_classes = config.label_dim or None
         self.null_class = self.num_classes if config.label_dropout else None

@@ -36,6 +36,10 @@ class Parametrisation(Protocol):
         """Standard deviation of the data."""
 
     @property
+    def loss_weighting(self) -> str:
+        """The name of the weight (`denoising_weight`) with which such networks are trained."""
+
+    @property
     def kind(self) -> object:
         """A value that is equal for two parametrisations if their preconditioning is equal."""
 
@@ -59,6 +63,7 @@ class EDMPreconditioning:
         self.boundary = boundary
         self.time_scale = time_scale
         self.kind = ("edm", sigma_data, boundary)
+        self.loss_weighting = "edm"
 
     def timestep(self, t: Tensor) -> Tensor:
         return self.time_scale * t.log()
@@ -70,6 +75,10 @@ class EDMPreconditioning:
         return Preconditioning(1 / length, skip, shifted * self.sigma_data / length)
 
 
+#: What a network predicts -> the weight of the squared x0-error that makes it the error of the prediction.
+_LOSS_WEIGHTINGS: dict[PredictionKind, str] = {"x0": "uniform", "eps": "inverse-sigma2", "v": "v", "flow": "flow"}
+
+
 class DirectPrediction:
     """The network takes x_t unscaled and the timestep `time_scale` * t, and predicts eps, v, x0 or flow."""
 
@@ -79,6 +88,7 @@ class DirectPrediction:
         self.prediction = kind
         self.time_scale = time_scale
         self.kind = (kind, id(schedule))
+        self.loss_weighting = _LOSS_WEIGHTINGS[kind]
 
     def timestep(self, t: Tensor) -> Tensor:
         return self.time_scale * t
@@ -96,6 +106,7 @@ class SiTPrediction:
         self.schedule = schedule
         self.sigma_data = 0.5
         self.kind = ("sit", schedule.t_min)
+        self.loss_weighting = _LOSS_WEIGHTINGS["flow"]
 
     def timestep(self, t: Tensor) -> Tensor:
         return 1 - t

@@ -55,6 +55,7 @@ class TextDenoiser(Denoiser):
         self.schedule = parametrisation.schedule
         self.sigma_data = parametrisation.sigma_data
         self.kind = parametrisation.kind
+        self.loss_weighting = parametrisation.loss_weighting
         self.num_classes = None
         self.text_shapes = text_shapes
         self.sample_shape = (channels, size, size)

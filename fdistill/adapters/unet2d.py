@@ -55,6 +55,7 @@ class UNet2DDenoiser(Denoiser):
         self.schedule = parametrisation.schedule
         self.sigma_data = parametrisation.sigma_data
         self.kind = parametrisation.kind
+        self.loss_weighting = parametrisation.loss_weighting
         self.sample_shape = (config.in_channels, size, size)
         self.num_classes = config.num_class_embeds
         self.feature_shapes = {}

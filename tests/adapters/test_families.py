@@ -25,6 +25,7 @@ from torch import Tensor
 from fdistill import OneStepPipeline, distill, generate, load_student, load_teacher
 from fdistill.adapters.checkpoint import find_network
 from fdistill.base.errors import ArgumentError, CheckpointError
+from fdistill.losses import denoising_weight
 from fdistill.training import sample_grids
 from support.denoisers import tiny_unet
 from support.families import FAMILIES, tiny_vae
@@ -302,3 +303,20 @@ def test_latent_unets_keep_their_autoencoder(checkpoints: dict[str, Path], tmp_p
     (folder / "model_index.json").write_text(json.dumps({"vqvae": ["diffusers", "VQModel"]}))
     with pytest.raises(CheckpointError, match="copy it into vae/"):
         distill("digits", output=tmp_path / "none", teacher=str(folder), **settings)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_loss_of_a_family_is_the_error_of_its_networks_output(name: str, checkpoints: dict[str, Path]) -> None:
+    """x0 = skip x_t + out output, so that the weight of the x0-error must be 1 / out^2."""
+    denoiser = load_teacher(checkpoints[name])
+    schedule = denoiser.schedule
+    t = torch.lerp(
+        *(torch.tensor([float(end)]) for end in (schedule.t_min, schedule.t_max)), torch.tensor([0.1, 0.5, 0.9])
+    )
+    out = denoiser.preconditioning(t).out
+    weight = denoising_weight(
+        denoiser.loss_weighting, schedule.alpha(t), schedule.sigma(t), sigma_data=denoiser.sigma_data
+    )
+    expected = torch.ones_like(t) if out is None else 1 / out.square()
+    # A consistency model's `out` is EDM's only far above its smallest level.
+    torch.testing.assert_close(weight, expected, rtol=1e-2 if name == "consistency" else 1e-4, atol=0)

@@ -152,7 +152,7 @@ def test_denoising_weights() -> None:
 @pytest.mark.parametrize(("alpha", "sigma"), [(0.8, 0.6), (0.25, 0.75), (1.0, 7.0)])
 @pytest.mark.parametrize("name", ["inverse-sigma2", "v", "flow"])
 def test_a_weight_makes_the_x0_error_that_of_the_prediction(name: str, alpha: float, sigma: float) -> None:
-    """At one x_t = alpha x0 + sigma eps, an x0 determines the eps, v = alpha eps - sigma x0 or eps - x0 of a network."""
+    """At one x_t = alpha x0 + sigma eps, an x0 determines eps, v = alpha eps - sigma x0 and the velocity eps - x0."""
     x0, eps, predicted = torch.randn(3, 1, 2, 2, dtype=torch.float64).unbind(0)
     x_t = alpha * x0 + sigma * eps
 

@@ -310,9 +310,7 @@ def test_the_loss_of_a_family_is_the_error_of_its_networks_output(name: str, che
     """x0 = skip x_t + out output, so that the weight of the x0-error must be 1 / out^2."""
     denoiser = load_teacher(checkpoints[name])
     schedule = denoiser.schedule
-    t = torch.lerp(
-        *(torch.tensor([float(end)]) for end in (schedule.t_min, schedule.t_max)), torch.tensor([0.1, 0.5, 0.9])
-    )
+    t = schedule.t_min + torch.tensor([0.1, 0.5, 0.9]) * (schedule.t_max - schedule.t_min)
     out = denoiser.preconditioning(t).out
     weight = denoising_weight(
         denoiser.loss_weighting, schedule.alpha(t), schedule.sigma(t), sigma_data=denoiser.sigma_data

@@ -26,9 +26,10 @@ from evaluation.metrics.moments import Moments
 from evaluation.metrics.score import Score
 from evaluation.protocols.protocol import Protocol
 from evaluation.reference import Reference
-from evaluation.weights import PUBLISHED, Weights, file_sha256, find_weights, is_published
+from evaluation.weights import PUBLISHED, Weights, find_weights, is_published
 from fdistill.base.distributed import from_main_process
 from fdistill.base.errors import ArgumentError, did_you_mean
+from fdistill.base.files import sha256_of_files
 
 _PER_CLASS = 20  # of 1,000 classes drawn at random, this many samples a class leave one out once in 500,000 sets
 
@@ -223,7 +224,7 @@ def _facts_of_networks(extractors: Mapping[str, Extractor], files: Mapping[str, 
         for label, e in extractors.items()
     }
     for name, path in files.items():
-        sha256 = file_sha256(path)
+        sha256 = sha256_of_files([path])
         facts[name] = {"sha256": sha256, "published": is_published(path, sha256, PUBLISHED[name])}
     return facts
 

@@ -27,8 +27,8 @@ Samples = Annotated[
     str,
     typer.Argument(
         metavar="SAMPLES",
-        help="Images in a file or folder, as data= of distill takes them, or a student, run folder, teacher or diffusers "
-        "pipeline that makes them.",
+        help="Images in a file or folder, as data= of distill takes them, or a student, run folder, teacher or "
+        "diffusers pipeline that makes them.",
     ),
 ]
 Reference = Annotated[

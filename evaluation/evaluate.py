@@ -28,14 +28,14 @@ from fdistill import __version__
 from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.errors import ArgumentError
-from fdistill.base.files import atomic_file, check_file, read_json_object
+from fdistill.base.files import atomic_file, check_file
 from fdistill.data import is_stored, looks_stored, stored_kinds
 from fdistill.data.prompts import read_prompts
 from fdistill.data.source import is_image
 from fdistill.generation.generate import check_counts, open_maker
 from fdistill.generation.maker import Maker
 from fdistill.generation.sampling import Sampling, check_unread
-from fdistill.students.folder import STUDENT_FILE, find_student, student_folder
+from fdistill.students.folder import find_student, student_facts, student_folder
 
 #: What provenance says about a student's training; "ema" says which average of the weights it is.
 _TRAINING = ("method", "divergence", "teacher", "teacher_guidance", "iterations", "ema", "seed")
@@ -100,7 +100,14 @@ def evaluate(
     chosen = get_protocol(protocol)
     if output is not None:
         check_file(Path(output))
-    sampling = Sampling(num_steps, guidance_scale, negative_prompt, resolution, network, sampler)
+    sampling = Sampling(
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        resolution=resolution,
+        network=network,
+        sampler=sampler,
+    )
     count = chosen.num_samples if num_images is None else num_images
     _check_numbers(seeds, 1 if count is None else count, batch_size, replicates)
     _, on = start(device)
@@ -213,7 +220,7 @@ def holds_images(where: str | Path) -> bool:
 
 
 def _training(samples: str | Path) -> dict[str, Any]:
-    facts = read_json_object(student_folder(samples) / STUDENT_FILE)
+    facts = student_facts(student_folder(samples))
     return {key: facts[key] for key in _TRAINING if key in facts}
 
 

@@ -196,7 +196,14 @@ def generate(
         NonFiniteError: an image is not finite; nothing is left behind either.
     """
     check_counts(num_images, batch_size, seed)
-    sampling = Sampling(num_steps, guidance_scale, negative_prompt, resolution, network, sampler)
+    sampling = Sampling(
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        resolution=resolution,
+        network=network,
+        sampler=sampler,
+    )
     state, chosen_device = start(device)
     maker = open_maker(checkpoint, chosen_device, sampling)
     condition = labels_or_prompts(maker, num_images, class_labels, prompts)

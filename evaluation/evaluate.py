@@ -89,8 +89,8 @@ def evaluate(
             returns a torch module that maps images float32 [B, C, H, W] in [-1, 1] to logits [B, classes].
 
     Returns:
-        {"metrics": {name: number}, "spread": {name: {"value": number, "of": text}}, "provenance": {...}}. Names say in
-        what a score departs from the protocol: "fd_digits@500", "fid vs folder", "fid (other weights 1a2b3c4d)".
+        {"metrics": {name: number}, "spread": {name: {"value": number, "of": text}}, "provenance": {...}}. A name
+        says how its score departs from the protocol: "fd_digits@500", "fid vs folder", "fid (other weights 1a2b3c4d)".
 
     Raises:
         ArgumentError, CheckpointError, DataError: samples, reference, protocol, metric or weights that cannot be used.
@@ -121,7 +121,9 @@ def evaluate(
     opened = open_reference(chosen, reference)
     if holds_images(samples):
         seeded = [] if tuple(seeds) == (0,) else ["seeds"]
-        check_unread(f"the images of {samples} are made already", [*seeded, *sampling.given()])
+        check_unread(
+            f"{samples} are finished images; these options apply only to generating", [*seeded, *sampling.given()]
+        )
         views = _images_there(samples, chosen, num_images, listed)
         measurements = [measure(views, opened, setting)]
         result = _result(measurements, None)

@@ -103,15 +103,16 @@ def open_images(
 
     Args:
         where: anything that `fdistill.data.open_source` opens.
-        channels, recipe, size: as in `Preparation`; "exact" without a size wants all images to be like the first one.
+        channels, recipe, size: as in `Preparation`; "exact" without a size expects all images to have the size of
+            the first one.
         max_images: open at most this many; None for all.
         in_order: whether these are the first ones. If not, they are drawn evenly from all, the same each time: a source
             may be sorted by class.
 
     Raises:
         ArgumentError: a value that is not allowed.
-        DataError: there are no images, they are not uint8, the first one does not fit, or the manifest is damaged or is
-            not of these images. `read` and `sha256` raise it for the other images.
+        DataError: there are no images, they are not uint8, the first one does not fit, or the manifest is damaged or
+            belongs to other images. The images after the first are checked by `read` and `sha256`.
     """
     preparation = Preparation(channels, recipe, size)
     if max_images is not None and max_images < 1:
@@ -197,7 +198,7 @@ class _ArrayImages(_SourceImages):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As of `Images`."""
+        """See `Images.facts`."""
         grey = len(self) if self._images.shape[1] == 1 else 0
         return self._facts(0, grey, self._made[3], self._made[2])
 
@@ -238,7 +239,7 @@ class _FileImages(_SourceImages):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As of `Images`."""
+        """See `Images.facts`."""
         return self._facts(len(self._lossy), len(self._grey), *self._made)
 
     def read(self, indices: Sequence[int]) -> Tensor:

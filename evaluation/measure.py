@@ -1,5 +1,5 @@
-"""Scores of samples by a protocol: features are extracted once for all metrics, and names of scores say what they are
-of.
+"""Scores samples by a protocol. Features are extracted once for all metrics; a score's name says how it departs from
+the protocol.
 """
 
 from __future__ import annotations
@@ -257,8 +257,8 @@ def _full_name(
 def _warn_of_count(images: Images, protocol: Protocol) -> None:
     if protocol.num_samples is not None and len(images) < protocol.num_samples:
         warnings.warn(
-            f"{images.name}: {len(images)} images, and protocol {protocol.name!r} wants {protocol.num_samples}; scores "
-            "carry the count in their names, and do not compare with published ones",
+            f"{images.name}: {len(images)} images, and protocol {protocol.name!r} wants {protocol.num_samples}; the "
+            "scores' names show the count, and the scores cannot be compared with published ones",
             stacklevel=3,
         )
 
@@ -333,7 +333,8 @@ def _check_counts(
 
 
 def _check_resolution(images: Images, reference: Reference | None, protocol: Protocol) -> None:
-    """Raises ArgumentError if samples and reference differ in size, as features of 32x32 and 64x64 do not compare.
+    """Raises ArgumentError if samples and reference differ in size, as features of 32x32 and of 64x64 images cannot be
+    compared.
 
     A protocol that fixes the size has checked it already.
     """
@@ -342,8 +343,8 @@ def _check_resolution(images: Images, reference: Reference | None, protocol: Pro
     resolution = images.facts.get("resolution", reference.resolution)  # unknown before the first sample is made
     if resolution != reference.resolution:
         raise ArgumentError(
-            f"reference {reference.name}: is of images of {reference.resolution}, and those of {images.name} are "
-            f"{resolution}; expected both of one size"
+            f"reference {reference.name} has images of {reference.resolution}, samples {images.name} of {resolution}; "
+            "expected the same size"
         )
 
 

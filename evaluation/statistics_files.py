@@ -66,7 +66,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Origin:
-    """Of which images statistics are, and how they were made.
+    """Which images statistics are of, and how they were made.
 
     Attributes:
         protocol: the one that prepared the images.

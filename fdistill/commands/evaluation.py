@@ -105,7 +105,7 @@ StatisticsFile = Annotated[Path, typer.Option(help="The .npz file to write.")]
 MetricsToServe = Annotated[
     str | None,
     typer.Option(
-        help="Metrics that the file must be enough for, as in fid,recall. By default those of the protocol's default "
+        help="Metrics to compute from the file, as in fid,recall. By default those of the protocol's default "
         "metrics that need only mean and covariance; others, such as recall, make the file large."
     ),
 ]

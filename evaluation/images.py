@@ -7,6 +7,7 @@ transparency, more than 8 bits a channel, a damaged file) are refused by name.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import struct
 import zipfile
@@ -19,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
@@ -305,7 +307,8 @@ class _FileImages(_SourceImages):
                 encoded = self._source.encoded(self._rows[index])
         except OSError as error:
             raise UnusableImageError(f"cannot be read ({error.strerror or error}); check the file") from error
-        assert isinstance(encoded, bytes)
+        if not isinstance(encoded, bytes):
+            encoded = _file_of(encoded)
         image = opened(encoded, self._preparation.channels, self._only)
         if is_lossy(encoded, image):
             self._lossy.add(index)
@@ -315,6 +318,13 @@ class _FileImages(_SourceImages):
 
     def _pixels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return decoded(self._open(index)[1], self._preparation)
+
+
+def _file_of(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """A file of pixels [H, W, C] or [H, W]: BMP, whose bytes are the same by every version of PIL."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="BMP")
+    return file.getvalue()
 
 
 def _rows_of(texts: Sequence[str] | None, rows: Sequence[int]) -> Sequence[str] | None:

@@ -12,13 +12,15 @@ import torch
 from safetensors.torch import load_file
 
 from evaluation.evaluate import evaluate
+from evaluation.images import open_images
 from fdistill import data, distill
 from fdistill.base.errors import ArgumentError, DataError
 from fdistill.base.files import weights_sha256
 from fdistill.commands.inspect import inspect
 from fdistill.data import open_source
+from fdistill.data.digit_captions import load_digit_images
 from fdistill.data.digits import load_digits
-from fdistill.data.source import ArraySource
+from fdistill.data.source import ArraySource, Encoded, Kind
 from fdistill.training.cache import cache
 from fdistill.training.journal import read_records
 from support.extending import blocks, run
@@ -78,6 +80,33 @@ def test_a_new_kind_is_evaluated_inspected_and_cached(table: Path, tmp_path: Pat
     assert results[0] == results[1]
     with pytest.raises(ArgumentError, match="no such file; expected images"):
         evaluate(tmp_path / "missing.csv")
+
+
+class _Pixels:
+    """A source that is no `ArraySource` and gives pixels."""
+
+    def __init__(self, images: torch.Tensor):
+        self.name, self.labels, self.num_classes, self.captions = "pixels", torch.zeros(len(images)).long(), None, None
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def item_name(self, index: int) -> str:
+        return f"image {index}"
+
+    def encoded(self, index: int) -> Encoded:
+        pixels: Encoded = self._images[index].permute(1, 2, 0).squeeze(2).numpy()
+        return pixels
+
+
+def test_sources_that_give_pixels_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for images in (load_digits()[0][:5], load_digit_images()[0][:5]):
+        kind = Kind("pixels", lambda where: where == "pixels:", lambda where, images=images: _Pixels(images))
+        monkeypatch.setattr(data, "STORED", [kind])
+        found = open_images("pixels:", channels=images.shape[1])
+        assert torch.equal(found.read(range(5)), images)
+        assert found.sha256() is not None
 
 
 @pytest.mark.usefixtures("_added")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 from dataclasses import replace
 
 import torch
@@ -13,7 +11,9 @@ from evaluation.extractors.extractor import Extractor, runner
 from evaluation.metrics.accuracy import class_accuracy_metric
 from evaluation.protocols.protocol import Protocol
 from fdistill.base.errors import ArgumentError
+from fdistill.base.functions import import_function
 from fdistill.base.images import to_unit
+from fdistill.base.state_dicts import tensors_sha256
 
 
 def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tuple[Protocol, Extractor]:
@@ -34,9 +34,8 @@ def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tupl
         raise ArgumentError(f"classifier: protocol {protocol.name!r} has its own; leave it out")
     if protocol.size is None:
         raise ArgumentError(f"classifier: protocol {protocol.name!r} takes images of any size; choose one with a size")
-    module, _, function = name.partition(":")
     try:
-        network = getattr(importlib.import_module(module), function)()
+        network = import_function(name)()
         if not isinstance(network, nn.Module):
             raise TypeError(f"the function returned a {type(network).__name__}")
         network = network.to(device).eval().requires_grad_(False)
@@ -57,7 +56,7 @@ def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tupl
         "classifier",
         {"logits": logits.shape[1]},
         runner(compute, device, (protocol.channels, protocol.size, protocol.size)),
-        f"{name}, weights {_weights_sha256(network)}, images in [-1, 1]",
+        f"{name}, weights {tensors_sha256(dict(sorted(network.state_dict().items())))}, images in [-1, 1]",
         "",
         published=True,  # no published weights exist that they could differ from
     )
@@ -67,11 +66,3 @@ def with_classifier(protocol: Protocol, name: str, device: torch.device) -> tupl
         default=(*protocol.default, "class_accuracy"),
     )
     return extended, extractor
-
-
-def _weights_sha256(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for key, value in sorted(network.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

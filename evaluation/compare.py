@@ -55,7 +55,7 @@ def compare(
             if protocol not in (None, own):
                 raise ArgumentError(
                     f"{where}: was measured by protocol {own!r}, and is to be compared by {protocol!r}; "
-                    "scores of two protocols do not compare, so evaluate all by one"
+                    "scores of two protocols cannot be compared, so evaluate all by one"
                 )
             protocol = own
     if options and len(entries) == len(inputs):
@@ -87,7 +87,7 @@ def compare(
 
 
 def _options_read(where: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that an input reads; images that exist already read none of `Sampling`, students only some.
+    """The options that apply to an input: none of `Sampling` to finished images, only some to students.
 
     Raises:
         FDistillError: the input does not exist. So this is found before anything is measured.

@@ -28,21 +28,18 @@ from fdistill import __version__
 from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.errors import ArgumentError
-from fdistill.base.files import atomic_file, check_file, read_json_object
+from fdistill.base.files import atomic_file, check_file
+from fdistill.data import is_stored, looks_stored, stored_kinds
 from fdistill.data.prompts import read_prompts
 from fdistill.data.source import is_image
 from fdistill.generation.generate import check_counts, open_maker
 from fdistill.generation.maker import Maker
 from fdistill.generation.sampling import Sampling, check_unread
-from fdistill.students.folder import STUDENT_FILE, find_student, student_folder
+from fdistill.students.folder import find_student, student_facts, student_folder
 
 #: What provenance says about a student's training; "ema" says which average of the weights it is.
 _TRAINING = ("method", "divergence", "teacher", "teacher_guidance", "iterations", "ema", "seed")
-_ARCHIVES = (".zip", ".npz", ".tar", ".parquet")
 _CHECKPOINT_FILES = (".json", ".safetensors")
-_EXPECTED = (
-    "images (a folder, .zip, .npz, .tar or .parquet), or the folder or hub id of a student, run, teacher or pipeline"
-)
 
 
 def evaluate(
@@ -70,8 +67,8 @@ def evaluate(
     """Scores images, or what makes them, by a protocol.
 
     Args:
-        samples: images (a folder, zip or npz), or a student, a run folder, a teacher or a diffusers pipeline, which
-            then generates as many images as the protocol wants.
+        samples: images in any form that `fdistill.data` opens, or a student, a run folder, a teacher or a diffusers
+            pipeline, which then generates as many images as the protocol wants.
         reference: images, or a statistics file (see `evaluation.statistics_files`); by default the protocol's embedded
             reference, if it has one.
         protocol: a key of `evaluation.protocols.PROTOCOLS`.
@@ -92,8 +89,8 @@ def evaluate(
             returns a torch module that maps images float32 [B, C, H, W] in [-1, 1] to logits [B, classes].
 
     Returns:
-        {"metrics": {name: number}, "spread": {name: {"value": number, "of": text}}, "provenance": {...}}. Names say in
-        what a score departs from the protocol: "fd_digits@500", "fid vs folder", "fid (other weights 1a2b3c4d)".
+        {"metrics": {name: number}, "spread": {name: {"value": number, "of": text}}, "provenance": {...}}. A name
+        says how its score departs from the protocol: "fd_digits@500", "fid vs folder", "fid (other weights 1a2b3c4d)".
 
     Raises:
         ArgumentError, CheckpointError, DataError: samples, reference, protocol, metric or weights that cannot be used.
@@ -103,7 +100,14 @@ def evaluate(
     chosen = get_protocol(protocol)
     if output is not None:
         check_file(Path(output))
-    sampling = Sampling(num_steps, guidance_scale, negative_prompt, resolution, network, sampler)
+    sampling = Sampling(
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        resolution=resolution,
+        network=network,
+        sampler=sampler,
+    )
     count = chosen.num_samples if num_images is None else num_images
     _check_numbers(seeds, 1 if count is None else count, batch_size, replicates)
     _, on = start(device)
@@ -117,7 +121,9 @@ def evaluate(
     opened = open_reference(chosen, reference)
     if holds_images(samples):
         seeded = [] if tuple(seeds) == (0,) else ["seeds"]
-        check_unread(f"the images of {samples} are made already", [*seeded, *sampling.given()])
+        check_unread(
+            f"{samples} are finished images; these options apply only to generating", [*seeded, *sampling.given()]
+        )
         views = _images_there(samples, chosen, num_images, listed)
         measurements = [measure(views, opened, setting)]
         result = _result(measurements, None)
@@ -193,22 +199,30 @@ def holds_images(where: str | Path) -> bool:
         ArgumentError: a file or folder that is neither.
     """
     path = Path(where)
-    if path.suffix in _ARCHIVES and path.is_file():
-        return True
-    if path.is_file() or (path.suffix in _ARCHIVES and not path.exists()):
-        what = "is a file of another kind" if path.is_file() else "no such file"
-        raise ArgumentError(f"samples {where}: {what}; expected {_EXPECTED}")
-    if not path.is_dir() or find_student(path) or (path / "model_index.json").is_file():
+    if find_student(path) or (path / "model_index.json").is_file():
         return False
-    if any(is_image(file.name) for file in path.rglob("*")):
+    if is_stored(str(where)):
         return True
-    if not any(file.suffix in _CHECKPOINT_FILES for file in path.rglob("*")):
-        raise ArgumentError(f"samples {where}: holds neither images nor a network; expected {_EXPECTED}")
-    return False
+    if path.is_dir():
+        if any(is_image(file.name) for file in path.rglob("*")):
+            return True
+        if any(file.suffix in _CHECKPOINT_FILES for file in path.rglob("*")):
+            return False
+        what = "holds neither images nor a network"
+    elif path.is_file():
+        what = "is a file of another kind"
+    elif looks_stored(str(where)):
+        what = "no such file"
+    else:
+        return False
+    raise ArgumentError(
+        f"samples {where}: {what}; expected images ({stored_kinds()}), or the folder or hub id of a student, run, "
+        "teacher or pipeline"
+    )
 
 
 def _training(samples: str | Path) -> dict[str, Any]:
-    facts = read_json_object(student_folder(samples) / STUDENT_FILE)
+    facts = student_facts(student_folder(samples))
     return {key: facts[key] for key in _TRAINING if key in facts}
 
 

@@ -169,7 +169,9 @@ def _cached(
     extract: Callable[[Sequence[Reading]], Rows],
     extraction: Extraction,
 ) -> Rows:
-    """What `extract` returns for the readings, {"label.name": tensor}; from files that hold tensors of these shapes."""
+    """What `extract` returns for the readings, {"label.name": tensor}, read from cache files with these shapes if there
+    are any.
+    """
     files = {reading.label: _cache_file(reading, kind, extraction.batch_size) for reading in readings}
     tensors: Rows = {}
     missing = []

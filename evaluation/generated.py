@@ -104,9 +104,11 @@ class GeneratedImages:
 
     @contextmanager
     def measured(self, batch_size: int) -> Iterator[None]:
-        """Images are read inside this block, in which `facts` also have resolution, evaluations and seconds an image.
+        """The block in which images are read. Inside it `facts` also have the resolution, and the evaluations and
+        seconds for each image.
 
-        Seconds are the median of up to three batches, made before the block is entered and with nothing else running.
+        The seconds are the median of up to three batches, which are made before the block begins, while nothing else
+        runs.
         """
         maker = self._maker
         indices = range(min(batch_size, self._count))

@@ -7,6 +7,7 @@ transparency, more than 8 bits a channel, a damaged file) are refused by name.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import struct
 import zipfile
@@ -19,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from PIL import Image
 from PIL.Image import Image as PILImage
 from torch import Tensor
 
@@ -103,15 +105,16 @@ def open_images(
 
     Args:
         where: anything that `fdistill.data.open_source` opens.
-        channels, recipe, size: as in `Preparation`; "exact" without a size wants all images to be like the first one.
+        channels, recipe, size: as in `Preparation`; "exact" without a size expects all images to have the size of
+            the first one.
         max_images: open at most this many; None for all.
         in_order: whether these are the first ones. If not, they are drawn evenly from all, the same each time: a source
             may be sorted by class.
 
     Raises:
         ArgumentError: a value that is not allowed.
-        DataError: there are no images, they are not uint8, the first one does not fit, or the manifest is damaged or is
-            not of these images. `read` and `sha256` raise it for the other images.
+        DataError: there are no images, they are not uint8, the first one does not fit, or the manifest is damaged or
+            belongs to other images. The images after the first are checked by `read` and `sha256`.
     """
     preparation = Preparation(channels, recipe, size)
     if max_images is not None and max_images < 1:
@@ -197,7 +200,7 @@ class _ArrayImages(_SourceImages):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As of `Images`."""
+        """See `Images.facts`."""
         grey = len(self) if self._images.shape[1] == 1 else 0
         return self._facts(0, grey, self._made[3], self._made[2])
 
@@ -238,7 +241,7 @@ class _FileImages(_SourceImages):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """As of `Images`."""
+        """See `Images.facts`."""
         return self._facts(len(self._lossy), len(self._grey), *self._made)
 
     def read(self, indices: Sequence[int]) -> Tensor:
@@ -304,7 +307,8 @@ class _FileImages(_SourceImages):
                 encoded = self._source.encoded(self._rows[index])
         except OSError as error:
             raise UnusableImageError(f"cannot be read ({error.strerror or error}); check the file") from error
-        assert isinstance(encoded, bytes)
+        if not isinstance(encoded, bytes):
+            encoded = _file_of(encoded)
         image = opened(encoded, self._preparation.channels, self._only)
         if is_lossy(encoded, image):
             self._lossy.add(index)
@@ -314,6 +318,13 @@ class _FileImages(_SourceImages):
 
     def _pixels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return decoded(self._open(index)[1], self._preparation)
+
+
+def _file_of(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
+    """A file of pixels [H, W, C] or [H, W]: BMP, whose bytes are the same by every version of PIL."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="BMP")
+    return file.getvalue()
 
 
 def _rows_of(texts: Sequence[str] | None, rows: Sequence[int]) -> Sequence[str] | None:

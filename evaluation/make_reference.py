@@ -37,9 +37,9 @@ def make_reference(
             reference.
         output: an .npz file.
         protocol: a key of `evaluation.protocols.PROTOCOLS`.
-        metrics: the metrics that the file must be enough for. Distances such as fid need mean and covariance; metrics
-            such as recall need the features of every image, which make the file large. By default those of the
-            protocol's default metrics that need only mean and covariance.
+        metrics: the metrics to compute from the file. Distances such as fid need mean and covariance; metrics such as
+            recall need the features of every image, which make the file large. By default those of the protocol's
+            default metrics that need only mean and covariance.
         weights, batch_size, device: as in `evaluate`.
 
     Returns:

@@ -1,5 +1,5 @@
-"""Scores of samples by a protocol: features are extracted once for all metrics, and names of scores say what they are
-of.
+"""Scores samples by a protocol. Features are extracted once for all metrics; a score's name says how it departs from
+the protocol.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ from evaluation.metrics.moments import Moments
 from evaluation.metrics.score import Score
 from evaluation.protocols.protocol import Protocol
 from evaluation.reference import Reference
-from evaluation.weights import PUBLISHED, Weights, file_sha256, find_weights, is_published
+from evaluation.weights import PUBLISHED, Weights, find_weights, is_published
 from fdistill.base.distributed import from_main_process
 from fdistill.base.errors import ArgumentError, did_you_mean
+from fdistill.base.files import sha256_of_files
 
 _PER_CLASS = 20  # of 1,000 classes drawn at random, this many samples a class leave one out once in 500,000 sets
 
@@ -223,7 +224,7 @@ def _facts_of_networks(extractors: Mapping[str, Extractor], files: Mapping[str, 
         for label, e in extractors.items()
     }
     for name, path in files.items():
-        sha256 = file_sha256(path)
+        sha256 = sha256_of_files([path])
         facts[name] = {"sha256": sha256, "published": is_published(path, sha256, PUBLISHED[name])}
     return facts
 
@@ -256,8 +257,8 @@ def _full_name(
 def _warn_of_count(images: Images, protocol: Protocol) -> None:
     if protocol.num_samples is not None and len(images) < protocol.num_samples:
         warnings.warn(
-            f"{images.name}: {len(images)} images, and protocol {protocol.name!r} wants {protocol.num_samples}; scores "
-            "carry the count in their names, and do not compare with published ones",
+            f"{images.name}: {len(images)} images, and protocol {protocol.name!r} wants {protocol.num_samples}; the "
+            "scores' names show the count, and the scores cannot be compared with published ones",
             stacklevel=3,
         )
 
@@ -332,7 +333,8 @@ def _check_counts(
 
 
 def _check_resolution(images: Images, reference: Reference | None, protocol: Protocol) -> None:
-    """Raises ArgumentError if samples and reference differ in size, as features of 32x32 and 64x64 do not compare.
+    """Raises ArgumentError if samples and reference differ in size, as features of 32x32 and of 64x64 images cannot be
+    compared.
 
     A protocol that fixes the size has checked it already.
     """
@@ -341,8 +343,8 @@ def _check_resolution(images: Images, reference: Reference | None, protocol: Pro
     resolution = images.facts.get("resolution", reference.resolution)  # unknown before the first sample is made
     if resolution != reference.resolution:
         raise ArgumentError(
-            f"reference {reference.name}: is of images of {reference.resolution}, and those of {images.name} are "
-            f"{resolution}; expected both of one size"
+            f"reference {reference.name} has images of {reference.resolution}, samples {images.name} of {resolution}; "
+            "expected the same size"
         )
 
 

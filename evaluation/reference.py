@@ -144,8 +144,8 @@ def open_reference(protocol: Protocol, reference: str | Path | None) -> Referenc
         statistics = read_statistics(Path(where))
         if None not in (protocol.size, statistics.resolution) and statistics.resolution != protocol.size:
             raise ArgumentError(
-                f"reference {where}: is of images of {statistics.resolution}x{statistics.resolution}; protocol "
-                f"{protocol.name!r} compares {protocol.size}x{protocol.size}; pass {protocol.reference}"
+                f"reference {where}: has statistics of images of {statistics.resolution}x{statistics.resolution}, and "
+                f"protocol {protocol.name!r} compares {protocol.size}x{protocol.size}; pass {protocol.reference}"
             )
         images = {} if statistics.images is None else {"": statistics.images}
         ours = statistics.kind == "fdistill"

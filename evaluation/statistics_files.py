@@ -21,9 +21,8 @@ from torch import Tensor
 
 from evaluation.images import Images, open_images
 from evaluation.metrics.moments import Moments
-from evaluation.weights import file_sha256
 from fdistill.base.errors import ArgumentError, CheckpointError, DataError
-from fdistill.base.files import atomic_file
+from fdistill.base.files import atomic_file, sha256_of_files
 from fdistill.formats.unpickle import load_restricted, loads_restricted
 
 _INCEPTION, _INCEPTION_CLEAN, _DINOV2 = "inception.pool", "inception-clean.pool", "dinov2.cls"
@@ -67,7 +66,7 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Origin:
-    """Of which images statistics are, and how they were made.
+    """Which images statistics are of, and how they were made.
 
     Attributes:
         protocol: the one that prepared the images.
@@ -175,7 +174,7 @@ def _plain(
     facts: Mapping[str, Any] | None = None,
 ) -> Statistics:
     moments = {name: _moments(mean, covariance, name, str(path))}
-    return Statistics(path.name, file_sha256(path), kind, moments, None, resolution, images, facts or {})
+    return Statistics(path.name, sha256_of_files([path]), kind, moments, None, resolution, images, facts or {})
 
 
 def _read_ours(path: Path, arrays: Any) -> Statistics:
@@ -205,7 +204,7 @@ def _read_ours(path: Path, arrays: Any) -> Statistics:
                 f"{[count, moments[name].width]}: make it again"
             )
     kept = {key: value for key, value in facts.items() if key not in ("format", "count", "resolution")}
-    return Statistics(path.name, file_sha256(path), "fdistill", moments, count, resolution, None, kept, rows)
+    return Statistics(path.name, sha256_of_files([path]), "fdistill", moments, count, resolution, None, kept, rows)
 
 
 def _read_edm2(path: Path) -> Statistics:
@@ -223,7 +222,7 @@ def _read_edm2(path: Path) -> Statistics:
         for key, part in found.items()
     }
     size = re.search(r"img(\d+)", path.stem)
-    return Statistics(path.name, file_sha256(path), "EDM2 pickle", moments, None, int(size[1]) if size else None)
+    return Statistics(path.name, sha256_of_files([path]), "EDM2 pickle", moments, None, int(size[1]) if size else None)
 
 
 def _read_torch_fidelity(path: Path, pickled: str) -> Statistics:
@@ -245,7 +244,9 @@ def _read_torch_fidelity(path: Path, pickled: str) -> Statistics:
         raise DataError(f"reference {path}: holds {what}; expected 'mu' and 'sigma', or features [N, {width}]")
     rows = content.float()
     moments = {_INCEPTION: Moments.of(rows)}
-    return Statistics(path.name, file_sha256(path), "torch-fidelity", moments, len(rows), None, rows={_INCEPTION: rows})
+    return Statistics(
+        path.name, sha256_of_files([path]), "torch-fidelity", moments, len(rows), None, rows={_INCEPTION: rows}
+    )
 
 
 def _load_torch(path: Path, pickled: str) -> Any:

@@ -96,7 +96,7 @@ class StoredPrompts:
 
 
 class _Samples(GeneratedImages):
-    """Samples of which each is made once: unlike `GeneratedImages`, it makes no batches to time or to look at.
+    """Generated images that are each drawn once, without timing batches.
 
     Attributes:
         shape: (C, H, W) of an image.
@@ -192,7 +192,7 @@ class Watch:
         cuda = [self._device] if self._device.type == "cuda" else []
         with torch.random.fork_rng(cuda), warnings.catch_warnings():
             # Once is enough, and `describe` says how many images there are.
-            warnings.filterwarnings("ignore", message=".*scores carry the count in their names")
+            warnings.filterwarnings("ignore", message=".*scores' names show the count")
             scores = measure(images.views(self._setting.protocol), self._reference, self._setting).scores
         return {_PREFIX + name: score.value for name, score in scores.items()}
 

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
-from fdistill.base.files import sha256_of_files
 
 #: Weights that the user gave, {network: file or folder}; "" is a folder of files, or a file, under published names.
 Weights = Mapping[str, Path]
@@ -235,11 +234,6 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 def _is_torchscript(path: Path) -> bool:
     with zipfile.ZipFile(path) as archive:
         return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal digits."""
-    return sha256_of_files([path])
 
 
 def is_published(path: Path, sha256: str, file: PublishedFile) -> bool:

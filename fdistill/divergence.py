@@ -6,7 +6,6 @@ h(r) = r^2 f''(r) (f-distill, arXiv 2502.15681, theorem 1).
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Callable
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, did_you_mean
+from fdistill.base.functions import import_function
 from fdistill.kernels.checks import widened
 
 Function = Callable[[Tensor], Tensor]
@@ -203,9 +203,8 @@ def get_divergence(name: str | Divergence | Function) -> Divergence:
     if callable(name):
         return divergence_from(name)
     if _FUNCTION.fullmatch(name):
-        module, _, attribute = name.partition(":")
         try:
-            f = getattr(importlib.import_module(module), attribute)
+            f = import_function(name)
         except Exception as error:  # a user's module may raise anything
             raise ArgumentError(
                 f"divergence {name!r}: {type(error).__name__}: {error}; expected module:function that Python can import"

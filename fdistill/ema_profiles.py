@@ -8,7 +8,6 @@ p.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,13 +24,10 @@ def profile_name(sigma_rel: float) -> str:
     return f"sigma_rel={float(sigma_rel)}"
 
 
-def sigma_rel_from_gamma(gamma: float) -> float:
-    """(gamma + 1)^(1/2) (gamma + 2)^(-1) (gamma + 3)^(-1/2)."""
-    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
-
-
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """The gamma >= 0 of a relative width in [1e-4, 12^(-1/2)]; ArgumentError outside that range."""
+    """The gamma >= 0 of a relative width (gamma + 1)^(1/2) (gamma + 2)^(-1) (gamma + 3)^(-1/2) in [1e-4, 12^(-1/2)];
+    ArgumentError outside that range.
+    """
     if not MIN_SIGMA_REL <= sigma_rel <= MAX_SIGMA_REL:
         raise ArgumentError(
             f"sigma_rel: expected {MIN_SIGMA_REL:g} to {MAX_SIGMA_REL:.4f}, the mean of all iterations, got {sigma_rel}"

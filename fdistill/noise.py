@@ -201,7 +201,6 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> 
 
 
 # Level samplers: a uniform draw u in (0, 1) -> level. Being functions of u, they need no random state of their own.
-LevelSampler = Callable[[NoiseSchedule, Tensor], Tensor]
 
 
 def uniform_levels(schedule: NoiseSchedule, u: Tensor, *, low: float = 0.0, high: float = 1.0) -> Tensor:

@@ -154,7 +154,7 @@ def comparison_of(entries: Sequence[Entry], metrics: Sequence[str] | None = None
 
 
 def _unlike(metric: str, entries: Sequence[Entry]) -> dict[str, str]:
-    """{name of entry: how its measurement differs from most entries'}; in a tie the first entries are the most."""
+    """{name of entry: how its measurement differs from most entries'}; in a tie the first ones count as most."""
     facts = [_facts(entry, metric) for entry in entries]
     common = [fact for fact in facts[0] if all(fact in found for found in facts)]
     usual = max(facts, key=lambda one: sum(all(one[fact] == other[fact] for fact in common) for other in facts))

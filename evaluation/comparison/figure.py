@@ -48,7 +48,7 @@ def draw(comparison: Comparison) -> Figure:
     right.set_xlabel("seconds per image")
     _quality_axis(left, comparison, drawn)
     _legend(figure, drawn)
-    seconds = f"Seconds on {usual}{', if not said otherwise' if elsewhere else ''}" if usual else ""
+    seconds = f"Seconds on {usual}{', unless stated otherwise' if elsewhere else ''}" if usual else ""
     below = "\n".join(textwrap.wrap(_below(comparison, seconds), 150))
     figure.supxlabel(below, fontsize=_FONT, color="0.3", parse_math=False)
     figure.draw_without_rendering()  # settles the layout, which the names must not change any more
@@ -105,7 +105,7 @@ def _points(
         _logarithmic(axes.xaxis, axes.set_xlim, axes.set_xscale, [across[entry.name] for entry in entries])
     else:
         axes.set_xticks([])
-        axes.text(0.5, 0.5, "not known of any", transform=axes.transAxes, ha="center", color="0.5", fontsize=_FONT)
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="0.5", fontsize=_FONT)
 
 
 def _quality_axis(axes: Any, comparison: Comparison, entries: Sequence[Entry]) -> None:

@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from evaluation.extractors.extractor import Extractor, full_precision, prepare_each, runner
-from evaluation.weights import PUBLISHED, Weights, brief, file_sha256, find_weights, is_published, read_state_dict
+from evaluation.weights import PUBLISHED, Weights, brief, find_weights, is_published, read_state_dict
 from fdistill.assets import CLIP_DIGITS
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
-from fdistill.base.files import read_json_object
+from fdistill.base.files import read_json_object, sha256_of_files
 
 #: (architecture, tag) in open_clip of the networks in `PUBLISHED`. OpenAI's were trained with QuickGELU.
 ARCHITECTURES = {
@@ -63,7 +63,7 @@ def open_clip_model(name: str, device: torch.device, weights: Weights) -> ClipMo
     else:
         wanted = f"no {_CONFIG} in {folder}" if folder else "no folder is given for it"
         raise CheckpointError(f"{name}: {wanted}; pass --weights clip=FOLDER with {_CONFIG} and {_WEIGHTS} in it")
-    sha256 = file_sha256(path)
+    sha256 = sha256_of_files([path])
     published = name == "clip-digits" or (name in PUBLISHED and is_published(path, sha256, PUBLISHED[name]))
     return _clip_model(name, model.to(device), tokenizer, transform, device, sha256, published)
 

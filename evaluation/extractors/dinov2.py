@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.extractors.extractor import Extractor, runner
-from evaluation.weights import PUBLISHED, Weights, brief, file_sha256, find_weights, is_published, read_state_dict
+from evaluation.weights import PUBLISHED, Weights, brief, find_weights, is_published, read_state_dict
 from fdistill.base.errors import CheckpointError
+from fdistill.base.files import sha256_of_files
 
 _SIZE, _PATCH, _HEAD = 224, 14, 64
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -27,7 +28,7 @@ def open_dinov2(device: torch.device, weights: Weights) -> Extractor:
     def compute(images: Tensor) -> dict[str, Tensor]:
         return {"cls": network(prepare(images.to(device)))}
 
-    sha256 = file_sha256(path)
+    sha256 = sha256_of_files([path])
     preparation = "torch bicubic with antialiasing to 224x224 in float32, x / 255, ImageNet mean and deviation"
     run = runner(compute, device)
     return Extractor("dinov2", {"cls": width}, run, preparation, sha256, is_published(path, sha256, file))

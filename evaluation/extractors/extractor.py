@@ -75,9 +75,8 @@ def full_precision(device: torch.device) -> Iterator[None]:
     TF32 is a setting of the whole process, so other threads compute in full precision meanwhile, too.
     """
     backends: Any = torch.backends
-    if hasattr(
-        backends.cudnn, "conv"
-    ):  # torch 2.9 has new settings, and refuses to read the old ones once these were set
+    # torch 2.9 has new settings, and refuses to read the old ones once these were set.
+    if hasattr(backends.cudnn, "conv"):
         parts, setting = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn], "fp32_precision"
     else:
         parts, setting = [backends.cuda.matmul, backends.cudnn], "allow_tf32"

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from evaluation.extractors.extractor import Extractor, prepare_each, runner
-from evaluation.weights import PUBLISHED, Weights, brief, file_sha256, find_weights, is_published, read_state_dict
+from evaluation.weights import PUBLISHED, Weights, brief, find_weights, is_published, read_state_dict
 from fdistill.base.errors import CheckpointError
+from fdistill.base.files import sha256_of_files
 
 _OUTPUTS = {"pool": 2048, "logits": 1008}
 _SIZE = 299
@@ -76,5 +77,5 @@ def _load(device: torch.device, weights: Weights) -> tuple[nn.Module, str, bool]
         raise CheckpointError(
             f"{path}: is no Inception of FID ({brief(error)}); expected {file.name} from {file.url}"
         ) from error
-    sha256 = file_sha256(path)
+    sha256 = sha256_of_files([path])
     return network.to(device), sha256, is_published(path, sha256, file)

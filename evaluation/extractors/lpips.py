@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.extractors.extractor import check_images, full_precision
-from evaluation.weights import PUBLISHED, Weights, brief, file_sha256, find_weights, is_published, read_state_dict
+from evaluation.weights import PUBLISHED, Weights, brief, find_weights, is_published, read_state_dict
 from fdistill.base.errors import ArgumentError, CheckpointError
+from fdistill.base.files import sha256_of_files
 
 _BLOCKS: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -98,7 +99,7 @@ def open_lpips(device: torch.device, weights: Weights) -> LPIPS:
         CheckpointError: its weights are not found, are unreadable, or are of another network.
     """
     paths: dict[str, Path] = {name: find_weights(name, PUBLISHED[name], weights) for name in ("vgg16", "lpips")}
-    hashes = {name: file_sha256(path) for name, path in paths.items()}
+    hashes = {name: sha256_of_files([path]) for name, path in paths.items()}
     published = all(is_published(path, hashes[name], PUBLISHED[name]) for name, path in paths.items())
     try:
         model = LPIPS(read_state_dict(paths["vgg16"]), read_state_dict(paths["lpips"]), hashes, published)

@@ -1,4 +1,4 @@
-"""What every metric says of itself, and what it is computed from."""
+"""The description of a metric, and the data it is computed from."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class Metric:
         features: features of the samples that it reads, as "extractor.output"; with `against` set, features of the
             reference too.
         compute: gives {name of the number: score} for every name in `outputs`.
-        min_samples: from the number D of features, how many samples it needs, and how many images of the reference if
-            it reads those.
+        min_samples: from the number D of features, the least number of samples, and of the reference's images if it
+            reads those.
         against: what it reads of the reference: "moments" (mean and covariance), "rows" (features of every image), or
             None.
         needs: "labels" or "prompts", if the samples must have them.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from fdistill.adapters.pretrained import load_network
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object, weights_sha256
+from fdistill.base.functions import import_function
+from fdistill.base.state_dicts import tensors_sha256
 from fdistill.denoiser import Denoiser
 
 #: Sub-folders in which a checkpoint's network may be; the last is the checkpoint's folder itself.
@@ -60,17 +61,12 @@ class Checkpoint:
 
     def fingerprint(self, denoiser: Denoiser) -> str:
         """Hash of the weights and of the settings that say what they mean: schedule, prediction type, guidance."""
-        digest = hashlib.sha256()
-        digest.update(f"{denoiser.null_class} {getattr(denoiser, 'guidance_scale', 1.0)}".encode())
+        told = f"{denoiser.null_class} {getattr(denoiser, 'guidance_scale', 1.0)}".encode()
         if self.folder is None:
-            for name, value in denoiser.state_dict().items():
-                digest.update(
-                    name.encode() + value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-                )
-        else:
-            digest.update(weights_sha256(self.folder).encode())
-            for path in sorted(self.folder.rglob("*.json")):
-                digest.update(path.read_bytes())
+            return tensors_sha256(denoiser.state_dict(), told)
+        digest = hashlib.sha256(told + weights_sha256(self.folder).encode())
+        for path in sorted(self.folder.rglob("*.json")):
+            digest.update(path.read_bytes())
         return digest.hexdigest()
 
     @property
@@ -104,16 +100,16 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
         )
     module, separator, function = text.partition(":")
     if separator and module.replace(".", "").isidentifier() and function.isidentifier():
-        return Checkpoint(text, factory=_factory(text, module, function))
+        return Checkpoint(text, factory=_factory(text))
     looks_like_path = path.is_absolute() or text.startswith(".") or text.count("/") != 1
     if looks_like_path:
         raise CheckpointError(f"checkpoint {text!r}: no such folder; {did_you_mean(text, EMBEDDED_TEACHERS)}")
     return Checkpoint(text, _download(text))
 
 
-def _factory(name: str, module: str, function: str) -> Callable[[], Denoiser]:
+def _factory(name: str) -> Callable[[], Denoiser]:
     try:
-        factory = getattr(importlib.import_module(module), function)
+        factory = import_function(name)
     except (ImportError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {name!r}: {type(error).__name__}: {error}; expected module:function that Python can import"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -20,6 +21,15 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found[name] = own.clone() if pointer in seen else own
         seen.add(pointer)
     return found
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor], before: bytes = b"") -> str:
+    """The hash, in hexadecimal, of names and values in their order, and of some bytes before them."""
+    digest = hashlib.sha256(before)
+    for name, value in tensors.items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

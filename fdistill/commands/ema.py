@@ -9,7 +9,7 @@ from pathlib import Path
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.base.devices import start
 from fdistill.base.errors import ArgumentError, CheckpointError
-from fdistill.base.files import claim_folder, read_json_object
+from fdistill.base.files import claim_folder
 from fdistill.base.images import grid
 from fdistill.base.state_dicts import load_exactly
 from fdistill.ema_profiles import gamma_from_sigma_rel, posthoc_weights, profile_name
@@ -17,7 +17,7 @@ from fdistill.generation.generate import labels_or_prompts, open_maker
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.generation.sampling import Sampling
 from fdistill.generator import Student
-from fdistill.students.folder import STUDENT_FILE, save_student, student_folder
+from fdistill.students.folder import save_student, student_facts, student_folder
 from fdistill.training.snapshots import Snapshot, combine, find_snapshots
 
 _SAMPLES = 20  # images in the model card's picture
@@ -67,7 +67,7 @@ def reconstruct_student(
         gamma,
     )
     load_exactly(maker.model, combine(used, coefficients.tolist()), f"snapshots of {run}")
-    facts = read_json_object(original / STUDENT_FILE)
+    facts = student_facts(original)
     own = network if network is not None and "network" in facts else None
     condition = labels_or_prompts(maker, _SAMPLES, prompts=facts.get("prompts"))
     samples = grid(maker.sample(int(facts.get("seed", 0)), range(_SAMPLES), condition, chosen_device))

@@ -27,7 +27,8 @@ Samples = Annotated[
     str,
     typer.Argument(
         metavar="SAMPLES",
-        help="Images (a folder, zip or npz), or a student, run folder, teacher or diffusers pipeline that makes them.",
+        help="Images in a file or folder, as data= of distill takes them, or a student, run folder, teacher or "
+        "diffusers pipeline that makes them.",
     ),
 ]
 Reference = Annotated[
@@ -104,7 +105,7 @@ StatisticsFile = Annotated[Path, typer.Option(help="The .npz file to write.")]
 MetricsToServe = Annotated[
     str | None,
     typer.Option(
-        help="Metrics that the file must be enough for, as in fid,recall. By default those of the protocol's default "
+        help="Metrics to compute from the file, as in fid,recall. By default those of the protocol's default "
         "metrics that need only mean and covariance; others, such as recall, make the file large."
     ),
 ]
@@ -216,7 +217,7 @@ def compare(
 
 
 def reference(
-    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, or an embedded data set.")],
+    data: Annotated[str, typer.Argument(help="Images: anything that distill takes as data=.")],
     output: StatisticsFile,
     protocol: Protocol = "digits",
     metrics: MetricsToServe = None,

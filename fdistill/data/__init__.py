@@ -27,8 +27,11 @@ __all__ = [
     "Kind",
     "Source",
     "is_embedded",
+    "is_stored",
     "load_data",
+    "looks_stored",
     "open_source",
+    "stored_kinds",
 ]
 
 #: Data sets that come with the package. Their names win over files that have the same name.
@@ -49,6 +52,22 @@ STORED: list[Kind] = [
 def is_embedded(name: str) -> bool:
     """Whether this names a data set that comes with the package."""
     return any(kind.recognises(name) for kind in EMBEDDED)
+
+
+def is_stored(where: str) -> bool:
+    """Whether a row of `STORED` recognises this; a folder of images needs no row."""
+    return any(kind.recognises(where) for kind in STORED)
+
+
+def looks_stored(where: str) -> bool:
+    """Whether a name ends like the files of a row of `STORED`, be there such a file or not."""
+    return any(kind.file and where.endswith(kind.file.split()[-1]) for kind in STORED)
+
+
+def stored_kinds() -> str:
+    """What messages say that images may be: "a folder, hf:owner/name, .zip, ... or .npz"."""
+    *others, last = [kind.file for kind in STORED if kind.file]
+    return f"a folder, {', '.join(others)} or {last}"
 
 
 def load_data(name: str) -> ArraySource:
@@ -86,8 +105,7 @@ def open_source(where: str) -> Source:
     if not path.is_file():
         nearest = did_you_mean(where, [*_names(), TEACHER_SAMPLES])
         raise DataError(f"data {where!r}: no such file or folder; {nearest}, a path, or hf:owner/name")
-    files = ", ".join(kind.file for kind in STORED if kind.file)
-    raise DataError(f"data {where}: a file of unknown kind; expected {files}, or a folder")
+    raise DataError(f"data {where}: a file of unknown kind; expected {stored_kinds()}")
 
 
 def _names() -> list[str]:

@@ -157,7 +157,7 @@ def _is_parquet(where: str) -> bool:
     return any(path.glob("*.parquet")) if path.is_dir() else path.is_file() and path.suffix == ".parquet"
 
 
-HUB = Kind("a data set of the hub", lambda where: where.startswith("hf:"), open_hub)
+HUB = Kind("a data set of the hub", lambda where: where.startswith("hf:"), open_hub, file="hf:owner/name")
 SAVED = Kind("a saved data set", _is_saved, lambda where: open_saved_dataset(Path(where)))
 PARQUET = Kind("parquet files", _is_parquet, lambda where: open_parquet(Path(where)), file=".parquet")
 

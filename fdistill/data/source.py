@@ -59,7 +59,8 @@ class Kind:
         name: what messages call it, as in "holds CIFAR-10 and tar files"; of an embedded data set, its own name.
         recognises: whether this is a data set of the kind. It looks at names, and opens nothing.
         open: the data set; raises DataError where it is damaged.
-        file: what messages call one file of this kind, such as ".zip"; empty where there are only folders.
+        file: what messages call one that is no folder, such as ".zip", "CIFAR-10's .tar.gz" or "hf:owner/name"; its
+            last word is how file names of this kind end. Empty where there are only folders.
     """
 
     name: str

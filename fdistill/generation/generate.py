@@ -48,14 +48,14 @@ def open_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling 
     folder = find_student(checkpoint)
     if folder is not None:
         check_unread(
-            f"{checkpoint} is a student, whose training has settled that",
+            f"{checkpoint} is a student; these were fixed in its training",
             sampling.given("steps", "guidance_scale", "negative_prompt", "resolution"),
         )
     if sampling.sampler == "pipeline":
         return open_pipeline(checkpoint, device, sampling)
     if folder is not None:
         return _student_maker(checkpoint, folder, device, sampling.network)
-    check_unread(f"{checkpoint} is no student of a network of your own", sampling.given("network"))
+    check_unread("applies only to students of your own network", sampling.given("network"))
     return _teacher_maker(checkpoint, device, sampling)
 
 
@@ -72,14 +72,14 @@ def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampl
         teacher = open_teacher(TeacherSettings(str(checkpoint), resolution=sampling.resolution))
     except CheckpointError as error:
         if only_diffusers_runs(checkpoint):
-            raise CheckpointError(f"{error}; `--sampler pipeline` runs it with diffusers' own") from error
+            raise CheckpointError(f"{error}; `--sampler pipeline` runs it with diffusers itself") from error
         raise
     origin, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(device), teacher.latents
     text = _prompt_encoder(origin, denoiser, latents)
     if text is None or sampling.scale == 1 or denoiser.embedded_guidance is not None:
         check_unread(
-            f"only a text-to-image teacher that is guided (guidance_scale other than 1) reads it, and {checkpoint} is "
-            "not",
+            f"applies only to a text-to-image teacher with guidance (guidance_scale other than 1), and {checkpoint} is "
+            "none",
             sampling.given("negative_prompt"),
         )
     sha256 = weights_sha256(origin.folder) if origin.folder else origin.fingerprint(denoiser)
@@ -174,11 +174,11 @@ def generate(
         class_labels: classes to draw, in turn; all classes by default.
         prompts: prompts for a text-to-image model, in turn.
         num_steps: steps of a teacher (Heun's method: 2 num_steps - 1 evaluations for each image) or of a pipeline's own
-            scheduler; 18 by default. A student has its own number of steps, and none may be given.
+            scheduler; 18 by default. It cannot be given for a student, which has its own number of steps.
         guidance_scale: guidance of a teacher that is conditional on prompts, or that has a label for "no class"; 1, the
-            default, is no guidance. A student has learnt its teacher's guidance, and none may be given. A pipeline is
-            called with the number: for most classes 0 and 1 both mean no guidance, but networks that take the scale as
-            an input (LCM, FLUX.1-dev) read it.
+            default, is no guidance. It cannot be given for a student, which has learnt its teacher's guidance. A
+            pipeline is called with this number: for most classes 0 and 1 both mean no guidance, but networks that take
+            the scale as an input (LCM, FLUX.1-dev) read it.
         negative_prompt: what the guidance of a text-to-image teacher steers away from.
         resolution: side of a text-to-image teacher's images in pixels; the teacher's own by default.
         network: "module:function" for a student whose network is your own code.
@@ -196,7 +196,14 @@ def generate(
         NonFiniteError: an image is not finite; nothing is left behind either.
     """
     check_counts(num_images, batch_size, seed)
-    sampling = Sampling(num_steps, guidance_scale, negative_prompt, resolution, network, sampler)
+    sampling = Sampling(
+        num_steps=num_steps,
+        guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        resolution=resolution,
+        network=network,
+        sampler=sampler,
+    )
     state, chosen_device = start(device)
     maker = open_maker(checkpoint, chosen_device, sampling)
     condition = labels_or_prompts(maker, num_images, class_labels, prompts)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fdistill.adapters.checkpoint import Checkpoint, find_network, resolve_checkpoint
 from fdistill.base.errors import ArgumentError, CheckpointError, FDistillError
-from fdistill.base.files import read_json_object, weights_sha256
+from fdistill.base.files import weights_sha256
 from fdistill.base.rng import Stream, derived_seed
 from fdistill.generation.diffusers_pipeline import (
     OWN_PIPELINES,
@@ -24,7 +24,7 @@ from fdistill.generation.diffusers_pipeline import (
 )
 from fdistill.generation.maker import Evaluations, LabelsOrPrompts, finite_uint8
 from fdistill.generation.sampling import Sampling
-from fdistill.students.folder import STUDENT_FILE, find_student
+from fdistill.students.folder import find_student, student_facts
 from fdistill.teachers.text_encoders import PromptEncoder, describe_cut, quiet
 
 
@@ -209,7 +209,7 @@ def open_pipeline(checkpoint: str | Path, device: torch.device, sampling: Sampli
     """
     folder = find_student(checkpoint)
     if folder is not None:
-        facts = _student_facts(folder)
+        facts = student_facts(folder)
         pipeline = load_pipeline(Checkpoint(str(checkpoint), folder)).to(device)
         return PipelineMaker(str(checkpoint), folder, pipeline, facts.get("call", {}), student=facts)
     found = resolve_checkpoint(checkpoint)
@@ -217,15 +217,6 @@ def open_pipeline(checkpoint: str | Path, device: torch.device, sampling: Sampli
     assert found.folder is not None
     call = _arguments(found.name, pipeline, sampling)
     return PipelineMaker(found.name, found.folder, pipeline.to(device), call, sampling.negative_prompt)
-
-
-def _student_facts(folder: Path) -> dict[str, Any]:
-    try:
-        return read_json_object(folder / STUDENT_FILE)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder / STUDENT_FILE}: cannot be read ({error!r}); copy the student's folder again"
-        ) from error
 
 
 def _arguments(name: str, pipeline: Any, sampling: Sampling) -> dict[str, Any]:

@@ -13,14 +13,12 @@ import importlib.util
 import os
 from functools import cache
 from types import ModuleType
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, did_you_mean
 
-Backend = Literal["auto", "triton", "reference"]
 BACKENDS = ("auto", "triton", "reference")
 
 

@@ -18,12 +18,6 @@ from fdistill.networks.skeleton import Levels, Resampling, UNet, build_decoder, 
 #: model_channels of the published sizes (arXiv 2312.02696, table 2).
 EDM2_CHANNELS = {"xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}
 
-#: The published ImageNet-512 networks take scale * (latents of the stabilityai VAE) + bias, with mean 0 and std 0.5.
-STABILITY_LATENT_SCALE = tuple(0.5 / std for std in (4.17, 4.62, 3.71, 3.28))
-STABILITY_LATENT_BIAS = tuple(
-    -mean * scale for mean, scale in zip((5.81, 3.25, 0.12, -2.15), STABILITY_LATENT_SCALE, strict=True)
-)
-
 
 class MPBlock(nn.Module):
     """A residual block of the encoder, which first normalises each pixel, or of the decoder."""

@@ -99,6 +99,18 @@ def student_folder(path: str | Path) -> Path:
     return folder
 
 
+def student_facts(folder: Path) -> dict[str, Any]:
+    """What fdistill_student.json in a student folder says; raises CheckpointError if it cannot be read."""
+    try:
+        return read_json_object(folder / STUDENT_FILE)
+    except (OSError, ValueError) as error:
+        raise _unreadable(folder, error) from error
+
+
+def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder / STUDENT_FILE}: cannot be read ({error!r}); copy the student's folder again")
+
+
 def load_student(path: str | Path, device: torch.device | str = "cpu", *, network: str | None = None) -> Student:
     """Loads an exported student: a function (noise, condition) -> x0, frozen, in eval mode, in float32.
 
@@ -114,11 +126,11 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
         CheckpointError: the folder does not exist, or holds no student.
     """
     folder = student_folder(path)
+    facts = student_facts(folder)
     try:
-        facts = read_json_object(folder / STUDENT_FILE)
         levels = kind_in(facts).levels_in(facts)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / STUDENT_FILE}: cannot be read ({error!r})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise _unreadable(folder, error) from error
     if "network" in facts:
         denoiser = _own_network(folder, facts, network)
     else:

@@ -24,12 +24,11 @@ from fdistill.adapters import TIUE, supported_pipelines
 from fdistill.adapters.checkpoint import Checkpoint, find_network
 from fdistill.adapters.family import TextToImage
 from fdistill.base.errors import CheckpointError, did_you_mean
-from fdistill.base.files import read_json_object
+from fdistill.base.files import read_json_object, sampled_sha256
 from fdistill.condition import TextCondition
 
 _BATCH = 32  # prompts that the encoders process at once
 _SHOWN = 256  # prompts between two updates of progress
-_SAMPLES, _SAMPLE = 256, 2**16  # places in a file, bytes read at each; files up to 16 MB are read whole
 
 
 @dataclass(frozen=True)
@@ -238,21 +237,9 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
 
 
 def encoders_sha256(folder: Path) -> str:
-    """A hash of the text encoders and tokenizers of a pipeline folder.
-
-    It covers every file's name, size, and bytes at evenly spaced places: whole files may have tens of gigabytes.
-    """
-    digest = hashlib.sha256()
-    for part in sorted(path for path in folder.glob("t*") if path.name.startswith(("text_encoder", "tokenizer"))):
-        for path in sorted(part.rglob("*")):
-            if path.is_file():
-                size = path.stat().st_size
-                digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
-                with path.open("rb") as file:
-                    for place in range(0, size, max(_SAMPLE, size // _SAMPLES)):
-                        file.seek(place)
-                        digest.update(file.read(_SAMPLE))
-    return digest.hexdigest()
+    """A hash of the text encoders and tokenizers of a pipeline folder, by `sampled_sha256`."""
+    parts = sorted(path for path in folder.glob("t*") if path.name.startswith(("text_encoder", "tokenizer")))
+    return sampled_sha256((path for part in parts for path in sorted(part.rglob("*")) if path.is_file()), folder)
 
 
 def encoding_facts(folder: Path, resolution: int, precision: str) -> str:

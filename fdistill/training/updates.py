@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from fdistill.base.functions import import_function
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LevelsConfig
 from fdistill.divergence import Divergence
@@ -59,8 +59,7 @@ def _bound(name: str, networks: Networks, settings: Mapping[str, Any]) -> Update
 
     Other settings are dropped: `config.combinations` has already refused values that the method does not read.
     """
-    module, _, function = name.partition(":")
-    step: Update = getattr(importlib.import_module(module), function)
+    step: Update = import_function(name)
     read = inspect.signature(step).parameters
     return partial(step, networks, **{key: value for key, value in settings.items() if key in read})
 

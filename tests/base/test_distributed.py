@@ -189,7 +189,7 @@ def test_two_processes_score_as_one(runs: Runs) -> None:
     assert chosen is not None
     best = min(one, key=lambda iteration: one[iteration])
     assert int(chosen[1]) == best
-    with pytest.warns(UserWarning, match="scores carry the count"):
+    with pytest.warns(UserWarning, match="the scores' names show the count"):
         alone = evaluate(runs.two / "f-distill" / "best", num_images=100, metrics=["fd_digits"], replicates=0)
     assert alone["metrics"]["fd_digits@100"] == pytest.approx(two[best], rel=1e-6)
 

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evaluation.evaluate import holds_images
 from fdistill import data
-from fdistill.base.errors import ConfigError, DataError
-from fdistill.data import EMBEDDED, STORED, Kind, is_embedded, load_data, open_source
+from fdistill.base.errors import ArgumentError, ConfigError, DataError
+from fdistill.data import EMBEDDED, STORED, Kind, is_embedded, load_data, looks_stored, open_source
 
 
 def image(path: Path) -> Path:
@@ -112,11 +113,27 @@ def test_a_file_is_of_the_kind_that_its_name_says(tmp_path: Path) -> None:
     }
     for name, kind in names.items():
         assert not any(row.recognises(str(tmp_path / name)) for row in STORED), name  # before it is there
+        assert looks_stored(str(tmp_path / name))
         (tmp_path / name).touch()
         assert [row.name for row in STORED if row.recognises(str(tmp_path / name))] == [kind]
+        assert holds_images(tmp_path / name)
     for where, kind in {"hf:owner/name": "a data set of the hub", "shards/a-{00..09}.tar": "tar files"}.items():
         assert [row.name for row in STORED if row.recognises(where)] == [kind]
+        assert holds_images(where)
     (tmp_path / "x.xyz").touch()
-    says = r"a file of unknown kind; expected \.zip, CIFAR-10's \.tar\.gz, \.tar, \.parquet, \.npz, or a folder"
-    with pytest.raises(DataError, match=says):
+    says = r"a folder, hf:owner/name, \.zip, CIFAR-10's \.tar\.gz, \.tar, \.parquet or \.npz"
+    with pytest.raises(DataError, match=f"a file of unknown kind; expected {says}$"):
         open_source(str(tmp_path / "x.xyz"))
+    with pytest.raises(
+        ArgumentError, match=rf"a file of another kind; expected images \({says}\), or the folder or hub"
+    ):
+        holds_images(tmp_path / "x.xyz")
+
+
+@pytest.mark.parametrize("put", IN_FOLDERS)
+def test_evaluation_finds_images_wherever_a_row_does(put: Callable[[Path], None], tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    put(tmp_path / "set")
+    assert holds_images(tmp_path / "set")
+    (tmp_path / "set" / "model_index.json").write_text("{}")  # a pipeline, which makes images
+    assert not holds_images(tmp_path / "set")

@@ -254,7 +254,7 @@ def test_seconds_of_several_devices_are_kept_apart() -> None:
     figure = draw(comparison)
     assert sorted(names_in(figure, 1)) == ["a", "b (on cpu)", "c"]
     assert sorted(names_in(figure, 0)) == ["a", "b", "c"]
-    assert "Seconds on cuda, if not said otherwise." in below(figure)
+    assert "Seconds on cuda, unless stated otherwise." in below(figure)
 
 
 def test_guidance_is_named_if_there_is_any() -> None:
@@ -294,7 +294,7 @@ def test_without_counts_or_seconds_there_is_a_dash_and_no_point() -> None:
     assert names_in(figure, 0) == names_in(figure, 1) == ["a"]
     assert "Not in both panels: images (no evaluations per image, no seconds per image)." in below(figure)
     nothing = draw(of(x=result({"fid": 2.0}, **unknown), y=result({"fid": 1.0}, **unknown)))
-    assert names_in(nothing, 0) == names_in(nothing, 1) == ["not known of any"]
+    assert names_in(nothing, 0) == names_in(nothing, 1) == ["not measured"]
 
 
 def below(figure: Figure) -> str:
@@ -459,7 +459,10 @@ GOOD = result({"fid": 2.0})
         (json.dumps(GOOD | {"spread": {"fid": 3}}), r"spread of fid"),
         (json.dumps(result({"fid": 1.0}, seconds_per_image=0)), r"seconds_per_image: got 0, expected a number above 0"),
         (json.dumps(result({"fid": 1.0}, evaluations_per_image="1")), r"evaluations_per_image: got '1'"),
-        (json.dumps(result({"fid": 1.0}, protocol="digits")), r"protocol 'digits'.*'cifar10-fid50k'.*do not compare"),
+        (
+            json.dumps(result({"fid": 1.0}, protocol="digits")),
+            r"protocol 'digits'.*'cifar10-fid50k'.*cannot be compared",
+        ),
         (json.dumps(result({"kid": 1.0})), r"no metric that all have: good has fid; bad has kid"),
     ],
 )

@@ -38,7 +38,7 @@ from fdistill.data.digit_captions import evaluation_prompts, load_digit_images
 from fdistill.data.digits import load_digits
 from support.processes import launch_commands
 
-SMALL = pytest.mark.filterwarnings("ignore:.*scores carry the count")
+SMALL = pytest.mark.filterwarnings("ignore:.*names show the count")
 
 
 def write(folder: Path, images: Tensor, order: Sequence[int] | None = None, **manifest: Any) -> Path:
@@ -265,7 +265,9 @@ def test_lossy_samples_are_warned_of(tmp_path: Path) -> None:
 
 def test_fewer_samples_are_named_and_warned_of(tmp_path: Path) -> None:
     folder = digits(tmp_path / "images", 70)
-    with pytest.warns(UserWarning, match=r"70 images, and protocol 'digits' wants 1797; scores carry the count"):
+    with pytest.warns(
+        UserWarning, match=r"70 images, and protocol 'digits' wants 1797; the scores' names show the count"
+    ):
         result = evaluate(folder, metrics=["fd_digits"], replicates=0)
     assert result["metrics"].keys() == {"fd_digits@70"}
     assert (result["provenance"]["num_samples"], result["provenance"]["protocol_num_samples"]) == (70, 1797)
@@ -480,11 +482,14 @@ def test_the_command_tells_errors_in_one_line(
         ),
         (["--prompts", tmp_path / "nowhere.txt"], r"prompts .*nowhere\.txt: cannot be read"),
         (["--seeds", "0,a"], r"seeds: got '0,a', expected whole numbers"),
-        (["--seeds", "1"], r"seeds: the images of .* are made already; leave it out"),
-        (["--steps", "4", "--guidance-scale", "2"], r"steps, guidance_scale: the images of .*; leave them out"),
-        (["--sampler", "pipeline"], r"sampler: the images of .*; leave it out"),
+        (["--seeds", "1"], r"seeds: .* are finished images; these options apply only to generating; leave it out"),
+        (
+            ["--steps", "4", "--guidance-scale", "2"],
+            r"steps, guidance_scale: .* are finished images; .*; leave them out",
+        ),
+        (["--sampler", "pipeline"], r"sampler: .* are finished images; .*; leave it out"),
         (["--replicates", "1"], r"replicates: got 1; expected 0 for no spread, or at least 2"),
-        (["--sampler", "pipeline"], r"sampler: the images of .*; leave it out"),
+        (["--sampler", "pipeline"], r"sampler: .* are finished images; .*; leave it out"),
         (["--replicates", "1"], r"replicates: got 1; expected 0 for no spread, or at least 2"),
         (["--replicates", "-1"], r"replicates: got -1"),
         (["--classifier", "nowhere:f"], r"classifier: protocol 'digits' has its own"),

@@ -105,7 +105,7 @@ def test_manifests_that_make_no_sense_are_refused(manifest: str, tmp_path: Path)
         evaluate(folder)
 
 
-@pytest.mark.filterwarnings("ignore:.*scores carry the count")
+@pytest.mark.filterwarnings("ignore:.*names show the count")
 def test_fidelity_and_variety_are_not_mixed_up(tmp_path: Path) -> None:
     """Real zeros alone are faithful and lack variety: precision and density are high, recall and coverage low."""
     images, labels = load_digits()

@@ -23,7 +23,7 @@ from fdistill.base.errors import ArgumentError
 from fdistill.data.digits import load_digits
 from support.mean_shift import mean_shift_metric
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*scores carry the count")
+pytestmark = pytest.mark.filterwarnings("ignore:.*names show the count")
 
 COUNT = 200
 

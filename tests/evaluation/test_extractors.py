@@ -22,8 +22,9 @@ from evaluation.extractors.clip import ARCHITECTURES, load_clip_folder
 from evaluation.extractors.digit_features import load_digit_features
 from evaluation.extractors.dinov2 import dinov2_network, position_embedding, prepare
 from evaluation.extractors.inception import clean_resize
-from evaluation.weights import PUBLISHED, PublishedFile, file_sha256
+from evaluation.weights import PUBLISHED, PublishedFile
 from fdistill.base.errors import ArgumentError, CheckpointError
+from fdistill.base.files import sha256_of_files
 from fdistill.base.images import to_unit
 from fdistill.data.digit_captions import load_digit_images
 from fdistill.data.digits import load_digits
@@ -73,7 +74,7 @@ def test_inception_from_safetensors_is_the_same(
 
 
 def test_other_weights_are_marked_as_not_published(inception: Extractor, inception_file: Path) -> None:
-    assert inception.sha256 == file_sha256(inception_file)
+    assert inception.sha256 == sha256_of_files([inception_file])
     assert not inception.published
 
 
@@ -335,7 +336,7 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_published(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> ClipModel:
     """The published way in, with the tiny architecture."""
-    file = PublishedFile("x", "https://localhost:1/x", file_sha256(tiny_clip / "open_clip_model.safetensors"))
+    file = PublishedFile("x", "https://localhost:1/x", sha256_of_files([tiny_clip / "open_clip_model.safetensors"]))
     monkeypatch.setitem(ARCHITECTURES, "clip-b32", ("tiny-quickgelu", "openai"))
     monkeypatch.setitem(PUBLISHED, "clip-b32", file)
     return open_clip_model("clip-b32", CPU, {"clip-b32": tiny_clip / "open_clip_model.safetensors"})

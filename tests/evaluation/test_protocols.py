@@ -36,11 +36,12 @@ test_evaluate_end_to_end.py:
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -61,6 +62,7 @@ from evaluation.reference import open_reference
 from fdistill import distill
 from fdistill.assets import CLIP_DIGITS
 from fdistill.base.errors import ArgumentError
+from fdistill.commands import options
 
 CPU = torch.device("cpu")
 CLIP_PREFIX = "A photo depicts "
@@ -157,6 +159,11 @@ def test_protocols_are_those_of_the_papers(name: str) -> None:
     )
     fids = {metric.features for metric in protocol.metrics if metric.name in ("fid", "fid_infinity", "kid")}
     assert len(fids) == (0 if own else 1)  # nothing of the digit network is called FID
+
+
+def test_the_help_names_every_protocol() -> None:
+    described = get_args(options.Protocol)[1].help
+    assert set(re.findall(r"[a-z0-9-]+", described.rpartition(": ")[2])) - {"or"} == PROTOCOLS.keys()
 
 
 def test_inception_scores_are_shuffled_but_for_adms() -> None:
@@ -343,7 +350,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     monkeypatch.setitem(statistics_files._WIDTHS, "inception.pool", 4)
     monkeypatch.setitem(PROTOCOLS, CIFAR, replace(PROTOCOLS[CIFAR], num_samples=30, reference_count=40))
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*scores carry the count")
+        warnings.filterwarnings("ignore", ".*names show the count")
         yield recorder
 
 
@@ -440,12 +447,12 @@ def test_the_folder_protocol_takes_any_images_of_one_size(small: Recorder, tmp_p
         make_reference(write(tmp_path / "few", noise(6, 1)), output=tmp_path / "f.npz", protocol="folder", device="cpu")
     small.seen.clear()
     for reference, made in ((train, "32x32"), (own, "32x32")):
-        with pytest.raises(ArgumentError, match=f"of images of {made}, and those of .*large are 48x48"):
+        with pytest.raises(ArgumentError, match=f"has images of {made}, samples .*large of 48x48"):
             evaluate(large, reference=reference, **how)
     named = tmp_path / "mine-32x32.npz"
     np.savez(named, **statistics(noise(11, 1)))
     assert evaluate(samples, reference=named, **how)["metrics"].keys() == {"fid@10 vs mine-32x32.npz"}
-    with pytest.raises(ArgumentError, match=r"of images of 32x32, and those of .*large are 48x48"):
+    with pytest.raises(ArgumentError, match=r"has images of 32x32, samples .*large of 48x48"):
         evaluate(large, reference=named, **how)
     assert all(image.shape[1] == 32 for image in small.seen)  # nothing of the large ones was extracted
 
@@ -456,7 +463,9 @@ def test_references_of_another_kind_are_refused(small: Recorder, tmp_path: Path)
     held = statistics(noise(40, 1))
     large, clean = tmp_path / "imagenet-64x64.npz", tmp_path / "cifar10_clean_train_32.npz"
     np.savez(large, **held)
-    with pytest.raises(ArgumentError, match=r"of images of 64x64; protocol 'cifar10-fid50k' compares 32x32; pass EDM"):
+    with pytest.raises(
+        ArgumentError, match=r"of images of 64x64, and protocol 'cifar10-fid50k' compares 32x32; pass EDM"
+    ):
         score(samples, large)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(statistics_files._WIDTHS, "inception-clean.pool", 4)

@@ -18,8 +18,8 @@ from torch import Tensor
 from evaluation import statistics_files
 from evaluation.metrics.moments import Moments
 from evaluation.statistics_files import Origin, Statistics, read_statistics, write_statistics
-from evaluation.weights import file_sha256
 from fdistill.base.errors import DataError, OutputError
+from fdistill.base.files import sha256_of_files
 from fdistill.formats.unpickle import loads_restricted
 from support.pickles import EasyDict, dumps
 
@@ -74,7 +74,7 @@ def test_edms_npz(tmp_path: Path) -> None:
     found = read_statistics(path)
     holds(found, "inception.pool", INCEPTION)
     assert (found.name, found.kind, found.count, found.resolution) == ("cifar10-32x32.npz", "EDM npz", None, 32)
-    assert found.sha256 == file_sha256(path)
+    assert found.sha256 == sha256_of_files([path])
     assert found.images is None
     assert not found.rows
     assert found.moments.keys() == {"inception.pool"}

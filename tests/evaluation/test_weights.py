@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from evaluation.weights import (
     PUBLISHED,
     PublishedFile,
-    file_sha256,
     find_weights,
     is_published,
     parse_weights,
     read_state_dict,
 )
 from fdistill.base.errors import ArgumentError, CheckpointError
+from fdistill.base.files import sha256_of_files
 
 TWO_PROCESSES = """
 import os, sys
@@ -167,7 +167,7 @@ def test_a_download_is_kept_and_one_with_another_hash_is_not(
     with pytest.raises(CheckpointError, match="invalid hash value"):
         find_weights("net", wrong, {})
     assert not list(torch_home.iterdir())
-    right = PublishedFile(FILE.name, source.as_uri(), file_sha256(source)[:8])
+    right = PublishedFile(FILE.name, source.as_uri(), sha256_of_files([source])[:8])
     path = find_weights("net", right, {})
     assert path == torch_home / FILE.name
     assert path.read_text() == "weights"
@@ -256,7 +256,7 @@ def test_files_that_are_no_weights_say_what_they_are(tmp_path: Path) -> None:
 
 def test_only_the_published_bytes_are_published(tmp_path: Path) -> None:
     path = written(tmp_path / "file", "abc")
-    sha256 = file_sha256(path)
+    sha256 = sha256_of_files([path])
     assert sha256 == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2's example
     assert is_published(path, sha256, PublishedFile("n", "u", sha256[:8]))
     assert not is_published(path, sha256, PublishedFile("n", "u", "6726825d"))

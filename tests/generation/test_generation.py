@@ -64,7 +64,7 @@ def test_a_teacher_is_sampled_with_its_steps(tiny_teacher: Path, tmp_path: Path)
         ({"seed": -1}, ArgumentError, "seed"),
         ({"class_labels": [3, 10]}, ArgumentError, "class_labels: got 10, expected 0 to 9"),
         ({"class_labels": [-1]}, ArgumentError, "class_labels: got -1"),
-        ({"num_steps": 4}, ArgumentError, "^steps: .* is a student, whose training has settled that; leave it out"),
+        ({"num_steps": 4}, ArgumentError, "^steps: .* is a student; these were fixed in its training; leave it out"),
         ({"guidance_scale": 2.0, "resolution": 16}, ArgumentError, "^guidance_scale, resolution: .* leave them out"),
         ({"network": "nowhere:f"}, CheckpointError, "network: got 'nowhere:f', but .* holds its network itself"),
         ({"sampler": "pipeline", "num_steps": 4}, ArgumentError, "^steps: .* is a student"),
@@ -89,8 +89,8 @@ def test_bad_places_are_refused(student: Path, tiny_teacher: Path, tmp_path: Pat
         generate(tmp_path / "nowhere", num_images=1, output=tmp_path / "images")
     with pytest.raises(ArgumentError, match="steps"):
         generate(tiny_teacher, num_images=1, num_steps=0, output=tmp_path / "images")
-    with pytest.raises(ArgumentError, match=r"network: .* is no student of a network of your own"):
+    with pytest.raises(ArgumentError, match=r"network: applies only to students of your own network"):
         generate(tiny_teacher, num_images=1, network="nowhere:f", output=tmp_path / "images")
-    with pytest.raises(ArgumentError, match=r"negative_prompt: only a text-to-image teacher that is guided"):
+    with pytest.raises(ArgumentError, match=r"negative_prompt: applies only to a text-to-image teacher with guidance"):
         generate(tiny_teacher, num_images=1, negative_prompt="a cat", output=tmp_path / "images")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["taken"]

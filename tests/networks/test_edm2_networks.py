@@ -18,7 +18,7 @@ from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.networks import EDM2_CHANNELS, EDM2Network
 from fdistill.networks.edm2_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, unit_rms
-from fdistill.networks.edm2_unet import STABILITY_LATENT_BIAS, STABILITY_LATENT_SCALE, MPBlock
+from fdistill.networks.edm2_unet import MPBlock
 
 LATENT = {"img_resolution": 64, "img_channels": 4, "label_dim": 1000}
 TINY: dict[str, object] = {
@@ -453,7 +453,9 @@ def test_a_saved_network_loads_bit_by_bit_and_without_dropout(tmp_path: Path) ->
 
 
 def test_published_latents_get_the_standard_deviation_of_the_data() -> None:
-    network = on_meta(**LATENT, latent_scale=STABILITY_LATENT_SCALE, latent_bias=STABILITY_LATENT_BIAS)
+    scale = [0.5 / std for std in (4.17, 4.62, 3.71, 3.28)]
+    bias = [-mean * factor for mean, factor in zip((5.81, 3.25, 0.12, -2.15), scale, strict=True)]
+    network = on_meta(**LATENT, latent_scale=scale, latent_bias=bias)
     scaling = EDM2Denoiser(network).latent_scaling
     assert scaling is not None
     raw = torch.tensor([[5.81, 3.25, 0.12, -2.15], [5.81 + 4.17, 3.25 - 4.62, 0.12 + 3.71, -2.15 - 3.28]])

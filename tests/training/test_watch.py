@@ -34,7 +34,7 @@ from fdistill.training.journal import read_records
 from fdistill.training.logbook import Logbook
 from support.text_families import sd15
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*scores carry the count")
+pytestmark = pytest.mark.filterwarnings("ignore:.*names show the count")
 
 CPU = torch.device("cpu")
 COUNT = 100

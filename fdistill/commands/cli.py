@@ -284,7 +284,7 @@ def cache(
     ] = "fp32",
     device: Device = "auto",
 ) -> None:
-    """Encode images to the latents of a teacher, once; and their captions, if the teacher draws what prompts say.
+    """Encode images to the latents of a teacher, once; and their captions, if it is a text-to-image model.
 
     `fdistill distill data=FOLDER` reads the result.
 

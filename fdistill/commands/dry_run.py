@@ -20,7 +20,7 @@ from fdistill.training.prompts import EncodingPlan
 def describe(config: DistillConfig) -> str:
     """The text of `--dry-run`: the config, and what a run of it would do.
 
-    Loads the teacher, builds all networks and reads a first batch, so that it refuses what a run would refuse. It
+    Loads the teacher, builds the networks and reads one batch, so it raises the errors that a run would raise. It
     encodes no prompts or images, draws no teacher samples, and leaves nothing in the cache: a teacher that has to be
     converted or merged with a LoRA first is made in a temporary folder. What it needs of a hub it downloads, as a run
     would; and where the config asks for scores, it computes the reference's features, to try the protocol out.

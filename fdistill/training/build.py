@@ -208,7 +208,7 @@ def _assemble(config: DistillConfig, device: torch.device, divergence: Divergenc
         latents_folder=loaded.latents_folder,
         text=text,
         none=denoiser.null_class if text is None else null,
-        clip=_clip_hinge(config, latents, text, device),
+        clip=_clip_hinge(config, latents, device),
         divergence=divergence,
         networks=networks,
         student=student,
@@ -331,17 +331,10 @@ def _density_ratio(config: DistillConfig, schedule: NoiseSchedule) -> DensityRat
     return DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)
 
 
-def _clip_hinge(
-    config: DistillConfig, latents: LatentSpace | None, text: Captions | None, device: torch.device
-) -> ClipHinge | None:
+def _clip_hinge(config: DistillConfig, latents: LatentSpace | None, device: torch.device) -> ClipHinge | None:
     loss = config.clip_loss
     if not loss.weight:
         return None
-    if text is None:
-        raise ConfigError(
-            f"clip_loss.weight: got {loss.weight}, but the teacher takes no prompts; expected 0, or a text-to-image "
-            "teacher"
-        )
     assert loss.weights is not None
     from fdistill.training.clip_loss import ClipHinge, load_clip
 

@@ -138,8 +138,8 @@ def distinct_captions(source: Source, teacher: Teacher) -> tuple[list[str], Tens
     """(each caption of the images once; int64 [N]: which of them each image has); DataError if there are none."""
     if source.captions is None:
         raise DataError(
-            f"data {source.name}: images without captions, but teacher {teacher.checkpoint.name!r} draws what prompts "
-            "say; expected photo.txt beside photo.jpg, a metadata.jsonl, or a caption column"
+            f"data {source.name}: images without captions, but teacher {teacher.checkpoint.name!r} is a "
+            "text-to-image model; expected photo.txt beside photo.jpg, a metadata.jsonl, or a caption column"
         )
     return distinct(source.captions)
 

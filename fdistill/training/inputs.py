@@ -11,7 +11,6 @@ import torch
 from accelerate import PartialState
 
 from fdistill.base import rng
-from fdistill.base.errors import ConfigError
 from fdistill.base.images import to_uint8
 from fdistill.condition import Condition
 from fdistill.config.schema import DistillConfig
@@ -22,7 +21,7 @@ from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatent
 from fdistill.data.source import ArraySource
 from fdistill.data.teacher_samples import SampleSet, TeacherSamples, teacher_samples
 from fdistill.denoiser import Denoiser
-from fdistill.generator import Student
+from fdistill.training import checks
 from fdistill.training.build import Distillation
 
 Data = Source | ScaledLatents | FixedSamples
@@ -69,23 +68,17 @@ def stored_data(config: DistillConfig, run: Distillation) -> Data:
     folder = run.latents_folder or Path(config.data)
     if (folder / META_FILE).is_file():
         cached = LatentSource(folder, config.seed)
-        if latents is None:
-            raise ConfigError(
-                f"data {config.data!r}: latents, but teacher {config.teacher!r} makes pixels; expected images"
-            )
+        checks.check_encoding(config, encoded=True, latent_teacher=latents is not None)
+        assert latents is not None
         check_latents(cached.meta, latents.facts())
-        _check_data(config, teacher, cached, cached.shape)
+        checks.check_data(config, teacher, cached, cached.shape)
         return ScaledLatents(cached, latents.scaling)
     source = open_source(config.data)
-    if latents is not None:
-        raise ConfigError(
-            f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents; encode them once with "
-            f"`fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass data=FOLDER"
-        )
+    checks.check_encoding(config, encoded=False, latent_teacher=latents is not None)
     shape = None
     if isinstance(source, ArraySource) and config.images.recipe == "exact":
         shape = tuple(source.images.shape[1:])
-    _check_data(config, teacher, source, shape)
+    checks.check_data(config, teacher, source, shape)
     return source
 
 
@@ -104,7 +97,7 @@ def pair_samples(config: DistillConfig, run: Distillation) -> SampleSet | None:
     """
     if not config.regression.weight:
         return None
-    _check_same_start(run.networks.teacher, run.student)
+    checks.check_same_start(run.networks.teacher, run.student)
     return _sample_set(config, run, config.regression.pairs, run.student.levels[0])
 
 
@@ -161,43 +154,3 @@ def _made_of(run: Distillation, config: DistillConfig) -> str:
         facts += [str(teacher.sample_shape), str(config.guidance_rescale), str(config.guidance_scale)]
         facts += [config.frozen_precision]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
-
-
-def _check_same_start(teacher: Denoiser, student: Student) -> None:
-    """Raises ConfigError if the teacher's sampler cannot start from the student's noise."""
-    level = torch.tensor(student.levels[0], dtype=torch.float64)
-    own, others = student.denoiser.schedule, teacher.schedule
-    mine, theirs = (torch.stack([s.start(level), s.alpha(level), s.sigma(level)]) for s in (own, others))
-    if level > others.t_max or not torch.allclose(mine, theirs, rtol=1e-4):
-        raise ConfigError(
-            f"regression.weight: pairs start at the student's level {student.levels[0]:g}, which means another noise "
-            "to the teacher; expected a student with the teacher's noise schedule, or a method without regression"
-        )
-    start, sigma = theirs[0].item(), theirs[2].item()
-    if abs(start - sigma) > 0.05 * sigma:
-        raise ConfigError(
-            f"regression.weight: pairs start at the student's level {student.levels[0]:g} from pure noise, where the "
-            "teacher's sampler expects signal as well; expected student_level=null, or a method without regression"
-        )
-
-
-def _check_data(
-    config: DistillConfig, teacher: Denoiser, source: Source | LatentSource, shape: tuple[int, ...] | None
-) -> None:
-    """Raises ConfigError if classes, or the shape where it is known before anything is read, are not the teacher's."""
-    if shape is not None and shape != tuple(teacher.sample_shape):
-        raise ConfigError(
-            f"data {config.data!r} has samples of shape {shape} (C, H, W), but teacher {config.teacher!r} makes "
-            f"{tuple(teacher.sample_shape)}; expected data like the teacher's, or images.recipe=center-box"
-        )
-    highest = int(source.labels.max())
-    if teacher.num_classes is not None and highest >= teacher.num_classes:
-        raise ConfigError(
-            f"data {config.data!r} has class {highest}, but teacher {config.teacher!r} knows 0 to "
-            f"{teacher.num_classes - 1}; expected data like the teacher's"
-        )
-    if teacher.num_classes is not None and source.num_classes is None:
-        raise ConfigError(
-            f"data {config.data!r} has no class labels, but teacher {config.teacher!r} is class-conditional; expected "
-            "class folders, or a dataset.json, labels or cls entry for each image"
-        )

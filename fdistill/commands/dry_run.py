@@ -51,9 +51,8 @@ def _read_once(config: DistillConfig, run: Distillation, plan: EncodingPlan) -> 
         return
     if any(job.kind == "latents" and not job.is_done for job in plan.jobs):
         assert config.data is not None
-        shape = (3, run.image_size, run.image_size)
         with ImageLoader(
-            open_source(config.data), shape, Batching(1, config.seed), recipe=config.images.recipe
+            open_source(config.data), run.image_shape, Batching(1, config.seed), recipe=config.images.recipe
         ) as images:
             next(images)
         return

@@ -15,7 +15,6 @@ from fdistill.base.images import to_unit
 from fdistill.condition import Condition, none_like, upload_condition, where
 from fdistill.config.schema import DistillConfig
 from fdistill.data import Batch, EpochOrder
-from fdistill.data.sample_loader import FixedSamples, ScaledLatents
 from fdistill.step import Pairs
 from fdistill.training.build import Distillation
 from fdistill.training.inputs import TrainingData
@@ -127,8 +126,7 @@ class Batches:
 
     def _image_loss(self, rows: Tensor) -> dict[str, Any]:
         """The CLIP loss between the student's images and the prompts of these rows."""
-        clip, source = self._run.clip, self._data.source
-        text = source.text if isinstance(source, ScaledLatents | FixedSamples) else None
+        clip, text = self._run.clip, self._data.text
         if clip is None or text is None:
             return {}
         features = clip.encode_prompts(text.prompts(rows))

@@ -33,7 +33,7 @@ from fdistill.ratio import DensityRatio
 from fdistill.step import ROLES, Networks
 from fdistill.students.kinds import KINDS
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
-from fdistill.teachers.autoencoder import LatentSpace, image_size
+from fdistill.teachers.autoencoder import LatentSpace, image_shape
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.training import checks
 from fdistill.training.activation_checkpointing import checkpoint_activations
@@ -81,7 +81,12 @@ class Distillation:
     @property
     def image_size(self) -> int:
         """Height and width in pixels of the images, after decoding if samples are latents."""
-        return image_size(self.networks.teacher, self.latents)
+        return self.image_shape[-1]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, after decoding if samples are latents."""
+        return image_shape(self.networks.teacher, self.latents)
 
     def role(self, name: str) -> nn.Module:
         """The trainable module of a role: "generator", "fake_score" or "discriminator"."""

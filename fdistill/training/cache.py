@@ -20,7 +20,7 @@ from fdistill.data import Batching, ImageLoader, Source, open_source
 from fdistill.data.captions import distinct
 from fdistill.data.embeddings import write_embeddings
 from fdistill.data.latents import SAMPLING, Moments, write_latents
-from fdistill.teachers.autoencoder import LatentSpace
+from fdistill.teachers.autoencoder import LatentSpace, image_shape
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import encoding_facts, open_prompt_encoder, prompt_batches
 
@@ -126,7 +126,7 @@ def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encodi
     }
     batching = Batching(encoding.batch_size, _SEED)
     with ImageLoader(
-        source, (3, resolution, resolution), batching, recipe=encoding.recipe, workers=encoding.workers
+        source, image_shape(teacher.denoiser, latents), batching, recipe=encoding.recipe, workers=encoding.workers
     ) as loader:
         batches = _moments(loader, batching, len(source), latents, index, encoding)
         write_latents(folder, batches, meta, source.num_classes, write_text)

@@ -17,14 +17,14 @@ from fdistill.config.schema import DistillConfig
 from fdistill.data import TEACHER_SAMPLES, Batching, ImageLoader, Source, open_source
 from fdistill.data.embeddings import Captions
 from fdistill.data.latents import META_FILE, LatentSource, check_latents
-from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatents, prompts_alone
+from fdistill.data.sample_loader import FixedSamples, SampleLoader, SampleSource, ScaledLatents, prompts_alone
 from fdistill.data.source import ArraySource
 from fdistill.data.teacher_samples import SampleSet, TeacherSamples, teacher_samples
 from fdistill.denoiser import Denoiser
 from fdistill.training import checks
 from fdistill.training.build import Distillation
 
-Data = Source | ScaledLatents | FixedSamples
+Data = Source | SampleSource
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,15 @@ class TrainingData:
     source: Data
     pairs: TeacherSamples | None
 
+    @property
+    def text(self) -> Captions | None:
+        """The prompts of the source's rows; None if it has no encoded prompts."""
+        return self.source.text if isinstance(self.source, SampleSource) else None
+
     def loader(self, config: DistillConfig, teacher: Denoiser, first: int) -> ImageLoader | SampleLoader:
         """This process's rows of batch number `first` and all after it."""
         batching = Batching(config.batch_size, config.seed, first, *rng.world())
-        if isinstance(self.source, ScaledLatents | FixedSamples):
+        if isinstance(self.source, SampleSource):
             return SampleLoader(self.source, batching)
         images = config.images
         return ImageLoader(

@@ -96,10 +96,9 @@ def open_watch(config: DistillConfig, run: Distillation, device: torch.device, o
         encoding = Encoding(device, negative_prompt=config.negative_prompt, precision=config.frozen_precision)
         return open_prompts(list(prompts), teacher, encoding, obtain, "evaluation prompts")
 
-    channels = run.networks.teacher.sample_shape[0] if run.latents is None else 3
     student = WatchedStudent(
         NetworkMaker("the student", run.student, None, "", run.latents),
-        (channels, run.image_size, run.image_size),
+        run.image_shape,
         None if run.text is None else encoded,
     )
     settings = WatchSettings(**config.eval.model_dump(exclude={"every"}), seed=config.seed)

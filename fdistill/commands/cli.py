@@ -245,7 +245,9 @@ def inspect(
             "checkpoint's own samples."
         ),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="How images are cropped and resized to its size.")] = "center-box",
+    recipe: Annotated[
+        str, typer.Option(help="How images are cropped and resized to the checkpoint's size.")
+    ] = "center-box",
     vae: Annotated[
         str | None, typer.Option(help="Folder or hub id of the autoencoder, if a latent checkpoint has none.")
     ] = None,
@@ -273,18 +275,18 @@ def cache(
     sampling: Annotated[
         str, typer.Option(help="What training reads of each latent: a sample of its distribution, or its mean.")
     ] = "sample",
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
     workers: Annotated[int, typer.Option(help="Processes that decode image files.")] = 2,
     resolution: Resolution = None,
     negative_prompt: Annotated[
         str, typer.Option(help="What guidance leads away from: the negative_prompt of the runs that read the latents.")
     ] = "",
     precision: Annotated[
-        str, typer.Option(help="Of the text encoders, fp32 or bf16: the frozen_precision of those runs.")
+        str, typer.Option(help="Precision of the text encoders, fp32 or bf16: the frozen_precision of those runs.")
     ] = "fp32",
     device: Device = "auto",
 ) -> None:
-    """Encode images to the latents of a teacher, once; and their captions, if it is a text-to-image model.
+    """Encode images once to the latents of a teacher, and for a text-to-image model their captions as well.
 
     `fdistill distill data=FOLDER` reads the result.
 

@@ -50,16 +50,19 @@ class Distillation:
     """Everything one run holds in memory.
 
     Attributes:
+        device: where its networks are.
         checkpoint: the teacher's checkpoint.
         origin: the checkpoint that the student's network comes from.
         resized: which weights were copied and which are new, if student.network changed the network.
         latents: the autoencoder of a latent teacher.
         latents_folder: the folder of cached latents, if the run reads one.
         text: the encoded prompts of a text-to-image teacher.
-        none: the "no class" label or the null prompt (on the device); None for a teacher that has neither.
+        none: the "no class" label or the null prompt; None for a teacher that has neither.
         clip: the CLIP loss on decoded samples, if the config has one.
     """
 
+    config: DistillConfig
+    device: torch.device
     checkpoint: Checkpoint
     origin: Checkpoint
     resized: Resized | None
@@ -206,6 +209,8 @@ def _assemble(config: DistillConfig, device: torch.device, divergence: Divergenc
             _freeze_beyond(trained.fake_score, config.discriminator.features)
     ratio = _density_ratio(config, denoiser.schedule)
     return Distillation(
+        config=config,
+        device=device,
         checkpoint=loaded.teacher.checkpoint,
         origin=trained.origin,
         resized=trained.resized,

@@ -55,13 +55,13 @@ class TrainingData:
         )
 
 
-def stored_data(config: DistillConfig, run: Distillation) -> Data:
-    """The data that a config names, other than teacher-samples; for a text-to-image teacher with their prompts.
+def stored_data(run: Distillation) -> Data:
+    """The data that a run's config names, other than teacher-samples; for a text-to-image teacher with their prompts.
 
     Raises:
         ConfigError, DataError: nothing there, or data that do not fit the teacher.
     """
-    teacher, latents = run.networks.teacher, run.latents
+    config, teacher, latents = run.config, run.networks.teacher, run.latents
     if config.data is None and run.text is not None:
         return prompts_alone(run.text.embeddings, teacher.sample_shape)
     if config.data is None:
@@ -87,27 +87,27 @@ def stored_data(config: DistillConfig, run: Distillation) -> Data:
     return source
 
 
-def data_samples(config: DistillConfig, run: Distillation) -> SampleSet | None:
-    """The teacher's samples that stand in for data; None where the config names other data, or none."""
-    if config.data != TEACHER_SAMPLES:
+def data_samples(run: Distillation) -> SampleSet | None:
+    """The teacher's samples that stand in for data; None if the config names other data or no data."""
+    if run.config.data != TEACHER_SAMPLES:
         return None
-    return _sample_set(config, run, config.teacher_samples.count, run.networks.teacher.schedule.t_max)
+    return _sample_set(run, run.config.teacher_samples.count, run.networks.teacher.schedule.t_max)
 
 
-def pair_samples(config: DistillConfig, run: Distillation) -> SampleSet | None:
-    """The teacher's samples that the student regresses on, each from its own noise; None where it does not.
+def pair_samples(run: Distillation) -> SampleSet | None:
+    """The teacher's samples that the student regresses on, each from its own noise; None if it does not.
 
     Raises:
         ConfigError: the teacher's sampler cannot start where the student does.
     """
-    if not config.regression.weight:
+    if not run.config.regression.weight:
         return None
     checks.check_same_start(run.networks.teacher, run.student)
-    return _sample_set(config, run, config.regression.pairs, run.student.levels[0])
+    return _sample_set(run, run.config.regression.pairs, run.student.levels[0])
 
 
-def training_data(config: DistillConfig, run: Distillation, device: torch.device) -> TrainingData:
-    """Opens what a config names; draws the teacher's samples if it needs some and the cache does not have them.
+def training_data(run: Distillation) -> TrainingData:
+    """Opens what a run's config names; draws the teacher's samples that it needs and that are not cached.
 
     Raises:
         ConfigError, DataError: nothing there, or data that do not fit the teacher.
@@ -124,11 +124,11 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
     def drawn(wanted: SampleSet) -> TeacherSamples:
         with PartialState().local_main_process_first():  # it draws them; the others find them in the cache
             progress = PartialState().is_main_process
-            return teacher_samples(teacher, wanted, conditions, device=device, progress=progress)
+            return teacher_samples(teacher, wanted, conditions, device=run.device, progress=progress)
 
-    samples = data_samples(config, run)
-    source = stored_data(config, run) if samples is None else None
-    pairs = pair_samples(config, run)  # refuses what does not fit before anything is drawn
+    samples = data_samples(run)
+    source = stored_data(run) if samples is None else None
+    pairs = pair_samples(run)  # refuses what does not fit before anything is drawn
     if samples is not None:
         source = _as_data(drawn(samples), run)
     assert source is not None
@@ -145,13 +145,13 @@ def _as_data(samples: TeacherSamples, run: Distillation) -> Data:
     return FixedSamples(samples.x0, samples.labels, Captions(run.text.embeddings, index))
 
 
-def _sample_set(config: DistillConfig, run: Distillation, count: int, start_level: float) -> SampleSet:
-    return SampleSet(_made_of(run, config), count, config.teacher_samples.num_steps, start_level)
+def _sample_set(run: Distillation, count: int, start_level: float) -> SampleSet:
+    return SampleSet(_made_of(run), count, run.config.teacher_samples.num_steps, start_level)
 
 
-def _made_of(run: Distillation, config: DistillConfig) -> str:
+def _made_of(run: Distillation) -> str:
     """A hash of everything that the teacher's samples depend on, except the sampler's settings."""
-    teacher = run.networks.teacher
+    config, teacher = run.config, run.networks.teacher
     facts = [run.checkpoint.fingerprint(teacher)]
     if run.text is not None:
         text = run.text

@@ -34,8 +34,8 @@ class EncodingJob:
 
     Attributes:
         kind, key: identify the result in the cache, as in `fdistill.base.files.made_once`.
-        write: encodes it into an empty folder.
-        parts: what is encoded, for people: "12,000 prompts".
+        write: encodes into an empty folder.
+        parts: what messages say is encoded, such as "12,000 prompts".
     """
 
     kind: str
@@ -60,7 +60,7 @@ def encode(job: EncodingJob) -> Path:
 
 
 class EncodingPlan:
-    """What has been encoded and what has not: in place of `encode`, for a dry run.
+    """In place of `encode` for a dry run: encodes nothing, and lists what would be encoded.
 
     Attributes:
         jobs: those that were asked for.
@@ -98,12 +98,12 @@ class PlannedPrompts:
 def open_inputs(
     config: DistillConfig, teacher: Teacher, device: torch.device, obtain: Obtain = encode
 ) -> tuple[Path | None, Captions | None]:
-    """The folder of cached latents that a run reads, and its prompts; None where it reads none.
+    """The folder of cached latents that a run reads, and its prompts; None for what it does not read.
 
     Text encoders are loaded only for prompts that are not cached, and are freed before this returns.
 
     Args:
-        obtain: returns the folder of what has to be encoded; where it returns None, zeros stand for the prompts.
+        obtain: returns the folder of an encoded job; if it returns None, zeros stand for the prompts.
 
     Raises:
         ConfigError, DataError: prompts that are missing, superfluous, or encoded for another teacher.
@@ -134,7 +134,7 @@ def open_inputs(
 def open_prompts(
     prompts: Sequence[str], teacher: Teacher, encoding: Encoding, obtain: Obtain = encode, name: str = "prompts"
 ) -> Embeddings:
-    """The embeddings of a list of prompts; zeros where `obtain` returns None.
+    """The embeddings of a list of prompts; zeros if `obtain` returns None.
 
     Args:
         name: what messages call the prompts.
@@ -154,7 +154,7 @@ def _is_cached(data: str) -> bool:
 
 
 def _embedded_images(config: DistillConfig, teacher: Teacher) -> Source | None:
-    """A captioned data set of the package, which a run encodes by itself; None where the config names no such data."""
+    """A captioned data set of the package, which a run encodes by itself; None if the config names other data."""
     if config.data is None or _is_cached(config.data) or teacher.latents is None or not is_embedded(config.data):
         return None
     source = open_source(config.data)

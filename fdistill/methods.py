@@ -40,6 +40,7 @@ class Method:
         critic: the critic's update, as "module:function".
         divergence: the default divergence; None for a method whose divergence is fixed.
         discriminator: whether it may have a GAN term or read a density ratio.
+        with_gan: for a method without one, the method to suggest to those who ask for a GAN term.
         scores: whether teacher and fake score are evaluated. Otherwise the critic is only a classifier on the encoder
             of the fake-score network.
         weighting: whether the student's loss is weighted as `generator.weighting` says.
@@ -56,6 +57,7 @@ class Method:
     critic: str = "fdistill.step.critic:critic_step"
     divergence: str | None = None
     discriminator: bool = False
+    with_gan: str = "f-distill"
     scores: bool = True
     weighting: bool = True
     pairs: bool = False
@@ -86,6 +88,7 @@ METHODS: dict[str, Method] = {
     ),
     "dmd": _matching(
         "reverse KL with regression on the teacher's own ODE pairs",
+        with_gan="dmd2",
         pairs=True,
         settings={**_NO_GAN, "critic_steps": 1, "regression": {"weight": 0.25}},
     ),
@@ -112,6 +115,7 @@ METHODS: dict[str, Method] = {
     "sid": Method(
         "fdistill.step.implicit:sid_step",
         "score identity distillation",
+        with_gan="sida",
         options={"alpha": Option(1.2)},
         settings={**_NO_GAN, **_SID_LEVELS, "critic_steps": 1},
     ),

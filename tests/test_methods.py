@@ -320,6 +320,8 @@ def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Pat
         ({"method": "dmd", "regression.weight": 0.0}, "regression.weight: method=dmd needs it"),
         ({"method": "sid", "generator.gan_weight": 1e-3}, "has no discriminator; expected 0, or method=sida"),
         ({"method": "sid", "discriminator.gan_weight": 1e-2}, "has no discriminator; expected 0, or method=sida"),
+        ({"method": "dmd", "generator.gan_weight": 1e-3}, "has no discriminator; expected 0, or method=dmd2"),
+        ({"method": "sim", "generator.gan_weight": 1e-3}, "has no discriminator; expected 0, or method=f-distill"),
         (
             {"method": "sid", "discriminator.r1_weight": 1.0},
             "discriminator.r1_weight: got 1.0, but method=sid has no discriminator",

@@ -281,7 +281,7 @@ def cache(
         str,
         typer.Option(help="sample: training draws a latent from its distribution each time; mean: it uses the mean."),
     ] = "sample",
-    batch_size: Annotated[int, typer.Option(help="Images at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
     workers: Annotated[int, typer.Option(help="Processes that decode image files.")] = 2,
     resolution: Resolution = None,
     negative_prompt: Annotated[

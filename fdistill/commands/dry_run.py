@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from fdistill.base.devices import start
 from fdistill.base.files import nothing_cached
 from fdistill.config.reading import dump_config
@@ -20,10 +18,10 @@ from fdistill.training.prompts import EncodingPlan
 def describe(config: DistillConfig) -> str:
     """The text of `--dry-run`: the config, and what a run of it would do.
 
-    Loads the teacher, builds all networks and reads a first batch, so that it refuses what a run would refuse. It
+    Loads the teacher, builds the networks and reads one batch, so it raises the errors that a run would raise. It
     encodes no prompts or images, draws no teacher samples, and leaves nothing in the cache: a teacher that has to be
-    converted or merged with a LoRA first is made in a temporary folder. What it needs of a hub it downloads, as a run
-    would; and where the config asks for scores, it computes the reference's features, to try the protocol out.
+    converted or merged with a LoRA first is made in a temporary folder. Like a run, it downloads from hubs. If the
+    config asks for scores, it computes the reference's features, so that errors of the protocol show as well.
 
     Raises:
         ConfigError, CheckpointError, DataError: as `distill` does before it writes anything.
@@ -32,53 +30,54 @@ def describe(config: DistillConfig) -> str:
         state, device = start(config.device)
         plan = EncodingPlan()
         run = build(config, device, plan)
-        _read_once(config, run, plan)
-        evaluation = _evaluation(config, run, device, plan)
+        _read_once(run, plan)
+        evaluation = _evaluation(run, plan)
         lines = [
-            *_networks(config, run),
+            *_networks(run),
             f"iterations     {config.iterations}, each {config.critic_steps} critic updates and then 1 student update "
             f"of {config.batch_size} samples",
-            *(f"beforehand     {sentence}" for sentence in _preparations(config, run, plan)),
+            *(f"beforehand     {sentence}" for sentence in _preparations(run, plan)),
             *evaluation,
             f"device         {device}, {config.precision}, {state.num_processes} process(es)",
         ]
     return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def _read_once(config: DistillConfig, run: Distillation, plan: EncodingPlan) -> None:
-    """Raises what reading a first batch raises."""
-    if data_samples(config, run) is not None:
+def _read_once(run: Distillation, plan: EncodingPlan) -> None:
+    """Reads one batch, for the errors that a run would raise there."""
+    config = run.config
+    if data_samples(run) is not None:
         return
     if any(job.kind == "latents" and not job.is_done for job in plan.jobs):
         assert config.data is not None
-        shape = (3, run.image_size, run.image_size)
         with ImageLoader(
-            open_source(config.data), shape, Batching(1, config.seed), recipe=config.images.recipe
+            open_source(config.data), run.image_shape, Batching(1, config.seed), recipe=config.images.recipe
         ) as images:
             next(images)
         return
     one = config.model_copy(update={"batch_size": 1})
-    with TrainingData(stored_data(config, run), None).loader(one, run.networks.teacher, 0) as loader:
+    with TrainingData(stored_data(run), None).loader(one, run.networks.teacher, 0) as loader:
         next(loader)
 
 
-def _preparations(config: DistillConfig, run: Distillation, plan: EncodingPlan) -> list[str]:
-    """What a run does once before its first iteration, and what of it the cache has already."""
+def _preparations(run: Distillation, plan: EncodingPlan) -> list[str]:
+    """What a run does once before its first iteration, and which results are in the cache."""
     sentences = []
     for job in plan.jobs:
         for part in job.parts:
             sentences.append(
                 f"{part} are in the cache" if job.is_done else f"would encode {part} (none of them cached)"
             )
-    for samples in (data_samples(config, run), pair_samples(config, run)):
+    for samples in (data_samples(run), pair_samples(run)):
         if samples is not None:
             what = f"{samples.count:,} teacher samples with {samples.evaluations} evaluations each"
             sentences.append(f"{what} are in the cache" if samples.is_cached else f"would draw {what}")
     return sentences
 
 
-def _networks(config: DistillConfig, run: Distillation) -> list[str]:
+def _networks(run: Distillation) -> list[str]:
     """Lines about the method, the teacher and what is trained."""
+    config = run.config
     millions = {
         name: sum(p.numel() for p in run.role(name).parameters() if p.requires_grad) / 1e6 for name in run.optimizers
     }
@@ -91,34 +90,34 @@ def _networks(config: DistillConfig, run: Distillation) -> list[str]:
         f"teacher        {config.teacher} ({type(run.networks.fake_score).__name__}), "
         f"samples {run.networks.teacher.sample_shape}, {run.networks.teacher.num_classes or 'no'} classes",
         f"guidance       {config.guidance_scale:g}",
-        *_prompts(run, config),
-        f"student        {run.student.describe()}{_start(run, config)}",
+        *_prompts(run),
+        f"student        {run.student.describe()}{_start(run)}",
         f"divergence     {(config.divergence and run.divergence.name) or 'the method has its own'}",
         f"discriminator  {discriminator}",
         "trained        " + ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
     ]
 
 
-def _prompts(run: Distillation, config: DistillConfig) -> list[str]:
+def _prompts(run: Distillation) -> list[str]:
     if run.text is None:
         return []
     prompts = run.text.embeddings.prompts
-    negative = f", away from {config.negative_prompt!r}" if config.negative_prompt else ""
+    negative = f", away from {run.config.negative_prompt!r}" if run.config.negative_prompt else ""
     return [
         f"text           {len(prompts)} prompts, such as {prompts[0]!r}{negative}; images of {run.image_size} pixels"
     ]
 
 
-def _start(run: Distillation, config: DistillConfig) -> str:
+def _start(run: Distillation) -> str:
     origin = "" if run.origin is run.checkpoint else f", from {run.origin.name}"
     if has_adapters(run.student):
-        origin += f", adapters of rank {config.student.lora_rank} on the teacher's weights"
+        origin += f", adapters of rank {run.config.student.lora_rank} on the teacher's weights"
     if run.resized is None:
         return origin
     copied, new = run.resized.copied, run.resized.new
     return f"{origin}, {len(copied)} of {len(copied) + len(new)} tensors copied (new: {', '.join(new) or 'none'})"
 
 
-def _evaluation(config: DistillConfig, run: Distillation, device: torch.device, plan: EncodingPlan) -> list[str]:
-    watch = open_watch(config, run, device, plan)
-    return [] if watch is None else [f"evaluated      every {config.eval.every} and at last, {watch.describe()}"]
+def _evaluation(run: Distillation, plan: EncodingPlan) -> list[str]:
+    watch = open_watch(run, plan)
+    return [] if watch is None else [f"evaluated      every {run.config.eval.every} and at last, {watch.describe()}"]

@@ -108,10 +108,9 @@ def check_discriminator(
 def _check_absent(name: str, generator: GeneratorConfig, discriminator: DiscriminatorConfig) -> None:
     for role, weight in (("generator", generator.gan_weight), ("discriminator", discriminator.gan_weight)):
         if weight > 0:
-            adversarial = {"sid": "sida", "dmd": "dmd2"}.get(name, "f-distill")
             raise ValueError(
                 f"{role}.gan_weight: got {weight}, but method={name} has no discriminator; expected 0, "
-                f"or method={adversarial}"
+                f"or method={METHODS[name].with_gan}"
             )
     default = DiscriminatorConfig()
     for setting in ("source", "features", "head", "gan_weighting", "r1_weight"):

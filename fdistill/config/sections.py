@@ -119,7 +119,7 @@ class ObjectiveConfig(Section):
 
 
 class RegressionConfig(Section):
-    """DMD's regression on pairs of noise and the sample that the teacher's ODE makes of it from the student's level."""
+    """DMD's regression on pairs: noise at the student's level, and the sample that the teacher's ODE makes of it."""
 
     weight: NonNegative = 0.0
     pairs: CountOrZero = 2000
@@ -151,8 +151,8 @@ class TeacherSamplesConfig(Section):
 
 
 class LevelsConfig(Section):
-    """How training levels are drawn. low and high are the ends of the range that is used: a fraction of t with
-    `uniform`, of the Karras grid with `karras`."""
+    """How training levels are drawn. `low` and `high` are the ends of the range in use, as fractions of t with
+    `uniform`, and of the Karras grid with `karras`."""
 
     sampler: Literal["karras", "uniform", "lognormal", "shifted"] = "karras"
     low: Fraction = 0.0
@@ -172,7 +172,8 @@ class LevelsConfig(Section):
 
 
 class MatchingLevelsConfig(LevelsConfig):
-    """Levels at which scores are compared. The ends, where scores say least, are left out (DMD2)."""
+    """Levels at which scores are compared. The ends are left out, where the score difference carries little information
+    (DMD2)."""
 
     low: Fraction = 0.02
     high: Fraction = 0.98
@@ -233,7 +234,7 @@ class EMAConfig(Section):
 
 
 class LogConfig(Section):
-    """What a run writes, and every how many iterations. 0 turns sample grids or intermediate checkpoints off."""
+    """What a run writes, and how many iterations apart. 0 turns sample grids or intermediate checkpoints off."""
 
     every: Count = 10
     samples_every: CountOrZero = 100

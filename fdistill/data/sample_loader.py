@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,22 @@ from fdistill.data.latents import LatentSource
 from fdistill.data.loader import Batch
 from fdistill.data.order import Batching
 from fdistill.denoiser import LatentScaling
+
+
+@runtime_checkable
+class SampleSource(Protocol):
+    """N samples that need no decoding."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N]."""
+
+    @property
+    def text(self) -> Captions | None:
+        """The prompts of the N samples; None if there are none."""
+
+    def samples(self, rows: Tensor, draw: int) -> Tensor:
+        """float32 [len(rows), C, h, w]; `draw` is the batch's number, for samples that are drawn anew each time."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +79,7 @@ class SampleLoader:
     The `images` of a batch are float32 samples [B, C, h, w], and its `text` holds their prompts if the source has them.
     """
 
-    def __init__(self, source: ScaledLatents | FixedSamples, batching: Batching):
+    def __init__(self, source: SampleSource, batching: Batching):
         self.skipped: list[tuple[str, str]] = []
         self._source, self._batching, self._next = source, batching, batching.first
         self._order = batching.order(len(source.labels))

@@ -27,16 +27,17 @@ from fdistill.losses import (
 )
 from fdistill.noise import karras_levels
 from fdistill.ratio import DensityRatio
-from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence, frozen, renoise
+from fdistill.step.evaluated import evaluate
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence
 
 
-class _Evaluated(NamedTuple):
+class _Compared(NamedTuple):
     t: Tensor
     means: ImplicitMeans
     logits: Tensor | None
 
 
-def _evaluate(
+def _compare(
     networks: Networks,
     condition: Condition | None,
     generator: torch.Generator,
@@ -45,38 +46,30 @@ def _evaluate(
     *,
     read_logits: bool,
     backend: str,
-) -> _Evaluated:
-    schedule = networks.teacher.schedule
+) -> _Compared:
     x0 = networks.draw_samples(generator, batch_size, condition, None)
-    t = levels(schedule, rng.uniform(generator, batch_size))
-    with frozen(networks.teacher, networks.fake_score, networks.discriminator):
-        pair = networks.pair
-        x_t, inputs, forms = renoise(pair, x0, t, generator, backend=backend)
-        predictions, features = [], {}
-        for network, network_input, form in zip(pair, inputs, forms, strict=True):
-            taps = networks.taps(network) if read_logits else ()
-            prediction, tapped = network.predict(network_input, t, condition, taps, form=form)
-            predictions.append(prediction)
-            features.update(tapped)
-        logits = networks.tapped_discriminator()[0](features) if read_logits else None
-    return _Evaluated(t, implicit_means(x0, predictions[0], predictions[1], x_t=x_t, backend=backend), logits)
+    t = levels(networks.teacher.schedule, rng.uniform(generator, batch_size))
+    x_t, teacher, fake, logits = evaluate(
+        networks, x0, t, condition, generator, read_logits=read_logits, output_grad=True, backend=backend
+    )
+    return _Compared(t, implicit_means(x0, teacher, fake, x_t=x_t, backend=backend), logits)
 
 
-def _scale(networks: Networks, evaluated: _Evaluated, weighting: str) -> Tensor:
+def _scale(networks: Networks, compared: _Compared, weighting: str) -> Tensor:
     """The factors [B] of the objective."""
     if weighting == "normalised":
-        return 1 / evaluated.means.normaliser()
+        return 1 / compared.means.normaliser()
     schedule = networks.teacher.schedule
-    return score_difference_weight(weighting, schedule.alpha(evaluated.t), schedule.sigma(evaluated.t))
+    return score_difference_weight(weighting, schedule.alpha(compared.t), schedule.sigma(compared.t))
 
 
 def _result(
-    evaluated: _Evaluated, objective: Tensor, scale: Tensor, gan_weight: float, logs: dict[str, PerSample]
+    compared: _Compared, objective: Tensor, scale: Tensor, gan_weight: float, logs: dict[str, PerSample]
 ) -> StepResult:
-    t = evaluated.t
+    t = compared.t
     logs["generator/implicit"] = PerSample((scale * objective).detach(), t)
-    if gan_weight and evaluated.logits is not None:
-        gan = gan_generator_loss(evaluated.logits)
+    if gan_weight and compared.logits is not None:
+        gan = gan_generator_loss(compared.logits)
         objective = objective + gan_weight * gan
         logs["generator/gan"] = PerSample(gan.detach(), t)
     return StepResult((scale * objective).mean(), logs)
@@ -114,11 +107,9 @@ def sid_step(
         gan_weight: 0 leaves the term out.
         backend: "auto", "triton" or "reference", for noise, weights and losses.
     """
-    evaluated = _evaluate(
-        networks, condition, generator, batch_size, levels, read_logits=gan_weight > 0, backend=backend
-    )
-    objective = sid_loss(evaluated.means, alpha=alpha)
-    return _result(evaluated, objective, _scale(networks, evaluated, weighting), gan_weight, {})
+    compared = _compare(networks, condition, generator, batch_size, levels, read_logits=gan_weight > 0, backend=backend)
+    objective = sid_loss(compared.means, alpha=alpha)
+    return _result(compared, objective, _scale(networks, compared, weighting), gan_weight, {})
 
 
 def sim_step(
@@ -134,9 +125,9 @@ def sim_step(
     """One update of the student by score implicit matching (arXiv 2410.16794): loss = mean(`sim_loss`), which trains
     only the student. Arguments are as in `sid_step`.
     """
-    evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=False, backend=backend)
-    objective = sim_loss(evaluated.means, huber_c=huber_c)
-    return _result(evaluated, objective, torch.ones_like(evaluated.t), 0.0, {})
+    compared = _compare(networks, condition, generator, batch_size, levels, read_logits=False, backend=backend)
+    objective = sim_loss(compared.means, huber_c=huber_c)
+    return _result(compared, objective, torch.ones_like(compared.t), 0.0, {})
 
 
 def uni_instruct_step(
@@ -174,8 +165,8 @@ def uni_instruct_step(
     """
     divergence = checked_divergence(divergence, ratio)
     read = gan_weight > 0 or divergence.needs_ratio
-    evaluated = _evaluate(networks, condition, generator, batch_size, levels, read_logits=read, backend=backend)
-    t, means, logits = evaluated
+    compared = _compare(networks, condition, generator, batch_size, levels, read_logits=read, backend=backend)
+    t, means, logits = compared
     h, slope = torch.ones_like(t), torch.zeros_like(t)
     logs = {}
     if ratio is not None and logits is not None and divergence.needs_ratio:
@@ -188,4 +179,4 @@ def uni_instruct_step(
         logs["generator/clamped_ratios"] = PerSample(clamped, t)
         h, slope = (1 + ratio_ramp * (h / mean - 1)).float(), (ratio_ramp * slope / mean).float()
     objective = uni_instruct_loss(means, h, slope)
-    return _result(evaluated, objective, _scale(networks, evaluated, weighting), gan_weight, logs)
+    return _result(compared, objective, _scale(networks, compared, weighting), gan_weight, logs)

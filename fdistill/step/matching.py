@@ -22,9 +22,10 @@ from fdistill.losses import (
     score_difference_loss,
     score_difference_weight,
 )
-from fdistill.noise import karras_levels
+from fdistill.noise import NoiseSchedule, karras_levels
 from fdistill.ratio import DensityRatio
-from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence, frozen, renoise
+from fdistill.step.evaluated import Evaluated, evaluate
+from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence
 
 
 class Pairs(NamedTuple):
@@ -94,64 +95,85 @@ def generator_step(
         ArgumentError: the divergence needs a ratio, and `ratio` is None.
     """
     divergence = checked_divergence(divergence, ratio)
-    read = gan_weight > 0 or divergence.needs_ratio
     schedule = networks.teacher.schedule
     if noise_kl_weight:
         x0, predicted_noise = networks.draw_samples_with_noise(generator, batch_size, condition)
     else:
         x0 = networks.draw_samples(generator, batch_size, condition, student_steps)
     t = levels(schedule, rng.uniform(generator, batch_size))
-    with frozen(networks.teacher, networks.fake_score, networks.discriminator):
-        pair = networks.pair
-        # Without a GAN term nothing needs a gradient in x_t, and no network keeps activations.
-        x_t, inputs, forms = renoise(pair, x0 if gan_weight else x0.detach(), t, generator, backend=backend)
-        predictions, features = [], {}
-        for network, network_input, form in zip(pair, inputs, forms, strict=True):
-            taps = networks.taps(network) if read else ()
-            prediction, tapped = network.predict(
-                network_input if taps else network_input.detach(), t, condition, taps, form=form, output_grad=False
-            )
-            predictions.append(prediction)
-            features.update(tapped)
-        logits = networks.tapped_discriminator()[0](features) if read else None
-
-    weight: Tensor | None = None
-    logs = {}
-    if ratio is not None and logits is not None and divergence.needs_ratio:
-        result = ratio.evaluate(logits, ratio.bin_level(schedule, t), divergence, ramp=ratio_ramp, backend=backend)
-        weight = result.weight
-        logs["generator/h"] = PerSample(result.h, t)
-        logs["generator/weight"] = PerSample(weight, t)
-        logs["generator/clamped_ratios"] = PerSample(result.clamped, t)
-    if weighting == "normalised":
-        matching = matching_loss(x0, predictions[0], predictions[1], weight=weight, x_t=x_t, backend=backend)
-    else:
-        level_weight = score_difference_weight(weighting, schedule.alpha(t), schedule.sigma(t))
-        weight = level_weight if weight is None else weight * level_weight
-        matching = score_difference_loss(x0, predictions[0], predictions[1], weight, x_t=x_t, backend=backend)
-    loss = matching.mean()
-    logs["generator/matching"] = PerSample(matching.detach(), t)
-    if gan_weight and logits is not None:
-        gan = gan_generator_loss(logits)
-        logs["generator/gan"] = PerSample(gan.detach(), t)
-        if gan_gradient_ratio:
-            loss, chosen = balanced(matching.mean(), gan.mean(), x0, gan_gradient_ratio)
-            logs["generator/gan_weight"] = PerSample(chosen.expand(batch_size), t)
-        else:
-            loss = loss + gan_weight * gan.mean()
+    evaluated = evaluate(
+        networks,
+        x0 if gan_weight else x0.detach(),  # without a GAN term nothing needs a gradient in x_t
+        t,
+        condition,
+        generator,
+        read_logits=gan_weight > 0 or divergence.needs_ratio,
+        output_grad=False,
+        backend=backend,
+    )
+    weight, logs = None, {}
+    if ratio is not None and evaluated.logits is not None and divergence.needs_ratio:
+        level = ratio.bin_level(schedule, t)
+        weighted = ratio.evaluate(evaluated.logits, level, divergence, ramp=ratio_ramp, backend=backend)
+        weight, logs = weighted.weight, _logs(t, h=weighted.h, weight=weighted.weight, clamped_ratios=weighted.clamped)
+    total = _Total(_matching(x0, evaluated, weight, weighting, schedule, t, backend), t, logs)
+    if gan_weight and evaluated.logits is not None:
+        total.add_gan(gan_weight, gan_gradient_ratio, gan_generator_loss(evaluated.logits), x0, t)
     if noise_kl_weight:
-        kl = noise_kl_loss(predicted_noise)
-        loss = loss + noise_kl_weight * kl.mean()
-        logs["generator/noise_kl"] = PerSample(kl.detach(), t)
+        total.add("noise_kl", noise_kl_weight, noise_kl_loss(predicted_noise), t)
     if image_loss is not None:
-        image = image_loss(x0)
-        loss = loss + image_weight * image.mean()
-        logs["generator/image"] = PerSample(image.detach(), t)
+        total.add("image", image_weight, image_loss(x0), t)
     if pairs is not None:
         regression = regression_loss(networks.generator(pairs.noise, pairs.condition), pairs.x0)
-        loss = loss + regression_weight * regression.mean()
-        logs["generator/regression"] = PerSample(regression.detach(), torch.full_like(regression, schedule.t_max))
-    return StepResult(loss, logs)
+        total.add("regression", regression_weight, regression, torch.full_like(regression, schedule.t_max))
+    return StepResult(total.loss, total.logs)
+
+
+def _matching(
+    x0: Tensor,
+    evaluated: Evaluated,
+    weight: Tensor | None,
+    weighting: str,
+    schedule: NoiseSchedule,
+    t: Tensor,
+    backend: str,
+) -> Tensor:
+    """The matching loss [B], weighted by `weight` [B] (None for 1) and over noise levels."""
+    x_t, teacher, fake, _ = evaluated
+    if weighting == "normalised":
+        return matching_loss(x0, teacher, fake, weight=weight, x_t=x_t, backend=backend)
+    level_weight = score_difference_weight(weighting, schedule.alpha(t), schedule.sigma(t))
+    weight = level_weight if weight is None else weight * level_weight
+    return score_difference_loss(x0, teacher, fake, weight, x_t=x_t, backend=backend)
+
+
+class _Total:
+    """The mean of the matching loss [B], and what is added to it.
+
+    Attributes:
+        loss: 0-d.
+        logs: of every term.
+    """
+
+    def __init__(self, matching: Tensor, t: Tensor, logs: dict[str, PerSample]):
+        self.loss, self.logs = matching.mean(), {**logs, **_logs(t, matching=matching)}
+
+    def add(self, name: str, weight: float, losses: Tensor, t: Tensor) -> None:
+        """Adds weight mean(losses)."""
+        self.loss = self.loss + weight * losses.mean()
+        self.logs |= _logs(t, **{name: losses})
+
+    def add_gan(self, weight: float, gradient_ratio: float, losses: Tensor, x0: Tensor, t: Tensor) -> None:
+        """Adds weight mean(losses); a gradient ratio above 0 decides about the weight instead, see `balanced`."""
+        if not gradient_ratio:
+            self.add("gan", weight, losses, t)
+            return
+        self.loss, chosen = balanced(self.loss, losses.mean(), x0, gradient_ratio)
+        self.logs |= _logs(t, gan=losses, gan_weight=chosen.expand(len(losses)))
+
+
+def _logs(t: Tensor, **values: Tensor) -> dict[str, PerSample]:
+    return {f"generator/{name}": PerSample(value.detach(), t) for name, value in values.items()}
 
 
 def balanced(loss: Tensor, other: Tensor, x0: Tensor, ratio: float) -> tuple[Tensor, Tensor]:

@@ -96,9 +96,7 @@ class Networks:
 
 
 class Noised(NamedTuple):
-    """Noised samples x_t [B, C, H, W] at levels t, and for each network its input and its preconditioning at these
-    levels.
-    """
+    """Noised samples x_t [B, C, H, W] at levels t, and each network's input and preconditioning at these levels."""
 
     x_t: Tensor
     inputs: list[Tensor]

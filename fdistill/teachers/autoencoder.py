@@ -112,6 +112,12 @@ def image_size(denoiser: Denoiser, latents: LatentSpace | None) -> int:
     return denoiser.sample_shape[-1] * (1 if latents is None else latents.factor)
 
 
+def image_shape(denoiser: Denoiser, latents: LatentSpace | None) -> tuple[int, int, int]:
+    """(C, H, W) of the images that a denoiser's samples are, or are decoded to."""
+    size = image_size(denoiser, latents)
+    return (denoiser.sample_shape[0] if latents is None else 3), size, size
+
+
 def _at_once(size: int) -> int:
     """How many images of this size in pixels."""
     return max(1, _PIXELS // size**2)

@@ -13,9 +13,7 @@ from fdistill.base import rng
 from fdistill.base.devices import upload
 from fdistill.base.images import to_unit
 from fdistill.condition import Condition, none_like, upload_condition, where
-from fdistill.config.schema import DistillConfig
 from fdistill.data import Batch, EpochOrder
-from fdistill.data.sample_loader import FixedSamples, ScaledLatents
 from fdistill.step import Pairs
 from fdistill.training.build import Distillation
 from fdistill.training.inputs import TrainingData
@@ -38,13 +36,11 @@ class Batches:
 
     Args:
         read: batches from the loader, starting at the run's iteration.
-        device: where the networks are.
     """
 
-    def __init__(
-        self, run: Distillation, data: TrainingData, config: DistillConfig, read: Iterator[Batch], device: torch.device
-    ):
-        self._run, self._data, self._config, self._loader, self._device = run, data, config, read, device
+    def __init__(self, run: Distillation, data: TrainingData, read: Iterator[Batch]):
+        config = run.config
+        self._run, self._data, self._config, self._loader, self._device = run, data, config, read, run.device
         rank, processes = rng.world()
         local = config.batch_size // processes
         self._local, self._mine = local, slice(rank * local, (rank + 1) * local)
@@ -127,8 +123,7 @@ class Batches:
 
     def _image_loss(self, rows: Tensor) -> dict[str, Any]:
         """The CLIP loss between the student's images and the prompts of these rows."""
-        clip, source = self._run.clip, self._data.source
-        text = source.text if isinstance(source, ScaledLatents | FixedSamples) else None
+        clip, text = self._run.clip, self._data.text
         if clip is None or text is None:
             return {}
         features = clip.encode_prompts(text.prompts(rows))

@@ -33,7 +33,7 @@ from fdistill.ratio import DensityRatio
 from fdistill.step import ROLES, Networks
 from fdistill.students.kinds import KINDS
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
-from fdistill.teachers.autoencoder import LatentSpace, image_size
+from fdistill.teachers.autoencoder import LatentSpace, image_shape
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.training import checks
 from fdistill.training.activation_checkpointing import checkpoint_activations
@@ -50,16 +50,19 @@ class Distillation:
     """Everything one run holds in memory.
 
     Attributes:
+        device: where its networks are.
         checkpoint: the teacher's checkpoint.
         origin: the checkpoint that the student's network comes from.
         resized: which weights were copied and which are new, if student.network changed the network.
         latents: the autoencoder of a latent teacher.
         latents_folder: the folder of cached latents, if the run reads one.
         text: the encoded prompts of a text-to-image teacher.
-        none: the "no class" label or the null prompt (on the device); None for a teacher that has neither.
+        none: the "no class" label or the null prompt; None for a teacher that has neither.
         clip: the CLIP loss on decoded samples, if the config has one.
     """
 
+    config: DistillConfig
+    device: torch.device
     checkpoint: Checkpoint
     origin: Checkpoint
     resized: Resized | None
@@ -81,7 +84,12 @@ class Distillation:
     @property
     def image_size(self) -> int:
         """Height and width in pixels of the images, after decoding if samples are latents."""
-        return image_size(self.networks.teacher, self.latents)
+        return self.image_shape[-1]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images, after decoding if samples are latents."""
+        return image_shape(self.networks.teacher, self.latents)
 
     def role(self, name: str) -> nn.Module:
         """The trainable module of a role: "generator", "fake_score" or "discriminator"."""
@@ -201,6 +209,8 @@ def _assemble(config: DistillConfig, device: torch.device, divergence: Divergenc
             _freeze_beyond(trained.fake_score, config.discriminator.features)
     ratio = _density_ratio(config, denoiser.schedule)
     return Distillation(
+        config=config,
+        device=device,
         checkpoint=loaded.teacher.checkpoint,
         origin=trained.origin,
         resized=trained.resized,
@@ -208,7 +218,7 @@ def _assemble(config: DistillConfig, device: torch.device, divergence: Divergenc
         latents_folder=loaded.latents_folder,
         text=text,
         none=denoiser.null_class if text is None else null,
-        clip=_clip_hinge(config, latents, text, device),
+        clip=_clip_hinge(config, latents, device),
         divergence=divergence,
         networks=networks,
         student=student,
@@ -331,17 +341,10 @@ def _density_ratio(config: DistillConfig, schedule: NoiseSchedule) -> DensityRat
     return DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)
 
 
-def _clip_hinge(
-    config: DistillConfig, latents: LatentSpace | None, text: Captions | None, device: torch.device
-) -> ClipHinge | None:
+def _clip_hinge(config: DistillConfig, latents: LatentSpace | None, device: torch.device) -> ClipHinge | None:
     loss = config.clip_loss
     if not loss.weight:
         return None
-    if text is None:
-        raise ConfigError(
-            f"clip_loss.weight: got {loss.weight}, but the teacher takes no prompts; expected 0, or a text-to-image "
-            "teacher"
-        )
     assert loss.weights is not None
     from fdistill.training.clip_loss import ClipHinge, load_clip
 

@@ -20,7 +20,7 @@ from fdistill.data import Batching, ImageLoader, Source, open_source
 from fdistill.data.captions import distinct
 from fdistill.data.embeddings import write_embeddings
 from fdistill.data.latents import SAMPLING, Moments, write_latents
-from fdistill.teachers.autoencoder import LatentSpace
+from fdistill.teachers.autoencoder import LatentSpace, image_shape
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import encoding_facts, open_prompt_encoder, prompt_batches
 
@@ -35,10 +35,10 @@ class Encoding:
         device: where networks compute.
         recipe: how images are brought to the teacher's size; a name in `fdistill.data.RECIPES`.
         flip: encode every image's mirror image as well.
-        sampling: what training takes of each latent's moments: "sample" draws from them, "mean" does not.
+        sampling: how training makes latents of the moments: "sample" draws from them, "mean" takes the mean.
         negative_prompt: what guidance leads away from.
-        precision: "fp32" or "bf16", of the text encoders: a run's frozen_precision.
-        batch_size: images at a time.
+        precision: of the text encoders, "fp32" or "bf16"; a run needs its own frozen_precision here.
+        batch_size: images per batch.
         workers: processes that decode image files.
     """
 
@@ -73,24 +73,24 @@ def cache(
 
     Args:
         data: what `data=` takes: a folder, an archive, hf:name.
-        teacher: the latent teacher. Images are encoded at the size of its own.
+        teacher: the latent teacher. Images are encoded at its image size.
         output: a folder that is empty or does not exist.
-        vae: the autoencoder, where the teacher's folder has none.
+        vae: the autoencoder, if the teacher's folder has none.
         recipe: how images are brought to the teacher's size.
         flip: encode every image's mirror image as well.
-        sampling: what training takes of each latent's moments: "sample" draws from them, "mean" does not.
-        batch_size: images at a time.
+        sampling: how training makes latents of the moments: "sample" draws from them, "mean" takes the mean.
+        batch_size: images per batch.
         workers: processes that decode image files.
         resolution: pixels of a side of a text-to-image teacher's images; its own by default.
         negative_prompt: what guidance leads away from.
-        precision: "fp32" or "bf16", of the text encoders: a run's frozen_precision.
+        precision: of the text encoders, "fp32" or "bf16"; a run needs its own frozen_precision here.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
         The output folder.
 
     Raises:
-        ArgumentError, CheckpointError, DataError, OutputError: before anything is written, or with nothing left behind.
+        ArgumentError, CheckpointError, DataError, OutputError: nothing is left in the output folder.
     """
     if sampling not in SAMPLING:
         raise ArgumentError(f"sampling: got {sampling!r}; {did_you_mean(sampling, SAMPLING)}")
@@ -106,7 +106,7 @@ def cache(
 
 
 def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encoding) -> None:
-    """`cache` of an open data set for a loaded teacher, into a folder that is made or replaced."""
+    """Does what `cache` does, for an open data set and a loaded teacher. An existing folder is replaced."""
     latents, resolution = teacher.latents, teacher.image_size
     if latents is None:
         raise ArgumentError(
@@ -126,7 +126,7 @@ def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encodi
     }
     batching = Batching(encoding.batch_size, _SEED)
     with ImageLoader(
-        source, (3, resolution, resolution), batching, recipe=encoding.recipe, workers=encoding.workers
+        source, image_shape(teacher.denoiser, latents), batching, recipe=encoding.recipe, workers=encoding.workers
     ) as loader:
         batches = _moments(loader, batching, len(source), latents, index, encoding)
         write_latents(folder, batches, meta, source.num_classes, write_text)
@@ -138,17 +138,17 @@ def distinct_captions(source: Source, teacher: Teacher) -> tuple[list[str], Tens
     """(each caption of the images once; int64 [N]: which of them each image has); DataError if there are none."""
     if source.captions is None:
         raise DataError(
-            f"data {source.name}: images without captions, but teacher {teacher.checkpoint.name!r} draws what prompts "
-            "say; expected photo.txt beside photo.jpg, a metadata.jsonl, or a caption column"
+            f"data {source.name}: images without captions, but teacher {teacher.checkpoint.name!r} is a "
+            "text-to-image model; expected photo.txt beside photo.jpg, a metadata.jsonl, or a caption column"
         )
     return distinct(source.captions)
 
 
 def text_facts(teacher: Teacher, encoding: Encoding) -> dict[str, Any]:
-    """What embeddings depend on beside their prompts: the META_KEYS of `fdistill.data.embeddings`.
+    """What embeddings depend on besides their prompts: the META_KEYS of `fdistill.data.embeddings`.
 
     Raises:
-        ConfigError: the teacher is a function, and no folder with text encoders in it.
+        ConfigError: the teacher is a function, which has no folder with text encoders.
     """
     folder = teacher.checkpoint.folder
     if folder is None:
@@ -161,9 +161,7 @@ def text_facts(teacher: Teacher, encoding: Encoding) -> dict[str, Any]:
 
 
 def write_prompts(folder: Path, prompts: Sequence[str], teacher: Teacher, encoding: Encoding) -> None:
-    """Encodes prompts with the teacher's text encoders, which are loaded for this alone, into a folder for
-    `EmbeddingSource`.
-    """
+    """Encodes prompts into a folder for `EmbeddingSource`; loads the teacher's text encoders, and frees them again."""
     encoders = open_prompt_encoder(teacher.checkpoint, teacher.image_size, encoding.precision)
     with encoders.on(encoding.device):
         null = encoders.null(encoding.negative_prompt)

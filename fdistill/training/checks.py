@@ -1,16 +1,23 @@
-"""Checks that a config fits its teacher and its divergence.
+"""Checks that a config fits its teacher, its divergence and its data.
 
 Checks that need nothing but the values of settings are in `config/combinations.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
-from fdistill.base.errors import ArgumentError, ConfigError
+from fdistill.base.errors import ArgumentError, ConfigError, DataError
 from fdistill.config.schema import DistillConfig
+from fdistill.data import TEACHER_SAMPLES, Source
+from fdistill.data.embeddings import Captions, EmbeddingSource
+from fdistill.data.latents import LatentSource
 from fdistill.denoiser import Denoiser
 from fdistill.divergence import Divergence, get_divergence
+from fdistill.generator import Student
 from fdistill.kernels.checks import check_positive
 
 
@@ -57,6 +64,11 @@ def check_teacher(config: DistillConfig, teacher: Denoiser) -> None:
             f"condition_dropout: got {config.condition_dropout}, but the teacher has no label for 'no class'; "
             "expected 0, or null_class set to that label"
         )
+    if config.clip_loss.weight and teacher.text_shapes is None:
+        raise ConfigError(
+            f"clip_loss.weight: got {config.clip_loss.weight}, but the teacher takes no prompts; expected 0, or a "
+            "text-to-image teacher"
+        )
 
 
 def _check_guidance(config: DistillConfig, embedded: bool) -> None:
@@ -74,7 +86,7 @@ def _check_guidance(config: DistillConfig, embedded: bool) -> None:
         unread = {"guidance_rescale": config.guidance_rescale, "negative_prompt": config.negative_prompt}
         for name, value in unread.items():
             if value:
-                raise ConfigError(f"{name}: got {value!r}, but nothing is guided; expected guidance_scale above 1")
+                raise ConfigError(f"{name}: got {value!r}, but guidance is off; expected guidance_scale above 1")
 
 
 def check_alike(name: str, student: Denoiser, teacher: Denoiser) -> None:
@@ -89,4 +101,125 @@ def check_alike(name: str, student: Denoiser, teacher: Denoiser) -> None:
             f"student.checkpoint {name!r}: makes samples {student.sample_shape} of {student.num_classes} "
             f"classes, the teacher {teacher.sample_shape} of {teacher.num_classes}; expected the same of both, and "
             "prompts for both or none"
+        )
+
+
+def check_prompts(config: DistillConfig, teacher: Denoiser) -> None:
+    """Raises ConfigError if the config names prompts that the run would not read."""
+    if config.prompts is None:
+        return
+    if teacher.text_shapes is None:
+        raise ConfigError(
+            f"prompts: got {config.prompts!r}, but teacher {config.teacher!r} takes no prompts; expected null"
+        )
+    if config.data not in (None, TEACHER_SAMPLES):
+        raise ConfigError(
+            f"prompts: got {config.prompts!r} beside data {config.data!r}, whose captions are the prompts; expected "
+            f"data={TEACHER_SAMPLES} or data=null"
+        )
+
+
+def check_prompts_named(config: DistillConfig) -> None:
+    """Raises ConfigError if a text-to-image teacher has neither captioned data nor a file of prompts."""
+    if config.prompts is not None:
+        return
+    if config.data not in (None, TEACHER_SAMPLES):
+        raise ConfigError(
+            f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents and prompts; encode them "
+            f"once with `fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass "
+            "data=FOLDER"
+        )
+    raise ConfigError(
+        f"prompts: got null, but teacher {config.teacher!r} is a text-to-image model; expected a file with one a line, "
+        "or data of captioned images"
+    )
+
+
+def check_captions(config: DistillConfig, captions: Captions | None, wanted: Mapping[str, Any]) -> None:
+    """Checks the captions of cached latents.
+
+    Args:
+        captions: None for latents without captions.
+        wanted: how this run encodes prompts, as `fdistill.training.cache.text_facts` says.
+
+    Raises:
+        ConfigError: there are none.
+        DataError: they were encoded in another way.
+    """
+    if captions is None:
+        raise ConfigError(
+            f"data {config.data!r}: latents without captions, but teacher {config.teacher!r} is a text-to-image model; "
+            "expected latents of captioned images"
+        )
+    source = captions.embeddings
+    assert isinstance(source, EmbeddingSource)
+    if source.meta["encoder"] != wanted["encoder"]:
+        raise DataError(
+            f"data {source.name}: its captions were encoded by other text encoders, for another resolution or in "
+            "another frozen_precision; make them again with fdistill cache"
+        )
+    if source.meta["null_prompt"] != wanted["null_prompt"]:
+        raise DataError(
+            f"data {source.name}: was cached with negative prompt {source.meta['null_prompt']!r}, but negative_prompt "
+            f"is {wanted['null_prompt']!r}; make it again with fdistill cache --negative-prompt, or change the setting"
+        )
+
+
+def check_encoding(config: DistillConfig, *, encoded: bool, latent_teacher: bool) -> None:
+    """Raises ConfigError if data are encoded latents and the teacher makes pixels, or the other way round."""
+    if encoded and not latent_teacher:
+        raise ConfigError(
+            f"data {config.data!r}: latents, but teacher {config.teacher!r} makes pixels; expected images"
+        )
+    if latent_teacher and not encoded:
+        raise ConfigError(
+            f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents; encode them once with "
+            f"`fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass data=FOLDER"
+        )
+
+
+def check_data(
+    config: DistillConfig, teacher: Denoiser, source: Source | LatentSource, shape: tuple[int, ...] | None
+) -> None:
+    """Checks that classes and shape are the teacher's.
+
+    Args:
+        shape: (C, H, W), if it is known before any item is read.
+
+    Raises:
+        ConfigError: classes or shape differ from the teacher's.
+    """
+    if shape is not None and shape != tuple(teacher.sample_shape):
+        raise ConfigError(
+            f"data {config.data!r} has samples of shape {shape} (C, H, W), but teacher {config.teacher!r} makes "
+            f"{tuple(teacher.sample_shape)}; expected data like the teacher's, or images.recipe=center-box"
+        )
+    highest = int(source.labels.max())
+    if teacher.num_classes is not None and highest >= teacher.num_classes:
+        raise ConfigError(
+            f"data {config.data!r} has class {highest}, but teacher {config.teacher!r} knows 0 to "
+            f"{teacher.num_classes - 1}; expected data like the teacher's"
+        )
+    if teacher.num_classes is not None and source.num_classes is None:
+        raise ConfigError(
+            f"data {config.data!r} has no class labels, but teacher {config.teacher!r} is class-conditional; expected "
+            "class folders, or a dataset.json, labels or cls entry for each image"
+        )
+
+
+def check_same_start(teacher: Denoiser, student: Student) -> None:
+    """Checks that the teacher's sampler can start from the student's noise; raises ConfigError."""
+    level = torch.tensor(student.levels[0], dtype=torch.float64)
+    own, others = student.denoiser.schedule, teacher.schedule
+    mine, theirs = (torch.stack([s.start(level), s.alpha(level), s.sigma(level)]) for s in (own, others))
+    if level > others.t_max or not torch.allclose(mine, theirs, rtol=1e-4):
+        raise ConfigError(
+            f"regression.weight: pairs start at the student's level {student.levels[0]:g}, which means another noise "
+            "to the teacher; expected a student with the teacher's noise schedule, or a method without regression"
+        )
+    start, sigma = theirs[0].item(), theirs[2].item()
+    if abs(start - sigma) > 0.05 * sigma:
+        raise ConfigError(
+            f"regression.weight: pairs start at the student's level {student.levels[0]:g} from pure noise, where the "
+            "teacher's sampler expects signal as well; expected student_level=null, or a method without regression"
         )

@@ -11,21 +11,20 @@ import torch
 from accelerate import PartialState
 
 from fdistill.base import rng
-from fdistill.base.errors import ConfigError
 from fdistill.base.images import to_uint8
 from fdistill.condition import Condition
 from fdistill.config.schema import DistillConfig
 from fdistill.data import TEACHER_SAMPLES, Batching, ImageLoader, Source, open_source
 from fdistill.data.embeddings import Captions
 from fdistill.data.latents import META_FILE, LatentSource, check_latents
-from fdistill.data.sample_loader import FixedSamples, SampleLoader, ScaledLatents, prompts_alone
+from fdistill.data.sample_loader import FixedSamples, SampleLoader, SampleSource, ScaledLatents, prompts_alone
 from fdistill.data.source import ArraySource
 from fdistill.data.teacher_samples import SampleSet, TeacherSamples, teacher_samples
 from fdistill.denoiser import Denoiser
-from fdistill.generator import Student
+from fdistill.training import checks
 from fdistill.training.build import Distillation
 
-Data = Source | ScaledLatents | FixedSamples
+Data = Source | SampleSource
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,15 @@ class TrainingData:
     source: Data
     pairs: TeacherSamples | None
 
+    @property
+    def text(self) -> Captions | None:
+        """The prompts of the source's rows; None if it has no encoded prompts."""
+        return self.source.text if isinstance(self.source, SampleSource) else None
+
     def loader(self, config: DistillConfig, teacher: Denoiser, first: int) -> ImageLoader | SampleLoader:
         """This process's rows of batch number `first` and all after it."""
         batching = Batching(config.batch_size, config.seed, first, *rng.world())
-        if isinstance(self.source, ScaledLatents | FixedSamples):
+        if isinstance(self.source, SampleSource):
             return SampleLoader(self.source, batching)
         images = config.images
         return ImageLoader(
@@ -51,13 +55,13 @@ class TrainingData:
         )
 
 
-def stored_data(config: DistillConfig, run: Distillation) -> Data:
-    """The data that a config names, other than teacher-samples; for a text-to-image teacher with their prompts.
+def stored_data(run: Distillation) -> Data:
+    """The data that a run's config names, other than teacher-samples; for a text-to-image teacher with their prompts.
 
     Raises:
         ConfigError, DataError: nothing there, or data that do not fit the teacher.
     """
-    teacher, latents = run.networks.teacher, run.latents
+    config, teacher, latents = run.config, run.networks.teacher, run.latents
     if config.data is None and run.text is not None:
         return prompts_alone(run.text.embeddings, teacher.sample_shape)
     if config.data is None:
@@ -69,47 +73,41 @@ def stored_data(config: DistillConfig, run: Distillation) -> Data:
     folder = run.latents_folder or Path(config.data)
     if (folder / META_FILE).is_file():
         cached = LatentSource(folder, config.seed)
-        if latents is None:
-            raise ConfigError(
-                f"data {config.data!r}: latents, but teacher {config.teacher!r} makes pixels; expected images"
-            )
+        checks.check_encoding(config, encoded=True, latent_teacher=latents is not None)
+        assert latents is not None
         check_latents(cached.meta, latents.facts())
-        _check_data(config, teacher, cached, cached.shape)
+        checks.check_data(config, teacher, cached, cached.shape)
         return ScaledLatents(cached, latents.scaling)
     source = open_source(config.data)
-    if latents is not None:
-        raise ConfigError(
-            f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents; encode them once with "
-            f"`fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass data=FOLDER"
-        )
+    checks.check_encoding(config, encoded=False, latent_teacher=latents is not None)
     shape = None
     if isinstance(source, ArraySource) and config.images.recipe == "exact":
         shape = tuple(source.images.shape[1:])
-    _check_data(config, teacher, source, shape)
+    checks.check_data(config, teacher, source, shape)
     return source
 
 
-def data_samples(config: DistillConfig, run: Distillation) -> SampleSet | None:
-    """The teacher's samples that stand in for data; None where the config names other data, or none."""
-    if config.data != TEACHER_SAMPLES:
+def data_samples(run: Distillation) -> SampleSet | None:
+    """The teacher's samples that stand in for data; None if the config names other data or no data."""
+    if run.config.data != TEACHER_SAMPLES:
         return None
-    return _sample_set(config, run, config.teacher_samples.count, run.networks.teacher.schedule.t_max)
+    return _sample_set(run, run.config.teacher_samples.count, run.networks.teacher.schedule.t_max)
 
 
-def pair_samples(config: DistillConfig, run: Distillation) -> SampleSet | None:
-    """The teacher's samples that the student regresses on, each from its own noise; None where it does not.
+def pair_samples(run: Distillation) -> SampleSet | None:
+    """The teacher's samples that the student regresses on, each from its own noise; None if it does not.
 
     Raises:
         ConfigError: the teacher's sampler cannot start where the student does.
     """
-    if not config.regression.weight:
+    if not run.config.regression.weight:
         return None
-    _check_same_start(run.networks.teacher, run.student)
-    return _sample_set(config, run, config.regression.pairs, run.student.levels[0])
+    checks.check_same_start(run.networks.teacher, run.student)
+    return _sample_set(run, run.config.regression.pairs, run.student.levels[0])
 
 
-def training_data(config: DistillConfig, run: Distillation, device: torch.device) -> TrainingData:
-    """Opens what a config names; draws the teacher's samples if it needs some and the cache does not have them.
+def training_data(run: Distillation) -> TrainingData:
+    """Opens what a run's config names; draws the teacher's samples that it needs and that are not cached.
 
     Raises:
         ConfigError, DataError: nothing there, or data that do not fit the teacher.
@@ -126,11 +124,11 @@ def training_data(config: DistillConfig, run: Distillation, device: torch.device
     def drawn(wanted: SampleSet) -> TeacherSamples:
         with PartialState().local_main_process_first():  # it draws them; the others find them in the cache
             progress = PartialState().is_main_process
-            return teacher_samples(teacher, wanted, conditions, device=device, progress=progress)
+            return teacher_samples(teacher, wanted, conditions, device=run.device, progress=progress)
 
-    samples = data_samples(config, run)
-    source = stored_data(config, run) if samples is None else None
-    pairs = pair_samples(config, run)  # refuses what does not fit before anything is drawn
+    samples = data_samples(run)
+    source = stored_data(run) if samples is None else None
+    pairs = pair_samples(run)  # refuses what does not fit before anything is drawn
     if samples is not None:
         source = _as_data(drawn(samples), run)
     assert source is not None
@@ -147,13 +145,13 @@ def _as_data(samples: TeacherSamples, run: Distillation) -> Data:
     return FixedSamples(samples.x0, samples.labels, Captions(run.text.embeddings, index))
 
 
-def _sample_set(config: DistillConfig, run: Distillation, count: int, start_level: float) -> SampleSet:
-    return SampleSet(_made_of(run, config), count, config.teacher_samples.num_steps, start_level)
+def _sample_set(run: Distillation, count: int, start_level: float) -> SampleSet:
+    return SampleSet(_made_of(run), count, run.config.teacher_samples.num_steps, start_level)
 
 
-def _made_of(run: Distillation, config: DistillConfig) -> str:
+def _made_of(run: Distillation) -> str:
     """A hash of everything that the teacher's samples depend on, except the sampler's settings."""
-    teacher = run.networks.teacher
+    config, teacher = run.config, run.networks.teacher
     facts = [run.checkpoint.fingerprint(teacher)]
     if run.text is not None:
         text = run.text
@@ -161,43 +159,3 @@ def _made_of(run: Distillation, config: DistillConfig) -> str:
         facts += [str(teacher.sample_shape), str(config.guidance_rescale), str(config.guidance_scale)]
         facts += [config.frozen_precision]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()
-
-
-def _check_same_start(teacher: Denoiser, student: Student) -> None:
-    """Raises ConfigError if the teacher's sampler cannot start from the student's noise."""
-    level = torch.tensor(student.levels[0], dtype=torch.float64)
-    own, others = student.denoiser.schedule, teacher.schedule
-    mine, theirs = (torch.stack([s.start(level), s.alpha(level), s.sigma(level)]) for s in (own, others))
-    if level > others.t_max or not torch.allclose(mine, theirs, rtol=1e-4):
-        raise ConfigError(
-            f"regression.weight: pairs start at the student's level {student.levels[0]:g}, which means another noise "
-            "to the teacher; expected a student with the teacher's noise schedule, or a method without regression"
-        )
-    start, sigma = theirs[0].item(), theirs[2].item()
-    if abs(start - sigma) > 0.05 * sigma:
-        raise ConfigError(
-            f"regression.weight: pairs start at the student's level {student.levels[0]:g} from pure noise, where the "
-            "teacher's sampler expects signal as well; expected student_level=null, or a method without regression"
-        )
-
-
-def _check_data(
-    config: DistillConfig, teacher: Denoiser, source: Source | LatentSource, shape: tuple[int, ...] | None
-) -> None:
-    """Raises ConfigError if classes, or the shape where it is known before anything is read, are not the teacher's."""
-    if shape is not None and shape != tuple(teacher.sample_shape):
-        raise ConfigError(
-            f"data {config.data!r} has samples of shape {shape} (C, H, W), but teacher {config.teacher!r} makes "
-            f"{tuple(teacher.sample_shape)}; expected data like the teacher's, or images.recipe=center-box"
-        )
-    highest = int(source.labels.max())
-    if teacher.num_classes is not None and highest >= teacher.num_classes:
-        raise ConfigError(
-            f"data {config.data!r} has class {highest}, but teacher {config.teacher!r} knows 0 to "
-            f"{teacher.num_classes - 1}; expected data like the teacher's"
-        )
-    if teacher.num_classes is not None and source.num_classes is None:
-        raise ConfigError(
-            f"data {config.data!r} has no class labels, but teacher {config.teacher!r} is class-conditional; expected "
-            "class folders, or a dataset.json, labels or cls entry for each image"
-        )

@@ -15,7 +15,6 @@ from fdistill import __version__
 from fdistill.base.errors import NonFiniteError
 from fdistill.base.files import writing
 from fdistill.base.images import save_grid
-from fdistill.config.schema import DistillConfig
 from fdistill.ema_profiles import profile_name
 from fdistill.training.build import Distillation
 from fdistill.training.checkpoint import checkpoints, save_checkpoint
@@ -49,17 +48,8 @@ class Logbook:
         main: whether this is the process that writes.
     """
 
-    def __init__(
-        self,
-        run: Distillation,
-        config: DistillConfig,
-        folder: Path,
-        device: torch.device,
-        watch: Scorer | None,
-        *,
-        main: bool,
-    ):
-        self._run, self._config, self._folder, self._device = run, config, folder, device
+    def __init__(self, run: Distillation, folder: Path, watch: Scorer | None, *, main: bool):
+        self._run, self._config, self._folder = run, run.config, folder
         self._watch, self._main = watch, main
         schedule = run.networks.teacher.schedule
         self.journal = Journal(
@@ -82,7 +72,7 @@ class Logbook:
             started.start()
             self._stack.callback(started.finish)
         if self._main and iteration == 0 and self._config.log.samples_every:
-            save_teacher_grid(self._run, self._config, self._folder, self._device)
+            save_teacher_grid(self._run, self._folder)
             self._save_samples()
         return self
 
@@ -160,11 +150,11 @@ class Logbook:
         watch = self._watch
         if watch is not None and scores and watch.is_best(scores, earlier):
             reason = watch.reason(scores, iteration)
-            export_student(self._run, self._config, self._folder, self._device, name="best", kept_for=reason)
+            export_student(self._run, self._folder, name="best", kept_for=reason)
 
     def _save_samples(self) -> None:
         path = self._folder / "samples" / f"{self._run.iteration:06d}.png"
-        save_grid(student_images(self._run, self._config, self._device), path)
+        save_grid(student_images(self._run), path)
 
     def _save_checkpoint(self) -> None:
         meta = {"fdistill_version": __version__, "torch_version": torch.__version__}

@@ -68,56 +68,56 @@ def distill(
     check_output(folder, config, resume)
     state.wait_for_everyone()  # before the main process writes into what the others are still checking
     run = build(config, device)
-    data = training_data(config, run, device)
-    watch = open_watch(config, run, device)
-    resume_from(folder, run, config)
+    data = training_data(run)
+    watch = open_watch(run)
+    resume_from(folder, run)
     if state.is_main_process:
-        prepare_folder(folder, run, config)
+        prepare_folder(folder, run)
     state.wait_for_everyone()
-    train(run, data, config, Logbook(run, config, folder, device, watch, main=state.is_main_process), device)
+    train(run, data, Logbook(run, folder, watch, main=state.is_main_process))
     if state.is_main_process:
-        export_student(run, config, folder, device, name="student")
+        export_student(run, folder, name="student")
     state.wait_for_everyone()
     return folder / "student"
 
 
-def open_watch(config: DistillConfig, run: Distillation, device: torch.device, obtain: Obtain = encode) -> Watch | None:
+def open_watch(run: Distillation, obtain: Obtain = encode) -> Watch | None:
     """The scorer of the student during training; None if `eval.every` is 0. Raises what `evaluation.watch.Watch` does.
 
     Args:
         obtain: returns the folder of encoded prompts; see `open_inputs`.
     """
+    config = run.config
     if not config.eval.every:
         return None
     from evaluation.watch import Watch, WatchedStudent, WatchSettings
 
     def encoded(prompts: Sequence[str]) -> Embeddings:
         teacher = Teacher(run.checkpoint, run.networks.teacher, run.latents)
-        encoding = Encoding(device, negative_prompt=config.negative_prompt, precision=config.frozen_precision)
+        encoding = Encoding(run.device, negative_prompt=config.negative_prompt, precision=config.frozen_precision)
         return open_prompts(list(prompts), teacher, encoding, obtain, "evaluation prompts")
 
-    channels = run.networks.teacher.sample_shape[0] if run.latents is None else 3
     student = WatchedStudent(
         NetworkMaker("the student", run.student, None, "", run.latents),
-        (channels, run.image_size, run.image_size),
+        run.image_shape,
         None if run.text is None else encoded,
     )
     settings = WatchSettings(**config.eval.model_dump(exclude={"every"}), seed=config.seed)
-    return Watch(student, settings, device)
+    return Watch(student, settings, run.device)
 
 
-def train(run: Distillation, data: TrainingData, config: DistillConfig, logbook: Logbook, device: torch.device) -> None:
+def train(run: Distillation, data: TrainingData, logbook: Logbook) -> None:
     """Trains from the run's current iteration to the config's last."""
-    generator = torch.Generator(device)
+    config, generator = run.config, torch.Generator(run.device)
     roles = {
         name: Role(run.role(name), optimizer, getattr(config, name).grad_clip)
         for name, optimizer in run.optimizers.items()
     }
     first_batch = run.iteration * config.critic_steps
-    with data.loader(config, run.networks.teacher, first_batch) as loader, logbook, progress_bar(run, config) as bar:
-        batches = Batches(run, data, config, loader, device)
+    with data.loader(config, run.networks.teacher, first_batch) as loader, logbook, progress_bar(run) as bar:
+        batches = Batches(run, data, loader)
         while run.iteration < config.iterations:
-            iterate(run, config, batches, roles, generator, logbook.journal)
+            iterate(run, batches, roles, generator, logbook.journal)
             bar.update(config.batch_size)
             logbook.after_iteration(loader.skipped)
     logbook.save_curves()
@@ -125,13 +125,13 @@ def train(run: Distillation, data: TrainingData, config: DistillConfig, logbook:
 
 def iterate(
     run: Distillation,
-    config: DistillConfig,
     batches: Batches,
     roles: Mapping[str, Role],
     generator: torch.Generator,
     journal: Journal,
 ) -> None:
     """One iteration: the critic's updates, then the student's update, then the update of its averaged weights."""
+    config = run.config
     generator.manual_seed(rng.derived_seed(config.seed, rng.Stream.STEP, run.iteration))
     # Dropout draws from the global generator, and must draw different numbers in each process.
     torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
@@ -152,11 +152,11 @@ def update(result: StepResult, roles: Mapping[str, Role], journal: Journal) -> N
     journal.add(result.logs, {name: role.step() for name, role in roles.items()})
 
 
-def progress_bar(run: Distillation, config: DistillConfig) -> Any:
+def progress_bar(run: Distillation) -> Any:
     """A progress bar that counts the student's samples, shown by the main process only."""
     return tqdm(
-        total=config.iterations * config.batch_size,
-        initial=run.iteration * config.batch_size,
+        total=run.config.iterations * run.config.batch_size,
+        initial=run.iteration * run.config.batch_size,
         desc="distil",
         unit="img",
         unit_scale=True,

@@ -1,7 +1,6 @@
-"""What a run of a latent or text-to-image teacher reads that has to be encoded first: prompts, and embedded images.
+"""Prompts and captioned images that must be encoded before training.
 
-`open_inputs` finds it in the cache, or has it encoded. A dry run asks an `EncodingPlan` in its place, which encodes
-nothing.
+`open_inputs` finds them in the cache or encodes them. A dry run passes an `EncodingPlan`, which encodes nothing.
 """
 
 from __future__ import annotations
@@ -17,15 +16,15 @@ from accelerate import PartialState
 from torch import Tensor
 
 from fdistill import __version__
-from fdistill.base.errors import ConfigError, DataError
 from fdistill.base.files import cached_folder, made_once
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
-from fdistill.data import TEACHER_SAMPLES, Source, is_embedded, open_source
+from fdistill.data import Source, is_embedded, open_source
 from fdistill.data.embeddings import Captions, Embeddings, EmbeddingSource
 from fdistill.data.latents import META_FILE, LatentSource
 from fdistill.data.prompts import read_prompts
 from fdistill.teachers.teacher import Teacher
+from fdistill.training import checks
 from fdistill.training.cache import Encoding, distinct_captions, encode_data, text_facts, write_prompts
 
 
@@ -34,9 +33,9 @@ class EncodingJob:
     """Something that is encoded once and kept in the cache.
 
     Attributes:
-        kind, key: what the cache knows it by, as in `fdistill.base.files.made_once`.
-        write: encodes it into an empty folder.
-        parts: what is encoded, for people: "12,000 prompts".
+        kind, key: identify the result in the cache, as in `fdistill.base.files.made_once`.
+        write: encodes into an empty folder.
+        parts: what messages say is encoded, such as "12,000 prompts".
     """
 
     kind: str
@@ -61,7 +60,7 @@ def encode(job: EncodingJob) -> Path:
 
 
 class EncodingPlan:
-    """What has been encoded and what has not: in place of `encode`, for a dry run.
+    """In place of `encode` for a dry run: encodes nothing, and lists what would be encoded.
 
     Attributes:
         jobs: those that were asked for.
@@ -99,12 +98,12 @@ class PlannedPrompts:
 def open_inputs(
     config: DistillConfig, teacher: Teacher, device: torch.device, obtain: Obtain = encode
 ) -> tuple[Path | None, Captions | None]:
-    """The folder of cached latents that a run reads, and its prompts; None where it reads none.
+    """The folder of cached latents that a run reads, and its prompts; None for what it does not read.
 
-    Text encoders are loaded only where prompts are not in the cache yet, and are gone when this returns.
+    Text encoders are loaded only for prompts that are not cached, and are freed before this returns.
 
     Args:
-        obtain: returns the folder of what has to be encoded; where it returns None, zeros stand for the prompts.
+        obtain: returns the folder of an encoded job; if it returns None, zeros stand for the prompts.
 
     Raises:
         ConfigError, DataError: prompts that are missing, superfluous, or encoded for another teacher.
@@ -115,7 +114,7 @@ def open_inputs(
         negative_prompt=config.negative_prompt,
         precision=config.frozen_precision,
     )
-    _check_prompts(config, teacher)
+    checks.check_prompts(config, teacher.denoiser)
     source = _embedded_images(config, teacher)
     if source is not None:
         stored = obtain(_latents_job(source, teacher, encoding))
@@ -135,10 +134,10 @@ def open_inputs(
 def open_prompts(
     prompts: Sequence[str], teacher: Teacher, encoding: Encoding, obtain: Obtain = encode, name: str = "prompts"
 ) -> Embeddings:
-    """The embeddings of a list of prompts; zeros where `obtain` returns None.
+    """The embeddings of a list of prompts; zeros if `obtain` returns None.
 
     Args:
-        name: what the prompts are called where people are told that they have to be encoded.
+        name: what messages call the prompts.
     """
     job = EncodingJob(
         "text",
@@ -155,7 +154,7 @@ def _is_cached(data: str) -> bool:
 
 
 def _embedded_images(config: DistillConfig, teacher: Teacher) -> Source | None:
-    """A captioned data set of the package, which a run encodes by itself; None where the config names no such data."""
+    """A captioned data set of the package, which a run encodes by itself; None if the config names other data."""
     if config.data is None or _is_cached(config.data) or teacher.latents is None or not is_embedded(config.data):
         return None
     source = open_source(config.data)
@@ -178,55 +177,16 @@ def _latents_job(source: Source, teacher: Teacher, encoding: Encoding) -> Encodi
     return EncodingJob("latents", key, partial(encode_data, source, teacher, encoding=encoding), tuple(parts))
 
 
-def _check_prompts(config: DistillConfig, teacher: Teacher) -> None:
-    """Raises ConfigError for prompts that nothing would read."""
-    if config.prompts is None:
-        return
-    if teacher.denoiser.text_shapes is None:
-        raise ConfigError(
-            f"prompts: got {config.prompts!r}, but teacher {config.teacher!r} takes no prompts; expected null"
-        )
-    if config.data not in (None, TEACHER_SAMPLES):
-        raise ConfigError(
-            f"prompts: got {config.prompts!r} beside data {config.data!r}, whose captions are the prompts; expected "
-            f"data={TEACHER_SAMPLES} or data=null"
-        )
-
-
 def _listed_prompts(config: DistillConfig) -> list[str]:
     """The prompts of the file that the config names."""
-    if config.prompts is not None:
-        return read_prompts(Path(config.prompts))
-    if config.data not in (None, TEACHER_SAMPLES):
-        raise ConfigError(
-            f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents and prompts; encode them "
-            f"once with `fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass "
-            "data=FOLDER"
-        )
-    raise ConfigError(
-        f"prompts: got null, but teacher {config.teacher!r} draws what prompts say; expected a file with one a line, "
-        "or data of captioned images"
-    )
+    checks.check_prompts_named(config)
+    assert config.prompts is not None
+    return read_prompts(Path(config.prompts))
 
 
 def _stored_captions(config: DistillConfig, teacher: Teacher, stored: Path, encoding: Encoding) -> Captions:
     """The prompts beside cached latents, if they were encoded as this run needs them."""
     captions = LatentSource(stored, config.seed).text
-    if captions is None:
-        raise ConfigError(
-            f"data {config.data!r}: latents without captions, but teacher {config.teacher!r} draws what prompts say; "
-            "expected latents of captioned images"
-        )
-    source, wanted = captions.embeddings, text_facts(teacher, encoding)
-    assert isinstance(source, EmbeddingSource)
-    if source.meta["encoder"] != wanted["encoder"]:
-        raise DataError(
-            f"data {source.name}: its captions were encoded by other text encoders, for another resolution or in "
-            "another frozen_precision; make them again with fdistill cache"
-        )
-    if source.meta["null_prompt"] != wanted["null_prompt"]:
-        raise DataError(
-            f"data {source.name}: was cached with negative prompt {source.meta['null_prompt']!r}, but negative_prompt "
-            f"is {wanted['null_prompt']!r}; make it again with fdistill cache --negative-prompt, or change the setting"
-        )
+    checks.check_captions(config, captions, text_facts(teacher, encoding))
+    assert captions is not None
     return captions

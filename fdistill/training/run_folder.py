@@ -7,8 +7,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fdistill import __version__
 from fdistill.base.errors import ConfigError, OutputError
 from fdistill.base.files import atomic_file, writing
@@ -51,7 +49,7 @@ def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
         )
 
 
-def resume_from(folder: Path, run: Distillation, config: DistillConfig) -> None:
+def resume_from(folder: Path, run: Distillation) -> None:
     """Loads the newest checkpoint of a run's folder into the run; does nothing if there is none.
 
     Raises:
@@ -64,16 +62,17 @@ def resume_from(folder: Path, run: Distillation, config: DistillConfig) -> None:
     tensors, meta = load_checkpoint(found[-1])
     run.load_state(tensors, f"checkpoint {found[-1]}")
     run.iteration = meta["iteration"]
-    if run.iteration > config.iterations:
-        raise ConfigError(f"iterations: got {config.iterations}, but {folder} is at iteration {run.iteration} already")
+    iterations = run.config.iterations
+    if run.iteration > iterations:
+        raise ConfigError(f"iterations: got {iterations}, but {folder} is at iteration {run.iteration} already")
 
 
-def prepare_folder(folder: Path, run: Distillation, config: DistillConfig) -> None:
+def prepare_folder(folder: Path, run: Distillation) -> None:
     """Writes the files that a run's folder starts with, and removes records and snapshots after the run's iteration."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / "config.yaml") as temporary:
-        temporary.write_text(dump_config(config), encoding="utf-8")
+        temporary.write_text(dump_config(run.config), encoding="utf-8")
     if run.resized is not None:
         listed = {"copied": run.resized.copied, "new": run.resized.new}
         with atomic_file(folder / "student_weights.json") as temporary:
@@ -82,27 +81,25 @@ def prepare_folder(folder: Path, run: Distillation, config: DistillConfig) -> No
     truncate_snapshots(folder / "ema", run.iteration)
 
 
-def export_student(
-    run: Distillation, config: DistillConfig, folder: Path, device: torch.device, *, name: str, **facts: str
-) -> Path:
+def export_student(run: Distillation, folder: Path, *, name: str, **facts: str) -> Path:
     """Writes the student with averaged weights to folder/name. `facts` are added to its model card."""
     student = folder / name
-    with run.ema.applied(config.ema.export):
+    with run.ema.applied(run.config.ema.export):
         save_student(
             run.student,
             student,
             origin=run.origin,
             latents=run.latents,
-            card={**_card(config, run, folder), **facts},
-            config=dump_config(config),
-            samples=grid(student_images(run, config, device)),
+            card={**_card(run, folder), **facts},
+            config=dump_config(run.config),
+            samples=grid(student_images(run)),
         )
     return student
 
 
-def _card(config: DistillConfig, run: Distillation, folder: Path) -> dict[str, Any]:
+def _card(run: Distillation, folder: Path) -> dict[str, Any]:
     """The values for the model card's tables, with the last record of training as "metrics"."""
-    records = read_records(folder / "metrics.jsonl")
+    config, records = run.config, read_records(folder / "metrics.jsonl")
     return {
         "teacher": config.teacher,
         "teacher_guidance": config.guidance_scale,

@@ -10,7 +10,6 @@ from torch import Tensor
 from fdistill.base import rng
 from fdistill.base.images import save_grid, to_uint8
 from fdistill.condition import Condition
-from fdistill.config.schema import DistillConfig
 from fdistill.sampler import heun_sample
 from fdistill.training.build import Distillation
 
@@ -33,10 +32,10 @@ def grid_prompts(run: Distillation) -> list[str]:
     return run.text.prompts(_grid_rows(run))
 
 
-def _grid_inputs(run: Distillation, config: DistillConfig, device: torch.device) -> tuple[Tensor, Condition | None]:
-    teacher = run.networks.teacher
+def _grid_inputs(run: Distillation) -> tuple[Tensor, Condition | None]:
+    teacher, device = run.networks.teacher, run.device
     count = _grid_count(run)
-    noise = rng.indexed_normal(config.seed, range(count), run.student.noise_shape()).to(device)
+    noise = rng.indexed_normal(run.config.seed, range(count), run.student.noise_shape()).to(device)
     if run.text is not None:
         return noise, run.text.rows(_grid_rows(run)).to(device)
     return noise, torch.arange(count, device=device) % teacher.num_classes if teacher.num_classes else None
@@ -46,20 +45,20 @@ def _images(run: Distillation, x0: Tensor) -> Tensor:
     return to_uint8(x0 if run.latents is None else run.latents.decode(x0))
 
 
-def save_teacher_grid(run: Distillation, config: DistillConfig, folder: Path, device: torch.device) -> None:
+def save_teacher_grid(run: Distillation, folder: Path) -> None:
     """Writes samples/teacher.png, with samples of the teacher by Heun's method."""
-    noise, condition = _grid_inputs(run, config, device)
+    noise, condition = _grid_inputs(run)
     noise = noise.reshape(len(noise), -1, *run.networks.teacher.sample_shape)[:, 0]
     x0 = heun_sample(run.networks.teacher, noise, condition)
     save_grid(_images(run, x0), folder / "samples" / "teacher.png")
 
 
 @torch.no_grad()
-def student_images(run: Distillation, config: DistillConfig, device: torch.device) -> Tensor:
+def student_images(run: Distillation) -> Tensor:
     """Images sampled with the averaged weights that are exported, from the same noise at every call."""
-    noise, condition = _grid_inputs(run, config, device)
+    noise, condition = _grid_inputs(run)
     student = run.student
-    with run.ema.applied(config.ema.export):
+    with run.ema.applied(run.config.ema.export):
         images = _images(run, student.eval()(noise, condition))
     student.train()
     return images

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from fdistill.base.errors import ConfigError
 from fdistill.base.functions import import_function
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LevelsConfig
@@ -24,6 +25,7 @@ def critic_update(config: DistillConfig, networks: Networks) -> Update:
     return _bound(
         METHODS[config.method].critic,
         networks,
+        _critic_arguments(config, networks),
         {
             "levels": level_draw(config.critic_levels),
             "weighting": config.fake_score.weighting,
@@ -40,6 +42,7 @@ def student_update(config: DistillConfig, networks: Networks, divergence: Diverg
     return _bound(
         METHODS[config.method].student,
         networks,
+        _student_arguments(config, networks, divergence),
         {
             "levels": level_draw(config.matching_levels),
             "weighting": config.generator.weighting,
@@ -54,14 +57,59 @@ def student_update(config: DistillConfig, networks: Networks, divergence: Diverg
     )
 
 
-def _bound(name: str, networks: Networks, settings: Mapping[str, Any]) -> Update:
+def _bound(name: str, networks: Networks, arguments: Mapping[str, str], settings: Mapping[str, Any]) -> Update:
     """Binds to a step function the networks and those settings that its signature names.
 
     Other settings are dropped: `config.combinations` has already refused values that the method does not read.
+
+    Args:
+        arguments: the arguments that `training.batches` will pass in this run, and what each is for.
+
+    Raises:
+        ConfigError: the function does not take one of these arguments.
     """
     step: Update = import_function(name)
     read = inspect.signature(step).parameters
+    for argument, purpose in arguments.items():
+        if argument not in read:
+            raise ConfigError(f"method: {name} takes no {argument}, which is {purpose}")
     return partial(step, networks, **{key: value for key, value in settings.items() if key in read})
+
+
+def _critic_arguments(config: DistillConfig, networks: Networks) -> dict[str, str]:
+    arguments = {
+        "real_x0": "the batch of data",
+        "condition": "the labels or prompts of the batch",
+        "generator": "the source of random numbers",
+        **_student_steps(networks),
+    }
+    if config.condition_dropout:
+        arguments["critic_condition"] = "the condition after condition_dropout; without it, condition_dropout must be 0"
+    return arguments
+
+
+def _student_arguments(config: DistillConfig, networks: Networks, divergence: Divergence) -> dict[str, str]:
+    arguments = {
+        "condition": "the labels or prompts of the batch",
+        "generator": "the source of random numbers",
+        "batch_size": "the number of samples to draw",
+        **_student_steps(networks),
+    }
+    if divergence.needs_ratio and config.ratio.warmup:
+        arguments["ratio_ramp"] = "the factor of the ratio's warmup; without it, ratio.warmup must be 0"
+    if config.regression.weight:
+        arguments["pairs"] = "the teacher's samples of the regression term; without it, regression.weight must be 0"
+    if config.clip_loss.weight:
+        arguments["image_loss"] = "the CLIP loss; without it, clip_loss.weight must be 0"
+        arguments["image_weight"] = "the weight of the CLIP loss; without it, clip_loss.weight must be 0"
+    return arguments
+
+
+def _student_steps(networks: Networks) -> dict[str, str]:
+    student: Any = networks.generator
+    if len(student.levels) == 1:
+        return {}
+    return {"student_steps": "the number of levels that a few-step student passes; without it, it must have one level"}
 
 
 def level_draw(config: LevelsConfig) -> LevelDraw:

@@ -81,7 +81,7 @@ def test_a_list_of_prompts_and_teacher_samples(cache: Path, teacher: Path, tmp_p
     config = load_config("digits", settings)
     run = build(config, torch.device("cpu"))
     assert "12 prompts are in the cache" in dry_run(tmp_path, "digits", settings)
-    training_data(config, run, torch.device("cpu"))
+    training_data(run)
     said = dry_run(tmp_path, "digits", settings)
     assert "8 teacher samples with 3 evaluations each are in the cache" in said
     assert "would" not in said

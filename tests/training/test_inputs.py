@@ -115,7 +115,7 @@ def test_images_of_another_size_need_a_recipe(digits: Path, tiny_teacher: Path, 
 def test_data_that_are_not_the_teachers_are_refused(digits: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     def check(data: object, **changes: object) -> None:
         config = load_config("digits", {"teacher": str(tiny_teacher), "data": str(data), **changes})
-        stored_data(config, build(config, torch.device("cpu")))
+        stored_data(build(config, torch.device("cpu")))
 
     for number in range(11):
         path = tmp_path / "eleven" / f"{number:02d}" / "image.png"

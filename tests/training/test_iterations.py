@@ -107,7 +107,7 @@ def test_a_run_is_its_iterations_written_out(teacher: Path, tmp_path: Path) -> N
 
     random, dropped = torch.Generator(), 0
     matching, critic = level_draw(config.matching_levels), level_draw(config.critic_levels)
-    with training_data(config, made, device).loader(config, networks.teacher, 0) as loader:
+    with training_data(made).loader(config, networks.teacher, 0) as loader:
         for iteration in range(5):
             random.manual_seed(seed(Stream.STEP, iteration))
             torch.manual_seed(seed(Stream.DROPOUT, iteration, 0))

@@ -7,6 +7,7 @@ none is lost on the way.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
+from fdistill.methods import METHODS, Method
 from fdistill.noise import karras_levels, lognormal_levels, shifted_levels, uniform_levels
 from fdistill.ratio import DensityRatio
 from fdistill.step import (
@@ -209,3 +212,54 @@ def test_uni_instructs_weight_is_detached_where_the_config_says_so(tiny_teacher:
     for config, by_hand in ((gradients[0], gradients[1]), (gradients[2], gradients[3])):
         assert all(torch.equal(a, b) for a, b in zip(config, by_hand, strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(gradients[0], gradients[2], strict=True))
+
+
+def own_step(networks: Any, condition: Any, generator: Any, *, batch_size: int, divergence: Any, ratio: Any) -> None:
+    """A student's update that reads a ratio, and none of the arguments that only some settings add."""
+
+
+def own_critic(networks: Any, real_x0: Any, condition: Any, generator: Any) -> None:
+    """A critic's update that reads no more than every critic is given."""
+
+
+def incomplete_step(networks: Any, condition: Any, generator: Any) -> None:
+    """A student's update that does not know how many samples to draw."""
+
+
+OWN = {
+    "student": f"{__name__}:own_step",
+    "critic": f"{__name__}:own_critic",
+    "summary": "reads a ratio",
+    "divergence": "kl",
+    "discriminator": True,
+    "few_step": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({}, {"ratio.warmup": 5}, "own_step takes no ratio_ramp, .*; without it, ratio.warmup must be 0"),
+        (
+            {"pairs": True},
+            {"regression.weight": 0.5},
+            "own_step takes no pairs, .*; without it, regression.weight must be 0",
+        ),
+        ({}, {"student_level": [2.5, 0.5]}, "takes no student_steps, .* it must have one level"),
+        ({}, {"condition_dropout": 0.1, "null_class": 9}, "own_critic takes no critic_condition, .* must be 0"),
+        ({"student": f"{__name__}:incomplete_step"}, {}, "incomplete_step takes no batch_size, which is the number of"),
+        ({"critic": f"{__name__}:incomplete_step"}, {}, "incomplete_step takes no real_x0, which is the batch of data"),
+        ({}, {}, None),
+    ],
+)
+def test_a_step_that_lacks_an_argument_is_refused_before_the_run(
+    tiny_teacher: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    row: dict[str, Any],
+    settings: dict[str, Any],
+    message: str | None,
+) -> None:
+    monkeypatch.setitem(METHODS, "own", Method(**{**OWN, **row}))
+    config = load_config("digits", {"teacher": str(tiny_teacher), "method": "own", "ratio.warmup": 0, **settings})
+    with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
+        build(config, torch.device("cpu"))

@@ -183,9 +183,9 @@ def test_which_score_is_better(tiny_teacher: Path) -> None:
     """Rising, falling, equal, missing and undefined ones."""
     config = load_config("digits", {"teacher": str(tiny_teacher), **SETTINGS, "eval.metrics": ["fd_digits", "recall"]})
     built = build(config, CPU)
-    low = loop.open_watch(config, built, CPU)
+    low = loop.open_watch(built)
     section = config.eval.model_copy(update={"metric": "recall"})
-    high = loop.open_watch(config.model_copy(update={"eval": section}), built, CPU)
+    high = loop.open_watch(replace(built, config=config.model_copy(update={"eval": section})))
     assert low is not None
     assert high is not None
     recall, nan = f"eval/recall@{COUNT}", float("nan")
@@ -202,7 +202,7 @@ def test_which_score_is_better(tiny_teacher: Path) -> None:
 def test_a_protocol_of_any_size(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROTOCOLS, "any", replace(PROTOCOLS["digits"], name="any", size=None, num_samples=None))
     config = load_config("digits", {"teacher": str(tiny_teacher), **SETTINGS, "eval.protocol": "any"})
-    watch = loop.open_watch(config, build(config, CPU), CPU)
+    watch = loop.open_watch(build(config, CPU))
     assert watch is not None
     assert list(watch.scores()) == ["eval/fd_digits@100"]
 

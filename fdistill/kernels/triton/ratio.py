@@ -262,9 +262,7 @@ def _weights(
     bins: Tensor,
     bounds: tuple[float, float, float, float, bool],
     momentum: float,
-    factor: float,
-    power: float,
-    power1p: float,
+    powers: tuple[float, float, float],
 ) -> tuple[Tensor, Tensor]:
     """Weight and h. If logits are given, the same launch also computes the samples from them."""
     batch = len(samples)
@@ -292,9 +290,7 @@ def _weights(
             upper,
             *((math.log(low), math.log(high)) if log_bins else (low, high)),
             momentum,
-            factor,
-            power,
-            power1p,
+            *powers,
             FROM_LOGITS=logits is not None,
             CLAMPED=clamped is not None,
             LOGIT_BOUND=LOGIT_BOUND,
@@ -315,7 +311,7 @@ def ratio_weights(
 ) -> tuple[Tensor, Tensor]:
     """See `reference.ratio_weights`."""
     bounds = (0.0, 1.0, 0.0, 1.0, False)
-    return _weights(None, None, samples.contiguous(), None, bins, bounds, momentum, factor, power, power1p)
+    return _weights(None, None, samples.contiguous(), None, bins, bounds, momentum, (factor, power, power1p))
 
 
 def ratio(
@@ -335,11 +331,11 @@ def ratio(
     """See `reference.ratio`."""
     batch, device = len(logits), logits.device
     clamped = torch.empty(batch, dtype=torch.float32, device=device)
-    bounds, rest = (lower, upper, low, high, log_bins), (momentum, factor, power, power1p)
+    bounds, powers = (lower, upper, low, high, log_bins), (factor, power, power1p)
     if logits.numel() > 1 << 15:  # one block would take longer for them than a second launch
         samples = ratio_samples(logits, level, lower, upper, len(bins), low, high, log_bins)
-        weight, h = _weights(None, None, samples, clamped, bins, bounds, *rest)
+        weight, h = _weights(None, None, samples, clamped, bins, bounds, momentum, powers)
     else:
         samples = torch.empty(batch, 3, dtype=torch.float32, device=device)
-        weight, h = _weights(logits, level, samples, clamped, bins, bounds, *rest)
+        weight, h = _weights(logits, level, samples, clamped, bins, bounds, momentum, powers)
     return weight, h, clamped

@@ -125,15 +125,15 @@ def _renoise_backward(
 def _launch(
     x0: Tensor,
     noise: Tensor,
-    first: int,
+    first: int | None,
     alpha: Tensor,
     sigma: Tensor,
     input_scale: Tensor | None,
     input_dtype: torch.dtype,
     channels_last: bool,
-    *,
-    seeded: bool,
 ) -> tuple[Tensor, Tensor]:
+    """`noise` is the noise itself if `first` is None; otherwise it is the seed, and `first` the index of sample 0."""
+    seeded = first is not None
     batch, size = len(x0), x0.shape[1:].numel()
     x_t = empty_samples_like(x0, wide(x0.dtype))
     if input_scale is None:
@@ -163,7 +163,7 @@ def _launch(
             scale,
             plain,
             written,
-            first,
+            first or 0,
             size,
             quarter,
             blocks,
@@ -197,7 +197,7 @@ def renoise(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.renoise`."""
-    return _launch(x0, noise, 0, alpha, sigma, input_scale, input_dtype, channels_last, seeded=False)
+    return _launch(x0, noise, None, alpha, sigma, input_scale, input_dtype, channels_last)
 
 
 def renoise_seeded(
@@ -211,7 +211,7 @@ def renoise_seeded(
     channels_last: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `reference.renoise_seeded`."""
-    return _launch(x0, seed, first, alpha, sigma, input_scale, input_dtype, channels_last, seeded=True)
+    return _launch(x0, seed, first, alpha, sigma, input_scale, input_dtype, channels_last)
 
 
 def renoise_backward(

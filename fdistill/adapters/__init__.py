@@ -35,11 +35,18 @@ if hasattr(diffusers, "QwenImageTransformer2DModel"):  # since 0.35
 #: for students with one encoder and several decoders.
 ONE_STEP, TIUE = "OneStepPipeline", "TiUEPipeline"
 OWN_PIPELINES = (ONE_STEP, TIUE)
+#: Name of the network in a OneStepPipeline.
+OWN_COMPONENT = "network"
 
 
 def family_of(network: nn.Module) -> Family:
     """The family of a network; raises KeyError if its class belongs to none."""
     return FAMILIES[type(network).__name__]
+
+
+def network_components() -> list[str]:
+    """The names that networks have in the pipelines of the families, such as unet."""
+    return list(dict.fromkeys(family.component for family in FAMILIES.values()))
 
 
 def supported_pipelines() -> list[str]:

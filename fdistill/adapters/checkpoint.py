@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fdistill.adapters import FAMILIES, TIUE, set_null_class, supported_pipelines
+from fdistill.adapters import FAMILIES, OWN_COMPONENT, TIUE, network_components, set_null_class, supported_pipelines
 from fdistill.adapters.family import Family
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
@@ -19,9 +19,6 @@ from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object, weights_sha256
 from fdistill.denoiser import Denoiser
-
-#: Sub-folders in which a checkpoint's network may be; the last is the checkpoint's folder itself.
-_NETWORK_FOLDERS = ("unet", "transformer", "network", ".")
 
 _DOWNLOADED = [
     "*.json",
@@ -157,7 +154,8 @@ def find_network(folder: Path) -> tuple[Family, Path]:
         CheckpointError: the folder has no network config, or the network's class is not supported.
     """
     found = None
-    for place in _NETWORK_FOLDERS:
+    places = (*network_components(), OWN_COMPONENT)
+    for place in (*places, "."):
         config = folder / place / "config.json"
         try:
             settings = read_json_object(config)
@@ -166,15 +164,16 @@ def find_network(folder: Path) -> tuple[Family, Path]:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{config}: cannot be read ({error})") from error
         name = str(settings.get("_class_name"))
-        if name == "Transformer2DModel" and settings.get("norm_type") == "ada_norm_single":
-            name = "PixArtTransformer2DModel"  # older PixArt checkpoints name this class
         if name in FAMILIES:
             return FAMILIES[name], config.parent
+        for family in FAMILIES.values():
+            if family.earlier_config is not None and family.earlier_config(settings):
+                return family, config.parent
         found = f"{config}: network class {name!r} is not supported; {did_you_mean(name, FAMILIES)}"
     raise CheckpointError(
         found
         or f"{folder}: not a checkpoint this version can read; expected config.json of the network in it, or in "
-        f"{', '.join(f'{place}/' for place in _NETWORK_FOLDERS[:-1])}"
+        f"{', '.join(f'{place}/' for place in places)}"
     )
 
 

@@ -119,4 +119,4 @@ def native_pipeline(
     return pipeline, {"num_inference_steps": 1, "guidance_scale": 1.0}
 
 
-FAMILY = Family(DiTTransformer2DModel, wrap, native_pipeline)
+FAMILY = Family(DiTTransformer2DModel, wrap, native_pipeline, guidance_labels={"DiTPipeline": 1000})

@@ -13,6 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
+from fdistill.adapters import OWN_COMPONENT, network_components
 from fdistill.adapters.checkpoint import Checkpoint, check_pipeline, find_network, resolve_checkpoint
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.adapters.pretrained import load_network
@@ -43,8 +44,8 @@ _LOADING_ERRORS = (
     SafetensorError,
 )
 _ELSEWHERE = "make images with the program that it comes with, and evaluate their folder"
-#: Beginnings of names, and names, of networks that are evaluated in sampling steps.
-_NETWORKS, _OTHER_NETWORKS = ("unet", "transformer", "network"), ("prior", "prior_prior", "decoder")
+#: Components of pipelines that no family has, which are evaluated in sampling steps.
+_OTHER_NETWORKS = ("prior", "prior_prior", "decoder")
 
 
 def pipeline_class(checkpoint: Checkpoint) -> type[DiffusionPipeline] | None:
@@ -143,10 +144,11 @@ def _network_class(entry: Any) -> type[ModelMixin] | None:
 def evaluated_networks(pipeline: DiffusionPipeline) -> list[Any]:
     """The networks of a pipeline that are evaluated in sampling steps."""
     parts = pipeline.components.items()
+    starts = (*network_components(), OWN_COMPONENT)  # some pipelines have a unet_2, too
     return [
         part
         for name, part in parts
-        if isinstance(part, nn.Module) and (name.startswith(_NETWORKS) or name in _OTHER_NETWORKS)
+        if isinstance(part, nn.Module) and (name.startswith(starts) or name in _OTHER_NETWORKS)
     ]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fdistill.adapters import FAMILIES
 from fdistill.adapters.checkpoint import Checkpoint, find_network, resolve_checkpoint
 from fdistill.base.errors import ArgumentError, CheckpointError, FDistillError
 from fdistill.base.files import read_json_object, weights_sha256
@@ -240,10 +241,11 @@ def _arguments(name: str, pipeline: Any, sampling: Sampling) -> dict[str, Any]:
         call["guidance_scale"] = guidance_scale
     elif guided:
         raise ArgumentError(f"guidance_scale: got {guidance_scale:g}, but {kind} of {name} takes none; leave it out")
-    if guided and kind == "DiTPipeline" and _num_classes(pipeline) != 1000:
+    labels = {cls: label for family in FAMILIES.values() for cls, label in family.guidance_labels.items()}
+    if guided and kind in labels and _num_classes(pipeline) != labels[kind]:
         raise ArgumentError(
-            f"guidance_scale: got {guidance_scale:g}, but DiTPipeline guides with label 1000 for no class, and {name} "
-            f"has {_num_classes(pipeline)} classes; leave it out, or leave out `--sampler pipeline`"
+            f"guidance_scale: got {guidance_scale:g}, but {kind} guides with label {labels[kind]} for no class, and "
+            f"{name} has {_num_classes(pipeline)} classes; leave it out, or leave out `--sampler pipeline`"
         )
     if sampling.negative_prompt and "negative_prompt" not in takes:
         raise ArgumentError(f"negative_prompt: {kind} of {name} takes none; leave it out")

@@ -36,6 +36,8 @@ class DiTDenoiser(Denoiser):
             with 0; diffusers, with its DiTPipeline, uses 1.
     """
 
+    parametrisation: Parametrisation
+
     def __init__(self, network: DiTTransformer2DModel, parametrisation: Parametrisation, freq_shift: float = 1.0):
         super().__init__()
         config: Any = network.config

@@ -31,11 +31,9 @@ if hasattr(diffusers, "QwenImageTransformer2DModel"):  # since 0.35
 
     FAMILIES["QwenImageTransformer2DModel"] = qwen_image.FAMILY
 
-#: Names of fdistill's own pipeline classes in model_index.json: for students that no class of diffusers can run, and
-#: for students with one encoder and several decoders.
-ONE_STEP, TIUE = "OneStepPipeline", "TiUEPipeline"
-OWN_PIPELINES = (ONE_STEP, TIUE)
-#: Name of the network in a OneStepPipeline.
+#: Names of fdistill's own pipeline classes that run text-to-image students.
+OWN_TEXT_PIPELINES = ("TiUEPipeline",)
+#: Name of the network in fdistill's own pipelines, where it is not that of the network's family.
 OWN_COMPONENT = "network"
 
 
@@ -52,6 +50,11 @@ def network_components() -> list[str]:
 def supported_pipelines() -> list[str]:
     """Class names of the supported text-to-image pipelines of diffusers."""
     return [name for family in FAMILIES.values() if family.text is not None for name in family.text.pipelines]
+
+
+def runs_prompts(name: str) -> bool:
+    """Whether `name` is a supported pipeline class for text-to-image networks, of diffusers or of fdistill."""
+    return name in OWN_TEXT_PIPELINES or name in supported_pipelines()
 
 
 def wrap(network: nn.Module, scheduler: Mapping[str, Any] | None) -> Denoiser:

@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 
-from fdistill.adapters import FAMILIES, OWN_COMPONENT, TIUE, network_components, set_null_class, supported_pipelines
+from fdistill.adapters import (
+    FAMILIES,
+    OWN_COMPONENT,
+    network_components,
+    runs_prompts,
+    set_null_class,
+    supported_pipelines,
+)
 from fdistill.adapters.family import Family
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
@@ -58,7 +65,7 @@ class Checkpoint:
     def fingerprint(self, denoiser: Denoiser) -> str:
         """Hash of the weights and of the settings that say what they mean: schedule, prediction type, guidance."""
         digest = hashlib.sha256()
-        digest.update(f"{denoiser.null_class} {getattr(denoiser, 'guidance_scale', 1.0)}".encode())
+        digest.update(f"{denoiser.null_class} {denoiser.guidance_scale}".encode())
         if self.folder is None:
             for name, value in denoiser.state_dict().items():
                 digest.update(
@@ -183,7 +190,7 @@ def check_pipeline(checkpoint: Checkpoint, family: Family) -> None:
     Such a pipeline may feed a network of the same class different inputs than the supported pipelines do.
     """
     name = checkpoint.index.get("_class_name")
-    if family.text is not None and name not in (None, TIUE, *supported_pipelines()):
+    if family.text is not None and name is not None and not runs_prompts(name):
         raise CheckpointError(
             f"checkpoint {checkpoint.name!r}: pipeline class {name!r} is not supported; "
             f"{did_you_mean(str(name), supported_pipelines())}"

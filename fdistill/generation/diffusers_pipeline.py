@@ -18,12 +18,8 @@ from fdistill.adapters.checkpoint import Checkpoint, check_pipeline, find_networ
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import CheckpointError
-from fdistill.students.one_step_pipeline import OneStepPipeline
-from fdistill.students.tiue_pipeline import TiUEPipeline
+from fdistill.students.student_pipeline import StudentPipeline
 from fdistill.teachers.text_encoders import quiet
-
-#: Pipelines of fdistill. They evaluate parts of a network, as many times as their settings say.
-OWN_PIPELINES = (OneStepPipeline, TiUEPipeline)
 
 #: Components that censor or watermark images are left out: black images and marks would be measured.
 _LEFT_OUT: dict[str, Any] = {
@@ -101,7 +97,11 @@ def load_pipeline(checkpoint: Checkpoint) -> DiffusionPipeline:
 def _check_call(name: str, chosen: type[DiffusionPipeline]) -> None:
     """Raises CheckpointError unless a class makes images from prompts, from labels or from noise alone."""
     takes = call_parameters(chosen)
-    missing = {"generator", "output_type", *([] if chosen in OWN_PIPELINES else ["num_inference_steps"])} - takes.keys()
+    missing = {
+        "generator",
+        "output_type",
+        *([] if issubclass(chosen, StudentPipeline) else ["num_inference_steps"]),
+    } - takes.keys()
     needed = [
         key
         for key, parameter in takes.items()

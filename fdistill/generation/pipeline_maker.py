@@ -17,7 +17,6 @@ from fdistill.base.errors import ArgumentError, CheckpointError, FDistillError
 from fdistill.base.files import read_json_object, weights_sha256
 from fdistill.base.rng import Stream, derived_seed
 from fdistill.generation.diffusers_pipeline import (
-    OWN_PIPELINES,
     call_parameters,
     evaluated_networks,
     load_pipeline,
@@ -26,6 +25,7 @@ from fdistill.generation.diffusers_pipeline import (
 from fdistill.generation.maker import Evaluations, LabelsOrPrompts, finite_uint8
 from fdistill.generation.sampling import Sampling
 from fdistill.students.folder import STUDENT_FILE, find_student
+from fdistill.students.student_pipeline import StudentPipeline
 from fdistill.teachers.text_encoders import PromptEncoder, describe_cut, quiet
 
 
@@ -119,7 +119,7 @@ class PipelineMaker:
 
         hooks = [
             network.register_forward_pre_hook(count, with_kwargs=True)
-            for network in ([] if isinstance(self._pipeline, OWN_PIPELINES) else evaluated_networks(self._pipeline))
+            for network in ([] if isinstance(self._pipeline, StudentPipeline) else evaluated_networks(self._pipeline))
         ]
         self._counting = counted
         try:
@@ -167,7 +167,9 @@ class PipelineMaker:
                 self._draws_alone = any(
                     not torch.equal(a, b) for a, b in zip(before, _random_state(device), strict=True)
                 )
-        if self._counting is not None and isinstance(self._pipeline, OWN_PIPELINES):  # they call parts of a network
+        if self._counting is not None and isinstance(
+            self._pipeline, StudentPipeline
+        ):  # it may call parts of its network
             self._counting.network += len(indices) * self.num_steps
         return images
 
@@ -266,16 +268,14 @@ def _num_steps(pipeline: Any, call: Mapping[str, Any]) -> int:
 
 
 def _takes_prompts(pipeline: Any) -> bool:
-    if isinstance(pipeline, OWN_PIPELINES):
-        own: bool = pipeline.takes_prompts
-        return own
+    if isinstance(pipeline, StudentPipeline):
+        return pipeline.takes_prompts
     return "prompt" in call_parameters(type(pipeline))
 
 
 def _num_classes(pipeline: Any) -> int | None:
-    if isinstance(pipeline, OWN_PIPELINES):
-        classes: int | None = pipeline._generator().num_classes
-        return classes
+    if isinstance(pipeline, StudentPipeline):
+        return pipeline.make_student().num_classes
     if "class_labels" not in call_parameters(type(pipeline)):
         return None
     settings = evaluated_networks(pipeline)[0].config

@@ -52,7 +52,9 @@ class LatentSpace:
             self.vae.to("cpu")
 
     def facts(self) -> dict[str, Any]:
-        """What `fdistill cache` notes beside latents, and what those that a run reads have to agree with."""
+        """Facts that `fdistill cache` stores with latents; a run refuses latents whose facts differ from its
+        teacher's.
+        """
         return {"vae": self.sha256, **self.scaling.settings()}
 
     @torch.no_grad()
@@ -108,7 +110,7 @@ def pixels_per_latent(vae: Any) -> int:
 
 
 def image_size(denoiser: Denoiser, latents: LatentSpace | None) -> int:
-    """Pixels of a side of the images that a denoiser's samples are, or are decoded to."""
+    """Side in pixels of the images, after decoding if samples are latents."""
     return denoiser.sample_shape[-1] * (1 if latents is None else latents.factor)
 
 
@@ -126,7 +128,7 @@ def _has_no_posterior(vae: ModelMixin) -> bool:
 
 
 def _own_scaling(vae: ModelMixin) -> LatentScaling:
-    """The scaling that an autoencoder's config says, which networks on its latents are trained with."""
+    """The scaling in the autoencoder's config, with which networks on its latents are trained."""
     config: Any = vae.config
     if _is_video(vae):
         pairs = list(zip(config.latents_mean, config.latents_std, strict=False))

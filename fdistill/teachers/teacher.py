@@ -1,4 +1,4 @@
-"""A teacher as it is distilled, encoded for and sampled from: its denoiser, and the autoencoder of its latents."""
+"""A teacher: its denoiser, and the autoencoder if it works on latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
-from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ConfigError
 from fdistill.base.files import atomic_folder, claim_folder
 from fdistill.denoiser import Denoiser
@@ -31,7 +30,7 @@ class Teacher:
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side of the images that samples are, or are decoded to."""
+        """Side in pixels of the images, after decoding if samples are latents."""
         return image_size(self.denoiser, self.latents)
 
 
@@ -79,7 +78,7 @@ def open_teacher(settings: TeacherSettings) -> Teacher:
 
 
 def _resize(denoiser: Denoiser, latents: LatentSpace | None, resolution: int) -> None:
-    if not isinstance(denoiser, TextDenoiser) or latents is None:
+    if denoiser.text_shapes is None or latents is None:
         raise ConfigError(
             f"resolution: got {resolution}, but only text-to-image teachers draw at several; expected null"
         )
@@ -97,7 +96,7 @@ def _resolve(name: str, base: str | None) -> Checkpoint:
         found = None if base is None else resolve_checkpoint(base).folder
         return Checkpoint(name, single_file_to_folder(path, found))
     if base is not None:
-        raise ConfigError(f"teacher_base: got {base!r}, but teacher {name!r} is no single file; expected null")
+        raise ConfigError(f"teacher_base: got {base!r}, but teacher {name!r} is not a single file; expected null")
     return resolve_checkpoint(name)
 
 

@@ -14,7 +14,7 @@ from fdistill.denoiser import Denoiser
 
 
 class Resized(NamedTuple):
-    """The denoiser, the names of its parameters that were copied, and of those that start at random."""
+    """A changed denoiser, the names of its parameters that were copied, and the names of those that start at random."""
 
     denoiser: Denoiser
     copied: list[str]
@@ -31,7 +31,7 @@ _NOT_ARCHITECTURE = {"sigma_data", "sigma_min", "sigma_max", "label_dropout"} | 
 
 @torch.no_grad()
 def _try(denoiser: Denoiser) -> None:
-    """Runs the network once, as some settings that do not fit one another only fail then."""
+    """Runs the network once, because some settings that do not fit one another fail only then."""
     t = torch.full((1,), denoiser.schedule.t_max)
     denoiser.eval()(torch.zeros(1, *denoiser.sample_shape), t, denoiser.example_condition(1, "cpu"))
 

@@ -31,7 +31,7 @@ from fdistill.formats.pipeline_folder import (
     weight_shapes,
 )
 
-#: Before a layer's name in a LoRA file, by the component it belongs to; nothing, where the network is meant.
+#: Component -> what may stand before the names of its layers in a LoRA file; for the network also nothing.
 _PREFIXES = {
     "unet": ("lora_unet_", "unet.", ""),
     "transformer": (
@@ -133,7 +133,7 @@ def _assign(folder: Path, lora: Path, layers: Mapping[str, LoraLayer]) -> dict[s
     """Component -> name of a weight -> what is added to it.
 
     Raises:
-        CheckpointError: a layer of the LoRA is none of the pipeline's, or has another shape.
+        CheckpointError: the pipeline lacks a layer of the LoRA, or has it in another shape.
     """
     targets = _targets(folder)
     unknown = [name for name in layers if name not in targets]

@@ -40,9 +40,9 @@ _TEXT_ENCODERS = {
 def single_file_to_folder(path: Path, base: Path | None) -> Path:
     """A checkpoint under its publisher's tensor names as an ordinary pipeline folder, made once and cached.
 
-    Network and autoencoder come from the file, and so do the text encoders of Stable Diffusion 1, 2 and XL; what the
-    file lacks, configs, tokenizers and the scheduler (which says what the network predicts) come from the base. Text
-    encoders of SD3 and Flux always do: fine-tunes leave them as they are. Half precision stays. Nothing is downloaded.
+    The network, the autoencoder, and the text encoders of Stable Diffusion 1, 2 and XL come from the file. Whatever it
+    lacks comes from the base, and so do configs, tokenizers, the scheduler (which says what the network predicts), and
+    the text encoders of SD3 and Flux, which fine-tunes leave as they are. Half precision stays. Nothing is downloaded.
 
     Args:
         path: a safetensors file of a kind that a family lists in its `single_files`: a whole checkpoint or the network

@@ -78,7 +78,7 @@ def save_student(
 
 
 def find_student(path: str | Path) -> Path | None:
-    """The student folder at `path`, or in the run folder `path`; None if there is no student, but a teacher, say."""
+    """The student folder at `path`, or in the run folder `path`; None if neither holds a student."""
     places = (Path(path), Path(path) / "student")
     return next((folder for folder in places if (folder / STUDENT_FILE).is_file()), None)
 

@@ -16,7 +16,7 @@ from fdistill.teachers.autoencoder import decode_samples
 
 
 class StudentPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """A pipeline that runs a student by fdistill's own code, as many times as the student's settings say.
+    """A pipeline that runs a student by fdistill's own code.
 
     Attributes:
         vae: the autoencoder of a latent student, or None.
@@ -28,7 +28,7 @@ class StudentPipeline(DiffusionPipeline):  # type: ignore[misc]
         return False
 
     def make_student(self) -> Student:
-        """The student, made of the pipeline's network and settings."""
+        """Builds the student from the pipeline's network and settings."""
         raise NotImplementedError
 
     @staticmethod

@@ -93,7 +93,7 @@ class TiUEPipeline(StudentPipeline):
         return TiUEGenerator(denoiser, settings.get("decoder_levels", ())).eval()
 
     def _encoders(self) -> DiffusionPipeline:
-        """The family's own pipeline with text encoders only; it encodes prompts as they were in training."""
+        """The family's own pipeline with text encoders only, which encodes prompts as in training."""
         nothing = {"vae": None, "unet": None, "scheduler": None}
         if self.text_encoder_2 is not None:
             return StableDiffusionXLPipeline(

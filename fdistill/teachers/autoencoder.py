@@ -21,7 +21,7 @@ from fdistill.denoiser import Denoiser, LatentScaling
 _PIXELS = 2**21  # of the images an autoencoder sees at once: its activations are far larger than a denoiser's
 
 _VIDEO = "AutoencoderKLQwenImage"  # from diffusers 0.35 on; takes images as videos of one frame
-#: Classes of autoencoders that are read.
+#: Supported classes of autoencoders.
 AUTOENCODERS = tuple(name for name in ("AutoencoderKL", "AutoencoderDC", _VIDEO) if hasattr(diffusers, name))
 
 
@@ -33,7 +33,7 @@ class LatentSpace:
     Attributes:
         vae: one of `AUTOENCODERS`.
         scaling: from its latents to samples.
-        factor: pixels for one latent, in each direction.
+        factor: how many times longer the side of an image is than that of its latents.
         sha256: hash of the autoencoder's weights.
     """
 
@@ -101,7 +101,7 @@ def decode_samples(vae: Any, scaling: LatentScaling, samples: Tensor) -> Tensor:
 
 
 def pixels_per_latent(vae: Any) -> int:
-    """The autoencoder's factor: how many pixels one latent stands for, in each direction."""
+    """How many times longer the side of an image is than that of its latents."""
     config = vae.config
     if _is_video(vae):
         return int(2 ** len(config.temperal_downsample))
@@ -115,7 +115,7 @@ def image_size(denoiser: Denoiser, latents: LatentSpace | None) -> int:
 
 
 def _at_once(size: int) -> int:
-    """How many images of this size in pixels."""
+    """How many images with sides of `size` pixels the autoencoder sees at once."""
     return max(1, _PIXELS // size**2)
 
 

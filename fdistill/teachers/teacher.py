@@ -20,7 +20,8 @@ class Teacher:
     """A frozen denoiser in eval mode, float32, on the CPU.
 
     Attributes:
-        checkpoint: where it comes from: for a single file, or with a LoRA merged in, a folder in $FDISTILL_CACHE.
+        checkpoint: the source of the denoiser. It is a folder in $FDISTILL_CACHE if the teacher was given as a single
+            file, or has a LoRA merged in.
         latents: None for a teacher of pixels.
     """
 
@@ -45,7 +46,7 @@ class TeacherSettings:
         lora_scale: the factor on the LoRA's update.
         null_class: the label that stands for no class, where the checkpoint does not say it.
         vae: autoencoder of a latent teacher whose folder has none.
-        resolution: pixels of a side of a text-to-image teacher's images; its own by default.
+        resolution: side in pixels of a text-to-image teacher's images; None is the teacher's own.
     """
 
     name: str
@@ -61,8 +62,8 @@ def open_teacher(settings: TeacherSettings) -> Teacher:
     """Loads a teacher.
 
     Raises:
-        CheckpointError: files that cannot be read, or are of no kind that is known.
-        ConfigError: a base, a LoRA or a resolution for a teacher that has no use for it.
+        CheckpointError: files cannot be read, or are of an unknown kind.
+        ConfigError: a base, a LoRA or a resolution is given for a teacher that has no use for it.
     """
     checkpoint = _resolve(settings.name, settings.base)
     if settings.lora is not None:
@@ -80,7 +81,8 @@ def open_teacher(settings: TeacherSettings) -> Teacher:
 def _resize(denoiser: Denoiser, latents: LatentSpace | None, resolution: int) -> None:
     if denoiser.text_shapes is None or latents is None:
         raise ConfigError(
-            f"resolution: got {resolution}, but only text-to-image teachers draw at several; expected null"
+            f"resolution: got {resolution}, but only text-to-image teachers make images of other sizes than their own; "
+            "expected null"
         )
     size, rest = divmod(resolution, latents.factor)
     if rest or size < 1:
@@ -108,7 +110,8 @@ def copy_single_file(path: Path, base: str, output: Path) -> Path:
         output: a folder that is empty or does not exist.
 
     Raises:
-        CheckpointError, OutputError: what cannot be read, or written.
+        CheckpointError: the file or the base cannot be read.
+        OutputError: the folder cannot be written.
     """
     folder = claim_folder(output)
     made = single_file_to_folder(path, resolve_checkpoint(base).folder)

@@ -18,6 +18,7 @@ from fdistill.adapters.checkpoint import Checkpoint, check_pipeline, find_networ
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import CheckpointError
+from fdistill.students import one_step_pipeline, tiue_pipeline  # noqa: F401  they register their classes with diffusers
 from fdistill.students.student_pipeline import StudentPipeline
 from fdistill.teachers.text_encoders import quiet
 
@@ -97,11 +98,8 @@ def load_pipeline(checkpoint: Checkpoint) -> DiffusionPipeline:
 def _check_call(name: str, chosen: type[DiffusionPipeline]) -> None:
     """Raises CheckpointError unless a class makes images from prompts, from labels or from noise alone."""
     takes = call_parameters(chosen)
-    missing = {
-        "generator",
-        "output_type",
-        *([] if issubclass(chosen, StudentPipeline) else ["num_inference_steps"]),
-    } - takes.keys()
+    steps = [] if issubclass(chosen, StudentPipeline) else ["num_inference_steps"]
+    missing = {"generator", "output_type", *steps} - takes.keys()
     needed = [
         key
         for key, parameter in takes.items()

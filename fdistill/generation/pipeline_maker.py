@@ -167,9 +167,8 @@ class PipelineMaker:
                 self._draws_alone = any(
                     not torch.equal(a, b) for a, b in zip(before, _random_state(device), strict=True)
                 )
-        if self._counting is not None and isinstance(
-            self._pipeline, StudentPipeline
-        ):  # it may call parts of its network
+        # A student's pipeline may call parts of its network, where no hook counts.
+        if self._counting is not None and isinstance(self._pipeline, StudentPipeline):
             self._counting.network += len(indices) * self.num_steps
         return images
 

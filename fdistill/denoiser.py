@@ -88,6 +88,11 @@ class Denoiser(nn.Module, ABC):
             publisher guides only some of them; None: all.
         embedded_guidance: the guidance scale given to a guidance-distilled network, which takes it as an input; None
             for all other networks, which `GuidedDenoiser` guides.
+        guidance_scale: the scale of a `GuidedDenoiser`; 1 for all other denoisers.
+        network: the network of diffusers, or of fdistill, that the denoiser evaluates; None if it evaluates something
+            else, such as another denoiser.
+        parametrisation: a `fdistill.adapters.parametrisation.Parametrisation`, the meaning of the network's inputs and
+            outputs; None if only `preconditioning` says it.
     """
 
     schedule: NoiseSchedule
@@ -102,6 +107,13 @@ class Denoiser(nn.Module, ABC):
     latent_scaling: LatentScaling | None = None
     guidance_channels: int | None = None
     embedded_guidance: float | None = None
+    guidance_scale: float = 1.0
+    network: Any
+    parametrisation: Any = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = None  # an attribute of the class would hide the submodule of that name
 
     @abstractmethod
     def run(
@@ -121,6 +133,17 @@ class Denoiser(nn.Module, ABC):
         If `output_grad` is False, the part of the network that only the output depends on runs without autograd and
         keeps no activations.
         """
+
+    def with_network(self, network: Any) -> Denoiser:
+        """A denoiser of another network of this class, as for a smaller student; raises ArgumentError by default."""
+        raise ArgumentError(f"network: a {type(self).__name__} takes no other network; it has no with_network")
+
+    def resize(self, size: int) -> None:
+        """Sets the height and width of samples; by default raises ArgumentError for any but the present one."""
+        if size != self.sample_shape[-1]:
+            raise ArgumentError(
+                f"size: got {size}, but a {type(self).__name__} has one size; expected {self.sample_shape[-1]}"
+            )
 
     def example_condition(self, count: int, device: torch.device | str) -> Condition | None:
         """A condition of the kind that this network takes: label 0, prompts that are all zeros, or None."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -16,6 +15,8 @@ from fdistill.denoiser import Denoiser
 from fdistill.kernels.checks import wide
 from fdistill.kernels.layout import expand
 from fdistill.kernels.renoise import renoise
+from fdistill.noise import NoiseSchedule
+from fdistill.student_kinds import fall
 
 
 class Student(nn.Module, ABC):
@@ -33,6 +34,14 @@ class Student(nn.Module, ABC):
     @abstractmethod
     def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
         """Standard normal noise [B, *noise_shape()] and a condition -> x0 [B, C, H, W], at least float32."""
+
+    def sample_with_predictions(self, noise: Tensor, condition: Condition | None = None) -> tuple[Tensor, Tensor]:
+        """The result of `forward`, and the noise [B, K, C, H, W] that K evaluations predicted on the way.
+
+        Raises:
+            ArgumentError: this kind of student predicts no noise while sampling (`StudentKind.predicts_noise`).
+        """
+        raise ArgumentError(f"noise_kl_weight: {type(self).__name__} predicts no noise while sampling; expected 0")
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -71,6 +80,15 @@ class Student(nn.Module, ABC):
         )
 
 
+def falling_levels(name: str, levels: Sequence[float], schedule: NoiseSchedule) -> tuple[float, ...]:
+    """The levels as a tuple; ArgumentError, with their `name`, unless they fall and lie in (t_min, t_max]."""
+    if not levels or not fall(levels) or not (schedule.t_min < levels[-1] and levels[0] <= schedule.t_max):
+        raise ArgumentError(
+            f"{name}: expected falling numbers in ({schedule.t_min:g}, {schedule.t_max:g}], got {list(levels)}"
+        )
+    return tuple(float(level) for level in levels)
+
+
 class OneStepGenerator(Student):
     """A denoiser used once, at a fixed level: x0 = denoise(schedule.start(level) * noise, level, condition).
 
@@ -105,14 +123,8 @@ class FewStepGenerator(Student):
 
     def __init__(self, denoiser: Denoiser, levels: Sequence[float]):
         super().__init__()
-        schedule = denoiser.schedule
-        falling = all(a > b for a, b in pairwise(levels))
-        if not levels or not falling or not (schedule.t_min < levels[-1] and levels[0] <= schedule.t_max):
-            raise ArgumentError(
-                f"levels: expected falling numbers in ({schedule.t_min:g}, {schedule.t_max:g}], got {list(levels)}"
-            )
         self.denoiser = denoiser
-        self.levels = tuple(float(level) for level in levels)
+        self.levels = falling_levels("levels", levels, denoiser.schedule)
 
     def noise_shape(self, steps: int | None = None) -> tuple[int, ...]:
         return (steps or len(self.levels), *self.sample_shape)

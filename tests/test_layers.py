@@ -113,7 +113,9 @@ def test_the_method_stands_at_the_top() -> None:
     assert {name.removeprefix("fdistill.") for name in ROOMS if room(name) == METHOD} == top
 
 
-@pytest.mark.parametrize("name", ["config.reading", "config.combinations", "methods", "base.errors", "commands.cli"])
+@pytest.mark.parametrize(
+    "name", ["config.reading", "config.combinations", "methods", "student_kinds", "base.errors", "commands.cli"]
+)
 def test_configs_and_the_command_line_need_no_torch(name: str) -> None:
     code = f"import sys, fdistill.{name}\nassert 'torch' not in sys.modules and 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -31,10 +31,10 @@ if hasattr(diffusers, "QwenImageTransformer2DModel"):  # since 0.35
 
     FAMILIES["QwenImageTransformer2DModel"] = qwen_image.FAMILY
 
-#: Names of fdistill's own pipeline classes in model_index.json: for students that no class of diffusers can run, and
-#: for students with one encoder and several decoders.
-ONE_STEP, TIUE = "OneStepPipeline", "TiUEPipeline"
-OWN_PIPELINES = (ONE_STEP, TIUE)
+#: Names of fdistill's own pipeline classes that run text-to-image students.
+OWN_TEXT_PIPELINES = ("TiUEPipeline",)
+#: Name of the network in fdistill's own pipelines, where it is not that of the network's family.
+OWN_COMPONENT = "network"
 
 
 def family_of(network: nn.Module) -> Family:
@@ -42,9 +42,19 @@ def family_of(network: nn.Module) -> Family:
     return FAMILIES[type(network).__name__]
 
 
+def network_components() -> list[str]:
+    """The names that networks have in the pipelines of the families, such as unet."""
+    return list(dict.fromkeys(family.component for family in FAMILIES.values()))
+
+
 def supported_pipelines() -> list[str]:
     """Class names of the supported text-to-image pipelines of diffusers."""
     return [name for family in FAMILIES.values() if family.text is not None for name in family.text.pipelines]
+
+
+def runs_prompts(name: str) -> bool:
+    """Whether `name` is a supported pipeline class for text-to-image networks, of diffusers or of fdistill."""
+    return name in OWN_TEXT_PIPELINES or name in supported_pipelines()
 
 
 def wrap(network: nn.Module, scheduler: Mapping[str, Any] | None) -> Denoiser:

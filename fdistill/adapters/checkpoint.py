@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 
-from fdistill.adapters import FAMILIES, TIUE, set_null_class, supported_pipelines
+from fdistill.adapters import (
+    FAMILIES,
+    OWN_COMPONENT,
+    network_components,
+    runs_prompts,
+    set_null_class,
+    supported_pipelines,
+)
 from fdistill.adapters.family import Family
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
@@ -20,9 +27,6 @@ from fdistill.base.files import read_json_object, weights_sha256
 from fdistill.base.functions import import_function
 from fdistill.base.state_dicts import tensors_sha256
 from fdistill.denoiser import Denoiser
-
-#: Sub-folders in which a checkpoint's network may be; the last is the checkpoint's folder itself.
-_NETWORK_FOLDERS = ("unet", "transformer", "network", ".")
 
 _DOWNLOADED = [
     "*.json",
@@ -61,10 +65,10 @@ class Checkpoint:
 
     def fingerprint(self, denoiser: Denoiser) -> str:
         """Hash of the weights and of the settings that say what they mean: schedule, prediction type, guidance."""
-        told = f"{denoiser.null_class} {getattr(denoiser, 'guidance_scale', 1.0)}".encode()
+        meaning = f"{denoiser.null_class} {denoiser.guidance_scale}".encode()
         if self.folder is None:
-            return tensors_sha256(denoiser.state_dict(), told)
-        digest = hashlib.sha256(told + weights_sha256(self.folder).encode())
+            return tensors_sha256(denoiser.state_dict(), meaning)
+        digest = hashlib.sha256(meaning + weights_sha256(self.folder).encode())
         for path in sorted(self.folder.rglob("*.json")):
             digest.update(path.read_bytes())
         return digest.hexdigest()
@@ -153,7 +157,8 @@ def find_network(folder: Path) -> tuple[Family, Path]:
         CheckpointError: the folder has no network config, or the network's class is not supported.
     """
     found = None
-    for place in _NETWORK_FOLDERS:
+    places = (*network_components(), OWN_COMPONENT)
+    for place in (*places, "."):
         config = folder / place / "config.json"
         try:
             settings = read_json_object(config)
@@ -162,15 +167,16 @@ def find_network(folder: Path) -> tuple[Family, Path]:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{config}: cannot be read ({error})") from error
         name = str(settings.get("_class_name"))
-        if name == "Transformer2DModel" and settings.get("norm_type") == "ada_norm_single":
-            name = "PixArtTransformer2DModel"  # older PixArt checkpoints name this class
         if name in FAMILIES:
             return FAMILIES[name], config.parent
+        for family in FAMILIES.values():
+            if family.earlier_config is not None and family.earlier_config(settings):
+                return family, config.parent
         found = f"{config}: network class {name!r} is not supported; {did_you_mean(name, FAMILIES)}"
     raise CheckpointError(
         found
         or f"{folder}: not a checkpoint this version can read; expected config.json of the network in it, or in "
-        f"{', '.join(f'{place}/' for place in _NETWORK_FOLDERS[:-1])}"
+        f"{', '.join(f'{place}/' for place in places)}"
     )
 
 
@@ -180,7 +186,7 @@ def check_pipeline(checkpoint: Checkpoint, family: Family) -> None:
     Such a pipeline may feed a network of the same class different inputs than the supported pipelines do.
     """
     name = checkpoint.index.get("_class_name")
-    if family.text is not None and name not in (None, TIUE, *supported_pipelines()):
+    if family.text is not None and name is not None and not runs_prompts(name):
         raise CheckpointError(
             f"checkpoint {checkpoint.name!r}: pipeline class {name!r} is not supported; "
             f"{did_you_mean(str(name), supported_pipelines())}"

@@ -68,6 +68,8 @@ class DiTDenoiser(Denoiser):
         published: what the published state dicts mean, where it differs from what diffusers' DiTPipeline assumes.
     """
 
+    parametrisation: Parametrisation
+
     def __init__(
         self, network: DiTTransformer2DModel, parametrisation: Parametrisation, published: Published | None = None
     ):
@@ -151,4 +153,4 @@ def native_pipeline(
     return pipeline, {"num_inference_steps": 1, "guidance_scale": 1.0}
 
 
-FAMILY = Family(DiTTransformer2DModel, wrap, native_pipeline)
+FAMILY = Family(DiTTransformer2DModel, wrap, native_pipeline, guidance_labels={"DiTPipeline": 1000})

@@ -31,6 +31,8 @@ class EDMDenoiser(Denoiser):
         null_class: the label of "no class", num_classes; None if the network was not trained without labels.
     """
 
+    parametrisation: EDMPreconditioning
+
     def __init__(self, network: EDMNetwork | EDM2Network):
         super().__init__()
         config = network.config

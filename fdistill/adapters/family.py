@@ -87,7 +87,7 @@ class Family:
         network: the class, whose networks diffusers saves as config.json and safetensors.
         wrap: `(network, scheduler config or None) -> Denoiser`; raises CheckpointError if the two do not fit, or if
             such a network cannot be distilled. The denoiser keeps the network as its attribute `network`; if it also
-            has a method `with_network(other) -> Denoiser`, students may be smaller than their teacher.
+            overrides `Denoiser.with_network`, students may be smaller than their teacher.
         native_pipeline: `(denoiser, levels, model_index.json, vae or None)` -> the pipeline of diffusers that runs a
             student at these levels, and the arguments to call it with. None if no pipeline does; the student is then
             saved as a `OneStepPipeline`. Not used for text-to-image students, which keep their teacher's pipeline.
@@ -101,6 +101,14 @@ class Family:
             `from_single_file` of the network's class reads.
         original_variances: whether the publisher's network has twice as many output as input channels, all of which
             ComfyUI expects.
+        comfy_checkpoint: "module:function", for families that ComfyUI reads as a whole checkpoint. The function takes
+            the pipeline's folder and the network's tensors under their names in ComfyUI; it returns the tensors of the
+            whole checkpoint, and notes that a user must read before loading it. It is named as text because
+            `fdistill.formats` imports the families. None exports the network alone.
+        earlier_config: recognises the config.json of such a network from a time when diffusers had another class for
+            it. None if there was no such time.
+        guidance_labels: pipeline class of diffusers -> the label that stands for no class in its guidance, if the class
+            has a fixed one.
     """
 
     network: type[ModelMixin]
@@ -113,3 +121,6 @@ class Family:
     original_layout: Callable[[Collection[str], Mapping[str, Any]], Layout] | None = None
     single_files: Mapping[str, Callable[[Shapes], bool]] = field(default_factory=dict)
     original_variances: bool = False
+    comfy_checkpoint: str | None = None
+    earlier_config: Callable[[Mapping[str, Any]], bool] | None = None
+    guidance_labels: Mapping[str, int] = field(default_factory=dict)

@@ -138,6 +138,11 @@ def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def earlier_config(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a PixArt network that an older diffusers saved as a Transformer2DModel."""
+    return config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == "ada_norm_single"
+
+
 FAMILY = Family(
     PixArtTransformer2DModel,
     wrap,
@@ -151,4 +156,5 @@ FAMILY = Family(
     ),
     original_layout=transformer_layout(_NAMES, {"transformer_blocks": ("blocks", _BLOCK_NAMES)}),
     original_variances=True,
+    earlier_config=earlier_config,
 )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import ConfigMixin
 
 from fdistill.adapters import set_null_class
 from fdistill.base.errors import CheckpointError, ConfigError, did_you_mean
@@ -13,7 +14,7 @@ from fdistill.denoiser import Denoiser
 
 
 class Resized(NamedTuple):
-    """The denoiser, the names of its parameters that were copied, and of those that start at random."""
+    """A changed denoiser, the names of its parameters that were copied, and the names of those that start at random."""
 
     denoiser: Denoiser
     copied: list[str]
@@ -30,7 +31,7 @@ _NOT_ARCHITECTURE = {"sigma_data", "sigma_min", "sigma_max", "label_dropout"} | 
 
 @torch.no_grad()
 def _try(denoiser: Denoiser) -> None:
-    """Runs the network once, as some settings that do not fit one another only fail then."""
+    """Runs the network once, because some settings that do not fit one another fail only then."""
     t = torch.full((1,), denoiser.schedule.t_max)
     denoiser.eval()(torch.zeros(1, *denoiser.sample_shape), t, denoiser.example_condition(1, "cpu"))
 
@@ -42,8 +43,8 @@ def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
         ConfigError: the network's config has no such key, no network can be built with these settings, or the new
             network makes samples of another shape or takes other classes or prompts.
     """
-    network: Any = getattr(denoiser, "network", None)
-    if network is None or not hasattr(denoiser, "with_network"):
+    network = denoiser.network
+    if not isinstance(network, ConfigMixin):
         raise ConfigError(
             "student.network: the network comes from a function and has no config; expected a function that returns a "
             "smaller network, as student.checkpoint=module:function"
@@ -56,7 +57,7 @@ def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
             )
     try:
         other = type(network).from_config({**network.config, **changes})
-        smaller: Denoiser = denoiser.with_network(other)  # type: ignore[operator]
+        smaller = denoiser.with_network(other)
         if denoiser.null_class is not None:
             set_null_class(smaller, denoiser.null_class)
         smaller.latent_scaling = denoiser.latent_scaling

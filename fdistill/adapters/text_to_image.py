@@ -39,6 +39,7 @@ class TextDenoiser(Denoiser):
     """
 
     text_shapes: dict[str, tuple[int, ...]]
+    parametrisation: Parametrisation
 
     def __init__(
         self,

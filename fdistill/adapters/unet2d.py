@@ -43,6 +43,8 @@ class UNet2DDenoiser(Denoiser):
     Features: "down0", "down1", ..., the outputs of the last layer of each resolution, and "mid", the middle block's.
     """
 
+    parametrisation: Parametrisation
+
     def __init__(self, network: UNet2DModel, parametrisation: Parametrisation):
         super().__init__()
         config: Any = network.config

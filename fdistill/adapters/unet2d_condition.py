@@ -224,6 +224,7 @@ FAMILY = Family(
         tiny=dict(zip(_PIPELINES, (tiny_arguments, tiny_xl_arguments), strict=True)),
     ),
     original_layout=unet_layout,
+    comfy_checkpoint="fdistill.formats.comfy.stable_diffusion:whole_checkpoint",
     single_files={
         "Stable Diffusion 1": lambda tensors: checkpoint_of(tensors) == "Stable Diffusion 1",
         "Stable Diffusion 2": lambda tensors: checkpoint_of(tensors) == "Stable Diffusion 2",

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdistill.adapters import FAMILIES, ONE_STEP
+from fdistill.adapters import FAMILIES
 from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import student_scheduler
-from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.errors import DataError
@@ -23,6 +22,7 @@ from fdistill.denoiser import Denoiser
 from fdistill.noise import add_noise, noise_to_signal
 from fdistill.sampler import heun_sample, sampling_levels
 from fdistill.students.folder import find_student, load_student
+from fdistill.students.one_step_pipeline import OneStepPipeline
 from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
@@ -107,14 +107,14 @@ def inspect(
     else:
         teacher = open_teacher(TeacherSettings(str(checkpoint), vae=vae))
         found, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(chosen), teacher.latents
-    network: Any = getattr(denoiser, "network", denoiser)
+    network = denoiser if denoiser.network is None else denoiser.network
     schedule = denoiser.schedule
     facts = {
         "network": f"{type(network).__name__}, {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters",
         "adapter": f"{type(denoiser).__module__}.{type(denoiser).__name__}",
         "pipeline": found.index.get("_class_name", "none"),
         "samples": f"{denoiser.sample_shape}, {_space(latents)}",
-        "told": _told(denoiser),
+        "condition": _condition(denoiser),
         "levels": f"{type(schedule).__name__}, t from {schedule.t_min:g} to {schedule.t_max:g}",
         "prediction": _prediction(denoiser),
         "features": ", ".join(f"{name} {shape}" for name, shape in denoiser.feature_shapes.items()),
@@ -131,28 +131,27 @@ def _space(latents: LatentSpace | None) -> str:
     return f"latents of an autoencoder, {latents.factor} pixels each way"
 
 
-def _told(denoiser: Denoiser) -> str:
+def _condition(denoiser: Denoiser) -> str:
     if denoiser.text_shapes is not None:
         return "prompts, as " + ", ".join(f"{name} {shape}" for name, shape in denoiser.text_shapes.items())
     if denoiser.num_classes is None:
-        return "nothing"
+        return "none"
     null = "no label for `no class`" if denoiser.null_class is None else f"`no class` is {denoiser.null_class}"
     return f"{denoiser.num_classes} classes, {null}"
 
 
 def _prediction(denoiser: Denoiser) -> str:
-    form: Any = getattr(denoiser, "parametrisation", None)
+    form = denoiser.parametrisation
     if form is None:
         return "x0"
     return str(getattr(form, "prediction", type(form).__name__))
 
 
 def _export(denoiser: Denoiser, latents: LatentSpace | None, index: dict[str, Any]) -> str:
-    network: Any = getattr(denoiser, "network", None)
-    family = FAMILIES.get(type(network).__name__)
+    family = FAMILIES.get(type(denoiser.network).__name__)
     if family is None:
         return "weights for your own function"
-    if isinstance(denoiser, TextDenoiser):
+    if denoiser.text_shapes is not None:
         runs = student_scheduler(denoiser.parametrisation, (denoiser.schedule.t_max,)) is not None
         return (
             f"diffusers.{index.get('_class_name')}"
@@ -161,7 +160,7 @@ def _export(denoiser: Denoiser, latents: LatentSpace | None, index: dict[str, An
         )
     vae = None if latents is None else latents.vae
     native = family.native_pipeline(denoiser, (denoiser.schedule.t_max,), index, vae)
-    return f"diffusers.{type(native[0]).__name__}" if native is not None else f"fdistill.{ONE_STEP}"
+    return f"diffusers.{type(native[0]).__name__}" if native is not None else f"fdistill.{OneStepPipeline.__name__}"
 
 
 def _samples(

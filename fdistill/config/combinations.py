@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 from fdistill.base.errors import did_you_mean
@@ -21,6 +20,7 @@ from fdistill.config.sections import (
     StudentConfig,
 )
 from fdistill.methods import METHODS, methods_with
+from fdistill.student_kinds import STUDENT_KINDS, fall, kinds_with
 
 
 def objective_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,9 +182,11 @@ def check_student(
         raise ValueError(
             "ema.snapshot_every: snapshots store whole networks, not adapters; expected 0 with student.lora_rank"
         )
-    if student.noise_kl_weight and student.generator != "tiue":
+    kind = STUDENT_KINDS[student.generator]
+    if student.noise_kl_weight and not kind.predicts_noise:
         raise ValueError(
-            "student.noise_kl_weight: weighs the noise that tiue's decoders predict; expected 0, or generator=tiue"
+            f"student.noise_kl_weight: got {student.noise_kl_weight}, but generator={student.generator} predicts no "
+            f"noise while sampling; expected 0, or generator={' or '.join(kinds_with('predicts_noise'))}"
         )
     for key, value in {
         "student.noise_kl_weight": student.noise_kl_weight,
@@ -199,13 +201,15 @@ def check_student(
             f"clip_loss.weight: got {clip_loss.weight}, but clip_loss.weights is null; expected 0, or a safetensors "
             "file of the model's weights"
         )
-    if student.generator == "tiue" and regression.weight:
-        raise ValueError("regression.weight: teacher pairs are for students of one level; expected 0 with tiue")
+    if regression.weight and not kind.pairs:
+        raise ValueError(
+            f"regression.weight: teacher pairs are for students of one level; expected 0 with {student.generator}"
+        )
 
 
 def check_levels(name: str, levels: Sequence[float]) -> None:
     """Checks the list of levels of a student that takes one step per level."""
-    if len(levels) not in (1, 2, 4) or any(a <= b for a, b in pairwise(levels)):
+    if len(levels) not in (1, 2, 4) or not fall(levels):
         raise ValueError(f"student_level: got {list(levels)}; expected 1, 2 or 4 falling levels, as in [80.0, 2.5]")
     if len(levels) > 1 and not METHODS[name].few_step:
         raise ValueError(

@@ -33,6 +33,7 @@ from fdistill.config.sections import (
     TeacherSamplesConfig,
 )
 from fdistill.methods import METHODS
+from fdistill.student_kinds import STUDENT_KINDS
 
 
 class DistillConfig(Section):
@@ -144,7 +145,7 @@ class DistillConfig(Section):
         combinations.check_scores(name, self.condition_dropout, self.fake_score)
         combinations.check_precision(self.precision, self.frozen_precision)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
-        if isinstance(self.student_level, list) and student.generator == "denoiser":
+        if isinstance(self.student_level, list) and STUDENT_KINDS[student.generator].steps:
             combinations.check_levels(name, self.student_level)
         return self
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fdistill.ema_profiles import MAX_SIGMA_REL, MIN_SIGMA_REL, profile_name
+from fdistill.student_kinds import STUDENT_KINDS, KindName, kinds_with
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -95,14 +96,14 @@ class GeneratorConfig(OptimizerConfig):
 class StudentConfig(LoRAConfig):
     """The student's network, if it is not a copy of the teacher."""
 
-    generator: Literal["denoiser", "tiue"] = Field(
+    generator: KindName = Field(
         default="denoiser",
-        description="denoiser evaluates the whole network at every level of student_level; tiue evaluates a UNet's "
-        "encoder once and its decoder at every level",
+        description="; ".join(f"{name} evaluates {kind.evaluates}" for name, kind in STUDENT_KINDS.items()),
     )
     noise_kl_weight: NonNegative = Field(
         default=0.0,
-        description="weight of the KL divergence of tiue's predicted noise from a standard normal; 0 turns it off",
+        description=f"weight of the KL divergence of {' and '.join(kinds_with('predicts_noise'))}'s predicted noise "
+        "from a standard normal; 0 turns it off",
     )
 
     checkpoint: str | None = Field(default=None, description="checkpoint to start from; null is the teacher")

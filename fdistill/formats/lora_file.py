@@ -55,7 +55,7 @@ def save_lora(network: nn.Module, path: Path, prefix: str, adapter: str = "stude
     Args:
         network: a network of diffusers with peft's layers in it.
         path: to write; `LORA_FILE` is the name that diffusers looks for.
-        prefix: "unet" or "transformer", the network's name in its pipeline.
+        prefix: the network's name in its pipeline, such as "unet".
         adapter: which of the network's adapters.
 
     Raises:

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fdistill.adapters import original_layout
+from fdistill.adapters import network_components, original_layout
 from fdistill.adapters.original_names import swap_halves
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import made_once, sha256_of_files
@@ -31,7 +31,7 @@ from fdistill.formats.pipeline_folder import (
     weight_shapes,
 )
 
-#: Before a layer's name in a LoRA file, by the component it belongs to; nothing, where the network is meant.
+#: Component -> what may stand before the names of its layers in a LoRA file; for the network also nothing.
 _PREFIXES = {
     "unet": ("lora_unet_", "unet.", ""),
     "transformer": (
@@ -47,6 +47,12 @@ _PREFIXES = {
     "text_encoder_2": ("lora_te2_", "text_encoder_2."),
     "text_encoder_3": ("lora_te3_", "text_encoder_3."),
 }
+
+
+def _prefixes(component: str) -> tuple[str, ...]:
+    """The prefixes of a component's layers; () for components that no LoRA changes."""
+    own = (f"lora_{component}_", f"{component}.", "") if component in network_components() else ()
+    return _PREFIXES.get(component, own)
 
 
 def merged_folder(folder: Path, lora: Path, scale: float = 1.0) -> Path:
@@ -96,7 +102,7 @@ def merged_folder(folder: Path, lora: Path, scale: float = 1.0) -> Path:
 
 @dataclass(frozen=True)
 class _Target:
-    """A layer that a LoRA can name: its weights in diffusers, as in `comfy.layout.Original`, and their shapes."""
+    """A layer that a LoRA can name: its weights in diffusers, as in `original_names.Original`, and their shapes."""
 
     component: str
     names: tuple[str, ...]
@@ -127,7 +133,7 @@ def _assign(folder: Path, lora: Path, layers: Mapping[str, LoraLayer]) -> dict[s
     """Component -> name of a weight -> what is added to it.
 
     Raises:
-        CheckpointError: a layer of the LoRA is none of the pipeline's, or has another shape.
+        CheckpointError: the pipeline lacks a layer of the LoRA, or has it in another shape.
     """
     targets = _targets(folder)
     unknown = [name for name in layers if name not in targets]
@@ -157,11 +163,12 @@ def _targets(folder: Path) -> dict[str, _Target]:
     """Every name that a LoRA file can have for a layer of the pipeline."""
     targets: dict[str, _Target] = {}
     for component, class_name in components(folder).items():
-        if component not in _PREFIXES:
+        prefixes = _prefixes(component)
+        if not prefixes:
             continue
         shapes = weight_shapes(folder / component)
         layers: dict[str, tuple[tuple[str, ...], bool]] = {}
-        if component in ("unet", "transformer"):
+        if component in network_components():
             with suppress(CheckpointError):  # a network of its own kind has diffusers' names alone
                 config = read_config(folder / component / "config.json")
                 layout = original_layout(class_name, shapes, config) or {}
@@ -175,6 +182,6 @@ def _targets(folder: Path) -> dict[str, _Target]:
             if leaf != "weight":
                 continue
             target = _Target(component, parts, tuple(shapes[part] for part in parts), swapped)
-            for prefix in _PREFIXES[component]:
+            for prefix in prefixes:
                 targets[prefix + (path.replace(".", "_") if prefix.startswith("lora_") else path)] = target
     return targets

@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fdistill.adapters import FAMILIES, original_layout
+from fdistill.adapters import FAMILIES, network_components, original_layout
 from fdistill.adapters.family import Shapes
 from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import made_once, sha256_of_files
+from fdistill.formats.comfy import NETWORK
 from fdistill.formats.pipeline_folder import (
     components,
     pipeline_hashes,
@@ -26,7 +27,6 @@ from fdistill.formats.pipeline_folder import (
     unreadable,
 )
 
-_NETWORK = "model.diffusion_model."
 _LORA_KEYS = (".lora_A.", ".lora_down.", "_lora.down.", ".lora.down.")
 _AUTOENCODER = ("first_stage_model.", "vae.")
 #: Text encoders that a checkpoint of Stable Diffusion holds: a tensor name's start -> the component.
@@ -40,9 +40,9 @@ _TEXT_ENCODERS = {
 def single_file_to_folder(path: Path, base: Path | None) -> Path:
     """A checkpoint under its publisher's tensor names as an ordinary pipeline folder, made once and cached.
 
-    Network and autoencoder come from the file, and so do the text encoders of Stable Diffusion 1, 2 and XL; what the
-    file lacks, configs, tokenizers and the scheduler (which says what the network predicts) come from the base. Text
-    encoders of SD3 and Flux always do: fine-tunes leave them as they are. Half precision stays. Nothing is downloaded.
+    The network, the autoencoder, and the text encoders of Stable Diffusion 1, 2 and XL come from the file. Whatever it
+    lacks comes from the base, and so do configs, tokenizers, the scheduler (which says what the network predicts), and
+    the text encoders of SD3 and Flux, which fine-tunes leave as they are. Half precision stays. Nothing is downloaded.
 
     Args:
         path: a safetensors file of a kind that a family lists in its `single_files`: a whole checkpoint or the network
@@ -107,7 +107,7 @@ def _kind(path: Path, shapes: Shapes) -> str | None:
             f"checkpoint {str(path)!r}: is a LoRA, not a whole model; set teacher to the pipeline it belongs to and "
             "teacher_lora to this file"
         )
-    kind = _kind_of({name.removeprefix(_NETWORK): shape for name, shape in shapes.items()})
+    kind = _kind_of({name.removeprefix(NETWORK): shape for name, shape in shapes.items()})
     if kind is not None or _has(shapes, "down_blocks.", "transformer_blocks."):
         return kind
     example = next(iter(shapes), "no tensor")
@@ -134,12 +134,13 @@ def _check_base(path: Path, kind: str | None, base: Path) -> None:
 def _network_class(base: Path) -> tuple[str, Any]:
     """Name and class of the base's network."""
     parts = components(base)
-    for name in ("unet", "transformer"):
+    for name in network_components():
         cls = getattr(diffusers, parts.get(name, ""), None)
         if isinstance(cls, type) and issubclass(cls, ModelMixin) and cls.__name__ in FAMILIES:
             return name, cls
     raise CheckpointError(
-        f"teacher_base {str(base)!r}: expected a pipeline whose unet or transformer is one of {', '.join(FAMILIES)}"
+        f"teacher_base {str(base)!r}: expected a pipeline whose {' or '.join(network_components())} is one of "
+        f"{', '.join(FAMILIES)}"
     )
 
 
@@ -157,7 +158,7 @@ def _network_tensors(base: Path, published: bool) -> dict[str, tuple[int, ...]]:
 
 def _check_network(path: Path, shapes: Shapes, kind: str | None, base: Path) -> None:
     """Raises CheckpointError unless the file has every tensor of the base's network, in its shape, and no other."""
-    prefix = _NETWORK if _has(shapes, _NETWORK) else ""
+    prefix = NETWORK if _has(shapes, NETWORK) else ""
     found = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     expected = _network_tensors(base, published=kind is not None)
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
@@ -174,9 +175,9 @@ def _convert(path: Path, shapes: Shapes, kind: str | None, base: Path) -> dict[s
     """The components that the file holds."""
     place, cls = _network_class(base)
     where: dict[str, Any] = {"config": str(base), "local_files_only": True}
-    whole = _has(shapes, _NETWORK)
+    whole = _has(shapes, NETWORK)
     try:
-        kept: dict[str, Any] = {"subfolder": place, "torch_dtype": _dtype(path, _NETWORK if whole else "")}
+        kept: dict[str, Any] = {"subfolder": place, "torch_dtype": _dtype(path, NETWORK if whole else "")}
         if kind is None:
             made: dict[str, Any] = {place: _as_it_is(cls, path, base / place, kept["torch_dtype"])}
         else:
@@ -225,5 +226,5 @@ def _dtype(path: Path, *starts: str) -> torch.dtype:
 def _network_of(path: Path, shapes: Shapes) -> str | dict[str, Tensor]:
     """The file; for a UNet alone, its tensors under the names of a whole checkpoint, as diffusers expects them."""
     if "input_blocks.0.0.weight" in shapes:
-        return {_NETWORK + name: value for name, value in read_tensors(path).items()}
+        return {NETWORK + name: value for name, value in read_tensors(path).items()}
     return str(path)

@@ -49,7 +49,7 @@ class _Name:
 
 
 class _Stream:
-    """A file that never promises more than it holds."""
+    """A file of `size` bytes, of which no reader can ask for more."""
 
     def __init__(self, file: BinaryIO, size: int):
         self.file = file
@@ -110,7 +110,7 @@ class _Machine(pickle._Unpickler):
         self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
     def _spend(self, arguments: Iterable[Any]) -> None:
-        """What calls are handed can be no more, all calls together, than twice what the file holds."""
+        """Limits the arguments of all calls together to twice the size of what the file holds."""
         self.allowance -= sum(
             len(value) for value in arguments if isinstance(value, (str, bytes, bytearray, list, dict))
         )
@@ -349,8 +349,8 @@ def state_dict(record: Record) -> OrderedDict[str, Tensor]:
     """The tensors of a module's record under the names, and in the order, of torch's own `state_dict`.
 
     Raises:
-        CheckpointError: something other than a tensor or a module where the one or the other has to be, or a module
-            that is part of itself or of two others.
+        CheckpointError: a part of a module is neither a tensor nor a module, or a module is part of itself or of two
+            others.
     """
     tensors: OrderedDict[str, Tensor] = OrderedDict()
     seen: set[int] = set()

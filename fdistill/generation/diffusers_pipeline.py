@@ -13,16 +13,14 @@ from diffusers import DiffusionPipeline, ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
+from fdistill.adapters import OWN_COMPONENT, network_components
 from fdistill.adapters.checkpoint import Checkpoint, check_pipeline, find_network, resolve_checkpoint
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import CheckpointError
-from fdistill.students.one_step_pipeline import OneStepPipeline
-from fdistill.students.tiue_pipeline import TiUEPipeline
+from fdistill.students import one_step_pipeline, tiue_pipeline  # noqa: F401  they register their classes with diffusers
+from fdistill.students.student_pipeline import StudentPipeline
 from fdistill.teachers.text_encoders import quiet
-
-#: Pipelines of fdistill. They evaluate parts of a network, as many times as their settings say.
-OWN_PIPELINES = (OneStepPipeline, TiUEPipeline)
 
 #: Components that censor or watermark images are left out: black images and marks would be measured.
 _LEFT_OUT: dict[str, Any] = {
@@ -43,8 +41,8 @@ _LOADING_ERRORS = (
     SafetensorError,
 )
 _ELSEWHERE = "make images with the program that it comes with, and evaluate their folder"
-#: Beginnings of names, and names, of networks that are evaluated in sampling steps.
-_NETWORKS, _OTHER_NETWORKS = ("unet", "transformer", "network"), ("prior", "prior_prior", "decoder")
+#: Components of pipelines that no family has, which are evaluated in sampling steps.
+_OTHER_NETWORKS = ("prior", "prior_prior", "decoder")
 
 
 def pipeline_class(checkpoint: Checkpoint) -> type[DiffusionPipeline] | None:
@@ -100,7 +98,8 @@ def load_pipeline(checkpoint: Checkpoint) -> DiffusionPipeline:
 def _check_call(name: str, chosen: type[DiffusionPipeline]) -> None:
     """Raises CheckpointError unless a class makes images from prompts, from labels or from noise alone."""
     takes = call_parameters(chosen)
-    missing = {"generator", "output_type", *([] if chosen in OWN_PIPELINES else ["num_inference_steps"])} - takes.keys()
+    steps = [] if issubclass(chosen, StudentPipeline) else ["num_inference_steps"]
+    missing = {"generator", "output_type", *steps} - takes.keys()
     needed = [
         key
         for key, parameter in takes.items()
@@ -143,10 +142,11 @@ def _network_class(entry: Any) -> type[ModelMixin] | None:
 def evaluated_networks(pipeline: DiffusionPipeline) -> list[Any]:
     """The networks of a pipeline that are evaluated in sampling steps."""
     parts = pipeline.components.items()
+    starts = (*network_components(), OWN_COMPONENT)  # some pipelines have a unet_2, too
     return [
         part
         for name, part in parts
-        if isinstance(part, nn.Module) and (name.startswith(_NETWORKS) or name in _OTHER_NETWORKS)
+        if isinstance(part, nn.Module) and (name.startswith(starts) or name in _OTHER_NETWORKS)
     ]
 
 

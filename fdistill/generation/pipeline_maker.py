@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fdistill.adapters import FAMILIES
 from fdistill.adapters.checkpoint import Checkpoint, find_network, resolve_checkpoint
 from fdistill.base.errors import ArgumentError, CheckpointError, FDistillError
 from fdistill.base.files import weights_sha256
 from fdistill.base.rng import Stream, derived_seed
 from fdistill.generation.diffusers_pipeline import (
-    OWN_PIPELINES,
     call_parameters,
     evaluated_networks,
     load_pipeline,
@@ -25,6 +25,7 @@ from fdistill.generation.diffusers_pipeline import (
 from fdistill.generation.maker import Evaluations, LabelsOrPrompts, finite_uint8
 from fdistill.generation.sampling import Sampling
 from fdistill.students.folder import find_student, student_facts
+from fdistill.students.student_pipeline import StudentPipeline
 from fdistill.teachers.text_encoders import PromptEncoder, describe_cut, quiet
 
 
@@ -118,7 +119,7 @@ class PipelineMaker:
 
         hooks = [
             network.register_forward_pre_hook(count, with_kwargs=True)
-            for network in ([] if isinstance(self._pipeline, OWN_PIPELINES) else evaluated_networks(self._pipeline))
+            for network in ([] if isinstance(self._pipeline, StudentPipeline) else evaluated_networks(self._pipeline))
         ]
         self._counting = counted
         try:
@@ -166,7 +167,8 @@ class PipelineMaker:
                 self._draws_alone = any(
                     not torch.equal(a, b) for a, b in zip(before, _random_state(device), strict=True)
                 )
-        if self._counting is not None and isinstance(self._pipeline, OWN_PIPELINES):  # they call parts of a network
+        # A student's pipeline may call parts of its network, where no hook counts.
+        if self._counting is not None and isinstance(self._pipeline, StudentPipeline):
             self._counting.network += len(indices) * self.num_steps
         return images
 
@@ -231,10 +233,11 @@ def _arguments(name: str, pipeline: Any, sampling: Sampling) -> dict[str, Any]:
         call["guidance_scale"] = guidance_scale
     elif guided:
         raise ArgumentError(f"guidance_scale: got {guidance_scale:g}, but {kind} of {name} takes none; leave it out")
-    if guided and kind == "DiTPipeline" and _num_classes(pipeline) != 1000:
+    labels = {cls: label for family in FAMILIES.values() for cls, label in family.guidance_labels.items()}
+    if guided and kind in labels and _num_classes(pipeline) != labels[kind]:
         raise ArgumentError(
-            f"guidance_scale: got {guidance_scale:g}, but DiTPipeline guides with label 1000 for no class, and {name} "
-            f"has {_num_classes(pipeline)} classes; leave it out, or leave out `--sampler pipeline`"
+            f"guidance_scale: got {guidance_scale:g}, but {kind} guides with label {labels[kind]} for no class, and "
+            f"{name} has {_num_classes(pipeline)} classes; leave it out, or leave out `--sampler pipeline`"
         )
     if sampling.negative_prompt and "negative_prompt" not in takes:
         raise ArgumentError(f"negative_prompt: {kind} of {name} takes none; leave it out")
@@ -255,16 +258,14 @@ def _num_steps(pipeline: Any, call: Mapping[str, Any]) -> int:
 
 
 def _takes_prompts(pipeline: Any) -> bool:
-    if isinstance(pipeline, OWN_PIPELINES):
-        own: bool = pipeline.takes_prompts
-        return own
+    if isinstance(pipeline, StudentPipeline):
+        return pipeline.takes_prompts
     return "prompt" in call_parameters(type(pipeline))
 
 
 def _num_classes(pipeline: Any) -> int | None:
-    if isinstance(pipeline, OWN_PIPELINES):
-        classes: int | None = pipeline._generator().num_classes
-        return classes
+    if isinstance(pipeline, StudentPipeline):
+        return pipeline.make_student().num_classes
     if "class_labels" not in call_parameters(type(pipeline)):
         return None
     settings = evaluated_networks(pipeline)[0].config

@@ -82,7 +82,7 @@ def generator_step(
         gan_gradient_ratio: above 0, gan_weight is chosen anew in every update, so that the norm of the GAN term's
             gradient on x0 is this many times that of the matching loss's, over the global batch; the weight is logged.
             0 keeps gan_weight as it is.
-        noise_kl_weight: weight of the KL term on the noise that `TiUEGenerator.sample_with_predictions` predicts
+        noise_kl_weight: weight of the KL term on the noise that `Student.sample_with_predictions` predicts
             (One-Way Ticket, arXiv 2505.21960); 0 leaves the term out.
         image_loss: x0 [B, C, H, W] -> [B], such as a `ClipHinge`; None leaves the term out.
         image_weight: weight of that term.

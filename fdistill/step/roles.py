@@ -82,17 +82,15 @@ class Networks:
     def draw_samples_with_noise(
         self, generator: torch.Generator, batch: int, condition: Condition | None
     ) -> tuple[Tensor, Tensor]:
-        """Samples [batch, C, H, W] of a generator with `sample_with_predictions`, and the noise [batch, K, C, H, W]
-        that it predicted while sampling; ArgumentError for other generators.
+        """Samples [batch, C, H, W] of a `Student`, and the noise [batch, K, C, H, W] that it predicted while sampling;
+        ArgumentError for generators that predict none.
         """
-        student: Any = self.generator
-        if not hasattr(student, "sample_with_predictions"):
+        student = self.generator
+        if not isinstance(student, Student):
             raise ArgumentError(
-                f"noise_kl_weight: {type(student).__name__} predicts no noise while sampling; expected 0, or a "
-                "generator with sample_with_predictions, such as TiUEGenerator"
+                f"noise_kl_weight: {type(student).__name__} predicts no noise while sampling; expected 0, or a Student"
             )
-        x0, predicted = student.sample_with_predictions(rng.normal(generator, batch, student.sample_shape), condition)
-        return x0, predicted
+        return student.sample_with_predictions(rng.normal(generator, batch, student.sample_shape), condition)
 
 
 class Noised(NamedTuple):

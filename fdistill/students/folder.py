@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 from fdistill.adapters import family_of, set_null_class
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
-from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import atomic_folder, read_json_object
 from fdistill.base.state_dicts import load_exactly, unshared
@@ -57,12 +56,12 @@ def save_student(
     denoiser = generator.denoiser
     with atomic_folder(folder) as temporary:
         facts: dict[str, Any] = {**generator.settings(), "null_class": denoiser.null_class, **card}
-        if isinstance(denoiser, TextDenoiser):
+        if denoiser.text_shapes is not None:
             facts["size"] = denoiser.sample_shape[-1]
         if has_adapters(denoiser):
             if origin.factory is None:
-                network: Any = denoiser.network
-                save_lora(network, temporary / LORA_FILE, family_of(network).component)
+                component = family_of(denoiser.network).component
+                save_lora(denoiser.network, temporary / LORA_FILE, component)
             denoiser = merged(denoiser)
         if origin.factory is not None:
             save_file(unshared(denoiser.state_dict()), temporary / _OWN_NETWORK)
@@ -79,7 +78,7 @@ def save_student(
 
 
 def find_student(path: str | Path) -> Path | None:
-    """The student folder at `path`, or in the run folder `path`; None if there is no student, but a teacher, say."""
+    """The student folder at `path`, or in the run folder `path`; None if neither holds a student."""
     places = (Path(path), Path(path) / "student")
     return next((folder for folder in places if (folder / STUDENT_FILE).is_file()), None)
 
@@ -138,7 +137,7 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
             raise CheckpointError(f"network: got {network!r}, but {path} holds its network itself; leave it out")
         denoiser = load_denoiser(Checkpoint(str(path), folder))
     set_null_class(denoiser, facts.get("null_class"))
-    if isinstance(denoiser, TextDenoiser):
+    if denoiser.text_shapes is not None:
         denoiser.resize(int(facts["size"]))
     generator = kind_in(facts).make(denoiser, levels)
     return generator.eval().requires_grad_(False).to(device)

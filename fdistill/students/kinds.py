@@ -10,10 +10,11 @@ from typing import Any
 from fdistill.adapters import family_of
 from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import load_scheduler, read_scheduler_config
-from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.denoiser import Denoiser
 from fdistill.generator import Student, student_generator
+from fdistill.student_kinds import STUDENT_KINDS, KindName
 from fdistill.students.one_step_pipeline import OneStepPipeline
+from fdistill.students.student_pipeline import pipeline_settings
 from fdistill.students.text_to_image import check_exportable, save_text_pipeline
 from fdistill.students.tiue import TiUEGenerator, leading_levels
 from fdistill.students.tiue_pipeline import tiue_pipeline
@@ -26,8 +27,7 @@ class Kind:
     """One row of `KINDS`.
 
     Attributes:
-        levels_key: the key in a student's file that holds the levels for `make`. Its presence in the file identifies
-            the kind.
+        levels_key: see `StudentKind`.
         make: builds the student from a network and levels (None for the kind's default levels). Raises ConfigError for
             levels at which the student could not be exported.
         save_pipeline: fills a folder with a pipeline that runs the student; returns the name of the pipeline's class
@@ -37,7 +37,7 @@ class Kind:
 
     levels_key: str
     make: Callable[[Denoiser, Sequence[float] | None], Student]
-    save_pipeline: Callable[[Path, Student, Any, Checkpoint, LatentSpace | None], tuple[str, dict[str, Any]]]
+    save_pipeline: Callable[[Path, Student, Denoiser, Checkpoint, LatentSpace | None], tuple[str, dict[str, Any]]]
 
     def levels_in(self, facts: Mapping[str, Any]) -> list[float]:
         """The levels in a student's file; KeyError, TypeError or ValueError where there are none."""
@@ -46,17 +46,17 @@ class Kind:
 
 def _make_steps(denoiser: Denoiser, levels: Sequence[float] | None) -> Student:
     student = student_generator(denoiser, levels or (denoiser.schedule.t_max,))
-    if isinstance(denoiser, TextDenoiser):
+    if denoiser.text_shapes is not None:
         check_exportable(denoiser, student.levels)
     return student
 
 
 def _save_steps(
-    folder: Path, student: Student, denoiser: Any, origin: Checkpoint, latents: LatentSpace | None
+    folder: Path, student: Student, denoiser: Denoiser, origin: Checkpoint, latents: LatentSpace | None
 ) -> tuple[str, dict[str, Any]]:
     """Saves the pipeline of the network's family if it can run the student, otherwise a `OneStepPipeline`."""
     assert origin.folder is not None
-    if isinstance(denoiser, TextDenoiser):
+    if denoiser.text_shapes is not None:
         assert latents is not None
         return save_text_pipeline(denoiser, student.levels, origin.folder, folder, latents)
     vae = None if latents is None else latents.vae
@@ -64,9 +64,7 @@ def _save_steps(
     if native is not None:
         pipeline, call = native
     else:
-        settings: dict[str, Any] = {**student.settings(), "null_class": denoiser.null_class}
-        if denoiser.latent_scaling is not None:
-            settings |= denoiser.latent_scaling.settings()
+        settings = pipeline_settings(denoiser, **student.settings())
         scheduler = load_scheduler(read_scheduler_config(origin.folder))
         pipeline, call = OneStepPipeline(denoiser.network, scheduler, vae, settings), {}
     pipeline.save_pretrained(folder)
@@ -78,7 +76,7 @@ def _make_tiue(denoiser: Denoiser, levels: Sequence[float] | None) -> Student:
 
 
 def _save_tiue(
-    folder: Path, student: Student, denoiser: Any, origin: Checkpoint, latents: LatentSpace | None
+    folder: Path, student: Student, denoiser: Denoiser, origin: Checkpoint, latents: LatentSpace | None
 ) -> tuple[str, dict[str, Any]]:
     assert origin.folder is not None
     scheduler = load_scheduler(read_scheduler_config(origin.folder))
@@ -90,9 +88,9 @@ def _save_tiue(
 
 
 #: Value of the setting student.generator -> the kind.
-KINDS: dict[str, Kind] = {
-    "denoiser": Kind("levels", _make_steps, _save_steps),
-    "tiue": Kind("decoder_levels", _make_tiue, _save_tiue),
+KINDS: dict[KindName, Kind] = {
+    "denoiser": Kind(STUDENT_KINDS["denoiser"].levels_key, _make_steps, _save_steps),
+    "tiue": Kind(STUDENT_KINDS["tiue"].levels_key, _make_tiue, _save_tiue),
 }
 
 

@@ -37,7 +37,8 @@ def lora_copy(
         adapter: the adapters' name in peft.
         setting: name of the config section of these adapters, for messages.
         alpha: the adapters' output is scaled by alpha / rank; by default alpha is the rank.
-        targets: the linear and convolutional layers whose names end so get adapters; by default all of them.
+        targets: ends of names; linear and convolutional layers whose names end in one of them get adapters. By default
+            all such layers do.
 
     Raises:
         ConfigError: peft is not installed, the network has no layer for adapters, or no layer's name matches `targets`.
@@ -60,8 +61,8 @@ def lora_copy(
         )
     if not chosen:
         raise ConfigError(
-            f"{setting}.lora_targets: got {list(targets or [])}, but no layer's name ends so; expected ends of names "
-            f"such as {layers[len(layers) // 2]}"
+            f"{setting}.lora_targets: got {list(targets or [])}, but no layer's name ends in one of them; expected "
+            f"ends of names, such as {layers[len(layers) // 2]}"
         )
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=chosen)  # type: ignore[arg-type]
     inject_adapter_in_model(config, adapted, adapter_name=adapter)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
-from fdistill.adapters import OWN_PIPELINES
+import diffusers
+
 from fdistill.generator import Student
+from fdistill.students.student_pipeline import StudentPipeline
 
 OWN_USAGE = """```python
 from fdistill import load_student
@@ -22,11 +25,12 @@ def usage(generator: Student, pipeline: str, call: dict[str, Any]) -> str:
         pipeline: the class of pipeline that it was exported as.
         call: the arguments to call the pipeline with.
     """
-    own = pipeline in OWN_PIPELINES
+    cls = getattr(diffusers, pipeline)
+    own = issubclass(cls, StudentPipeline)
     header = f"from fdistill import {pipeline}  # registers the class with diffusers\n" if own else ""
     if generator.denoiser.text_shapes is not None:
         drawn = 'image = pipeline("a prompt"{arguments}).images[0]'
-    elif generator.num_classes and pipeline == "ConsistencyModelPipeline":
+    elif generator.num_classes and not own and "batch_size" in inspect.signature(cls.__call__).parameters:
         drawn = "images = pipeline(batch_size=16, class_labels=[3] * 16{arguments}).images"
     elif generator.num_classes:
         drawn = "images = pipeline(class_labels=[3] * 16{arguments}).images"

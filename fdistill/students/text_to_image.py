@@ -10,15 +10,17 @@ from typing import Any
 
 from fdistill.adapters.checkpoint import find_network
 from fdistill.adapters.parametrisation import student_scheduler
-from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError, ConfigError
 from fdistill.base.files import read_json_object
+from fdistill.denoiser import Denoiser
 from fdistill.formats.pipeline_folder import share_files
 from fdistill.teachers.autoencoder import LatentSpace, image_size
 
 
-def check_exportable(denoiser: TextDenoiser, levels: Sequence[float]) -> None:
+def check_exportable(denoiser: Denoiser, levels: Sequence[float]) -> None:
     """Raises ConfigError if no scheduler of diffusers can run a student at these levels."""
+    if denoiser.parametrisation is None:  # a network of the user's own, whose weights alone are exported
+        return
     if student_scheduler(denoiser.parametrisation, levels) is None:
         raise ConfigError(
             f"student_level: got {list(levels)}, but no scheduler of diffusers runs a text-to-image student there; "
@@ -27,7 +29,7 @@ def check_exportable(denoiser: TextDenoiser, levels: Sequence[float]) -> None:
 
 
 def save_text_pipeline(
-    denoiser: TextDenoiser, levels: Sequence[float], origin: Path, folder: Path, latents: LatentSpace
+    denoiser: Denoiser, levels: Sequence[float], origin: Path, folder: Path, latents: LatentSpace
 ) -> tuple[str, dict[str, Any]]:
     """Fills a folder with the origin's pipeline, with the student's network and a scheduler that takes its steps.
 

@@ -5,7 +5,6 @@ decoder at several levels in one batch, and DDIM combines the decoders' predicti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from fdistill.adapters.unet_blocks import decode, embed, encode
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition, TextCondition, as_labels
 from fdistill.denoiser import Denoiser
-from fdistill.generator import Student
+from fdistill.generator import Student, falling_levels
 from fdistill.kernels.checks import wide
 from fdistill.kernels.layout import expand
 from fdistill.noise import NoiseSchedule, VPSchedule
@@ -55,20 +54,14 @@ class TiUEGenerator(Student):
 
     def __init__(self, denoiser: Denoiser, decoder_levels: Sequence[float]):
         super().__init__()
-        schedule, network = denoiser.schedule, getattr(denoiser, "network", None)
+        network = denoiser.network
         if not isinstance(network, (UNet2DModel, UNet2DConditionModel)):
             raise ArgumentError(
                 f"generator tiue: got a {type(denoiser if network is None else network).__name__}, whose encoder "
                 "cannot be run without its decoder; expected a UNet2DModel or UNet2DConditionModel of diffusers"
             )
-        given = list(decoder_levels)
-        falling = all(a > b for a, b in pairwise(given))
-        if not given or not falling or not (schedule.t_min < given[-1] and given[0] <= schedule.t_max):
-            raise ArgumentError(
-                f"decoder_levels: expected falling numbers in ({schedule.t_min:g}, {schedule.t_max:g}], got {given}"
-            )
         self.denoiser = denoiser
-        self.decoder_levels = tuple(float(level) for level in given)
+        self.decoder_levels = falling_levels("decoder_levels", decoder_levels, denoiser.schedule)
         self.levels = self.decoder_levels[:1]
         self._rows = composition(denoiser, self.decoder_levels).tolist()
 
@@ -99,14 +92,14 @@ class TiUEGenerator(Student):
 
     def outputs(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
         """The network's outputs [B, K, C, H, W] at the K levels, in the network's dtype; arguments as in `forward`."""
-        denoiser: Any = self.denoiser
+        denoiser = self.denoiser
         unet, batch, count = denoiser.network, len(noise), len(self.decoder_levels)
         # Filled on the device: a tensor made from Python numbers would be copied there, and the host would wait.
         t = torch.cat([noise.new_full((batch,), level, dtype=wide(noise.dtype)) for level in self.decoder_levels])
         first = t[:batch]
         network_input = denoiser.network_input(expand(denoiser.schedule.start(first), noise) * noise, first)
         timestep = denoiser.parametrisation.timestep(t)
-        tiled = _tiled(as_told(unet, condition, self.num_classes), count)
+        tiled = _tiled(accepted_condition(unet, condition, self.num_classes), count)
         embedding, text = embed(unet, timestep, tiled, network_input.dtype)
         encoded = encode(unet, network_input, embedding[:batch], None if text is None else text[:batch])
         copies = encoded._replace(
@@ -149,7 +142,7 @@ def _combined(row: Sequence[float], parts: Sequence[Tensor]) -> Tensor:
     return total
 
 
-def as_told(unet: nn.Module, condition: Condition | None, num_classes: int | None) -> Condition | None:
+def accepted_condition(unet: nn.Module, condition: Condition | None, num_classes: int | None) -> Condition | None:
     """Returns the condition if this network takes its kind, labels or prompts; raises ArgumentError otherwise."""
     if isinstance(unet, UNet2DModel):
         return as_labels(condition, num_classes)

@@ -22,16 +22,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from fdistill.adapters import set_null_class, unet2d_condition, wrap
 from fdistill.adapters.parametrisation import scheduler_config
-from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition
 from fdistill.denoiser import LatentScaling
-from fdistill.students.one_step_pipeline import pipeline_output
+from fdistill.students.student_pipeline import StudentPipeline, pipeline_settings
 from fdistill.students.tiue import TiUEGenerator
 from fdistill.teachers.autoencoder import pixels_per_latent
 
 
-class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
+class TiUEPipeline(StudentPipeline):
     """A `TiUEGenerator` with its text encoders and autoencoder, if it has any.
 
     The student takes prompts (with the encoders of Stable Diffusion 1, 2 or XL), class labels, or neither.
@@ -85,16 +84,16 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Whether the pipeline is called with prompts."""
         return self.text_encoder is not None
 
-    def _generator(self) -> TiUEGenerator:
+    def make_student(self) -> TiUEGenerator:
         denoiser = wrap(self.unet, scheduler_config(self.scheduler))
         settings = self.config.student
-        if isinstance(denoiser, TextDenoiser) and "size" in settings:
+        if denoiser.text_shapes is not None and "size" in settings:
             denoiser.resize(settings["size"])
         set_null_class(denoiser, settings.get("null_class"))
         return TiUEGenerator(denoiser, settings.get("decoder_levels", ())).eval()
 
     def _encoders(self) -> DiffusionPipeline:
-        """The family's own pipeline with text encoders only; it encodes prompts as they were in training."""
+        """The family's own pipeline with text encoders only, which encodes prompts as in training."""
         nothing = {"vae": None, "unet": None, "scheduler": None}
         if self.text_encoder_2 is not None:
             return StableDiffusionXLPipeline(
@@ -150,7 +149,7 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"guidance_scale: got {guidance_scale:g}; this student was trained with its teacher's guidance and "
                 "takes none; expected 0"
             )
-        student = self._generator()
+        student = self.make_student()
         device = self._execution_device
         condition, count = self._condition(student, prompt, class_labels, device)
         count = count or batch_size or (1 if latents is None else len(latents))
@@ -161,7 +160,7 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ArgumentError(f"latents: expected noise of shape {shape}, got {tuple(latents.shape)}")
         samples = student(latents.to(device), condition)
         scaling = None if self.vae is None else LatentScaling.from_settings(self.config.student)
-        return pipeline_output(self, samples, scaling, output_type, return_dict)
+        return self._images(samples, scaling, output_type, return_dict)
 
     def _condition(
         self,
@@ -174,20 +173,13 @@ class TiUEPipeline(DiffusionPipeline):  # type: ignore[misc]
         if (prompt is None) != (self.text_encoder is None):
             takes = "takes no prompts; expected None" if self.text_encoder is None else "takes prompts; got None"
             raise ArgumentError(f"prompt: this student {takes}")
-        if class_labels is not None and student.num_classes is None:
-            raise ArgumentError("class_labels: this student takes no class labels; expected None")
+        labels = self._labels(student, class_labels, device)
         if prompt is not None:
             prompts = [prompt] if isinstance(prompt, str) else list(prompt)
             pixels = student.sample_shape[-1] * pixels_per_latent(self.vae)
             condition = unet2d_condition.encode_prompts(self._encoders(), prompts, pixels)
             return condition.to(device), len(prompts)
-        if student.num_classes is None:
-            return None, None
-        labels = torch.as_tensor([] if class_labels is None else class_labels, device=device).reshape(-1)
-        if class_labels is None or not bool(((labels >= 0) & (labels < student.num_classes)).all()):
-            got = None if class_labels is None else labels.tolist()
-            raise ArgumentError(f"class_labels: expected labels in [0, {student.num_classes}), got {got}")
-        return labels, len(labels)
+        return labels, None if labels is None else len(labels)
 
 
 def tiue_pipeline(
@@ -204,14 +196,9 @@ def tiue_pipeline(
         vae: the autoencoder of a latent student, whose denoiser has a `latent_scaling`.
         text: the teacher's text encoders and tokenizers by component name; empty for a student that takes no prompts.
     """
-    denoiser: Any = generator.denoiser
-    settings: dict[str, Any] = {
-        "decoder_levels": list(generator.decoder_levels),
-        "size": generator.sample_shape[-1],
-        "null_class": denoiser.null_class,
-    }
-    if denoiser.latent_scaling is not None:
-        settings |= denoiser.latent_scaling.settings()
+    denoiser = generator.denoiser
+    levels, size = list(generator.decoder_levels), generator.sample_shape[-1]
+    settings = pipeline_settings(denoiser, decoder_levels=levels, size=size)
     return TiUEPipeline(denoiser.network, scheduler, vae, **text, student=settings)
 
 

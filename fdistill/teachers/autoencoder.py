@@ -21,7 +21,7 @@ from fdistill.denoiser import Denoiser, LatentScaling
 _PIXELS = 2**21  # of the images an autoencoder sees at once: its activations are far larger than a denoiser's
 
 _VIDEO = "AutoencoderKLQwenImage"  # from diffusers 0.35 on; takes images as videos of one frame
-#: Classes of autoencoders that are read.
+#: Supported classes of autoencoders.
 AUTOENCODERS = tuple(name for name in ("AutoencoderKL", "AutoencoderDC", _VIDEO) if hasattr(diffusers, name))
 
 
@@ -33,7 +33,7 @@ class LatentSpace:
     Attributes:
         vae: one of `AUTOENCODERS`.
         scaling: from its latents to samples.
-        factor: pixels for one latent, in each direction.
+        factor: how many times longer the side of an image is than that of its latents.
         sha256: hash of the autoencoder's weights.
     """
 
@@ -52,7 +52,9 @@ class LatentSpace:
             self.vae.to("cpu")
 
     def facts(self) -> dict[str, Any]:
-        """What `fdistill cache` notes beside latents, and what those that a run reads have to agree with."""
+        """Facts that `fdistill cache` stores with latents; a run refuses latents whose facts differ from its
+        teacher's.
+        """
         return {"vae": self.sha256, **self.scaling.settings()}
 
     @torch.no_grad()
@@ -99,7 +101,7 @@ def decode_samples(vae: Any, scaling: LatentScaling, samples: Tensor) -> Tensor:
 
 
 def pixels_per_latent(vae: Any) -> int:
-    """The autoencoder's factor: how many pixels one latent stands for, in each direction."""
+    """How many times longer the side of an image is than that of its latents."""
     config = vae.config
     if _is_video(vae):
         return int(2 ** len(config.temperal_downsample))
@@ -108,7 +110,7 @@ def pixels_per_latent(vae: Any) -> int:
 
 
 def image_size(denoiser: Denoiser, latents: LatentSpace | None) -> int:
-    """Pixels of a side of the images that a denoiser's samples are, or are decoded to."""
+    """Side in pixels of the images, after decoding if samples are latents."""
     return denoiser.sample_shape[-1] * (1 if latents is None else latents.factor)
 
 
@@ -119,7 +121,7 @@ def image_shape(denoiser: Denoiser, latents: LatentSpace | None) -> tuple[int, i
 
 
 def _at_once(size: int) -> int:
-    """How many images of this size in pixels."""
+    """How many images with sides of `size` pixels the autoencoder sees at once."""
     return max(1, _PIXELS // size**2)
 
 
@@ -132,7 +134,7 @@ def _has_no_posterior(vae: ModelMixin) -> bool:
 
 
 def _own_scaling(vae: ModelMixin) -> LatentScaling:
-    """The scaling that an autoencoder's config says, which networks on its latents are trained with."""
+    """The scaling in the autoencoder's config, with which networks on its latents are trained."""
     config: Any = vae.config
     if _is_video(vae):
         pairs = list(zip(config.latents_mean, config.latents_std, strict=False))

@@ -156,7 +156,7 @@ def _network(content: Any, source: Path) -> Record:
 
 
 def _settings(record: Record, cls: type[Any], names: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """The arguments of the pickled network's constructor as those of `cls`."""
+    """The arguments of `cls` for the same network, from those of the pickled network's constructor."""
     given = dict(zip(names, record.arguments, strict=False)) | record.keywords
     config = {**names, **given}
     del config["use_fp16"]

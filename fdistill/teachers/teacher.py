@@ -1,4 +1,4 @@
-"""A teacher as it is distilled, encoded for and sampled from: its denoiser, and the autoencoder of its latents."""
+"""A teacher: its denoiser, and the autoencoder if it works on latents."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
-from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ConfigError
 from fdistill.base.files import atomic_folder, claim_folder
 from fdistill.denoiser import Denoiser
@@ -21,7 +20,8 @@ class Teacher:
     """A frozen denoiser in eval mode, float32, on the CPU.
 
     Attributes:
-        checkpoint: where it comes from: for a single file, or with a LoRA merged in, a folder in $FDISTILL_CACHE.
+        checkpoint: the source of the denoiser. It is a folder in $FDISTILL_CACHE if the teacher was given as a single
+            file, or has a LoRA merged in.
         latents: None for a teacher of pixels.
     """
 
@@ -31,7 +31,7 @@ class Teacher:
 
     @property
     def image_size(self) -> int:
-        """Pixels of a side of the images that samples are, or are decoded to."""
+        """Side in pixels of the images, after decoding if samples are latents."""
         return image_size(self.denoiser, self.latents)
 
 
@@ -46,7 +46,7 @@ class TeacherSettings:
         lora_scale: the factor on the LoRA's update.
         null_class: the label that stands for no class, where the checkpoint does not say it.
         vae: autoencoder of a latent teacher whose folder has none.
-        resolution: pixels of a side of a text-to-image teacher's images; its own by default.
+        resolution: side in pixels of a text-to-image teacher's images; None is the teacher's own.
     """
 
     name: str
@@ -62,8 +62,8 @@ def open_teacher(settings: TeacherSettings) -> Teacher:
     """Loads a teacher.
 
     Raises:
-        CheckpointError: files that cannot be read, or are of no kind that is known.
-        ConfigError: a base, a LoRA or a resolution for a teacher that has no use for it.
+        CheckpointError: files cannot be read, or are of an unknown kind.
+        ConfigError: a base, a LoRA or a resolution is given for a teacher that has no use for it.
     """
     checkpoint = _resolve(settings.name, settings.base)
     if settings.lora is not None:
@@ -79,9 +79,10 @@ def open_teacher(settings: TeacherSettings) -> Teacher:
 
 
 def _resize(denoiser: Denoiser, latents: LatentSpace | None, resolution: int) -> None:
-    if not isinstance(denoiser, TextDenoiser) or latents is None:
+    if denoiser.text_shapes is None or latents is None:
         raise ConfigError(
-            f"resolution: got {resolution}, but only text-to-image teachers draw at several; expected null"
+            f"resolution: got {resolution}, but only text-to-image teachers make images of other sizes than their own; "
+            "expected null"
         )
     size, rest = divmod(resolution, latents.factor)
     if rest or size < 1:
@@ -97,7 +98,7 @@ def _resolve(name: str, base: str | None) -> Checkpoint:
         found = None if base is None else resolve_checkpoint(base).folder
         return Checkpoint(name, single_file_to_folder(path, found))
     if base is not None:
-        raise ConfigError(f"teacher_base: got {base!r}, but teacher {name!r} is no single file; expected null")
+        raise ConfigError(f"teacher_base: got {base!r}, but teacher {name!r} is not a single file; expected null")
     return resolve_checkpoint(name)
 
 
@@ -109,7 +110,8 @@ def copy_single_file(path: Path, base: str, output: Path) -> Path:
         output: a folder that is empty or does not exist.
 
     Raises:
-        CheckpointError, OutputError: what cannot be read, or written.
+        CheckpointError: the file or the base cannot be read.
+        OutputError: the folder cannot be written.
     """
     folder = claim_folder(output)
     made = single_file_to_folder(path, resolve_checkpoint(base).folder)

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 from tqdm import tqdm
 
-from fdistill.adapters import TIUE, supported_pipelines
+from fdistill.adapters import runs_prompts, supported_pipelines
 from fdistill.adapters.checkpoint import Checkpoint, find_network
 from fdistill.adapters.family import TextToImage
 from fdistill.base.errors import CheckpointError, did_you_mean
@@ -198,7 +198,7 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
     if folder is None:
         raise CheckpointError(f"checkpoint {checkpoint.name!r}: is a function, and functions have no text encoders")
     name = str(checkpoint.index.get("_class_name"))
-    if name not in (TIUE, *supported_pipelines()):
+    if not runs_prompts(name):
         raise CheckpointError(
             f"checkpoint {checkpoint.name!r}: text encoders of pipeline class {name!r} are not supported; "
             f"{did_you_mean(name, supported_pipelines())}"

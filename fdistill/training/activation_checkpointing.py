@@ -21,7 +21,7 @@ def checkpoint_activations(denoiser: Denoiser) -> None:
     Raises:
         ConfigError: the network does not support activation checkpointing.
     """
-    network: Any = getattr(denoiser, "network", None)
+    network = denoiser.network
     if not getattr(network, "_supports_gradient_checkpointing", False):
         raise ConfigError(
             f"gradient_checkpointing: {type(denoiser if network is None else network).__name__} does not support it; "

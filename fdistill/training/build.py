@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
 from fdistill.adapters.resize import Resized, resized
-from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.devices import autocast
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
 from fdistill.base.state_dicts import load_exactly, take
@@ -269,7 +268,7 @@ def _student_network(
     if config.student.checkpoint is not None:
         origin = resolve_checkpoint(config.student.checkpoint)
         start = load_denoiser(origin, null_class=config.null_class)
-        if isinstance(start, TextDenoiser):
+        if start.text_shapes is not None:
             start.resize(teacher.denoiser.sample_shape[-1])
         if start.embedded_guidance is not None:
             start.embedded_guidance = config.guidance_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -15,14 +16,16 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, ModelMixin
 
 from fdistill import OneStepPipeline, distill, generate, load_student, load_teacher
-from fdistill.adapters import FAMILIES, original_layout, wrap
+from fdistill.adapters import FAMILIES, network_components, original_layout, wrap
 from fdistill.adapters.family import Family, TextToImage, no_embedded_guidance
+from fdistill.adapters.original_names import make_layout
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError
 from fdistill.commands.inspect import inspect as inspected
 from fdistill.commands.smoke import smoke_config
 from fdistill.commands.tiny_pipelines import tiny_pipeline
+from fdistill.formats import comfy
 from support.conv_family import FAMILY, ConvNet
 
 TEXT: dict[str, TextToImage] = {name: family.text for name, family in FAMILIES.items() if family.text is not None}
@@ -48,7 +51,10 @@ def test_a_family_provides_what_it_must_and_may(name: str) -> None:
     assert importlib.import_module(family.wrap.__module__).FAMILY is family  # the last line of its file
     assert accepts(family.wrap, 2)
     assert accepts(family.native_pipeline, 4)
-    assert family.component in ("unet", "transformer")
+    assert family.component in network_components()
+    if family.comfy_checkpoint is not None:
+        module, _, function = family.comfy_checkpoint.partition(":")
+        assert accepts(getattr(importlib.import_module(module), function), 2)
     assert family.original_layout is None or accepts(family.original_layout, 2)
 
 
@@ -171,3 +177,32 @@ def test_what_works_of_itself_for_a_new_family(registered: Family, teacher: Path
     config = smoke_config(str(recipe))
     tiny: Any = load_teacher(config.teacher)
     assert type(tiny.network) is ConvNet
+
+
+def test_a_new_family_of_unets_has_its_own_names_in_comfyui(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The network alone, as nothing of Stable Diffusion holds for it."""
+    published = dataclasses.replace(
+        FAMILY, original_layout=lambda names, config: make_layout(names, lambda name: (f"net.{name}", 0))
+    )
+    monkeypatch.setitem(FAMILIES, "ConvNet", published)
+    (teacher / "network").rename(teacher / published.component)
+    index = {"_class_name": "OwnPipeline", published.component: ["own", "ConvNet"]}
+    (teacher / "model_index.json").write_text(json.dumps(index))
+    tensors, notes = comfy.single_file(teacher)
+    network = ConvNet.from_pretrained(teacher / published.component)
+    torch.testing.assert_close(
+        tensors, {f"model.diffusion_model.net.{name}": value for name, value in network.state_dict().items()}
+    )
+    assert notes == ["the file holds the network alone: load it with ComfyUI's Load Diffusion Model (UNETLoader)"]
+    monkeypatch.setitem(FAMILIES, "ConvNet", dataclasses.replace(published, comfy_checkpoint=f"{__name__}:whole"))
+    tensors, notes = comfy.single_file(teacher)
+    assert "vae.decoder" in tensors
+    assert "model.diffusion_model.net.first.weight" in tensors
+    assert notes == ["own_checkpoint"]
+
+
+def whole(folder: Path, network: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """What a family's `comfy_checkpoint` names."""
+    return network | {"vae.decoder": torch.zeros(1)}, ["own_checkpoint"]

@@ -28,7 +28,7 @@ def test_the_digits_teacher_makes_sense_on_digits_and_on_its_own_samples() -> No
         assert all(check.makes_sense for check in checks)
         middle = checks[4]
         assert middle.error < 0.6 * middle.linear_error
-    assert facts["told"] == "10 classes, no label for `no class`"
+    assert facts["condition"] == "10 classes, no label for `no class`"
     assert "x0-predictions agree with its own samples" in describe(facts, checks)
     assert "x0-predictions make sense" in describe(*inspect("digits", data="digits"))
 
@@ -80,7 +80,7 @@ def test_students_and_runs_are_inspected_as_they_are(tiny_teacher: Path, tmp_pat
     distill("digits", output=tmp_path / "run", method="diff-instruct", **settings)
     for folder in (tmp_path / "run", tmp_path / "run" / "student"):
         facts, _ = inspect(folder)
-        assert facts["told"] == "9 classes, `no class` is 9"
+        assert facts["condition"] == "9 classes, `no class` is 9"
 
 
 def test_data_of_other_classes_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_data_of_other_classes_are_refused(tiny_teacher: Path, tmp_path: Path) -
 
 def test_a_text_to_image_teacher_is_told_captions() -> None:
     facts, checks = inspect("digits-t2i", data="digit-captions", num_images=32)
-    assert facts["told"].startswith("prompts, as prompt_embeds")
+    assert facts["condition"].startswith("prompts, as prompt_embeds")
     assert facts["student"].endswith("exported as diffusers.StableDiffusionPipeline")
     assert all(check.makes_sense for check in checks)
     # Told which digit to draw, it is far better than the best linear denoiser even where all is noise.

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from fdistill import distill, load_student, load_teacher
 from fdistill.adapters.resize import resized
-from fdistill.base.errors import CheckpointError, ConfigError
+from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError
 from fdistill.commands.dry_run import describe
 from fdistill.config.reading import load_config
+from fdistill.generator import OneStepGenerator, Student
+from fdistill.student_kinds import STUDENT_KINDS, KindName
+from fdistill.students.kinds import KINDS
+from fdistill.students.tiue import TiUEGenerator
 from fdistill.training.build import build
+from support.denoisers import GaussianDenoiser
 from support.families import FAMILIES
 
 SETTINGS: dict[str, Any] = {
@@ -142,3 +147,27 @@ def test_pairs_need_a_student_of_the_teachers_schedule(checkpoints: dict[str, Pa
     settings |= {"student_level": 50, "regression.pairs": 8, "teacher_samples.num_steps": 2}
     with pytest.raises(ConfigError, match="which means another noise to the teacher"):
         distill("digits", output=tmp_path / "run", teacher=str(checkpoints["edm-ddpmpp"]), **settings)
+
+
+# --- kinds
+
+
+def test_every_kind_of_student_has_its_facts_and_its_functions() -> None:
+    assert list(STUDENT_KINDS) == list(KINDS) == list(get_args(KindName))
+    classes: dict[KindName, type[Student]] = {"denoiser": OneStepGenerator, "tiue": TiUEGenerator}
+    for name, kind in STUDENT_KINDS.items():
+        predicts = classes[name].sample_with_predictions is not Student.sample_with_predictions
+        assert predicts == kind.predicts_noise, name
+
+
+def test_what_a_denoiser_may_leave_out_is_refused_in_a_sentence() -> None:
+    denoiser = GaussianDenoiser(0.0, 0.5, size=4)
+    assert denoiser.network is None
+    denoiser.resize(4)
+    with pytest.raises(ArgumentError, match="a GaussianDenoiser has one size; expected 4"):
+        denoiser.resize(8)
+    with pytest.raises(ArgumentError, match="a GaussianDenoiser takes no other network"):
+        denoiser.with_network(torch.nn.Identity())
+    student = OneStepGenerator(denoiser, 2.5)
+    with pytest.raises(ArgumentError, match="OneStepGenerator predicts no noise while sampling"):
+        student.sample_with_predictions(torch.zeros(1, 1, 1, 4))

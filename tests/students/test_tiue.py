@@ -30,7 +30,7 @@ from fdistill.denoiser import Denoiser, LatentScaling
 from fdistill.losses import noise_kl_loss
 from fdistill.noise import FlowSchedule
 from fdistill.students.lora import lora_copy
-from fdistill.students.tiue import TiUEGenerator, as_told, composition, leading_levels
+from fdistill.students.tiue import TiUEGenerator, accepted_condition, composition, leading_levels
 from fdistill.students.tiue_pipeline import TiUEPipeline, tiue_pipeline
 from fdistill.teachers.text_encoders import text_components
 from support.denoisers import GaussianDenoiser, tiny_unet
@@ -71,7 +71,7 @@ def sequential(generator: TiUEGenerator, noise: Tensor, condition: Condition | N
     """Outputs [B, K, ...] of K decoders, one after another."""
     denoiser: Any = generator.denoiser
     unet = denoiser.network
-    told = as_told(unet, condition, generator.num_classes)
+    accepted = accepted_condition(unet, condition, generator.num_classes)
     encoded: Encoded | None = None
     outputs = []
     for level in generator.decoder_levels:
@@ -79,7 +79,7 @@ def sequential(generator: TiUEGenerator, noise: Tensor, condition: Condition | N
         timestep = denoiser.parametrisation.timestep(t)
         if encoded is None:
             network_input = denoiser.network_input(denoiser.schedule.start(t).reshape(-1, 1, 1, 1) * noise, t)
-        embedding, text = embed(unet, timestep, told, network_input.dtype)
+        embedding, text = embed(unet, timestep, accepted, network_input.dtype)
         if encoded is None:
             encoded = encode(unet, network_input, embedding, text)
         outputs.append(decode(unet, encoded, embedding, text, timestep))

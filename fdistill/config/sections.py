@@ -23,7 +23,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
 
-Weighting = Literal["edm", "inverse-sigma2", "min-snr", "uniform"]
+Weighting = Literal["edm", "inverse-sigma2", "v", "flow", "min-snr", "uniform"]
 
 
 class OptimizerConfig(Section):
@@ -53,7 +53,9 @@ class LoRAConfig(Section):
 class FakeScoreConfig(OptimizerConfig, LoRAConfig):
     """The fake-score network, which keeps learning to denoise the student's samples."""
 
-    weighting: Weighting = "edm"
+    weighting: Weighting | None = Field(
+        default=None, description="weight of its loss over noise levels; null is the one the teacher was trained with"
+    )
     min_snr_gamma: Positive = 5.0
     guidance_scale: Positive = Field(
         default=1.0, description="guidance scale of the fake score when compared with the teacher; 1 turns it off"

@@ -33,6 +33,7 @@ from fdistill.methods import METHODS
 from fdistill.networks import EDM2Network, EDMNetwork
 from fdistill.students.text_to_image import check_exportable
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
+from fdistill.training.build import build
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 
@@ -131,6 +132,34 @@ def test_a_recipe_says_what_it_needs_and_reaches(name: str) -> None:
     assert config.divergence is not None
     get_divergence(config.divergence)
     assert "smoke" not in dump_config(config)
+
+
+#: Recipe -> the loss with which its teacher was trained, and by default its fake score.
+LOSSES = {
+    **dict.fromkeys(["cifar10-cond", "cifar10-uncond", "imagenet64", "imagenet512"], "edm"),
+    **dict.fromkeys(
+        ["imagenet256", "ddpm-cifar10", "sd15", "sd15-lora-24gb", "sdxl", "sdxl-lora-24gb"], "inverse-sigma2"
+    ),
+    "pixart-sigma": "inverse-sigma2",
+    "sd21-v": "v",
+    **dict.fromkeys(["sd35-medium", "flux-dev"], "flow"),
+}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *TEXT_RECIPES])
+def test_the_fake_score_of_a_recipe_learns_as_its_teacher_did(name: str) -> None:
+    assert load_config(name).fake_score.weighting is None
+    run = build(smoke_config(name), torch.device("cpu"))
+    assert run.networks.fake_score.loss_weighting == LOSSES[name]
+    assert run.critic_update.keywords["weighting"] == LOSSES[name]
+
+
+def test_the_embedded_configs_compute_what_they_did() -> None:
+    for path in CONFIGS.glob("digits*.yaml"):
+        config = load_config(path.stem)
+        if config.fake_score.weighting is None and METHODS[config.method].scores:
+            assert load_teacher(config.teacher).loss_weighting == "edm"  # the default of before
+    assert load_config("digits-t2i").fake_score.weighting == "min-snr"
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -71,7 +71,7 @@ class DiscriminatorConfig(OptimizerConfig):
 
     source: Literal["fake", "teacher"] = "fake"
     features: list[str] = Field(default=["mid"], min_length=1)
-    head: Literal["convolutional", "channel-mean"] = "convolutional"
+    head: Literal["convolutional", "pooled", "channel-mean"] = "convolutional"
     gan_weight: NonNegative = Field(
         default=1e-2, description="weight of the discriminator's loss in the critic's; 0 turns it off"
     )

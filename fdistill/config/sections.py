@@ -76,6 +76,9 @@ class DiscriminatorConfig(OptimizerConfig):
         default=1e-2, description="weight of the discriminator's loss in the critic's; 0 turns it off"
     )
     gan_weighting: Weighting = "uniform"
+    shared_noise: bool = Field(
+        default=False, description="noise data and student samples with the same noise, to the same levels"
+    )
     r1_weight: NonNegative = Field(default=0.0, description="gamma of the R1 penalty on noised data; 0 turns it off")
 
 

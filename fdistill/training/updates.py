@@ -32,6 +32,7 @@ def critic_update(config: DistillConfig, networks: Networks) -> Update:
             "min_snr_gamma": config.fake_score.min_snr_gamma,
             "gan_weight": config.discriminator.gan_weight,
             "gan_weighting": config.discriminator.gan_weighting,
+            "shared_noise": config.discriminator.shared_noise,
             "r1_weight": config.discriminator.r1_weight,
         },
     )

@@ -76,6 +76,7 @@ CRITIC_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "gan weight": ({"discriminator.gan_weight": 0.3}, {"gan_weight": 0.3}),
     "gan weighting": ({"discriminator.gan_weighting": "edm"}, {"gan_weighting": "edm"}),
+    "shared noise": ({"discriminator.shared_noise": True}, {"shared_noise": True}),
     "r1": ({"discriminator.r1_weight": 5.0}, {"r1_weight": 5.0}),
     **{
         name: ({"critic_levels": {"sampler": name, **given}}, {"levels": levels})
@@ -94,6 +95,7 @@ def test_settings_of_the_critic_reach_its_step(tiny_teacher: Path, name: str) ->
         "min_snr_gamma": 5.0,
         "gan_weight": 1e-2,
         "gan_weighting": "uniform",
+        "shared_noise": False,
         "r1_weight": 0.0,
     }
     step = partial(critic_step, made.networks)

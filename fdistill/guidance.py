@@ -14,8 +14,9 @@ from fdistill.prediction import Preconditioning, Prediction
 
 
 class GuidedDenoiser(Denoiser):
-    """x0 = unconditional + guidance_scale (conditional - unconditional), from one evaluation of a batch twice as large.
-    Features are those of the conditional half. Channels behind the denoiser's `guidance_channels` stay conditional.
+    """x0 = unconditional + guidance_scale (conditional - unconditional), from one evaluation of a batch twice as large,
+    or from two if only features need a gradient. Features are those with the condition. Channels behind the denoiser's
+    `guidance_channels` stay conditional.
 
     Args:
         denoiser: conditioned on class labels, with a `null_class`, or on prompts.
@@ -94,16 +95,7 @@ class GuidedDenoiser(Denoiser):
             wanted = "prompts" if self.text_shapes is not None else f"class labels [B] in [0, {self.num_classes})"
             raise ArgumentError(f"condition: got None; a guided network takes {wanted}")
         self._check_features(features)
-        both, tapped = self.run(
-            torch.cat([network_input, network_input]),
-            torch.cat([t, t]),
-            concat(condition, none_like(condition, self._none)),
-            features,
-            output=True,
-            output_grad=output_grad,
-        )
-        assert both is not None
-        conditional, unconditional = both.chunk(2)
+        conditional, unconditional, tapped = self._outputs(network_input, t, condition, features, output_grad)
         guided_channels = self.denoiser.guidance_channels
         if guided_channels is not None:
             unconditional = torch.cat([unconditional[:, :guided_channels], conditional[:, guided_channels:]], dim=1)
@@ -113,4 +105,32 @@ class GuidedDenoiser(Denoiser):
             guided = prediction.guided().output
             back = self.denoiser.guidance_norm(conditional) / self.denoiser.guidance_norm(guided)
             prediction = Prediction(guided * torch.lerp(torch.ones_like(back), back, self.rescale), form.skip, form.out)
-        return prediction, {name: value[: len(t)] for name, value in tapped.items()}
+        return prediction, tapped
+
+    def _outputs(
+        self, network_input: Tensor, t: Tensor, condition: Condition, features: Sequence[str], output_grad: bool
+    ) -> tuple[Tensor, Tensor, Features]:
+        """The outputs with and without the condition, and the features of the former.
+
+        Where features alone need a gradient the two are evaluated apart, so that nothing of the latter is kept for it.
+        """
+        none = none_like(condition, self._none)
+        needed = network_input.requires_grad or any(each.requires_grad for each in self.parameters())
+        if features and not output_grad and needed and torch.is_grad_enabled():
+            conditional, tapped = self.run(network_input, t, condition, features, output=True, output_grad=False)
+            with torch.no_grad():
+                unconditional, _ = self.run(network_input, t, none, (), output=True, output_grad=False)
+            assert conditional is not None
+            assert unconditional is not None
+            return conditional, unconditional, tapped
+        both, tapped = self.run(
+            torch.cat([network_input, network_input]),
+            torch.cat([t, t]),
+            concat(condition, none),
+            features,
+            output=True,
+            output_grad=output_grad,
+        )
+        assert both is not None
+        conditional, unconditional = both.chunk(2)
+        return conditional, unconditional, {name: value[: len(t)] for name, value in tapped.items()}

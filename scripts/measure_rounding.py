@@ -5,7 +5,7 @@ python scripts/measure_rounding.py [--minutes 1.5] [--out FILE]
 For each row of CASES a UNet2DModel learns to denoise all digits that come with the package (the teacher T), and a copy
 of it then learns those of classes 0 to 4 alone (the fake score F, of a student that makes these). Both are evaluated in
 float32 and in bf16 at the same noised digits of classes 0 to 4. The share that is rounding is |d' - d|^2 / |d'|^2, with
-d the T - F of float32 and d' that of bf16. GroupNorm runs in float32, as autocast has it on a GPU; on a CPU it would not.
+d the T - F of float32 and d' that of bf16. GroupNorm runs in float32, as in autocast on a GPU; on a CPU it would not.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from fdistill.commands.evaluation import compare, evaluate, reference
 from fdistill.commands.options import (
     Device,
     Guidance,
+    GuidanceTeacher,
     NegativePrompt,
     Network,
     Recipe,
@@ -134,6 +135,7 @@ def generate(
     ] = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
+    guidance_teacher: GuidanceTeacher = None,
     negative_prompt: NegativePrompt = "",
     resolution: Resolution = None,
     network: Network = None,
@@ -163,6 +165,7 @@ def generate(
         prompts=listed or None,
         num_steps=steps,
         guidance_scale=guidance_scale,
+        guidance_teacher=guidance_teacher,
         negative_prompt=negative_prompt,
         resolution=resolution,
         network=network,

@@ -17,7 +17,7 @@ from fdistill.base.files import read_json_object, sha256_of_files
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 #: The suffixes of configs, tokenizers, schedulers and weights. Pickles and other formats are left out.
-_KEPT = (".json", ".txt", ".model", ".safetensors")
+KEPT_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -102,8 +102,13 @@ def pipeline_files(folder: Path) -> list[Path]:
     """
     found = [folder / "model_index.json"]
     for name in components(folder):
-        found += [path for path in (folder / name).rglob("*") if path.suffix in _KEPT and path.is_file()]
-    return sorted(path for path in found if path.suffix != ".safetensors" or "." not in path.stem)
+        found += [path for path in (folder / name).rglob("*") if path.suffix in KEPT_SUFFIXES and path.is_file()]
+    return sorted(path for path in found if not is_variant(path))
+
+
+def is_variant(path: Path) -> bool:
+    """Whether a file holds weights of another variant, such as "model.fp16.safetensors"."""
+    return path.suffix == ".safetensors" and "." in path.stem
 
 
 def pipeline_hashes(folder: Path) -> dict[str, str]:
@@ -117,10 +122,13 @@ def share_files(source: Path, target: Path, without: Iterable[str] = ()) -> None
     Args:
         without: names of components that stay behind.
     """
-    for path in pipeline_files(source):
+    share([path for path in pipeline_files(source) if path.relative_to(source).parts[0] not in without], source, target)
+
+
+def share(files: Iterable[Path], source: Path, target: Path) -> None:
+    """Gives `target` files that stand below `source`, at the same places, as `share_files` does."""
+    for path in files:
         relative = path.relative_to(source)
-        if relative.parts[0] in without:
-            continue
         (target / relative.parent).mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
             try:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import read_json_object, sha256_of_files
+from fdistill.base.files import KEPT_SUFFIXES, is_variant, link_files, read_json_object, sha256_of_files
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-#: The suffixes of configs, tokenizers, schedulers and weights. Pickles and other formats are left out.
-KEPT_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -58,10 +54,7 @@ def weight_files(component: Path) -> list[Path]:
             return [component / shard for shard in shards]
         if (component / name).is_file():
             return [component / name]
-    raise CheckpointError(
-        f"{component}: no weights; expected {' or '.join(_WEIGHTS)} (diffusers writes one of a .bin: from_pretrained, "
-        "then save_pretrained)"
-    )
+    raise CheckpointError(f"{component}: no weights; expected {' or '.join(_WEIGHTS)}")
 
 
 def read_weights(component: Path) -> dict[str, Tensor]:
@@ -106,11 +99,6 @@ def pipeline_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if not is_variant(path))
 
 
-def is_variant(path: Path) -> bool:
-    """Whether a file holds weights of another variant, such as "model.fp16.safetensors"."""
-    return path.suffix == ".safetensors" and "." in path.stem
-
-
 def pipeline_hashes(folder: Path) -> dict[str, str]:
     """Path below the folder -> hash, of each of the pipeline's files: what a folder made out of this one depends on."""
     return {path.relative_to(folder).as_posix(): sha256_of_files([path]) for path in pipeline_files(folder)}
@@ -122,18 +110,5 @@ def share_files(source: Path, target: Path, without: Iterable[str] = ()) -> None
     Args:
         without: names of components that stay behind.
     """
-    share([path for path in pipeline_files(source) if path.relative_to(source).parts[0] not in without], source, target)
-
-
-def share(files: Iterable[Path], source: Path, target: Path) -> None:
-    """Gives `target` files that stand below `source`, at the same places, as `share_files` does."""
-    for path in files:
-        relative = path.relative_to(source)
-        (target / relative.parent).mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            try:
-                os.link(path.resolve(), target / relative)  # a file of the hub's cache is a link itself
-                continue
-            except OSError:
-                pass  # another disk
-        shutil.copyfile(path, target / relative)
+    found = pipeline_files(source)
+    link_files([path for path in found if path.relative_to(source).parts[0] not in without], source, target)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fdistill.adapters.checkpoint import Checkpoint, find_network
 from fdistill.base.errors import ArgumentError
-from fdistill.formats.pipeline_folder import KEPT_SUFFIXES, is_variant, read_config, share
+from fdistill.base.files import KEPT_SUFFIXES, is_variant, link_files
+from fdistill.formats.pipeline_folder import read_config
 from fdistill.teachers.fitting import filled
 
 _AUGMENTATION = "model.map_augment.weight"
@@ -59,7 +60,7 @@ def write_like(network: Any, like: Checkpoint, folder: Path) -> None:
         and not is_variant(path)
         and not _of_network(path, place, source)
     ]
-    share(files, source, folder)
+    link_files(files, source, folder)
     network.save_pretrained(folder / place.relative_to(source))
 
 

@@ -275,7 +275,8 @@ def inspect(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Describe a checkpoint and what distill would do with it, and check that its x0-predictions make sense.
+    """Describe a checkpoint and what distill would do with it, check that its x0-predictions make sense, and with
+    --data say which other reading (pixel range, scale, schedule, prediction type) is likely if they do not.
 
     \b
     Example: fdistill inspect digits --data digits

@@ -199,7 +199,7 @@ def rows(network: str, config: DistillConfig) -> list[Row]:
     ]
     if config.discriminator.gan_weight:
         with torch.device("meta"):
-            heads = Discriminator(teacher, config.discriminator.features)
+            heads = Discriminator(teacher, config.discriminator.features, config.discriminator.head)
         found.append(_trained_row("heads", heads))
     return found
 

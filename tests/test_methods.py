@@ -352,6 +352,8 @@ def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Pat
         ),
         ({"method": "sid", "discriminator.head": "channel-mean"}, "discriminator.head: .*choose a method.*sida"),
         ({"method": "sid", "discriminator.features": ["down0"]}, "discriminator.features: .*no discriminator"),
+        ({"method": "sid", "discriminator.shared_noise": True}, "discriminator.shared_noise: .*no discriminator"),
+        ({"method": "diffratio", "discriminator.shared_noise": True}, "diffratio draws levels separately; expected f"),
         (
             {"method": "diffratio", "discriminator.source": "teacher"},
             "trains the network its heads read; expected f",

@@ -39,5 +39,9 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """With precision "bf16" networks compute in bfloat16 inside the block; weights and losses stay float32."""
+    """With precision "bf16" networks compute in bfloat16 inside the block; weights and losses stay float32.
+
+    With "fp32" torch's own settings hold. On CUDA these are TensorFloat-32 in convolutions and float32 in matrix
+    products, unless the environment sets TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1.
+    """
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -13,6 +13,7 @@ from fdistill.training.build import Distillation, build
 from fdistill.training.inputs import TrainingData, data_samples, pair_samples, stored_data
 from fdistill.training.loop import open_watch
 from fdistill.training.prompts import EncodingPlan
+from fdistill.training.updates import denoising_weighting
 
 
 def describe(config: DistillConfig) -> str:
@@ -95,8 +96,18 @@ def _networks(run: Distillation) -> list[str]:
         f"student        {run.student.describe()}{_start(run)}",
         f"divergence     {(config.divergence and run.divergence.name) or 'the method has its own'}",
         f"discriminator  {discriminator}",
+        *_denoising(run),
         "trained        " + ", ".join(f"{name} {count:.2f} M" for name, count in millions.items()),
     ]
+
+
+def _denoising(run: Distillation) -> list[str]:
+    """A line about the weight of the fake score's loss, where the method trains one."""
+    if not METHODS[run.config.method].scores:
+        return []
+    weighting, own = denoising_weighting(run.config, run.networks), run.networks.fake_score.loss_weighting
+    compared = "as the teacher was trained" if weighting == own else f"while the teacher was trained with {own!r}"
+    return [f"fake score     denoises with the weight {weighting!r}, {compared}"]
 
 
 def _prompts(run: Distillation) -> list[str]:

@@ -113,7 +113,7 @@ def _check_absent(name: str, generator: GeneratorConfig, discriminator: Discrimi
                 f"or method={METHODS[name].with_gan}"
             )
     default = DiscriminatorConfig()
-    for setting in ("source", "features", "head", "gan_weighting", "r1_weight"):
+    for setting in ("source", "features", "head", "gan_weighting", "shared_noise", "r1_weight"):
         value = getattr(discriminator, setting)
         if value != getattr(default, setting):
             raise ValueError(
@@ -126,6 +126,8 @@ def _check_trained(name: str, data: str | None, generator: GeneratorConfig, disc
     if not METHODS[name].scores:
         if discriminator.source != "fake":
             raise ValueError(f"discriminator.source: method={name} trains the network its heads read; expected fake")
+        if discriminator.shared_noise:
+            raise ValueError(f"discriminator.shared_noise: method={name} draws levels separately; expected false")
         if generator.weighting == "normalised" or generator.gan_weight:
             raise ValueError(
                 f"generator: method={name} evaluates no teacher, which weighting=normalised needs, and has no GAN "

@@ -23,7 +23,7 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True)
 
 
-Weighting = Literal["edm", "inverse-sigma2", "min-snr", "uniform"]
+Weighting = Literal["edm", "inverse-sigma2", "v", "flow", "min-snr", "uniform"]
 
 
 class OptimizerConfig(Section):
@@ -53,7 +53,9 @@ class LoRAConfig(Section):
 class FakeScoreConfig(OptimizerConfig, LoRAConfig):
     """The fake-score network, which keeps learning to denoise the student's samples."""
 
-    weighting: Weighting = "edm"
+    weighting: Weighting | None = Field(
+        default=None, description="weight of its loss over noise levels; null is the one the teacher was trained with"
+    )
     min_snr_gamma: Positive = 5.0
     guidance_scale: Positive = Field(
         default=1.0, description="guidance scale of the fake score when compared with the teacher; 1 turns it off"
@@ -69,11 +71,14 @@ class DiscriminatorConfig(OptimizerConfig):
 
     source: Literal["fake", "teacher"] = "fake"
     features: list[str] = Field(default=["mid"], min_length=1)
-    head: Literal["convolutional", "channel-mean"] = "convolutional"
+    head: Literal["convolutional", "pooled", "channel-mean"] = "convolutional"
     gan_weight: NonNegative = Field(
         default=1e-2, description="weight of the discriminator's loss in the critic's; 0 turns it off"
     )
     gan_weighting: Weighting = "uniform"
+    shared_noise: bool = Field(
+        default=False, description="noise data and student samples with the same noise, to the same levels"
+    )
     r1_weight: NonNegative = Field(default=0.0, description="gamma of the R1 penalty on noised data; 0 turns it off")
 
 

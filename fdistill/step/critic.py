@@ -27,6 +27,7 @@ def critic_step(
     min_snr_gamma: float = 5.0,
     gan_weight: float = 1e-2,
     gan_weighting: str = "uniform",
+    shared_noise: bool = False,
     r1_weight: float = 0.0,
     student_steps: int | None = None,
     critic_condition: Condition | None = None,
@@ -39,8 +40,7 @@ def critic_step(
            + r1_weight / 2 mean |d l_real / d x_t|^2)
 
     The loss trains the fake-score network and the discriminator. With heads on the fake-score network, the GAN loss
-    trains that network as well (DMD2, arXiv 2405.14867); with heads on the teacher, it trains only the heads. Levels of
-    real samples are drawn separately.
+    trains that network as well (DMD2, arXiv 2405.14867); with heads on the teacher, it trains only the heads.
 
     Args:
         networks: the roles.
@@ -51,6 +51,8 @@ def critic_step(
         weighting, min_snr_gamma: see `denoising_weight`.
         gan_weight, r1_weight: 0 leaves the term out.
         gan_weighting: weight of the GAN losses over noise levels, a name for `denoising_weight`; SiDA uses "edm".
+        shared_noise: whether sample i of the data gets the level and the noise of student sample i, so that the two
+            differ by the image alone (FastGen's Flux and Qwen-Image); by default both are drawn separately.
         student_steps: number of steps that a `FewStepGenerator` takes; None means all.
         critic_condition: the condition for the critic, such as `condition` with some rows replaced by the null class or
             the null prompt; None means `condition` itself.
@@ -66,6 +68,7 @@ def critic_step(
         fake_x0 = networks.draw_samples(generator, batch, condition, student_steps)
     condition = condition if critic_condition is None else critic_condition
     fake_score = networks.learning or networks.fake_score
+    real_draws = generator.clone_state() if shared_noise else generator
     with frozen(networks.teacher):
         t = levels(schedule, rng.uniform(generator, batch))
         read = [fake_score]
@@ -87,7 +90,7 @@ def critic_step(
             networks,
             real_x0,
             condition,
-            generator,
+            real_draws,
             PerSample(discriminator(features), t),
             levels=levels,
             r1_weight=r1_weight,

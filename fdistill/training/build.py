@@ -329,9 +329,11 @@ def _networks(
     learning = guided(fake_score, config.fake_score.training_guidance_scale)
     discriminator: Discriminator | ChannelMean | None = None
     tapped = fake_score if config.discriminator.source == "fake" else teacher
+    features, head = config.discriminator.features, config.discriminator.head
     if config.discriminator.gan_weight > 0:
-        head = Discriminator if config.discriminator.head == "convolutional" else ChannelMean
-        discriminator = head(tapped, config.discriminator.features)
+        discriminator = (
+            ChannelMean(tapped, features) if head == "channel-mean" else Discriminator(tapped, features, head)
+        )
     return Networks(
         teacher,
         fake_score,

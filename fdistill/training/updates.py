@@ -28,13 +28,23 @@ def critic_update(config: DistillConfig, networks: Networks) -> Update:
         _critic_arguments(config, networks),
         {
             "levels": level_draw(config.critic_levels),
-            "weighting": config.fake_score.weighting,
+            "weighting": denoising_weighting(config, networks),
             "min_snr_gamma": config.fake_score.min_snr_gamma,
             "gan_weight": config.discriminator.gan_weight,
             "gan_weighting": config.discriminator.gan_weighting,
+            "shared_noise": config.discriminator.shared_noise,
             "r1_weight": config.discriminator.r1_weight,
         },
     )
+
+
+def denoising_weighting(config: DistillConfig, networks: Networks) -> str:
+    """The name of the weight of the fake score's loss; by default the one its network, the teacher's, is trained with.
+
+    Another one moves the gradient to levels where the network's output hardly matters: EDM's is 1 + 4 (sigma / alpha)^2
+    times the loss of a network that predicts eps, so that the noisiest levels have nearly all of it.
+    """
+    return config.fake_score.weighting or networks.fake_score.loss_weighting
 
 
 def student_update(config: DistillConfig, networks: Networks, divergence: Divergence, ratio: DensityRatio) -> Update:

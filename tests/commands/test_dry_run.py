@@ -56,7 +56,18 @@ def dry_run(tmp_path: Path, name: str, settings: dict[str, Any], *more: str) -> 
 def test_a_run_of_plain_images_needs_nothing_beforehand(cache: Path, tmp_path: Path) -> None:
     said = dry_run(tmp_path, "digits", {"eval.every": 0})
     assert "beforehand" not in said
+    assert "fake score     denoises with the weight 'edm', as the teacher was trained" in said
     assert not cache.exists()
+
+
+def test_it_says_how_the_fake_score_learns(cache: Path, teacher: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat")
+    settings = {**SETTINGS, "teacher": str(teacher), "prompts": str(tmp_path / "prompts.txt")}
+    said = dry_run(tmp_path, "digits", settings)
+    assert "fake score     denoises with the weight 'inverse-sigma2', as the teacher was trained" in said
+    said = dry_run(tmp_path, "digits", {**settings, "fake_score.weighting": "edm"})
+    assert "the weight 'edm', while the teacher was trained with 'inverse-sigma2'" in said
+    assert "denoises" not in dry_run(tmp_path, "digits-diffratio", {})
 
 
 def test_embedded_captioned_images(cache: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DiffusionPipeline
 from PIL import Image
 from typer.testing import CliRunner
 
 from fdistill import distill, load_config, load_student, load_teacher
-from fdistill.adapters import wrap
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.adapters.tiny_parts import RESOLUTION
 from fdistill.base.errors import CheckpointError, ConfigError
@@ -30,85 +28,32 @@ from fdistill.data.prompts import read_prompts
 from fdistill.divergence import get_divergence
 from fdistill.formats.lora_file import LORA_FILE
 from fdistill.methods import METHODS
-from fdistill.networks import EDM2Network, EDMNetwork
 from fdistill.students.text_to_image import check_exportable
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
-
-sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
-
-from memory_table import published
+from fdistill.training.build import build
+from support.published import published_network
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-DDPMPP: dict[str, Any] = {"model_type": "SongUNet", "img_resolution": 32, "augment_dim": 9, "channel_mult": [2, 2, 2]}
-LINEAR = {"_class_name": "DDPMScheduler", "beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-SCALED = {
-    "_class_name": "DDIMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
+#: Recipe -> (shapes of the features it taps, class of its student, pixels of a smoke student's image).
+RECIPES: dict[str, tuple[list[tuple[int, int, int]], str, int]] = {
+    "cifar10-cond": ([(256, 32, 32), (256, 16, 16), (256, 8, 8)], "OneStepPipeline", 32),
+    "cifar10-uncond": ([(256, 32, 32), (256, 16, 16), (256, 8, 8)], "OneStepPipeline", 32),
+    "imagenet64": ([(768, 8, 8)], "OneStepPipeline", 64),
+    "imagenet512": ([(768, 8, 8)], "OneStepPipeline", 128),
+    "imagenet256": ([(1152, 16, 16)], "OneStepPipeline", 64),
+    # The hub folder says DDPMPipeline in its model_index.json, and so will its student.
+    "ddpm-cifar10": ([(128, 32, 32), (256, 16, 16), (256, 8, 8)], "DDIMPipeline", 32),
 }
-DIT: dict[str, Any] = {"num_layers": 28, "num_embeds_ada_norm": 1000, "out_channels": 4, "sample_size": 32}
-ATTENTION_AT_16: dict[str, Any] = {
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-}
-
-#: Recipe -> (its published network and the scheduler beside it, shapes of the features it taps, class of its student,
-#: pixels of a smoke student's image).
-RECIPES: dict[str, tuple[Any, dict[str, Any] | None, list[tuple[int, int, int]], str, int]] = {
-    "cifar10-cond": (
-        lambda: EDMNetwork(**DDPMPP, label_dim=10),
-        None,
-        [(256, 32, 32), (256, 16, 16), (256, 8, 8)],
-        "OneStepPipeline",
-        32,
-    ),
-    "cifar10-uncond": (
-        lambda: EDMNetwork(**DDPMPP),
-        None,
-        [(256, 32, 32), (256, 16, 16), (256, 8, 8)],
-        "OneStepPipeline",
-        32,
-    ),
-    "imagenet64": (
-        lambda: EDMNetwork("DhariwalUNet", 64, label_dim=1000),
-        None,
-        [(768, 8, 8)],
-        "OneStepPipeline",
-        64,
-    ),
-    "imagenet512": (
-        lambda: EDM2Network(64, 4, label_dim=1000),
-        None,
-        [(768, 8, 8)],
-        "OneStepPipeline",
-        128,
-    ),
-    "imagenet256": (
-        lambda: DiTTransformer2DModel(num_attention_heads=16, attention_head_dim=72, in_channels=4, **DIT),
-        LINEAR,
-        [(1152, 16, 16)] * 3,
-        "OneStepPipeline",
-        64,
-    ),
-    "ddpm-cifar10": (
-        lambda: UNet2DModel(32, 3, 3, block_out_channels=(128, 256, 256, 256), layers_per_block=2, **ATTENTION_AT_16),
-        LINEAR,
-        [(128, 32, 32), (256, 16, 16), (256, 8, 8)],
-        "DDIMPipeline",  # the hub folder says DDPMPipeline in its model_index.json, and so will its student
-        32,
-    ),
-}
-#: Text-to-image recipe -> (its published network, pipeline of teacher and student, what that wants beside a size).
-TEXT_RECIPES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "sd15": ("sd15", "StableDiffusionPipeline", {}),
-    "sd15-lora-24gb": ("sd15", "StableDiffusionPipeline", {}),
-    "sd21-v": ("sd21-v", "StableDiffusionPipeline", {}),
-    "sdxl": ("sdxl", "StableDiffusionXLPipeline", {}),
-    "sdxl-lora-24gb": ("sdxl", "StableDiffusionXLPipeline", {}),
-    "sd35-medium": ("sd35-medium", "StableDiffusion3Pipeline", {}),
-    "flux-dev": ("flux-dev", "FluxPipeline", {}),
-    "pixart-sigma": ("pixart-sigma", "PixArtSigmaPipeline", {"use_resolution_binning": False}),
+#: Text-to-image recipe -> (pipeline of teacher and student, what that wants beside a size).
+TEXT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sd15": ("StableDiffusionPipeline", {}),
+    "sd15-lora-24gb": ("StableDiffusionPipeline", {}),
+    "sd21-v": ("StableDiffusionPipeline", {}),
+    "sdxl": ("StableDiffusionXLPipeline", {}),
+    "sdxl-lora-24gb": ("StableDiffusionXLPipeline", {}),
+    "sd35-medium": ("StableDiffusion3Pipeline", {"sigmas": [1.0, 0.9, 0.75, 0.5]}),
+    "flux-dev": ("FluxPipeline", {"sigmas": [0.999, 0.74925, 0.4995, 0.24975]}),
+    "pixart-sigma": ("PixArtSigmaPipeline", {"use_resolution_binning": False}),
 }
 SMOKE_RECIPES = [path.stem for path in sorted(CONFIGS.glob("*.yaml")) if "\nsmoke:" in path.read_text()]
 
@@ -122,10 +67,9 @@ def test_a_recipe_says_what_it_needs_and_reaches(name: str) -> None:
     config, text = load_config(name), (CONFIGS / f"{name}.yaml").read_text()
     head = text[: text.index("\nmethod:")]
     assert all(line.startswith("# ") for line in head.splitlines())
-    for heading in ("Reach", "Teacher", "Data", "Hardware", "Hours", "Source of the settings", "Failures"):
-        assert re.search(rf"^# {heading}: \S", head, re.MULTILINE), heading
+    for heading in ("Reach", "Teacher", "Data", "Hardware", "Hours", "As published", "Ours", "Failures"):
+        assert re.search(rf"^# {heading}(?: \([^)]+\))?: \S", head, re.MULTILINE | re.DOTALL), heading
     assert re.search(r"^# Reach: (.|\n)*?arXiv \d{4}\.\d{5}", head, re.MULTILINE)
-    assert re.search(r"^# Hours: .*\d.*\(estimated", head, re.MULTILINE)
     assert str(config.teacher) in head
     assert config.method in METHODS
     assert config.divergence is not None
@@ -133,18 +77,43 @@ def test_a_recipe_says_what_it_needs_and_reaches(name: str) -> None:
     assert "smoke" not in dump_config(config)
 
 
+#: Recipe -> the loss with which its teacher was trained, and by default its fake score.
+LOSSES = {
+    **dict.fromkeys(["cifar10-cond", "cifar10-uncond", "imagenet64", "imagenet512"], "edm"),
+    **dict.fromkeys(
+        ["imagenet256", "ddpm-cifar10", "sd15", "sd15-lora-24gb", "sdxl", "sdxl-lora-24gb"], "inverse-sigma2"
+    ),
+    "pixart-sigma": "inverse-sigma2",
+    "sd21-v": "v",
+    **dict.fromkeys(["sd35-medium", "flux-dev"], "flow"),
+}
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *TEXT_RECIPES])
+def test_the_fake_score_of_a_recipe_learns_as_its_teacher_did(name: str) -> None:
+    assert load_config(name).fake_score.weighting is None
+    run = build(smoke_config(name), torch.device("cpu"))
+    assert run.networks.fake_score.loss_weighting == LOSSES[name]
+    assert run.critic_update.keywords["weighting"] == LOSSES[name]
+
+
+def test_the_embedded_configs_compute_what_they_did() -> None:
+    for path in CONFIGS.glob("digits*.yaml"):
+        config = load_config(path.stem)
+        if config.fake_score.weighting is None and METHODS[config.method].scores:
+            assert load_teacher(config.teacher).loss_weighting == "edm"  # the default of before
+    assert load_config("digits-t2i").fake_score.weighting == "min-snr"
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_published_network_has_what_the_recipe_names(name: str) -> None:
-    build, scheduler, shapes, _, _ = RECIPES[name]
-    config = load_config(name)
-    with torch.device("meta"):
-        network = build()
-    denoiser = wrap(network, scheduler)
+    shapes, config, denoiser = RECIPES[name][0], load_config(name), published_network(name)
     assert [denoiser.feature_shapes[feature] for feature in config.discriminator.features] == shapes
     assert config.student_levels is not None
     assert denoiser.schedule.t_min < config.student_levels[0] <= denoiser.schedule.t_max
     if config.guidance_scale != 1:
         assert denoiser.null_class is not None
+        assert denoiser.guidance_channels == load_teacher(smoke_config(name).teacher).guidance_channels
     # The tiny one is of its family, and tapped at the same places.
     tiny = load_teacher(smoke_config(name).teacher)
     assert type(tiny) is type(denoiser)
@@ -159,7 +128,7 @@ def test_the_published_network_has_what_the_recipe_names(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_smoke_run_end_to_end(name: str, tmp_path: Path) -> None:
-    _, _, _, pipeline_class, pixels = RECIPES[name]
+    _, pipeline_class, pixels = RECIPES[name]
     began = time.perf_counter()
     recipe, config = load_config(name), smoke_config(name, {"iterations": 2})
     kept = ("method", "divergence", "student_level", "critic_steps", "precision", "guidance_scale", "ratio", "ema")
@@ -191,17 +160,6 @@ def test_smoke_run_end_to_end(name: str, tmp_path: Path) -> None:
     assert time.perf_counter() - began < 60
 
 
-def published_network(name: str) -> TextDenoiser:
-    """On the meta device; in the class and with the schedule of the published pipeline."""
-    if name != "sd21-v":
-        return published(name, load_config(name).resolution)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20))
-    denoiser = wrap(unet, {**SCALED, "prediction_type": "v_prediction"})
-    assert isinstance(denoiser, TextDenoiser)
-    return denoiser
-
-
 def adapted_layers(denoiser: TextDenoiser, targets: list[str] | None) -> set[str]:
     layers = [name for name, layer in denoiser.named_modules() if isinstance(layer, torch.nn.Linear)]
     return {target for target in targets or [] if any(name.endswith(f".{target}") for name in layers)}
@@ -212,12 +170,13 @@ def test_published_and_tiny_network_have_what_a_text_recipe_names(name: str) -> 
     config, tried = load_config(name), smoke_config(name)
     opened = open_teacher(TeacherSettings(tried.teacher, resolution=tried.resolution))
     assert isinstance(opened.denoiser, TextDenoiser)
-    real, tiny = published_network(TEXT_RECIPES[name][0]), opened.denoiser
+    real, tiny = published_network(name), opened.denoiser
+    assert isinstance(real, TextDenoiser)
     assert (type(tiny), type(tiny.network)) == (type(real), type(real.network))
     assert tiny.kind[0] == real.kind[0]
     levels = torch.linspace(float(real.schedule.t_min), float(real.schedule.t_max), 7)
     torch.testing.assert_close(tiny.schedule.sigma(levels), real.schedule.sigma(levels), rtol=1e-4, atol=1e-6)
-    assert opened.checkpoint.index["_class_name"] == TEXT_RECIPES[name][1] == load_smoke(name).pipeline
+    assert opened.checkpoint.index["_class_name"] == TEXT_RECIPES[name][0] == load_smoke(name).pipeline
     assert config.student_levels is not None
     for denoiser in (real, tiny):
         assert denoiser.schedule.t_min < config.student_levels[0] <= denoiser.schedule.t_max
@@ -233,7 +192,8 @@ def test_published_and_tiny_network_have_what_a_text_recipe_names(name: str) -> 
 
 @pytest.mark.parametrize("name", TEXT_RECIPES)
 def test_smoke_run_of_a_text_recipe_end_to_end(name: str, tmp_path: Path) -> None:
-    _, pipeline_class, more = TEXT_RECIPES[name]
+    pipeline_class, more = TEXT_RECIPES[name]
+    more = {"num_inference_steps": 1, **more} if "sigmas" not in more else more
     began = time.perf_counter()
     recipe, config = load_config(name), smoke_config(name, {"iterations": 2})
     same = ("method", "divergence", "student_level", "student", "critic_steps", "precision", "frozen_precision", "ema")
@@ -252,7 +212,6 @@ def test_smoke_run_of_a_text_recipe_end_to_end(name: str, tmp_path: Path) -> Non
     size = {"height": RESOLUTION, "width": RESOLUTION}
     images = pipeline(
         ["a bold seven", "a thin digit"],
-        num_inference_steps=1,
         guidance_scale=0.0,
         output_type="np",
         generator=torch.Generator().manual_seed(0),

@@ -415,3 +415,22 @@ def test_the_critics_gan_losses_are_weighted_at_their_own_levels() -> None:
         weighted = weighted + ((1 / t**2 + 1 / networks.teacher.sigma_data**2) * value).mean()
     expected = result.logs["fake_score/denoising"].value.mean() + 10 * weighted
     torch.testing.assert_close(result.loss.detach(), expected)
+
+
+@pytest.mark.parametrize("source", ["fake", "teacher"])
+def test_shared_noise_leaves_data_and_samples_to_differ_by_the_image_alone(source: str) -> None:
+    """Where the images are the same too, the discriminator cannot tell them apart; and nothing else changes."""
+    constant = LinearGenerator(a=0.0, b=0.4, size=8)
+    constant.sample_shape = (1, 8, 8)
+    networks = dataclasses.replace(real_networks(source), generator=constant)
+    same, labels = torch.full((6, 1, 8, 8), 0.4), torch.arange(6)
+    together, apart = (
+        critic_step(networks, same, labels, torch.Generator().manual_seed(0), shared_noise=shared).logs
+        for shared in (True, False)
+    )
+    real, fake = together["discriminator/gan_real"], together["discriminator/gan_fake"]
+    assert torch.equal(real.t, fake.t)
+    torch.testing.assert_close((-real.value).exp() + (-fake.value).exp(), torch.ones(6))  # of one logit
+    assert not torch.equal(apart["discriminator/gan_real"].t, fake.t)
+    for name in ("fake_score/denoising", "discriminator/gan_fake"):
+        assert torch.equal(apart[name].value, together[name].value)

@@ -98,6 +98,10 @@ def test_heads_are_those_of_the_config(teacher: Path) -> None:
     both = built(teacher, **{"discriminator.features": ["down0", "mid"]}).networks.discriminator
     assert isinstance(both, Discriminator)
     assert both.features == ("down0", "mid")
+    pooled = built(teacher, **{"discriminator.head": "pooled"}).networks.discriminator
+    assert pooled is not None
+    assert any(isinstance(layer, nn.AdaptiveAvgPool2d) for layer in pooled.modules())
+    assert not any(isinstance(layer, nn.AdaptiveAvgPool2d) for layer in both.modules())
     mean = built(teacher, **{"discriminator.head": "channel-mean"}).networks.discriminator
     assert isinstance(mean, ChannelMean)
     assert built(teacher, method="sid").networks.tapped is None

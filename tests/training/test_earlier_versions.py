@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
     "data": "digits",
     "batch_size": 4,
     "device": "cpu",
+    "fake_score.weighting": "edm",  # the default then
     "ema.decays": [0.5, 0.9],
     "ema.export": 0.9,
     "ema.sigma_rel": [0.1],

@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
+from fdistill.losses import denoising_weight
 from fdistill.methods import METHODS, Method
 from fdistill.noise import karras_levels, lognormal_levels, shifted_levels, uniform_levels
 from fdistill.ratio import DensityRatio
@@ -32,6 +34,7 @@ from fdistill.step import (
     uni_instruct_step,
 )
 from fdistill.training.build import Distillation, build
+from support.denoisers import tiny_unet
 
 LABELS = torch.arange(6) % 10
 #: The digits config's own levels, of the critic and of the student.
@@ -66,13 +69,14 @@ def loss_of(update: Callable[..., Any], *inputs: Any, **options: Any) -> float:
 
 
 CRITIC_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "weighting": ({"fake_score.weighting": "inverse-sigma2"}, {"weighting": "inverse-sigma2"}),
+    **{name: ({"fake_score.weighting": name}, {"weighting": name}) for name in ("inverse-sigma2", "v", "flow")},
     "gamma": (
         {"fake_score.weighting": "min-snr", "fake_score.min_snr_gamma": 1.5},
         {"weighting": "min-snr", "min_snr_gamma": 1.5},
     ),
     "gan weight": ({"discriminator.gan_weight": 0.3}, {"gan_weight": 0.3}),
     "gan weighting": ({"discriminator.gan_weighting": "edm"}, {"gan_weighting": "edm"}),
+    "shared noise": ({"discriminator.shared_noise": True}, {"shared_noise": True}),
     "r1": ({"discriminator.r1_weight": 5.0}, {"r1_weight": 5.0}),
     **{
         name: ({"critic_levels": {"sampler": name, **given}}, {"levels": levels})
@@ -91,6 +95,7 @@ def test_settings_of_the_critic_reach_its_step(tiny_teacher: Path, name: str) ->
         "min_snr_gamma": 5.0,
         "gan_weight": 1e-2,
         "gan_weighting": "uniform",
+        "shared_noise": False,
         "r1_weight": 0.0,
     }
     step = partial(critic_step, made.networks)
@@ -263,3 +268,74 @@ def test_a_step_that_lacks_an_argument_is_refused_before_the_run(
     config = load_config("digits", {"teacher": str(tiny_teacher), "method": "own", "ratio.warmup": 0, **settings})
     with nullcontext() if message is None else pytest.raises(ConfigError, match=message):
         build(config, torch.device("cpu"))
+
+
+def unet_teacher(folder: Path, kind: str) -> Path:
+    """An untrained teacher that predicts `kind`."""
+    torch.manual_seed(0)
+    tiny_unet().save_pretrained(folder / "unet")
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    if kind != "flow":
+        scheduler = DDIMScheduler(prediction_type={"v": "v_prediction", "eps": "epsilon"}[kind], clip_sample=False)
+    scheduler.save_pretrained(folder / "scheduler")
+    return folder
+
+
+#: What a network predicts -> the name of the loss with which such networks are trained, and its target.
+TARGETS: dict[str, tuple[str, Callable[..., Tensor]]] = {
+    "eps": ("inverse-sigma2", lambda alpha, sigma, x0, eps: eps),
+    "v": ("v", lambda alpha, sigma, x0, eps: alpha * eps - sigma * x0),
+    "flow": ("flow", lambda alpha, sigma, x0, eps: eps - x0),
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("named", [False, True])
+def test_the_fake_score_learns_by_the_loss_of_its_networks_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, named: bool
+) -> None:
+    """The whole update against the published loss, the squared error of what the network itself predicts."""
+    name, target = TARGETS[kind]
+    settings = {"student_level": None, "discriminator.gan_weight": 0.0, "generator.gan_weight": 0.0}
+    settings |= {"divergence": "reverse-kl", "critic_levels": {"sampler": "uniform", "low": 0.1, "high": 0.9}}
+    settings |= {"fake_score.weighting": name} if named else {}
+    made = built(unet_teacher(tmp_path / kind, kind), **settings)
+    seen: dict[str, Any] = {}
+    predict, draw = made.networks.fake_score.predict, made.networks.generator.forward
+
+    def predicting(x_t: Tensor, t: Tensor, *rest: Any, **more: Any) -> Any:
+        prediction, features = predict(x_t, t, *rest, **more)
+        seen.update(x_t=x_t, t=t, output=prediction.output)
+        return prediction, features
+
+    def drawing(*rest: Any, **more: Any) -> Tensor:
+        seen["x0"] = draw(*rest, **more)
+        return seen["x0"]
+
+    monkeypatch.setattr(made.networks.fake_score, "predict", predicting)
+    monkeypatch.setattr(made.networks.generator, "forward", drawing)
+    torch.manual_seed(0)
+    result = made.critic_update(real_x0(), LABELS, torch.Generator().manual_seed(3))
+    schedule, x_t, x0 = made.networks.teacher.schedule, seen["x_t"], seen["x0"]
+    alpha, sigma = (value(seen["t"]).reshape(-1, 1, 1, 1) for value in (schedule.alpha, schedule.sigma))
+    expected = (seen["output"] - target(alpha, sigma, x0, (x_t - alpha * x0) / sigma)).square().mean()
+    torch.testing.assert_close(result.loss, expected, rtol=1e-4, atol=0)
+    # And its gradient is that of the published loss.
+    weights = list(made.networks.fake_score.parameters())
+    for found, exact in zip(
+        *(torch.autograd.grad(loss, weights, retain_graph=True) for loss in (result.loss, expected)), strict=True
+    ):
+        torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item() + 1e-8)
+
+
+def test_edms_weight_gives_an_eps_network_mostly_its_noisiest_levels(tmp_path: Path) -> None:
+    """Why the default is the network's own loss: EDM's weight is 1 + 4 (sigma / alpha)^2 times that of eps."""
+    schedule = built(unet_teacher(tmp_path / "eps", "eps")).networks.teacher.schedule
+    t = torch.linspace(1.0, 999.0, 999)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    share = denoising_weight("edm", alpha, sigma) / denoising_weight("inverse-sigma2", alpha, sigma)
+    torch.testing.assert_close(share, 1 + 4 * (sigma / alpha).square())
+    assert share[t > 900].sum() > 0.8 * share.sum()
+    v = denoising_weight("edm", alpha, sigma) / denoising_weight("v", alpha, sigma)
+    assert v.min() >= 1 - 1e-4
+    assert v.max() <= 4 + 1e-4

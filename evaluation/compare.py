@@ -102,7 +102,7 @@ def _options_read(where: str | Path, options: Mapping[str, Any]) -> dict[str, An
     if holds_images(where):
         unread = ["seeds", *(field.name for field in fields(Sampling))]
     elif find_student(where) is not None:
-        unread = ["num_steps", "guidance_scale", "negative_prompt", "resolution"]
+        unread = ["num_steps", "guidance_scale", "guidance_teacher", "negative_prompt", "resolution"]
     else:
         resolve_checkpoint(where)
         unread = []

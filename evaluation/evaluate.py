@@ -57,6 +57,7 @@ def evaluate(
     sampler: str = "heun",
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_teacher: str | None = None,
     negative_prompt: str = "",
     resolution: int | None = None,
     network: str | None = None,
@@ -82,8 +83,8 @@ def evaluate(
         weights: weights files, as `evaluation.weights.parse_weights` returns them.
         batch_size: images at a time, when they are generated and when features are extracted. The last bits of features
             depend on it.
-        sampler, num_steps, guidance_scale, negative_prompt, resolution, network, device: as in `fdistill.generate`, if
-            `samples` is something that makes images.
+        sampler, num_steps, guidance_scale, guidance_teacher, negative_prompt, resolution, network, device: as in
+            `fdistill.generate`, if `samples` is something that makes images.
         replicates: bootstrap replicates behind the spread of Frechet distances; 0 for no spread, else at least 2.
         classifier: "module:function" for class_accuracy in a protocol without a classifier of its own. The function
             returns a torch module that maps images float32 [B, C, H, W] in [-1, 1] to logits [B, classes].
@@ -103,6 +104,7 @@ def evaluate(
     sampling = Sampling(
         num_steps=num_steps,
         guidance_scale=guidance_scale,
+        guidance_teacher=guidance_teacher,
         negative_prompt=negative_prompt,
         resolution=resolution,
         network=network,

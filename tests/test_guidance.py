@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import ConsistencyModelPipeline, EDMEulerScheduler
+from torch import Tensor
 
 from fdistill import GuidedDenoiser, distill, load_teacher
 from fdistill.adapters.parametrisation import scheduler_config
@@ -14,6 +16,8 @@ from fdistill.adapters.unet2d import wrap
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError
 from fdistill.denoiser import Denoiser
 from fdistill.losses import implicit_means, matching_loss, score_difference_loss
+from fdistill.training.activation_checkpointing import checkpoint_activations
+from support.activations import kept_bytes
 from support.denoisers import tiny_unet
 from support.families import dit
 
@@ -100,3 +104,55 @@ def test_dit_brings_its_own(tmp_path: Path) -> None:
     conditional, unconditional = (teacher.denoise(x_t, t, c) for c in (labels, torch.tensor([10, 10])))
     expected = unconditional + 4 * (conditional - unconditional)  # type: ignore[operator]
     torch.testing.assert_close(guided.denoise(x_t, t, labels), expected, rtol=1e-4, atol=1e-4)
+
+
+def guided_features(teacher: Denoiser, feature: str) -> tuple[int, Tensor, Tensor]:
+    """Bytes kept by the evaluation of a frozen guided teacher whose feature a discriminator reads, the guided x0, and
+    the gradient of the feature in x_t.
+    """
+    guided = GuidedDenoiser(teacher.requires_grad_(False), 1.5)
+    torch.manual_seed(0)
+    x_t, t, labels = torch.randn(4, *teacher.sample_shape), torch.full((4,), 500.0), torch.arange(4)
+    x_t.requires_grad_()
+    found: list[Tensor] = []
+
+    def evaluate() -> Tensor:
+        prediction, features = guided.predict(guided.network_input(x_t, t), t, labels, (feature,), output_grad=False)
+        found.append(prediction.x0(x_t).detach())
+        return features[feature].square().mean()
+
+    kept, loss = kept_bytes(guided, evaluate)
+    return kept, found[0], torch.autograd.grad(loss, x_t)[0]
+
+
+def test_nothing_of_the_unconditional_half_is_kept(tmp_path: Path) -> None:
+    """The features alone need a gradient. One batch of twice the size would keep twice as much."""
+    teacher = load_teacher(dit(tmp_path / "dit")).requires_grad_(False)
+    x_t, t, labels = torch.randn(4, 4, 8, 8), torch.full((4,), 500.0), torch.arange(4)
+    seen = x_t.clone().requires_grad_()
+
+    def tapped(count: int) -> Callable[[], Tensor]:
+        fed, levels, classes = (torch.cat([each] * count) for each in (seen, t, labels))
+        return lambda: teacher.predict(fed, levels, classes, ("block2",), output_grad=False)[1]["block2"]
+
+    alone, of_both = kept_bytes(teacher, tapped(1))[0], kept_bytes(teacher, tapped(2))[0]
+    kept, x0, gradient = guided_features(teacher, "block2")
+    assert kept <= 1.05 * alone < 0.6 * of_both
+    checkpoint_activations(teacher)
+    recomputed, again, same = guided_features(teacher, "block2")
+    assert recomputed < 0.5 * kept
+    torch.testing.assert_close(again, x0)
+    torch.testing.assert_close(same, gradient)
+
+
+def test_evaluated_apart_or_together_it_is_the_same(tmp_path: Path) -> None:
+    teacher = load_teacher(dit(tmp_path / "dit")).requires_grad_(False)
+    _, apart, gradient = guided_features(teacher, "block1")
+    guided = GuidedDenoiser(teacher, 1.5)
+    torch.manual_seed(0)
+    x_t, t, labels = torch.randn(4, *teacher.sample_shape), torch.full((4,), 500.0), torch.arange(4)
+    x_t.requires_grad_()
+    together, features = guided.denoise(x_t, t, labels, ("block1",))
+    torch.testing.assert_close(apart, together.detach(), rtol=1e-4, atol=1e-5)
+    (expected,) = torch.autograd.grad(features["block1"].square().mean(), x_t)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)

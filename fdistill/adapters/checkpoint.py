@@ -18,6 +18,7 @@ from fdistill.adapters import (
     set_null_class,
     supported_pipelines,
 )
+from fdistill.adapters.bin_weights import bins_instead, without_pickles
 from fdistill.adapters.family import Family
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
@@ -43,6 +44,8 @@ _NOT_DOWNLOADED = [
     "*.bf16.safetensors",
     "*.bf16-*",
     "*.non_ema.safetensors",
+    "*.fp16.bin",
+    "*.non_ema.bin",
     "safety_checker/*",
     "text_encoders/*",  # single files for other programs
     "vae_1_0/*",
@@ -86,17 +89,20 @@ class Checkpoint:
 def resolve_checkpoint(name: str | Path) -> Checkpoint:
     """The checkpoint of an embedded teacher's name, a path, "module:function", or a hub id.
 
-    A hub id is downloaded, with weights in safetensors only.
+    A hub id is downloaded, with weights in safetensors where it has them. Weights in .bin files are read by torch's
+    restricted loader, and the folder becomes a copy with safetensors, see `without_pickles`.
 
     Raises:
-        CheckpointError: there is no such folder or function, and the hub does not have it or cannot be reached.
+        CheckpointError: there is no such folder or function, and the hub does not have it or cannot be reached; or a
+            .bin file holds more than tensors.
+        OutputError: the cache folder cannot be written.
     """
     text = str(name)
     if text in EMBEDDED_TEACHERS:
         return Checkpoint(text, EMBEDDED_TEACHERS[text])
     path = Path(name)
     if path.is_dir():
-        return Checkpoint(text, path)
+        return Checkpoint(text, without_pickles(path))
     if path.exists():
         raise CheckpointError(
             f"checkpoint {text!r} is a file; expected a folder: `fdistill convert` makes one of a pickle, a state dict "
@@ -108,7 +114,7 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
     looks_like_path = path.is_absolute() or text.startswith(".") or text.count("/") != 1
     if looks_like_path:
         raise CheckpointError(f"checkpoint {text!r}: no such folder; {did_you_mean(text, EMBEDDED_TEACHERS)}")
-    return Checkpoint(text, _download(text))
+    return Checkpoint(text, without_pickles(_download(text)))
 
 
 def _factory(name: str) -> Callable[[], Denoiser]:
@@ -134,10 +140,13 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    def fetch(patterns: list[str]) -> Path:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_NOT_DOWNLOADED, etag_timeout=5))
+
     try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=_DOWNLOADED, ignore_patterns=_NOT_DOWNLOADED, etag_timeout=5)
-        )
+        folder = fetch(_DOWNLOADED)
+        missing = bins_instead(folder)
+        return fetch([*_DOWNLOADED, *missing]) if missing else folder
     except GatedRepoError as error:
         raise CheckpointError(
             f"checkpoint {hub_id!r}: its owner gives access on request; accept the conditions on "

@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor
 
 from fdistill.adapters.family import Family, Runnable
+from fdistill.adapters.float32_layers import amplified_output_in_float32
 from fdistill.adapters.parametrisation import (
     DirectPrediction,
     Parametrisation,
@@ -77,6 +78,7 @@ class DiTDenoiser(Denoiser):
         published = published or Published()
         config: Any = network.config
         without_variances(network, "proj_out_2")
+        amplified_output_in_float32(network, "proj_out_2", parametrisation)
         for module in network.modules():
             if isinstance(module, Timesteps):
                 module.downscale_freq_shift = published.freq_shift

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import fdistill.adapters.tiny_parts as tiny
 from fdistill.adapters.family import Family, TextToImage
+from fdistill.adapters.float32_layers import amplified_output_in_float32
 from fdistill.adapters.original_names import SELF_ATTENTION, Table, fused, transformer_layout
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
@@ -29,6 +30,7 @@ class PixArtDenoiser(TokenDenoiser):
     def __init__(self, network: PixArtTransformer2DModel, parametrisation: Parametrisation):
         config: Any = network.config
         without_variances(network, "proj_out")
+        amplified_output_in_float32(network, "proj_out", parametrisation)
         width = config.caption_channels or config.cross_attention_dim
         text: dict[str, tuple[int, ...]] = {
             "prompt_embeds": (_TOKENS, width),

@@ -41,8 +41,7 @@ def load_network(cls: type[Network], folder: Path) -> Network:
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, SafetensorError) as error:
         raise CheckpointError(
             f"{folder}: cannot load the weights ({' '.join(str(error).split())[:400]}); "
-            "expected a complete diffusion_pytorch_model.safetensors that fits config.json (diffusers writes one of a "
-            ".bin: from_pretrained, then save_pretrained)"
+            "expected a complete diffusion_pytorch_model.safetensors that fits config.json"
         ) from error
     wrong = {
         key: names

@@ -22,6 +22,7 @@ from diffusers import (
 from torch import Tensor
 
 from fdistill.adapters.family import Family, Runnable
+from fdistill.adapters.float32_layers import amplified_output_in_float32
 from fdistill.adapters.parametrisation import (
     DirectPrediction,
     EDMPreconditioning,
@@ -49,6 +50,7 @@ class UNet2DDenoiser(Denoiser):
         super().__init__()
         config: Any = network.config
         without_variances(network, "conv_out")
+        amplified_output_in_float32(network, "conv_out", parametrisation)
         size = config.sample_size
         if not isinstance(size, int):
             raise CheckpointError(f"UNet2DModel: expected one integer as sample_size, got {size!r}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import fdistill.adapters.tiny_parts as tiny
 from fdistill.adapters.family import Family, Shapes, TextToImage
+from fdistill.adapters.float32_layers import amplified_output_in_float32
 from fdistill.adapters.ldm_names import unet_layout
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
@@ -54,6 +55,7 @@ class UNet2DConditionDenoiser(TextDenoiser):
         size = config.sample_size
         if not isinstance(size, int):
             raise CheckpointError(f"UNet2DConditionModel: expected one integer as sample_size, got {size!r}")
+        amplified_output_in_float32(network, "conv_out", parametrisation)
         super().__init__(network, parametrisation, channels=config.in_channels, size=size, text_shapes=text)
 
     def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:

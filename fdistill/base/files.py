@@ -16,6 +16,8 @@ from typing import Any
 
 from fdistill.base.errors import OutputError
 
+#: The suffixes of configs, tokenizers, schedulers and weights. Pickles and other formats are left out.
+KEPT_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 _SAMPLES, _SAMPLE = 256, 2**16  # places in a file, bytes read at each; files up to 16 MB are read whole
 
 
@@ -112,6 +114,27 @@ def read_json_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def is_variant(path: Path) -> bool:
+    """Whether a file holds weights of another variant, such as "model.fp16.safetensors"."""
+    return path.suffix == ".safetensors" and "." in path.stem
+
+
+def link_files(files: Iterable[Path], source: Path, target: Path) -> None:
+    """Gives `target` files that stand below `source`, at the same places: weights as hard links if the disk allows
+    them, the rest as copies.
+    """
+    for path in files:
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            try:
+                os.link(path.resolve(), place)  # a file of the hub's cache is a link itself
+                continue
+            except OSError:
+                pass  # another disk
+        shutil.copyfile(path, place)
 
 
 def sha256_of_files(paths: Iterable[Path]) -> str:

@@ -16,6 +16,7 @@ from fdistill.commands.evaluation import compare, evaluate, reference
 from fdistill.commands.options import (
     Device,
     Guidance,
+    GuidanceTeacher,
     NegativePrompt,
     Network,
     Recipe,
@@ -134,6 +135,7 @@ def generate(
     ] = None,
     steps: Steps = None,
     guidance_scale: Guidance = None,
+    guidance_teacher: GuidanceTeacher = None,
     negative_prompt: NegativePrompt = "",
     resolution: Resolution = None,
     network: Network = None,
@@ -163,6 +165,7 @@ def generate(
         prompts=listed or None,
         num_steps=steps,
         guidance_scale=guidance_scale,
+        guidance_teacher=guidance_teacher,
         negative_prompt=negative_prompt,
         resolution=resolution,
         network=network,
@@ -179,8 +182,26 @@ app.command()(reference)
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="A published .pkl, .pt, .pth or .safetensors file.")],
-    output: Annotated[Path, typer.Option(help="Folder for the teacher; must be empty or not exist.")],
+    source: Annotated[Path, typer.Argument(help="A published .pkl, .pt, .pth, .bin or .safetensors file.")],
+    output: Annotated[Path, typer.Option(help="Folder for the result; must be empty or not exist.")],
+    student_level: Annotated[
+        str | None,
+        typer.Option(
+            help="Noise level from which a student starts, as 80 or 999,749,499,249; none for a teacher. Needed where "
+            "a file may be either."
+        ),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(help="A checkpoint of the same architecture, for a file that does not say its own."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="For a text-to-image checkpoint: folder or hub id of the pipeline that it was trained from."),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Which network of a file that holds several, as net or ema_9999.")
+    ] = None,
     family: Annotated[
         str | None, typer.Option(help="Family of a DiT or SiT state dict, dit or sit; needed for these files only.")
     ] = None,
@@ -190,26 +211,22 @@ def convert(
     heads: Annotated[
         int | None, typer.Option(help="Attention heads of a DiT or SiT of another width than the published ones.")
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="For a text-to-image checkpoint: folder or hub id of the pipeline that it was trained from."),
-    ] = None,
 ) -> None:
-    """Turn a published file into a teacher folder with safetensors. The file is an EDM or EDM2 pickle, a DiT or SiT
-    state dict, or, with --base, a single-file text-to-image checkpoint. No code in the file is run.
+    """Turn a published file into a teacher or student folder with safetensors. The file is a pickle of EDM, EDM2 or
+    SiD, a state dict (DiT, SiT, FastGen, DMD2), or a single-file text-to-image checkpoint. No code in it is run.
 
     \b
     Example: fdistill convert edm-cifar10-32x32-cond-vp.pkl --output teachers/cifar10-cond
     Example: fdistill convert mine.safetensors --base stable-diffusion-v1-5/stable-diffusion-v1-5 --output teachers/mine
+    Example: fdistill convert 0600000.pth --like teachers/cifar10-cond --student-level 80 --output students/fastgen
     """
-    if base is not None:
-        from fdistill.teachers.teacher import copy_single_file
+    from fdistill.students.convert import convert_any
+    from fdistill.teachers.convert import Elsewhere
+    from fdistill.teachers.convert_dit import Given
 
-        typer.echo(f"teacher: {copy_single_file(source, base, output)}")
-        return
-    from fdistill.teachers.convert import convert as run
-
-    typer.echo(f"teacher: {run(source, output, family, num_classes=num_classes, heads=heads)}")
+    known = Elsewhere(like, base, weights)
+    kind, folder = convert_any(source, output, student_level, family, given=Given(num_classes, heads), elsewhere=known)
+    typer.echo(f"{kind}: {folder}")
 
 
 @app.command()
@@ -258,7 +275,8 @@ def inspect(
     ] = None,
     device: Device = "auto",
 ) -> None:
-    """Describe a checkpoint and what distill would do with it, and check that its x0-predictions make sense.
+    """Describe a checkpoint and what distill would do with it, check that its x0-predictions make sense, and with
+    --data say which other reading (pixel range, scale, schedule, prediction type) is likely if they do not.
 
     \b
     Example: fdistill inspect digits --data digits

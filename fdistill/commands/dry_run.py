@@ -90,7 +90,8 @@ def _networks(run: Distillation) -> list[str]:
         f"method         {config.method}: {METHODS[config.method].summary}",
         f"teacher        {config.teacher} ({type(run.networks.fake_score).__name__}), "
         f"samples {run.networks.teacher.sample_shape}, {run.networks.teacher.num_classes or 'no'} classes",
-        f"guidance       {config.guidance_scale:g}",
+        f"guidance       {config.guidance_scale:g}"
+        + ("" if config.guidance_teacher is None else f", away from the network {config.guidance_teacher}"),
         *_prompts(run),
         f"student        {run.student.describe()}{_start(run)}",
         f"divergence     {(config.divergence and run.divergence.name) or 'the method has its own'}",

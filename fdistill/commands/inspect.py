@@ -11,69 +11,44 @@ from torch import Tensor
 
 from fdistill.adapters import FAMILIES
 from fdistill.adapters.checkpoint import Checkpoint
-from fdistill.adapters.parametrisation import student_scheduler
+from fdistill.adapters.parametrisation import read_scheduler_config, student_scheduler
 from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.errors import DataError
 from fdistill.base.images import to_unit
-from fdistill.condition import Condition
+from fdistill.commands.predictions import SEED, LevelCheck, at_once, check_predictions, describe_effect, rows
+from fdistill.commands.readings import PIXEL_RANGES, Subject, Verdict, judge, round_trip
+from fdistill.condition import Condition, TextCondition
 from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.denoiser import Denoiser
-from fdistill.noise import add_noise, noise_to_signal
-from fdistill.sampler import heun_sample, sampling_levels
+from fdistill.sampler import heun_sample
 from fdistill.students.folder import find_student, load_student
 from fdistill.students.one_step_pipeline import OneStepPipeline
 from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
 
-_LEVELS, _SEED = 8, 0
 _PROMPT = "a photo"  # used if images have no captions
-#: Largest error relative to the best linear denoiser's. A trained network is better than that denoiser at every level;
-#: a network whose prediction is misinterpreted is worse at some level.
-_TOLERANCE = 1.05
+#: Number of images for networks of up to _LARGE parameters, and for larger ones; those on which readings are compared.
+_IMAGES, _COMPARED, _LARGE = (64, 16), (16, 4), 3e8
+Report = tuple[dict[str, Any], list[LevelCheck], Verdict | None]
 
 
 @dataclass(frozen=True)
-class LevelCheck:
-    """Root mean square errors of x0 at one level: the network's, and that of the best linear denoiser.
+class _Samples:
+    """What a checkpoint is checked on: images in [-1, 1] and what it sees of them, or its own samples.
 
-    The best linear denoiser uses only the data's mean and variance.
+    Attributes:
+        images: [B, 3, H, W] of a latent checkpoint; the samples themselves otherwise.
+        x0: [B, C, h, w].
+        condition: of the samples.
+        null: the condition that guidance leads away from, one prompt or a label; None without guidance.
     """
 
-    t: float
-    noise_to_signal: float
-    error: float
-    linear_error: float
-
-    @property
-    def makes_sense(self) -> bool:
-        """False if the error is above the tolerance or NaN."""
-        return self.error <= _TOLERANCE * self.linear_error
-
-
-@torch.no_grad()
-def check_predictions(denoiser: Denoiser, x0: Tensor, condition: Condition | None) -> list[LevelCheck]:
-    """Errors of x0-predictions on noised samples x0 [B, C, H, W], from the noisiest level to the cleanest."""
-    schedule = denoiser.schedule
-    mean = x0.mean(dim=(0, 2, 3), keepdim=True)
-    variance = (x0 - mean).square().mean()
-    noise = rng.indexed_normal(_SEED, range(len(x0)), x0.shape[1:]).to(x0.device)
-    checks = []
-    for level in sampling_levels(denoiser, _LEVELS).to(x0.device):
-        t = level.expand(len(x0))
-        prediction, _ = denoiser.denoise_with_features(add_noise(schedule, x0, noise, t), t, condition, ())
-        alpha, sigma = schedule.alpha(level), schedule.sigma(level)
-        linear = sigma**2 * variance / (alpha**2 * variance + sigma**2)
-        checks.append(
-            LevelCheck(
-                level.item(),
-                noise_to_signal(schedule, level).item(),
-                (prediction - x0).square().mean().sqrt().item(),
-                linear.sqrt().item(),
-            )
-        )
-    return checks
+    images: Tensor
+    x0: Tensor
+    condition: Condition | None
+    null: TextCondition | int | None
 
 
 def inspect(
@@ -82,18 +57,18 @@ def inspect(
     data: str | None = None,
     recipe: str = "center-box",
     vae: str | None = None,
-    num_images: int = 64,
+    num_images: int | None = None,
     device: str = "auto",
-) -> tuple[dict[str, Any], list[LevelCheck]]:
-    """Facts about a checkpoint, and a check of its x0-predictions on noised data.
+) -> Report:
+    """Facts about a checkpoint, a check of its x0-predictions on noised data, and what other readings would give.
 
     Args:
         checkpoint: anything that `load_teacher` takes, or a student folder.
         data: images like those the checkpoint was trained on, as the setting `data` names them. By default the
-            checkpoint's own samples, with which the check finds fewer mistakes.
+            checkpoint's own samples, with which the check finds fewer mistakes, and other readings are not tried.
         recipe: how images are cropped and resized to the checkpoint's size.
         vae: the autoencoder, if a latent checkpoint has none.
-        num_images: number of images to check on.
+        num_images: number of images to check on; by default 64, or 16 for a large network.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
@@ -107,9 +82,28 @@ def inspect(
     else:
         teacher = open_teacher(TeacherSettings(str(checkpoint), vae=vae))
         found, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(chosen), teacher.latents
+    large = sum(parameter.numel() for parameter in denoiser.parameters()) > _LARGE
+    count = num_images or _IMAGES[large]
+    facts = _facts(found, denoiser, latents)
+    samples = _samples(found, denoiser, latents, data, recipe, count, chosen)
+    facts["checked on"] = f"{count} of {data}" if data else _OWN_SAMPLES
+    if samples.null is not None and samples.condition is not None:
+        facts["guidance"] = describe_effect(denoiser, samples.x0, samples.condition, samples.null)
+    verdict = None
+    if data is not None:
+        scheduler = None if found.folder is None else read_scheduler_config(found.folder)
+        subject = Subject(denoiser, scheduler, latents, samples.images, samples.x0, samples.condition)
+        few = subject.first(_COMPARED[large])
+        if latents is not None:
+            facts["autoencoder"] = _round_trips(few)
+        verdict = judge(few)
+    return facts, check_predictions(denoiser, samples.x0, samples.condition), verdict
+
+
+def _facts(found: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None) -> dict[str, Any]:
     network = denoiser if denoiser.network is None else denoiser.network
     schedule = denoiser.schedule
-    facts = {
+    return {
         "network": f"{type(network).__name__}, {sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M parameters",
         "adapter": f"{type(denoiser).__module__}.{type(denoiser).__name__}",
         "pipeline": found.index.get("_class_name", "none"),
@@ -120,9 +114,16 @@ def inspect(
         "features": ", ".join(f"{name} {shape}" for name, shape in denoiser.feature_shapes.items()),
         "student": f"one step from {schedule.t_max:g}, exported as {_export(denoiser, latents, found.index)}",
     }
-    x0, condition = _samples(found, denoiser, latents, data, recipe, num_images, chosen)
-    facts["checked on"] = f"{num_images} of {data}" if data else _OWN_SAMPLES
-    return facts, check_predictions(denoiser, x0, condition)
+
+
+def _round_trips(subject: Subject) -> str:
+    """How well the autoencoder returns the images, fed in either range of pixels."""
+    assert subject.latents is not None
+    own = subject.latents.scaling.pixel_range
+    tried = {pixels: round_trip(subject, pixels) for pixels in dict.fromkeys((own, *PIXEL_RANGES))}
+    first, *others = (f"{db:.1f} dB in [{low:g}, {high:g}]" for (low, high), db in tried.items())
+    low, high = max(tried, key=lambda pixels: tried[pixels])
+    return f"round trip {first} as it is read, {', '.join(others)}; [{low:g}, {high:g}] is better"
 
 
 def _space(latents: LatentSpace | None) -> str:
@@ -171,14 +172,19 @@ def _samples(
     recipe: str,
     count: int,
     device: torch.device,
-) -> tuple[Tensor, Condition | None]:
+) -> _Samples:
     classes = denoiser.num_classes
     if data is None:
-        noise = rng.indexed_normal(_SEED, range(count), denoiser.sample_shape).to(device)
+        noise = rng.indexed_normal(SEED, range(count), denoiser.sample_shape).to(device)
         condition: Condition | None = torch.arange(count, device=device) % classes if classes else None
+        null: TextCondition | int | None = denoiser.null_class
         if denoiser.text_shapes is not None:
-            condition = _encoded(checkpoint, denoiser, latents, [_PROMPT] * count, device)
-        return heun_sample(denoiser, noise, condition), condition
+            condition, null = _encoded(checkpoint, denoiser, latents, [_PROMPT] * count, device)
+        few = at_once(denoiser.sample_shape)
+        firsts = range(0, count, few)
+        parts = zip(firsts, noise.split(few), strict=True)
+        x0 = torch.cat([heun_sample(denoiser, part, rows(condition, first, first + few)) for first, part in parts])
+        return _Samples(x0, x0, condition, null)
     size = image_size(denoiser, latents)
     shape = (denoiser.sample_shape[0] if latents is None else 3, size, size)
     source = open_source(data)
@@ -187,49 +193,66 @@ def _samples(
             f"data {data}: has {source.num_classes or 'no'} classes, but the checkpoint has {classes}; expected data "
             "like those it was trained on"
         )
-    with ImageLoader(source, shape, Batching(count, _SEED), recipe=recipe) as loader:
+    with ImageLoader(source, shape, Batching(count, SEED), recipe=recipe) as loader:
         batch = next(loader)
-    x0 = to_unit(batch.images.to(device))
+    images = x0 = to_unit(batch.images.to(device))
     if latents is not None:
-        x0 = latents.scaling.to_samples(latents.moments(x0).chunk(2, dim=1)[0])
+        x0 = latents.scaling.to_samples(latents.moments(images).chunk(2, dim=1)[0])
     if denoiser.text_shapes is not None:
         captions = source.captions
         prompts = [_PROMPT if captions is None else captions[row] for row in batch.rows.tolist()]
-        return x0, _encoded(checkpoint, denoiser, latents, prompts, device)
-    return x0, batch.labels.to(device) if classes else None
+        return _Samples(images, x0, *_encoded(checkpoint, denoiser, latents, prompts, device))
+    return _Samples(images, x0, batch.labels.to(device) if classes else None, denoiser.null_class)
 
 
 def _encoded(
     checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None, prompts: list[str], device: torch.device
-) -> Condition:
+) -> tuple[Condition, TextCondition | None]:
+    """The prompts, and the empty one; None for a network that takes a guidance scale instead."""
     encoders = open_prompt_encoder(checkpoint, image_size(denoiser, latents))
     with encoders.on(device):
-        return encoders.encode(prompts).to(device)
+        null = None if denoiser.embedded_guidance is not None else encoders.null().to(device)
+        return encoders.encode(prompts).to(device), null
 
 
-def describe(facts: dict[str, Any], checks: list[LevelCheck]) -> str:
+def describe(facts: dict[str, Any], checks: list[LevelCheck], verdict: Verdict | None) -> str:
     """The text that `fdistill inspect` prints."""
     lines = [f"{name:<12} {value}" for name, value in facts.items()]
     lines += ["", f"{'level':>10} {'noise/signal':>13} {'error of x0':>12} {'best linear':>12}"]
     for check in checks:
-        verdict = "" if check.makes_sense else "  <- does not make sense"
+        remark = "" if check.judged else f"  (not judged: x0 amplifies the output {check.amplification:.0f} times)"
+        remark = remark if check.makes_sense else "  <- does not make sense"
         lines.append(
-            f"{check.t:>10.4g} {check.noise_to_signal:>13.4g} {check.error:>12.4f} {check.linear_error:>12.4f}{verdict}"
+            f"{check.t:>10.4g} {check.noise_to_signal:>13.4g} {check.error:>12.4f} {check.linear_error:>12.4f}{remark}"
         )
     wrong = sum(not check.makes_sense for check in checks)
     if wrong:
-        verdict = _WRONG.format(wrong=wrong, levels=len(checks))
+        sentences = [f"x0-predictions are wrong at {wrong} of {len(checks)} levels"]
+    elif facts["checked on"] == _OWN_SAMPLES:
+        sentences = [_CONSISTENT]
     else:
-        verdict = "x0-predictions make sense" if facts["checked on"] != _OWN_SAMPLES else _CONSISTENT
-    return "\n".join([*lines, "", verdict])
+        sentences = ["x0-predictions make sense"]
+    if verdict is not None and verdict.likely is not None:
+        sentences.append(_LIKELY.format(likely=verdict.likely, own=verdict.own))
+    elif wrong:
+        sentences.append(_UNKNOWN if verdict is None else _NONE_FITS.format(count=len(verdict.others)))
+    return "\n".join([*lines, "", *sentences])
 
 
 _OWN_SAMPLES = "its own samples"
 _CONSISTENT = (
     "x0-predictions agree with its own samples, which a checkpoint that is read wrongly may do as well; --data DATA "
-    "checks them on images like those it was trained on"
+    "checks them on images like those it was trained on, and tries other readings"
 )
-_WRONG = (
-    "x0-predictions are wrong at {wrong} of {levels} levels: an untrained network, other data than it was trained on, "
-    "or a scheduler config (prediction_type, betas) that is not the network's"
+_LIKELY = (
+    "likely wrong: {likely.kind}; with {likely.change} the error is {likely.relative_error:.2f} of the best linear "
+    "denoiser's, {own.relative_error:.2f} as it is read"
+)
+_NONE_FITS = (
+    "none of {count} other readings fits (pixel range, scale, schedule, prediction type): an untrained network, or "
+    "other data than it was trained on"
+)
+_UNKNOWN = (
+    "an untrained network, or a scheduler config (prediction_type, betas) that is not the network's; --data DATA tries "
+    "other readings on images like those it was trained on"
 )

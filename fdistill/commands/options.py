@@ -25,6 +25,13 @@ Guidance = Annotated[
         "guidance, but LCM and FLUX.1-dev take it as an input of the network."
     ),
 ]
+GuidanceTeacher = Annotated[
+    str | None,
+    typer.Option(
+        help="A second network that a teacher's guidance leads away from, such as one without classes or a weaker one; "
+        "by default the teacher without its class or prompt."
+    ),
+]
 NegativePrompt = Annotated[
     str,
     typer.Option(help="What the guidance of a text-to-image teacher steers away from; nothing by default."),

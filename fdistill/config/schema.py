@@ -60,6 +60,11 @@ class DistillConfig(Section):
         default=1.0,
         description="guidance scale of the teacher, against its null class or negative_prompt; 1 turns it off",
     )
+    guidance_teacher: str | None = Field(
+        default=None,
+        description="folder, Hub id or module:function of a second network that guidance leads away from, such as one "
+        "without classes or a weaker one; null uses the null class or negative_prompt",
+    )
     guidance_rescale: Fraction = Field(
         default=0.0,
         description="0 to 1: how far the norm of a guided prediction is reset to the conditional one's; 0 turns it off",

@@ -49,10 +49,15 @@ _PREFIXES = {
 }
 
 
-def _prefixes(component: str) -> tuple[str, ...]:
+#: kohya numbers text encoders by what they are: the third is T5, which is the second in FLUX's pipelines.
+_T5, _T5_PREFIX = "T5EncoderModel", "lora_te3_"
+
+
+def _prefixes(component: str, class_name: str) -> tuple[str, ...]:
     """The prefixes of a component's layers; () for components that no LoRA changes."""
     own = (f"lora_{component}_", f"{component}.", "") if component in network_components() else ()
-    return _PREFIXES.get(component, own)
+    found = _PREFIXES.get(component, own)
+    return (*found, _T5_PREFIX) if class_name == _T5 and _T5_PREFIX not in found else found
 
 
 def merged_folder(folder: Path, lora: Path, scale: float = 1.0) -> Path:
@@ -163,7 +168,7 @@ def _targets(folder: Path) -> dict[str, _Target]:
     """Every name that a LoRA file can have for a layer of the pipeline."""
     targets: dict[str, _Target] = {}
     for component, class_name in components(folder).items():
-        prefixes = _prefixes(component)
+        prefixes = _prefixes(component, class_name)
         if not prefixes:
             continue
         shapes = weight_shapes(folder / component)

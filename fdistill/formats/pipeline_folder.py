@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import read_json_object, sha256_of_files
+from fdistill.base.files import KEPT_SUFFIXES, is_variant, link_files, read_json_object, sha256_of_files
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-#: The suffixes of configs, tokenizers, schedulers and weights. Pickles and other formats are left out.
-_KEPT = (".json", ".txt", ".model", ".safetensors")
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
@@ -58,10 +54,7 @@ def weight_files(component: Path) -> list[Path]:
             return [component / shard for shard in shards]
         if (component / name).is_file():
             return [component / name]
-    raise CheckpointError(
-        f"{component}: no weights; expected {' or '.join(_WEIGHTS)} (diffusers writes one of a .bin: from_pretrained, "
-        "then save_pretrained)"
-    )
+    raise CheckpointError(f"{component}: no weights; expected {' or '.join(_WEIGHTS)}")
 
 
 def read_weights(component: Path) -> dict[str, Tensor]:
@@ -102,8 +95,8 @@ def pipeline_files(folder: Path) -> list[Path]:
     """
     found = [folder / "model_index.json"]
     for name in components(folder):
-        found += [path for path in (folder / name).rglob("*") if path.suffix in _KEPT and path.is_file()]
-    return sorted(path for path in found if path.suffix != ".safetensors" or "." not in path.stem)
+        found += [path for path in (folder / name).rglob("*") if path.suffix in KEPT_SUFFIXES and path.is_file()]
+    return sorted(path for path in found if not is_variant(path))
 
 
 def pipeline_hashes(folder: Path) -> dict[str, str]:
@@ -117,15 +110,5 @@ def share_files(source: Path, target: Path, without: Iterable[str] = ()) -> None
     Args:
         without: names of components that stay behind.
     """
-    for path in pipeline_files(source):
-        relative = path.relative_to(source)
-        if relative.parts[0] in without:
-            continue
-        (target / relative.parent).mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            try:
-                os.link(path.resolve(), target / relative)  # a file of the hub's cache is a link itself
-                continue
-            except OSError:
-                pass  # another disk
-        shutil.copyfile(path, target / relative)
+    found = pipeline_files(source)
+    link_files([path for path in found if path.relative_to(source).parts[0] not in without], source, target)

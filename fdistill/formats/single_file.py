@@ -26,6 +26,7 @@ from fdistill.formats.pipeline_folder import (
     share_files,
     unreadable,
 )
+from fdistill.formats.state_file import as_safetensors
 
 _LORA_KEYS = (".lora_A.", ".lora_down.", "_lora.down.", ".lora.down.")
 _AUTOENCODER = ("first_stage_model.", "vae.")
@@ -45,23 +46,19 @@ def single_file_to_folder(path: Path, base: Path | None) -> Path:
     the text encoders of SD3 and Flux, which fine-tunes leave as they are. Half precision stays. Nothing is downloaded.
 
     Args:
-        path: a safetensors file of a kind that a family lists in its `single_files`: a whole checkpoint or the network
-            alone; or a network under diffusers' names.
+        path: a safetensors file, or one that torch's restricted loader reads, of a kind that a family lists in its
+            `single_files`: a whole checkpoint or the network alone; or a network under diffusers' names.
         base: folder of the published pipeline that the checkpoint was trained from.
 
     Returns:
         $FDISTILL_CACHE/single-file/<hash of the file and of the base>.
 
     Raises:
-        CheckpointError: the file is a pickle, truncated, a LoRA or of an unknown kind; or there is no base, or another
-            than the checkpoint was trained from.
+        CheckpointError: the file is truncated, holds more than tensors, is a LoRA or of an unknown kind; or there is no
+            base, or another than the checkpoint was trained from.
         OutputError: the cache folder cannot be written.
     """
-    if path.suffix != ".safetensors":
-        raise CheckpointError(
-            f"checkpoint {str(path)!r}: pickles can run code and are not read; convert the file to .safetensors "
-            "(safetensors.torch.save_file of its state_dict) and pass that"
-        )
+    path = as_safetensors(path)
     shapes = _read_shapes(path)
     kind = _kind(path, shapes)
     if base is None:

@@ -83,6 +83,8 @@ class _Machine(pickle._Unpickler):
         full = f"{_PYTHON_2_NAMES.get(module, module)}.{name}"
         if full.startswith("torch.nn.modules."):
             return _Name(full, lambda: Record(full))
+        if _NETWORK_MODULE.fullmatch(module):
+            return _Name(full, lambda: Record(name))
         if full not in _NAMES:
             raise _refused(full)
         return _NAMES[full]
@@ -155,6 +157,9 @@ class _StorageMachine(_Machine):
         pickle.BINPERSID[0]: pickle._Unpickler.dispatch[pickle.BINPERSID[0]],
     }
 
+
+#: A module of networks in somebody's own code, as training.networks: its classes are inert records, too.
+_NETWORK_MODULE = re.compile(r"(\w+\.)*networks(_\w+)?")
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 

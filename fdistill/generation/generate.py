@@ -29,6 +29,7 @@ from fdistill.generation.sampling import Sampling, check_unread
 from fdistill.guidance import GuidedDenoiser
 from fdistill.students.folder import find_student, load_student
 from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
+from fdistill.teachers.guide import Guide, open_guide
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import PromptEncoder, open_prompt_encoder
 
@@ -49,7 +50,7 @@ def open_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling 
     if folder is not None:
         check_unread(
             f"{checkpoint} is a student; these were fixed in its training",
-            sampling.given("steps", "guidance_scale", "negative_prompt", "resolution"),
+            sampling.given("steps", "guidance_scale", "guidance_teacher", "negative_prompt", "resolution"),
         )
     if sampling.sampler == "pipeline":
         return open_pipeline(checkpoint, device, sampling)
@@ -83,15 +84,32 @@ def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampl
             sampling.given("negative_prompt"),
         )
     sha256 = weights_sha256(origin.folder) if origin.folder else origin.fingerprint(denoiser)
+    guide = _guide(checkpoint, denoiser, sampling)
     if denoiser.embedded_guidance is not None:
         denoiser.embedded_guidance = sampling.scale
     elif sampling.scale != 1:
         null = None
-        if text is not None:
+        if guide is not None:
+            sha256 = guide.joined(sha256)
+        elif text is not None:
             with text.on(device):
                 null = text.null(sampling.negative_prompt)
-        denoiser = GuidedDenoiser(denoiser, sampling.scale, null=null)
+        other = None if guide is None else guide.denoiser.to(device)
+        denoiser = GuidedDenoiser(denoiser, sampling.scale, null=null, guide=other)
     return NetworkMaker(str(checkpoint), denoiser, sampling.steps, sha256, latents, text, sampling.scale)
+
+
+def _guide(checkpoint: str | Path, denoiser: Denoiser, sampling: Sampling) -> Guide | None:
+    """The second network of guidance; ArgumentError if guidance is off, or leads away from a prompt as well."""
+    if sampling.guidance_teacher is None:
+        return None
+    if sampling.scale == 1 or denoiser.embedded_guidance is not None:
+        check_unread(
+            f"applies only with guidance (guidance_scale other than 1), and {checkpoint} has none",
+            sampling.given("guidance_teacher"),
+        )
+    check_unread("guidance leads away from guidance_teacher", sampling.given("negative_prompt"))
+    return open_guide(sampling.guidance_teacher, denoiser)
 
 
 def _prompt_encoder(checkpoint: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None) -> PromptEncoder | None:
@@ -154,6 +172,7 @@ def generate(
     prompts: Sequence[str] | None = None,
     num_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_teacher: str | None = None,
     negative_prompt: str = "",
     resolution: int | None = None,
     network: str | None = None,
@@ -179,6 +198,8 @@ def generate(
             default, is no guidance. It cannot be given for a student, which has learnt its teacher's guidance. A
             pipeline is called with this number: for most classes 0 and 1 both mean no guidance, but networks that take
             the scale as an input (LCM, FLUX.1-dev) read it.
+        guidance_teacher: a second network that guidance leads away from, such as one without classes or a weaker one: a
+            folder, a hub id or "module:function". By default guidance leads away from no condition.
         negative_prompt: what the guidance of a text-to-image teacher steers away from.
         resolution: side of a text-to-image teacher's images in pixels; the teacher's own by default.
         network: "module:function" for a student whose network is your own code.
@@ -199,6 +220,7 @@ def generate(
     sampling = Sampling(
         num_steps=num_steps,
         guidance_scale=guidance_scale,
+        guidance_teacher=guidance_teacher,
         negative_prompt=negative_prompt,
         resolution=resolution,
         network=network,
@@ -285,6 +307,7 @@ def _manifest(
         "labels": condition.tolist() if isinstance(condition, Tensor) else None,
         **({"prompts": condition, "negative_prompt": sampling.negative_prompt} if maker.takes_prompts else {}),
         "guidance": maker.guidance_scale,
+        **({} if sampling.guidance_teacher is None else {"guidance_teacher": sampling.guidance_teacher}),
         "batch_size": order.batch_size,
         "processes": processes,
         "device": str(order.device),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.generation.maker import Evaluations, LabelsOrPrompts, finite_uint8
 from fdistill.generator import Student
+from fdistill.guidance import GuidedDenoiser
 from fdistill.sampler import heun_sample
 from fdistill.teachers.autoencoder import LatentSpace
 from fdistill.teachers.text_encoders import EncodesPrompts, describe_cut
@@ -28,7 +30,7 @@ class NetworkMaker:
         name: the checkpoint, as the user gave it.
         model: a teacher's denoiser, already guided, or a student.
         num_steps: steps of a teacher; None for a student.
-        weights_sha256: hash of the network's weight files.
+        weights_sha256: hash of the network's weight files; of a guided teacher also of the network it is guided by.
         latents: decodes the network's samples to images; None for a network that works on pixels.
         text: encodes prompts; None for a network without prompts.
         guidance_scale: the scale that `model` is guided with, for the record; None for a student.
@@ -115,15 +117,23 @@ class NetworkMaker:
 
 @contextmanager
 def counted_evaluations(denoiser: Denoiser) -> Iterator[Evaluations]:
-    """Counts the denoiser's evaluations inside the block, one for each sample; the caller counts the images."""
-    counted, run = Evaluations(), denoiser.run
-
-    def counting(network_input: Tensor, *arguments: Any, **options: Any) -> Any:
-        counted.network += len(network_input)
-        return run(network_input, *arguments, **options)
-
-    denoiser.run = counting  # type: ignore[method-assign]
+    """Counts evaluations of the denoiser, and of a network it is guided by, inside the block, one for each sample; the
+    caller counts the images.
+    """
+    counted = Evaluations()
+    guide = denoiser.guide if isinstance(denoiser, GuidedDenoiser) else None
+    networks = [denoiser] if guide is None else [denoiser, guide]
+    for network in networks:
+        network.run = partial(_counting, counted, network.run)  # type: ignore[method-assign]
     try:
         yield counted
     finally:
-        del denoiser.run
+        for network in networks:
+            del network.run
+
+
+def _counting(
+    counted: Evaluations, run: Callable[..., Any], network_input: Tensor, *arguments: Any, **options: Any
+) -> Any:
+    counted.network += len(network_input)
+    return run(network_input, *arguments, **options)

@@ -21,17 +21,21 @@ class Sampling:
     Attributes:
         num_steps: sampler steps of a teacher or pipeline, at least 1; 18 by default.
         guidance_scale: guidance of a teacher or pipeline; 1, which is no guidance, by default.
+        guidance_teacher: a second network that a teacher's guidance leads away from; by default the teacher without its
+            condition.
         negative_prompt: what the guidance of a text-to-image teacher or pipeline steers away from.
         resolution: side of the images in pixels, of a text-to-image teacher or pipeline; its own by default.
         network: "module:function" of a student whose network is the user's own code.
         sampler: "heun" for fdistill's own samplers, or "pipeline" for the checkpoint's own diffusers pipeline.
 
     Raises:
-        ArgumentError: an unknown sampler, fewer than 1 step, or a network together with sampler "pipeline".
+        ArgumentError: an unknown sampler, fewer than 1 step, or a network or guidance_teacher together with sampler
+            "pipeline".
     """
 
     num_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_teacher: str | None = None
     negative_prompt: str = ""
     resolution: int | None = None
     network: str | None = None
@@ -42,11 +46,12 @@ class Sampling:
             raise ArgumentError(f"sampler: got {self.sampler!r}; {did_you_mean(self.sampler, SAMPLERS)}")
         if self.num_steps is not None and self.num_steps < 1:
             raise ArgumentError(f"steps: expected at least 1, got {self.num_steps}")
-        if self.sampler == "pipeline" and self.network is not None:
-            raise ArgumentError(
-                f"network: got {self.network!r} together with sampler 'pipeline', which runs no network of your own; "
-                "leave one of the two out"
-            )
+        for name, value in (("network", self.network), ("guidance_teacher", self.guidance_teacher)):
+            if self.sampler == "pipeline" and value is not None:
+                raise ArgumentError(
+                    f"{name}: got {value!r} together with sampler 'pipeline', which runs no network of your own; "
+                    "leave one of the two out"
+                )
 
     @property
     def steps(self) -> int:
@@ -63,6 +68,7 @@ class Sampling:
         values = {
             "steps": self.num_steps,
             "guidance_scale": self.guidance_scale,
+            "guidance_teacher": self.guidance_teacher,
             "negative_prompt": self.negative_prompt or None,
             "resolution": self.resolution,
             "network": self.network,

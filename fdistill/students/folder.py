@@ -35,8 +35,8 @@ def save_student(
     origin: Checkpoint,
     latents: LatentSpace | None,
     card: dict[str, Any],
-    config: str,
-    samples: Image,
+    config: str | None,
+    samples: Image | None,
 ) -> None:
     """Writes a student as a folder that `DiffusionPipeline.from_pretrained` loads.
 
@@ -50,8 +50,8 @@ def save_student(
             used if it can run the student; otherwise only its scheduler is kept.
         latents: the autoencoder of a latent student, which is copied into the folder.
         card: JSON values for the model card: teacher, divergence, iterations, ...
-        config: the training config, as YAML.
-        samples: a grid for the card.
+        config: the training config, as YAML; None for a student that was trained elsewhere.
+        samples: a grid for the card, or None.
     """
     denoiser = generator.denoiser
     with atomic_folder(folder) as temporary:
@@ -72,9 +72,12 @@ def save_student(
             facts |= {"pipeline": name, "call": call}
             how = usage(generator, name, call)
         (temporary / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-        (temporary / "README.md").write_text(model_card(generator, how, card, config), encoding="utf-8")
-        (temporary / "training_config.yaml").write_text(config, encoding="utf-8")
-        samples.save(temporary / "samples.png")
+        text = model_card(generator, how, card, config, samples is not None)
+        (temporary / "README.md").write_text(text, encoding="utf-8")
+        if config is not None:
+            (temporary / "training_config.yaml").write_text(config, encoding="utf-8")
+        if samples is not None:
+            samples.save(temporary / "samples.png")
 
 
 def find_student(path: str | Path) -> Path | None:

@@ -51,11 +51,13 @@ def _rows(values: dict[str, Any]) -> str:
     return "\n".join(f"| {key} | {value} |" for key, value in shown.items())
 
 
-def model_card(generator: Student, usage: str, card: dict[str, Any], config: str) -> str:
+def model_card(
+    generator: Student, usage: str, card: dict[str, Any], config: str | None, has_samples: bool = True
+) -> str:
     """The text of README.md in a student's folder; see `save_student` for `card` and `config`."""
     rows = _rows({key: value for key, value in card.items() if key != "metrics"})
-    metrics = {key: value for key, value in card.get("metrics", {}).items() if isinstance(value, (int, float))}
     steps = len(generator.levels)
+    samples = "![Samples](samples.png)\n\n" if has_samples else ""
     return f"""---
 library_name: diffusers
 tags: [one-step, distillation, fdistill]
@@ -65,15 +67,19 @@ tags: [one-step, distillation, fdistill]
 Network evaluations per image: {steps}. Use no guidance: the student was trained with its teacher's guidance.
 Call the pipeline with these arguments: its own defaults may be many steps, or guided.
 
-![Samples](samples.png)
-
-{usage}
+{samples}{usage}
 
 | | |
 |---|---|
 | noise level of each step | {", ".join(f"{level:g}" for level in generator.network_levels)} |
 {rows}
+{"" if config is None else _training(card, config)}"""
 
+
+def _training(card: dict[str, Any], config: str) -> str:
+    """The part about the run that trained the student."""
+    metrics = {key: value for key, value in card.get("metrics", {}).items() if isinstance(value, (int, float))}
+    return f"""
 ## Training
 
 The last record of the run; losses and norms are means over the iterations since the record before it.

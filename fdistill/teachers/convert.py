@@ -1,29 +1,31 @@
-"""Converts published checkpoints into teacher folders of config.json and safetensors, without running their code."""
+"""Converts published checkpoints into folders of config.json and safetensors, without running their code."""
 
 from __future__ import annotations
 
-import argparse
 import inspect
 import json
 import math
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fdistill.adapters.checkpoint import Checkpoint, find_network, resolve_checkpoint
 from fdistill.adapters.dit import Published
 from fdistill.adapters.parametrisation import TIME_CONVENTION
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.base.files import atomic_folder, claim_folder, read_json_object, sha256_of_files
+from fdistill.formats.state_file import as_safetensors, read_state_file
 from fdistill.formats.unpickle import Record, load_restricted, state_dict
 from fdistill.networks import EDM2Network, EDMNetwork
 from fdistill.teachers.convert_dit import LABELS, Given, transformer_config, transformer_tensors
+from fdistill.teachers.convert_like import folder_of, network_like, write_like
+from fdistill.teachers.fitting import filled
+from fdistill.teachers.teacher import copy_single_file
 
 #: Class name in the pickle -> fdistill's network class, and the arguments of the pickled class's constructor before
 #: **kwargs: names in order, with defaults.
@@ -70,26 +72,57 @@ LEVELS = {"sigma_min": 0.002, "sigma_max": 80.0}
 FAMILIES = ("dit", "sit")
 
 _PICKLES = (".pkl", ".pickle")
-_STATE_DICTS = (".pt", ".pth", ".safetensors")
+_STATE_DICTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
+#: Where published students start, by those who trained them.
+STUDENT_LEVELS = (
+    "80 for EDM students of DMD2 and FastGen, 2.5 for SiD's; 999 for Stable Diffusion 1.5; 399 for DMD2's SDXL of one "
+    "step, 999,749,499,249 for that of four; none, if this is a teacher"
+)
 
 #: DiT and SiT guide the first three of four channels (`forward_with_cfg` of their published code).
 _GUIDANCE_CHANNELS = 3
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """What the caller knows of a network that others trained, and its file does not say.
+
+    Attributes:
+        like: a checkpoint of the same architecture, which also gives whatever stands beside a network, such as an
+            autoencoder; anything that `resolve_checkpoint` takes.
+        base: the published pipeline that a text-to-image network was trained from.
+        weights: which network of the file, as "net" or "ema_9999".
+        student: whether it is a student; None if nobody has said.
+    """
+
+    like: str | None = None
+    base: str | None = None
+    weights: str | None = None
+    student: bool | None = None
+
+
 def convert(
-    source: Path, output: Path, family: str | None = None, *, num_classes: int | None = None, heads: int | None = None
+    source: Path,
+    output: Path,
+    family: str | None = None,
+    *,
+    num_classes: int | None = None,
+    heads: int | None = None,
+    elsewhere: Elsewhere = Elsewhere(),
 ) -> Path:
     """Writes a teacher folder from a published checkpoint; nothing in the file is executed.
 
     Args:
-        source: a network pickle of EDM or EDM2 (.pkl), or a state dict of a DiT or SiT (.pt, .pth, .safetensors).
+        source: a network pickle of EDM, EDM2 or SiD (.pkl), or a state dict (.pt, .pth, .bin, .ckpt, .safetensors).
         output: a folder that does not exist, or is empty. A pickle becomes config.json and
-            diffusion_pytorch_model.safetensors in float32, a state dict becomes transformer/ and scheduler/.
-        family: "dit" or "sit" for a state dict: tensors of both have the same names and shapes. None for a pickle.
-        num_classes: of a state dict whose label embedding has another number of rows than ImageNet's 1,001. It is the
+            diffusion_pytorch_model.safetensors in float32, a state dict of a DiT or SiT becomes transformer/ and
+            scheduler/, any other state dict a folder like the one that `elsewhere` names.
+        family: "dit" or "sit" for their state dicts: tensors of both have the same names and shapes.
+        num_classes: of a DiT or SiT whose label embedding has another number of rows than ImageNet's 1,001. It is the
             number of rows, if the network was trained without class dropout, and one less if it was trained with it.
-        heads: number of attention heads of a state dict of another width than the published ones.
+        heads: number of attention heads of a DiT or SiT of another width than the published ones.
+        elsewhere: what else the file does not say.
 
     Returns:
         The output folder.
@@ -97,7 +130,7 @@ def convert(
     Raises:
         CheckpointError: the file cannot be read, refers to code that is not on a fixed list of classes and functions,
             or holds another network.
-        ArgumentError: the family is missing for a state dict; or it, num_classes or heads are given for a pickle.
+        ArgumentError: the caller has to say more, or says what does not apply; the message names it.
         OutputError: the output exists or cannot be written.
     """
     source, suffix = Path(source), Path(source).suffix.lower()
@@ -108,37 +141,118 @@ def convert(
     for name, value in {"family": family, "num_classes": num_classes, "heads": heads}.items():
         if suffix in _PICKLES and value is not None:
             raise ArgumentError(f"{name}: got {value!r} for a pickle, which says itself what it is; leave it out")
-    if suffix in _STATE_DICTS and family not in FAMILIES:
-        raise ArgumentError(
-            f"family: got {family!r}; a state dict does not say whether it is a DiT (predicts noise) or a SiT "
-            "(predicts velocity): pass 'dit' or 'sit'"
-        )
+    if family not in (None, *FAMILIES):
+        raise ArgumentError(f"family: got {family!r}; {did_you_mean(family, FAMILIES)}")
+    given = [name for name in ("like", "base") if getattr(elsewhere, name) is not None]
+    if len(given) == 2 or (given and family is not None):
+        raise ArgumentError(f"{given[-1]}: got two descriptions of one network; expected one of like, base and family")
     output = claim_folder(output)
+    if elsewhere.base is not None:
+        if suffix != ".safetensors":
+            _check_said(elsewhere, source, "a network trained from this base may be either")
+        return copy_single_file(as_safetensors(source, elsewhere.weights), elsewhere.base, output)
     if suffix in _PICKLES:
-        _convert_pickle(source, output)
+        _convert_pickle(source, output, elsewhere)
     else:
-        assert family is not None
-        _convert_transformer(source, output, family, Given(num_classes, heads))
+        _convert_state_dict(source, output, family, Given(num_classes, heads), elsewhere)
     return output
 
 
-def _convert_pickle(source: Path, output: Path) -> None:
+def _check_said(elsewhere: Elsewhere, source: Path, why: str) -> None:
+    """Raises ArgumentError if nobody has said whether it is a teacher or a student."""
+    if elsewhere.student is None:
+        raise ArgumentError(f"student_level: {source} does not say whether it is a student ({why}): {STUDENT_LEVELS}")
+
+
+def _like(elsewhere: Elsewhere) -> Checkpoint | None:
+    return None if elsewhere.like is None else resolve_checkpoint(elsewhere.like)
+
+
+def _convert_pickle(source: Path, output: Path, elsewhere: Elsewhere) -> None:
     content = load_restricted(source)
     record = _network(content, source)
+    if isinstance(content, dict) and content.keys() == {"ema"}:  # EDM's own snapshots hold their loss and data too
+        _check_said(elsewhere, source, "it holds a network under 'ema' and nothing else, as SiD writes its students")
+    like = _like(elsewhere)
     cls, names = NETWORKS[record.name]
-    config = _settings(record, cls, names, source)
-    vae = None
-    if cls is EDM2Network:
-        encoder = content.get("encoder") if isinstance(content, dict) else None
-        vae = _latent_encoder(encoder, config, source)
-    network = _filled(cls, config, state_dict(record), source)
-    with atomic_folder(output) as folder:
-        network.save_pretrained(folder)
-        levels = f"Noise levels sigma from {config['sigma_min']:g} to {config['sigma_max']:g}; "
-        space = "the network sees pixels in [-1, 1]."
+    space, what = "the network sees pixels in [-1, 1].", f"{record.name} like {elsewhere.like}"
+    if record.arguments or record.keywords:
+        config = _settings(record, cls, names, source)
+        vae = None
+        if cls is EDM2Network:
+            encoder = content.get("encoder") if isinstance(content, dict) else None
+            vae = _latent_encoder(encoder, config, source)
+        network = filled(cls, config, state_dict(record), source)
+        what = f"{record.name} ({_architecture(config)})"
         if vae is not None:
             space = f"the network sees latents of images in [0, 1]. Next: put their autoencoder {vae} into `vae/`."
-        _write_card(folder, source, f"{record.name} ({_architecture(config)})", network, levels + space)
+    elif like is not None:
+        network = network_like(state_dict(record), like, source)
+    else:
+        raise ArgumentError(
+            f"like: {source} holds an {record.name} without the settings that it was made from; expected a checkpoint "
+            "of the same architecture, as the converted pickle of its teacher"
+        )
+    levels = f"Noise levels sigma from {network.config.sigma_min:g} to {network.config.sigma_max:g}; "
+    with atomic_folder(output) as folder:
+        if like is None:
+            network.save_pretrained(folder)
+        else:
+            write_like(network, like, folder)
+        _write_card(folder, source, what, network, levels + space)
+
+
+def _convert_state_dict(source: Path, output: Path, family: str | None, given: Given, elsewhere: Elsewhere) -> None:
+    file = read_state_file(source, elsewhere.weights)
+    if file.of_training:
+        _check_said(elsewhere, source, "it holds a fake score too, so its network is one")
+    if family is not None:
+        _convert_transformer(file.tensors, source, output, family, given)
+        return
+    like = _like(elsewhere)
+    if like is None:
+        raise _unsaid(file.tensors, source)
+    if source.suffix.lower() != ".safetensors":
+        _check_said(elsewhere, source, "tensors of both have the same names")
+    if find_network(folder_of(like))[0].text is not None:
+        raise ArgumentError(f"like: {elsewhere.like!r} is a text-to-image pipeline; pass it as base")
+    network = network_like(file.tensors, like, source)
+    with atomic_folder(output) as folder:
+        write_like(network, like, folder)
+        what = f"{type(network).__name__} of the architecture of {elsewhere.like}"
+        note = f"Weights `{file.name}` of the file. " if file.name else ""
+        _write_card(folder, source, what, network, note + "Levels and prediction are those of that checkpoint.")
+
+
+def _unsaid(tensors: Mapping[str, Tensor], source: Path) -> ArgumentError:
+    """The error for a state dict of which nobody has said what it is: what its tensors show, and what to pass."""
+
+    def has(*starts: str) -> bool:
+        return any(name.startswith(starts) for name in tensors)
+
+    if LABELS in tensors:
+        return ArgumentError(
+            f"family: {source} has the tensors of a DiT (predicts noise) or a SiT (predicts velocity), and does not "
+            "say which: pass 'dit' or 'sit'"
+        )
+    if has("model.map_layer0.", "unet.emb_noise."):
+        kind = "EDM" if has("model.map_layer0.") else "EDM2"
+        return ArgumentError(
+            f"like: {source} has the tensors of an {kind} network, and does not say its settings: pass the folder of a "
+            "checkpoint of the same architecture, as its teacher's pickle converted by `fdistill convert`; and "
+            f"student_level: {STUDENT_LEVELS}"
+        )
+    if has("down_blocks.", "transformer_blocks.", "model.diffusion_model.", "input_blocks."):
+        return ArgumentError(
+            f"base: {source} has the tensors of a network of diffusers or Stable Diffusion: pass as base the pipeline "
+            "that it was trained from, if it takes prompts (stable-diffusion-v1-5/stable-diffusion-v1-5, "
+            "stabilityai/stable-diffusion-xl-base-1.0), or as like a checkpoint of the same architecture; and "
+            f"student_level: {STUDENT_LEVELS}"
+        )
+    return ArgumentError(
+        f"family: the tensors of {source}, such as {next(iter(tensors))!r}, are of no known network; for a DiT or SiT "
+        "pass 'dit' or 'sit', for any other network a checkpoint of the same architecture as like"
+    )
 
 
 def _network(content: Any, source: Path) -> Record:
@@ -205,35 +319,11 @@ def _latent_encoder(encoder: Any, config: dict[str, Any], source: Path) -> str |
     return str(settings["vae_name"])
 
 
-def _filled(cls: type[Any], config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path) -> Any:
-    """A network with exactly these tensors, in float32."""
-    try:
-        with torch.device("meta"):
-            network = cls(**config)
-    except (ArgumentError, TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
-        raise CheckpointError(
-            f"{source}: no {cls.__name__} can be built from its settings ({' '.join(str(error).split())[:300]})"
-        ) from error
-    expected = {name: tuple(value.shape) for name, value in network.state_dict().items()}
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise CheckpointError(f"{source}: tensor {name} is missing; expected one of shape {shape}")
-        if tuple(tensors[name].shape) != shape:
-            raise CheckpointError(f"{source}: tensor {name} has shape {tuple(tensors[name].shape)}; expected {shape}")
-    for name in tensors:
-        if name not in expected:
-            raise CheckpointError(f"{source}: tensor {name} has no place in a {cls.__name__} of its settings")
-    copies = {name: torch.empty(shape).copy_(tensors[name]) for name, shape in expected.items()}
-    network.load_state_dict(copies, assign=True)
-    return network
-
-
-def _convert_transformer(source: Path, output: Path, family: str, given: Given) -> None:
-    tensors = _read_state_dict(source)
+def _convert_transformer(tensors: Mapping[str, Tensor], source: Path, output: Path, family: str, given: Given) -> None:
     config = transformer_config(tensors, given, source)
     renamed = transformer_tensors(tensors, config, source)
     has_null_class = len(tensors[LABELS]) > config["num_embeds_ada_norm"]
-    network = _filled(DiTTransformer2DModel, config, renamed, source)
+    network = filled(DiTTransformer2DModel, config, renamed, source)
     scheduler: Any
     if family == "dit":
         scheduler = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False)
@@ -258,35 +348,6 @@ def _convert_transformer(source: Path, output: Path, family: str, given: Given) 
         path.write_text(json.dumps(read_json_object(path) | extra, indent=2) + "\n", encoding="utf-8")
         kind = f"{'DiT' if family == 'dit' else 'SiT'} with {config['num_layers']} blocks"
         _write_card(folder, source, f"{kind}, patches of {config['patch_size']}", network, note)
-
-
-def _read_state_dict(source: Path) -> dict[str, Tensor]:
-    """Tensors of a .pt file (flat, or under "ema" or "model") or a safetensors file."""
-    try:
-        if source.suffix.lower() == ".safetensors":
-            return dict(load_file(source))
-        # Training checkpoints hold their command line in a Namespace, a class that only stores values.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch's reader raises nearly any exception on damaged bytes
-        reason = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
-        named = re.search(r"GLOBAL (\S+)", reason)
-        raise CheckpointError(
-            f"{source}: refused {named[1]}, which no state dict needs; no code was run; expected tensors alone"
-            if named
-            else f"{source}: cannot be read ({reason[:200] or type(error).__name__}); expected a file of tensors"
-        ) from error
-    for key in ("ema", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-            break
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
-        raise CheckpointError(
-            f"{source}: holds no state dict; expected a dict of tensors by name, or one under 'ema' or 'model'"
-        )
-    return content
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -94,7 +94,7 @@ def _resize(denoiser: Denoiser, latents: LatentSpace | None, resolution: int) ->
 
 def _resolve(name: str, base: str | None) -> Checkpoint:
     path = Path(name)
-    if path.is_file() and path.suffix in (".safetensors", ".ckpt"):
+    if path.is_file() and (path.suffix in (".safetensors", ".ckpt") or base is not None):
         found = None if base is None else resolve_checkpoint(base).folder
         return Checkpoint(name, single_file_to_folder(path, found))
     if base is not None:

@@ -33,6 +33,7 @@ from fdistill.step import ROLES, Networks
 from fdistill.students.kinds import KINDS
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
 from fdistill.teachers.autoencoder import LatentSpace, image_shape
+from fdistill.teachers.guide import Guide, open_guide
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.training import checks
 from fdistill.training.activation_checkpointing import checkpoint_activations
@@ -54,6 +55,7 @@ class Distillation:
         origin: the checkpoint that the student's network comes from.
         resized: which weights were copied and which are new, if student.network changed the network.
         latents: the autoencoder of a latent teacher.
+        guide: the second network of the teacher's guidance, if the config has one.
         latents_folder: the folder of cached latents, if the run reads one.
         text: the encoded prompts of a text-to-image teacher.
         none: the "no class" label or the null prompt; None for a teacher that has neither.
@@ -66,6 +68,7 @@ class Distillation:
     origin: Checkpoint
     resized: Resized | None
     latents: LatentSpace | None
+    guide: Guide | None
     latents_folder: Path | None
     text: Captions | None
     none: TextCondition | int | None
@@ -132,11 +135,13 @@ class _Loaded:
     """The inputs that are read before networks are built.
 
     Attributes:
+        guide: the second network of the teacher's guidance, if the config has one.
         latents_folder: the folder of cached latents, if the run reads one.
         text: the encoded prompts of a text-to-image teacher.
     """
 
     teacher: Teacher
+    guide: Guide | None
     latents_folder: Path | None
     text: Captions | None
 
@@ -188,8 +193,9 @@ def _load(config: DistillConfig, device: torch.device, obtain: Obtain) -> _Loade
         resolution=config.resolution,
     )
     teacher = open_teacher(settings)
+    guide = None if config.guidance_teacher is None else open_guide(config.guidance_teacher, teacher.denoiser)
     stored, text = open_inputs(config, teacher, device, obtain)
-    return _Loaded(teacher, stored, text)
+    return _Loaded(teacher, guide, stored, text)
 
 
 def _assemble(config: DistillConfig, device: torch.device, divergence: Divergence, loaded: _Loaded) -> Distillation:
@@ -200,7 +206,7 @@ def _assemble(config: DistillConfig, device: torch.device, divergence: Divergenc
         denoiser.embedded_guidance = config.guidance_scale
     trained = _trained_networks(config, loaded.teacher, device)
     student = KINDS[config.student.generator].make(trained.student, config.student_levels)
-    networks = _networks(config, denoiser, trained.fake_score, student, null)
+    networks = _networks(config, denoiser, trained.fake_score, student, null, _placed(loaded.guide, config, device))
     if networks.discriminator is not None:
         networks.discriminator.to(device)
     if not METHODS[config.method].scores:
@@ -214,6 +220,7 @@ def _assemble(config: DistillConfig, device: torch.device, divergence: Divergenc
         origin=trained.origin,
         resized=trained.resized,
         latents=latents,
+        guide=loaded.guide,
         latents_folder=loaded.latents_folder,
         text=text,
         none=denoiser.null_class if text is None else null,
@@ -291,17 +298,33 @@ def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) 
     )
 
 
+def _placed(guide: Guide | None, config: DistillConfig, device: torch.device) -> Denoiser | None:
+    """The second network of the teacher's guidance, as the teacher itself: on the device, in `frozen_precision`."""
+    if guide is None:
+        return None
+    if config.frozen_precision == "bf16":
+        guide.denoiser.to(torch.bfloat16)
+    if config.gradient_checkpointing:
+        checkpoint_activations(guide.denoiser)
+    return guide.denoiser.to(device)
+
+
 def _networks(
-    config: DistillConfig, frozen: Denoiser, fake_score: Denoiser, student: Student, null: TextCondition | None
+    config: DistillConfig,
+    frozen: Denoiser,
+    fake_score: Denoiser,
+    student: Student,
+    null: TextCondition | None,
+    guide: Denoiser | None,
 ) -> Networks:
     """The roles: guided if the config has a guidance scale, and with a discriminator if gan_weight is above 0."""
 
-    def guided(denoiser: Denoiser, scale: float) -> Denoiser:
+    def guided(denoiser: Denoiser, scale: float, guide: Denoiser | None = None) -> Denoiser:
         if scale == 1:
             return denoiser
-        return GuidedDenoiser(denoiser, scale, null=null, rescale=config.guidance_rescale)
+        return GuidedDenoiser(denoiser, scale, null=null, rescale=config.guidance_rescale, guide=guide)
 
-    teacher = guided(frozen, 1.0 if frozen.embedded_guidance is not None else config.guidance_scale)
+    teacher = guided(frozen, 1.0 if frozen.embedded_guidance is not None else config.guidance_scale, guide)
     compared = guided(fake_score, config.fake_score.guidance_scale)
     learning = guided(fake_score, config.fake_score.training_guidance_scale)
     discriminator: Discriminator | ChannelMean | None = None

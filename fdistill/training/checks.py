@@ -82,11 +82,23 @@ def _check_guidance(config: DistillConfig, embedded: bool) -> None:
                     f"fake_score.{name}: got {scale:g}, but this network takes guidance_scale as an input, as the "
                     "teacher does; expected 1"
                 )
-    if (embedded or config.guidance_scale == 1) and set(of_fake.values()) == {1.0}:
+    if config.guidance_teacher is not None and (embedded or config.guidance_scale == 1):
+        why = (
+            "the teacher takes guidance_scale as an input" if embedded else "guidance_scale is 1, which is no guidance"
+        )
+        raise ConfigError(f"guidance_teacher: got {config.guidance_teacher!r}, but {why}; expected null")
+    if set(of_fake.values()) != {1.0}:
+        return
+    if embedded or config.guidance_scale == 1:
         unread = {"guidance_rescale": config.guidance_rescale, "negative_prompt": config.negative_prompt}
         for name, value in unread.items():
             if value:
                 raise ConfigError(f"{name}: got {value!r}, but guidance is off; expected guidance_scale above 1")
+    elif config.guidance_teacher is not None and config.negative_prompt and not config.condition_dropout:
+        raise ConfigError(
+            f"negative_prompt: got {config.negative_prompt!r}, but guidance leads away from guidance_teacher; expected "
+            '""'
+        )
 
 
 def check_alike(name: str, student: Denoiser, teacher: Denoiser) -> None:

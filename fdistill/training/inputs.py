@@ -153,6 +153,8 @@ def _made_of(run: Distillation) -> str:
     """A hash of everything that the teacher's samples depend on, except the sampler's settings."""
     config, teacher = run.config, run.networks.teacher
     facts = [run.checkpoint.fingerprint(teacher)]
+    if run.guide is not None:
+        facts += [run.guide.joined(str(config.guidance_rescale))]
     if run.text is not None:
         text = run.text
         facts += [json.dumps(text.prompts(torch.arange(len(text.index)))), config.negative_prompt]

@@ -103,6 +103,7 @@ def _card(run: Distillation, folder: Path) -> dict[str, Any]:
     return {
         "teacher": config.teacher,
         "teacher_guidance": config.guidance_scale,
+        **({} if config.guidance_teacher is None else {"guidance_teacher": config.guidance_teacher}),
         "started_from": run.origin.name,
         "metrics": records[-1] if records else {},
         "method": config.method,

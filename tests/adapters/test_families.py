@@ -266,7 +266,7 @@ def test_our_pipeline_says_what_labels_it_wants(checkpoints: dict[str, Path], tm
     for name, arguments, message in (
         ("edm-ddpmpp", {}, r"expected labels in \[0, 10\), got None"),
         ("edm-ddpmpp", {"class_labels": [3, 10]}, r"expected labels in \[0, 10\), got \[3, 10\]"),
-        ("edm-ncsnpp", {"class_labels": [1]}, "this student is unconditional"),
+        ("edm-ncsnpp", {"class_labels": [1]}, "this student takes no class labels; expected None"),
     ):
         network: Any = load_teacher(checkpoints[name]).network
         pipeline = OneStepPipeline(network, student={"levels": [80.0]})

@@ -167,7 +167,7 @@ def test_what_works_of_itself_for_a_new_family(registered: Family, teacher: Path
     student = distill("digits", output=tmp_path / "run", teacher=str(teacher), **settings)
     smaller: Any = load_student(student)
     assert smaller.denoiser.network.config.width == 16
-    facts, _ = inspected(teacher, data="digits")
+    facts, *_ = inspected(teacher, data="digits")
     assert facts["student"].endswith("exported as fdistill.OneStepPipeline")
     recipe = tmp_path / "own.yaml"
     recipe.write_text(

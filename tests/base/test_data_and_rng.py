@@ -71,3 +71,20 @@ def test_bytes_round_trip_and_clip_before_rounding() -> None:
     assert torch.equal(to_uint8(to_unit(values)), values)
     assert to_uint8(torch.tensor([-1.4, 1.4])).tolist() == [0, 255]
     assert to_uint8(torch.tensor([-1 + 0.6 / 127.5])).item() == 1
+
+
+def test_the_numbers_of_streams_stay() -> None:
+    """A changed number would change what a seed gives, in runs and in images."""
+    assert {name: int(stream) for name, stream in rng.Stream.__members__.items()} == {
+        "PIPELINE": 0,
+        "SHUFFLE": 1,
+        "PIPELINE_GLOBAL": 1,
+        "STEP": 2,
+        "DROPOUT": 3,
+        "STUDENT_STEP": 4,
+        "FLIP": 5,
+        "LATENT": 6,
+        "NO_CONDITION": 7,
+        "EVALUATED_LABELS": 11,
+    }
+    assert rng.derived_seed(3, rng.Stream.STEP, 5) == 8457714677105321250

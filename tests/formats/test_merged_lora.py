@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from diffusers import DiffusionPipeline, FluxPipeline, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fdistill.adapters.flux import tiny_arguments
 from fdistill.base.errors import CheckpointError
 from fdistill.formats.lora_file import LORA_FILE, kohya_names, save_lora
 from fdistill.formats.merged_lora import merged_folder
@@ -218,3 +219,26 @@ def test_a_lora_of_another_base_is_refused(tmp_path: Path) -> None:
     write(lora, good)
     with pytest.raises(CheckpointError, match=r"model_index\.json"):
         merged_folder(tmp_path, lora)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_kohyas_text_encoders_of_flux_are_found_by_what_they_are(number: int, tmp_path: Path) -> None:
+    """kohya's third text encoder is T5, which is `text_encoder_2` of FLUX and `text_encoder_3` of SD3."""
+    base = tmp_path / "base"
+    FluxPipeline(**tiny_arguments({})).save_pretrained(base)
+    layer, component = {
+        1: ("text_model.encoder.layers.0.mlp.fc1", "text_encoder"),
+        3: ("encoder.block.0.layer.0.SelfAttention.q", "text_encoder_2"),
+    }[number]
+    place = f"lora_te{number}_{layer.replace('.', '_')}"
+    before = read_weights(base / component)
+    name = next(key for key in before if f"text_model.{key}".endswith(f"{layer}.weight"))
+    down, up = matrices(2, *before[name].shape)
+    pair = {f"{place}.lora_down.weight": down, f"{place}.lora_up.weight": up}
+    after = read_weights(merged_folder(base, write(tmp_path / "lora.safetensors", pair)) / component)
+    for key, weight in before.items():
+        close(after[key], weight.double() + (up.double() @ down.double() if key == name else 0))
+    other = {key.replace(f"te{number}", "te4"): value for key, value in pair.items()}
+    wrong = write(tmp_path / "wrong.safetensors", other)
+    with pytest.raises(CheckpointError, match="another base model"):
+        merged_folder(base, wrong)

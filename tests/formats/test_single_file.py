@@ -172,7 +172,7 @@ def test_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
             single_file_to_folder(path, base)
 
     (tmp_path / "old.ckpt").write_bytes(b"\x80\x02")
-    refused("convert the file to .safetensors", tmp_path / "old.ckpt")
+    refused("expected a file of tensors", tmp_path / "old.ckpt")
     refused(r"model_index\.json", base=tmp_path)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(file.read_bytes()[:-100])

@@ -34,12 +34,20 @@ def test_options_that_nothing_reads_are_refused_by_the_names_of_the_commands() -
     everything = {
         "num_steps": 18,  # the default, but given
         "guidance_scale": 1.0,
+        "guidance_teacher": "weaker",
         "negative_prompt": "x",
         "resolution": 64,
         "network": "mine:f",
     }
     sampling = Sampling(**everything)  # type: ignore[arg-type]
-    assert sampling.given() == ["steps", "guidance_scale", "negative_prompt", "resolution", "network"]
+    assert sampling.given() == [
+        "steps",
+        "guidance_scale",
+        "guidance_teacher",
+        "negative_prompt",
+        "resolution",
+        "network",
+    ]
     assert sampling.given("resolution", "sampler") == ["resolution"]
     assert Sampling().given() == Sampling(sampler="heun").given() == []
     assert Sampling(sampler="pipeline").given() == ["sampler"]

@@ -284,9 +284,8 @@ def test_outputs_and_names_are_checked_before_anything_is_read(tmp_path: Path) -
         convert(tmp_path / "network.onnx", tmp_path / "out")
     with pytest.raises(ArgumentError, match="got 'dit' for a pickle"):
         convert(tmp_path / "network.pkl", tmp_path / "out", "dit")
-    for family in (None, "dut"):
-        with pytest.raises(ArgumentError, match="pass 'dit' or 'sit'"):
-            convert(tmp_path / "network.pt", tmp_path / "out", family)
+    with pytest.raises(ArgumentError, match="family: got 'dut'; did you mean 'dit'"):
+        convert(tmp_path / "network.pt", tmp_path / "out", "dut")
     for name in ("nowhere.pt", "nowhere.safetensors"):
         with pytest.raises(CheckpointError, match="cannot be read"):
             convert(tmp_path / name, tmp_path / "out", "dit")
@@ -467,7 +466,8 @@ def test_other_state_dicts_are_refused(tmp_path: Path) -> None:
     tensors = dit_tensors()
     refused([1], "holds no state dict")
     refused({"epoch": 3}, "holds no state dict")
-    refused({}, r"no tensor x_embedder\.proj\.weight of 4 dimensions")
+    refused({}, "holds no state dict")
+    refused({"x": torch.zeros(1)}, r"no tensor x_embedder\.proj\.weight of 4 dimensions")
     refused(nn.Linear(2, 2).state_dict(), r"no tensor x_embedder\.proj\.weight")
     refused({name: value for name, value in tensors.items() if name != "pos_embed"}, "no tensor pos_embed")
     refused(

@@ -15,6 +15,7 @@ from fdistill.base.errors import ConfigError
 from fdistill.condition import Condition, TextCondition
 from fdistill.denoiser import Denoiser
 from fdistill.training.activation_checkpointing import checkpoint_activations
+from support.activations import kept_bytes
 from support.families import FAMILIES
 from support.text_families import TEXT_FAMILIES
 from support.text_families_dit import TEXT_FAMILIES_DIT
@@ -38,20 +39,12 @@ def kept_and_gradient(denoiser: Denoiser, evaluate: Callable[[Tensor, Tensor, Co
     """Bytes of the activations that are kept for backward, and the gradient of every parameter that has one."""
     torch.manual_seed(1)
     x_t, t = torch.randn(2, *denoiser.sample_shape), torch.full((2,), 0.7 * denoiser.schedule.t_max)
-    own = {parameter.untyped_storage().data_ptr() for parameter in denoiser.parameters()}
-    kept: dict[int, Tensor] = {}  # held, so that no storage is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
-        return tensor
-
     denoiser.zero_grad()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = evaluate(x_t, t, condition_of(denoiser, 2)).float().square().sum()
+    condition = condition_of(denoiser, 2)
+    kept, loss = kept_bytes(denoiser, lambda: evaluate(x_t, t, condition).float().square().sum())
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in denoiser.named_parameters() if p.grad is not None}
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()), gradients
+    return kept, gradients
 
 
 @pytest.mark.parametrize("name", SUPPORTED)

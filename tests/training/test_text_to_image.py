@@ -69,8 +69,8 @@ class Drawn:
     def record(self, monkeypatch: pytest.MonkeyPatch) -> None:
         decode, inputs = sample_grids._images, sample_grids._grid_inputs
 
-        def grid_inputs(run: Any, config: Any, device: torch.device) -> Any:
-            noise, condition = inputs(run, config, device)
+        def grid_inputs(run: Any) -> Any:
+            noise, condition = inputs(run)
             rows = torch.arange(len(noise)) * len(run.text.index) // len(noise)
             self.noise, self.prompts = noise, run.text.prompts(rows)
             roles = {"teacher": run.networks.teacher, "fake": run.networks.fake_score, "student": run.student}

@@ -1,0 +1,133 @@
+"""Folders whose weights are files of torch.save (.bin), made into folders with safetensors before anything reads them.
+
+So every other part of the code knows safetensors alone.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fdistill.base.errors import CheckpointError
+from fdistill.base.files import KEPT_SUFFIXES, is_variant, link_files, made_once, read_json_object, sha256_of_files
+from fdistill.base.state_dicts import unshared
+from fdistill.base.torch_files import read_torch_file
+
+#: The weights of a component in safetensors, of diffusers and of transformers.
+_SAFE = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+#: The same weights as files of torch.save.
+_BINS = ("diffusion_pytorch_model", "pytorch_model")
+_UNUSED = ("safety_checker",)
+
+
+def without_pickles(folder: Path) -> Path:
+    """The folder itself if all its components have weights in safetensors; otherwise a copy that has, made once.
+
+    A component is a folder with config.json: this one, or one in it. Its .bin files are read by torch's restricted
+    loader, which builds tensors and runs nothing. Files of other kinds are shared with the copy.
+
+    Returns:
+        The folder, or $FDISTILL_CACHE/safetensors/<hash of its files>.
+
+    Raises:
+        CheckpointError: a .bin file is damaged, or holds anything but a dict of tensors.
+        OutputError: the cache folder cannot be written.
+    """
+    pickled = {component: files for component in _components(folder) if (files := _bin_files(component))}
+    if not pickled:
+        return folder
+    kept = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix in KEPT_SUFFIXES and not is_variant(path) and ".bin." not in path.name
+    ]
+    read = [path for files in pickled.values() for path in files]
+    key = {path.relative_to(folder).as_posix(): sha256_of_files([path]) for path in (*kept, *read)}
+
+    def fill(temporary: Path) -> None:
+        link_files(kept, folder, temporary)
+        for component, files in pickled.items():
+            _write(component, files, temporary / component.relative_to(folder))
+
+    return made_once("safetensors", key | {"format": "1"}, fill)
+
+
+def bins_instead(folder: Path) -> list[str]:
+    """Patterns of the .bin files to download for the components of a folder that came without safetensors."""
+    lacking = [component for component in _components(folder) if not _has_safetensors(component)]
+    return [
+        pattern
+        for component in lacking
+        for pattern in (
+            ["diffusion_pytorch_model*.bin"] if component == folder else [f"{component.relative_to(folder)}/*.bin"]
+        )
+    ]
+
+
+def _components(folder: Path) -> list[Path]:
+    """The folders in a folder, and itself, that hold config.json, and so weights."""
+    inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in _UNUSED]
+    return [path for path in (folder, *inner) if (path / "config.json").is_file()]
+
+
+def _has_safetensors(component: Path) -> bool:
+    return any((component / name).is_file() or (component / f"{name}.index.json").is_file() for name in _SAFE)
+
+
+def _bin_files(component: Path) -> list[Path]:
+    """The .bin file of a component or its shards; none if it has safetensors, or no weights at all."""
+    if _has_safetensors(component):
+        return []
+    for stem in _BINS:
+        index = component / f"{stem}.bin.index.json"
+        if index.is_file():
+            return [component / name for name in sorted(set(_shards(index).values()))]
+        if (component / f"{stem}.bin").is_file():
+            return [component / f"{stem}.bin"]
+    return []
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """Name of a tensor -> the file that holds it, in the same folder."""
+    try:
+        shards = read_json_object(index).get("weight_map")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index}: cannot be read ({error}); download it again") from error
+    if not isinstance(shards, dict) or any(
+        not isinstance(name, str) or Path(name).name != name for name in shards.values()
+    ):
+        raise CheckpointError(f"{index}: expected file names under weight_map; download it again")
+    return shards
+
+
+def _write(component: Path, files: list[Path], target: Path) -> None:
+    """Writes the tensors of .bin files as the safetensors that diffusers or transformers looks for."""
+    try:
+        of_diffusers = "_class_name" in read_json_object(component / "config.json")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{component / 'config.json'}: cannot be read ({error})") from error
+    name, _, suffix = _SAFE[0 if of_diffusers else 1].partition(".")
+    target.mkdir(parents=True, exist_ok=True)
+    weight_map: dict[str, str] = {}
+    for number, path in enumerate(files, 1):
+        shard = f"{name}-{number:05d}-of-{len(files):05d}.{suffix}" if len(files) > 1 else f"{name}.{suffix}"
+        tensors = _tensors(path)
+        save_file(unshared(tensors), target / shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+    if len(files) > 1:
+        size = sum((target / shard).stat().st_size for shard in set(weight_map.values()))
+        index: dict[str, Any] = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (target / f"{name}.{suffix}.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    content = read_torch_file(path)
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
+    ):
+        raise CheckpointError(f"{path}: holds no state dict; expected a dict of tensors by name")
+    return dict(content)

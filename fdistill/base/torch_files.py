@@ -1,0 +1,39 @@
+"""Files of `torch.save`, read by torch's restricted loader: it builds tensors and containers, and runs nothing."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from fdistill.base.errors import CheckpointError
+
+
+def read_torch_file(path: Path) -> Any:
+    """What a file of torch.save or a safetensors file holds, on the CPU.
+
+    Args:
+        path: the file; a name that ends in .safetensors says that it is one.
+
+    Raises:
+        CheckpointError: the file is damaged, missing, or names anything that tensors do not need, such as a function
+            to call; nothing of it is run.
+    """
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return dict(load_file(path))
+        # Training checkpoints hold their command line in a Namespace, a class that only stores values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader raises nearly any exception on damaged bytes
+        reason = " ".join(re.sub(r"\x1b\[\d*m", "", str(error)).split())
+        named = re.search(r"GLOBAL (\S+)", reason)
+        raise CheckpointError(
+            f"{path}: refused {named[1]}, which no state dict needs; no code was run; expected tensors alone"
+            if named
+            else f"{path}: cannot be read ({reason[:200] or type(error).__name__}); expected a file of tensors"
+        ) from error

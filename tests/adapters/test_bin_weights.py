@@ -1,0 +1,150 @@
+"""Folders with weights in .bin files: the same network, and nothing of a file is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fdistill.adapters.bin_weights import without_pickles
+from fdistill.adapters.checkpoint import load_teacher, resolve_checkpoint
+from fdistill.base.errors import CheckpointError
+from fdistill.teachers.teacher import TeacherSettings, open_teacher
+from fdistill.teachers.text_encoders import open_prompt_encoder
+from support.families import FAMILIES
+from support.tiny_stable_diffusion import tiny_pipeline
+
+
+def with_bins(folder: Path, shards: int = 1) -> Path:
+    """Replaces the weights of a folder by .bin files, as older versions of diffusers and transformers wrote them."""
+    for path in list(folder.rglob("*.safetensors")):
+        tensors = load_file(path)
+        stem = "pytorch_model" if path.stem == "model" else path.stem
+        names = (
+            [f"{stem}.bin"] if shards == 1 else [f"{stem}-{i:05d}-of-{shards:05d}.bin" for i in range(1, shards + 1)]
+        )
+        parts: list[dict[str, Any]] = [dict(list(tensors.items())[i::shards]) for i in range(shards)]
+        for name, part in zip(names, parts, strict=True):
+            torch.save(part, path.parent / name)
+        if shards > 1:
+            index = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+            (path.parent / f"{stem}.bin.index.json").write_text(json.dumps({"weight_map": index}))
+        path.unlink()
+    return folder
+
+
+def prediction(folder: Path | str) -> torch.Tensor:
+    teacher = load_teacher(folder)
+    torch.manual_seed(0)
+    condition = torch.tensor([0, 1]) if teacher.num_classes else None
+    level = torch.full((2,), teacher.schedule.t_max / 2)
+    return teacher(torch.randn(2, *teacher.sample_shape), level, condition)
+
+
+@pytest.mark.parametrize("name", ["ddpm", "class-conditional", "dit", "edm-adm", "edm2-latent"])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_teacher_of_bins_is_the_same_network(name: str, shards: int, tmp_path: Path) -> None:
+    folder = FAMILIES[name][0](tmp_path / "teacher")
+    expected, hashed = prediction(folder), open_teacher(TeacherSettings(str(folder)))
+    pickled = with_bins(shutil.copytree(folder, tmp_path / "pickled"), shards)
+    assert torch.equal(prediction(pickled), expected)
+    found = open_teacher(TeacherSettings(str(pickled)))
+    assert (found.latents is None) == (hashed.latents is None)
+    if found.latents is not None and hashed.latents is not None:
+        images = torch.rand(1, 3, 16, 16)
+        assert torch.equal(found.latents.moments(images), hashed.latents.moments(images))
+    copy = resolve_checkpoint(pickled).folder
+    assert copy == resolve_checkpoint(pickled).folder != pickled
+    assert not list((copy or Path()).rglob("*.bin*"))
+    assert found.checkpoint.fingerprint(found.denoiser)
+    if shards == 1:
+        assert found.checkpoint.fingerprint(found.denoiser) == hashed.checkpoint.fingerprint(hashed.denoiser)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "xl"])
+def test_text_encoders_are_read_too(kind: str, tmp_path: Path) -> None:
+    folder = tiny_pipeline(kind, tmp_path / "teacher")
+    pickled = with_bins(shutil.copytree(folder, tmp_path / "pickled"))
+    (pickled / "safety_checker").mkdir()
+    (pickled / "safety_checker" / "config.json").write_text("{}")
+    (pickled / "safety_checker" / "pytorch_model.bin").write_bytes(b"not read")
+    encoded = [
+        open_prompt_encoder(resolve_checkpoint(place), 8).encode(["a bold seven"])["prompt_embeds"]
+        for place in (folder, pickled)
+    ]
+    assert torch.equal(*encoded)
+
+
+def test_a_component_with_safetensors_is_left_alone(tmp_path: Path) -> None:
+    folder = FAMILIES["dit"][0](tmp_path / "teacher")
+    assert without_pickles(folder) == folder
+    (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"not read")
+    assert without_pickles(folder) == folder
+    (folder / "transformer" / "diffusion_pytorch_model.fp16.bin").write_bytes(b"not read")
+    assert without_pickles(folder) == folder
+
+
+class Call:
+    def __init__(self, command: str):
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def test_anything_but_tensors_is_refused(tmp_path: Path) -> None:
+    folder = with_bins(FAMILIES["class-conditional"][0](tmp_path / "teacher"))
+    path = folder / "unet" / "diffusion_pytorch_model.bin"
+    weights = torch.load(path)
+    for content, message in (
+        (weights | {"call": Call(f"touch {tmp_path / 'ran'}")}, r"refused posix\.system, which no state dict needs"),
+        (weights | {"epoch": 3}, "holds no state dict"),
+        ([weights], "holds no state dict"),
+    ):
+        for new in (True, False):
+            torch.save(content, path, _use_new_zipfile_serialization=new)
+            with pytest.raises(CheckpointError, match=message):
+                load_teacher(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_teacher(folder)
+    path.unlink()
+    for index in ("[]", '{"weight_map": {"a": "../b.bin"}}', "{"):
+        path.with_name("diffusion_pytorch_model.bin.index.json").write_text(index)
+        with pytest.raises(CheckpointError, match=r"index\.json"):
+            load_teacher(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_bins_are_downloaded_only_where_there_are_no_safetensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, local = tiny_pipeline("sd1", tmp_path / "hub"), tmp_path / "local"
+    with_bins(hub / "text_encoder")
+    for name in ("unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.fp16.bin"):
+        (hub / name).write_bytes(b"not wanted")
+    calls = []
+
+    def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
+        calls.append(allow_patterns)
+        for path in hub.rglob("*"):
+            name = path.relative_to(hub).as_posix()
+            wanted = any(fnmatch(name, pattern) for pattern in allow_patterns)
+            if path.is_file() and wanted and not any(fnmatch(name, pattern) for pattern in ignore_patterns):
+                (local / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, local / name)
+        return str(local)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    folder = resolve_checkpoint("somebody/something").folder
+    assert len(calls) == 2
+    assert [path.relative_to(local).as_posix() for path in local.rglob("*.bin")] == ["text_encoder/pytorch_model.bin"]
+    assert (folder or Path()).joinpath("text_encoder", "model.safetensors").is_file()
+    assert (folder or Path()).joinpath("unet", "diffusion_pytorch_model.safetensors").is_file()

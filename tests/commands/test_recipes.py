@@ -27,6 +27,7 @@ from fdistill.data.latents import LatentSource
 from fdistill.data.prompts import read_prompts
 from fdistill.divergence import get_divergence
 from fdistill.formats.lora_file import LORA_FILE
+from fdistill.guidance import GuidedDenoiser
 from fdistill.methods import METHODS
 from fdistill.students.text_to_image import check_exportable
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
@@ -124,6 +125,25 @@ def test_the_published_network_has_what_the_recipe_names(name: str) -> None:
     output = tiny.predict(x, torch.full((2,), 0.5), torch.tensor([0, 1]) if tiny.num_classes else None)[0].output
     assert output.std() > 1e-3  # which only a network without zeroed layers has
     assert load_smoke(name).network["_class_name"] == type(tiny.network).__name__
+
+
+def test_dit_is_guided_as_published() -> None:
+    """By 1.5 on the first three channels: the fourth stays conditional (`forward_with_cfg` of facebookresearch/DiT)."""
+    teacher = build(smoke_config("imagenet256"), torch.device("cpu")).networks.teacher
+    assert isinstance(teacher, GuidedDenoiser)
+    assert teacher.guidance_scale == 1.5
+    assert teacher.null_class is not None
+    x_t, t = torch.randn(2, *teacher.sample_shape), torch.tensor([200.0, 600.0])
+    classes, none = torch.tensor([3, 7]), torch.full((2,), teacher.null_class)
+    with torch.no_grad():
+        guided, given, free = (
+            teacher(x_t, t, classes),
+            teacher.denoiser(x_t, t, classes),
+            teacher.denoiser(x_t, t, none),
+        )
+    expected = torch.cat([free[:, :3] + 1.5 * (given - free)[:, :3], given[:, 3:]], dim=1)
+    assert (given - free).abs().max() > 1e-3
+    torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", RECIPES)

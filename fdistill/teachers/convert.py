@@ -22,7 +22,7 @@ from fdistill.base.files import atomic_folder, claim_folder, read_json_object, s
 from fdistill.formats.state_file import as_safetensors, read_state_file
 from fdistill.formats.unpickle import Record, load_restricted, state_dict
 from fdistill.networks import EDM2Network, EDMNetwork
-from fdistill.teachers.convert_dit import LABELS, Given, transformer_config, transformer_tensors
+from fdistill.teachers.convert_dit import LABELS, Given, published_names, transformer_config, transformer_tensors
 from fdistill.teachers.convert_like import folder_of, network_like, write_like
 from fdistill.teachers.fitting import filled
 from fdistill.teachers.teacher import copy_single_file
@@ -206,17 +206,18 @@ def _convert_state_dict(source: Path, output: Path, family: str | None, given: G
     file = read_state_file(source, elsewhere.weights)
     if file.of_training:
         _check_said(elsewhere, source, "it holds a fake score too, so its network is one")
+    tensors = published_names(file.tensors)
     if family is not None:
-        _convert_transformer(file.tensors, source, output, family, given)
+        _convert_transformer(tensors, source, output, family, given)
         return
     like = _like(elsewhere)
     if like is None:
-        raise _unsaid(file.tensors, source)
+        raise _unsaid(tensors, source)
     if source.suffix.lower() != ".safetensors":
         _check_said(elsewhere, source, "tensors of both have the same names")
     if find_network(folder_of(like))[0].text is not None:
         raise ArgumentError(f"like: {elsewhere.like!r} is a text-to-image pipeline; pass it as base")
-    network = network_like(file.tensors, like, source)
+    network = network_like(tensors, like, source)
     with atomic_folder(output) as folder:
         write_like(network, like, folder)
         what = f"{type(network).__name__} of the architecture of {elsewhere.like}"

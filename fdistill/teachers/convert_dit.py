@@ -20,11 +20,35 @@ _PUBLISHED_ROWS = 1001
 LABELS = "y_embedder.embedding_table.weight"
 
 
+#: Parts of the names in FastGen's DiT -> the published ones, to be replaced in this order.
+_FASTGEN_NAMES = {
+    "t_embedder.proj_net": "t_embedder.mlp",
+    "y_embedder.class_embeddings": "y_embedder.embedding_table",
+    "final_layer.projection": "final_layer.linear",
+    "final_layer.adaptive_params": "final_layer.adaLN_modulation",
+    ".conditioning_net.": ".adaLN_modulation.",
+    ".attention.": ".attn.",
+    ".feed_forward.": ".mlp.",
+}
+
+
 class Given(NamedTuple):
     """What tensors do not say, and the caller has to: see `convert`."""
 
     num_classes: int | None = None
     heads: int | None = None
+
+
+def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict that FastGen saved of its DiT under the published names; any other stays as it is."""
+    if "y_embedder.class_embeddings.weight" not in tensors:
+        return dict(tensors)
+    renamed = {}
+    for name, value in tensors.items():
+        for theirs, published in _FASTGEN_NAMES.items():
+            name = name.replace(theirs, published)
+        renamed[name] = value
+    return renamed
 
 
 def transformer_tensors(tensors: Mapping[str, Tensor], config: Mapping[str, Any], source: Path) -> dict[str, Tensor]:

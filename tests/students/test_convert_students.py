@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
 
 from fdistill import distill, load_student, load_teacher
+from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.commands.cli import app
 from fdistill.condition import TextCondition
@@ -347,6 +348,18 @@ def test_nothing_of_a_file_is_run(edm: Path, tmp_path: Path) -> None:
             with pytest.raises(CheckpointError, match=r"refused posix\.system"):
                 convert_any(tmp_path / f"net.{suffix}", tmp_path / "out", "80", elsewhere=known)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_converted_student_is_evaluated(tmp_path: Path) -> None:
+    """Any family that fdistill reads is converted like a checkpoint of its architecture, here the embedded teacher."""
+    weights = load_file(EMBEDDED_TEACHERS["digits"] / "unet" / "diffusion_pytorch_model.safetensors")
+    file = fastgen(tmp_path / "net.pth", net=weights)
+    run("convert", file, "--like", "digits", "--student-level", 80, "--output", tmp_path / "student")
+    scores = run("evaluate", tmp_path / "student", "--num-images", 100, "--device", "cpu")
+    assert "fd_digits" in scores
+    found, teacher = load_student(tmp_path / "student"), load_teacher("digits")
+    noise, labels = torch.randn(4, 1, 8, 8), torch.arange(4)
+    assert torch.equal(found(noise, labels), teacher(80 * noise, torch.full((4,), 80.0), labels))
 
 
 def test_safetensors_are_read_too(edm: Path, tmp_path: Path) -> None:

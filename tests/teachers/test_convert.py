@@ -511,3 +511,31 @@ def test_what_tensors_do_not_say_of_a_dit(tmp_path: Path) -> None:
     assert converted("heads", num_classes=5, heads=12).network.config.num_attention_heads == 12
     with pytest.raises(ArgumentError, match="num_classes: got 5 for a pickle"):
         convert(tmp_path / "network.pkl", tmp_path / "out", num_classes=5)
+
+
+def test_a_transformer_that_fastgen_saved_is_the_same_network(tmp_path: Path) -> None:
+    """Its names are its own, and it estimates its own uncertainty."""
+    tensors = dit_tensors(CHANNELS)
+    theirs = {
+        name.replace("final_layer.adaLN_modulation", "final_layer.adaptive_params")
+        .replace("final_layer.linear", "final_layer.projection")
+        .replace("y_embedder.embedding_table", "y_embedder.class_embeddings")
+        .replace("t_embedder.mlp", "t_embedder.proj_net")
+        .replace(".adaLN_modulation.", ".conditioning_net.")
+        .replace(".attn.", ".attention.")
+        .replace(".mlp.", ".feed_forward."): value
+        for name, value in tensors.items()
+    }
+    assert len(theirs.keys() & tensors.keys()) < 6
+    theirs |= {"logvar_linear.weight": torch.zeros(1, WIDTH), "logvar_linear.bias": torch.zeros(1)}
+    torch.save({"model": {"net": theirs}, "iteration": 1}, tmp_path / "0001000.pth")
+    torch.save(tensors, tmp_path / "SiT.pt")
+    folders = [
+        convert(tmp_path / name, tmp_path / name.split(".")[0], "sit", num_classes=CLASSES)
+        for name in ("0001000.pth", "SiT.pt")
+    ]
+    found, expected = (load_file(folder / "transformer" / WEIGHTS) for folder in folders)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ArgumentError, match=r"family: .* pass 'dit' or 'sit'"):
+        convert(tmp_path / "0001000.pth", tmp_path / "out")

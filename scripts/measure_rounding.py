@@ -5,7 +5,8 @@ python scripts/measure_rounding.py [--minutes 1.5] [--out FILE]
 For each row of CASES a UNet2DModel learns to denoise all digits that come with the package (the teacher T), and a copy
 of it then learns those of classes 0 to 4 alone (the fake score F, of a student that makes these). Both are evaluated in
 float32 and in bf16 at the same noised digits of classes 0 to 4. The share that is rounding is |d' - d|^2 / |d'|^2, with
-d the T - F of float32 and d' that of bf16. GroupNorm runs in float32, as in autocast on a GPU; on a CPU it would not.
+d the T - F of float32 and d' that of bf16. GroupNorm runs in float32, as in autocast on a GPU, not as on a CPU. The
+ideal T - F is that of the exact denoisers of the two sets of images: what both networks would have learnt in the end.
 """
 
 from __future__ import annotations
@@ -134,24 +135,39 @@ def difference(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, x_t: Tensor, t: Te
     return out.reshape(-1, 1, 1, 1) * (first.float() - second.float())
 
 
-def shares(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, images: Tensor, level: float) -> list[float]:
-    """sigma / alpha, the root mean square of T - F, and the shares of rounding that the table's columns name."""
+def exact(x_t: Tensor, images: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The mean of x0 given x_t [B, C, H, W], if all of the images [N, C, H, W] uint8 are equally likely; x0-like."""
+    x0 = to_unit(images).double()
+    distance = torch.cdist(x_t.double().flatten(1), (alpha * x0).flatten(1)).square()
+    return ((-distance / (2 * sigma.double() ** 2)).softmax(1) @ x0.flatten(1)).reshape(x_t.shape)
+
+
+def shares(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, images: tuple[Tensor, Tensor], level: float) -> list[float]:
+    """What a row of the table holds behind its level; `images` are all and those of the student."""
     random = torch.Generator().manual_seed(1)
-    x0 = to_unit(images[torch.randint(len(images), (SAMPLES,), generator=random)])
+    every, few = images
+    x0 = to_unit(few[torch.randint(len(few), (SAMPLES,), generator=random)])
     t = torch.full((SAMPLES,), float(level))
     x_t = add_noise(teacher.schedule, x0, torch.randn(x0.shape, generator=random), t)
     in_bf16 = copy.deepcopy(teacher).to(torch.bfloat16)
-    exact = difference(teacher, fake, x_t, t, bf16=False)
+    unrounded = difference(teacher, fake, x_t, t, bf16=False)
+    alpha, sigma = teacher.schedule.alpha(t[0]), teacher.schedule.sigma(t[0])
+    ideal = exact(x_t, every, alpha, sigma) - exact(x_t, few, alpha, sigma)
+
+    def rms(value: Tensor) -> float:
+        return float(value.square().mean().sqrt())
 
     def share(rounded: Tensor) -> float:
-        return float((rounded - exact).square().mean() / rounded.square().mean())
+        errors.append(rms(rounded - unrounded))
+        return 100 * (errors[-1] / rms(rounded)) ** 2
 
-    found = [float(teacher.schedule.sigma(t[0]) / teacher.schedule.alpha(t[0])), float(exact.square().mean().sqrt())]
+    errors: list[float] = []
+    found = []
     for teacher_of_kind in (teacher, in_bf16):
         for kind in (nn.Conv2d, Float32Conv2d):
             with last_layer((teacher_of_kind, fake), kind):
                 found.append(share(difference(teacher_of_kind, fake, x_t, t, bf16=True)))
-    return found
+    return [float(sigma / alpha), rms(ideal), rms(unrounded), *errors[:2], *found]
 
 
 def table(case: Case, seconds: float) -> str:
@@ -168,12 +184,14 @@ def table(case: Case, seconds: float) -> str:
     lines = [
         f"**{case.title}** ({size:.1f} M parameters, T after {updates} updates, F {UPDATES_OF_F} later)",
         "",
-        "| level | sigma / alpha | T - F, rms | today | last layer fp32 | T's weights bf16 | with last layer fp32 |",
-        "|---|---|---|---|---|---|---|",
+        "| level | sigma / alpha | ideal T - F | T - F | rounding, bf16 | last layer fp32 | share, bf16 | "
+        "last layer fp32 | T's weights bf16 | last layer fp32 |",
+        "|" + 10 * "---|",
     ]
     for level in LEVELS:
-        ratio, rms, *found = shares(teacher, fake, few, level)
-        lines.append(f"| {level} | {ratio:.2f} | {rms:.3g} | " + " | ".join(f"{100 * x:.2g} %" for x in found) + " |")
+        found = shares(teacher, fake, (images, few), level)
+        cells = [f"{value:.3g}" for value in found[:5]] + [f"{value:.2g} %" for value in found[5:]]
+        lines.append(f"| {level} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from fdistill.config.sections import (
     DiscriminatorConfig,
     FakeScoreConfig,
     GeneratorConfig,
+    OptimizerConfig,
     RegressionConfig,
     StudentConfig,
 )
@@ -158,6 +159,16 @@ def check_scores(name: str, condition_dropout: float, fake_score: FakeScoreConfi
         )
     if {fake_score.guidance_scale, fake_score.training_guidance_scale} != {1.0}:
         raise ValueError(f"fake_score.guidance_scale: method={name} evaluates no fake score; expected 1")
+
+
+def check_rates(iterations: int, roles: Mapping[str, OptimizerConfig]) -> None:
+    """Checks that a learning rate which falls has iterations left to fall in after its warm-up."""
+    for role, section in roles.items():
+        if section.lr_schedule != "constant" and section.lr_warmup >= iterations:
+            raise ValueError(
+                f"{role}.lr_warmup: got {section.lr_warmup} of {iterations} iterations, which leaves none for "
+                f"{role}.lr_schedule={section.lr_schedule}; expected fewer, or lr_schedule=constant"
+            )
 
 
 def check_precision(precision: str, frozen_precision: str) -> None:

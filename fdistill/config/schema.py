@@ -25,6 +25,7 @@ from fdistill.config.sections import (
     LogConfig,
     MatchingLevelsConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     Positive,
     RatioConfig,
     RegressionConfig,
@@ -143,6 +144,7 @@ class DistillConfig(Section):
         combinations.check_objective(name, self.divergence, self.generator, self.regression)
         combinations.check_discriminator(name, self.data, self.generator, self.discriminator)
         combinations.check_scores(name, self.condition_dropout, self.fake_score)
+        combinations.check_rates(self.iterations, self.roles)
         combinations.check_precision(self.precision, self.frozen_precision)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
         if isinstance(self.student_level, list) and STUDENT_KINDS[student.generator].steps:
@@ -157,6 +159,11 @@ class DistillConfig(Section):
             if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < math.inf:
                 raise ValueError(f"got {value!r}; expected a level above 0, a list of them, or null")
         return [float(level) for level in levels] if isinstance(value, list) else value
+
+    @property
+    def roles(self) -> dict[str, OptimizerConfig]:
+        """The sections of the roles that are trained, by name."""
+        return {"generator": self.generator, "fake_score": self.fake_score, "discriminator": self.discriminator}
 
     @property
     def student_levels(self) -> tuple[float, ...] | None:

@@ -30,6 +30,10 @@ class OptimizerConfig(Section):
     """AdamW for one role. Before every update its gradients are clipped to the global norm grad_clip."""
 
     lr: Positive = 1e-4
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="what lr does after its warm-up; linear and cosine fall to 0 at the end"
+    )
+    lr_warmup: CountOrZero = Field(default=0, description="iterations in which lr rises to its value, in equal steps")
     beta1: Decay = 0.0
     beta2: Decay = 0.999
     eps: Positive = 1e-8

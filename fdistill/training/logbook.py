@@ -20,6 +20,7 @@ from fdistill.training.build import Distillation
 from fdistill.training.checkpoint import checkpoints, save_checkpoint
 from fdistill.training.curves import save_curves
 from fdistill.training.journal import Journal, append_record, read_records, scalars
+from fdistill.training.rates import changing_rates
 from fdistill.training.run_folder import export_student
 from fdistill.training.sample_grids import save_teacher_grid, student_images
 from fdistill.training.snapshots import save_snapshot
@@ -136,6 +137,7 @@ class Logbook:
             "images_per_second": (iteration - self._first) * self._config.batch_size / seconds,
             "seconds": seconds,
             "data/skipped": skipped,
+            **changing_rates(self._config, iteration - 1, self._run.optimizers),
             **record,
             **scores,
         }

@@ -26,6 +26,7 @@ from fdistill.training.journal import Journal
 from fdistill.training.logbook import Logbook
 from fdistill.training.optimise import Role
 from fdistill.training.prompts import Obtain, encode, open_prompts
+from fdistill.training.rates import learning_rate
 from fdistill.training.run_folder import check_output, export_student, prepare_folder, resume_from
 
 if TYPE_CHECKING:
@@ -109,10 +110,7 @@ def open_watch(run: Distillation, obtain: Obtain = encode) -> Watch | None:
 def train(run: Distillation, data: TrainingData, logbook: Logbook) -> None:
     """Trains from the run's current iteration to the config's last."""
     config, generator = run.config, torch.Generator(run.device)
-    roles = {
-        name: Role(run.role(name), optimizer, getattr(config, name).grad_clip)
-        for name, optimizer in run.optimizers.items()
-    }
+    roles = {name: Role(run.role(name), optimizer) for name, optimizer in run.optimizers.items()}
     first_batch = run.iteration * config.critic_steps
     with data.loader(config, run.networks.teacher, first_batch) as loader, logbook, progress_bar(run) as bar:
         batches = Batches(run, data, loader)
@@ -132,6 +130,9 @@ def iterate(
 ) -> None:
     """One iteration: the critic's updates, then the student's update, then the update of its averaged weights."""
     config = run.config
+    for name, role in roles.items():
+        section = config.roles[name]
+        role.settle(section, learning_rate(section, run.iteration, config.iterations))
     generator.manual_seed(rng.derived_seed(config.seed, rng.Stream.STEP, run.iteration))
     # Dropout draws from the global generator, and must draw different numbers in each process.
     torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))

@@ -1,0 +1,39 @@
+"""Learning rates. They are functions of the iteration, so that a resumed run needs no state of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from fdistill.config.schema import DistillConfig
+from fdistill.config.sections import OptimizerConfig
+
+
+def learning_rate(section: OptimizerConfig, iteration: int, iterations: int) -> float:
+    """The learning rate of one iteration.
+
+    With W = lr_warmup, iteration i < W has (i + 1) / W of lr. Afterwards "linear" has 1 - s of it, and "cosine"
+    (1 + cos(pi s)) / 2, where s = (i - W) / (iterations - W): the first iteration after the warm-up has all of lr, and
+    0 would come after the last.
+
+    Args:
+        iteration: its number i, from 0.
+        iterations: how many there are.
+    """
+    warmup = section.lr_warmup
+    if iteration < warmup:
+        return section.lr * (iteration + 1) / warmup
+    if section.lr_schedule == "constant":
+        return section.lr
+    share = (iteration - warmup) / (iterations - warmup)
+    return section.lr * (1 - share if section.lr_schedule == "linear" else (1 + math.cos(math.pi * share)) / 2)
+
+
+def changing_rates(config: DistillConfig, iteration: int, roles: Iterable[str]) -> dict[str, float]:
+    """{"role/lr": the rate of an iteration}, of those of the roles whose rate is not the same in the whole run."""
+    sections = {name: config.roles[name] for name in roles}
+    return {
+        f"{name}/lr": learning_rate(section, iteration, config.iterations)
+        for name, section in sections.items()
+        if section.lr_schedule != "constant" or section.lr_warmup
+    }

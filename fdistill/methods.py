@@ -37,7 +37,7 @@ class Method:
     Attributes:
         student: the student's update, as "module:function".
         summary: a description of one line.
-        critic: the critic's update, as "module:function".
+        critic: the critic's update, as "module:function"; None for a method that trains the student alone.
         divergence: the default divergence; None for a method whose divergence is fixed.
         discriminator: whether it may have a GAN term or read a density ratio.
         with_gan: for a method without one, the method to suggest to those who ask for a GAN term.
@@ -54,7 +54,7 @@ class Method:
 
     student: str
     summary: str
-    critic: str = "fdistill.step.critic:critic_step"
+    critic: str | None = "fdistill.step.critic:critic_step"
     divergence: str | None = None
     discriminator: bool = False
     with_gan: str = "f-distill"

@@ -36,6 +36,7 @@ def describe(config: DistillConfig) -> str:
             *_networks(run),
             f"iterations     {config.iterations}, each {config.critic_steps} critic updates and then 1 student update "
             f"of {config.batch_size} samples",
+            *(f"stage {stage.number:<9}{stage.describe()}" for stage in run.stages if config.stages),
             *(f"beforehand     {sentence}" for sentence in _preparations(run, plan)),
             *evaluation,
             f"device         {device}, {config.precision}, {state.num_processes} process(es)",

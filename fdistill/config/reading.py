@@ -71,6 +71,9 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
                     f"override {text!r}: expected key=value, as in divergence=forward-kl or generator.lr=1e-5"
                 )
             pairs.append((key, _parse_yaml(value, f"override {text!r}")))
+    given = {key for key, _ in pairs}
+    if "stages" in given and "iterations" not in given:
+        values.pop("iterations", None)  # the file's, of a run without these stages
     for key, value in pairs:
         _set(values, key, value)
     if written_for is not None and values["method"] != written_for:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -38,7 +38,8 @@ from fdistill.training import checks
 from fdistill.training.activation_checkpointing import checkpoint_activations
 from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fdistill.training.prompts import Obtain, encode, open_inputs
-from fdistill.training.updates import Update, critic_update, student_update
+from fdistill.training.stages import Stage, make_stages, stage_at, trained_roles
+from fdistill.training.updates import Update
 
 if TYPE_CHECKING:
     from fdistill.training.clip_loss import ClipHinge
@@ -70,15 +71,34 @@ class Distillation:
     text: Captions | None
     none: TextCondition | int | None
     clip: ClipHinge | None
-    divergence: Divergence
     networks: Networks
     student: Student
     optimizers: dict[str, torch.optim.AdamW]
     ema: EMA
     ratio: DensityRatio
-    critic_update: Update
-    student_update: Update
+    stages: tuple[Stage, ...]
     iteration: int = 0
+
+    @property
+    def stage(self) -> Stage:
+        """The stage in which the iteration lies."""
+        return stage_at(self.stages, self.iteration)
+
+    @property
+    def divergence(self) -> Divergence:
+        """Of the stage."""
+        return self.stage.divergence
+
+    @property
+    def critic_update(self) -> Update:
+        """Of the stage, whose method must have one."""
+        assert self.stage.critic_update is not None
+        return self.stage.critic_update
+
+    @property
+    def student_update(self) -> Update:
+        """Of the stage."""
+        return self.stage.student_update
 
     @property
     def image_size(self) -> int:
@@ -168,11 +188,11 @@ def build(config: DistillConfig, device: torch.device, obtain: Obtain = encode) 
         ConfigError: settings do not fit one another or the teacher.
         CheckpointError: the teacher, or what the student starts from, cannot be read.
     """
-    divergence = checks.read_divergence(config)
+    divergences = [checks.read_divergence(stage) for stage in config.stage_configs()]
     loaded = _load(config, device, obtain)
     torch.manual_seed(config.seed)
     try:
-        return _assemble(config, device, divergence, loaded)
+        return _assemble(config, device, divergences, loaded)
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
 
@@ -192,18 +212,24 @@ def _load(config: DistillConfig, device: torch.device, obtain: Obtain) -> _Loade
     return _Loaded(teacher, stored, text)
 
 
-def _assemble(config: DistillConfig, device: torch.device, divergence: Divergence, loaded: _Loaded) -> Distillation:
+def _assemble(
+    config: DistillConfig, device: torch.device, divergences: Sequence[Divergence], loaded: _Loaded
+) -> Distillation:
     denoiser, latents, text = loaded.teacher.denoiser, loaded.teacher.latents, loaded.text
-    checks.check_teacher(config, denoiser)
+    stages = config.stage_configs()
+    for stage in stages:
+        checks.check_teacher(stage, denoiser)
     null = loaded.null(device)
     if denoiser.embedded_guidance is not None:
         denoiser.embedded_guidance = config.guidance_scale
     trained = _trained_networks(config, loaded.teacher, device)
     student = KINDS[config.student.generator].make(trained.student, config.student_levels)
-    networks = _networks(config, denoiser, trained.fake_score, student, null)
+    roles = {role for stage in stages for role in trained_roles(stage)}
+    has_heads = "discriminator" in roles
+    networks = _networks(config, denoiser, trained.fake_score, student, null, has_discriminator=has_heads)
     if networks.discriminator is not None:
         networks.discriminator.to(device)
-    if not METHODS[config.method].scores:
+    if not all(METHODS[stage.method].scores for stage in stages):
         with autocast(device, config.precision):
             _freeze_beyond(trained.fake_score, config.discriminator.features)
     ratio = _density_ratio(config, denoiser.schedule)
@@ -217,15 +243,13 @@ def _assemble(config: DistillConfig, device: torch.device, divergence: Divergenc
         latents_folder=loaded.latents_folder,
         text=text,
         none=denoiser.null_class if text is None else null,
-        clip=_clip_hinge(config, latents, device),
-        divergence=divergence,
+        clip=_clip_hinge(config, latents, device) if any(stage.clip_loss.weight for stage in stages) else None,
         networks=networks,
         student=student,
-        optimizers=_optimizers(config, networks),
+        optimizers=_optimizers(config, networks, roles),
         ema=EMA(student, config.ema.decays, config.ema.sigma_rel),
         ratio=ratio,
-        critic_update=critic_update(config, networks),
-        student_update=student_update(config, networks, divergence, ratio),
+        stages=make_stages(config, networks, divergences, ratio),
     )
 
 
@@ -292,9 +316,15 @@ def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) 
 
 
 def _networks(
-    config: DistillConfig, frozen: Denoiser, fake_score: Denoiser, student: Student, null: TextCondition | None
+    config: DistillConfig,
+    frozen: Denoiser,
+    fake_score: Denoiser,
+    student: Student,
+    null: TextCondition | None,
+    *,
+    has_discriminator: bool,
 ) -> Networks:
-    """The roles: guided if the config has a guidance scale, and with a discriminator if gan_weight is above 0."""
+    """The roles: guided if the config has a guidance scale."""
 
     def guided(denoiser: Denoiser, scale: float) -> Denoiser:
         if scale == 1:
@@ -306,7 +336,7 @@ def _networks(
     learning = guided(fake_score, config.fake_score.training_guidance_scale)
     discriminator: Discriminator | ChannelMean | None = None
     tapped = fake_score if config.discriminator.source == "fake" else teacher
-    if config.discriminator.gan_weight > 0:
+    if has_discriminator:
         head = Discriminator if config.discriminator.head == "convolutional" else ChannelMean
         discriminator = head(tapped, config.discriminator.features)
     return Networks(
@@ -340,20 +370,18 @@ def _density_ratio(config: DistillConfig, schedule: NoiseSchedule) -> DensityRat
     return DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)
 
 
-def _clip_hinge(config: DistillConfig, latents: LatentSpace | None, device: torch.device) -> ClipHinge | None:
+def _clip_hinge(config: DistillConfig, latents: LatentSpace | None, device: torch.device) -> ClipHinge:
     loss = config.clip_loss
-    if not loss.weight:
-        return None
     assert loss.weights is not None
     from fdistill.training.clip_loss import ClipHinge, load_clip
 
     return ClipHinge(*load_clip(loss.model, loss.weights), latents, margin=loss.margin).to(device)
 
 
-def _optimizers(config: DistillConfig, networks: Networks) -> dict[str, torch.optim.AdamW]:
-    """An AdamW optimiser for each role that has trainable parameters."""
+def _optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, torch.optim.AdamW]:
+    """An AdamW optimiser for each of the roles that has trainable parameters."""
     found: dict[str, torch.optim.AdamW] = {}
-    for role in ROLES:
+    for role in (role for role in ROLES if role in roles):
         module, section = getattr(networks, role), getattr(config, role)
         trained = [] if module is None else [p for p in module.parameters() if p.requires_grad]
         if trained:

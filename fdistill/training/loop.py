@@ -26,8 +26,8 @@ from fdistill.training.journal import Journal
 from fdistill.training.logbook import Logbook
 from fdistill.training.optimise import Role
 from fdistill.training.prompts import Obtain, encode, open_prompts
-from fdistill.training.rates import learning_rate
 from fdistill.training.run_folder import check_output, export_student, prepare_folder, resume_from
+from fdistill.training.stages import batches_before, settle_ratio
 
 if TYPE_CHECKING:
     from evaluation.watch import Watch
@@ -111,7 +111,7 @@ def train(run: Distillation, data: TrainingData, logbook: Logbook) -> None:
     """Trains from the run's current iteration to the config's last."""
     config, generator = run.config, torch.Generator(run.device)
     roles = {name: Role(run.role(name), optimizer) for name, optimizer in run.optimizers.items()}
-    first_batch = run.iteration * config.critic_steps
+    first_batch = batches_before(run.stages, run.iteration)
     with data.loader(config, run.networks.teacher, first_batch) as loader, logbook, progress_bar(run) as bar:
         batches = Batches(run, data, loader)
         while run.iteration < config.iterations:
@@ -129,14 +129,15 @@ def iterate(
     journal: Journal,
 ) -> None:
     """One iteration: the critic's updates, then the student's update, then the update of its averaged weights."""
-    config = run.config
+    config, stage = run.config, run.stage
+    roles = {name: role for name, role in roles.items() if name in stage.roles}
     for name, role in roles.items():
-        section = config.roles[name]
-        role.settle(section, learning_rate(section, run.iteration, config.iterations))
+        role.settle(stage.config.roles[name], stage.rate(name, run.iteration))
+    settle_ratio(run.ratio, stage.config)
     generator.manual_seed(rng.derived_seed(config.seed, rng.Stream.STEP, run.iteration))
     # Dropout draws from the global generator, and must draw different numbers in each process.
     torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
-    for number in range(config.critic_steps):
+    for number in range(stage.critic_steps):
         with autocast(generator.device, config.precision):
             result = run.critic_update(generator=generator, **batches.critic(number))
         update(result, {name: role for name, role in roles.items() if name != "generator"}, journal)

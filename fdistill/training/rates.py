@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
-from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import OptimizerConfig
 
 
@@ -29,11 +27,6 @@ def learning_rate(section: OptimizerConfig, iteration: int, iterations: int) -> 
     return section.lr * (1 - share if section.lr_schedule == "linear" else (1 + math.cos(math.pi * share)) / 2)
 
 
-def changing_rates(config: DistillConfig, iteration: int, roles: Iterable[str]) -> dict[str, float]:
-    """{"role/lr": the rate of an iteration}, of those of the roles whose rate is not the same in the whole run."""
-    sections = {name: config.roles[name] for name in roles}
-    return {
-        f"{name}/lr": learning_rate(section, iteration, config.iterations)
-        for name, section in sections.items()
-        if section.lr_schedule != "constant" or section.lr_warmup
-    }
+def is_constant(section: OptimizerConfig) -> bool:
+    """Whether every iteration has the same learning rate."""
+    return section.lr_schedule == "constant" and not section.lr_warmup

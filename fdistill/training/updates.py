@@ -20,10 +20,13 @@ from fdistill.step import LevelDraw, Networks, StepResult
 Update = Callable[..., StepResult]
 
 
-def critic_update(config: DistillConfig, networks: Networks) -> Update:
-    """The critic's update as a function (real x0, condition, generator, ...) -> StepResult."""
+def critic_update(config: DistillConfig, networks: Networks) -> Update | None:
+    """The critic's update as a function (real x0, condition, generator, ...) -> StepResult; None without a critic."""
+    critic = METHODS[config.method].critic
+    if critic is None:
+        return None
     return _bound(
-        METHODS[config.method].critic,
+        critic,
         networks,
         _critic_arguments(config, networks),
         {

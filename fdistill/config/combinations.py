@@ -114,7 +114,7 @@ def _check_absent(name: str, generator: GeneratorConfig, discriminator: Discrimi
                 f"or method={METHODS[name].with_gan}"
             )
     default = DiscriminatorConfig()
-    for setting in ("source", "features", "head", "gan_weighting", "r1_weight"):
+    for setting in ("checkpoint", "source", "features", "head", "gan_weighting", "r1_weight"):
         value = getattr(discriminator, setting)
         if value != getattr(default, setting):
             raise ValueError(

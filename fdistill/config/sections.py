@@ -57,6 +57,10 @@ class LoRAConfig(Section):
 class FakeScoreConfig(OptimizerConfig, LoRAConfig):
     """The fake-score network, which keeps learning to denoise the student's samples."""
 
+    checkpoint: str | None = Field(
+        default=None,
+        description="checkpoint to start from, or a run's folder for its last fake score; null is the teacher",
+    )
     weighting: Weighting = "edm"
     min_snr_gamma: Positive = 5.0
     guidance_scale: Positive = Field(
@@ -71,6 +75,9 @@ class FakeScoreConfig(OptimizerConfig, LoRAConfig):
 class DiscriminatorConfig(OptimizerConfig):
     """Heads on features of the fake-score network ("fake") or of the teacher."""
 
+    checkpoint: str | None = Field(
+        default=None, description="a run's folder, whose last discriminator to start from; null is a new one"
+    )
     source: Literal["fake", "teacher"] = "fake"
     features: list[str] = Field(default=["mid"], min_length=1)
     head: Literal["convolutional", "channel-mean"] = "convolutional"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
+from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.adapters.resize import Resized, resized
 from fdistill.base.devices import autocast
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
-from fdistill.base.state_dicts import load_exactly, take
+from fdistill.base.state_dicts import take
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LoRAConfig
@@ -39,6 +39,7 @@ from fdistill.training.activation_checkpointing import checkpoint_activations
 from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
 from fdistill.training.prompts import Obtain, encode, open_inputs
 from fdistill.training.stages import Stage, make_stages, stage_at, trained_roles
+from fdistill.training.starts import load_trained, open_start, start_roles
 from fdistill.training.updates import Update
 
 if TYPE_CHECKING:
@@ -139,9 +140,7 @@ class Distillation:
                 "delete that folder to resume from the one before it"
             )
         for name, optimizer in self.optimizers.items():
-            untrained = self.role(name).state_dict().keys() - trained_state(self.role(name)).keys()
-            own = {key: value for key, value in self.role(name).state_dict().items() if key in untrained}
-            load_exactly(self.role(name), {**own, **take(tensors, name)}, f"{what}, {name}")
+            load_trained(self.role(name), take(tensors, name), f"{what}, {name}")
             load_optimizer_tensors(optimizer, take(tensors, f"optimizer.{name}"))
         self.ema.load_state_dict(take(tensors, "ema"))
         self.ratio.bins = tensors["ratio.bins"].to(self.ratio.bins.device)
@@ -232,6 +231,7 @@ def _assemble(
     if not all(METHODS[stage.method].scores for stage in stages):
         with autocast(device, config.precision):
             _freeze_beyond(trained.fake_score, config.discriminator.features)
+    start_roles(config, networks, denoiser)
     ratio = _density_ratio(config, denoiser.schedule)
     return Distillation(
         config=config,
@@ -291,12 +291,7 @@ def _student_network(
     origin, start = teacher.checkpoint, own
     if config.student.checkpoint is not None:
         origin = resolve_checkpoint(config.student.checkpoint)
-        start = load_denoiser(origin, null_class=config.null_class)
-        if start.text_shapes is not None:
-            start.resize(teacher.denoiser.sample_shape[-1])
-        if start.embedded_guidance is not None:
-            start.embedded_guidance = config.guidance_scale
-        checks.check_alike(origin.name, start, teacher.denoiser)
+        start = open_start(config, origin, teacher.denoiser, "student.checkpoint")
         start.latent_scaling = teacher.denoiser.latent_scaling
     if config.student.network:
         changed = resized(start or teacher.denoiser, config.student.network)

@@ -89,16 +89,16 @@ def _check_guidance(config: DistillConfig, embedded: bool) -> None:
                 raise ConfigError(f"{name}: got {value!r}, but guidance is off; expected guidance_scale above 1")
 
 
-def check_alike(name: str, student: Denoiser, teacher: Denoiser) -> None:
-    """Checks the checkpoint `name` that the student starts from.
+def check_alike(setting: str, name: str, start: Denoiser, teacher: Denoiser) -> None:
+    """Checks the checkpoint `name` that a role starts from, as `setting` says.
 
     Raises:
         ConfigError: its sample shape, number of classes or kind of prompts is not the teacher's.
     """
-    alike = [(each.sample_shape, each.num_classes, (each.text_shapes or {}).keys()) for each in (student, teacher)]
+    alike = [(each.sample_shape, each.num_classes, (each.text_shapes or {}).keys()) for each in (start, teacher)]
     if alike[0] != alike[1]:
         raise ConfigError(
-            f"student.checkpoint {name!r}: makes samples {student.sample_shape} of {student.num_classes} "
+            f"{setting} {name!r}: makes samples {start.sample_shape} of {start.num_classes} "
             f"classes, the teacher {teacher.sample_shape} of {teacher.num_classes}; expected the same of both, and "
             "prompts for both or none"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,7 +29,7 @@ from fdistill.guidance import GuidedDenoiser
 from fdistill.methods import METHODS
 from fdistill.noise import NoiseSchedule, noise_to_signal_range
 from fdistill.ratio import DensityRatio
-from fdistill.step import ROLES, Networks
+from fdistill.step import Networks
 from fdistill.students.kinds import KINDS
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
 from fdistill.teachers.autoencoder import LatentSpace, image_shape
@@ -37,6 +37,7 @@ from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.training import checks
 from fdistill.training.activation_checkpointing import checkpoint_activations
 from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
+from fdistill.training.optimise import make_optimizers
 from fdistill.training.prompts import Obtain, encode, open_inputs
 from fdistill.training.stages import Stage, make_stages, stage_at, trained_roles
 from fdistill.training.starts import load_trained, open_start, start_roles
@@ -246,7 +247,7 @@ def _assemble(
         clip=_clip_hinge(config, latents, device) if any(stage.clip_loss.weight for stage in stages) else None,
         networks=networks,
         student=student,
-        optimizers=_optimizers(config, networks, roles),
+        optimizers=make_optimizers(config, networks, roles),
         ema=EMA(student, config.ema.decays, config.ema.sigma_rel),
         ratio=ratio,
         stages=make_stages(config, networks, divergences, ratio),
@@ -371,21 +372,3 @@ def _clip_hinge(config: DistillConfig, latents: LatentSpace | None, device: torc
     from fdistill.training.clip_loss import ClipHinge, load_clip
 
     return ClipHinge(*load_clip(loss.model, loss.weights), latents, margin=loss.margin).to(device)
-
-
-def _optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, torch.optim.AdamW]:
-    """An AdamW optimiser for each of the roles that has trainable parameters."""
-    found: dict[str, torch.optim.AdamW] = {}
-    for role in (role for role in ROLES if role in roles):
-        module, section = getattr(networks, role), getattr(config, role)
-        trained = [] if module is None else [p for p in module.parameters() if p.requires_grad]
-        if trained:
-            found[role] = torch.optim.AdamW(
-                trained,
-                lr=section.lr,
-                betas=(section.beta1, section.beta2),
-                eps=section.eps,
-                weight_decay=section.weight_decay,
-                fused=True,
-            )
-    return found

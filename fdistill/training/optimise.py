@@ -1,13 +1,17 @@
-"""One optimiser step of a role: gradients averaged over processes, clipped, applied."""
+"""Optimisers, and one step of a role: gradients averaged over processes, clipped, applied."""
 
 from __future__ import annotations
+
+from collections.abc import Set
 
 import torch
 from torch import Tensor, nn
 
 from fdistill.base.distributed import average_gradients
+from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import OptimizerConfig
 from fdistill.denoiser import Denoiser
+from fdistill.step import ROLES, Networks
 
 
 class Role:
@@ -34,3 +38,21 @@ class Role:
         for denoiser in self._denoisers:
             denoiser.after_update()
         return norm
+
+
+def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, torch.optim.AdamW]:
+    """An AdamW optimiser for each of the roles that has trainable parameters."""
+    found: dict[str, torch.optim.AdamW] = {}
+    for role in (role for role in ROLES if role in roles):
+        module, section = getattr(networks, role), getattr(config, role)
+        trained = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        if trained:
+            found[role] = torch.optim.AdamW(
+                trained,
+                lr=section.lr,
+                betas=(section.beta1, section.beta2),
+                eps=section.eps,
+                weight_decay=section.weight_decay,
+                fused=True,
+            )
+    return found

@@ -95,7 +95,7 @@ def test_adapters_start_from_a_runs_adapters(tiny_teacher: Path, tmp_path: Path)
     assert any(bool(value.any()) for name, value in wanted.items() if "lora_B" in name)
     for name, value in wanted.items():
         assert torch.equal(made.networks.fake_score.state_dict()[name], value), name
-    with pytest.raises(ConfigError, match="a whole network, but fake_score.lora_rank=2 trains adapters"):
+    with pytest.raises(ConfigError, match=r"a whole network, but fake_score\.lora_rank=2 trains adapters"):
         built(tiny_teacher, **adapters, **{"fake_score.checkpoint": str(folder / "student")})
     with pytest.raises(CheckpointError, match=r"fake_score\.checkpoint .*weights do not fit this architecture"):
         built(tiny_teacher, **{"fake_score.checkpoint": str(folder)})

@@ -139,6 +139,14 @@ METHODS: dict[str, Method] = {
         options={"detach_weight": Option(False)},
         settings={**_SID_LEVELS, "critic_steps": 1, "generator": {"gan_weight": 1e-4}},
     ),
+    "regression": Method(
+        "fdistill.step.regression:regression_step",
+        "regression on the teacher's own ODE pairs, nothing else: a warm-up before another method",
+        critic=None,
+        weighting=False,
+        pairs=True,
+        settings={**_NO_GAN, "regression": {"weight": 1.0}},
+    ),
     "diffratio": Method(
         "fdistill.step.diffratio:diffratio_step",
         "no score networks: the gradient of a classifier of student against data over noise levels",

@@ -151,13 +151,12 @@ def _check_trained(name: str, data: str | None, generator: GeneratorConfig, disc
 
 def check_scores(name: str, condition_dropout: float, fake_score: FakeScoreConfig) -> None:
     """Checks that a method without score networks has no condition dropout and no guidance of the fake score."""
-    if METHODS[name].scores:
-        return
-    if condition_dropout:
+    method = METHODS[name]
+    if condition_dropout and (method.critic is None or not method.scores):
         raise ValueError(
             f"condition_dropout: got {condition_dropout}, but method={name} trains no fake score; expected 0"
         )
-    if {fake_score.guidance_scale, fake_score.training_guidance_scale} != {1.0}:
+    if not method.scores and {fake_score.guidance_scale, fake_score.training_guidance_scale} != {1.0}:
         raise ValueError(f"fake_score.guidance_scale: method={name} evaluates no fake score; expected 1")
 
 

@@ -207,8 +207,17 @@ def check_data(
         )
 
 
-def check_same_start(teacher: Denoiser, student: Student) -> None:
-    """Checks that the teacher's sampler can start from the student's noise; raises ConfigError."""
+def pairs_start(teacher: Denoiser, student: Student) -> float:
+    """The level from which the teacher's sampler makes the student's pairs.
+
+    It is the student's own level if the student's input there, start(level) times noise, is pure noise to the teacher
+    as well. Where the teacher would expect signal in it, as a variance-preserving one does below its last levels, it is
+    the teacher's highest level: the level then only tells the student's network that it is asked for an image (DMD2's
+    SDXL student at timestep 399 learns from samples of the whole ODE).
+
+    Raises:
+        ConfigError: the student's level means another noise to the teacher.
+    """
     level = torch.tensor(student.levels[0], dtype=torch.float64)
     own, others = student.denoiser.schedule, teacher.schedule
     mine, theirs = (torch.stack([s.start(level), s.alpha(level), s.sigma(level)]) for s in (own, others))
@@ -218,8 +227,4 @@ def check_same_start(teacher: Denoiser, student: Student) -> None:
             "to the teacher; expected a student with the teacher's noise schedule, or a method without regression"
         )
     start, sigma = theirs[0].item(), theirs[2].item()
-    if abs(start - sigma) > 0.05 * sigma:
-        raise ConfigError(
-            f"regression.weight: pairs start at the student's level {student.levels[0]:g} from pure noise, where the "
-            "teacher's sampler expects signal as well; expected student_level=null, or a method without regression"
-        )
+    return student.levels[0] if abs(start - sigma) <= 0.05 * sigma else others.t_max

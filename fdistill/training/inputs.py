@@ -102,8 +102,8 @@ def pair_samples(run: Distillation) -> SampleSet | None:
     """
     if not any(stage.config.regression.weight for stage in run.stages):
         return None
-    checks.check_same_start(run.networks.teacher, run.student)
-    return _sample_set(run, run.config.regression.pairs, run.student.levels[0])
+    start = checks.pairs_start(run.networks.teacher, run.student)
+    return _sample_set(run, run.config.regression.pairs, start)
 
 
 def training_data(run: Distillation) -> TrainingData:

@@ -333,6 +333,15 @@ def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Pat
         ({"method": "regression", "condition_dropout": 0.1}, "condition_dropout: .*method=regression trains no fake"),
         ({"method": "regression", "student_level": [2.5, 0.5]}, "method=regression trains one-step students"),
         ({"method": "regression", "regression.weight": 0.0}, "regression.weight: method=regression needs it"),
+        (
+            {"method": "sid", "discriminator.r1": "approximate"},
+            "discriminator.r1: got 'approximate', but method=sid has no discriminator",
+        ),
+        ({"discriminator.r1": "approximate"}, "discriminator.r1: got 'approximate', which nothing reads"),
+        (
+            {"discriminator.r1_weight": 1.0, "discriminator.r1_sigma": 0.3},
+            "discriminator.r1_sigma: got 0.3, which nothing reads; expected discriminator.r1=approximate",
+        ),
         ({"method": "sid", "objective.alpha": None}, "objective.alpha: method=sid needs it"),
         (
             {"method": "sid", "divergence": "js"},

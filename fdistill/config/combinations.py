@@ -102,6 +102,14 @@ def check_discriminator(
         _check_trained(name, data, generator, discriminator)
     else:
         _check_absent(name, generator, discriminator)
+    default = DiscriminatorConfig()
+    for setting in ("r1", "r1_sigma"):
+        unread = not discriminator.r1_weight or (setting == "r1_sigma" and discriminator.r1 == "exact")
+        if unread and getattr(discriminator, setting) != getattr(default, setting):
+            raise ValueError(
+                f"discriminator.{setting}: got {getattr(discriminator, setting)!r}, which nothing reads; expected "
+                "discriminator.r1=approximate with discriminator.r1_weight above 0 as well"
+            )
     if discriminator.head == "channel-mean" and discriminator.source != "fake":
         raise ValueError("discriminator.source: the channel-mean head has no weights to train; expected fake")
 
@@ -114,7 +122,7 @@ def _check_absent(name: str, generator: GeneratorConfig, discriminator: Discrimi
                 f"or method={METHODS[name].with_gan}"
             )
     default = DiscriminatorConfig()
-    for setting in ("checkpoint", "source", "features", "head", "gan_weighting", "r1_weight"):
+    for setting in ("checkpoint", "source", "features", "head", "gan_weighting", "r1_weight", "r1", "r1_sigma"):
         value = getattr(discriminator, setting)
         if value != getattr(default, setting):
             raise ValueError(

@@ -85,7 +85,17 @@ class DiscriminatorConfig(OptimizerConfig):
         default=1e-2, description="weight of the discriminator's loss in the critic's; 0 turns it off"
     )
     gan_weighting: Weighting = "uniform"
-    r1_weight: NonNegative = Field(default=0.0, description="gamma of the R1 penalty on noised data; 0 turns it off")
+    r1_weight: NonNegative = Field(
+        default=0.0,
+        description="weight of the R1 penalty on noised data: gamma of the exact one; 100 to 1000 is usual for the "
+        "approximate one; 0 turns it off",
+    )
+    r1: Literal["exact", "approximate"] = Field(
+        default="exact",
+        description="penalise the gradient of the logit, or how far the logits move under a little noise, which needs "
+        "no second derivative",
+    )
+    r1_sigma: Positive = Field(default=0.1, description="standard deviation of the noise of the approximate penalty")
 
 
 class GeneratorConfig(OptimizerConfig):

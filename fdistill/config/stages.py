@@ -28,7 +28,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "objective": None,
     "generator": set(GeneratorConfig.model_fields),
     "fake_score": _OPTIMIZER | {"weighting", "min_snr_gamma"},
-    "discriminator": _OPTIMIZER | {"gan_weight", "gan_weighting", "r1_weight"},
+    "discriminator": _OPTIMIZER | {"gan_weight", "gan_weighting", "r1_weight", "r1", "r1_sigma"},
     "regression": {"weight"},
     "clip_loss": {"weight"},
     "student": {"noise_kl_weight"},

@@ -36,6 +36,7 @@ def critic_update(config: DistillConfig, networks: Networks) -> Update | None:
             "gan_weight": config.discriminator.gan_weight,
             "gan_weighting": config.discriminator.gan_weighting,
             "r1_weight": config.discriminator.r1_weight,
+            "r1_sigma": config.discriminator.r1_sigma if config.discriminator.r1 == "approximate" else None,
         },
     )
 

@@ -74,6 +74,10 @@ CRITIC_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gan weight": ({"discriminator.gan_weight": 0.3}, {"gan_weight": 0.3}),
     "gan weighting": ({"discriminator.gan_weighting": "edm"}, {"gan_weighting": "edm"}),
     "r1": ({"discriminator.r1_weight": 5.0}, {"r1_weight": 5.0}),
+    "approximate r1": (
+        {"discriminator": {"r1_weight": 5.0, "r1": "approximate", "r1_sigma": 0.2}},
+        {"r1_weight": 5.0, "r1_sigma": 0.2},
+    ),
     **{
         name: ({"critic_levels": {"sampler": name, **given}}, {"levels": levels})
         for name, (given, levels) in LEVELS.items()
@@ -92,6 +96,7 @@ def test_settings_of_the_critic_reach_its_step(tiny_teacher: Path, name: str) ->
         "gan_weight": 1e-2,
         "gan_weighting": "uniform",
         "r1_weight": 0.0,
+        "r1_sigma": None,
     }
     step = partial(critic_step, made.networks)
     found = loss_of(made.critic_update, real_x0(), LABELS)
@@ -104,9 +109,13 @@ def test_settings_of_the_critic_reach_its_step(tiny_teacher: Path, name: str) ->
     ("settings", "options"),
     [
         ({"discriminator.r1_weight": 5.0}, {"r1_weight": 5.0}),
+        (
+            {"discriminator": {"r1_weight": 5.0, "r1": "approximate"}},
+            {"r1_weight": 5.0, "r1_sigma": 0.1},
+        ),
         ({"critic_levels": {"sampler": "lognormal", "mean": 0.3}}, {"levels": partial(lognormal_levels, mean=0.3)}),
     ],
-    ids=["r1", "levels"],
+    ids=["r1", "approximate r1", "levels"],
 )
 def test_settings_of_diffratios_classifier_reach_its_step(
     tiny_teacher: Path, settings: dict[str, Any], options: dict[str, Any]

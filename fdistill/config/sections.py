@@ -41,6 +41,14 @@ class OptimizerConfig(Section):
     grad_clip: Positive = 10.0
 
 
+class MicroBatchConfig(Section):
+    """How much of a batch an update computes at a time; gradients are accumulated over the whole batch."""
+
+    micro_batch: Count | None = Field(
+        default=None, description="samples that a process computes at a time; null is all of its batch at once"
+    )
+
+
 class LoRAConfig(Section):
     """Adapters on a frozen network that is shared with the teacher (LoRA, arXiv 2106.09685)."""
 
@@ -54,7 +62,7 @@ class LoRAConfig(Section):
     )
 
 
-class FakeScoreConfig(OptimizerConfig, LoRAConfig):
+class FakeScoreConfig(OptimizerConfig, MicroBatchConfig, LoRAConfig):
     """The fake-score network, which keeps learning to denoise the student's samples."""
 
     checkpoint: str | None = Field(
@@ -98,7 +106,7 @@ class DiscriminatorConfig(OptimizerConfig):
     r1_sigma: Positive = Field(default=0.1, description="standard deviation of the noise of the approximate penalty")
 
 
-class GeneratorConfig(OptimizerConfig):
+class GeneratorConfig(OptimizerConfig, MicroBatchConfig):
     """The optimiser and the loss of the student."""
 
     gan_weight: NonNegative = Field(

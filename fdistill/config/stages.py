@@ -27,7 +27,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "critic_steps": None,
     "objective": None,
     "generator": set(GeneratorConfig.model_fields),
-    "fake_score": _OPTIMIZER | {"weighting", "min_snr_gamma"},
+    "fake_score": _OPTIMIZER | {"micro_batch", "weighting", "min_snr_gamma"},
     "discriminator": _OPTIMIZER | {"gan_weight", "gan_weighting", "r1_weight", "r1", "r1_sigma"},
     "regression": {"weight"},
     "clip_loss": {"weight"},

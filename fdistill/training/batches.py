@@ -17,6 +17,7 @@ from fdistill.data import Batch, EpochOrder
 from fdistill.step import Pairs
 from fdistill.training.build import Distillation
 from fdistill.training.inputs import TrainingData
+from fdistill.training.parts import ImageLoss
 from fdistill.training.stages import discriminator_age
 
 
@@ -132,4 +133,4 @@ class Batches:
         if clip is None or text is None or not weight:
             return {}
         features = clip.encode_prompts(text.prompts(rows))
-        return {"image_loss": lambda x0: clip(x0, features), "image_weight": weight}
+        return {"image_loss": ImageLoss(clip, features), "image_weight": weight}

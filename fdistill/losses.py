@@ -14,6 +14,7 @@ samples x_t for that. The formulas, where T, F and x0 are one sample of n number
     gan_generator_loss      softplus(-l(fake))
     gan_discriminator_loss  softplus(-l(real)), softplus(l(fake))
     r1_penalty              |d l(real) / d x_t|^2
+    approximate_r1          (l(x_t) - l(x_t + noise))^2
     noise_kl_loss           (mean(eps)^2 + var(eps) - 1 - log var(eps)) / 2
 
 T and F are the x0-predictions of teacher and fake score at x_t, D is any x0-prediction, l a discriminator's logit.
@@ -291,6 +292,22 @@ def r1_penalty(real_logits: Tensor, x_t: Tensor) -> Tensor:
     total = real_logits.float().reshape(len(real_logits), -1).mean(1).sum()
     (gradient,) = torch.autograd.grad(total, x_t, create_graph=True)
     return gradient.float().flatten(1).square().sum(1)
+
+
+def approximate_r1(real_logits: Tensor, noised_logits: Tensor) -> Tensor:
+    """Mean over heads of (l(x_t) - l(x_t + sigma n))^2, n standard normal: R1 without a second derivative (APT, arXiv
+    2501.08316).
+
+    For small sigma its expectation over n is sigma^2 ||d l / d x_t||^2, the mean over heads of what `r1_penalty` is for
+    one.
+
+    Args:
+        real_logits, noised_logits: [B] or [B, H], at x_t and at x_t + sigma n.
+
+    Returns:
+        [B] float32.
+    """
+    return (real_logits.float() - noised_logits.float()).square().reshape(len(real_logits), -1).mean(1)
 
 
 def noise_kl_loss(eps: Tensor) -> Tensor:

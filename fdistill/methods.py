@@ -37,7 +37,7 @@ class Method:
     Attributes:
         student: the student's update, as "module:function".
         summary: a description of one line.
-        critic: the critic's update, as "module:function".
+        critic: the critic's update, as "module:function"; None for a method that trains the student alone.
         divergence: the default divergence; None for a method whose divergence is fixed.
         discriminator: whether it may have a GAN term or read a density ratio.
         with_gan: for a method without one, the method to suggest to those who ask for a GAN term.
@@ -54,7 +54,7 @@ class Method:
 
     student: str
     summary: str
-    critic: str = "fdistill.step.critic:critic_step"
+    critic: str | None = "fdistill.step.critic:critic_step"
     divergence: str | None = None
     discriminator: bool = False
     with_gan: str = "f-distill"
@@ -138,6 +138,14 @@ METHODS: dict[str, Method] = {
         discriminator=True,
         options={"detach_weight": Option(False)},
         settings={**_SID_LEVELS, "critic_steps": 1, "generator": {"gan_weight": 1e-4}},
+    ),
+    "regression": Method(
+        "fdistill.step.regression:regression_step",
+        "regression on the teacher's own ODE pairs, nothing else: a warm-up before another method",
+        critic=None,
+        weighting=False,
+        pairs=True,
+        settings={**_NO_GAN, "regression": {"weight": 1.0}},
     ),
     "diffratio": Method(
         "fdistill.step.diffratio:diffratio_step",

@@ -243,7 +243,7 @@ def built(recipe: str, config: DistillConfig) -> building.Distillation:
     loaded = building._Loaded(Teacher(Checkpoint(recipe), teacher, None), None, None, null)
     # The check of the student's export computes with values; every run of the recipe passes it.
     with fake(), mock.patch("fdistill.students.kinds.check_exportable"):
-        return building._assemble(config, CPU, divergence, loaded)
+        return building._assemble(config, CPU, [divergence], loaded)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

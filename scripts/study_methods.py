@@ -32,7 +32,7 @@ QUIET = ["log.samples_every=0", "log.checkpoint_every=0", "log.tracker=none"]
 _UNI = "digits-uni-instruct"
 ROWS: dict[str, tuple[str, list[str]]] = {
     **{f"f-distill {alias}": ("digits", [f"divergence={alias}"]) for alias in ALIASES},
-    **{name: (f"digits-{name}", []) for name in METHODS if name not in ("f-distill", "uni-instruct")},
+    **{name: (f"digits-{name}", []) for name in METHODS if name not in ("f-distill", "uni-instruct", "regression")},
     **{f"uni-instruct {alias}": (_UNI, [f"divergence={alias}"]) for alias in ("kl", "rkl", "jf", "js", "pearson")},
 }
 VARIANTS: dict[str, tuple[str, list[str]]] = {

@@ -8,6 +8,7 @@ import torch
 from fdistill.base.errors import ArgumentError
 from fdistill.losses import (
     DENOISING_WEIGHTINGS,
+    approximate_r1,
     denoising_loss,
     denoising_weight,
     gan_discriminator_loss,
@@ -212,6 +213,33 @@ def test_r1_of_a_quadratic_discriminator() -> None:
     penalty.sum().backward()
     assert scale.grad is not None
     assert math.isclose(scale.grad.item(), 32 * 0.7 * x.detach().square().sum().item(), rel_tol=1e-6)
+
+
+def test_approximate_r1_is_the_mean_square_over_heads() -> None:
+    logits, moved = torch.tensor([[1.0, 2.0], [0.0, -1.0]]), torch.tensor([[0.5, 4.0], [0.0, -4.0]])
+    assert approximate_r1(logits, moved).tolist() == [(0.25 + 4) / 2, 9 / 2]
+    assert approximate_r1(logits[:, 0], moved[:, 0]).tolist() == [0.25, 0.0]
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_approximate_r1_becomes_sigma_squared_times_the_exact_one(heads: int) -> None:
+    """For little noise, on average over it; for several heads it is the mean of their own penalties. And so is its
+    gradient in the discriminator's weights."""
+    random = torch.Generator().manual_seed(0)
+    first, second = torch.randn(6, 16, generator=random), torch.randn(16, heads, generator=random)
+    x, sigma, count = torch.randn(1, 6, generator=random), 1e-2, 40_000
+
+    def logits(at: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(at @ weights) @ second
+
+    weights = first.clone().requires_grad_(True)
+    here = x.clone().requires_grad_(True)
+    exact = torch.stack([r1_penalty(logits(here, weights)[:, head], here) for head in range(heads)]).mean()
+    noise = torch.randn(count, 6, generator=random)
+    found = approximate_r1(logits(x, weights).expand(count, heads), logits(x + sigma * noise, weights)).mean()
+    assert found.item() / sigma**2 == pytest.approx(exact.item(), rel=0.03)
+    slopes = [torch.autograd.grad(loss, weights)[0] for loss in (found / sigma**2, exact)]
+    assert (slopes[0] - slopes[1]).norm() < 0.03 * slopes[1].norm()
 
 
 def test_score_difference_weights() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import IntEnum
 
 import numpy as np
@@ -35,23 +37,48 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+_PART: ContextVar[tuple[int, int]] = ContextVar("part", default=(0, 1))
+
+
+@contextmanager
+def part(number: int, count: int) -> Iterator[None]:
+    """Inside the block, draws are for part `number` of `count` equal parts of this process's batch.
+
+    Every part must begin with a generator in the same state. It then gets its rows of the same draws that the whole
+    batch would get.
+    """
+    token = _PART.set((number, count))
+    try:
+        yield
+    finally:
+        _PART.reset(token)
+
+
+def share() -> tuple[int, int]:
+    """(place, number of places): which of the equal shares of the global batch is drawn for. A share is a process's
+    batch, or a part of it; (0, 1) where there is one process, and no `part`.
+    """
+    rank, processes = world()
+    number, count = _PART.get()
+    return rank * count + number, processes * count
+
+
 def normal(generator: torch.Generator, batch: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal [batch, *shape] float32 on the generator's device: this process's rows of one global draw.
+    """Standard normal [batch, *shape] float32 on the generator's device: this share's rows of one global draw.
 
     Every process must have a generator in the same state and draw the same number of rows. Drawing the global batch
     everywhere costs little beside a network evaluation, and N processes then see the same samples as one would.
     """
-    rank, processes = world()
-    draw = torch.randn(processes * batch, *shape, generator=generator, device=generator.device)
-    return draw[rank * batch : (rank + 1) * batch]
+    place, places = share()
+    draw = torch.randn(places * batch, *shape, generator=generator, device=generator.device)
+    return draw[place * batch : (place + 1) * batch]
 
 
 def uniform(generator: torch.Generator, batch: int) -> Tensor:
     """Uniform [0, 1) [batch] float32; shared between processes as in `normal`."""
-    rank, processes = world()
-    return torch.rand(processes * batch, generator=generator, device=generator.device)[
-        rank * batch : (rank + 1) * batch
-    ]
+    place, places = share()
+    draw = torch.rand(places * batch, generator=generator, device=generator.device)
+    return draw[place * batch : (place + 1) * batch]
 
 
 def device_seed(generator: torch.Generator) -> Tensor:

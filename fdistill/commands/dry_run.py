@@ -12,6 +12,8 @@ from fdistill.students.lora import has_adapters
 from fdistill.training.build import Distillation, build
 from fdistill.training.inputs import TrainingData, data_samples, pair_samples, stored_data
 from fdistill.training.loop import open_watch
+from fdistill.training.parts import check_parts
+from fdistill.training.parts import describe as describe_parts
 from fdistill.training.prompts import EncodingPlan
 from fdistill.training.updates import denoising_weighting
 
@@ -30,6 +32,7 @@ def describe(config: DistillConfig) -> str:
     with nothing_cached():
         state, device = start(config.device)
         plan = EncodingPlan()
+        check_parts(config, state.num_processes)
         run = build(config, device, plan)
         _read_once(run, plan)
         evaluation = _evaluation(run, plan)
@@ -37,6 +40,8 @@ def describe(config: DistillConfig) -> str:
             *_networks(run),
             f"iterations     {config.iterations}, each {config.critic_steps} critic updates and then 1 student update "
             f"of {config.batch_size} samples",
+            *(f"accumulated    {phrase}" for phrase in describe_parts(config, state.num_processes)),
+            *(f"stage {stage.number:<9}{stage.describe()}" for stage in run.stages if config.stages),
             *(f"beforehand     {sentence}" for sentence in _preparations(run, plan)),
             *evaluation,
             f"device         {device}, {config.precision}, {state.num_processes} process(es)",

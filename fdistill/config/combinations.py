@@ -16,6 +16,7 @@ from fdistill.config.sections import (
     DiscriminatorConfig,
     FakeScoreConfig,
     GeneratorConfig,
+    OptimizerConfig,
     RegressionConfig,
     StudentConfig,
 )
@@ -101,6 +102,14 @@ def check_discriminator(
         _check_trained(name, data, generator, discriminator)
     else:
         _check_absent(name, generator, discriminator)
+    default = DiscriminatorConfig()
+    for setting in ("r1", "r1_sigma"):
+        unread = not discriminator.r1_weight or (setting == "r1_sigma" and discriminator.r1 == "exact")
+        if unread and getattr(discriminator, setting) != getattr(default, setting):
+            raise ValueError(
+                f"discriminator.{setting}: got {getattr(discriminator, setting)!r}, which nothing reads; expected "
+                "discriminator.r1=approximate with discriminator.r1_weight above 0 as well"
+            )
     if discriminator.head == "channel-mean" and discriminator.source != "fake":
         raise ValueError("discriminator.source: the channel-mean head has no weights to train; expected fake")
 
@@ -113,7 +122,17 @@ def _check_absent(name: str, generator: GeneratorConfig, discriminator: Discrimi
                 f"or method={METHODS[name].with_gan}"
             )
     default = DiscriminatorConfig()
-    for setting in ("source", "features", "head", "gan_weighting", "shared_noise", "r1_weight"):
+    for setting in (
+        "checkpoint",
+        "source",
+        "features",
+        "head",
+        "gan_weighting",
+        "shared_noise",
+        "r1_weight",
+        "r1",
+        "r1_sigma",
+    ):
         value = getattr(discriminator, setting)
         if value != getattr(default, setting):
             raise ValueError(
@@ -152,14 +171,23 @@ def _check_trained(name: str, data: str | None, generator: GeneratorConfig, disc
 
 def check_scores(name: str, condition_dropout: float, fake_score: FakeScoreConfig) -> None:
     """Checks that a method without score networks has no condition dropout and no guidance of the fake score."""
-    if METHODS[name].scores:
-        return
-    if condition_dropout:
+    method = METHODS[name]
+    if condition_dropout and (method.critic is None or not method.scores):
         raise ValueError(
             f"condition_dropout: got {condition_dropout}, but method={name} trains no fake score; expected 0"
         )
-    if {fake_score.guidance_scale, fake_score.training_guidance_scale} != {1.0}:
+    if not method.scores and {fake_score.guidance_scale, fake_score.training_guidance_scale} != {1.0}:
         raise ValueError(f"fake_score.guidance_scale: method={name} evaluates no fake score; expected 1")
+
+
+def check_rates(iterations: int, roles: Mapping[str, OptimizerConfig]) -> None:
+    """Checks that a learning rate which falls has iterations left to fall in after its warm-up."""
+    for role, section in roles.items():
+        if section.lr_schedule != "constant" and section.lr_warmup >= iterations:
+            raise ValueError(
+                f"{role}.lr_warmup: got {section.lr_warmup} of {iterations} iterations, which leaves none for "
+                f"{role}.lr_schedule={section.lr_schedule}; expected fewer, or lr_schedule=constant"
+            )
 
 
 def check_precision(precision: str, frozen_precision: str) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fdistill.base.errors import ConfigError, did_you_mean
+from fdistill.config.problems import explain
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import SmokeConfig
 
@@ -70,6 +71,9 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
                     f"override {text!r}: expected key=value, as in divergence=forward-kl or generator.lr=1e-5"
                 )
             pairs.append((key, _parse_yaml(value, f"override {text!r}")))
+    given = {key for key, _ in pairs}
+    if "stages" in given and "iterations" not in given:
+        values.pop("iterations", None)  # the file's, of a run without these stages
     for key, value in pairs:
         _set(values, key, value)
     if written_for is not None and values["method"] != written_for:
@@ -91,7 +95,7 @@ def load_smoke(name_or_path: str) -> SmokeConfig:
     try:
         return SmokeConfig.model_validate(values[_SMOKE])
     except ValidationError as error:
-        problems = "\n".join(_explain(problem, SmokeConfig) for problem in error.errors())
+        problems = "\n".join(explain(problem, SmokeConfig) for problem in error.errors())
         raise ConfigError(f"config {name_or_path!r}, smoke: {problems}") from error
 
 
@@ -100,7 +104,7 @@ def validate(values: Mapping[str, Any]) -> DistillConfig:
     try:
         return DistillConfig.model_validate(values)
     except ValidationError as error:
-        problems = "\n".join(_explain(problem, DistillConfig) for problem in error.errors())
+        problems = "\n".join(explain(problem, DistillConfig) for problem in error.errors())
         raise ConfigError(f"config: {problems}") from error
 
 
@@ -112,12 +116,17 @@ def dump_config(config: DistillConfig) -> str:
 
 
 def changed_keys(old: DistillConfig, new: DistillConfig) -> list[str]:
-    """The dotted keys, with both values, that make two configs describe different runs."""
+    """The dotted keys, with both values, that make two configs describe different runs.
+
+    A longer run is the same run, except where a learning rate falls until the end.
+    """
     before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    falls = any(section.lr_schedule != "constant" for section in old.roles.values())
+    free = {key for key in RESUMABLE if not (falls and key == "iterations")}
     return [
         f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key.split(".")[0] not in RESUMABLE
+        if before.get(key) != after.get(key) and key.split(".")[0] not in free
     ]
 
 
@@ -165,23 +174,3 @@ def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def _explain(problem: Any, root: type[BaseModel]) -> str:
-    location = [str(part) for part in problem["loc"]]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        section = root
-        for part in location[:-1]:
-            annotation = section.model_fields[part].annotation
-            assert isinstance(annotation, type)
-            assert issubclass(annotation, BaseModel)
-            section = annotation
-        return f"{key}: no such setting; {did_you_mean(location[-1], section.model_fields)}"
-    if problem["type"] == "literal_error":
-        context = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{key}: got {problem['input']!r}; {did_you_mean(str(problem['input']), context)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "value_error":
-        return f"{key}: {message}" if key else message
-    return f"{key}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fdistill.base.errors import did_you_mean
 from fdistill.config import combinations
+from fdistill.config.problems import explain
 from fdistill.config.sections import (
     CLIPLossConfig,
     Count,
@@ -25,6 +26,7 @@ from fdistill.config.sections import (
     LogConfig,
     MatchingLevelsConfig,
     ObjectiveConfig,
+    OptimizerConfig,
     Positive,
     RatioConfig,
     RegressionConfig,
@@ -32,6 +34,7 @@ from fdistill.config.sections import (
     StudentConfig,
     TeacherSamplesConfig,
 )
+from fdistill.config.stages import check_alike, read_stages, stage_values
 from fdistill.methods import METHODS
 from fdistill.student_kinds import STUDENT_KINDS
 
@@ -98,6 +101,10 @@ class DistillConfig(Section):
     )
     student: StudentConfig = StudentConfig()
     iterations: Count = 400
+    stages: list[dict[str, Any]] = Field(
+        default=[],
+        description="the run in parts, each with its iterations and the settings it changes; iterations is their sum",
+    )
     batch_size: Count = Field(default=128, description="samples per update, over all processes")
     critic_steps: Count = 2
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -140,6 +147,14 @@ class DistillConfig(Section):
             objective = objective.model_dump()
         if isinstance(objective, Mapping):
             merged["objective"] = combinations.objective_settings(name, objective)
+        if merged.get("stages"):
+            merged["stages"] = read_stages(merged["stages"])
+            total = sum(stage["iterations"] for stage in merged["stages"])
+            if merged.setdefault("iterations", total) != total:
+                raise ValueError(
+                    f"iterations: got {merged['iterations']}, but the stages have {total} in all; leave it out, or "
+                    "give their sum"
+                )
         return merged
 
     @model_validator(mode="after")
@@ -148,10 +163,16 @@ class DistillConfig(Section):
         combinations.check_objective(name, self.divergence, self.generator, self.regression)
         combinations.check_discriminator(name, self.data, self.generator, self.discriminator)
         combinations.check_scores(name, self.condition_dropout, self.fake_score)
+        combinations.check_rates(self.iterations, self.roles)
         combinations.check_precision(self.precision, self.frozen_precision)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
         if isinstance(self.student_level, list) and STUDENT_KINDS[student.generator].steps:
             combinations.check_levels(name, self.student_level)
+        return self
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> DistillConfig:
+        check_alike([stage.method for stage in self.stage_configs()])
         return self
 
     @field_validator("student_level", mode="before")
@@ -162,6 +183,26 @@ class DistillConfig(Section):
             if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < math.inf:
                 raise ValueError(f"got {value!r}; expected a level above 0, a list of them, or null")
         return [float(level) for level in levels] if isinstance(value, list) else value
+
+    def stage_configs(self) -> tuple[DistillConfig, ...]:
+        """The settings of each stage, whose `iterations` are its own; this config alone if it has no stages."""
+        if not self.stages:
+            return (self,)
+        base, found = self.model_dump(), []
+        for number, stage in enumerate(self.stages, 1):
+            try:
+                found.append(DistillConfig.model_validate(stage_values(base, stage)))
+            except ValidationError as error:
+                problems = "; ".join(explain(problem, DistillConfig) for problem in error.errors())
+                raise ValueError(f"stage {number}: {problems}") from error
+            except ValueError as error:
+                raise ValueError(f"stage {number}: {error}") from error
+        return tuple(found)
+
+    @property
+    def roles(self) -> dict[str, OptimizerConfig]:
+        """The sections of the roles that are trained, by name."""
+        return {"generator": self.generator, "fake_score": self.fake_score, "discriminator": self.discriminator}
 
     @property
     def student_levels(self) -> tuple[float, ...] | None:

@@ -30,11 +30,23 @@ class OptimizerConfig(Section):
     """AdamW for one role. Before every update its gradients are clipped to the global norm grad_clip."""
 
     lr: Positive = 1e-4
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="what lr does after its warm-up; linear and cosine fall to 0 at the end"
+    )
+    lr_warmup: CountOrZero = Field(default=0, description="iterations in which lr rises to its value, in equal steps")
     beta1: Decay = 0.0
     beta2: Decay = 0.999
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
     grad_clip: Positive = 10.0
+
+
+class MicroBatchConfig(Section):
+    """How much of a batch an update computes at a time; gradients are accumulated over the whole batch."""
+
+    micro_batch: Count | None = Field(
+        default=None, description="samples that a process computes at a time; null is all of its batch at once"
+    )
 
 
 class LoRAConfig(Section):
@@ -50,9 +62,13 @@ class LoRAConfig(Section):
     )
 
 
-class FakeScoreConfig(OptimizerConfig, LoRAConfig):
+class FakeScoreConfig(OptimizerConfig, MicroBatchConfig, LoRAConfig):
     """The fake-score network, which keeps learning to denoise the student's samples."""
 
+    checkpoint: str | None = Field(
+        default=None,
+        description="checkpoint to start from, or a run's folder for its last fake score; null is the teacher",
+    )
     weighting: Weighting | None = Field(
         default=None, description="weight of its loss over noise levels; null is the one the teacher was trained with"
     )
@@ -69,6 +85,9 @@ class FakeScoreConfig(OptimizerConfig, LoRAConfig):
 class DiscriminatorConfig(OptimizerConfig):
     """Heads on features of the fake-score network ("fake") or of the teacher."""
 
+    checkpoint: str | None = Field(
+        default=None, description="a run's folder, whose last discriminator to start from; null is a new one"
+    )
     source: Literal["fake", "teacher"] = "fake"
     features: list[str] = Field(default=["mid"], min_length=1)
     head: Literal["convolutional", "pooled", "channel-mean"] = "convolutional"
@@ -79,10 +98,20 @@ class DiscriminatorConfig(OptimizerConfig):
     shared_noise: bool = Field(
         default=False, description="noise data and student samples with the same noise, to the same levels"
     )
-    r1_weight: NonNegative = Field(default=0.0, description="gamma of the R1 penalty on noised data; 0 turns it off")
+    r1_weight: NonNegative = Field(
+        default=0.0,
+        description="weight of the R1 penalty on noised data: gamma of the exact one; 100 to 1000 is usual for the "
+        "approximate one; 0 turns it off",
+    )
+    r1: Literal["exact", "approximate"] = Field(
+        default="exact",
+        description="penalise the gradient of the logit, or how far the logits move under a little noise, which needs "
+        "no second derivative",
+    )
+    r1_sigma: Positive = Field(default=0.1, description="standard deviation of the noise of the approximate penalty")
 
 
-class GeneratorConfig(OptimizerConfig):
+class GeneratorConfig(OptimizerConfig, MicroBatchConfig):
     """The optimiser and the loss of the student."""
 
     gan_weight: NonNegative = Field(

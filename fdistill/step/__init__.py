@@ -8,6 +8,7 @@ from fdistill.step.critic import critic_step
 from fdistill.step.diffratio import diffratio_step, ratio_critic_step
 from fdistill.step.implicit import sid_step, sim_step, uni_instruct_step
 from fdistill.step.matching import Pairs, generator_step
+from fdistill.step.regression import regression_step
 from fdistill.step.roles import ROLES, LevelDraw, Networks, PerSample, StepResult, frozen
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "frozen",
     "generator_step",
     "ratio_critic_step",
+    "regression_step",
     "sid_step",
     "sim_step",
     "uni_instruct_step",

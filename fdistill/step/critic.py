@@ -11,7 +11,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fdistill.base import rng
 from fdistill.condition import Condition
-from fdistill.losses import denoising_loss, denoising_weight, gan_discriminator_loss, r1_penalty
+from fdistill.losses import (
+    approximate_r1,
+    denoising_loss,
+    denoising_weight,
+    gan_discriminator_loss,
+    r1_penalty,
+)
 from fdistill.noise import karras_levels
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen, renoise
 
@@ -29,6 +35,7 @@ def critic_step(
     gan_weighting: str = "uniform",
     shared_noise: bool = False,
     r1_weight: float = 0.0,
+    r1_sigma: float | None = None,
     student_steps: int | None = None,
     critic_condition: Condition | None = None,
     backend: str = "auto",
@@ -38,6 +45,8 @@ def critic_step(
 
     loss = mean(lambda(t) |fake_score(x_t) - x0|^2) + gan_weight (mean softplus(l_fake) + mean softplus(-l_real)
            + r1_weight / 2 mean |d l_real / d x_t|^2)
+
+    With `r1_sigma` the last term is r1_weight mean (l_real(x_t) - l_real(x_t + r1_sigma n))^2, n standard normal.
 
     The loss trains the fake-score network and the discriminator. With heads on the fake-score network, the GAN loss
     trains that network as well (DMD2, arXiv 2405.14867); with heads on the teacher, it trains only the heads.
@@ -50,6 +59,7 @@ def critic_step(
         levels: (schedule, uniform draws [B]) -> t [B].
         weighting, min_snr_gamma: see `denoising_weight`.
         gan_weight, r1_weight: 0 leaves the term out.
+        r1_sigma: standard deviation of the noise of the approximate penalty; None means the exact one.
         gan_weighting: weight of the GAN losses over noise levels, a name for `denoising_weight`; SiDA uses "edm".
         shared_noise: whether sample i of the data gets the level and the noise of student sample i, so that the two
             differ by the image alone (FastGen's Flux and Qwen-Image); by default both are drawn separately.
@@ -93,12 +103,24 @@ def critic_step(
             real_draws,
             PerSample(discriminator(features), t),
             levels=levels,
-            r1_weight=r1_weight,
+            r1=R1(r1_weight, r1_sigma),
             backend=backend,
         )
         gan_loss = (level_weight(gan_weighting, gan.t_real) * gan.real).mean()
         gan_loss = gan_loss + (level_weight(gan_weighting, t) * gan.fake).mean() + gan.penalty
         return StepResult(loss + gan_weight * gan_loss, {**logs, **gan.logs})
+
+
+class R1(NamedTuple):
+    """The R1 penalty: its weight, 0 for none, and the noise of the approximate one; `sigma` None is the exact one."""
+
+    weight: float
+    sigma: float | None = None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the gradient of the logits is needed."""
+        return self.weight > 0 and self.sigma is None
 
 
 class DiscriminatorLosses(NamedTuple):
@@ -119,17 +141,17 @@ def discriminator_losses(
     fake: PerSample,
     *,
     levels: LevelDraw,
-    r1_weight: float,
+    r1: R1,
     backend: str = "auto",
 ) -> DiscriminatorLosses:
     """The discriminator's losses, given its logits `fake.value` [B, H] on student samples noised to levels `fake.t`."""
     batch, schedule = len(real_x0), networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
     t_real = levels(schedule, rng.uniform(generator, batch))
-    _, (real_input,), (form,) = renoise([tapped], real_x0, t_real, generator, backend=backend)
-    real_input.requires_grad_(r1_weight > 0)
-    # The fused attention kernels have no second derivative, which R1 needs.
-    with sdpa_kernel(SDPBackend.MATH) if r1_weight else nullcontext():
+    x_t, (real_input,), (form,) = renoise([tapped], real_x0, t_real, generator, backend=backend)
+    real_input.requires_grad_(r1.exact)
+    # The fused attention kernels have no second derivative, which exact R1 needs.
+    with sdpa_kernel(SDPBackend.MATH) if r1.exact else nullcontext():
         real_logits = discriminator(tapped.features(real_input, t_real, condition, discriminator.features))
     real = gan_discriminator_loss(real_logits, real=True)
     fake_loss = gan_discriminator_loss(fake.value, real=False)
@@ -140,10 +162,17 @@ def discriminator_losses(
         "discriminator/accuracy_fake": PerSample((fake.value.detach().mean(1) < 0).float(), fake.t),
     }
     penalty = torch.zeros((), device=real_x0.device)
-    if r1_weight:
+    if r1.exact:
         per_sample = r1_penalty(real_logits, real_input)
         if form.input_scale is not None:
             per_sample = form.input_scale.square() * per_sample
-        penalty = r1_weight / 2 * per_sample.mean()
+        penalty = r1.weight / 2 * per_sample.mean()
+    elif r1.weight and r1.sigma is not None:
+        moved = x_t + r1.sigma * rng.normal(generator, batch, real_x0.shape[1:])
+        moved_input = tapped.network_input(moved, t_real)
+        moved_logits = discriminator(tapped.features(moved_input, t_real, condition, discriminator.features))
+        per_sample = approximate_r1(real_logits, moved_logits)
+        penalty = r1.weight * per_sample.mean()
+    if r1.weight:
         logs["discriminator/r1"] = PerSample(per_sample.detach(), t_real)
     return DiscriminatorLosses(real, fake_loss, penalty, t_real, logs)

@@ -12,7 +12,7 @@ from fdistill.base import rng
 from fdistill.condition import Condition
 from fdistill.losses import score_difference_loss, score_difference_weight
 from fdistill.noise import karras_levels
-from fdistill.step.critic import discriminator_losses
+from fdistill.step.critic import R1, discriminator_losses
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen, renoise
 
 
@@ -24,11 +24,14 @@ def ratio_critic_step(
     *,
     levels: LevelDraw = karras_levels,
     r1_weight: float = 0.0,
+    r1_sigma: float | None = None,
     backend: str = "auto",
 ) -> StepResult:
     """One update of the classifier: logistic regression of noised data against noised student samples.
 
     loss = mean softplus(-l_real) + mean softplus(l_fake) + r1_weight / 2 mean |d l_real / d x_t|^2
+
+    The last term is another one with `r1_sigma`, see `critic_step`.
 
     The loss trains `networks.discriminator` and the part of `networks.tapped` below the tapped features.
 
@@ -38,7 +41,7 @@ def ratio_critic_step(
         condition: [B] class labels of the data, given to the student as well; None if unconditional.
         generator: source of all randomness.
         levels: (schedule, uniform draws [B]) -> t [B].
-        r1_weight: 0 leaves the term out.
+        r1_weight, r1_sigma: as in `critic_step`.
         backend: "auto", "triton" or "reference", for noise, weights and losses.
     """
     batch, schedule = len(real_x0), networks.teacher.schedule
@@ -49,9 +52,8 @@ def ratio_critic_step(
     _, (network_input,), _ = renoise([tapped], fake_x0, t, generator, backend=backend)
     logits = discriminator(tapped.features(network_input, t, condition, discriminator.features))
     fake = PerSample(logits, t)
-    losses = discriminator_losses(
-        networks, real_x0, condition, generator, fake, levels=levels, r1_weight=r1_weight, backend=backend
-    )
+    r1 = R1(r1_weight, r1_sigma)
+    losses = discriminator_losses(networks, real_x0, condition, generator, fake, levels=levels, r1=r1, backend=backend)
     return StepResult(losses.real.mean() + losses.fake.mean() + losses.penalty, losses.logs)
 
 

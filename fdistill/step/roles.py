@@ -105,7 +105,7 @@ def renoise(
     networks: Sequence[Denoiser], x0: Tensor, t: Tensor, generator: torch.Generator, *, backend: str = "auto"
 ) -> Noised:
     """Noises x0 [B, C, H, W] to levels t with the generator, for networks that share a schedule. Gradients flow from
-    the inputs and x_t to x0. The noise of a sample does not depend on how a batch is split over processes.
+    the inputs and x_t to x0. The noise of a sample does not depend on how a batch is split over processes and parts.
     """
     main, schedule = networks[0], networks[0].schedule
     _, dtype, channels_last = main.input_form()
@@ -113,7 +113,7 @@ def renoise(
     x_t, network_input = kernels.renoise_seeded(
         x0,
         rng.device_seed(generator),
-        rng.world()[0] * len(x0),
+        rng.share()[0] * len(x0),
         schedule.alpha(t),
         schedule.sigma(t),
         input_scale=form.input_scale,

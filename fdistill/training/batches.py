@@ -17,6 +17,8 @@ from fdistill.data import Batch, EpochOrder
 from fdistill.step import Pairs
 from fdistill.training.build import Distillation
 from fdistill.training.inputs import TrainingData
+from fdistill.training.parts import ImageLoss
+from fdistill.training.stages import discriminator_age
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Batches:
 
     def __init__(self, run: Distillation, data: TrainingData, read: Iterator[Batch]):
         config = run.config
-        self._run, self._data, self._config, self._loader, self._device = run, data, config, read, run.device
+        self._run, self._data, self._loader, self._device = run, data, read, run.device
         rank, processes = rng.world()
         local = config.batch_size // processes
         self._local, self._mine = local, slice(rank * local, (rank + 1) * local)
@@ -60,16 +62,17 @@ class Batches:
     def student(self) -> dict[str, Any]:
         """Arguments of the student's update, except the random generator.
 
-        The student gets the conditions of the critic's last batch.
+        The student gets the conditions of the critic's last batch; without a critic there is none, and no condition.
         """
-        assert self._last is not None
+        stage = self._run.stage
+        last = self._last if stage.critic_steps else None
         return {
-            "condition": self._last.condition,
+            "condition": None if last is None else last.condition,
             "batch_size": self._local,
             **self._ratio_ramp(),
             **self._pairs(),
-            **self._student_steps(self._config.critic_steps),
-            **self._image_loss(self._last.rows),
+            **self._student_steps(stage.critic_steps),
+            **({} if last is None else self._image_loss(last.rows)),
         }
 
     def _next(self) -> _Read:
@@ -84,7 +87,7 @@ class Batches:
         )
 
     def _seed(self, stream: rng.Stream, number: int) -> int:
-        return rng.derived_seed(self._config.seed, stream, self._run.iteration, number)
+        return rng.derived_seed(self._run.config.seed, stream, self._run.iteration, number)
 
     def _student_steps(self, number: int) -> dict[str, int]:
         """The number of steps that a few-step student's samples take, the same for a whole batch; drawn on the CPU."""
@@ -95,23 +98,26 @@ class Batches:
 
     def _without_some_conditions(self, condition: Condition | None, number: int) -> dict[str, Condition]:
         """Condition dropout for the critic: replaces a share of the rows by "no class" or the null prompt."""
-        share, none = self._config.condition_dropout, self._run.none
+        share, none = self._run.config.condition_dropout, self._run.none
         if not share or condition is None or none is None:
             return {}
         draws = torch.Generator().manual_seed(self._seed(rng.Stream.NO_CONDITION, number))
-        dropped = torch.rand(self._config.batch_size, generator=draws)[self._mine] < share
+        dropped = torch.rand(self._run.config.batch_size, generator=draws)[self._mine] < share
         return {"critic_condition": where(upload(dropped, self._device), none_like(condition, none), condition)}
 
     def _ratio_ramp(self) -> dict[str, float]:
-        """The factor of the density ratio's warmup, which rises from 0 to 1 over `ratio.warmup` iterations."""
-        warmup = self._config.ratio.warmup
-        if not (self._run.divergence.needs_ratio and warmup):
+        """The factor of the density ratio's warmup: it rises from 0 to 1 over `ratio.warmup` iterations in which the
+        discriminator is trained.
+        """
+        stage = self._run.stage
+        warmup = stage.config.ratio.warmup
+        if not (stage.divergence.needs_ratio and warmup):
             return {}
-        return {"ratio_ramp": min(1.0, self._run.iteration / warmup)}
+        return {"ratio_ramp": min(1.0, discriminator_age(self._run.stages, self._run.iteration) / warmup)}
 
     def _pairs(self) -> dict[str, Pairs]:
         pairs, order, text = self._data.pairs, self._pair_order, self._run.text
-        if pairs is None or order is None:
+        if pairs is None or order is None or not self._run.stage.config.regression.weight:
             return {}
         rows = order.rows(self._run.iteration)[self._mine]
         condition: Condition | None = pairs.labels[rows] if self._run.networks.teacher.num_classes else None
@@ -123,8 +129,8 @@ class Batches:
 
     def _image_loss(self, rows: Tensor) -> dict[str, Any]:
         """The CLIP loss between the student's images and the prompts of these rows."""
-        clip, text = self._run.clip, self._data.text
-        if clip is None or text is None:
+        clip, text, weight = self._run.clip, self._data.text, self._run.stage.config.clip_loss.weight
+        if clip is None or text is None or not weight:
             return {}
         features = clip.encode_prompts(text.prompts(rows))
-        return {"image_loss": lambda x0: clip(x0, features), "image_weight": self._config.clip_loss.weight}
+        return {"image_loss": ImageLoss(clip, features), "image_weight": weight}

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
+from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.adapters.resize import Resized, resized
 from fdistill.base.devices import autocast
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
-from fdistill.base.state_dicts import load_exactly, take
+from fdistill.base.state_dicts import take
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LoRAConfig
@@ -29,7 +29,7 @@ from fdistill.guidance import GuidedDenoiser
 from fdistill.methods import METHODS
 from fdistill.noise import NoiseSchedule, noise_to_signal_range
 from fdistill.ratio import DensityRatio
-from fdistill.step import ROLES, Networks
+from fdistill.step import Networks
 from fdistill.students.kinds import KINDS
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
 from fdistill.teachers.autoencoder import LatentSpace, image_shape
@@ -38,8 +38,11 @@ from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.training import checks
 from fdistill.training.activation_checkpointing import checkpoint_activations
 from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
+from fdistill.training.optimise import make_optimizers
 from fdistill.training.prompts import Obtain, encode, open_inputs
-from fdistill.training.updates import Update, critic_update, student_update
+from fdistill.training.stages import Stage, make_stages, stage_at, trained_roles
+from fdistill.training.starts import load_trained, open_start, start_roles
+from fdistill.training.updates import Update
 
 if TYPE_CHECKING:
     from fdistill.training.clip_loss import ClipHinge
@@ -73,15 +76,34 @@ class Distillation:
     text: Captions | None
     none: TextCondition | int | None
     clip: ClipHinge | None
-    divergence: Divergence
     networks: Networks
     student: Student
     optimizers: dict[str, torch.optim.AdamW]
     ema: EMA
     ratio: DensityRatio
-    critic_update: Update
-    student_update: Update
+    stages: tuple[Stage, ...]
     iteration: int = 0
+
+    @property
+    def stage(self) -> Stage:
+        """The stage in which the iteration lies."""
+        return stage_at(self.stages, self.iteration)
+
+    @property
+    def divergence(self) -> Divergence:
+        """Of the stage."""
+        return self.stage.divergence
+
+    @property
+    def critic_update(self) -> Update:
+        """Of the stage, whose method must have one."""
+        assert self.stage.critic_update is not None
+        return self.stage.critic_update
+
+    @property
+    def student_update(self) -> Update:
+        """Of the stage."""
+        return self.stage.student_update
 
     @property
     def image_size(self) -> int:
@@ -122,9 +144,7 @@ class Distillation:
                 "delete that folder to resume from the one before it"
             )
         for name, optimizer in self.optimizers.items():
-            untrained = self.role(name).state_dict().keys() - trained_state(self.role(name)).keys()
-            own = {key: value for key, value in self.role(name).state_dict().items() if key in untrained}
-            load_exactly(self.role(name), {**own, **take(tensors, name)}, f"{what}, {name}")
+            load_trained(self.role(name), take(tensors, name), f"{what}, {name}")
             load_optimizer_tensors(optimizer, take(tensors, f"optimizer.{name}"))
         self.ema.load_state_dict(take(tensors, "ema"))
         self.ratio.bins = tensors["ratio.bins"].to(self.ratio.bins.device)
@@ -173,11 +193,11 @@ def build(config: DistillConfig, device: torch.device, obtain: Obtain = encode) 
         ConfigError: settings do not fit one another or the teacher.
         CheckpointError: the teacher, or what the student starts from, cannot be read.
     """
-    divergence = checks.read_divergence(config)
+    divergences = [checks.read_divergence(stage) for stage in config.stage_configs()]
     loaded = _load(config, device, obtain)
     torch.manual_seed(config.seed)
     try:
-        return _assemble(config, device, divergence, loaded)
+        return _assemble(config, device, divergences, loaded)
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
 
@@ -198,20 +218,28 @@ def _load(config: DistillConfig, device: torch.device, obtain: Obtain) -> _Loade
     return _Loaded(teacher, guide, stored, text)
 
 
-def _assemble(config: DistillConfig, device: torch.device, divergence: Divergence, loaded: _Loaded) -> Distillation:
+def _assemble(
+    config: DistillConfig, device: torch.device, divergences: Sequence[Divergence], loaded: _Loaded
+) -> Distillation:
     denoiser, latents, text = loaded.teacher.denoiser, loaded.teacher.latents, loaded.text
-    checks.check_teacher(config, denoiser)
+    stages = config.stage_configs()
+    for stage in stages:
+        checks.check_teacher(stage, denoiser)
     null = loaded.null(device)
     if denoiser.embedded_guidance is not None:
         denoiser.embedded_guidance = config.guidance_scale
     trained = _trained_networks(config, loaded.teacher, device)
     student = KINDS[config.student.generator].make(trained.student, config.student_levels)
-    networks = _networks(config, denoiser, trained.fake_score, student, null, _placed(loaded.guide, config, device))
+    roles = {role for stage in stages for role in trained_roles(stage)}
+    guide = _placed(loaded.guide, config, device)
+    has_heads = "discriminator" in roles
+    networks = _networks(config, denoiser, trained.fake_score, student, null, guide, has_discriminator=has_heads)
     if networks.discriminator is not None:
         networks.discriminator.to(device)
-    if not METHODS[config.method].scores:
+    if not all(METHODS[stage.method].scores for stage in stages):
         with autocast(device, config.precision):
             _freeze_beyond(trained.fake_score, config.discriminator.features)
+    start_roles(config, networks, denoiser)
     ratio = _density_ratio(config, denoiser.schedule)
     return Distillation(
         config=config,
@@ -224,15 +252,13 @@ def _assemble(config: DistillConfig, device: torch.device, divergence: Divergenc
         latents_folder=loaded.latents_folder,
         text=text,
         none=denoiser.null_class if text is None else null,
-        clip=_clip_hinge(config, latents, device),
-        divergence=divergence,
+        clip=_clip_hinge(config, latents, device) if any(stage.clip_loss.weight for stage in stages) else None,
         networks=networks,
         student=student,
-        optimizers=_optimizers(config, networks),
+        optimizers=make_optimizers(config, networks, roles),
         ema=EMA(student, config.ema.decays, config.ema.sigma_rel),
         ratio=ratio,
-        critic_update=critic_update(config, networks),
-        student_update=student_update(config, networks, divergence, ratio),
+        stages=make_stages(config, networks, divergences, ratio),
     )
 
 
@@ -274,12 +300,7 @@ def _student_network(
     origin, start = teacher.checkpoint, own
     if config.student.checkpoint is not None:
         origin = resolve_checkpoint(config.student.checkpoint)
-        start = load_denoiser(origin, null_class=config.null_class)
-        if start.text_shapes is not None:
-            start.resize(teacher.denoiser.sample_shape[-1])
-        if start.embedded_guidance is not None:
-            start.embedded_guidance = config.guidance_scale
-        checks.check_alike(origin.name, start, teacher.denoiser)
+        start = open_start(config, origin, teacher.denoiser, "student.checkpoint")
         start.latent_scaling = teacher.denoiser.latent_scaling
     if config.student.network:
         changed = resized(start or teacher.denoiser, config.student.network)
@@ -316,8 +337,10 @@ def _networks(
     student: Student,
     null: TextCondition | None,
     guide: Denoiser | None,
+    *,
+    has_discriminator: bool,
 ) -> Networks:
-    """The roles: guided if the config has a guidance scale, and with a discriminator if gan_weight is above 0."""
+    """The roles: guided if the config has a guidance scale."""
 
     def guided(denoiser: Denoiser, scale: float, guide: Denoiser | None = None) -> Denoiser:
         if scale == 1:
@@ -329,8 +352,8 @@ def _networks(
     learning = guided(fake_score, config.fake_score.training_guidance_scale)
     discriminator: Discriminator | ChannelMean | None = None
     tapped = fake_score if config.discriminator.source == "fake" else teacher
-    features, head = config.discriminator.features, config.discriminator.head
-    if config.discriminator.gan_weight > 0:
+    if has_discriminator:
+        features, head = config.discriminator.features, config.discriminator.head
         discriminator = (
             ChannelMean(tapped, features) if head == "channel-mean" else Discriminator(tapped, features, head)
         )
@@ -365,29 +388,9 @@ def _density_ratio(config: DistillConfig, schedule: NoiseSchedule) -> DensityRat
     return DensityRatio(**config.ratio.model_dump(exclude={"warmup"}), sigma_min=low, sigma_max=high)
 
 
-def _clip_hinge(config: DistillConfig, latents: LatentSpace | None, device: torch.device) -> ClipHinge | None:
+def _clip_hinge(config: DistillConfig, latents: LatentSpace | None, device: torch.device) -> ClipHinge:
     loss = config.clip_loss
-    if not loss.weight:
-        return None
     assert loss.weights is not None
     from fdistill.training.clip_loss import ClipHinge, load_clip
 
     return ClipHinge(*load_clip(loss.model, loss.weights), latents, margin=loss.margin).to(device)
-
-
-def _optimizers(config: DistillConfig, networks: Networks) -> dict[str, torch.optim.AdamW]:
-    """An AdamW optimiser for each role that has trainable parameters."""
-    found: dict[str, torch.optim.AdamW] = {}
-    for role in ROLES:
-        module, section = getattr(networks, role), getattr(config, role)
-        trained = [] if module is None else [p for p in module.parameters() if p.requires_grad]
-        if trained:
-            found[role] = torch.optim.AdamW(
-                trained,
-                lr=section.lr,
-                betas=(section.beta1, section.beta2),
-                eps=section.eps,
-                weight_decay=section.weight_decay,
-                fused=True,
-            )
-    return found

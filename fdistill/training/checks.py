@@ -101,16 +101,16 @@ def _check_guidance(config: DistillConfig, embedded: bool) -> None:
         )
 
 
-def check_alike(name: str, student: Denoiser, teacher: Denoiser) -> None:
-    """Checks the checkpoint `name` that the student starts from.
+def check_alike(setting: str, name: str, start: Denoiser, teacher: Denoiser) -> None:
+    """Checks the checkpoint `name` that a role starts from, as `setting` says.
 
     Raises:
         ConfigError: its sample shape, number of classes or kind of prompts is not the teacher's.
     """
-    alike = [(each.sample_shape, each.num_classes, (each.text_shapes or {}).keys()) for each in (student, teacher)]
+    alike = [(each.sample_shape, each.num_classes, (each.text_shapes or {}).keys()) for each in (start, teacher)]
     if alike[0] != alike[1]:
         raise ConfigError(
-            f"student.checkpoint {name!r}: makes samples {student.sample_shape} of {student.num_classes} "
+            f"{setting} {name!r}: makes samples {start.sample_shape} of {start.num_classes} "
             f"classes, the teacher {teacher.sample_shape} of {teacher.num_classes}; expected the same of both, and "
             "prompts for both or none"
         )
@@ -219,8 +219,17 @@ def check_data(
         )
 
 
-def check_same_start(teacher: Denoiser, student: Student) -> None:
-    """Checks that the teacher's sampler can start from the student's noise; raises ConfigError."""
+def pairs_start(teacher: Denoiser, student: Student) -> float:
+    """The level from which the teacher's sampler makes the student's pairs.
+
+    It is the student's own level if the student's input there, start(level) times noise, is pure noise to the teacher
+    as well. Where the teacher would expect signal in it, as a variance-preserving one does below its last levels, it is
+    the teacher's highest level: the level then only tells the student's network that it is asked for an image (DMD2's
+    SDXL student at timestep 399 learns from samples of the whole ODE).
+
+    Raises:
+        ConfigError: the student's level means another noise to the teacher.
+    """
     level = torch.tensor(student.levels[0], dtype=torch.float64)
     own, others = student.denoiser.schedule, teacher.schedule
     mine, theirs = (torch.stack([s.start(level), s.alpha(level), s.sigma(level)]) for s in (own, others))
@@ -230,8 +239,4 @@ def check_same_start(teacher: Denoiser, student: Student) -> None:
             "to the teacher; expected a student with the teacher's noise schedule, or a method without regression"
         )
     start, sigma = theirs[0].item(), theirs[2].item()
-    if abs(start - sigma) > 0.05 * sigma:
-        raise ConfigError(
-            f"regression.weight: pairs start at the student's level {student.levels[0]:g} from pure noise, where the "
-            "teacher's sampler expects signal as well; expected student_level=null, or a method without regression"
-        )
+    return student.levels[0] if abs(start - sigma) <= 0.05 * sigma else others.t_max

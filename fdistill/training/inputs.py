@@ -100,10 +100,10 @@ def pair_samples(run: Distillation) -> SampleSet | None:
     Raises:
         ConfigError: the teacher's sampler cannot start where the student does.
     """
-    if not run.config.regression.weight:
+    if not any(stage.config.regression.weight for stage in run.stages):
         return None
-    checks.check_same_start(run.networks.teacher, run.student)
-    return _sample_set(run, run.config.regression.pairs, run.student.levels[0])
+    start = checks.pairs_start(run.networks.teacher, run.student)
+    return _sample_set(run, run.config.regression.pairs, start)
 
 
 def training_data(run: Distillation) -> TrainingData:

@@ -23,6 +23,7 @@ from fdistill.training.journal import Journal, append_record, read_records, scal
 from fdistill.training.run_folder import export_student
 from fdistill.training.sample_grids import save_teacher_grid, student_images
 from fdistill.training.snapshots import save_snapshot
+from fdistill.training.stages import changing_rates, stage_at
 
 
 class Scorer(Protocol):
@@ -87,10 +88,11 @@ class Logbook:
         """
         config, snapshots = self._config, self._config.ema.snapshot_every
         last = self._run.iteration == config.iterations
+        stage_ends = any(self._run.iteration == stage.end for stage in self._run.stages)
         checkpoint = last or self._due(config.log.checkpoint_every)
         snapshot = snapshots > 0 and (last or self._due(snapshots))
         measured = self._watch is not None and (last or self._due(config.eval.every))
-        if checkpoint or snapshot or measured or self._due(config.log.every):
+        if stage_ends or checkpoint or snapshot or measured or self._due(config.log.every):
             try:
                 record = self.journal.record()
                 if checkpoint or snapshot or measured:
@@ -136,6 +138,8 @@ class Logbook:
             "images_per_second": (iteration - self._first) * self._config.batch_size / seconds,
             "seconds": seconds,
             "data/skipped": skipped,
+            **({"stage": stage_at(self._run.stages, iteration - 1).number} if self._config.stages else {}),
+            **changing_rates(self._run.stages, iteration - 1, self._run.optimizers),
             **record,
             **scores,
         }

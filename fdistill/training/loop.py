@@ -10,13 +10,13 @@ import torch
 from tqdm import tqdm
 
 from fdistill.base import rng
-from fdistill.base.devices import autocast, start
+from fdistill.base.devices import start
 from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.data.embeddings import Embeddings
 from fdistill.generation.network_maker import NetworkMaker
-from fdistill.step import StepResult
+from fdistill.step import PerSample
 from fdistill.teachers.teacher import Teacher
 from fdistill.training.batches import Batches
 from fdistill.training.build import Distillation, build
@@ -25,8 +25,10 @@ from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal
 from fdistill.training.logbook import Logbook
 from fdistill.training.optimise import Role
+from fdistill.training.parts import SECTIONS, Split, backward, check_parts, count_of
 from fdistill.training.prompts import Obtain, encode, open_prompts
 from fdistill.training.run_folder import check_output, export_student, prepare_folder, resume_from
+from fdistill.training.stages import batches_before, settle_ratio
 
 if TYPE_CHECKING:
     from evaluation.watch import Watch
@@ -65,6 +67,7 @@ def distill(
     state, device = start(config.device)
     if config.batch_size % state.num_processes:
         raise ConfigError(f"batch_size: {config.batch_size} does not divide among {state.num_processes} processes")
+    check_parts(config, state.num_processes)
     check_output(folder, config, resume)
     state.wait_for_everyone()  # before the main process writes into what the others are still checking
     run = build(config, device)
@@ -109,11 +112,8 @@ def open_watch(run: Distillation, obtain: Obtain = encode) -> Watch | None:
 def train(run: Distillation, data: TrainingData, logbook: Logbook) -> None:
     """Trains from the run's current iteration to the config's last."""
     config, generator = run.config, torch.Generator(run.device)
-    roles = {
-        name: Role(run.role(name), optimizer, getattr(config, name).grad_clip)
-        for name, optimizer in run.optimizers.items()
-    }
-    first_batch = run.iteration * config.critic_steps
+    roles = {name: Role(run.role(name), optimizer) for name, optimizer in run.optimizers.items()}
+    first_batch = batches_before(run.stages, run.iteration)
     with data.loader(config, run.networks.teacher, first_batch) as loader, logbook, progress_bar(run) as bar:
         batches = Batches(run, data, loader)
         while run.iteration < config.iterations:
@@ -131,25 +131,30 @@ def iterate(
     journal: Journal,
 ) -> None:
     """One iteration: the critic's updates, then the student's update, then the update of its averaged weights."""
-    config = run.config
+    config, stage = run.config, run.stage
+    roles = {name: role for name, role in roles.items() if name in stage.roles}
+    for name, role in roles.items():
+        role.settle(stage.config.roles[name], stage.rate(name, run.iteration))
+    settle_ratio(run.ratio, stage.config)
     generator.manual_seed(rng.derived_seed(config.seed, rng.Stream.STEP, run.iteration))
     # Dropout draws from the global generator, and must draw different numbers in each process.
     torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
-    for number in range(config.critic_steps):
-        with autocast(generator.device, config.precision):
-            result = run.critic_update(generator=generator, **batches.critic(number))
-        update(result, {name: role for name, role in roles.items() if name != "generator"}, journal)
-    with autocast(generator.device, config.precision):
-        result = run.student_update(generator=generator, **batches.student())
-    update(result, {"generator": roles["generator"]}, journal)
+    split = {name: Split(count_of(stage.config, name, rng.world()[1]), config.precision) for name in SECTIONS}
+    critic = {name: role for name, role in roles.items() if name != "generator"}
+    for number in range(stage.critic_steps):
+        logs = backward(run.critic_update, batches.critic(number), generator, split["fake_score"])
+        step(logs, critic, journal)
+    logs = backward(run.student_update, batches.student(), generator, split["generator"])
+    step(logs, {"generator": roles["generator"]}, journal)
     run.ema.update()
     run.iteration += 1
 
 
-def update(result: StepResult, roles: Mapping[str, Role], journal: Journal) -> None:
-    """Runs backward through a step's loss, and an optimiser step for each role that it trains."""
-    result.loss.backward()
-    journal.add(result.logs, {name: role.step() for name, role in roles.items()})
+def step(logs: Sequence[Mapping[str, PerSample]], roles: Mapping[str, Role], journal: Journal) -> None:
+    """Runs an optimiser step for each role that an update has given gradients; `logs` are those of its parts."""
+    for part in logs[:-1]:
+        journal.add(part, {})
+    journal.add(logs[-1], {name: role.step() for name, role in roles.items()})
 
 
 def progress_bar(run: Distillation) -> Any:

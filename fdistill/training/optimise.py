@@ -1,25 +1,33 @@
-"""One optimiser step of a role: gradients averaged over processes, clipped, applied."""
+"""Optimisers, and one step of a role: gradients averaged over processes, clipped, applied."""
 
 from __future__ import annotations
+
+from collections.abc import Set
 
 import torch
 from torch import Tensor, nn
 
 from fdistill.base.distributed import average_gradients
+from fdistill.config.schema import DistillConfig
+from fdistill.config.sections import OptimizerConfig
 from fdistill.denoiser import Denoiser
+from fdistill.step import ROLES, Networks
 
 
 class Role:
-    """A trained module with its optimiser.
+    """A trained module with its AdamW optimiser. Call `settle` before the first `step`."""
 
-    Args:
-        grad_clip: largest global norm of the gradient; larger gradients are scaled down to it.
-    """
-
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, grad_clip: float):
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer):
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._denoisers = [part for part in module.modules() if isinstance(part, Denoiser)]
-        self._optimizer, self._grad_clip = optimizer, grad_clip
+        self._optimizer, self._grad_clip = optimizer, float("inf")
+
+    def settle(self, section: OptimizerConfig, rate: float) -> None:
+        """Takes the settings of a section, and the learning rate, for the steps that follow."""
+        self._grad_clip = section.grad_clip
+        settings = {"lr": rate, "eps": section.eps, "weight_decay": section.weight_decay}
+        for group in self._optimizer.param_groups:
+            group.update(settings, betas=(section.beta1, section.beta2))
 
     def step(self) -> Tensor:
         """Applies the gradients that `backward` left, and clears them; returns their norm before clipping, 0-d."""
@@ -30,3 +38,21 @@ class Role:
         for denoiser in self._denoisers:
             denoiser.after_update()
         return norm
+
+
+def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, torch.optim.AdamW]:
+    """An AdamW optimiser for each of the roles that has trainable parameters."""
+    found: dict[str, torch.optim.AdamW] = {}
+    for role in (role for role in ROLES if role in roles):
+        module, section = getattr(networks, role), getattr(config, role)
+        trained = [] if module is None else [p for p in module.parameters() if p.requires_grad]
+        if trained:
+            found[role] = torch.optim.AdamW(
+                trained,
+                lr=section.lr,
+                betas=(section.beta1, section.beta2),
+                eps=section.eps,
+                weight_decay=section.weight_decay,
+                fused=True,
+            )
+    return found

@@ -107,6 +107,7 @@ def _card(run: Distillation, folder: Path) -> dict[str, Any]:
         "started_from": run.origin.name,
         "metrics": records[-1] if records else {},
         "method": config.method,
+        **({"stages": [stage.describe() for stage in run.stages]} if config.stages else {}),
         "divergence": config.divergence and run.divergence.name,
         "iterations": run.iteration,
         "batch_size": config.batch_size,

@@ -20,10 +20,13 @@ from fdistill.step import LevelDraw, Networks, StepResult
 Update = Callable[..., StepResult]
 
 
-def critic_update(config: DistillConfig, networks: Networks) -> Update:
-    """The critic's update as a function (real x0, condition, generator, ...) -> StepResult."""
+def critic_update(config: DistillConfig, networks: Networks) -> Update | None:
+    """The critic's update as a function (real x0, condition, generator, ...) -> StepResult; None without a critic."""
+    critic = METHODS[config.method].critic
+    if critic is None:
+        return None
     return _bound(
-        METHODS[config.method].critic,
+        critic,
         networks,
         _critic_arguments(config, networks),
         {
@@ -34,6 +37,7 @@ def critic_update(config: DistillConfig, networks: Networks) -> Update:
             "gan_weighting": config.discriminator.gan_weighting,
             "shared_noise": config.discriminator.shared_noise,
             "r1_weight": config.discriminator.r1_weight,
+            "r1_sigma": config.discriminator.r1_sigma if config.discriminator.r1 == "approximate" else None,
         },
     )
 

@@ -104,11 +104,15 @@ TEXT = [
 SAMPLES = ["teacher_samples.count=32", "teacher_samples.num_steps=3", "regression.pairs=32"]
 
 
+#: Of the two processes: four parts of the whole batch for the student, eight for the critic. One process has it whole.
+PARTS = ["generator.micro_batch=4", "fake_score.micro_batch=2"]
+
 #: Iterations, and settings.
 METHODS: dict[str, tuple[int, list[str]]] = {
     "f-distill": (20, ["eval.every=10", "eval.num_images=100", 'eval.metrics=["fd_digits"]']),
     "uni-instruct-data-free": (4, ["method=uni-instruct", "data=teacher-samples", *SAMPLES]),
     "dmd": (4, ["method=dmd", *SAMPLES]),
+    "dmd2-in-parts": (4, ["method=dmd2", *PARTS]),
     "dmd2-two-steps": (4, ["method=dmd2", "student_level=[2.5,0.5]"]),
     "text-to-image-lora": (4, TEXT),
 }
@@ -131,9 +135,13 @@ def commands(teacher: Path, output: str) -> list[list[str]]:
         "fake_score.eps=1e-4",
         "discriminator.eps=1e-4",
     ]
+    if output == "two":
+        methods = METHODS
+    else:
+        methods = {name: (n, [text for text in own if text not in PARTS]) for name, (n, own) in METHODS.items()}
     runs = [
         ["distill", "digits", *settings, f"iterations={n}", f"log.every={n // 4}", *own, "--output", f"{output}/{name}"]
-        for name, (n, own) in METHODS.items()
+        for name, (n, own) in methods.items()
     ]
     images = ["generate", str(teacher), "--num-images", str(NUM_IMAGES), "--steps", "2", "--device", "cpu", "--seed=3"]
     return [*runs, [*images, "--output", f"{output}/images"]]

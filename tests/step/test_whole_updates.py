@@ -92,6 +92,7 @@ CRITICS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "gan": {"weighting": "inverse-sigma2", "gan_weight": 0.3, "gan_weighting": "edm"},
     "r1": {"weighting": "min-snr", "min_snr_gamma": 1.5, "gan_weight": 0.4, "r1_weight": 0.7},
+    "approximate r1": {"gan_weight": 0.4, "r1_weight": 30.0, "r1_sigma": 0.3},
     "lognormal": {"weighting": "uniform", "gan_weight": 2.0, "levels": lognormal_levels},
 }
 
@@ -119,7 +120,11 @@ def test_the_critics_update_is_its_formula(name: str, source: str) -> None:
         (slope,) = torch.autograd.grad(real.mean(1).sum(), real_x_t, create_graph=True)
         gan = weight_at(gan_weighting, t_real) * softplus(-real).mean(1)
         gan = gan + weight_at(gan_weighting, t) * softplus(fake).mean(1)
-        gan = gan + options.get("r1_weight", 0.0) / 2 * slope.square().sum((1, 2, 3))
+        if sigma := options.get("r1_sigma"):
+            moved = real_x_t + sigma * rng.normal(random, batch, (1, 1, SIZE))
+            gan = gan + options["r1_weight"] * (real - discriminator({"x_t": moved, "t": t_real})).square().mean(1)
+        else:
+            gan = gan + options.get("r1_weight", 0.0) / 2 * slope.square().sum((1, 2, 3))
         expected = expected + gan_weight * gan.mean()
         for log, value in (("accuracy_real", real.mean(1) > 0), ("accuracy_fake", fake.mean(1) < 0)):
             assert result.logs[f"discriminator/{log}"].value.tolist() == value.float().tolist()

@@ -383,7 +383,7 @@ def test_the_critic_is_told_the_null_prompt_now_and_then(
             )
             return update(*inputs, **options)
 
-        built.critic_update = critic_update
+        built.stages[0].critic_update = critic_update
         return built
 
     monkeypatch.setattr(loop, "build", watched)

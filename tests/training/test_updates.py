@@ -78,6 +78,10 @@ CRITIC_SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "gan weighting": ({"discriminator.gan_weighting": "edm"}, {"gan_weighting": "edm"}),
     "shared noise": ({"discriminator.shared_noise": True}, {"shared_noise": True}),
     "r1": ({"discriminator.r1_weight": 5.0}, {"r1_weight": 5.0}),
+    "approximate r1": (
+        {"discriminator": {"r1_weight": 5.0, "r1": "approximate", "r1_sigma": 0.2}},
+        {"r1_weight": 5.0, "r1_sigma": 0.2},
+    ),
     **{
         name: ({"critic_levels": {"sampler": name, **given}}, {"levels": levels})
         for name, (given, levels) in LEVELS.items()
@@ -97,6 +101,7 @@ def test_settings_of_the_critic_reach_its_step(tiny_teacher: Path, name: str) ->
         "gan_weighting": "uniform",
         "shared_noise": False,
         "r1_weight": 0.0,
+        "r1_sigma": None,
     }
     step = partial(critic_step, made.networks)
     found = loss_of(made.critic_update, real_x0(), LABELS)
@@ -109,9 +114,13 @@ def test_settings_of_the_critic_reach_its_step(tiny_teacher: Path, name: str) ->
     ("settings", "options"),
     [
         ({"discriminator.r1_weight": 5.0}, {"r1_weight": 5.0}),
+        (
+            {"discriminator": {"r1_weight": 5.0, "r1": "approximate"}},
+            {"r1_weight": 5.0, "r1_sigma": 0.1},
+        ),
         ({"critic_levels": {"sampler": "lognormal", "mean": 0.3}}, {"levels": partial(lognormal_levels, mean=0.3)}),
     ],
-    ids=["r1", "levels"],
+    ids=["r1", "approximate r1", "levels"],
 )
 def test_settings_of_diffratios_classifier_reach_its_step(
     tiny_teacher: Path, settings: dict[str, Any], options: dict[str, Any]

@@ -1,0 +1,175 @@
+"""The stages of a run: which settings a stage may change, and the settings of a stage. Imports no torch.
+
+Each function raises ValueError, whose text becomes one line of a ConfigError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from fdistill.config.sections import (
+    DiscriminatorConfig,
+    GeneratorConfig,
+    LevelsConfig,
+    OptimizerConfig,
+    RatioConfig,
+)
+from fdistill.methods import METHODS, Method
+
+_OPTIMIZER = set(OptimizerConfig.model_fields)
+
+#: What a stage may change: a section's settings by name, or None for a setting that stands alone or has any name.
+#: Networks, data and batches are the run's: nothing that shapes them is here.
+CHANGEABLE: dict[str, set[str] | None] = {
+    "method": None,
+    "divergence": None,
+    "critic_steps": None,
+    "objective": None,
+    "generator": set(GeneratorConfig.model_fields),
+    "fake_score": _OPTIMIZER | {"micro_batch", "weighting", "min_snr_gamma"},
+    "discriminator": _OPTIMIZER | {"gan_weight", "gan_weighting", "r1_weight", "r1", "r1_sigma"},
+    "regression": {"weight"},
+    "clip_loss": {"weight"},
+    "student": {"noise_kl_weight"},
+    "matching_levels": set(LevelsConfig.model_fields),
+    "critic_levels": set(LevelsConfig.model_fields),
+    "ratio": set(RatioConfig.model_fields) - {"num_bins", "bin_edges"},
+}
+
+
+def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, in which those of `over` replace those of `under`."""
+    found = dict(under)
+    for key, value in over.items():
+        inner = found.get(key)
+        found[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
+    return found
+
+
+def read_stages(given: Any) -> list[dict[str, Any]]:
+    """Stages as they are written -> the same with nested settings instead of dotted ones, each with its iterations."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise ValueError(f"stages: got {given!r}; expected a list such as [{{iterations: 100}}, {{iterations: 50}}]")
+    found = []
+    for number, stage in enumerate(given, 1):
+        if not isinstance(stage, Mapping):
+            raise ValueError(f"stage {number}: got {stage!r}; expected iterations and the settings that it changes")
+        count = stage.get("iterations")
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"stage {number}: iterations: got {count!r}; expected how many it has, at least 1")
+        nested: dict[str, Any] = {}
+        for key, value in stage.items():
+            for part in reversed(str(key).split(".")):
+                value = {part: value}
+            nested = merged(nested, value)
+        found.append(nested)
+    return found
+
+
+def stage_values(base: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stage: the base config's with the stage's changes.
+
+    A stage with another method also gets that method's settings, and what the method does not read is turned off.
+
+    Args:
+        base: the resolved settings of the run, all of them.
+        stage: iterations and changes, nested.
+    """
+    for key in _names(stage):
+        _check_changeable(key, base)
+    values = {key: value for key, value in base.items() if key != "stages"}
+    name = stage.get("method", base["method"])
+    if name in METHODS and name != base["method"]:
+        values = _with_method(values, name)
+    return merged(values, stage)
+
+
+def check_alike(methods: Sequence[str]) -> None:
+    """Checks that the methods of a run's stages train the same networks."""
+    critics = [name for name in methods if METHODS[name].critic is not None]
+    for name in critics:
+        if METHODS[name].scores != METHODS[critics[0]].scores:
+            raise ValueError(
+                f"stages: methods {critics[0]} and {name} train different parts of the fake score's network; expected "
+                "methods that all have a score network, or the same method in all stages"
+            )
+
+
+def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of all settings, except iterations."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and key != "objective":
+            yield from _names(value, f"{prefix}{key}.")
+        elif prefix + key != "iterations":
+            yield prefix + key
+
+
+def _is_changeable(key: str) -> bool:
+    section, _, name = key.partition(".")
+    if section not in CHANGEABLE:
+        return False
+    names = CHANGEABLE[section]
+    return names is None or not name or name in names
+
+
+def _check_changeable(key: str, base: Mapping[str, Any]) -> None:
+    """Refuses a setting of the run that no stage may change; a name that is no setting is left to the schema."""
+    section, _, name = key.partition(".")
+    inner = base.get(section)
+    known = name.split(".")[0] in inner if isinstance(inner, Mapping) and name else section in base
+    if known and not _is_changeable(key):
+        raise ValueError(
+            f"{key}: cannot change during a run, because it shapes networks, data, batches or output; set it for the "
+            "run and leave it out here"
+        )
+
+
+def _with_method(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The settings with another method and its row's settings, and without those that it does not read."""
+    before, method = METHODS[str(values["method"])], METHODS[name]
+    for key, value in leaves(method.settings):
+        section, _, inner = key.partition(".")
+        own = values[section][inner] if inner else values[section]
+        if not _is_changeable(key) and own != value:
+            raise ValueError(
+                f"method: {name} comes with {key}={value!r} and the run has {own!r}, which cannot change during a run; "
+                f"set {key} for the run, or name in this stage the losses that change"
+            )
+    if not method.discriminator:
+        # The run's heads stay as they are, untrained and unread; a config without a discriminator has the defaults.
+        kept = {key: value for key, value in values["discriminator"].items() if key in _OPTIMIZER}
+        values = {**values, "discriminator": {**DiscriminatorConfig().model_dump(), **kept}}
+    values = merged({**values, "objective": {}}, _turned_off(before, method))
+    return merged({**values, "method": name, "divergence": method.divergence}, method.settings)
+
+
+def _turned_off(before: Method, method: Method) -> dict[str, Any]:
+    """The settings that turn off what `method` does not read, and turn on the GAN that the method `before` had not."""
+    generator, discriminator = GeneratorConfig(), DiscriminatorConfig()
+    found: dict[str, Any] = {"generator": {}}
+    if not method.discriminator:
+        found["generator"] |= {"gan_weight": 0.0}
+        found["discriminator"] = {"gan_weight": 0.0}
+    elif not before.discriminator:
+        found["generator"] |= {"gan_weight": generator.gan_weight}
+        found["discriminator"] = {"gan_weight": discriminator.gan_weight}
+    if not method.weighting:
+        found["generator"] |= {"weighting": generator.weighting}
+    if not method.pairs:
+        found["regression"] = {"weight": 0.0}
+    if not method.extra_terms:
+        found["generator"] |= {"gan_gradient_ratio": 0.0}
+        found |= {"student": {"noise_kl_weight": 0.0}, "clip_loss": {"weight": 0.0}}
+    if method.critic is None:
+        found["condition_dropout"] = 0.0
+    return found
+
+
+def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested settings."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -366,8 +366,7 @@ def test_a_network_in_bfloat16_takes_conditions_in_float32(name: str) -> None:
         full = denoiser.predict(x_t, t, condition)[0].output
         low = denoiser.bfloat16()
         output = low.predict(low.network_input(x_t, t), t, condition)[0].output
-    # The last layer of a network that predicts eps computes in float32.
-    assert output.dtype == (torch.float32 if name.startswith("pixart") else torch.bfloat16)
+    assert output.dtype == (torch.float32 if name.startswith("pixart") else torch.bfloat16)  # eps: a wide last layer
     assert (output - full).norm() < 0.1 * full.norm()
 
 

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+#: The file in a student's folder that says which kind it is and how it is made.
+STUDENT_FILE = "fdistill_student.json"
+
 #: Values of the setting student.generator.
 KindName = Literal["denoiser", "tiue"]
 

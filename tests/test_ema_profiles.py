@@ -37,7 +37,7 @@ from fdistill.ema_profiles import (
     posthoc_weights,
 )
 from fdistill.kernels.ema import ema as ema_kernel
-from fdistill.students.folder import STUDENT_FILE
+from fdistill.student_kinds import STUDENT_FILE
 from fdistill.training.checkpoint import checkpoints
 from fdistill.training.snapshots import find_snapshots
 from support.denoisers import GaussianDenoiser

@@ -15,7 +15,7 @@ from torch import Tensor
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import KEPT_SUFFIXES, is_variant, link_files, made_once, read_json_object, sha256_of_files
 from fdistill.base.state_dicts import unshared
-from fdistill.base.torch_files import read_torch_file
+from fdistill.base.torch_files import is_state_dict, read_torch_file
 
 #: The weights of a component in safetensors, of diffusers and of transformers.
 _SAFE = ("diffusion_pytorch_model.safetensors", "model.safetensors")
@@ -126,8 +126,6 @@ def _write(component: Path, files: list[Path], target: Path) -> None:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     content = read_torch_file(path)
-    if not isinstance(content, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
-    ):
+    if not is_state_dict(content):
         raise CheckpointError(f"{path}: holds no state dict; expected a dict of tensors by name")
     return dict(content)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdistill.adapters.parametrisation import DirectPrediction, Parametrisation
-from fdistill.networks.edm2_layers import without_autocast
+from fdistill.base.devices import without_autocast
 
 
 def _wide(value: Tensor) -> Tensor:

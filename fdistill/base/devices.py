@@ -45,3 +45,10 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     products, unless the environment sets TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1.
     """
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """A block in which autocast is off, so that matrices are multiplied in the precision of their inputs."""
+    if device.type == "meta":  # tensors without memory, for which torch knows no autocast
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

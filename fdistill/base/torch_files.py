@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
+
+
+def is_state_dict(value: Any) -> bool:
+    """Whether a value is a dict of tensors by name, and not empty."""
+    return (
+        isinstance(value, Mapping)
+        and len(value) > 0
+        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
+    )
 
 
 def read_torch_file(path: Path) -> Any:

@@ -24,7 +24,7 @@ from fdistill.denoiser import Denoiser
 from fdistill.sampler import heun_sample
 from fdistill.students.folder import find_student, load_student
 from fdistill.students.one_step_pipeline import OneStepPipeline
-from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
+from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_shape, image_size
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
 
@@ -185,15 +185,13 @@ def _samples(
         parts = zip(firsts, noise.split(few), strict=True)
         x0 = torch.cat([heun_sample(denoiser, part, rows(condition, first, first + few)) for first, part in parts])
         return _Samples(x0, x0, condition, null)
-    size = image_size(denoiser, latents)
-    shape = (denoiser.sample_shape[0] if latents is None else 3, size, size)
     source = open_source(data)
     if classes and (source.num_classes is None or source.num_classes > classes):
         raise DataError(
             f"data {data}: has {source.num_classes or 'no'} classes, but the checkpoint has {classes}; expected data "
             "like those it was trained on"
         )
-    with ImageLoader(source, shape, Batching(count, SEED), recipe=recipe) as loader:
+    with ImageLoader(source, image_shape(denoiser, latents), Batching(count, SEED), recipe=recipe) as loader:
         batch = next(loader)
     images = x0 = to_unit(batch.images.to(device))
     if latents is not None:

@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from fdistill.base.errors import ConfigError, did_you_mean
+from fdistill.config.nested import leaves
 from fdistill.config.problems import explain
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import SmokeConfig
@@ -120,7 +121,7 @@ def changed_keys(old: DistillConfig, new: DistillConfig) -> list[str]:
 
     A longer run is the same run, except where a learning rate falls until the end.
     """
-    before, after = _flatten(old.model_dump()), _flatten(new.model_dump())
+    before, after = dict(leaves(old.model_dump())), dict(leaves(new.model_dump()))
     falls = any(section.lr_schedule != "constant" for section in old.roles.values())
     free = {key for key in RESUMABLE if not (falls and key == "iterations")}
     return [
@@ -164,13 +165,3 @@ def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
         if callable(value):  # a custom divergence: a config stores functions by name
             value = f"{value.__module__}:{value.__qualname__}"
         values[last] = str(value) if isinstance(value, Path) else value
-
-
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat.update(_flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat

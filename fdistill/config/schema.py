@@ -10,6 +10,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from fdistill.base.errors import did_you_mean
 from fdistill.config import combinations
+from fdistill.config.nested import merged
 from fdistill.config.problems import explain
 from fdistill.config.sections import (
     CLIPLossConfig,
@@ -139,23 +140,23 @@ class DistillConfig(Section):
         name = values.get("method", cls.model_fields["method"].default)
         if not isinstance(name, str) or name not in METHODS:
             raise ValueError(f"method: got {name!r}; {did_you_mean(str(name), METHODS)}")
-        merged = _merge({"divergence": METHODS[name].divergence, **METHODS[name].settings}, values)
-        if merged["divergence"] is None:
-            merged["divergence"] = METHODS[name].divergence
-        objective = merged.get("objective", {})
+        given = merged({"divergence": METHODS[name].divergence, **METHODS[name].settings}, values)
+        if given["divergence"] is None:
+            given["divergence"] = METHODS[name].divergence
+        objective = given.get("objective", {})
         if isinstance(objective, BaseModel):
             objective = objective.model_dump()
         if isinstance(objective, Mapping):
-            merged["objective"] = combinations.objective_settings(name, objective)
-        if merged.get("stages"):
-            merged["stages"] = read_stages(merged["stages"])
-            total = sum(stage["iterations"] for stage in merged["stages"])
-            if merged.setdefault("iterations", total) != total:
+            given["objective"] = combinations.objective_settings(name, objective)
+        if given.get("stages"):
+            given["stages"] = read_stages(given["stages"])
+            total = sum(stage["iterations"] for stage in given["stages"])
+            if given.setdefault("iterations", total) != total:
                 raise ValueError(
-                    f"iterations: got {merged['iterations']}, but the stages have {total} in all; leave it out, or "
+                    f"iterations: got {given['iterations']}, but the stages have {total} in all; leave it out, or "
                     "give their sum"
                 )
-        return merged
+        return given
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> DistillConfig:
@@ -209,13 +210,3 @@ class DistillConfig(Section):
         """`student_level` as a tuple; None means the teacher's t_max."""
         level = self.student_level
         return tuple(level) if isinstance(level, list) else None if level is None else (level,)
-
-
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        inner = merged.get(key)
-        if isinstance(inner, Mapping) and isinstance(value, BaseModel):
-            value = value.model_dump(exclude_unset=True)
-        merged[key] = _merge(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
-    return merged

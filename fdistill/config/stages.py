@@ -5,9 +5,10 @@ Each function raises ValueError, whose text becomes one line of a ConfigError.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fdistill.config.nested import leaves, merged
 from fdistill.config.sections import (
     DiscriminatorConfig,
     GeneratorConfig,
@@ -36,15 +37,6 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "critic_levels": set(LevelsConfig.model_fields),
     "ratio": set(RatioConfig.model_fields) - {"num_bins", "bin_edges"},
 }
-
-
-def merged(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested settings, in which those of `over` replace those of `under`."""
-    found = dict(under)
-    for key, value in over.items():
-        inner = found.get(key)
-        found[key] = merged(inner, value) if isinstance(inner, Mapping) and isinstance(value, Mapping) else value
-    return found
 
 
 def read_stages(given: Any) -> list[dict[str, Any]]:
@@ -76,8 +68,9 @@ def stage_values(base: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str,
         base: the resolved settings of the run, all of them.
         stage: iterations and changes, nested.
     """
-    for key in _names(stage):
-        _check_changeable(key, base)
+    for key, _ in leaves(stage):
+        if key != "iterations":
+            _check_changeable(key, base)
     values = {key: value for key, value in base.items() if key != "stages"}
     name = stage.get("method", base["method"])
     if name in METHODS and name != base["method"]:
@@ -94,15 +87,6 @@ def check_alike(methods: Sequence[str]) -> None:
                 f"stages: methods {critics[0]} and {name} train different parts of the fake score's network; expected "
                 "methods that all have a score network, or the same method in all stages"
             )
-
-
-def _names(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of all settings, except iterations."""
-    for key, value in values.items():
-        if isinstance(value, Mapping) and key != "objective":
-            yield from _names(value, f"{prefix}{key}.")
-        elif prefix + key != "iterations":
-            yield prefix + key
 
 
 def _is_changeable(key: str) -> bool:
@@ -164,12 +148,3 @@ def _turned_off(before: Method, method: Method) -> dict[str, Any]:
     if method.critic is None:
         found["condition_dropout"] = 0.0
     return found
-
-
-def leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and values of nested settings."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value

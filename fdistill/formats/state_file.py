@@ -13,7 +13,7 @@ from torch import Tensor
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import made_once, sha256_of_files
 from fdistill.base.state_dicts import unshared
-from fdistill.base.torch_files import read_torch_file
+from fdistill.base.torch_files import is_state_dict, read_torch_file
 
 #: The networks that take part in training a student beside it; a file that holds one of them is of such a training.
 _OTHER_ROLES = ("fake_score", "discriminator", "guidance_model")
@@ -85,20 +85,12 @@ def _state_dicts(content: Any) -> dict[str, dict[str, Tensor]]:
     """What the file calls each of its networks -> its tensors; "" for a file that is a state dict itself."""
     if not isinstance(content, Mapping):
         return {}
-    if _is_state_dict(content):
+    if is_state_dict(content):
         return {"": dict(content)}
     inner = content.get("model")
-    if isinstance(inner, Mapping) and not _is_state_dict(inner):  # FastGen: networks by their roles
-        return {str(name): dict(value) for name, value in inner.items() if _is_state_dict(value)}
-    return {str(name): dict(value) for name, value in content.items() if _is_state_dict(value)}
-
-
-def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and len(value) > 0
-        and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
-    )
+    if isinstance(inner, Mapping) and not is_state_dict(inner):  # FastGen: networks by their roles
+        return {str(name): dict(value) for name, value in inner.items() if is_state_dict(value)}
+    return {str(name): dict(value) for name, value in content.items() if is_state_dict(value)}
 
 
 def _chosen(names: list[str], weights: str | None, path: Path) -> str:

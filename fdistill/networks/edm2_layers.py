@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +33,6 @@ def mp_cat(a: Tensor, b: Tensor, t: float) -> Tensor:
     """Concatenated channels; b contributes the fraction t, whatever the numbers of channels (eq. 103)."""
     scale = math.sqrt((a.shape[1] + b.shape[1]) / ((1 - t) ** 2 + t**2))
     return torch.cat([a * (scale * (1 - t) / math.sqrt(a.shape[1])), b * (scale * t / math.sqrt(b.shape[1]))], dim=1)
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """A block in which autocast is off, so that matrices are multiplied in the precision of their inputs."""
-    if device.type == "meta":  # tensors without memory, for which torch knows no autocast
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 
 class MPFourier(nn.Module):

@@ -11,8 +11,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from fdistill.base.devices import without_autocast
 from fdistill.base.errors import ArgumentError
-from fdistill.networks.edm2_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, unit_rms, without_autocast
+from fdistill.networks.edm2_layers import MPConv, MPFourier, mp_cat, mp_silu, mp_sum, unit_rms
 from fdistill.networks.skeleton import Levels, Resampling, UNet, build_decoder, build_encoder
 
 #: model_channels of the published sizes (arXiv 2312.02696, table 2).

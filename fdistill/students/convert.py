@@ -15,9 +15,9 @@ from fdistill.students.folder import save_student
 from fdistill.students.text_to_image import check_exportable
 from fdistill.teachers.autoencoder import attach_latent_space
 from fdistill.teachers.convert import STUDENT_LEVELS, Elsewhere, convert
-from fdistill.teachers.convert_dit import Given
+from fdistill.teachers.convert_dit import NOTHING, Given
 
-_NOTHING, _UNKNOWN = Given(), Elsewhere()
+_UNKNOWN = Elsewhere()
 
 #: What people write for the level of a network that is no student.
 TEACHER = "none"
@@ -42,7 +42,7 @@ def convert_student(
     levels: tuple[float, ...],
     family: str | None = None,
     *,
-    given: Given = _NOTHING,
+    given: Given = NOTHING,
     elsewhere: Elsewhere = _UNKNOWN,
 ) -> Path:
     """Writes a student folder from a student that others trained; nothing in the file is executed.
@@ -65,14 +65,8 @@ def convert_student(
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
-        folder = convert(
-            source,
-            Path(temporary) / "network",
-            family,
-            num_classes=given.num_classes,
-            heads=given.heads,
-            elsewhere=replace(elsewhere, student=True),
-        )
+        network, known = Path(temporary) / "network", replace(elsewhere, student=True)
+        folder = convert(source, network, family, given=given, elsewhere=known)
         origin = Checkpoint(Path(source).name, folder)
         denoiser = load_denoiser(origin)
         student = student_generator(denoiser, levels).eval()
@@ -94,7 +88,7 @@ def convert_any(
     level: str | None,
     family: str | None = None,
     *,
-    given: Given = _NOTHING,
+    given: Given = NOTHING,
     elsewhere: Elsewhere = _UNKNOWN,
 ) -> tuple[str, Path]:
     """Converts a file to a student's folder if there is a level, to a teacher's if there is none.
@@ -113,4 +107,4 @@ def convert_any(
     if levels:
         return "student", convert_student(source, output, levels, family, given=given, elsewhere=elsewhere)
     known = replace(elsewhere, student=None if level is None else False)
-    return "teacher", convert(source, output, family, num_classes=given.num_classes, heads=given.heads, elsewhere=known)
+    return "teacher", convert(source, output, family, given=given, elsewhere=known)

@@ -19,12 +19,12 @@ from fdistill.base.state_dicts import load_exactly, unshared
 from fdistill.denoiser import Denoiser
 from fdistill.formats.lora_file import LORA_FILE, save_lora
 from fdistill.generator import Student
+from fdistill.student_kinds import STUDENT_FILE
 from fdistill.students.kinds import kind_in, kind_of
 from fdistill.students.lora import has_adapters, merged
 from fdistill.students.model_card import OWN_USAGE, model_card, usage
 from fdistill.teachers.autoencoder import LatentSpace
 
-STUDENT_FILE = "fdistill_student.json"
 _OWN_NETWORK = "network.safetensors"
 
 

@@ -22,7 +22,14 @@ from fdistill.base.files import atomic_folder, claim_folder, read_json_object, s
 from fdistill.formats.state_file import as_safetensors, read_state_file
 from fdistill.formats.unpickle import Record, load_restricted, state_dict
 from fdistill.networks import EDM2Network, EDMNetwork
-from fdistill.teachers.convert_dit import LABELS, Given, published_names, transformer_config, transformer_tensors
+from fdistill.teachers.convert_dit import (
+    LABELS,
+    NOTHING,
+    Given,
+    published_names,
+    transformer_config,
+    transformer_tensors,
+)
 from fdistill.teachers.convert_like import folder_of, network_like, write_like
 from fdistill.teachers.fitting import filled
 from fdistill.teachers.teacher import copy_single_file
@@ -107,8 +114,7 @@ def convert(
     output: Path,
     family: str | None = None,
     *,
-    num_classes: int | None = None,
-    heads: int | None = None,
+    given: Given = NOTHING,
     elsewhere: Elsewhere = Elsewhere(),
 ) -> Path:
     """Writes a teacher folder from a published checkpoint; nothing in the file is executed.
@@ -119,9 +125,7 @@ def convert(
             diffusion_pytorch_model.safetensors in float32, a state dict of a DiT or SiT becomes transformer/ and
             scheduler/, any other state dict a folder like the one that `elsewhere` names.
         family: "dit" or "sit" for their state dicts: tensors of both have the same names and shapes.
-        num_classes: of a DiT or SiT whose label embedding has another number of rows than ImageNet's 1,001. It is the
-            number of rows, if the network was trained without class dropout, and one less if it was trained with it.
-        heads: number of attention heads of a DiT or SiT of another width than the published ones.
+        given: what the tensors of a DiT or SiT do not say.
         elsewhere: what else the file does not say.
 
     Returns:
@@ -138,14 +142,14 @@ def convert(
         raise CheckpointError(
             f"{source}: cannot tell what it is from its name; expected one of {', '.join(_PICKLES + _STATE_DICTS)}"
         )
-    for name, value in {"family": family, "num_classes": num_classes, "heads": heads}.items():
+    for name, value in {"family": family, **given._asdict()}.items():
         if suffix in _PICKLES and value is not None:
             raise ArgumentError(f"{name}: got {value!r} for a pickle, which says itself what it is; leave it out")
     if family not in (None, *FAMILIES):
         raise ArgumentError(f"family: got {family!r}; {did_you_mean(family, FAMILIES)}")
-    given = [name for name in ("like", "base") if getattr(elsewhere, name) is not None]
-    if len(given) == 2 or (given and family is not None):
-        raise ArgumentError(f"{given[-1]}: got two descriptions of one network; expected one of like, base and family")
+    named = [name for name in ("like", "base") if getattr(elsewhere, name) is not None]
+    if len(named) == 2 or (named and family is not None):
+        raise ArgumentError(f"{named[-1]}: got two descriptions of one network; expected one of like, base and family")
     output = claim_folder(output)
     if elsewhere.base is not None:
         if suffix != ".safetensors":
@@ -154,7 +158,7 @@ def convert(
     if suffix in _PICKLES:
         _convert_pickle(source, output, elsewhere)
     else:
-        _convert_state_dict(source, output, family, Given(num_classes, heads), elsewhere)
+        _convert_state_dict(source, output, family, given, elsewhere)
     return output
 
 

@@ -33,10 +33,20 @@ _FASTGEN_NAMES = {
 
 
 class Given(NamedTuple):
-    """What tensors do not say, and the caller has to: see `convert`."""
+    """What the tensors of a DiT or SiT do not say, and the caller has to.
+
+    Attributes:
+        num_classes: if the label embedding has another number of rows than ImageNet's 1,001: the number of rows, if the
+            network was trained without class dropout, and one less if it was trained with it.
+        heads: number of attention heads of a network of another width than the published ones.
+    """
 
     num_classes: int | None = None
     heads: int | None = None
+
+
+#: For networks of the published widths and classes.
+NOTHING = Given()
 
 
 def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

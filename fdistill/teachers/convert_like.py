@@ -12,10 +12,10 @@ from fdistill.adapters.checkpoint import Checkpoint, find_network
 from fdistill.base.errors import ArgumentError
 from fdistill.base.files import KEPT_SUFFIXES, is_variant, link_files
 from fdistill.formats.pipeline_folder import read_config
+from fdistill.student_kinds import STUDENT_FILE
 from fdistill.teachers.fitting import filled
 
 _AUGMENTATION = "model.map_augment.weight"
-_STUDENT_FILE = "fdistill_student.json"
 
 
 def network_like(tensors: Mapping[str, Tensor], like: Checkpoint, source: Path) -> Any:
@@ -56,7 +56,7 @@ def write_like(network: Any, like: Checkpoint, folder: Path) -> None:
         for path in sorted(source.rglob("*"))
         if path.is_file()
         and path.suffix in KEPT_SUFFIXES
-        and path.name != _STUDENT_FILE
+        and path.name != STUDENT_FILE
         and not is_variant(path)
         and not _of_network(path, place, source)
     ]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from fdistill.config.nested import leaves
 from fdistill.config.schema import DistillConfig
-from fdistill.config.stages import leaves
 from fdistill.divergence import Divergence
 from fdistill.methods import METHODS
 from fdistill.ratio import DensityRatio

@@ -12,6 +12,7 @@ from torch import Tensor
 from fdistill.adapters.checkpoint import load_teacher
 from fdistill.guidance import GuidedDenoiser
 from fdistill.teachers.convert import convert
+from fdistill.teachers.convert_dit import Given
 from support.tolerances import assert_rounded
 
 ARRAYS = Path(__file__).parent / "arrays"
@@ -27,7 +28,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def folder(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = ARRAYS / "dit-and-sit-weights.safetensors"
-    return convert(source, tmp_path_factory.mktemp("teachers") / family, family, num_classes=10)
+    return convert(source, tmp_path_factory.mktemp("teachers") / family, family, given=Given(10))
 
 
 def recorded_x0(family: str, x_t: Tensor, output: Tensor, time: str) -> Tensor:

@@ -55,6 +55,9 @@ def smoke_config(name_or_path: str, overrides: Iterable[str] | Mapping[str, Any]
     section = load_smoke(name_or_path)
     given = dict(overrides) if isinstance(overrides, Mapping) else list(overrides)
     made: dict[str, Any] = {**SETTINGS, **section.overrides}
+    if stages := load_config(name_or_path, given).stages:
+        del made["iterations"]
+        made["stages"] = [{**stage, "iterations": 1} for stage in stages]
     config = load_config(name_or_path, _under(made, given))
     key = {
         "version": __version__,

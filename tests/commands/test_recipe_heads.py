@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from support.published import published_network
-from support.recipe_heads import CONFIGS, hours, paragraphs, problems, table_rows
+from support.recipe_heads import CONFIGS, WarmUp, hours, paragraphs, problems, table_rows
 
 RECIPES = [path.stem for path in sorted(CONFIGS.glob("*.yaml")) if "\nsmoke:" in path.read_text()]
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "recipes.md").read_text()
@@ -101,26 +101,50 @@ def passes(config: DistillConfig, share: float) -> float:
     """
     again = float(config.gradient_checkpointing)
     steps = len(config.student_levels or (0.0,))
-    simulated, fake, student = (
-        (steps - 1) / 2,
-        2 + again + (not config.fake_score.lora_rank),
-        2 + again + (not config.student.lora_rank),
-    )
-    guided = 1 + (config.guidance_scale != 1 and "FLUX" not in config.teacher)  # FLUX.1-dev takes its scale as input
+    simulated, fake = (steps - 1) / 2, 2 + again + (not config.fake_score.lora_rank)
     critic = 1 + simulated + fake + 2 * share
-    return config.critic_steps * critic + simulated + student + guided + 1 + share * (1 + again)
+    return config.critic_steps * critic + simulated + students_update(config) + guided(config) + 1 + share * (1 + again)
+
+
+def students_update(config: DistillConfig) -> int:
+    return 2 + config.gradient_checkpointing + (not config.student.lora_rank)
+
+
+def guided(config: DistillConfig) -> int:
+    return 1 + (config.guidance_scale != 1 and "FLUX" not in config.teacher)  # FLUX.1-dev takes its scale as input
+
+
+def warm_up(config: DistillConfig) -> WarmUp | None:
+    """The stage of regression; operations in forward passes. Heun's method has two evaluations a step, the last one."""
+    stages = [stage for stage in config.stage_configs() if stage.method == "regression" and config.stages]
+    if not stages:
+        return None
+    (stage,) = stages
+    pairs = stage.regression.pairs * (2 * stage.teacher_samples.num_steps - 1) * guided(stage)
+    updates = stage.iterations * stage.batch_size * students_update(stage)
+    return WarmUp(stage.regression.pairs, stage.iterations, pairs + updates)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_hours_are_what_their_numbers_make(name: str) -> None:
     said, config, cost = hours(head(name)), load_config(name), counted(name)
-    assert (said.iterations, said.batch) == (config.iterations, config.batch_size)
+    before = warm_up(config)
+    assert (said.iterations, said.batch) == (
+        config.iterations - (before.iterations if before else 0),
+        config.batch_size,
+    )
     assert said.forward == pytest.approx(cost.forward, rel=0.01)
     found = passes(config, cost.share)
     assert abs(said.passes - found) <= 0.6, found
     assert said.total == pytest.approx(found * cost.forward * said.iterations * said.batch, rel=0.03)
+    total = said.total
+    assert (before is None) == (said.warm_up is None)
+    if before and said.warm_up:
+        assert said.warm_up[:2] == before[:2]
+        assert said.warm_up.total == pytest.approx(before.total * cost.forward, rel=0.03)
+        total += said.warm_up.total
     for told, rate in ((said.assumed, said.assumed_rate), (said.implied, said.implied_rate)):
-        exact = said.total / rate / said.gpus / 3600
+        exact = total / rate / said.gpus / 3600
         assert told == pytest.approx(exact, rel=0.03, abs=0.6), exact
 
 

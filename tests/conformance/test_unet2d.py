@@ -1,4 +1,4 @@
-"""UNet2DModel teachers against diffusers: pixels, the model's own forward, and its scheduler's way from output to x0."""
+"""UNet2DModel teachers against diffusers: pixels, the network, and its scheduler's way from output to x0."""
 
 from __future__ import annotations
 

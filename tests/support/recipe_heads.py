@@ -91,6 +91,14 @@ def problems(text: str) -> list[str]:
     return wrong + [f"{name}: named twice" for name in sorted(set(names)) if names.count(name) > 1]
 
 
+class WarmUp(NamedTuple):
+    """A stage of regression on pairs; operations in TFLOP, those that make the pairs included."""
+
+    pairs: int
+    iterations: int
+    total: float
+
+
 class Hours(NamedTuple):
     """The numbers of `# Hours:`; rates in TFLOP/s per GPU, operations in TFLOP."""
 
@@ -104,6 +112,7 @@ class Hours(NamedTuple):
     iterations: int
     batch: int
     total: float
+    warm_up: WarmUp | None
 
 
 _UNITS = {"GFLOP": 1e-3, "TFLOP": 1.0}
@@ -111,6 +120,7 @@ _HOURS = re.compile(
     r"([\d,]+) on (8|one) .*?at an assumed (\d+) TFLOP/s(?: per GPU)?, ([\d,]+) at (?:the )?(\d+)\D.*?\(estimated\)\. "
     r"Each \w+ of an iteration costs about (\d+) forward passes of ([\d.]+) (\w+), so ([\d,]+) iterations of ([\d,]+) "
     r"\w+ are ([\d.e]+) FLOP\."
+    r"(?: Before that, ([\d,]+) pairs and ([\d,]+) iterations on them are ([\d.e]+) FLOP\.)?"
 )
 
 
@@ -119,7 +129,7 @@ def hours(text: str) -> Hours:
     (paragraph,) = (p for p in paragraphs(text) if p.heading == "Hours")
     match = _HOURS.match(paragraph.text)
     assert match, paragraph.text
-    said = [value.replace(",", "") for value in match.groups()]
+    said = [value.replace(",", "") for value in match.groups() if value]
     return Hours(
         float(said[0]),
         float(said[2]),
@@ -131,6 +141,7 @@ def hours(text: str) -> Hours:
         int(said[8]),
         int(said[9]),
         float(said[10]) / 1e12,
+        WarmUp(int(said[11]), int(said[12]), float(said[13]) / 1e12) if said[11:] else None,
     )
 
 

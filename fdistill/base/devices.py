@@ -44,7 +44,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     With "fp32" torch's own settings hold. On CUDA these are TensorFloat-32 in convolutions and float32 in matrix
     products, unless the environment sets TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1.
     """
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+    # Without its cache: torch 2.8 hands a weight that was cast under no_grad, as for the first steps of a few-step
+    # student, to the pass that is differentiated, and the weight gets no gradient.
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fdistill.adapters import FAMILIES
 from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import read_scheduler_config, student_scheduler
 from fdistill.base import rng
-from fdistill.base.devices import start
+from fdistill.base.devices import autocast, start
 from fdistill.base.errors import DataError
 from fdistill.base.images import to_unit
 from fdistill.commands.predictions import SEED, LevelCheck, at_once, check_predictions, describe_effect, rows
@@ -29,8 +30,11 @@ from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
 
 _PROMPT = "a photo"  # used if images have no captions
-#: Number of images for networks of up to _LARGE parameters, and for larger ones; those on which readings are compared.
-_IMAGES, _COMPARED, _LARGE = (64, 16), (16, 4), 3e8
+#: For networks of up to so many parameters: the number of images, and of those on which readings are compared. On an
+#: H100 that is less than a minute for Stable Diffusion XL and FLUX.1 (estimated in docs/teachers.md).
+_AMOUNTS: list[tuple[float, int, int]] = [(3e8, 64, 16), (2e9, 16, 4), (math.inf, 4, 2)]
+#: Networks of more parameters compute in bf16 on a GPU; no reading is mistaken for another by its rounding.
+_LARGE = 3e8
 Report = tuple[dict[str, Any], list[LevelCheck], Verdict | None]
 
 
@@ -68,7 +72,7 @@ def inspect(
             checkpoint's own samples, with which the check finds fewer mistakes, and other readings are not tried.
         recipe: how images are cropped and resized to the checkpoint's size.
         vae: the autoencoder, if a latent checkpoint has none.
-        num_images: number of images to check on; by default 64, or 16 for a large network.
+        num_images: number of images to check on; by default 64, 16 or 4, by the size of the network.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
@@ -82,10 +86,25 @@ def inspect(
     else:
         teacher = open_teacher(TeacherSettings(str(checkpoint), vae=vae))
         found, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(chosen), teacher.latents
-    large = sum(parameter.numel() for parameter in denoiser.parameters()) > _LARGE
-    count = num_images or _IMAGES[large]
+    size = sum(parameter.numel() for parameter in denoiser.parameters())
+    images, compared = next((images, few) for most, images, few in _AMOUNTS if size <= most)
+    with autocast(chosen, "bf16" if size > _LARGE and chosen.type == "cuda" else "fp32"):
+        return _report(found, denoiser, latents, data, recipe, (num_images or images, compared), chosen)
+
+
+def _report(
+    found: Checkpoint,
+    denoiser: Denoiser,
+    latents: LatentSpace | None,
+    data: str | None,
+    recipe: str,
+    amounts: tuple[int, int],
+    device: torch.device,
+) -> Report:
+    """What `inspect` returns, from so many images and so many of them for comparing readings."""
+    count, compared = amounts
     facts = _facts(found, denoiser, latents)
-    samples = _samples(found, denoiser, latents, data, recipe, count, chosen)
+    samples = _samples(found, denoiser, latents, data, recipe, count, device)
     facts["checked on"] = f"{count} of {data}" if data else _OWN_SAMPLES
     if samples.null is not None and samples.condition is not None:
         facts["guidance"] = describe_effect(denoiser, samples.x0, samples.condition, samples.null)
@@ -93,7 +112,7 @@ def inspect(
     if data is not None:
         scheduler = None if found.folder is None else read_scheduler_config(found.folder)
         subject = Subject(denoiser, scheduler, latents, samples.images, samples.x0, samples.condition)
-        few = subject.first(_COMPARED[large])
+        few = subject.first(compared)
         if latents is not None:
             facts["autoencoder"] = _round_trips(few)
         verdict = judge(few)

@@ -4,7 +4,7 @@ a constant decay or with a power function of `ema_profiles`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -61,23 +61,24 @@ class EMA:
         return value.float().clone() if value.is_floating_point() else value.clone()
 
     @torch.no_grad()
-    def update(self) -> None:
+    def update(self, decays: Sequence[float] | None = None) -> None:
+        """Takes the module's weights into the averages; `decays` are this update's, in the order of the averages."""
         self.updates += 1
+        rates = dict(zip(self.decays, self.decays if decays is None else decays, strict=True))
         current = {name: value.detach() for name, value in trained_state(self._module).items()}
         floats = [name for name, value in current.items() if value.is_floating_point()]
         ema(
             [shadow[name] for shadow in self.shadows.values() for name in floats],
             [current[name] for name in floats],
-            [self._decay(average) for average in self.shadows],
+            [self._decay(average, rates) for average in self.shadows],
             "auto",
         )
         for shadow in self.shadows.values():
             for name in current.keys() - set(floats):
                 shadow[name].copy_(current[name])
 
-    def _decay(self, average: Average) -> float:
-        gamma = self._gammas.get(average)
-        return float(average) if gamma is None else decay_at(gamma, self.updates)
+    def _decay(self, average: Average, rates: Mapping[float, float]) -> float:
+        return decay_at(self._gammas[average], self.updates) if isinstance(average, str) else rates[average]
 
     @contextmanager
     def applied(self, average: Average) -> Iterator[None]:

@@ -36,6 +36,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "matching_levels": set(LevelsConfig.model_fields),
     "critic_levels": set(LevelsConfig.model_fields),
     "ratio": set(RatioConfig.model_fields) - {"num_bins", "bin_edges"},
+    "ema": {"decays"},
 }
 
 
@@ -75,7 +76,21 @@ def stage_values(base: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str,
     name = stage.get("method", base["method"])
     if name in METHODS and name != base["method"]:
         values = _with_method(values, name)
-    return merged(values, stage)
+    values = merged(values, stage)
+    _check_averages(base["ema"], values["ema"])
+    return values
+
+
+def _check_averages(run: Mapping[str, Any], stage: dict[str, Any]) -> None:
+    """Checks that a stage has the averages of the run, each with a decay, and names the exported one by its decay."""
+    if stage["decays"] == run["decays"]:
+        return
+    if not isinstance(stage["decays"], list) or len(stage["decays"]) != len(run["decays"]):
+        raise ValueError(
+            f"ema.decays: got {stage['decays']!r}; expected a decay for each of the run's averages {run['decays']}"
+        )
+    if run["export"] in run["decays"]:
+        stage["export"] = stage["decays"][run["decays"].index(run["export"])]
 
 
 def check_alike(methods: Sequence[str]) -> None:

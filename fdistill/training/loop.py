@@ -146,7 +146,7 @@ def iterate(
         step(logs, critic, journal)
     logs = backward(run.student_update, batches.student(), generator, split["generator"])
     step(logs, {"generator": roles["generator"]}, journal)
-    run.ema.update()
+    run.ema.update(run.stage.config.ema.decays)
     run.iteration += 1
 
 

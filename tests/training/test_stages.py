@@ -108,6 +108,18 @@ def test_what_a_stage_does_not_train_stays(tiny_teacher: Path, tmp_path: Path) -
         assert torch.equal(found[2][name], found[1][name]), name
 
 
+def test_averages_go_on_with_another_decay(tiny_teacher: Path, tmp_path: Path) -> None:
+    stages = [{"iterations": 2}, {"iterations": 1, "ema.decays": [0.0, 1 / 3]}]
+    folder = run(tiny_teacher, tmp_path / "run", stages=stages, **{"ema.decays": [0.9, 0.99], "ema.export": 0.99})
+    before, after = state(folder, 2), state(folder, 3)
+    names = [name.removeprefix("ema.0.9.") for name in after if name.startswith("ema.0.9.")]
+    for name in names:
+        weight = after[f"generator.{name}"].float()
+        assert torch.equal(after[f"ema.0.9.{name}"], weight)
+        torch.testing.assert_close(after[f"ema.0.99.{name}"], weight * 2 / 3 + before[f"ema.0.99.{name}"] / 3)
+    assert any(not torch.equal(before[f"ema.0.9.{name}"], before[f"generator.{name}"]) for name in names)
+
+
 def test_changes_are_recorded(tiny_teacher: Path, tmp_path: Path) -> None:
     folder = run(tiny_teacher, tmp_path / "run", stages=STAGES, **{"log.checkpoint_every": 0})
     records = read_records(folder / "metrics.jsonl")
@@ -185,6 +197,10 @@ def test_a_stage_changes_what_it_names_alone() -> None:
             "stage 1: generator.lr_warmup: got 2 of 2 iterations",
         ),
         (
+            {"stages": [{"iterations": 2, "ema.decays": [0.5, 0.6]}]},
+            r"stage 1: ema.decays: got \[0.5, 0.6\]; expected a decay for each of the run's averages \[0.98\]",
+        ),
+        (
             {"stages": [{"iterations": 2, "method": "diffratio"}, {"iterations": 1}]},
             "stages: methods diffratio and f-distill train different parts of the fake score's network",
         ),
@@ -200,7 +216,7 @@ def test_a_stage_changes_what_it_names_alone() -> None:
                 "fake_score.lora_rank": 2,
                 "discriminator.features": ["down0"],
                 "ratio.num_bins": 3,
-                "ema.decays": [0.5],
+                "ema.sigma_rel": [0.1],
                 "regression.pairs": 3,
                 "log.every": 1,
                 "precision": "bf16",

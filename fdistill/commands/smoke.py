@@ -57,7 +57,7 @@ def smoke_config(name_or_path: str, overrides: Iterable[str] | Mapping[str, Any]
     made: dict[str, Any] = {**SETTINGS, **section.overrides}
     if stages := load_config(name_or_path, given).stages:
         del made["iterations"]
-        made["stages"] = [{**stage, "iterations": 1} for stage in stages]
+        made["stages"] = [_of_one_iteration(stage) for stage in stages]
     config = load_config(name_or_path, _under(made, given))
     key = {
         "version": __version__,
@@ -68,6 +68,15 @@ def smoke_config(name_or_path: str, overrides: Iterable[str] | Mapping[str, Any]
     folder = made_once("smoke", key, partial(_write, section=section, config=config, where=name_or_path))
     read = {"prompts": str(folder / _PROMPTS)} if (folder / _PROMPTS).is_file() else {"data": str(folder / "data")}
     return load_config(name_or_path, _under({"teacher": str(folder / "teacher"), **read, **made}, given))
+
+
+def _of_one_iteration(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """The stage with one iteration, in which no rate can warm up."""
+    changes = {
+        key: {**value, "lr_warmup": 0} if isinstance(value, Mapping) and "lr_warmup" in value else value
+        for key, value in stage.items()
+    }
+    return {**changes, "iterations": 1}
 
 
 def _under(made: Mapping[str, Any], given: Mapping[str, Any] | list[str]) -> Mapping[str, Any] | list[str]:

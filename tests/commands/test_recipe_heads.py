@@ -182,6 +182,8 @@ def test_what_is_unproven_of_the_iterations_is_said(name: str, papers: int) -> N
     assert re.search(r"five times as many, [\d,]+", unproven)
     assert "eval.every" in unproven
     said = hours(head(name))
-    for many, time in re.findall(r"five times as many, ([\d,]+)[^.]*? takes? (\d+) hours", unproven):
+    longer = re.findall(r"five times as many, ([\d,]+)[^.]*? takes? (\d+) hours", unproven)
+    assert longer
+    for many, time in longer:
         exact = said.assumed * int(many.replace(",", "")) / said.iterations
         assert math.isclose(float(time), exact, rel_tol=0.03), exact

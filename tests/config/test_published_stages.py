@@ -31,3 +31,11 @@ def test_dmd2s_runs_are_as_the_text_says(
     assert [stage.generator.gan_weight for stage in stages] == [0, gan_weight]
     assert [stage.discriminator.gan_weight for stage in stages] == [0, 1e-2]
     assert config.batch_size == (280, 2048)[run]
+    assert (config.student_level, config.guidance_scale) == ((80, 1), (999, 1.75))[run]
+    for section in config.roles.values():
+        assert (section.beta1, section.beta2, section.weight_decay) == (0.9, 0.999, 0.01)
+        assert section.lr_warmup * config.critic_steps == 500
+    assert (config.matching_levels.low, config.matching_levels.high) == (0.02, 0.98)
+    assert (config.critic_levels.low, config.critic_levels.high) == (0, 1)
+    samplers = {config.matching_levels.sampler, config.critic_levels.sampler}
+    assert samplers == {("karras", "uniform")[run]}

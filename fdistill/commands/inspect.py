@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -130,9 +132,22 @@ def _facts(found: Checkpoint, denoiser: Denoiser, latents: LatentSpace | None) -
         "condition": _condition(denoiser),
         "levels": f"{type(schedule).__name__}, t from {schedule.t_min:g} to {schedule.t_max:g}",
         "prediction": _prediction(denoiser),
-        "features": ", ".join(f"{name} {shape}" for name, shape in denoiser.feature_shapes.items()),
+        "features": describe_features(denoiser.feature_shapes),
         "student": f"one step from {schedule.t_max:g}, exported as {_export(denoiser, latents, found.index)}",
     }
+
+
+def describe_features(shapes: Mapping[str, tuple[int, int, int]]) -> str:
+    """Features and their shapes; neighbours that differ in their number alone are one entry."""
+    groups = groupby(shapes, key=lambda name: (name.rstrip("0123456789"), shapes[name]))
+    found = []
+    for (kind, shape), group in groups:
+        names = list(group)
+        numbers = [name.removeprefix(kind) for name in names]
+        consecutive = numbers == [str(int(numbers[0] or 0) + i) for i in range(len(names))]
+        listed = f"{names[0]} to {names[-1]}" if consecutive and len(names) > 2 else ", ".join(names)
+        found.append(f"{listed} {shape}")
+    return ", ".join(found)
 
 
 def _round_trips(subject: Subject) -> str:

@@ -18,7 +18,7 @@ from fdistill import distill
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.errors import DataError
 from fdistill.commands.cli import app
-from fdistill.commands.inspect import describe, inspect
+from fdistill.commands.inspect import describe, describe_features, inspect
 from fdistill.commands.predictions import LevelCheck, LinearDenoiser, check_predictions, relative_error
 from fdistill.commands.readings import Subject, judge
 from fdistill.noise import EDMSchedule, FlowSchedule
@@ -214,3 +214,12 @@ def test_a_text_to_image_teacher_is_told_captions() -> None:
     assert moved > 0.02
     assert told < untold
     assert len(describe(facts, checks, verdict).splitlines()) < 30
+
+
+def test_features_fit_on_a_line_or_two() -> None:
+    shapes = {f"block{i}": (3072, 32, 32) for i in range(57)} | {f"depth{i}": (3072, 32, 32) for i in (25, 50, 75)}
+    found = describe_features({"stem": (8, 64, 64), **shapes, "down0": (320, 64, 64), "down1": (640, 32, 32)})
+    assert found == (
+        "stem (8, 64, 64), block0 to block56 (3072, 32, 32), depth25, depth50, depth75 (3072, 32, 32), "
+        "down0 (320, 64, 64), down1 (640, 32, 32)"
+    )

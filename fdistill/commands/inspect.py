@@ -32,9 +32,10 @@ from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
 
 _PROMPT = "a photo"  # used if images have no captions
-#: For networks of up to so many parameters: the number of images, and of those on which readings are compared. On an
-#: H100 that is less than a minute for Stable Diffusion XL and FLUX.1 (estimated in docs/teachers.md).
+#: For networks of up to so many parameters: the number of images, and of those on which readings are compared, so that
+#: a check takes about a minute (docs/teachers.md).
 _AMOUNTS: list[tuple[float, int, int]] = [(3e8, 64, 16), (2e9, 16, 4), (math.inf, 4, 2)]
+_AMOUNTS_ON_CPU: list[tuple[float, int, int]] = [(1e7, 64, 16), (math.inf, 4, 2)]
 #: Networks of more parameters compute in bf16 on a GPU; no reading is mistaken for another by its rounding.
 _LARGE = 3e8
 Report = tuple[dict[str, Any], list[LevelCheck], Verdict | None]
@@ -89,7 +90,8 @@ def inspect(
         teacher = open_teacher(TeacherSettings(str(checkpoint), vae=vae))
         found, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(chosen), teacher.latents
     size = sum(parameter.numel() for parameter in denoiser.parameters())
-    images, compared = next((images, few) for most, images, few in _AMOUNTS if size <= most)
+    amounts = _AMOUNTS_ON_CPU if chosen.type == "cpu" else _AMOUNTS
+    images, compared = next((images, few) for most, images, few in amounts if size <= most)
     with autocast(chosen, "bf16" if size > _LARGE and chosen.type == "cuda" else "fp32"):
         return _report(found, denoiser, latents, data, recipe, (num_images or images, compared), chosen)
 

@@ -39,7 +39,7 @@ class EDMDenoiser(Denoiser):
         super().__init__()
         check_network(network)
         config = network.config
-        self.network = without_dropout(network)
+        self.network = network
         self.parametrisation = EDMPreconditioning(
             EDMSchedule(config.sigma_min, config.sigma_max), config.sigma_data, boundary=0.0, time_scale=0.25
         )
@@ -96,7 +96,7 @@ class EDMDenoiser(Denoiser):
 
 def wrap(network: EDMNetwork, scheduler: Mapping[str, Any] | None) -> EDMDenoiser:
     """Builds the denoiser from a network. The network's own config gives the schedule, so `scheduler` is ignored."""
-    return EDMDenoiser(network)
+    return EDMDenoiser(without_dropout(network))
 
 
 FAMILY = Family(EDMNetwork, wrap)

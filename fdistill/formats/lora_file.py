@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import atomic_file, not_weights
-from fdistill.formats.peft_config import lora_files, read_peft_config
+from fdistill.formats.peft_config import check_settings, lora_files, read_peft_config
 from fdistill.formats.pipeline_folder import unreadable
 
 #: As `load_lora_weights` of diffusers' pipelines looks for it in a folder.
@@ -169,9 +169,12 @@ def _written_settings(path: Path, metadata: Mapping[str, str]) -> Mapping[str, o
         raise CheckpointError(f"{path}: its lora_adapter_metadata is no JSON ({error})") from error
     if not isinstance(written, dict):
         raise CheckpointError(f"{path}: its lora_adapter_metadata is no JSON object")
+    settings: dict[str, dict[str, object]] = {}
     for name, value in written.items():
-        if name.rpartition(".")[2] == "use_dora" and value:
-            raise CheckpointError(f"{path}: a DoRA cannot be merged; fuse it elsewhere and save the pipeline")
+        component, _, setting = name.rpartition(".")
+        settings.setdefault(component, {})[setting] = value
+    for component, own in settings.items():
+        check_settings(f"{path}: {component}", own)
     return written
 
 

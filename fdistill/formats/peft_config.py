@@ -78,11 +78,16 @@ def read_peft_config(path: Path) -> dict[str, Any]:
         config = read_json_object(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy it again") from error
-    check_fields(str(path), PEFT_FIELDS, config, _defaults())
+    check_settings(str(path), config)
+    return config
+
+
+def check_settings(what: str, config: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for the settings of more than a plain low-rank update; `what` is whose they are."""
+    check_fields(what, PEFT_FIELDS, config, _defaults())
     numbers = [config.get("r", 8), config.get("lora_alpha", 8), *dict(config.get("alpha_pattern") or {}).values()]
     if not all(isinstance(value, (int, float)) for value in numbers):
-        raise CheckpointError(f"{path}: r, lora_alpha and alpha_pattern are {numbers}; expected numbers")
-    return config
+        raise CheckpointError(f"{what}: r, lora_alpha and alpha_pattern are {numbers}; expected numbers")
 
 
 def _defaults() -> Mapping[str, Any]:

@@ -317,6 +317,12 @@ def _latent_encoder(encoder: Any, config: dict[str, Any], source: Path) -> str |
     settings = dict(LATENT_ENCODER)
     if name is not None:
         settings |= dict(zip(settings, encoder.arguments, strict=False)) | encoder.keywords
+        unknown = settings.keys() - LATENT_ENCODER.keys() - {"batch_size"}
+        if unknown:
+            raise CheckpointError(
+                f"{source}: encoder {name} has a setting {min(unknown)!r} that is not known; expected "
+                f"{', '.join(LATENT_ENCODER)}"
+            )
     try:
         scale = [settings["final_std"] / std for std in settings["raw_std"]]
         bias = [

@@ -31,6 +31,7 @@ from fdistill.adapters.config_fields import (
     SCHEDULER_FIELDS,
     TEXT_ENCODER_FIELDS,
     Fields,
+    check_fields,
     constructor_defaults,
 )
 from fdistill.adapters.parametrisation import (
@@ -260,3 +261,88 @@ def test_the_embedding_of_a_guidance_scale_is_refused_in_a_teachers_folder(tmp_p
     network.save_pretrained(folder / "unet")
     with pytest.raises(CheckpointError, match=r"sdxl: UNet2DConditionModel with time_cond_proj_dim 16: .*few steps"):
         load_teacher(folder)
+
+
+#: Fields that published configs have beside those of the class, or instead of them, with their values.
+PUBLISHED: dict[str, tuple[Fields, type[Any] | None, dict[str, Any]]] = {
+    "stable-diffusion-v1-5 scheduler": (
+        SCHEDULER_FIELDS,
+        diffusers.PNDMScheduler,
+        {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True, "trained_betas": None},
+    ),
+    "stable-diffusion-xl-base-1.0 scheduler": (
+        SCHEDULER_FIELDS,
+        EulerDiscreteScheduler,
+        {"clip_sample": False, "sample_max_value": 1.0, "set_alpha_to_one": False, "skip_prk_steps": True},
+    ),
+    "playground-v2.5 vae": (
+        AUTOENCODER_FIELDS["AutoencoderKL"],
+        diffusers.AutoencoderKL,
+        {"latents_mean": [-1.6574], "latents_std": [8.4927], "force_upcast": True},
+    ),
+    "DiT-XL-2-256": (
+        NETWORK_FIELDS["DiTTransformer2DModel"],
+        diffusers.DiTTransformer2DModel,
+        {"cross_attention_dim": None, "num_vector_embeds": None, "only_cross_attention": False, "norm_num_groups": 32},
+    ),
+    "PixArt-XL-2-1024-MS": (
+        NETWORK_FIELDS["PixArtTransformer2DModel"],
+        diffusers.PixArtTransformer2DModel,
+        {"double_self_attention": False, "num_vector_embeds": None, "use_linear_projection": False},
+    ),
+    "Sana_1600M": (
+        NETWORK_FIELDS["SanaTransformer2DModel"],
+        diffusers.SanaTransformer2DModel,
+        {"guidance_embeds": False, "guidance_embeds_scale": 0.1, "timestep_scale": 1.0, "mlp_ratio": 2.5},
+    ),
+    "CLIP ViT-L/14": (
+        TEXT_ENCODER_FIELDS["CLIPTextModel"],
+        None,
+        {
+            "dropout": 0.0,
+            "torch_dtype": "float32",
+            "transformers_version": "4.21.0.dev0",
+            "model_type": "clip_text_model",
+        },
+    ),
+    "T5 v1.1 XXL": (
+        TEXT_ENCODER_FIELDS["T5EncoderModel"],
+        None,
+        {
+            "decoder_start_token_id": 0,
+            "dense_act_fn": "gelu_new",
+            "is_gated_act": True,
+            "output_past": True,
+            "tie_word_embeddings": False,
+            "n_positions": 512,
+        },
+    ),
+    "Gemma 2": (
+        TEXT_ENCODER_FIELDS["Gemma2Model"],
+        None,
+        {
+            "cache_implementation": "hybrid",
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_theta": 10000.0,
+            "sliding_window_size": 4096,
+            "attn_logit_softcapping": 50.0,
+        },
+    ),
+    "Qwen2.5-VL": (
+        TEXT_ENCODER_FIELDS["Qwen2_5_VLForConditionalGeneration"],
+        None,
+        {
+            "vision_token_id": 151654,
+            "rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]},
+            "rope_theta": 1000000.0,
+            "vision_config": {"in_chans": 3, "spatial_patch_size": 14},
+            "use_sliding_window": False,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_fields_of_published_configs_are_known(name: str) -> None:
+    fields, cls, config = PUBLISHED[name]
+    check_fields(name, fields, config, {} if cls is None else constructor_defaults(cls))

@@ -217,7 +217,8 @@ def test_a_lora_of_another_base_is_refused(tmp_path: Path) -> None:
     refused(r"expected down \[rank, in\]", {f"unet.{QUERY}.lora_A.weight": down})
     refused(r"expected down \[rank, in\]", good | {f"unet.{QUERY}.lora_B.weight": up[:, :1].contiguous()})
     refused("not of a plain LoRA", good | {f"unet.{QUERY}.dora_scale": up})
-    refused("DoRA", good, **{"unet.use_dora": True})
+    refused("unet with use_dora True: a DoRA cannot be merged", good, **{"unet.use_dora": True})
+    refused("unet with init_lora_weights 'pissa'", good, **{"unet.init_lora_weights": "pissa", "unet.r": 2})
     refused("holds no LoRA layers", {f"unet.{QUERY}.alpha": torch.tensor(1.0)})
     lora.write_bytes(lora.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cut short"):

@@ -92,4 +92,5 @@ def _predicts_v(
     judged = made.get(_V_PREDICTION_TENSOR) if config.get("use_linear_projection") else None
     if judged is not None and judged.float().std(correction=0) > _V_PREDICTION_STD:
         return []
-    return [f"ComfyUI will take this v-prediction for eps: {_SAMPLING_NODE}"]
+    noise = ", with zsnr=true" if scheduler.get("rescale_betas_zero_snr") else ""
+    return [f"ComfyUI will take this v-prediction for eps: {_SAMPLING_NODE}{noise}"]

@@ -1,6 +1,7 @@
-"""Folders whose weights are files of torch.save (.bin), made into folders with safetensors before anything reads them.
+"""Folders whose weights are not what everything else reads: safetensors under the names of diffusers and transformers.
 
-So every other part of the code knows safetensors alone.
+Files of torch.save (.bin), half-precision weights alone (model.fp16.safetensors), and tensors with names of
+torch.compile or DistributedDataParallel are made into a folder with plain safetensors before anything reads them.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import KEPT_SUFFIXES, is_variant, link_files, made_once, read_json_object, sha256_of_files
-from fdistill.base.state_dicts import unshared
-from fdistill.base.torch_files import is_state_dict, read_torch_file
+from fdistill.base.state_dicts import is_wrapped, unshared, unwrapped
+from fdistill.base.torch_files import is_state_dict, read_torch_file, tensor_names
 
 #: The weights of a component in safetensors, of diffusers and of transformers.
 _SAFE = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 #: The same weights as files of torch.save.
-_BINS = ("diffusion_pytorch_model", "pytorch_model")
+_BINS = ("diffusion_pytorch_model.bin", "pytorch_model.bin")
+#: In the names of half-precision weights, which are read where there are no others.
+_VARIANT = ".fp16"
 _UNUSED = ("safety_checker",)
 
 
-def without_pickles(folder: Path) -> Path:
+def with_plain_weights(folder: Path) -> Path:
     """The folder itself if all its components have weights in safetensors; otherwise a copy that has, made once.
 
     A component is a folder with config.json: this one, or one in it. Its .bin files are read by torch's restricted
@@ -37,20 +40,22 @@ def without_pickles(folder: Path) -> Path:
         CheckpointError: a .bin file is damaged, or holds anything but a dict of tensors.
         OutputError: the cache folder cannot be written.
     """
-    pickled = {component: files for component in _components(folder) if (files := _bin_files(component))}
-    if not pickled:
+    rewritten = {component: files for component in _components(folder) if (files := _to_rewrite(component))}
+    if not rewritten:
         return folder
+    read = [path for files in rewritten.values() for path in files]
     kept = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.suffix in KEPT_SUFFIXES and not is_variant(path) and ".bin." not in path.name
+        if path.is_file()
+        and path.suffix in KEPT_SUFFIXES
+        and not (is_variant(path) or path in read or ".bin." in path.name)
     ]
-    read = [path for files in pickled.values() for path in files]
     key = {path.relative_to(folder).as_posix(): sha256_of_files([path]) for path in (*kept, *read)}
 
     def fill(temporary: Path) -> None:
         link_files(kept, folder, temporary)
-        for component, files in pickled.items():
+        for component, files in rewritten.items():
             _write(component, files, temporary / component.relative_to(folder))
 
     return made_once("safetensors", key | {"format": "1"}, fill)
@@ -68,6 +73,12 @@ def bins_instead(folder: Path) -> list[str]:
     ]
 
 
+def variants_instead(folder: Path) -> list[str]:
+    """Patterns of the half-precision files to download for the components of a folder that came without weights."""
+    lacking = [part for part in _components(folder) if not (_has_safetensors(part) or _to_rewrite(part))]
+    return [(part.relative_to(folder) / f"*{_VARIANT}*").as_posix() for part in lacking]
+
+
 def _components(folder: Path) -> list[Path]:
     """The folders in a folder, and itself, that hold config.json, and so weights."""
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in _UNUSED]
@@ -78,16 +89,19 @@ def _has_safetensors(component: Path) -> bool:
     return any((component / name).is_file() or (component / f"{name}.index.json").is_file() for name in _SAFE)
 
 
-def _bin_files(component: Path) -> list[Path]:
-    """The .bin file of a component or its shards; none if it has safetensors, or no weights at all."""
+def _to_rewrite(component: Path) -> list[Path]:
+    """The file of a component's weights, or its shards, if they are not what everything else reads; otherwise []."""
     if _has_safetensors(component):
-        return []
-    for stem in _BINS:
-        index = component / f"{stem}.bin.index.json"
-        if index.is_file():
-            return [component / name for name in sorted(set(_shards(index).values()))]
-        if (component / f"{stem}.bin").is_file():
-            return [component / f"{stem}.bin"]
+        files = [path for path in sorted(component.glob("*.safetensors")) if not is_variant(path)]
+        return files if any(is_wrapped(tensor_names(path)) for path in files) else []
+    for variant, names in (("", _BINS), (_VARIANT, _SAFE), (_VARIANT, _BINS)):
+        for name in names:
+            index = component / f"{name}.index{variant}.json"
+            if index.is_file():
+                return [component / shard for shard in sorted(set(_shards(index).values()))]
+            stem, _, suffix = name.rpartition(".")
+            if (component / f"{stem}{variant}.{suffix}").is_file():
+                return [component / f"{stem}{variant}.{suffix}"]
     return []
 
 
@@ -105,7 +119,7 @@ def _shards(index: Path) -> dict[str, str]:
 
 
 def _write(component: Path, files: list[Path], target: Path) -> None:
-    """Writes the tensors of .bin files as the safetensors that diffusers or transformers looks for."""
+    """Writes the tensors of files as the safetensors that diffusers or transformers looks for."""
     try:
         of_diffusers = "_class_name" in read_json_object(component / "config.json")
     except (OSError, ValueError) as error:
@@ -128,4 +142,4 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     content = read_torch_file(path)
     if not is_state_dict(content):
         raise CheckpointError(f"{path}: holds no state dict; expected a dict of tensors by name")
-    return dict(content)
+    return unwrapped(content)

@@ -18,13 +18,13 @@ from fdistill.adapters import (
     set_null_class,
     supported_pipelines,
 )
-from fdistill.adapters.bin_weights import bins_instead, without_pickles
+from fdistill.adapters.bin_weights import bins_instead, variants_instead, with_plain_weights
 from fdistill.adapters.family import Family
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.errors import CheckpointError, did_you_mean
-from fdistill.base.files import read_json_object, weights_sha256
+from fdistill.base.files import not_weights, read_json_object, weights_sha256
 from fdistill.base.functions import import_function
 from fdistill.base.state_dicts import tensors_sha256
 from fdistill.denoiser import Denoiser
@@ -90,7 +90,7 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
     """The checkpoint of an embedded teacher's name, a path, "module:function", or a hub id.
 
     A hub id is downloaded, with weights in safetensors where it has them. Weights in .bin files are read by torch's
-    restricted loader, and the folder becomes a copy with safetensors, see `without_pickles`.
+    restricted loader, and the folder becomes a copy with safetensors, see `with_plain_weights`.
 
     Raises:
         CheckpointError: there is no such folder or function, and the hub does not have it or cannot be reached; or a
@@ -102,8 +102,11 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
         return Checkpoint(text, EMBEDDED_TEACHERS[text])
     path = Path(name)
     if path.is_dir():
-        return Checkpoint(text, without_pickles(path))
+        return Checkpoint(text, with_plain_weights(path))
     if path.exists():
+        what = not_weights(path)
+        if what is not None:
+            raise CheckpointError(f"checkpoint {text!r}: {what}")
         raise CheckpointError(
             f"checkpoint {text!r} is a file; expected a folder: `fdistill convert` makes one of a pickle, a state dict "
             "or a single-file pipeline"
@@ -114,7 +117,7 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
     looks_like_path = path.is_absolute() or text.startswith(".") or text.count("/") != 1
     if looks_like_path:
         raise CheckpointError(f"checkpoint {text!r}: no such folder; {did_you_mean(text, EMBEDDED_TEACHERS)}")
-    return Checkpoint(text, without_pickles(_download(text)))
+    return Checkpoint(text, with_plain_weights(_download(text)))
 
 
 def _factory(name: str) -> Callable[[], Denoiser]:
@@ -140,13 +143,18 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    def fetch(patterns: list[str]) -> Path:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=_NOT_DOWNLOADED, etag_timeout=5))
+    def fetch(patterns: list[str], ignored: list[str] = _NOT_DOWNLOADED) -> Path:
+        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=ignored, etag_timeout=5))
 
     try:
         folder = fetch(_DOWNLOADED)
         missing = bins_instead(folder)
-        return fetch([*_DOWNLOADED, *missing]) if missing else folder
+        if missing:
+            folder = fetch([*_DOWNLOADED, *missing])
+        missing = variants_instead(folder)
+        if missing:
+            folder = fetch(missing, [pattern for pattern in _NOT_DOWNLOADED if "fp16" not in pattern])
+        return folder
     except GatedRepoError as error:
         raise CheckpointError(
             f"checkpoint {hub_id!r}: its owner gives access on request; accept the conditions on "
@@ -221,6 +229,8 @@ def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> D
         model = load_network(family.network, network)
         try:
             denoiser = family.wrap(model, read_scheduler_config(checkpoint.folder))
+        except CheckpointError as error:
+            raise CheckpointError(f"{checkpoint.folder}: {error}") from error
         except (TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise CheckpointError(
                 f"{network / 'config.json'}: cannot be used ({error}); expected the settings of these weights"

@@ -12,6 +12,7 @@ from diffusers.models.embeddings import LabelEmbedding, Timesteps
 from einops import rearrange
 from torch import Tensor
 
+from fdistill.adapters.config_fields import check_network
 from fdistill.adapters.family import Family, Runnable
 from fdistill.adapters.float32_layers import amplified_output_in_float32
 from fdistill.adapters.parametrisation import (
@@ -21,7 +22,7 @@ from fdistill.adapters.parametrisation import (
     parametrisation_from_scheduler,
 )
 from fdistill.adapters.taps import run_tapped
-from fdistill.adapters.variances import without_variances
+from fdistill.adapters.variances import without_dropout, without_variances
 from fdistill.condition import Condition, as_labels
 from fdistill.denoiser import Denoiser, Features
 from fdistill.prediction import Preconditioning
@@ -75,6 +76,7 @@ class DiTDenoiser(Denoiser):
         self, network: DiTTransformer2DModel, parametrisation: Parametrisation, published: Published | None = None
     ):
         super().__init__()
+        check_network(network)
         published = published or Published()
         config: Any = network.config
         without_variances(network, "proj_out_2")
@@ -86,7 +88,7 @@ class DiTDenoiser(Denoiser):
                 has_null = published.has_null_class and module.embedding_table.num_embeddings > module.num_classes
                 self.null_class = module.num_classes if has_null else None
                 module.dropout_prob = 0.0  # in training mode it would drop labels of the student and the fake score
-        self.network = network
+        self.network = without_dropout(network)
         self.published = published
         self.guidance_channels = published.guidance_channels
         self.parametrisation = parametrisation
@@ -155,4 +157,15 @@ def native_pipeline(
     return pipeline, {"num_inference_steps": 1, "guidance_scale": 1.0}
 
 
-FAMILY = Family(DiTTransformer2DModel, wrap, native_pipeline, guidance_labels={"DiTPipeline": 1000})
+def earlier_config(config: Mapping[str, Any]) -> bool:
+    """Whether a config is of a DiT that an older diffusers saved as a Transformer2DModel, as facebook/DiT-XL-2-256."""
+    return config.get("_class_name") == "Transformer2DModel" and config.get("norm_type") == "ada_norm_zero"
+
+
+FAMILY = Family(
+    DiTTransformer2DModel,
+    wrap,
+    native_pipeline,
+    earlier_config=earlier_config,
+    guidance_labels={"DiTPipeline": 1000},
+)

@@ -7,10 +7,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fdistill.adapters.config_fields import check_network
 from fdistill.adapters.family import Family
 from fdistill.adapters.parametrisation import EDMPreconditioning
+from fdistill.adapters.variances import without_dropout
 from fdistill.condition import Condition, as_labels
 from fdistill.denoiser import Denoiser, Features
 from fdistill.networks import EDM2Network, EDMNetwork
@@ -35,6 +37,7 @@ class EDMDenoiser(Denoiser):
 
     def __init__(self, network: EDMNetwork | EDM2Network):
         super().__init__()
+        check_network(network)
         config = network.config
         self.network = network
         self.parametrisation = EDMPreconditioning(
@@ -91,18 +94,9 @@ class EDMDenoiser(Denoiser):
         return (labels[:, None] == torch.arange(self.network.config.label_dim, device=labels.device)).to(dtype)
 
 
-def without_dropout(network: EDMNetwork | EDM2Network) -> None:
-    """Sets all dropout to 0, so that a sample depends on its noise alone, in training mode too."""
-    for module in network.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    network.register_to_config(dropout=0.0)
-
-
 def wrap(network: EDMNetwork, scheduler: Mapping[str, Any] | None) -> EDMDenoiser:
     """Builds the denoiser from a network. The network's own config gives the schedule, so `scheduler` is ignored."""
-    without_dropout(network)
-    return EDMDenoiser(network)
+    return EDMDenoiser(without_dropout(network))
 
 
 FAMILY = Family(EDMNetwork, wrap)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fdistill.adapters.edm import EDMDenoiser, without_dropout
+from fdistill.adapters.edm import EDMDenoiser
 from fdistill.adapters.family import Family
+from fdistill.adapters.variances import without_dropout
 from fdistill.denoiser import LatentScaling
 from fdistill.networks import EDM2Network
 from fdistill.networks.skeleton import UNet
@@ -32,8 +33,7 @@ class EDM2Denoiser(EDMDenoiser):
 
 def wrap(network: EDM2Network, scheduler: Mapping[str, Any] | None) -> EDM2Denoiser:
     """Builds the denoiser from a network. The network's own config gives the schedule, so `scheduler` is ignored."""
-    without_dropout(network)
-    return EDM2Denoiser(network)
+    return EDM2Denoiser(without_dropout(network))
 
 
 FAMILY = Family(EDM2Network, wrap)

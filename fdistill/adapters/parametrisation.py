@@ -17,6 +17,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from fdistill.adapters.config_fields import SCHEDULER_FIELDS, check_fields, constructor_defaults
 from fdistill.adapters.pretrained import quiet_diffusers
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object
@@ -116,6 +117,8 @@ class SiTPrediction:
         return Preconditioning(None, skip, -out)
 
 
+_TIMESTEPS = 1000  # of rectified flows in diffusers
+
 _PREDICTION_TYPES: dict[str, PredictionKind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 
 
@@ -127,13 +130,19 @@ def parametrisation_from_scheduler(config: Mapping[str, Any] | None) -> Parametr
     """The parametrisation of a network, from the scheduler_config.json of its diffusers pipeline.
 
     Raises:
-        CheckpointError: there is no config, or its scheduler or prediction type is not supported.
+        CheckpointError: there is no config, or its scheduler, its prediction type or another field is not supported.
     """
     if config is None:
         raise CheckpointError(
-            "checkpoint: the network's noise schedule is not known; expected scheduler/scheduler_config.json beside "
-            "it, as in the pipeline it was published with"
+            "the network's noise schedule is not known; expected scheduler/scheduler_config.json beside it: copy the "
+            "pipeline that it was trained from, and put this network into the copy"
         )
+    name = str(config.get("_class_name"))
+    cls = getattr(diffusers, name, None)
+    if isinstance(cls, type) and issubclass(cls, SchedulerMixin):
+        defaults = constructor_defaults(cls)  # classes differ in them: LCM's betas are those of Stable Diffusion
+        config = {**defaults, **config}
+        check_fields(f"scheduler/scheduler_config.json: {name}", SCHEDULER_FIELDS, config, defaults)
     try:
         return _parametrisation(config)
     except (ValueError, TypeError, KeyError) as error:
@@ -154,7 +163,8 @@ def flow_from_scheduler(
         time_scale: the network takes time_scale * t; by default the scheduler's number of timesteps.
 
     Raises:
-        CheckpointError: there is no config, or its scheduler is not a flow-matching one.
+        CheckpointError: there is no config, or its scheduler is not a flow-matching one; or it has another number of
+            timesteps than the pipelines of these networks assume.
     """
     form = parametrisation_from_scheduler(config)
     if not isinstance(form, DirectPrediction) or form.prediction != "flow":
@@ -162,7 +172,14 @@ def flow_from_scheduler(
             f"{network} with {dict(config or {}).get('_class_name')}: expected a flow-matching scheduler, such as "
             "FlowMatchEulerDiscreteScheduler"
         )
-    return form if time_scale is None else DirectPrediction(form.schedule, "flow", time_scale)
+    if time_scale is None:
+        return form
+    if form.time_scale != _TIMESTEPS:
+        raise CheckpointError(
+            f"{network} with num_train_timesteps {form.time_scale:g}: its pipeline divides timesteps by {_TIMESTEPS}; "
+            f"expected {_TIMESTEPS}"
+        )
+    return DirectPrediction(form.schedule, "flow", time_scale)
 
 
 def _parametrisation(config: Mapping[str, Any]) -> Parametrisation:
@@ -178,7 +195,7 @@ def _parametrisation(config: Mapping[str, Any]) -> Parametrisation:
             )
         schedule = EDMSchedule(float(config["sigma_min"]), float(config["sigma_max"]))
         return EDMPreconditioning(schedule, float(config["sigma_data"]), boundary=0.0, time_scale=0.25)
-    if name == "FlowMatchEulerDiscreteScheduler":
+    if name in ("FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"):  # the latter of students of a few steps
         convention = config.get(TIME_CONVENTION)
         if convention not in (None, "sit"):
             raise CheckpointError(f"{name}: {TIME_CONVENTION} got {convention!r}; expected 'sit', or no such key")
@@ -188,7 +205,13 @@ def _parametrisation(config: Mapping[str, Any]) -> Parametrisation:
     scheduler = getattr(diffusers, name, None)
     if "beta_schedule" in config and isinstance(scheduler, type) and issubclass(scheduler, SchedulerMixin):
         kind = str(config.get("prediction_type", "epsilon"))
-        if kind == "flow_prediction":  # Sana's solver; its betas are not used
+        is_flow = kind == "flow_prediction"
+        if "use_flow_sigmas" in config and bool(config["use_flow_sigmas"]) != is_flow:
+            raise CheckpointError(
+                f"{name} with use_flow_sigmas {config['use_flow_sigmas']!r} and prediction_type {kind!r}: they "
+                f"contradict each other; expected use_flow_sigmas {is_flow}"
+            )
+        if is_flow:  # Sana's solver; its betas are not used
             return DirectPrediction(FlowSchedule(), "flow", time_scale=float(config["num_train_timesteps"]))
         if kind not in _PREDICTION_TYPES:
             raise CheckpointError(f"{name}: prediction_type got {kind!r}; {did_you_mean(kind, _PREDICTION_TYPES)}")
@@ -279,9 +302,11 @@ def student_scheduler(form: Parametrisation, levels: Sequence[float]) -> tuple[S
     if not isinstance(form, DirectPrediction):
         return None
     if isinstance(form.schedule, FlowSchedule):
+        # Networks of time_scale 1 are called by pipelines that divide by the number of timesteps again.
+        count = _TIMESTEPS if form.time_scale == 1 else int(form.time_scale)
         if list(levels) == [1.0]:
-            return FlowMatchEulerDiscreteScheduler(), {"num_inference_steps": 1}
-        return FlowMatchLCMScheduler(), {"sigmas": list(levels)}
+            return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count), {"num_inference_steps": 1}
+        return FlowMatchLCMScheduler(num_train_timesteps=count), {"sigmas": list(levels)}
     if len(levels) == 1:
         scheduler = one_step_scheduler(form, levels[0])
         return None if scheduler is None else (scheduler, {"num_inference_steps": 1})

@@ -12,8 +12,20 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from fdistill.base.errors import CheckpointError
+from fdistill.base.files import not_weights
 
 Network = TypeVar("Network", bound=ModelMixin)
+
+_LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    ImportError,  # of a library that quantized weights need
+    SafetensorError,
+)
 
 
 @contextmanager
@@ -38,7 +50,11 @@ def load_network(cls: type[Network], folder: Path) -> Network:
             network, info = cls.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, ArithmeticError, SafetensorError) as error:
+    except _LOADING_ERRORS as error:
+        for path in sorted(folder.glob("*.safetensors")):
+            what = not_weights(path)
+            if what is not None:
+                raise CheckpointError(f"{path}: {what}") from error
         raise CheckpointError(
             f"{folder}: cannot load the weights ({' '.join(str(error).split())[:400]}); "
             "expected a complete diffusion_pytorch_model.safetensors that fits config.json"

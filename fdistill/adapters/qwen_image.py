@@ -22,7 +22,6 @@ from fdistill.condition import TextCondition
 _TOKENS = 512  # max_sequence_length of its pipeline
 _PATCH = 2  # side of the patch of latents in a token
 _SIZE = 128  # default height and width of latents, as in QwenImagePipeline
-_VARIANTS = ("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope")
 
 
 class QwenImageDenoiser(TokenDenoiser):
@@ -38,12 +37,6 @@ class QwenImageDenoiser(TokenDenoiser):
                 f"QwenImageTransformer2DModel with {config.in_channels} input and {config.out_channels} output "
                 f"channels and patch_size {config.patch_size}: expected patch_size {_PATCH}, and {_PATCH**2} times as "
                 "many inputs as outputs"
-            )
-        extra = [name for name in _VARIANTS if getattr(config, name, False)]  # not in every version of diffusers
-        if extra:
-            raise CheckpointError(
-                f"QwenImageTransformer2DModel with {', '.join(extra)}: expected the text-to-image network of "
-                "Qwen-Image; editing, layered and guidance-distilled ones are not supported"
             )
         text = {"prompt_embeds": (_TOKENS, config.joint_attention_dim), "prompt_embeds_mask": (_TOKENS,)}
         super().__init__(network, parametrisation, channels=channels, size=_SIZE, text_shapes=text)

@@ -56,7 +56,9 @@ def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
                 f"student.network.{key}: {type(network).__name__} has no such setting; {did_you_mean(key, known)}"
             )
     try:
-        other = type(network).from_config({**network.config, **changes})
+        # Without diffusers' note of what had its default when the network was made: it would undo changes of that.
+        config = {key: value for key, value in network.config.items() if key != "_use_default_values"}
+        other = type(network).from_config({**config, **changes})
         smaller = denoiser.with_network(other)
         if denoiser.null_class is not None:
             set_null_class(smaller, denoiser.null_class)

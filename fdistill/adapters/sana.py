@@ -23,11 +23,6 @@ class SanaDenoiser(TokenDenoiser):
 
     def __init__(self, network: SanaTransformer2DModel, parametrisation: Parametrisation):
         config: Any = network.config
-        if config.guidance_embeds:
-            raise CheckpointError(
-                "SanaTransformer2DModel with guidance_embeds: expected a network that takes no guidance scale; "
-                "Sana-Sprint, a student of a few steps, is not supported as a teacher"
-            )
         if config.out_channels not in (None, config.in_channels):
             raise CheckpointError(
                 f"SanaTransformer2DModel with {config.in_channels} input and {config.out_channels} output channels: "

@@ -9,8 +9,10 @@ from typing import Any
 from einops import rearrange
 from torch import Tensor, nn
 
+from fdistill.adapters.config_fields import check_network
 from fdistill.adapters.parametrisation import Parametrisation
 from fdistill.adapters.taps import run_tapped
+from fdistill.adapters.variances import without_dropout
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition, TextCondition
 from fdistill.denoiser import Denoiser, Features
@@ -51,7 +53,8 @@ class TextDenoiser(Denoiser):
         text_shapes: dict[str, tuple[int, ...]],
     ):
         super().__init__()
-        self.network = network
+        check_network(network)
+        self.network = without_dropout(network)
         self.parametrisation = parametrisation
         self.schedule = parametrisation.schedule
         self.sigma_data = parametrisation.sigma_data

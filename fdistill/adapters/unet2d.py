@@ -21,6 +21,7 @@ from diffusers import (
 )
 from torch import Tensor
 
+from fdistill.adapters.config_fields import check_network
 from fdistill.adapters.family import Family, Runnable
 from fdistill.adapters.float32_layers import amplified_output_in_float32
 from fdistill.adapters.parametrisation import (
@@ -31,7 +32,7 @@ from fdistill.adapters.parametrisation import (
     parametrisation_from_scheduler,
 )
 from fdistill.adapters.unet_blocks import decode, embed, encode
-from fdistill.adapters.variances import without_variances
+from fdistill.adapters.variances import without_dropout, without_variances
 from fdistill.base.errors import CheckpointError
 from fdistill.condition import Condition, as_labels
 from fdistill.denoiser import Denoiser, Features
@@ -48,13 +49,19 @@ class UNet2DDenoiser(Denoiser):
 
     def __init__(self, network: UNet2DModel, parametrisation: Parametrisation):
         super().__init__()
+        check_network(network)
         config: Any = network.config
+        if network.class_embedding is not None and config.num_class_embeds is None:
+            raise CheckpointError(
+                f"UNet2DModel with class_embed_type {config.class_embed_type!r} and without num_class_embeds: the "
+                "number of its classes is not known; expected both or neither"
+            )
         without_variances(network, "conv_out")
         amplified_output_in_float32(network, "conv_out", parametrisation)
         size = config.sample_size
         if not isinstance(size, int):
             raise CheckpointError(f"UNet2DModel: expected one integer as sample_size, got {size!r}")
-        self.network = network
+        self.network = without_dropout(network)
         self.parametrisation = parametrisation
         self.schedule = parametrisation.schedule
         self.sigma_data = parametrisation.sigma_data

@@ -42,11 +42,6 @@ class UNet2DConditionDenoiser(TextDenoiser):
                 f"UNet2DConditionModel with {config.in_channels} input and {config.out_channels} output channels: "
                 "expected as many outputs as inputs; inpainting and upscaling networks are not supported"
             )
-        if config.addition_embed_type not in (None, "text_time") or network.class_embedding is not None:
-            raise CheckpointError(
-                f"UNet2DConditionModel with addition_embed_type {config.addition_embed_type!r} and class_embed_type "
-                f"{config.class_embed_type!r}: expected a network of Stable Diffusion 1, 2 or XL"
-            )
         width = config.cross_attention_dim
         text: dict[str, tuple[int, ...]] = {"prompt_embeds": (_TOKENS, width if isinstance(width, int) else width[0])}
         if config.addition_embed_type == "text_time":

@@ -1,4 +1,6 @@
-"""Removes learned variances (Nichol & Dhariwal 2021, arXiv 2102.09672), which only an ancestral sampler uses."""
+"""Removes what makes a prediction more than a function of its inputs, or more than a prediction: dropout, and learned
+variances (Nichol & Dhariwal 2021, arXiv 2102.09672), which only an ancestral sampler uses.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,20 @@ import torch
 from torch import nn
 
 from fdistill.base.errors import CheckpointError
+
+
+def without_dropout(network: Any) -> Any:
+    """Sets all dropout of a network to 0, in place, so that a sample depends on its noise alone, in training mode too.
+
+    Returns:
+        The network.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    if "dropout" in network.config:
+        network.register_to_config(dropout=0.0)
+    return network
 
 
 def without_variances(network: Any, last: str) -> None:

@@ -116,6 +116,25 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+#: How files begin that people take for weights, and what to say of them.
+_NOT_WEIGHTS = {
+    b"GGUF": "is a GGUF file, whose quantized weights are not read; take the safetensors that it was made from",
+    b"version https://git-lfs": "is what git LFS leaves in place of a file; fetch the file with `git lfs pull`",
+    b"<!doctype html": "is a web page instead of the file; download the file again, for instance with `hf download`",
+}
+
+
+def not_weights(path: Path) -> str | None:
+    """What a file is, as the end of a sentence, if it is something that people take for weights; otherwise None."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError:
+        return None
+    found = (what for begin, what in _NOT_WEIGHTS.items() if start.startswith(begin) or start.lower().startswith(begin))
+    return next(found, None)
+
+
 def is_variant(path: Path) -> bool:
     """Whether a file holds weights of another variant, such as "model.fp16.safetensors"."""
     return path.suffix == ".safetensors" and "." in path.stem

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,25 @@ def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         pointer = own.untyped_storage().data_ptr()
         found[name] = own.clone() if pointer in seen else own
         seen.add(pointer)
+    return found
+
+
+#: Put before the names of a network's tensors by torch.compile, at any depth, and by DistributedDataParallel.
+_COMPILED, _PARALLEL = "_orig_mod.", "module."
+
+
+def is_wrapped(names: Collection[str]) -> bool:
+    """Whether a network's tensors have names that torch.compile or DistributedDataParallel gave them."""
+    return any(_COMPILED in name for name in names) or (
+        len(names) > 0 and all(name.startswith(_PARALLEL) for name in names)
+    )
+
+
+def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that the network itself gives them."""
+    found = {name.replace(_COMPILED, ""): value for name, value in tensors.items()}
+    while is_wrapped(found):
+        found = {name.removeprefix(_PARALLEL): value for name, value in found.items()}
     return found
 
 

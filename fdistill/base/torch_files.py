@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
+from fdistill.base.files import not_weights
 
 
 def is_state_dict(value: Any) -> bool:
@@ -22,6 +24,15 @@ def is_state_dict(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items())
     )
+
+
+def tensor_names(path: Path) -> list[str]:
+    """The names of the tensors in a safetensors file; none if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError):
+        return []
 
 
 def read_torch_file(path: Path) -> Any:
@@ -34,6 +45,9 @@ def read_torch_file(path: Path) -> Any:
         CheckpointError: the file is damaged, missing, or names anything that tensors do not need, such as a function
             to call; nothing of it is run.
     """
+    what = not_weights(path)
+    if what is not None:
+        raise CheckpointError(f"{path}: {what}")
     try:
         if path.suffix.lower() == ".safetensors":
             return dict(load_file(path))

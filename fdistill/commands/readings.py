@@ -206,10 +206,11 @@ def _wrapped(
 def _changes(config: Mapping[str, Any], spread: float) -> Iterator[dict[str, Any]]:
     """Changes to a scheduler's config, each to one that a network may have been trained with instead."""
     discrete = {} if "beta_schedule" in config else {"_class_name": "DDPMScheduler"}
+    no_flow = {"use_flow_sigmas": False} if "use_flow_sigmas" in config else {}
     for betas in _BETAS if discrete else ({}, *_BETAS):
         trained = {"trained_betas": None} if "beta_schedule" in betas else {}
         for prediction in _PREDICTIONS:
-            yield {**discrete, **betas, **trained, "prediction_type": prediction}
+            yield {**discrete, **betas, **trained, **no_flow, "prediction_type": prediction}
     for name in ("CMStochasticIterativeScheduler", "EDMEulerScheduler"):
         for sigma_data in (0.5, round(spread, 2)):
             levels = {"sigma_min": config.get("sigma_min", 0.002), "sigma_max": config.get("sigma_max", 80.0)}

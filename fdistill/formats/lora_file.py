@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fdistill.base.errors import ArgumentError, CheckpointError
-from fdistill.base.files import atomic_file
+from fdistill.base.files import atomic_file, not_weights
+from fdistill.formats.peft_config import check_settings, lora_files, read_peft_config
 from fdistill.formats.pipeline_folder import unreadable
 
 #: As `load_lora_weights` of diffusers' pipelines looks for it in a folder.
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
+_PEFT = "base_model.model."
 _TENSOR = re.compile(
     r"(?P<layer>.+?)(?:\.lora_(?P<matrix>A|B|down|up)(?:\.default)?|[._]lora\.(?P<processor>down|up)|"
     r"\.lora_linear_layer\.(?P<text>down|up))\.weight"
@@ -101,13 +103,18 @@ class LoraLayer:
 
 
 def read_lora(path: Path) -> dict[str, LoraLayer]:
-    """The layers of a LoRA file by their names in it, which are diffusers', peft's, kohya's or the publisher's.
+    """The layers of a LoRA by their names in its file, which are diffusers', peft's, kohya's or the publisher's.
+
+    Args:
+        path: the file, or a folder that peft or diffusers saved.
 
     Raises:
         CheckpointError: the file is unreadable, or holds more than plain low-rank updates (DoRA, LoHa, LoKr, biases).
     """
+    path, *beside = lora_files(path)
     if path.suffix != ".safetensors":
-        raise CheckpointError(f"{path}: expected a .safetensors file; convert a pickled LoRA with safetensors first")
+        what = not_weights(path) or "expected a .safetensors file; convert a pickled LoRA with safetensors first"
+        raise CheckpointError(f"{path}: {what}")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -128,7 +135,9 @@ def read_lora(path: Path) -> dict[str, LoraLayer]:
                 f"{path}: tensor {name!r} is not of a plain LoRA; expected lora_A / lora_B, lora_down / lora_up and "
                 "alpha (DoRA, LoHa, LoKr and whole checkpoints cannot be merged: fuse them elsewhere)"
             )
-    written = _written_settings(path, metadata)
+    written: Mapping[str, object] = _written_settings(path, metadata)
+    if beside:
+        written = {f".{key}": value for key, value in read_peft_config(beside[0]).items()}
     layers = {}
     for name, pair in matrices.items():
         if pair.keys() != {"down", "up"} or pair["down"].shape[0] != pair["up"].shape[1]:
@@ -142,7 +151,10 @@ def read_lora(path: Path) -> dict[str, LoraLayer]:
 
 
 def _layer(name: str) -> str:
-    """A layer's name without the attention processors that diffusers' first LoRA files put into it."""
+    """A layer's name without what peft and torch.compile put before it, and without the attention processors that
+    diffusers' first LoRA files put into it.
+    """
+    name = name.replace("_orig_mod.", "").removeprefix(_PEFT)
     if ".processor." in name:
         name = name.replace(".processor.", ".")
         name = f"{name}.0" if name.endswith(".to_out") else name
@@ -157,17 +169,26 @@ def _written_settings(path: Path, metadata: Mapping[str, str]) -> Mapping[str, o
         raise CheckpointError(f"{path}: its lora_adapter_metadata is no JSON ({error})") from error
     if not isinstance(written, dict):
         raise CheckpointError(f"{path}: its lora_adapter_metadata is no JSON object")
+    settings: dict[str, dict[str, object]] = {}
     for name, value in written.items():
-        if name.rpartition(".")[2] == "use_dora" and value:
-            raise CheckpointError(f"{path}: a DoRA cannot be merged; fuse it elsewhere and save the pipeline")
+        component, _, setting = name.rpartition(".")
+        settings.setdefault(component, {})[setting] = value
+    for component, own in settings.items():
+        check_settings(f"{path}: {component}", own)
     return written
 
 
 def _scale(name: str, rank: int, alphas: Mapping[str, float], written: Mapping[str, object]) -> float:
-    """alpha / rank: alpha from the file, else from peft's settings, else the rank itself."""
+    """alpha / rank: alpha from the file, else from peft's settings, else the rank itself.
+
+    Args:
+        written: "<component>.<setting>" -> its value; without a component, what holds for all layers.
+    """
     if name in alphas:
         return alphas[name] / rank
     component, _, path = name.partition(".")
+    if ".lora_alpha" in written:
+        component, path = "", name
     alpha = written.get(f"{component}.lora_alpha", rank)
     patterns = written.get(f"{component}.alpha_pattern") or {}
     assert isinstance(patterns, dict)

@@ -21,6 +21,7 @@ from fdistill.base.errors import CheckpointError
 from fdistill.base.files import made_once, sha256_of_files
 from fdistill.formats.comfy.text_encoders import without_wrapper
 from fdistill.formats.lora_file import LoraLayer, read_lora
+from fdistill.formats.peft_config import lora_files
 from fdistill.formats.pipeline_folder import (
     components,
     pipeline_hashes,
@@ -35,7 +36,6 @@ from fdistill.formats.pipeline_folder import (
 _PREFIXES = {
     "unet": ("lora_unet_", "unet.", ""),
     "transformer": (
-        "base_model.model.",
         "diffusion_model.",
         "lora_transformer_",
         "lora_unet_",
@@ -67,7 +67,8 @@ def merged_folder(folder: Path, lora: Path, scale: float = 1.0) -> Path:
 
     Args:
         folder: a pipeline folder.
-        lora: a safetensors file in the naming of diffusers, peft, kohya or the model's publisher.
+        lora: a safetensors file in the naming of diffusers, peft, kohya or the model's publisher; or a folder that
+            peft or diffusers saved.
         scale: times the LoRA's own alpha / rank.
 
     Returns:
@@ -81,7 +82,7 @@ def merged_folder(folder: Path, lora: Path, scale: float = 1.0) -> Path:
     layers = read_lora(lora)
     key = {
         "pipeline": pipeline_hashes(folder),
-        "lora": sha256_of_files([lora]),
+        "lora": sha256_of_files(lora_files(lora)),
         "scale": float(scale),
         "format": 2,
     }

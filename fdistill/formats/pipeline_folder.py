@@ -11,13 +11,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import KEPT_SUFFIXES, is_variant, link_files, read_json_object, sha256_of_files
+from fdistill.base.files import (
+    KEPT_SUFFIXES,
+    is_variant,
+    link_files,
+    not_weights,
+    read_json_object,
+    sha256_of_files,
+)
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """The error for a safetensors file that is missing, cut short, or something else."""
+    what = not_weights(path)
+    if what is not None:
+        return CheckpointError(f"{path}: {what}")
     return CheckpointError(
         f"{path}: cannot be read as safetensors ({error}); the download may have been cut short: fetch it again"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import made_once, sha256_of_files
 from fdistill.formats.comfy import NETWORK
+from fdistill.formats.own_word import own_scheduler
 from fdistill.formats.pipeline_folder import (
     components,
     pipeline_hashes,
@@ -42,8 +44,9 @@ def single_file_to_folder(path: Path, base: Path | None) -> Path:
     """A checkpoint under its publisher's tensor names as an ordinary pipeline folder, made once and cached.
 
     The network, the autoencoder, and the text encoders of Stable Diffusion 1, 2 and XL come from the file. Whatever it
-    lacks comes from the base, and so do configs, tokenizers, the scheduler (which says what the network predicts), and
-    the text encoders of SD3 and Flux, which fine-tunes leave as they are. Half precision stays. Nothing is downloaded.
+    lacks comes from the base, and so do configs, tokenizers, the scheduler (which says what the network predicts,
+    unless the file does), and the text encoders of SD3 and Flux, which fine-tunes leave as they are. Half precision
+    stays. Nothing is downloaded.
 
     Args:
         path: a safetensors file, or one that torch's restricted loader reads, of a kind that a family lists in its
@@ -55,7 +58,7 @@ def single_file_to_folder(path: Path, base: Path | None) -> Path:
 
     Raises:
         CheckpointError: the file is truncated, holds more than tensors, is a LoRA or of an unknown kind; or there is no
-            base, or another than the checkpoint was trained from.
+            base, or another than the checkpoint was trained from, by its tensors or by its own word.
         OutputError: the cache folder cannot be written.
     """
     path = as_safetensors(path)
@@ -68,13 +71,17 @@ def single_file_to_folder(path: Path, base: Path | None) -> Path:
         )
     _check_base(path, kind, base)
     _check_network(path, shapes, kind, base)
-    key = {"file": sha256_of_files([path]), "base": pipeline_hashes(base), "name": path.name, "format": 2}
+    scheduler = _scheduler(path, shapes, base)
+    key = {"file": sha256_of_files([path]), "base": pipeline_hashes(base), "name": path.name, "format": 3}
 
     def fill(folder: Path) -> None:
         made = _convert(path, shapes, kind, base)
         share_files(base, folder, without=made)
         for name, component in made.items():
             component.save_pretrained(folder / name)
+        if scheduler:
+            text = json.dumps(scheduler, indent=2) + "\n"
+            (folder / "scheduler" / "scheduler_config.json").write_text(text, encoding="utf-8")
 
     return made_once("single-file", key, fill)
 
@@ -85,6 +92,19 @@ def _read_shapes(path: Path) -> Shapes:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise unreadable(path, error) from error
+
+
+def _scheduler(path: Path, shapes: Shapes, base: Path) -> dict[str, Any]:
+    """The scheduler's config for a checkpoint; {} if the base has none."""
+    place = base / "scheduler" / "scheduler_config.json"
+    if not place.is_file():
+        return {}
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        return own_scheduler(shapes, metadata, read_config(place))
+    except CheckpointError as error:
+        raise CheckpointError(f"checkpoint {str(path)!r}: {error}") from error
 
 
 def _has(shapes: Shapes, *starts: str) -> bool:

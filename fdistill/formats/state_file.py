@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,15 @@ from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import made_once, sha256_of_files
-from fdistill.base.state_dicts import unshared
-from fdistill.base.torch_files import is_state_dict, read_torch_file
+from fdistill.base.state_dicts import is_wrapped, unshared, unwrapped
+from fdistill.base.torch_files import is_state_dict, read_torch_file, tensor_names
 
 #: The networks that take part in training a student beside it; a file that holds one of them is of such a training.
 _OTHER_ROLES = ("fake_score", "discriminator", "guidance_model")
 #: What a file calls its network, other than an average of it.
 _NETWORKS = ("net", "model", "state_dict", "generator", "")
-#: Put before the names of all tensors by those who wrap a network: DMD2, DistributedDataParallel, FastGen.
-_WRAPPERS = ("feedforward_model.", "module.", "unet.", "transformer.")
+#: Put before the names of all tensors by those who wrap a network: DMD2, FastGen.
+_WRAPPERS = ("feedforward_model.", "unet.", "transformer.")
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class StateFile:
         tensors: by the names that its publisher gives them.
         name: what the file calls this network, as "ema_9999"; "" in a file that holds one network alone.
         of_training: whether the file is of the training of a student, whose fake score it holds too.
+        arguments: what its training was started with, where the file says so.
     """
 
     tensors: dict[str, Tensor]
     name: str
     of_training: bool
+    arguments: Mapping[str, Any]
 
 
 def read_state_file(path: Path, weights: str | None = None) -> StateFile:
@@ -49,24 +52,28 @@ def read_state_file(path: Path, weights: str | None = None) -> StateFile:
         CheckpointError: the file cannot be read, or holds no network.
         ArgumentError: the file holds several networks and `weights` is not one of them.
     """
-    found = _state_dicts(read_torch_file(path))
+    content = read_torch_file(path)
+    found = _state_dicts(content)
     if not found:
         raise CheckpointError(
             f"{path}: holds no state dict; expected a dict of tensors by name, or one under 'ema' or 'model'"
         )
     of_training = any(name.startswith(_OTHER_ROLES) for name in [*found, *found.get("", ())])
     name = _chosen(list(found), weights, path)
-    return StateFile(_unwrapped(found[name]), name, of_training)
+    arguments = content.get("args")
+    said = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    return StateFile(_unwrapped(found[name]), name, of_training, said)
 
 
 def as_safetensors(path: Path, weights: str | None = None) -> Path:
-    """A file of torch.save as a safetensors file, made once and cached; a safetensors file stays itself.
+    """A file of torch.save as a safetensors file, made once and cached; a safetensors file stays itself, unless its
+    names have what torch.compile or DistributedDataParallel put before them.
 
     Raises:
         CheckpointError, ArgumentError: see `read_state_file`.
         OutputError: the cache folder cannot be written.
     """
-    if path.suffix.lower() == ".safetensors" and weights is None:
+    if path.suffix.lower() == ".safetensors" and weights is None and not is_wrapped(tensor_names(path)):
         return path
     try:
         key = {"file": sha256_of_files([path]), "weights": weights, "format": 1}
@@ -111,12 +118,12 @@ def _chosen(names: list[str], weights: str | None, path: Path) -> str:
 
 def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Without what was put around the network in training, and without FastGen's estimate of its own uncertainty."""
-    found = {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+    found = unwrapped(tensors)
     student = {name: value for name, value in found.items() if name.startswith(_WRAPPERS[0])}
     found = student or found
     for wrapper in _WRAPPERS:
         if all(name.startswith(wrapper) for name in found):
-            found = {name.removeprefix(wrapper): value for name, value in found.items()}
+            found = unwrapped({name.removeprefix(wrapper): value for name, value in found.items()})
     has_own = any(name.startswith("logvar_fourier.") for name in found)  # EDM2
     return {
         name: value

@@ -15,9 +15,11 @@ from torch import nn
 
 from fdistill.adapters import OWN_COMPONENT, network_components
 from fdistill.adapters.checkpoint import Checkpoint, check_pipeline, find_network, resolve_checkpoint
+from fdistill.adapters.config_fields import check_network_config
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import CheckpointError
+from fdistill.formats.pipeline_folder import read_config
 from fdistill.students import one_step_pipeline, tiue_pipeline  # noqa: F401  they register their classes with diffusers
 from fdistill.students.student_pipeline import StudentPipeline
 from fdistill.teachers.text_encoders import quiet
@@ -75,6 +77,7 @@ def load_pipeline(checkpoint: Checkpoint) -> DiffusionPipeline:
     _check_libraries(checkpoint, folder)
     takes = inspect.signature(chosen.__init__).parameters
     given = {key: value for key, value in _LEFT_OUT.items() if key in takes}
+    given |= {part: None for part, entry in checkpoint.index.items() if entry == [None, None] and part in takes}
     for part, entry in checkpoint.index.items():
         network = _network_class(entry)
         if network is not None and part not in given:
@@ -161,7 +164,9 @@ def one_line(error: Exception) -> str:
 
 
 def only_diffusers_runs(name: str | Path) -> bool:
-    """Whether diffusers can run a checkpoint that fdistill cannot: no adapter reads its network or its scheduler."""
+    """Whether diffusers can run a checkpoint that fdistill cannot: no adapter reads its network, its scheduler, or a
+    field of their configs.
+    """
     try:
         checkpoint = resolve_checkpoint(name)
     except CheckpointError:
@@ -169,8 +174,9 @@ def only_diffusers_runs(name: str | Path) -> bool:
     if checkpoint.folder is None or pipeline_class(checkpoint) is None:
         return False
     try:
-        family, _ = find_network(checkpoint.folder)
+        family, network = find_network(checkpoint.folder)
         check_pipeline(checkpoint, family)
+        check_network_config(family.network, read_config(network / "config.json"))
         parametrisation_from_scheduler(read_scheduler_config(checkpoint.folder))
     except CheckpointError:
         return True

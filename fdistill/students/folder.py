@@ -70,7 +70,7 @@ def save_student(
         else:
             name, call = kind_of(generator).save_pipeline(temporary, generator, denoiser, origin, latents)
             facts |= {"pipeline": name, "call": call}
-            how = usage(generator, name, call)
+            how = usage(generator, temporary, name, call)
         (temporary / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         text = model_card(generator, how, card, config, samples is not None)
         (temporary / "README.md").write_text(text, encoding="utf-8")

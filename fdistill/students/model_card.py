@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import diffusers
 
+from fdistill.formats.pipeline_folder import components
 from fdistill.generator import Student
 from fdistill.students.student_pipeline import StudentPipeline
 
@@ -17,11 +19,12 @@ generator = load_student("path/to/this/folder", network="{name}")
 ```"""
 
 
-def usage(generator: Student, pipeline: str, call: dict[str, Any]) -> str:
+def usage(generator: Student, folder: Path, pipeline: str, call: dict[str, Any]) -> str:
     """A Markdown block of Python that samples from an exported student.
 
     Args:
         generator: the student.
+        folder: where its pipeline is.
         pipeline: the class of pipeline that it was exported as.
         call: the arguments to call the pipeline with.
     """
@@ -37,12 +40,20 @@ def usage(generator: Student, pipeline: str, call: dict[str, Any]) -> str:
     else:
         drawn = "images = pipeline(batch_size=16{arguments}).images"
     arguments = "".join(f", {key}={value}" for key, value in call.items())
+    lacking = "".join(f", {name}=None" for name in _lacking(cls, folder))
     return f"""```python
 {header}from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder")
+pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{lacking})
 {drawn.format(arguments=arguments)}
 ```"""
+
+
+def _lacking(cls: Any, folder: Path) -> list[str]:
+    """The components without which diffusers loads a pipeline only if it is told so, such as a T5 that was left out."""
+    parameters = inspect.signature(cls.__init__).parameters.items()
+    needed = [name for name, given in parameters if name != "self" and given.default is given.empty]
+    return [name for name in needed if name not in components(folder) and name not in cls._optional_components]
 
 
 def _rows(values: dict[str, Any]) -> str:

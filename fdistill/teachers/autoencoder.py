@@ -13,6 +13,7 @@ from diffusers import AutoencoderDC, ModelMixin
 from torch import Tensor
 
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
+from fdistill.adapters.config_fields import AUTOENCODER_FIELDS, check_fields, constructor_defaults
 from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object, weights_sha256
@@ -133,29 +134,89 @@ def _has_no_posterior(vae: ModelMixin) -> bool:
     return isinstance(vae, AutoencoderDC)
 
 
-def _own_scaling(vae: ModelMixin) -> LatentScaling:
-    """The scaling in the autoencoder's config, with which networks on its latents are trained."""
+#: Pipeline class of diffusers -> what it reads of an autoencoder's config beside scaling_factor.
+_READ: dict[str, tuple[str, ...]] = {
+    "StableDiffusionPipeline": (),
+    "StableDiffusionXLPipeline": ("latents_mean", "latents_std"),
+    "StableDiffusion3Pipeline": ("shift_factor",),
+    "FluxPipeline": ("shift_factor",),
+    "PixArtAlphaPipeline": (),
+    "PixArtSigmaPipeline": (),
+    "SanaPipeline": (),
+    "DiTPipeline": (),
+}
+_STATISTICS = ("shift_factor", "latents_mean", "latents_std")
+
+
+def _own_scaling(vae: ModelMixin, pipeline: str | None) -> LatentScaling:
+    """The scaling in the autoencoder's config, with which networks on its latents are trained.
+
+    It is sample = scaling_factor (z - shift_factor), or scaling_factor (z - latents_mean) / latents_std.
+
+    Args:
+        vae: of one of the classes of `AUTOENCODERS`.
+        pipeline: the class of the pipeline that it is used in; None if there is none.
+
+    Raises:
+        CheckpointError: the config has a statistic that this pipeline does not read, or statistics that do not go
+            together.
+    """
     config: Any = vae.config
+    name = type(vae).__name__
     if _is_video(vae):
-        pairs = list(zip(config.latents_mean, config.latents_std, strict=False))
-        return LatentScaling(tuple(1 / std for _, std in pairs), tuple(-mean / std for mean, std in pairs))
-    scale = float(config.scaling_factor)
-    shift = float(getattr(config, "shift_factor", None) or 0.0)
-    return LatentScaling((scale,) * config.latent_channels, (-scale * shift,) * config.latent_channels)
+        return _by_statistics(name, 1.0, config.latents_mean, config.latents_std, config.z_dim)
+    given = {key: getattr(config, key, None) for key in _STATISTICS}
+    given = {key: value for key, value in given.items() if value not in (None, 0)}
+    unread = [key for key in given if key not in _READ.get(str(pipeline), _STATISTICS)]
+    if unread:
+        raise CheckpointError(
+            f"{name} with {unread[0]} {given[unread[0]]!r}: {pipeline} does not read it, so that a student would be "
+            "trained on other latents than it is decoded from; expected null"
+        )
+    scale, channels = float(config.scaling_factor), config.latent_channels
+    if given.keys() in ({"latents_mean"}, {"latents_std"}) or len(given) == len(_STATISTICS):
+        raise CheckpointError(
+            f"{name} with {', '.join(given)}: expected latents_mean and latents_std, or shift_factor, or none of them"
+        )
+    if "latents_std" in given:
+        return _by_statistics(name, scale, given["latents_mean"], given["latents_std"], channels)
+    shift = float(given.get("shift_factor") or 0)
+    return LatentScaling((scale,) * channels, (-scale * shift,) * channels)
+
+
+def _by_statistics(name: str, scale: float, means: Any, stds: Any, channels: int) -> LatentScaling:
+    try:
+        pairs = [(float(mean), float(std)) for mean, std in zip(means, stds, strict=True)]
+    except (TypeError, ValueError):
+        pairs = []
+    if len(pairs) != channels or not all(std > 0 for _, std in pairs):
+        raise CheckpointError(
+            f"{name} with latents_mean {means!r} and latents_std {stds!r}: expected {channels} numbers each, the "
+            "latter above 0"
+        )
+    return LatentScaling(tuple(scale / std for _, std in pairs), tuple(-mean * scale / std for mean, std in pairs))
 
 
 def _load_autoencoder(folder: Path) -> ModelMixin:
-    """The autoencoder of a folder; CheckpointError if its class is not among `AUTOENCODERS`, or files do not fit it."""
+    """The autoencoder of a folder.
+
+    Raises:
+        CheckpointError: its class is not among `AUTOENCODERS`, its config holds a field that is refused or unknown, or
+            files do not fit it.
+    """
     path = folder / "config.json"
     try:
-        name = str(read_json_object(path).get("_class_name"))
+        config = read_json_object(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); expected the config of an autoencoder") from error
+    name = str(config.get("_class_name"))
     if name not in AUTOENCODERS:
         raise CheckpointError(
             f"{path}: autoencoder class {name!r} is not supported; {did_you_mean(name, AUTOENCODERS)}"
         )
-    vae: ModelMixin = load_network(getattr(diffusers, name), folder)
+    cls = getattr(diffusers, name)
+    check_fields(f"{path}: {name}", AUTOENCODER_FIELDS[name], config, constructor_defaults(cls))
+    vae: ModelMixin = load_network(cls, folder)
     return vae
 
 
@@ -165,7 +226,8 @@ def attach_latent_space(denoiser: Denoiser, checkpoint: Checkpoint, vae: str | N
     The denoiser's `latent_scaling` becomes the autoencoder's own, unless the checkpoint has set another.
 
     Raises:
-        CheckpointError: the denoiser sees latents, but there is no autoencoder, or one with other channels.
+        CheckpointError: the denoiser sees latents, but there is no autoencoder, or one with other channels, or one
+            whose config says what its pipeline does not read.
     """
     folder = (checkpoint.folder or Path()) / "vae"
     if vae is not None:
@@ -184,7 +246,10 @@ def attach_latent_space(denoiser: Denoiser, checkpoint: Checkpoint, vae: str | N
             "not in the folder; copy it into vae/, or pass vae=FOLDER (usually stabilityai/sd-vae-ft-mse)"
         )
     model = _load_autoencoder(folder)
-    scaling = _own_scaling(model)
+    try:
+        scaling = _own_scaling(model, checkpoint.index.get("_class_name"))
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
     if len(scaling.scale) != channels:
         raise CheckpointError(
             f"vae {folder}: has latents of {len(scaling.scale)} channels, but checkpoint {checkpoint.name!r} samples "

@@ -18,7 +18,7 @@ from fdistill.adapters.checkpoint import Checkpoint, find_network, resolve_check
 from fdistill.adapters.dit import Published
 from fdistill.adapters.parametrisation import TIME_CONVENTION
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
-from fdistill.base.files import atomic_folder, claim_folder, read_json_object, sha256_of_files
+from fdistill.base.files import atomic_folder, claim_folder, not_weights, read_json_object, sha256_of_files
 from fdistill.formats.state_file import as_safetensors, read_state_file
 from fdistill.formats.unpickle import Record, load_restricted, state_dict
 from fdistill.networks import EDM2Network, EDMNetwork
@@ -29,6 +29,7 @@ from fdistill.teachers.convert_dit import (
     published_names,
     transformer_config,
     transformer_tensors,
+    what_training_says,
 )
 from fdistill.teachers.convert_like import folder_of, network_like, write_like
 from fdistill.teachers.fitting import filled
@@ -138,6 +139,9 @@ def convert(
         OutputError: the output exists or cannot be written.
     """
     source, suffix = Path(source), Path(source).suffix.lower()
+    what = not_weights(source)
+    if what is not None:
+        raise CheckpointError(f"{source}: {what}")
     if suffix not in _PICKLES + _STATE_DICTS:
         raise CheckpointError(
             f"{source}: cannot tell what it is from its name; expected one of {', '.join(_PICKLES + _STATE_DICTS)}"
@@ -212,6 +216,7 @@ def _convert_state_dict(source: Path, output: Path, family: str | None, given: G
         _check_said(elsewhere, source, "it holds a fake score too, so its network is one")
     tensors = published_names(file.tensors)
     if family is not None:
+        given = what_training_says(file.arguments, family, given, source)
         _convert_transformer(tensors, source, output, family, given)
         return
     like = _like(elsewhere)
@@ -312,6 +317,12 @@ def _latent_encoder(encoder: Any, config: dict[str, Any], source: Path) -> str |
     settings = dict(LATENT_ENCODER)
     if name is not None:
         settings |= dict(zip(settings, encoder.arguments, strict=False)) | encoder.keywords
+        unknown = settings.keys() - LATENT_ENCODER.keys() - {"batch_size"}
+        if unknown:
+            raise CheckpointError(
+                f"{source}: encoder {name} has a setting {min(unknown)!r} that is not known; expected "
+                f"{', '.join(LATENT_ENCODER)}"
+            )
     try:
         scale = [settings["final_std"] / std for std in settings["raw_std"]]
         bias = [

@@ -49,6 +49,40 @@ class Given(NamedTuple):
 NOTHING = Given()
 
 
+#: Arguments of SiT's training, and the only values at which its network predicts what is read here.
+_SIT_ARGUMENTS = {"path_type": "Linear", "prediction": "velocity"}
+
+
+def what_training_says(arguments: Mapping[str, Any], family: str, given: Given, source: Path) -> Given:
+    """What the caller says, and what the arguments of DiT's or SiT's training add to it.
+
+    Args:
+        arguments: under "args" in a checkpoint of the published training; empty for a state dict alone.
+        family: "dit" or "sit", as the caller says.
+        source: the file, for messages.
+
+    Raises:
+        ArgumentError: the caller says something else than the file.
+        CheckpointError: the network was trained to predict something else than the published ones.
+    """
+    model = str(arguments.get("model", ""))
+    if model.lower().startswith(("dit", "sit")) and not model.lower().startswith(family):
+        raise ArgumentError(
+            f"family: got {family!r}, but {source} says that it is {model}; expected {model[:3].lower()!r}"
+        )
+    for name, value in _SIT_ARGUMENTS.items():
+        if family == "sit" and arguments.get(name, value) != value:
+            raise CheckpointError(
+                f"{source}: was trained with {name} {arguments[name]!r}; only networks of {name} {value!r} are read"
+            )
+    classes = arguments.get("num_classes")
+    if not isinstance(classes, int):
+        return given
+    if given.num_classes not in (None, classes):
+        raise ArgumentError(f"num_classes: got {given.num_classes}, but {source} says {classes}; leave it out")
+    return given._replace(num_classes=classes)
+
+
 def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A state dict that FastGen saved of its DiT under the published names; any other stays as it is."""
     if "y_embedder.class_embeddings.weight" not in tensors:

@@ -7,7 +7,7 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from fdistill.adapters import runs_prompts, supported_pipelines
 from fdistill.adapters.checkpoint import Checkpoint, find_network
+from fdistill.adapters.config_fields import TEXT_ENCODER_FIELDS, check_fields
 from fdistill.adapters.family import TextToImage
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object, sampled_sha256
@@ -197,6 +198,11 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
     folder = checkpoint.folder
     if folder is None:
         raise CheckpointError(f"checkpoint {checkpoint.name!r}: is a function, and functions have no text encoders")
+    if not checkpoint.index:
+        raise CheckpointError(
+            f"checkpoint {checkpoint.name!r}: {folder} has no model_index.json, so its text encoders are not known; "
+            "copy the pipeline that the network was trained from, and put this network into the copy"
+        )
     name = str(checkpoint.index.get("_class_name"))
     if not runs_prompts(name):
         raise CheckpointError(
@@ -208,6 +214,7 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
         raise CheckpointError(
             f"checkpoint {checkpoint.name!r}: its network takes no prompts; expected a text-to-image pipeline"
         )
+    _check_encoders(folder, checkpoint.index)
     unused = {family.component, "vae", "safety_checker", "feature_extractor", "image_encoder"}
     absent = {
         part: None
@@ -234,6 +241,25 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
             "tokenizer and text_encoder folders of the pipeline, with safetensors"
         ) from error
     return PromptEncoder(family.text, pipeline, resolution)
+
+
+def _check_encoders(folder: Path, index: Mapping[str, Any]) -> None:
+    """Raises CheckpointError for a text encoder whose config holds a field that is refused or unknown."""
+    import transformers
+
+    for part, entry in index.items():
+        name = entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+        if name not in TEXT_ENCODER_FIELDS or not hasattr(transformers, name):
+            continue
+        path = folder / part / "config.json"
+        try:
+            config = read_json_object(path)
+        except (OSError, ValueError):
+            continue  # what loads it says so
+        defaults = getattr(transformers, name).config_class().to_dict()
+        for settings, usual in ((config, defaults), (config.get("text_config"), defaults.get("text_config"))):
+            if isinstance(settings, dict):
+                check_fields(f"{path}: {name}", TEXT_ENCODER_FIELDS[name], settings, usual or {})
 
 
 def encoders_sha256(folder: Path) -> str:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
-from fdistill.adapters.bin_weights import without_pickles
+from fdistill.adapters.bin_weights import with_plain_weights
 from fdistill.adapters.checkpoint import load_teacher, resolve_checkpoint
 from fdistill.base.errors import CheckpointError
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
@@ -84,11 +85,11 @@ def test_text_encoders_are_read_too(kind: str, tmp_path: Path) -> None:
 
 def test_a_component_with_safetensors_is_left_alone(tmp_path: Path) -> None:
     folder = FAMILIES["dit"][0](tmp_path / "teacher")
-    assert without_pickles(folder) == folder
+    assert with_plain_weights(folder) == folder
     (folder / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"not read")
-    assert without_pickles(folder) == folder
+    assert with_plain_weights(folder) == folder
     (folder / "transformer" / "diffusion_pytorch_model.fp16.bin").write_bytes(b"not read")
-    assert without_pickles(folder) == folder
+    assert with_plain_weights(folder) == folder
 
 
 class Call:
@@ -123,6 +124,23 @@ def test_anything_but_tensors_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+class Hub:
+    """`snapshot_download` from a folder."""
+
+    def __init__(self, hub: Path, local: Path):
+        self.hub, self.local, self.calls = hub, local, 0
+
+    def __call__(self, hub_id: str, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
+        self.calls += 1
+        for path in self.hub.rglob("*"):
+            name = path.relative_to(self.hub).as_posix()
+            wanted = any(fnmatch(name, pattern) for pattern in allow_patterns)
+            if path.is_file() and wanted and not any(fnmatch(name, pattern) for pattern in ignore_patterns):
+                (self.local / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, self.local / name)
+        return str(self.local)
+
+
 def test_bins_are_downloaded_only_where_there_are_no_safetensors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,21 +148,95 @@ def test_bins_are_downloaded_only_where_there_are_no_safetensors(
     with_bins(hub / "text_encoder")
     for name in ("unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.fp16.bin"):
         (hub / name).write_bytes(b"not wanted")
-    calls = []
-
-    def download(hub_id: str, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
-        calls.append(allow_patterns)
-        for path in hub.rglob("*"):
-            name = path.relative_to(hub).as_posix()
-            wanted = any(fnmatch(name, pattern) for pattern in allow_patterns)
-            if path.is_file() and wanted and not any(fnmatch(name, pattern) for pattern in ignore_patterns):
-                (local / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, local / name)
-        return str(local)
-
+    download = Hub(hub, local)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     folder = resolve_checkpoint("somebody/something").folder
-    assert len(calls) == 2
+    assert download.calls == 2
     assert [path.relative_to(local).as_posix() for path in local.rglob("*.bin")] == ["text_encoder/pytorch_model.bin"]
     assert (folder or Path()).joinpath("text_encoder", "model.safetensors").is_file()
     assert (folder or Path()).joinpath("unet", "diffusion_pytorch_model.safetensors").is_file()
+
+
+def as_variant(folder: Path, shards: bool = False) -> Path:
+    """A folder that was published in half precision alone, as `save_pretrained(..., variant="fp16")` writes it."""
+    for path in list(folder.rglob("*.safetensors")):
+        halved = {name: value.half() for name, value in load_file(path).items()}
+        if not shards:
+            save_file(halved, path.with_name(f"{path.stem}.fp16.safetensors"), {"format": "pt"})
+        else:
+            names = [f"{path.stem}.fp16-{i:05d}-of-00002.safetensors" for i in (1, 2)]
+            parts = [dict(list(halved.items())[i::2]) for i in (0, 1)]
+            for name, part in zip(names, parts, strict=True):
+                save_file(part, path.with_name(name), {"format": "pt"})
+            index = {key: name for name, part in zip(names, parts, strict=True) for key in part}
+            (path.parent / f"{path.name}.index.fp16.json").write_text(json.dumps({"weight_map": index}))
+        path.unlink()
+    return folder
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_folder_in_half_precision_alone_is_read(shards: bool, tmp_path: Path) -> None:
+    folder = tiny_pipeline("sd1", tmp_path / "teacher")
+    half = as_variant(shutil.copytree(folder, tmp_path / "half"), shards)
+    found, whole = load_teacher(half).state_dict(), load_teacher(folder).state_dict()
+    assert all(torch.equal(value.half().float(), found[name]) for name, value in whole.items())
+    teacher = open_teacher(TeacherSettings(str(half)))
+    assert teacher.latents is not None
+    for place in (half, folder):
+        open_prompt_encoder(resolve_checkpoint(place), 8).encode(["a bold seven"])
+    copy = resolve_checkpoint(half).folder or Path()
+    assert DiffusionPipeline.from_pretrained(copy) is not None
+    assert not list(copy.rglob("*fp16*.safetensors"))
+
+
+def test_half_precision_bins_are_read_and_whole_ones_preferred(tmp_path: Path) -> None:
+    folder = with_bins(FAMILIES["dit"][0](tmp_path / "teacher"))
+    whole = prediction(folder)
+    path = folder / "transformer" / "diffusion_pytorch_model.bin"
+    torch.save(
+        {name: value.half() for name, value in torch.load(path).items()}, path.with_name(f"{path.stem}.fp16.bin")
+    )
+    assert torch.equal(prediction(folder), whole)
+    path.unlink()
+    torch.testing.assert_close(prediction(folder), whole, rtol=0.02, atol=0.02)
+    assert not torch.equal(prediction(folder), whole)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_network_that_was_saved_in_its_wrapper_is_read(kind: str, prefix: str, tmp_path: Path) -> None:
+    folder = FAMILIES["dit"][0](tmp_path / "teacher")
+    expected = prediction(folder)
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({prefix + name: value for name, value in load_file(path).items()}, path, {"format": "pt"})
+    if kind == "bin":
+        with_bins(folder)
+    assert torch.equal(prediction(folder), expected)
+
+
+def test_half_precision_is_downloaded_where_there_is_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub, local = tiny_pipeline("sd1", tmp_path / "hub"), tmp_path / "local"
+    as_variant(hub / "unet")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Hub(hub, local))
+    load_teacher("somebody/something")
+    assert [path.name for path in (local / "unet").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    assert [path.name for path in (local / "vae").glob("*.safetensors")] == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_a_trainers_checkpoint_is_named_and_what_it_lacks(tmp_path: Path) -> None:
+    """checkpoint-500 of a training script: the network alone, beside the state of its optimiser."""
+    pipeline, folder = tiny_pipeline("sd1", tmp_path / "base"), tmp_path / "checkpoint-500"
+    shutil.copytree(pipeline / "unet", folder / "unet")
+    (folder / "optimizer.bin").write_bytes(b"not read")
+    with pytest.raises(CheckpointError, match=r"checkpoint-500: .*noise schedule is not known.*put this network into"):
+        open_teacher(TeacherSettings(str(folder)))
+    shutil.copytree(pipeline / "scheduler", folder / "scheduler")
+    with pytest.raises(CheckpointError, match=r"checkpoint-500 has no model_index\.json.*put this network into"):
+        open_prompt_encoder(resolve_checkpoint(folder), 8)
+    advised = shutil.copytree(pipeline, tmp_path / "advised", ignore=shutil.ignore_patterns("unet"))
+    shutil.copytree(folder / "unet", advised / "unet")
+    assert open_teacher(TeacherSettings(str(advised))).latents is not None

@@ -162,7 +162,8 @@ def test_broken_checkpoints_say_what_is_wrong(tiny_teacher: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match="cannot load the weights"):
         load_teacher(other)
 
-    texts = ("[]", '{"_class_name": "CMStochasticIterativeScheduler"}', '{"beta_schedule": 3}', "no")
+    no_number = '{"_class_name": "CMStochasticIterativeScheduler", "sigma_min": "low"}'
+    texts = ("[]", no_number, '{"beta_schedule": 3}', "no")
     for number, text in enumerate(texts):
         odd = copied(tiny_teacher, tmp_path / f"odd-{number}")
         (odd / "scheduler" / "scheduler_config.json").write_text(text)

@@ -6,7 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, SD3Transformer2DModel
+from diffusers import (
+    DiffusionPipeline,
+    FluxPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -15,6 +22,7 @@ from fdistill.base.errors import CheckpointError
 from fdistill.formats.lora_file import LORA_FILE, kohya_names, save_lora
 from fdistill.formats.merged_lora import merged_folder
 from fdistill.formats.pipeline_folder import read_weights
+from support.text_families_dit import pixart
 from support.tiny_stable_diffusion import adapted_unet, sd3_base, tiny_pipeline, tiny_unet
 
 QUERY = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -209,7 +217,8 @@ def test_a_lora_of_another_base_is_refused(tmp_path: Path) -> None:
     refused(r"expected down \[rank, in\]", {f"unet.{QUERY}.lora_A.weight": down})
     refused(r"expected down \[rank, in\]", good | {f"unet.{QUERY}.lora_B.weight": up[:, :1].contiguous()})
     refused("not of a plain LoRA", good | {f"unet.{QUERY}.dora_scale": up})
-    refused("DoRA", good, **{"unet.use_dora": True})
+    refused("unet with use_dora True: a DoRA cannot be merged", good, **{"unet.use_dora": True})
+    refused("unet with init_lora_weights 'pissa'", good, **{"unet.init_lora_weights": "pissa", "unet.r": 2})
     refused("holds no LoRA layers", {f"unet.{QUERY}.alpha": torch.tensor(1.0)})
     lora.write_bytes(lora.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cut short"):
@@ -242,3 +251,72 @@ def test_kohyas_text_encoders_of_flux_are_found_by_what_they_are(number: int, tm
     wrong = write(tmp_path / "wrong.safetensors", other)
     with pytest.raises(CheckpointError, match="another base model"):
         merged_folder(base, wrong)
+
+
+def saved_by_peft(network: Any, folder: Path, **settings: Any) -> Any:
+    """Adapters as peft saves them, with random weights; returns the network with them merged by peft."""
+    torch.manual_seed(1)
+    adapted: Any = get_peft_model(network, LoraConfig(r=4, target_modules=["to_q", "to_v"], **settings))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted.save_pretrained(folder)
+    return adapted.merge_and_unload()
+
+
+PEFT_SETTINGS: dict[str, dict[str, Any]] = {
+    "alpha": {"lora_alpha": 16},
+    "patterns": {"lora_alpha": 16, "alpha_pattern": {"attn1.to_q": 3}, "rank_pattern": {"attn2.to_q": 2}},
+    "rank-stabilised": {"lora_alpha": 16, "use_rslora": True},
+}
+
+
+@pytest.mark.parametrize("settings", PEFT_SETTINGS)
+@pytest.mark.parametrize("kind", ["sd1", "pixart"])
+def test_adapters_as_peft_saves_them_are_merged_as_peft_merges_them(kind: str, settings: str, tmp_path: Path) -> None:
+    if kind == "pixart":
+        base, part, cls = pixart(tmp_path / "base"), "transformer", PixArtTransformer2DModel
+    else:
+        base, part, cls = tiny_pipeline("sd1", tmp_path / "base"), "unet", UNet2DConditionModel
+    network = cls.from_pretrained(base / part)
+    expected = saved_by_peft(network, tmp_path / "lora", **PEFT_SETTINGS[settings]).state_dict()
+    before = read_weights(base / part)
+    for lora in (tmp_path / "lora", tmp_path / "lora" / "adapter_model.safetensors"):
+        found = read_weights(merged_folder(base, lora) / part)
+        for name, value in found.items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5)
+        assert max((before[name] - found[name]).abs().max() for name in before) > 0.1
+
+
+def test_a_folder_that_diffusers_saved_a_lora_to_is_taken(tmp_path: Path) -> None:
+    base = tiny_pipeline("sd1", tmp_path / "base")
+    down, up = matrices(2, 8, 8)
+    (tmp_path / "lora").mkdir()
+    file = write(tmp_path / "lora" / LORA_FILE, dict(zip(NAMINGS["diffusers"], (down, up), strict=False)))
+    assert merged_folder(base, tmp_path / "lora") == merged_folder(base, file)
+    write(tmp_path / "lora" / "other.safetensors", {"x": down})
+    with pytest.raises(CheckpointError, match=r"holds the safetensors other\.safetensors, pytorch_lora.*name the file"):
+        merged_folder(base, tmp_path / "lora")
+
+
+def test_more_than_a_plain_lora_is_refused_by_its_config(tmp_path: Path) -> None:
+    base = tiny_pipeline("sd1", tmp_path / "base")
+    saved_by_peft(UNet2DConditionModel.from_pretrained(base / "unet"), tmp_path / "lora", lora_alpha=16)
+    config = tmp_path / "lora" / "adapter_config.json"
+    written = json.loads(config.read_text())
+    for change, message in (
+        ({"use_dora": True}, "use_dora True: a DoRA cannot be merged.*expected False"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA'.*expected 'LORA'"),
+        ({"new_kind_of_it": 3}, "does not know the field"),
+        ({"lora_alpha": "many"}, "expected numbers"),
+    ):
+        config.write_text(json.dumps(written | change))
+        with pytest.raises(CheckpointError, match=message):
+            merged_folder(base, tmp_path / "lora")
+    config.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json: cannot be read"):
+        merged_folder(base, tmp_path / "lora")
+    config.unlink()
+    with pytest.raises(CheckpointError, match="is not beside it; copy it there"):
+        merged_folder(base, tmp_path / "lora")

@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, EDMEulerScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from fdistill.adapters import original_layout
+from fdistill.adapters.checkpoint import load_teacher, resolve_checkpoint
 from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import CheckpointError
 from fdistill.formats.comfy import NETWORK
 from fdistill.formats.comfy.autoencoder import original_autoencoder
+from fdistill.formats.lora_file import read_lora
 from fdistill.formats.pipeline_folder import read_weights
 from fdistill.formats.single_file import single_file_to_folder
 from fdistill.students.export import export_student
+from fdistill.teachers.convert import convert
 from support.tiny_stable_diffusion import sd3_base, tiny_pipeline
 
 
@@ -193,3 +196,89 @@ def test_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
     for name in ("cond_stage_model.transformer.text_model.final_layer_norm.bias", "first_stage_model.quant_conv.bias"):
         save_file({key: value for key, value in tensors.items() if key != name}, broken)
         refused("are missing|does not fit", broken)
+
+
+def scheduler_of(folder: Path) -> dict[str, Any]:
+    read: dict[str, Any] = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    return read
+
+
+def marked(file: Path, *marks: str, **metadata: str) -> Path:
+    save_file(load_file(file) | {mark: torch.zeros(1) for mark in marks}, file, metadata or None)
+    return file
+
+
+def test_a_file_that_says_that_it_predicts_v_is_taken_at_its_word(tmp_path: Path) -> None:
+    pipeline, file = checkpoint("xl", tmp_path)
+    assert scheduler_of(single_file_to_folder(file, pipeline))["prediction_type"] == "epsilon"
+    folder = single_file_to_folder(marked(file, "v_pred"), pipeline)
+    assert scheduler_of(folder) == scheduler_of(pipeline) | {"prediction_type": "v_prediction"}
+    folder = single_file_to_folder(marked(file, "ztsnr"), pipeline)
+    said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    assert scheduler_of(folder) == scheduler_of(pipeline) | said
+    teacher: Any = load_teacher(folder)
+    assert teacher.parametrisation.prediction == "v"
+    assert teacher.schedule.alpha(torch.tensor(999.0)) == 0
+    v_base = tiny_pipeline("xl", tmp_path / "v", prediction_type="v_prediction")
+    assert scheduler_of(single_file_to_folder(file, v_base)) == scheduler_of(v_base) | said
+
+
+@pytest.mark.parametrize(("said", "read"), [("v", "v_prediction"), ("epsilon", "epsilon"), ("None", "v_prediction")])
+def test_metadata_of_training_scripts_are_a_files_word_too(said: str, read: str, tmp_path: Path) -> None:
+    pipeline, file = checkpoint("sd1", tmp_path, prediction_type="epsilon" if said == "v" else "v_prediction")
+    folder = single_file_to_folder(marked(file, **{"modelspec.prediction_type": said}), pipeline)
+    assert scheduler_of(folder)["prediction_type"] == read
+
+
+def test_a_checkpoint_that_contradicts_itself_or_its_base_is_refused(tmp_path: Path) -> None:
+    pipeline, file = checkpoint("xl", tmp_path)
+    tensors = load_file(file)
+
+    def refused(match: str, base: Path, *marks: str, **metadata: str) -> None:
+        save_file(tensors, file)
+        with pytest.raises(CheckpointError, match=match):
+            single_file_to_folder(marked(file, *marks, **metadata), base)
+
+    refused("ztsnr says that its noise ends without signal, but it predicts eps", pipeline, "ztsnr")
+    refused("v_pred says.*says epsilon", pipeline, "v_pred", **{"modelspec.prediction_type": "epsilon"})
+    refused("Playground v2.5, but teacher_base's scheduler is DDIMScheduler", pipeline, "edm_mean", "edm_std")
+    refused("CosXL", pipeline, "edm_vpred.sigma_max")
+    EDMEulerScheduler().save_pretrained(pipeline / "scheduler")
+    refused("scheduler EDMEulerScheduler has no such settings", pipeline, "v_pred")
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_names_of_a_compiled_or_data_parallel_network_are_read(prefix: str, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("sd1", tmp_path / "base")
+    weights = {name: value + 1 for name, value in read_weights(pipeline / "unet").items()}
+    file = tmp_path / "unet.safetensors"
+    save_file({prefix + name: value for name, value in weights.items()}, file)
+    found = read_weights(single_file_to_folder(file, pipeline) / "unet")
+    assert all(torch.equal(weights[name], found[name]) for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"GGUF\x03\x00\x00\x00", "is a GGUF file, whose quantized weights are not read"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a web page"),
+    ],
+)
+def test_what_is_no_weights_is_called_by_its_name(content: bytes, says: str, tmp_path: Path) -> None:
+    pipeline = tiny_pipeline("sd1", tmp_path / "base")
+    for name in ("unet.gguf", "unet.safetensors", "unet.ckpt"):
+        file = tmp_path / name
+        file.write_bytes(content)
+        reads: list[Any] = [
+            lambda file=file: single_file_to_folder(file, pipeline),
+            lambda file=file: resolve_checkpoint(file),
+            lambda file=file: convert(file, tmp_path / "converted"),
+            lambda file=file: read_lora(file),
+        ]
+        for read in reads:
+            with pytest.raises(CheckpointError, match=says):
+                read()
+    (pipeline / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=says):
+        load_teacher(pipeline)

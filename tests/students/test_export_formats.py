@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,6 +281,18 @@ def test_v_predictions_are_marked_or_spoken_of(kind: str, tmp_path: Path) -> Non
     DDIMScheduler(steps_offset=1, prediction_type="sample").save_pretrained(folder / "scheduler")
     with pytest.raises(CheckpointError, match="'sample'"):
         single_file(folder)
+
+
+def test_latents_that_comfyui_would_decode_otherwise_are_spoken_of(tmp_path: Path) -> None:
+    folder = tiny_pipeline("xl", tmp_path / "xl")
+    path = folder / "vae" / "config.json"
+    config = json.loads(path.read_text())
+    for changes, said in (
+        ({"scaling_factor": 0.5}, r"of scaling_factor 0\.13025, but this student's have scaling_factor 0\.5: decode"),
+        ({"latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}, r"scaling_factor 0\.13025, latents_mean \[1\.0"),
+    ):
+        path.write_text(json.dumps(config | changes))
+        assert any(re.search(said, note) for note in single_file(folder)[1])
 
 
 def test_weights_keep_their_type_unless_asked(tmp_path: Path) -> None:

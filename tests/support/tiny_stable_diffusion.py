@@ -58,7 +58,7 @@ UNETS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_vae() -> AutoencoderKL:
+def tiny_vae(scaling_factor: float = 0.18215) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -67,6 +67,7 @@ def tiny_vae() -> AutoencoderKL:
         norm_num_groups=4,
         layers_per_block=1,
         sample_size=8,
+        scaling_factor=scaling_factor,
     ).eval()
 
 
@@ -100,7 +101,7 @@ def tiny_pipeline(kind: str, folder: Path, **scheduler: object) -> Path:
     tokenizer = tiny_tokenizer(folder.with_name(f"{folder.name}-tokenizer"))
     parts: dict[str, Any] = {
         "unet": tiny_unet(**UNETS[kind]),
-        "vae": tiny_vae(),
+        "vae": tiny_vae(0.13025 if kind == "xl" else 0.18215),
         "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1, **scheduler),
         "tokenizer": tokenizer,
         "text_encoder": tiny_text_encoder(24 if kind == "sd2" else 16, act="gelu" if kind == "sd2" else "quick_gelu"),

@@ -199,6 +199,8 @@ def test_an_encoders_own_numbers_count(tmp_path: Path, marker: Path) -> None:
         torch.testing.assert_close(torch.tensor(config["latent_bias"]), torch.tensor([0, 0, 0.25, 0.2]))
     with pytest.raises(CheckpointError, match="encoder StabilityVAEEncoder is made from"):
         converted("zero", raw_std=[0, 1, 1, 1])
+    with pytest.raises(CheckpointError, match="has a setting 'final_shift' that is not known"):
+        converted("other", final_shift=1)
 
 
 def test_weights_have_to_fit_exactly(tmp_path: Path, marker: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import pickle
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,44 @@ def test_training_checkpoints_of_dit_are_read(key: str, tmp_path: Path) -> None:
     folder = convert(tmp_path / "0400000.pt", tmp_path / "teacher", "sit", given=Given(CLASSES))
     saved_tensors = load_file(folder / "transformer" / WEIGHTS)
     assert torch.equal(saved_tensors["proj_out_2.weight"], tensors["final_layer.linear.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod.", "_orig_mod.module."])
+def test_names_of_a_compiled_or_data_parallel_dit_are_read(prefix: str, tmp_path: Path) -> None:
+    tensors = {prefix + name: value for name, value in dit_tensors().items()}
+    for name, save in (("DiT.pt", torch.save), ("DiT.safetensors", save_file)):
+        save(tensors, tmp_path / name)
+        folder = convert(tmp_path / name, tmp_path / f"{name}-teacher", "sit", given=Given(CLASSES))
+        saved_tensors = load_file(folder / "transformer" / WEIGHTS)
+        assert torch.equal(saved_tensors["proj_out_2.weight"], tensors[f"{prefix}final_layer.linear.weight"])
+
+
+def test_what_training_was_started_with_is_read(tmp_path: Path) -> None:
+    """DiT's and SiT's training scripts store their command line beside the weights."""
+    path = tmp_path / "0400000.pt"
+
+    def converted(family: str, given: Given, **arguments: Any) -> Path:
+        torch.save({"ema": dit_tensors(), "args": argparse.Namespace(**arguments)}, path)
+        return convert(path, tmp_path / "teacher", family, given=given)
+
+    folder = converted("sit", Given(), model="SiT-S/2", num_classes=CLASSES, path_type="Linear", prediction="velocity")
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    assert config["num_embeds_ada_norm"] == CLASSES
+    shutil.rmtree(folder)
+    for error, message, family, given, arguments in (
+        (
+            ArgumentError,
+            "got 'dit', but .* says that it is SiT-S/2; expected 'sit'",
+            "dit",
+            Given(),
+            {"model": "SiT-S/2"},
+        ),
+        (CheckpointError, "path_type 'GVP'; only networks of path_type 'Linear'", "sit", Given(), {"path_type": "GVP"}),
+        (CheckpointError, "trained with prediction 'noise'", "sit", Given(), {"prediction": "noise"}),
+        (ArgumentError, "num_classes: got 6, but .* says 5", "sit", Given(CLASSES + 1), {"num_classes": CLASSES}),
+    ):
+        with pytest.raises(error, match=message):
+            converted(family, given, **arguments)
 
 
 def test_other_state_dicts_are_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 from fdistill.adapters.checkpoint import Checkpoint
+from fdistill.adapters.parametrisation import student_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError
 from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space
+from support.text_families import sd3, sd15, sdxl
 from support.text_families_dit import TEXT_FAMILIES_DIT
 from support.text_pipelines import denoiser_of, load_pipeline
 
@@ -95,3 +98,52 @@ def test_autoencoders_that_do_not_fit_are_refused(folders: dict[str, Path], tmp_
     (tiny_folder / "config.json").unlink()
     with pytest.raises(CheckpointError, match="expected the config of an autoencoder"):
         latent_space(folders["sana"], denoiser, str(tiny_folder))
+
+
+MEAN, STD = [-1.6574, 1.886, -1.383, 2.5155], [8.4927, 5.9022, 6.5498, 5.2299]  # Playground v2.5's
+
+
+def with_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def test_statistics_of_latents_are_read_as_the_pipeline_reads_them(tmp_path: Path) -> None:
+    folder = with_config(sdxl(tmp_path / "sdxl"), latents_mean=MEAN, latents_std=STD, scaling_factor=0.5)
+    pipeline = load_pipeline(folder)
+    space = latent_space(folder, denoiser_of(pipeline))
+    assert space.scaling.scale == tuple(0.5 / std for std in STD)
+    assert space.scaling.bias == pytest.approx(tuple(-0.5 * mean / std for mean, std in zip(MEAN, STD, strict=True)))
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    pipeline.scheduler, call = student_scheduler(denoiser_of(pipeline).parametrisation, [999.0]) or (None, {})
+    call |= {"latents": latents, "height": 16, "width": 16, "guidance_scale": 0.0}
+    drawn = pipeline(["a", "b"], output_type="latent", **call).images
+    pixels = pipeline(["a", "b"], output_type="pt", **call).images
+    found = space.decode(drawn).div(2).add(0.5).clamp(0, 1)
+    torch.testing.assert_close(found, pixels, rtol=0, atol=1e-5)
+    assert pixels.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("write", "changes", "message"),
+    [
+        (
+            sd15,
+            {"latents_mean": MEAN, "latents_std": STD},
+            r"latents_mean \[.*StableDiffusionPipeline does not read it",
+        ),
+        (sdxl, {"shift_factor": 0.1}, r"shift_factor 0\.1: StableDiffusionXLPipeline does not read it.*expected null"),
+        (sdxl, {"latents_mean": MEAN}, "expected latents_mean and latents_std"),
+        (sdxl, {"latents_mean": MEAN, "latents_std": STD[:3]}, "expected 4 numbers each"),
+        (sdxl, {"latents_mean": MEAN, "latents_std": [*STD[:3], 0]}, "the latter above 0"),
+        (sd3, {"latents_mean": MEAN * 4, "latents_std": STD * 4}, "StableDiffusion3Pipeline does not read it"),
+    ],
+)
+def test_statistics_that_the_pipeline_does_not_read_are_refused(
+    write: Callable[[Path], Path], changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "teacher")
+    denoiser = denoiser_of(load_pipeline(folder))
+    with pytest.raises(CheckpointError, match=message):
+        latent_space(with_config(folder, **changes), denoiser)

@@ -21,6 +21,8 @@ from fdistill.formats.pipeline_folder import components, read_config, read_weigh
 #: ComfyUI takes an SD2 network for a v-prediction if the standard deviation of this tensor is above the threshold.
 _V_PREDICTION_TENSOR = "model.diffusion_model.output_blocks.11.1.transformer_blocks.0.norm1.bias"
 _V_PREDICTION_STD = 0.09
+#: The scaling_factor that ComfyUI takes for granted: of Stable Diffusion 1 and 2, and of XL.
+_SCALES = (0.18215, 0.13025)
 _SAMPLING_NODE = "put a ModelSamplingDiscrete node with sampling=v_prediction behind the loader"
 #: (channels of the first resolution, width of the text embeddings) of the UNets that ComfyUI recognises.
 _KNOWN_UNETS = {(320, 768), (320, 1024), (320, 2048)}
@@ -42,9 +44,24 @@ def whole_checkpoint(folder: Path, network: dict[str, Tensor]) -> tuple[dict[str
     made = network | _prefixed("first_stage_model.", original_autoencoder(read_weights(folder / "vae")))
     made |= _text_encoders(folder, parts, config)
     notes = _predicts_v(made, parts, config, scheduler) if prediction == "v_prediction" else []
+    notes += _scaled_otherwise(folder, parts)
     if (config["block_out_channels"][0], config["cross_attention_dim"]) not in _KNOWN_UNETS:
         notes.append("ComfyUI recognises only the published sizes of this UNet, and will not recognise this one")
     return made, notes
+
+
+def _scaled_otherwise(folder: Path, parts: Mapping[str, str]) -> list[str]:
+    """A note if ComfyUI, which does not read the scale of latents, would decode other images."""
+    config, expected = read_config(folder / "vae" / "config.json"), _SCALES["text_encoder_2" in parts]
+    found = {name: config.get(name) for name in ("latents_mean", "latents_std") if config.get(name) is not None}
+    scale = config.get("scaling_factor", _SCALES[False])
+    if scale == expected and not found:
+        return []
+    return [
+        f"ComfyUI decodes latents of scaling_factor {expected}, but this student's have "
+        f"{', '.join(f'{name} {value}' for name, value in {'scaling_factor': scale, **found}.items())}: decode them "
+        "with diffusers"
+    ]
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -75,4 +92,5 @@ def _predicts_v(
     judged = made.get(_V_PREDICTION_TENSOR) if config.get("use_linear_projection") else None
     if judged is not None and judged.float().std(correction=0) > _V_PREDICTION_STD:
         return []
-    return [f"ComfyUI will take this v-prediction for eps: {_SAMPLING_NODE}"]
+    noise = ", with zsnr=true" if scheduler.get("rescale_betas_zero_snr") else ""
+    return [f"ComfyUI will take this v-prediction for eps: {_SAMPLING_NODE}{noise}"]

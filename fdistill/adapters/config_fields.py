@@ -1,0 +1,375 @@
+"""What fdistill does with each field of a config that it reads: used, without effect, or refused.
+
+A field that is silently unread gives a student that is silently wrong. So a field that is in no table here is refused
+by name, unless it has the default of its class. A test compares the tables with the constructors of the installed
+libraries: a release with a new field turns that test red.
+
+"Used" includes what the class's own constructor and forward use, where these are what runs here. Keys that begin with
+an underscore are notes of diffusers and transformers to themselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fdistill.base.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a field is refused, and the values at which it does nothing and is not."""
+
+    why: str
+    harmless: tuple[Any, ...] = (None,)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of one class of config.
+
+    Attributes:
+        used: they change what is computed, and are read.
+        without_effect: whatever they say, nothing that is computed here depends on it.
+        refused: name -> why, and at which values it is not.
+    """
+
+    used: frozenset[str]
+    without_effect: frozenset[str] = frozenset()
+    refused: Mapping[str, Refusal] = field(default_factory=dict)
+
+    @property
+    def known(self) -> frozenset[str]:
+        """All fields of the table."""
+        return self.used | self.without_effect | self.refused.keys()
+
+
+def check_fields(what: str, fields: Fields, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Checks a config against its table.
+
+    Args:
+        what: the class, for messages.
+        fields: the table of the class.
+        config: as JSON has it.
+        defaults: of the class's constructor in the installed library.
+
+    Raises:
+        CheckpointError: a field is refused, or is in no part of the table and has not its default; the message names
+            it and the value at which it would be harmless.
+    """
+    for name, value in config.items():
+        if name.startswith("_") or name in fields.used or name in fields.without_effect:
+            continue
+        refusal = fields.refused.get(name)
+        if refusal is None and name not in defaults:
+            raise CheckpointError(
+                f"{what} with {name} {value!r}: this version does not know the field, and would ignore it; expected a "
+                "config without it"
+            )
+        why = "this version does not read the field" if refusal is None else refusal.why
+        harmless = (defaults[name],) if refusal is None else refusal.harmless
+        if not any(_plain(value) == _plain(other) for other in harmless):
+            raise CheckpointError(f"{what} with {name} {value!r}: {why}; expected {' or '.join(map(repr, harmless))}")
+
+
+def _plain(value: Any) -> Any:
+    """JSON knows no tuples."""
+    return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def constructor_defaults(cls: type[Any]) -> dict[str, Any]:
+    """Name -> default of every argument of a class's constructor; those without a default are None."""
+    empty = inspect.Parameter.empty
+    arguments = inspect.signature(cls.__init__).parameters.values()
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return {
+        argument.name: None if argument.default is empty else argument.default
+        for argument in arguments
+        if argument.name != "self" and argument.kind not in kinds
+    }
+
+
+def names(*texts: str) -> frozenset[str]:
+    """Names that are separated by spaces."""
+    return frozenset(name for text in texts for name in text.split())
+
+
+def refusals(text: str, why: str, *harmless: Any) -> dict[str, Refusal]:
+    """Names, separated by spaces, that are refused for one reason; without harmless values, None is the only one."""
+    return {name: Refusal(why, harmless or (None,)) for name in text.split()}
+
+
+_QUANTIZED = refusals("quantization_config", "quantized weights are not read")
+#: Fields of the class Transformer2DModel, as which older versions of diffusers saved DiT and PixArt.
+_EARLIER = {
+    **refusals("num_vector_embeds", "networks of discrete latents are not supported"),
+    **refusals("only_cross_attention double_self_attention use_linear_projection", "its blocks are others", False),
+}
+_DROPOUT = "dropout"  # set to 0: a sample depends on its noise alone, in training mode too
+
+_UNET = (
+    "sample_size in_channels out_channels center_input_sample time_embedding_dim freq_shift flip_sin_to_cos "
+    "down_block_types mid_block_type up_block_types block_out_channels layers_per_block mid_block_scale_factor "
+    "downsample_padding act_fn attention_head_dim norm_num_groups norm_eps resnet_time_scale_shift"
+)
+_TRANSFORMER = "sample_size in_channels out_channels patch_size num_layers num_attention_heads attention_head_dim"
+_OLDER_TRANSFORMER = (
+    f"{_TRANSFORMER} attention_bias activation_fn upcast_attention norm_type norm_elementwise_affine norm_eps"
+)
+
+#: Class of a network -> its fields.
+NETWORK_FIELDS: dict[str, Fields] = {
+    "UNet2DModel": Fields(
+        names(_UNET, "downsample_type upsample_type attn_norm_num_groups add_attention num_class_embeds"),
+        names(_DROPOUT, "num_train_timesteps"),  # the latter is the size of a learned embedding of timesteps
+        {
+            **refusals("time_embedding_type", "it embeds whole timesteps alone", "positional", "fourier"),
+            **refusals("class_embed_type", "it takes embeddings instead of labels", None, "timestep"),
+            **_QUANTIZED,
+        },
+    ),
+    "UNet2DConditionModel": Fields(
+        names(
+            _UNET,
+            "only_cross_attention cross_attention_dim transformer_layers_per_block num_attention_heads "
+            "reverse_transformer_layers_per_block use_linear_projection addition_time_embed_dim upcast_attention "
+            "resnet_skip_time_act resnet_out_scale_factor time_embedding_type time_embedding_act_fn timestep_post_act "
+            "conv_in_kernel conv_out_kernel projection_class_embeddings_input_dim mid_block_only_cross_attention "
+            "cross_attention_norm",
+        ),
+        names(_DROPOUT, "addition_embed_type_num_heads"),  # the latter is of an addition_embed_type that is refused
+        {
+            **refusals(
+                "time_cond_proj_dim",
+                "it takes an embedding of the guidance scale, as latent consistency models do; such a student of a "
+                "few steps is not supported as a teacher",
+            ),
+            **refusals(
+                "addition_embed_type", "networks of Stable Diffusion 1, 2 and XL are supported", None, "text_time"
+            ),
+            **refusals("class_embed_type num_class_embeds", "networks with classes and prompts are not supported"),
+            **refusals("class_embeddings_concat", "networks with classes and prompts are not supported", False),
+            **refusals("encoder_hid_dim encoder_hid_dim_type", "it takes images, or prompts of other encoders"),
+            **refusals("dual_cross_attention", "it takes an image beside the prompt", False),
+            **refusals("attention_type", "it takes boxes beside the prompt", "default"),
+            **_QUANTIZED,
+        },
+    ),
+    "SD3Transformer2DModel": Fields(
+        names(
+            _TRANSFORMER,
+            "joint_attention_dim caption_projection_dim pooled_projection_dim pos_embed_max_size "
+            "dual_attention_layers qk_norm",
+        ),
+        refused=_QUANTIZED,
+    ),
+    "FluxTransformer2DModel": Fields(
+        names(
+            "patch_size in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads "
+            "joint_attention_dim pooled_projection_dim guidance_embeds axes_dims_rope"
+        ),
+        refused=_QUANTIZED,
+    ),
+    "PixArtTransformer2DModel": Fields(
+        names(_OLDER_TRANSFORMER, "cross_attention_dim interpolation_scale use_additional_conditions caption_channels"),
+        names(_DROPOUT, "norm_num_groups num_embeds_ada_norm"),  # of other networks of the same blocks
+        {**refusals("attention_type", "it takes boxes beside the prompt", "default"), **_EARLIER, **_QUANTIZED},
+    ),
+    "SanaTransformer2DModel": Fields(
+        names(
+            _TRANSFORMER,
+            "num_cross_attention_heads cross_attention_head_dim cross_attention_dim caption_channels mlp_ratio "
+            "attention_bias norm_elementwise_affine norm_eps interpolation_scale qk_norm timestep_scale",
+        ),
+        names(_DROPOUT, "guidance_embeds_scale"),
+        {
+            **refusals(
+                "guidance_embeds",
+                "it takes a guidance scale; Sana-Sprint, a student of a few steps, is not supported as a teacher",
+                False,
+            ),
+            **_QUANTIZED,
+        },
+    ),
+    "DiTTransformer2DModel": Fields(
+        names(_OLDER_TRANSFORMER, "num_embeds_ada_norm"),
+        names(_DROPOUT, "norm_num_groups"),
+        {
+            **refusals("cross_attention_dim caption_channels", "it takes prompts"),
+            **refusals("attention_type", "it takes boxes beside the label", "default"),
+            **refusals("interpolation_scale use_additional_conditions", "it is of PixArt"),
+            **_EARLIER,
+            **_QUANTIZED,
+        },
+    ),
+    "QwenImageTransformer2DModel": Fields(
+        names(
+            "patch_size in_channels out_channels num_layers attention_head_dim num_attention_heads joint_attention_dim "
+            "axes_dims_rope"
+        ),
+        names("pooled_projection_dim"),  # of its first release
+        {
+            **refusals(
+                "guidance_embeds zero_cond_t use_additional_t_cond use_layer3d_rope",
+                "of Qwen-Image's networks the text-to-image one is supported; editing, layered and "
+                "guidance-distilled ones are not",
+                False,
+            ),
+            **_QUANTIZED,
+        },
+    ),
+    "EDMNetwork": Fields(
+        names(
+            "model_type img_resolution img_channels label_dim sigma_min sigma_max sigma_data augment_dim "
+            "model_channels channel_mult channel_mult_emb num_blocks attn_resolutions label_dropout embedding_type "
+            "channel_mult_noise encoder_type decoder_type resample_filter"
+        ),
+        names(_DROPOUT),
+    ),
+    "EDM2Network": Fields(
+        names(
+            "img_resolution img_channels label_dim sigma_min sigma_max sigma_data model_channels channel_mult "
+            "channel_mult_noise channel_mult_emb num_blocks attn_resolutions label_balance concat_balance "
+            "channels_per_head res_balance attn_balance clip_act label_dropout latent_scale latent_bias pixel_range"
+        ),
+        names(_DROPOUT, "logvar_channels"),  # the latter only weighs the loss of EDM2's own training
+    ),
+}
+
+#: Class of an autoencoder -> its fields. `_own_scaling` of teachers/autoencoder.py reads statistics of latents.
+AUTOENCODER_FIELDS: dict[str, Fields] = {
+    "AutoencoderKL": Fields(
+        names(
+            "in_channels out_channels down_block_types up_block_types block_out_channels layers_per_block act_fn "
+            "latent_channels norm_num_groups scaling_factor shift_factor latents_mean latents_std use_quant_conv "
+            "use_post_quant_conv mid_block_add_attention"
+        ),
+        names("sample_size force_upcast"),  # the size of tiles; and float32 is what it runs in here
+        _QUANTIZED,
+    ),
+    "AutoencoderDC": Fields(
+        names(
+            "in_channels latent_channels attention_head_dim upsample_block_type downsample_block_type "
+            "decoder_norm_types decoder_act_fns encoder_out_shortcut decoder_in_shortcut decoder_conv_act_fn "
+            "scaling_factor",
+            *(
+                f"{half}_{name}"
+                for half in ("encoder", "decoder")
+                for name in ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
+            ),
+        ),
+        refused=_QUANTIZED,
+    ),
+    "AutoencoderKLQwenImage": Fields(
+        names(
+            "base_dim z_dim dim_mult num_res_blocks attn_scales temperal_downsample latents_mean latents_std "
+            "input_channels"
+        ),
+        names(_DROPOUT),
+        _QUANTIZED,
+    ),
+}
+
+#: Of all schedulers, because a config that diffusers makes of another class's config keeps that class's fields.
+SCHEDULER_FIELDS = Fields(
+    names(
+        "num_train_timesteps beta_start beta_end beta_schedule trained_betas rescale_betas_zero_snr prediction_type "
+        "sigma_min sigma_max sigma_data use_flow_sigmas",
+        "time_convention downscale_freq_shift guidance_channels has_null_class",  # fdistill's own
+    ),
+    # How a sampler goes from one level to the next: students have a sampler of their own, and so have teacher samples.
+    names(
+        "variance_type clip_sample clip_sample_range clip_denoised thresholding dynamic_thresholding_ratio "
+        "sample_max_value timestep_spacing steps_offset set_alpha_to_one skip_prk_steps s_noise eta rho "
+        "solver_order solver_type algorithm_type lower_order_final euler_at_final final_sigmas_type predict_x0 "
+        "disable_corrector solver_p predictor_order corrector_order tau_func lambda_min_clipped noise_sampler_seed "
+        "original_inference_steps timestep_scaling interpolation_type sigma_schedule use_karras_sigmas "
+        "use_exponential_sigmas use_beta_sigmas use_lu_lambdas flow_shift shift use_dynamic_shifting base_shift "
+        "max_shift base_image_seq_len max_image_seq_len shift_terminal time_shift_type stochastic_sampling "
+        "upscale_mode tensor_format"
+    ),
+    {
+        **refusals("timestep_type", "networks that take ln sigma / 4 as their timestep are not supported", "discrete"),
+        **refusals("invert_sigmas", "networks whose time runs from noise to data are not supported", False),
+        **refusals("snr_shift_scale", "shifted noise schedules are not supported", 1, 1.0),
+        **refusals("predict_epsilon", "older name of prediction_type 'sample', to be set instead", True),
+        **refusals("scale_factors", "students that draw one scale after another are not supported"),
+        **refusals("timestep_values", "schedules of chosen timesteps are not supported"),
+    },
+)
+
+#: What any config of transformers may hold beside its class's fields; nothing of it changes a text encoder's output.
+_ANY_ENCODER = names(
+    "architectures model_type transformers_version torch_dtype dtype name_or_path return_dict output_hidden_states "
+    "output_attentions torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward is_encoder_decoder "
+    "tie_encoder_decoder finetuning_task id2label label2id num_labels task_specific_params problem_type "
+    "tokenizer_class prefix sep_token_id decoder_start_token_id gradient_checkpointing attn_implementation "
+    "cache_implementation use_cache initializer_factor initializer_range attention_dropout dropout tie_word_embeddings",
+    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
+    "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
+    "bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id "
+    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens",
+)
+_ANY_REFUSED = {
+    **_QUANTIZED,
+    **refusals("pruned_heads", "encoders without some of their heads are not supported", None, {}),
+    **refusals("cross_attention_hidden_size", "encoders that attend to other inputs are not supported"),
+    **refusals("add_cross_attention is_decoder", "encoders that attend to other inputs are not supported", False),
+}
+_CLIP = Fields(
+    names(
+        "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads "
+        "max_position_embeddings hidden_act layer_norm_eps pad_token_id bos_token_id eos_token_id"
+    ),
+    _ANY_ENCODER,
+    _ANY_REFUSED,
+)
+_QWEN_TEXT = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
+    "max_position_embeddings rms_norm_eps use_sliding_window sliding_window max_window_layers layer_types rope_theta "
+    "rope_scaling rope_parameters bos_token_id eos_token_id pad_token_id"
+)
+_QWEN_TOKENS = names("image_token_id video_token_id vision_start_token_id vision_end_token_id vision_token_id")
+
+#: Class of a text encoder -> its fields. The library's own class runs, with the inputs that the pipeline gives it.
+TEXT_ENCODER_FIELDS: dict[str, Fields] = {
+    "CLIPTextModel": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP,
+    "T5EncoderModel": Fields(
+        names(
+            "vocab_size d_model d_kv d_ff num_layers num_heads relative_attention_num_buckets "
+            "relative_attention_max_distance layer_norm_epsilon feed_forward_proj dense_act_fn is_gated_act "
+            "pad_token_id eos_token_id bos_token_id"
+        ),
+        _ANY_ENCODER
+        | names("num_decoder_layers dropout_rate classifier_dropout scale_decoder_outputs n_positions output_past"),
+        _ANY_REFUSED,
+    ),
+    "Gemma2Model": Fields(
+        names(
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "head_dim hidden_activation max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters "
+            "attention_bias query_pre_attn_scalar sliding_window layer_types attn_logit_softcapping "
+            "use_bidirectional_attention pad_token_id bos_token_id eos_token_id"
+        ),
+        # Words are not predicted; and two fields of before hidden_activation and sliding_window had these names.
+        _ANY_ENCODER | names("final_logit_softcapping hidden_act sliding_window_size"),
+        _ANY_REFUSED,
+    ),
+    "Qwen2_5_VLForConditionalGeneration": Fields(
+        names(_QWEN_TEXT, "text_config"), _ANY_ENCODER | _QWEN_TOKENS | {"vision_config"}, _ANY_REFUSED
+    ),
+}
+
+
+def check_network(network: Any) -> None:
+    """Raises CheckpointError for a network whose config holds a field that is refused or unknown."""
+    check_network_config(type(network), network.config)
+
+
+def check_network_config(cls: type[Any], config: Mapping[str, Any]) -> None:
+    """As `check_network`, of a network's class and config."""
+    if cls.__name__ in NETWORK_FIELDS:  # not for a family of the user's own
+        check_fields(cls.__name__, NETWORK_FIELDS[cls.__name__], config, constructor_defaults(cls))

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from fdistill.base.errors import DataError
 from fdistill.base.reading import ARCHIVE_ERRORS, MOST_BYTES, read_bounded, reason_of
-from fdistill.data.listing import LINKED_FOLDER, NO_FILE, SYSTEM, Listing, in_system_folder, is_system, looks_like_image
+from fdistill.data.listing import LINKED_FOLDER, NO_FILE, SYSTEM, Listing, is_system, looks_like_image
 from fdistill.data.names import shown
 from fdistill.data.source import PerProcess
 
@@ -128,7 +128,7 @@ class ZipTree:
                 f"data {shown(self.name)}: cannot be read as a zip file ({reason_of(error)}); copy or download it again"
             ) from error
         files, folders, self._left_out = self._sorted(members)
-        outer = _outer(files)
+        outer = self._outer = _outer(files)
         self._members = {file[len(outer) :]: member for file, member in files.items()}
         inner = [folder[len(outer) :] for folder in folders if folder.startswith(outer)]
         inner += [file.rpartition("/")[0] for file in self._members]
@@ -141,7 +141,7 @@ class ZipTree:
             found.add(file)
         found.folders += self._folders
         for kind, name in self._left_out:
-            found.leave_out(kind, name)
+            found.leave_out(kind, name.removeprefix(self._outer))
         return found.finish()
 
     def read(self, file: str, most: int = MOST_OF_IMAGE) -> bytes:
@@ -171,8 +171,9 @@ class ZipTree:
             # Names are keys: whatever they say, nothing is written. Some programs of Windows write backslashes.
             parts = [part for part in member.filename.replace("\\", "/").split("/") if part not in ("", ".", "..")]
             name = "/".join(parts)
-            if in_system_folder(name):
-                left_out.append((SYSTEM, name))
+            hidden = next((place for place, part in enumerate(parts) if is_system(part)), None)
+            if hidden is not None:  # what lies below is not looked at, as in a folder
+                left_out.append((SYSTEM, "/".join(parts[: hidden + 1])))
             elif member.is_dir() or not parts:
                 folders.append(name)
             elif stat.S_ISLNK(member.external_attr >> 16):
@@ -184,7 +185,7 @@ class ZipTree:
                         f"data {shown(self.name)}: two members are called {shown(name)}; pack the files again"
                     )
                 files[name] = member.filename
-        return files, folders, left_out
+        return files, folders, list(dict.fromkeys(left_out))
 
 
 def open_tree(path: Path) -> Tree:

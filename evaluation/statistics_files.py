@@ -126,6 +126,8 @@ def write_statistics(
         OutputError: `path` cannot be written.
     """
     facts = {"format": _FORMAT, **asdict(origin)}
+    if origin.read is None:
+        del facts["read"]
     arrays: dict[str, np.ndarray[Any, Any]] = {"facts": np.array(json.dumps(facts))}
     for name, values in moments.items():
         mean, covariance = values.mean.numpy(), values.covariance.numpy()

@@ -11,6 +11,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 #: The most that is read of one file at once, unless the caller says less.
@@ -24,6 +25,8 @@ ARCHIVE_ERRORS = (
     RuntimeError,
     ArithmeticError,
     MemoryError,
+    SyntaxError,
+    TokenError,  # numpy reads the headers of arrays as Python's literals
     struct.error,
     zipfile.BadZipFile,
     zipfile.LargeZipFile,

@@ -74,7 +74,8 @@ class Account:
         if LINKED_FOLDER in self.left_out or missing > _MOST_LEFT_OUT * (self.images + missing):
             raise DataError(
                 f"{what}: {self.sentence()}; more than 1 % of what may be images would not be in the score: copy or "
-                "convert them (to .png) or move them away, or pass --allow-skipped to score the rest"
+                "convert them (to .png) or move them away, or pass --allow-skipped "
+                "(to evaluate, compare or reference) to score the rest"
             )
 
 

@@ -35,6 +35,7 @@ class HuggingFaceSource:
         self.name, self.labels, self.num_classes = name, labels, num_classes
         self._images, self._column, self._texts = images, column, texts
         self.left_out: LeftOut = {}
+        self.class_names: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -197,15 +198,18 @@ def _from_dataset(data: Any, where: str, datasets: ModuleType) -> HuggingFaceSou
     classes = [name for name, kind in kinds.items() if name in _LABEL_NAMES or isinstance(kind, datasets.ClassLabel)]
     label = _only(classes, _LABEL_NAMES, where, "label")
     values = None if label is None else data.select_columns([label]).with_format("numpy")[:][label]
+    names = None
     labels, num_classes = class_labels(values, len(data), f"data {where}, column {label!r}")
     if label is not None and isinstance(kinds[label], datasets.ClassLabel):
-        num_classes = kinds[label].num_classes
+        num_classes, names = kinds[label].num_classes, kinds[label].names
     encoded = data.select_columns([column])
     if isinstance(kinds[column], datasets.Image):
         encoded = encoded.cast_column(column, datasets.Image(decode=False))
     caption = next((name for name in _CAPTION_NAMES if name in kinds and name not in (column, label)), None)
     texts = None if caption is None else data.select_columns([caption]).with_format(None)
-    return HuggingFaceSource(where, encoded.with_format(None), column, labels, num_classes, texts)
+    source = HuggingFaceSource(where, encoded.with_format(None), column, labels, num_classes, texts)
+    source.class_names = names
+    return source
 
 
 def _holds_images(name: str, kind: Any, datasets: ModuleType) -> bool:

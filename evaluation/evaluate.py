@@ -20,6 +20,7 @@ from evaluation.generated import GeneratedImages
 from evaluation.images import Images, open_views
 from evaluation.measure import Measurement, Setting, measure
 from evaluation.metrics.score import Score
+from evaluation.pairing import in_turn, prompts_of
 from evaluation.protocols import get_protocol
 from evaluation.protocols.protocol import Protocol
 from evaluation.reference import open_reference
@@ -30,8 +31,10 @@ from fdistill.base.devices import start
 from fdistill.base.errors import ArgumentError
 from fdistill.base.files import atomic_file, check_file
 from fdistill.data import is_stored, looks_stored, stored_kinds
-from fdistill.data.prompts import read_prompts
-from fdistill.data.source import is_image
+from fdistill.data.account import say
+from fdistill.data.listing import MEANT_AS_IMAGES
+from fdistill.data.prompts import PromptList, read_prompt_list
+from fdistill.data.tree import FolderTree
 from fdistill.generation.generate import check_counts, open_maker
 from fdistill.generation.maker import Maker
 from fdistill.generation.sampling import Sampling, check_unread
@@ -64,6 +67,7 @@ def evaluate(
     device: str = "auto",
     replicates: int = 20,
     classifier: str | None = None,
+    allow_skipped: bool = False,
 ) -> dict[str, Any]:
     """Scores images, or what makes them, by a protocol.
 
@@ -79,7 +83,8 @@ def evaluate(
         seeds: of generated samples, each in [0, 2^64). With several, each score is the mean over seeds, and its spread
             their standard deviation.
         num_images: number of samples, if not the protocol's; names of scores then say it.
-        prompts: a file with one prompt in each line, for a protocol without prompts of its own.
+        prompts: a file with one prompt in each line, for a protocol without prompts of its own. Lines of a .jsonl file
+            may say which image they are of ("file_name"); all other lists go with the images in their order.
         weights: weights files, as `evaluation.weights.parse_weights` returns them.
         batch_size: images at a time, when they are generated and when features are extracted. The last bits of features
             depend on it.
@@ -88,6 +93,8 @@ def evaluate(
         replicates: bootstrap replicates behind the spread of Frechet distances; 0 for no spread, else at least 2.
         classifier: "module:function" for class_accuracy in a protocol without a classifier of its own. The function
             returns a torch module that maps images float32 [B, C, H, W] in [-1, 1] to logits [B, classes].
+        allow_skipped: score images, or against a reference, of which more than 1 % cannot be read: linked folders,
+            other formats.
 
     Returns:
         {"metrics": {name: number}, "spread": {name: {"value": number, "of": text}}, "provenance": {...}}. A name
@@ -119,14 +126,15 @@ def evaluate(
     setting = Setting(chosen, on, metrics, batch_size, weights or {}, replicates, own, pictures=output is not None)
     if prompts is not None and chosen.prompts is not None:
         raise ArgumentError(f"prompts: protocol {protocol!r} has its own; leave them out")
-    listed = None if prompts is None else read_prompts(Path(prompts))
-    opened = open_reference(chosen, reference)
+    listed = None if prompts is None else read_prompt_list(Path(prompts))
+    opened = open_reference(chosen, reference, allow_skipped=allow_skipped)
     if holds_images(samples):
         seeded = [] if tuple(seeds) == (0,) else ["seeds"]
         check_unread(
             f"{samples} are finished images; these options apply only to generating", [*seeded, *sampling.given()]
         )
-        views = _images_there(samples, chosen, num_images, listed)
+        views = _images_there(samples, chosen, num_images, listed, allow_skipped)
+        _say_what_was_read(views[""], listed)
         measurements = [measure(views, opened, setting)]
         result = _result(measurements, None)
     else:
@@ -135,7 +143,7 @@ def evaluate(
                 f"num_images: protocol {protocol!r} takes any number; say how many images {samples} should make"
             )
         maker = open_maker(samples, on, sampling)
-        wanted = _prompts_of(maker, chosen, listed, count)
+        wanted = _prompts_of(maker, chosen, None if listed is None else listed.prompts, count)
         images = [GeneratedImages(maker, seed, count, wanted, on, chosen) for seed in seeds]
         measurements = [measure(made.views(chosen), opened, setting) for made in images]
         if maker.kind == "student":
@@ -164,12 +172,19 @@ def _write(result: Mapping[str, Any], pictures: Mapping[str, PILImage], output: 
 
 
 def _images_there(
-    samples: str | Path, protocol: Protocol, num_images: int | None, listed: list[str] | None
+    samples: str | Path, protocol: Protocol, num_images: int | None, listed: PromptList | None, allow_skipped: bool
 ) -> dict[str, Images]:
     """Images that exist already, in the views of the protocol, with the listed prompts if there are any."""
     count = protocol.num_samples if num_images is None else num_images
     ordered = listed is not None or protocol.prompts is not None or protocol.asks_prompts
-    views = open_views(samples, protocol.sample_views(), channels=protocol.channels, max_images=count, in_order=ordered)
+    views = open_views(
+        samples,
+        protocol.sample_views(),
+        channels=protocol.channels,
+        max_images=count,
+        in_order=ordered,
+        allow_skipped=allow_skipped,
+    )
     images = views[""]
     there = images.facts["available"]
     if num_images is not None and there < num_images:
@@ -178,18 +193,16 @@ def _images_there(
         which = f"the first {len(images):,}" if ordered else f"{len(images):,}, drawn evenly and the same each time,"
         warnings.warn(f"{samples}: holds {there:,} images, of which {which} are measured", stacklevel=3)
     if listed is not None:
-        prompts = in_turn(listed, len(images))
-        if images.prompts is not None and list(images.prompts) != prompts:
-            raise ArgumentError(
-                f"prompts: the images of {samples} were not generated from this list; leave it out, or generate the "
-                "images anew"
-            )
-        if images.prompts is None and len(listed) < len(images):
-            raise ArgumentError(
-                f"prompts: {len(listed)} in the list for {len(images)} images; expected one for each, in order"
-            )
-        images.prompts = prompts
+        images.prompts = prompts_of(images, listed)
     return views
+
+
+def _say_what_was_read(images: Images, listed: PromptList | None) -> None:
+    if images.account is not None:
+        say(f"samples {images.name}", images.account.sentence())
+    if listed is not None:
+        how = "in order" if listed.files is None or images.files is None else "by file_name"
+        say("prompts", f"{len(listed.prompts):,}, which go with the {len(images):,} images {how}")
 
 
 def holds_images(where: str | Path) -> bool:
@@ -206,10 +219,13 @@ def holds_images(where: str | Path) -> bool:
     if is_stored(str(where)):
         return True
     if path.is_dir():
-        if any(is_image(file.name) for file in path.rglob("*")):
+        listing = FolderTree(path).listing()
+        if listing.images:
             return True
         if any(file.suffix in _CHECKPOINT_FILES for file in path.rglob("*")):
             return False
+        if any(kind in listing.left_out for kind in MEANT_AS_IMAGES):
+            return True  # opening it says what is there in place of images
         what = "holds neither images nor a network"
     elif path.is_file():
         what = "is a file of another kind"
@@ -244,11 +260,6 @@ def _prompts_of(maker: Maker, protocol: Protocol, listed: list[str] | None, coun
             f"prompts: {len(listed)} for {count} images, and protocol {protocol.name!r} uses each prompt once"
         )
     return protocol.prompts() if listed is None and protocol.prompts is not None else in_turn(listed or [], count)
-
-
-def in_turn(prompts: Sequence[str], count: int) -> list[str]:
-    """A prompt for each of `count` images, from the beginning again if there are fewer."""
-    return [prompts[i % len(prompts)] for i in range(count)]
 
 
 def _result(measurements: Sequence[Measurement], seeds: list[int] | None) -> dict[str, Any]:

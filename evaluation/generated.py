@@ -43,7 +43,7 @@ class GeneratedImages:
         device: torch.device,
         protocol: Protocol,
     ):
-        self.name = maker.name
+        self.name, self.files, self.account = maker.name, None, None
         self._maker, self._seed, self._count, self._device = maker, seed, count, device
         self._preparation = Preparation(protocol.channels, protocol.recipe, protocol.size)
         self._last: dict[str, Any] = {}  # the batch made last, shared by all views

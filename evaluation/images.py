@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
-import struct
-import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
@@ -31,17 +28,20 @@ from evaluation.preparation import (
     in_threads,
     is_grey,
     is_lossy,
+    is_turned,
     opened,
     prepared,
     threads_for,
 )
+from evaluation.stored import mapped_npz, read_manifest
 from fdistill.base.errors import ArgumentError, DataError
-from fdistill.base.files import read_json_object
+from fdistill.base.reading import reason_of
 from fdistill.data import open_source
+from fdistill.data.account import Account, account_of
 from fdistill.data.folder import FolderSource
-from fdistill.data.source import ArraySource, Source, class_labels
-
-MANIFEST = "manifest.json"
+from fdistill.data.names import natural_order
+from fdistill.data.source import ArraySource, Source
+from fdistill.data.tree import FolderTree
 
 #: Entries of a manifest that the provenance of scores repeats.
 _MANIFEST_FACTS = (
@@ -55,10 +55,8 @@ _MANIFEST_FACTS = (
     "images_per_second",
     "device",
 )
-_ROUNDED = "round values x of [-1, 1] by (x * 127.5 + 128).clip(0, 255).astype('uint8')"
 _LISTED = 5
 _HASHED_AT_ONCE = 64
-_CHUNK = 1 << 24
 
 _T = TypeVar("_T")
 
@@ -73,6 +71,14 @@ class Images(Protocol):
     @property
     def labels(self) -> Tensor | None:
         """Class labels int64 [N]; None if there are none."""
+
+    @property
+    def files(self) -> Sequence[str] | None:
+        """Paths of the files that the images are, below their folder or within their archive; None if they are none."""
+
+    @property
+    def account(self) -> Account | None:
+        """What was read and what was left out; None for images that are made while they are read."""
 
     prompts: Sequence[str] | None  # of each image, or its caption; reading damaged captions raises DataError
 
@@ -98,8 +104,10 @@ def open_images(
     size: int | None = None,
     max_images: int | None = None,
     in_order: bool = True,
+    allow_skipped: bool = False,
 ) -> Images:
-    """Opens images of one size. Images of a folder are in the order of their file names.
+    """Opens images of one size. Images of a folder or zip file are in the natural order of their names, 2.png before
+    10.png.
 
     Labels and prompts come from a folder's manifest.json, as `fdistill generate` writes it, else from the source.
 
@@ -110,19 +118,20 @@ def open_images(
         max_images: open at most this many; None for all.
         in_order: whether these are the first ones. If not, they are drawn evenly from all, the same each time: a source
             may be sorted by class.
+        allow_skipped: whether they may be opened where more than 1 % of what lies there and may be images is not read.
 
     Raises:
         ArgumentError: a value that is not allowed.
-        DataError: there are no images, they are not uint8, the first one does not fit, or the manifest is damaged or
-            belongs to other images. The images after the first are checked by `read` and `sha256`.
+        DataError: there are no images, they are not uint8, too many are left out, the first one does not fit, or the
+            manifest is damaged or belongs to other images. The images after the first are checked by `read` and
+            `sha256`.
     """
     preparation = Preparation(channels, recipe, size)
     if max_images is not None and max_images < 1:
         raise ArgumentError(f"max_images: expected at least 1, got {max_images}")
-    try:
-        source: Source = _mapped_npz(Path(where)) or open_source(str(where))
-    except DataError as error:
-        raise DataError(f"{error}; {_ROUNDED}" if "expected uint8" in str(error) else str(error)) from error
+    source: Source = mapped_npz(Path(where)) or open_source(str(where))
+    if not allow_skipped:
+        account_of(source).check_whole(f"images {where}")
     rows: Sequence[int] = range(len(source) if max_images is None else min(max_images, len(source)))
     if len(rows) < len(source) and not in_order:
         rows = sorted(np.random.default_rng(0).permutation(len(source))[: len(rows)].tolist())
@@ -138,10 +147,19 @@ def open_views(
     channels: int,
     max_images: int | None = None,
     in_order: bool = True,
+    allow_skipped: bool = False,
 ) -> dict[str, Images]:
     """`open_images` in several preparations of the same images, {name: (recipe, size)}."""
     return {
-        name: open_images(where, channels=channels, recipe=recipe, size=size, max_images=max_images, in_order=in_order)
+        name: open_images(
+            where,
+            channels=channels,
+            recipe=recipe,
+            size=size,
+            max_images=max_images,
+            in_order=in_order,
+            allow_skipped=allow_skipped,
+        )
         for name, (recipe, size) in views.items()
     }
 
@@ -150,17 +168,22 @@ class _SourceImages:
     """What images in memory and images in files share: labels, prompts, facts and preparation.
 
     Args:
-        rows: numbers of the chosen images in the source.
+        places: of the chosen images in the natural order of their names, or in the source if they have none.
     """
 
-    def __init__(self, source: Source, rows: Sequence[int], preparation: Preparation):
-        self.name, self._source, self._rows, self._preparation = source.name, source, rows, preparation
-        manifest = _read_manifest(source.root, len(source)) if isinstance(source, FolderSource) else {}
-        self._prompts: Sequence[str] | None = _rows_of(manifest.get("prompts"), rows)
+    def __init__(self, source: Source, places: Sequence[int], preparation: Preparation):
+        self.name, self._source, self._preparation = source.name, source, preparation
+        self.account = account_of(source)
+        files: Sequence[str] | None = getattr(source, "files", None)
+        order = None if files is None else natural_order(files)
+        rows = self._rows = places if order is None else [order[place] for place in places]
+        self.files = _rows_of(files, rows)
+        manifest = read_manifest(source)
+        self._prompts: Sequence[str] | None = _rows_of(manifest.get("prompts"), places)
         self._origin = {key: manifest[key] for key in _MANIFEST_FACTS if key in manifest}
-        labels = source.labels if source.num_classes is not None else None
-        labels = torch.tensor(manifest["labels"]) if manifest.get("labels") is not None else labels
-        self.labels = None if labels is None else labels[list(rows)]
+        self.labels = source.labels[list(rows)] if source.num_classes is not None else None
+        if manifest.get("labels") is not None:
+            self.labels = torch.tensor(manifest["labels"])[list(places)]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -177,6 +200,7 @@ class _SourceImages:
     def _facts(self, lossy: int, grey: int, width: int, height: int) -> dict[str, Any]:
         return {
             **self._origin,
+            "read": self.account.facts(),
             "available": len(self._source),
             "recipe": self._preparation.recipe,
             "resolution": f"{width}x{height}",
@@ -229,9 +253,10 @@ class _FileImages(_SourceImages):
         recipe, size = preparation.recipe, preparation.size
         self._lossy: set[int] = set()
         self._grey: set[int] = set()
+        self._turned: set[int] = set()
         self._threads = 1
         # An archive has one position in its file, so that its members must be read one after another.
-        self._turn: AbstractContextManager[Any] = nullcontext() if isinstance(source, FolderSource) else Lock()
+        self._turn: AbstractContextManager[Any] = nullcontext() if _is_folder(source) else Lock()
         self._only = (size, size) if recipe == "exact" and size is not None else None
         ((_, first),) = self._usable(self._open, [0])
         self._made = first.size if size is None else (size, size)
@@ -242,7 +267,8 @@ class _FileImages(_SourceImages):
     @property
     def facts(self) -> dict[str, Any]:
         """See `Images.facts`."""
-        return self._facts(len(self._lossy), len(self._grey), *self._made)
+        turned = {"turned_by_camera": len(self._turned)} if self._turned else {}
+        return self._facts(len(self._lossy), len(self._grey), *self._made) | turned
 
     def read(self, indices: Sequence[int]) -> Tensor:
         """uint8 [B, C, H, W].
@@ -305,8 +331,8 @@ class _FileImages(_SourceImages):
         try:
             with self._turn:
                 encoded = self._source.encoded(self._rows[index])
-        except OSError as error:
-            raise UnusableImageError(f"cannot be read ({error.strerror or error}); check the file") from error
+        except (OSError, ValueError) as error:
+            raise UnusableImageError(f"cannot be read ({reason_of(error)}); copy or download it again") from error
         if not isinstance(encoded, bytes):
             encoded = _file_of(encoded)
         image = opened(encoded, self._preparation.channels, self._only)
@@ -314,6 +340,8 @@ class _FileImages(_SourceImages):
             self._lossy.add(index)
         if is_grey(image):
             self._grey.add(index)
+        if is_turned(image):
+            self._turned.add(index)
         return encoded, image
 
     def _pixels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -327,57 +355,9 @@ def _file_of(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
     return file.getvalue()
 
 
+def _is_folder(source: Source) -> bool:
+    return isinstance(source, FolderSource) and isinstance(source.tree, FolderTree)
+
+
 def _rows_of(texts: Sequence[str] | None, rows: Sequence[int]) -> Sequence[str] | None:
     return None if texts is None else [texts[row] for row in rows]
-
-
-def _read_manifest(folder: Path, count: int) -> dict[str, Any]:
-    """What a folder's manifest.json says about its images; empty if there is no such file."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        sets = sorted(below.parent.name for below in folder.glob(f"*/{MANIFEST}"))
-        if sets:
-            raise DataError(f"images {folder}: its folders {', '.join(sets)} are sets of images; pass one of these")
-        return {}
-    try:
-        manifest = read_json_object(path)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}); generate the images again or remove it") from error
-    if manifest.get("labels") is not None:
-        class_labels(manifest["labels"], count, str(path))
-    prompts = manifest.get("prompts")
-    if prompts is not None:
-        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise DataError(f"{path}: its prompts are not a list of texts; expected one for each image")
-        if len(prompts) != count:
-            raise DataError(f"{path}: {len(prompts)} prompts for {count} images; expected one for each")
-    return manifest
-
-
-def _mapped_npz(path: Path) -> ArraySource | None:
-    """Images of an uncompressed .npz, mapped into memory and not loaded: 50,000 of 256x256 are 10 GB.
-
-    None for anything else than uint8 [N, H, W, 1 or 3], which `fdistill.data` then opens or refuses.
-    """
-    if path.suffix != ".npz" or not path.is_file():
-        return None
-    try:
-        with np.load(path, allow_pickle=False) as arrays, path.open("rb") as file:
-            key = next(key for key in ("images", "arr_0") if key in arrays.files)
-            member = arrays.zip.getinfo(f"{key}.npy")
-            file.seek(member.header_offset + 26)
-            file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)  # past the file name and the extra field
-            if member.compress_type != zipfile.ZIP_STORED or np.lib.format.read_magic(file) != (1, 0):
-                return None
-            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-            if dtype != np.uint8 or by_columns or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
-                return None
-            with arrays.zip.open(member) as stream:
-                while stream.read(_CHUNK):
-                    pass  # reading to the end checks the checksum
-            images = np.memmap(file, dtype, "c", file.tell(), shape)  # "c", because torch warns of read-only memory
-            labels = next((arrays[key] for key in ("labels", "y", "arr_1") if key in arrays.files), None)
-    except (OSError, ValueError, StopIteration, struct.error, zipfile.BadZipFile):
-        return None
-    found = class_labels(labels, len(images), f"data {path}")
-    return ArraySource(str(path), torch.from_numpy(images.transpose(0, 3, 1, 2)), *found)

@@ -17,6 +17,7 @@ from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.errors import ArgumentError
 from fdistill.base.files import check_file
+from fdistill.data.account import say
 
 
 def make_reference(
@@ -28,6 +29,7 @@ def make_reference(
     weights: Weights | None = None,
     batch_size: int = 64,
     device: str = "auto",
+    allow_skipped: bool = False,
 ) -> Path:
     """Writes an .npz that `evaluate` takes as reference; "mu" and "sigma" of Inception's features are where other tools
     look for them.
@@ -40,7 +42,7 @@ def make_reference(
         metrics: the metrics to compute from the file. Distances such as fid need mean and covariance; metrics such as
             recall need the features of every image, which make the file large. By default those of the protocol's
             default metrics that need only mean and covariance.
-        weights, batch_size, device: as in `evaluate`.
+        weights, batch_size, device, allow_skipped: as in `evaluate`.
 
     Returns:
         The path of the file.
@@ -63,7 +65,10 @@ def make_reference(
         raise ArgumentError(
             f"metrics: {', '.join(metrics or chosen.default)} need no reference; expected one that does"
         )
-    views = open_views(data, chosen.reference_views(), channels=chosen.channels)
+    views = open_views(data, chosen.reference_views(), channels=chosen.channels, allow_skipped=allow_skipped)
+    account = views[""].account
+    if account is not None:
+        say(f"data {data}", account.sentence())
     extractors = {label: open_extractor(label.partition("@")[0], on, setting.weights) for label in every}
     _check_count(data, len(views[""]), {label: extractors[label] for label in of_moments})
     reference, extraction = Reference(str(data), views, None, False), setting.extraction("reference")
@@ -79,6 +84,7 @@ def make_reference(
             resolution=_side(images),
             source=images.name,
             source_sha256=images.sha256(),
+            read=None if account is None else account.facts(),
         )
         write_statistics(path, moments, origin, rows or None)
     return path

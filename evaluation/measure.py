@@ -145,6 +145,7 @@ def measure(views: Mapping[str, Images], reference: Reference | None, setting: S
         )
         scores, pictures = _computed(metrics, measured, draw=setting.pictures)
     _warn_of_lossy(images)
+    _warn_of_turned(images)
     named = {}
     for name, score in scores.items():
         metric = protocol.names()[name]
@@ -269,6 +270,16 @@ def _warn_of_lossy(images: Images) -> None:
         warnings.warn(
             f"{images.name}: {lossy} of {len(images)} samples are lossy files (JPEG, WebP), whose artefacts change "
             "scores; write PNG",
+            stacklevel=3,
+        )
+
+
+def _warn_of_turned(images: Images) -> None:
+    turned = images.facts.get("turned_by_camera", 0)
+    if turned:
+        warnings.warn(
+            f"{images.name}: {turned} of {len(images)} images are marked by a camera as turned (EXIF), and are "
+            "measured as they are stored, as published scores are; training turns such images upright",
             stacklevel=3,
         )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +16,11 @@ from torch import Tensor
 
 from evaluation.recipes import RECIPES
 from fdistill.base.errors import ArgumentError, DataError, did_you_mean
-from fdistill.data.recipes import pixels
+from fdistill.data.recipes import FORMATS, open_header, pixels
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 #: PIL's modes that are converted to 1 channel, or to 3. ImageNet has two dozen CMYK files, which every tool converts.
 _MODES = {1: ("1", "L"), 3: ("1", "L", "P", "RGB", "CMYK")}
+_ORIENTATION = 0x0112  # of EXIF
 _PNG_BIT_DEPTH = 24  # offset of that byte in the file; PIL would turn 16 bits into 8 silently
 _THREADS = 8
 _WORTH_THREADS = 64 * 64  # pixels; decoding a smaller image takes less time than handing it to a thread
@@ -77,9 +76,9 @@ def opened(encoded: bytes, channels: int, size: tuple[int, int] | None) -> PILIm
             another size.
     """
     try:
-        image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        image = open_header(encoded)
     except UnidentifiedImageError as error:
-        raise UnusableImageError(f"is no {', '.join(_FORMATS)}; make or copy it again") from error
+        raise UnusableImageError(f"is no {', '.join(FORMATS)}; make or copy it again") from error
     except Exception as error:  # damaged headers make PIL raise nearly any exception
         raise _damaged(error) from error
     expected = "8-bit greyscale" if channels == 1 else "8-bit RGB or greyscale"
@@ -153,6 +152,16 @@ def is_grey(image: PILImage) -> bool:
 def is_lossy(encoded: bytes, image: PILImage) -> bool:
     """Whether a file is JPEG, or WebP other than its simple lossless kind; by its bytes, as its name may be wrong."""
     return encoded.startswith(b"\xff\xd8") or (image.format == "WEBP" and encoded[12:16] != b"VP8L")
+
+
+def is_turned(image: PILImage) -> bool:
+    """Whether a camera has marked an opened image as turned. It is measured as it is stored."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return False  # getexif would decode the image to look for it behind the pixels
+    try:
+        return image.getexif().get(_ORIENTATION, 1) not in (0, 1)
+    except Exception:  # a damaged entry of a whole image
+        return False
 
 
 def expected_size(size: tuple[int, int]) -> str:

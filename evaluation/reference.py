@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from evaluation.metrics.moments import Moments
 from evaluation.protocols.protocol import Protocol
 from evaluation.statistics_files import Statistics, read_statistics
 from fdistill.base.errors import ArgumentError
+from fdistill.base.reading import ARCHIVE_ERRORS
+from fdistill.data.account import say
 
 _KEPT_ROWS = 100_000  # of more images only moments are computed, which need little memory
 
@@ -125,11 +126,14 @@ class Reference:
         }
 
 
-def open_reference(protocol: Protocol, reference: str | Path | None) -> Reference | None:
-    """Opens the reference for samples of a protocol.
+def open_reference(
+    protocol: Protocol, reference: str | Path | None, *, allow_skipped: bool = False
+) -> Reference | None:
+    """Opens the reference for samples of a protocol, and prints a line about the images of one that the user gave.
 
     Args:
         reference: images or a statistics file; None for the protocol's embedded reference.
+        allow_skipped: as in `open_images`.
 
     Returns:
         None if no reference is given and the protocol has none embedded.
@@ -153,21 +157,23 @@ def open_reference(protocol: Protocol, reference: str | Path | None) -> Referenc
         if ours and statistics.facts.get("protocol") == protocol.name:
             known = protocol.reference_count is not None and statistics.count == protocol.reference_count
         return Reference(where, images, statistics, known)
-    views = open_views(where, protocol.reference_views(), channels=protocol.channels)
+    views = open_views(where, protocol.reference_views(), channels=protocol.channels, allow_skipped=allow_skipped)
+    if reference is not None and views[""].account is not None:
+        say(f"reference {where}", views[""].account.sentence())
     own = where == protocol.embedded
     known = own if protocol.embedded is not None else protocol.reference_count == len(views[""])
     return Reference(where, views, None, known)
 
 
 def _holds_statistics(path: Path) -> bool:
-    if path.suffix in (".pkl", ".pt") and path.is_file():
+    if path.suffix.lower() in (".pkl", ".pt") and path.is_file():
         return True
-    if path.suffix != ".npz" or not path.is_file():
+    if path.suffix.lower() != ".npz" or not path.is_file():
         return False
     try:
         with np.load(path, allow_pickle=False) as arrays:
             return any(name == "mu" or name.endswith("/mu") for name in arrays.files)
-    except (OSError, ValueError, zipfile.BadZipFile):
+    except ARCHIVE_ERRORS:
         return False
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from evaluation.images import Images, open_images
 from evaluation.metrics.moments import Moments
 from fdistill.base.errors import ArgumentError, CheckpointError, DataError
 from fdistill.base.files import atomic_file, sha256_of_files
+from fdistill.base.reading import ARCHIVE_ERRORS, parse_json, reason_of
 from fdistill.formats.unpickle import load_restricted, loads_restricted
 
 _INCEPTION, _INCEPTION_CLEAN, _DINOV2 = "inception.pool", "inception-clean.pool", "dinov2.cls"
@@ -74,6 +74,7 @@ class Origin:
         count: number of images.
         resolution: side of the images in pixels; None if they are not square.
         source, source_sha256: where the images come from, and the hash of their content.
+        read: what was read of them and what was left out, as `fdistill.data.account.Account.facts`.
     """
 
     protocol: str
@@ -82,6 +83,7 @@ class Origin:
     resolution: int | None
     source: str
     source_sha256: str | None
+    read: Mapping[str, Any] | None = None
 
 
 def read_statistics(path: Path) -> Statistics:
@@ -98,11 +100,11 @@ def read_statistics(path: Path) -> Statistics:
         with zipfile.ZipFile(path) as archive:
             pickled = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         return _read_torch_fidelity(path, pickled[0]) if pickled else _read_npz(path)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except ARCHIVE_ERRORS as error:
         if isinstance(error, ArgumentError):
             raise DataError(f"reference {path}: {error}") from error
         raise DataError(
-            f"reference {path}: cannot be read as statistics ({error}); check the path, or download it again"
+            f"reference {path}: cannot be read as statistics ({reason_of(error)}); check the path, or download it again"
         ) from error
 
 
@@ -124,6 +126,8 @@ def write_statistics(
         OutputError: `path` cannot be written.
     """
     facts = {"format": _FORMAT, **asdict(origin)}
+    if origin.read is None:
+        del facts["read"]
     arrays: dict[str, np.ndarray[Any, Any]] = {"facts": np.array(json.dumps(facts))}
     for name, values in moments.items():
         mean, covariance = values.mean.numpy(), values.covariance.numpy()
@@ -179,7 +183,7 @@ def _plain(
 
 def _read_ours(path: Path, arrays: Any) -> Statistics:
     try:
-        facts = json.loads(str(arrays["facts"]))
+        facts = parse_json(str(arrays["facts"]))
         count, resolution, extractors = (facts[key] for key in ("count", "resolution", "extractors"))
         numbers = type(count) is int and (resolution is None or type(resolution) is int)
         if facts["format"] != _FORMAT or not numbers or not isinstance(extractors, dict):

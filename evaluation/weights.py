@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.base.reading import ARCHIVE_ERRORS
 
 #: Weights that the user gave, {network: file or folder}; "" is a folder of files, or a file, under published names.
 Weights = Mapping[str, Path]
@@ -216,7 +217,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path}: holds more than tensors, or is damaged, and is not executed ({brief(error)}); expected a state "
             "dict as published, or .safetensors"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+    except (*ARCHIVE_ERRORS, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: cannot be read as weights ({brief(error)}); expected .safetensors or a state dict written by "
             "torch.save, so download it again"

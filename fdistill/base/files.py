@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fdistill.base.errors import OutputError
+from fdistill.base.reading import parse_json, read_bounded
 
 #: The suffixes of configs, tokenizers, schedulers and weights. Pickles and other formats are left out.
 KEPT_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
@@ -27,9 +29,16 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another output path"
-        ) from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}; {_way_out(error)}") from error
+
+
+def _way_out(error: OSError) -> str:
+    """What to do about an OSError while writing."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return "free some space or choose another output path"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "choose a place that you may write to"
+    return "check the path, or choose another one"
 
 
 def partial_path(path: Path) -> Path:
@@ -110,7 +119,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object; ValueError if it does not, OSError if it cannot be read."""
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = parse_json(read_bounded(path).decode("utf-8"))
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value

@@ -7,6 +7,7 @@ from fdistill.base.files import nothing_cached
 from fdistill.config.reading import dump_config
 from fdistill.config.schema import DistillConfig
 from fdistill.data import Batching, ImageLoader, open_source
+from fdistill.data.account import account_of
 from fdistill.methods import METHODS
 from fdistill.students.lora import has_adapters
 from fdistill.training.build import Distillation, build
@@ -15,6 +16,7 @@ from fdistill.training.loop import open_watch
 from fdistill.training.parts import check_parts
 from fdistill.training.parts import describe as describe_parts
 from fdistill.training.prompts import EncodingPlan
+from fdistill.training.read_data import facts_of
 from fdistill.training.updates import denoising_weighting
 
 
@@ -34,10 +36,11 @@ def describe(config: DistillConfig) -> str:
         plan = EncodingPlan()
         check_parts(config, state.num_processes)
         run = build(config, device, plan)
-        _read_once(run, plan)
+        read = _read_once(run, plan)
         evaluation = _evaluation(run, plan)
         lines = [
             *_networks(run),
+            *read,
             f"iterations     {config.iterations}, each {config.critic_steps} critic updates and then 1 student update "
             f"of {config.batch_size} samples",
             *(f"accumulated    {phrase}" for phrase in describe_parts(config, state.num_processes)),
@@ -49,21 +52,21 @@ def describe(config: DistillConfig) -> str:
     return dump_config(config) + "\n" + "\n".join(lines)
 
 
-def _read_once(run: Distillation, plan: EncodingPlan) -> None:
-    """Reads one batch, for the errors that a run would raise there."""
+def _read_once(run: Distillation, plan: EncodingPlan) -> list[str]:
+    """Reads one batch, for the errors that a run would raise there. Returns the line about what a run reads."""
     config = run.config
     if data_samples(run) is not None:
-        return
+        return []
     if any(job.kind == "latents" and not job.is_done for job in plan.jobs):
         assert config.data is not None
-        with ImageLoader(
-            open_source(config.data), run.image_shape, Batching(1, config.seed), recipe=config.images.recipe
-        ) as images:
+        source = open_source(config.data)
+        with ImageLoader(source, run.image_shape, Batching(1, config.seed), recipe=config.images.recipe) as images:
             next(images)
-        return
-    one = config.model_copy(update={"batch_size": 1})
-    with TrainingData(stored_data(run), None).loader(one, run.networks.teacher, 0) as loader:
+        return [f"data           {account_of(source).sentence()}"]
+    one, data = config.model_copy(update={"batch_size": 1}), stored_data(run)
+    with TrainingData(data, None).loader(one, run.networks.teacher, 0) as loader:
         next(loader)
+    return [f"data           {facts_of(run, data)['summary']}"]
 
 
 def _preparations(run: Distillation, plan: EncodingPlan) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fdistill.commands.options import (
+    AllowSkipped,
     BatchSize,
     Device,
     Guidance,
@@ -44,7 +45,10 @@ NumImages = Annotated[
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option(help="File with one prompt in each line, for protocols that have no prompts of their own."),
+    typer.Option(
+        help="File with one prompt in each line, for protocols that have no prompts of their own. A .jsonl file may "
+        "name the image of each line (file_name)."
+    ),
 ]
 ScoresFile = Annotated[
     Path | None, typer.Option(help="JSON file to write scores and provenance to; by default scores are only printed.")
@@ -132,6 +136,7 @@ def evaluate(
     replicates: Replicates = 20,
     classifier: Classifier = None,
     network: Network = None,
+    allow_skipped: AllowSkipped = False,
     device: Device = "auto",
 ) -> None:
     """Score generated images, or a checkpoint that generates them, by a named protocol.
@@ -165,6 +170,7 @@ def evaluate(
         replicates=replicates,
         classifier=classifier,
         network=network,
+        allow_skipped=allow_skipped,
         device=device,
     )
     if is_main_process():
@@ -184,6 +190,7 @@ def compare(
     seeds: SeedsIfGiven = None,
     sampler: SamplerIfGiven = None,
     steps: StepsIfGiven = None,
+    allow_skipped: AllowSkipped = False,
     device: DeviceIfGiven = None,
 ) -> None:
     """Compare results in one table, and in a figure of quality over network evaluations and seconds for each image.
@@ -205,6 +212,7 @@ def compare(
         "seeds": None if seeds is None else whole_numbers("seeds", seeds),
         "sampler": sampler,
         "num_steps": steps,
+        "allow_skipped": True if allow_skipped else None,
         "device": device,
     }
     comparison = run(
@@ -226,6 +234,7 @@ def reference(
     metrics: MetricsToServe = None,
     weights: Weights = None,
     batch_size: BatchSize = 64,
+    allow_skipped: AllowSkipped = False,
     device: Device = "auto",
 ) -> None:
     """Make a statistics file of images, which evaluate takes as --reference in place of the images.
@@ -243,6 +252,7 @@ def reference(
         metrics=None if metrics is None else metrics.split(","),
         weights=parse_weights(weights or []),
         batch_size=batch_size,
+        allow_skipped=allow_skipped,
         device=device,
     )
     if is_main_process():

@@ -23,6 +23,7 @@ from fdistill.commands.predictions import SEED, LevelCheck, at_once, check_predi
 from fdistill.commands.readings import PIXEL_RANGES, Subject, Verdict, judge, round_trip
 from fdistill.condition import Condition, TextCondition
 from fdistill.data import Batching, ImageLoader, open_source
+from fdistill.data.account import account_of, say
 from fdistill.denoiser import Denoiser
 from fdistill.sampler import heun_sample
 from fdistill.students.folder import find_student, load_student
@@ -222,6 +223,7 @@ def _samples(
         x0 = torch.cat([heun_sample(denoiser, part, rows(condition, first, first + few)) for first, part in parts])
         return _Samples(x0, x0, condition, null)
     source = open_source(data)
+    say(f"data {data}", account_of(source).sentence())
     if classes and (source.num_classes is None or source.num_classes > classes):
         raise DataError(
             f"data {data}: has {source.num_classes or 'no'} classes, but the checkpoint has {classes}; expected data "

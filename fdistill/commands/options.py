@@ -54,6 +54,14 @@ Sampler = Annotated[
         "SD-Turbo, ...) with its own scheduler, or a student of fdistill as other programs run it."
     ),
 ]
+AllowSkipped = Annotated[
+    bool,
+    typer.Option(
+        "--allow-skipped",
+        help="Measure images of which more than 1 % cannot be read (linked folders, formats that are not read); "
+        "without it they are refused.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Protocol = Annotated[
     str,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fdistill.base.errors import ConfigError, DataError, did_you_mean
-from fdistill.data import cifar10, digit_captions, digits, edm_zip, folder, hugging_face, npz, webdataset
+from fdistill.data import cifar10, digit_captions, digits, edm_zip, hugging_face, npz, webdataset
 from fdistill.data.loader import Batch, ImageLoader
 from fdistill.data.order import Batching, EpochOrder
 from fdistill.data.recipes import RECIPES
@@ -61,7 +61,7 @@ def is_stored(where: str) -> bool:
 
 def looks_stored(where: str) -> bool:
     """Whether a name ends like the files of a row of `STORED`, be there such a file or not."""
-    return any(kind.file and where.endswith(kind.file.split()[-1]) for kind in STORED)
+    return any(kind.file and where.lower().endswith(kind.file.split()[-1]) for kind in STORED)
 
 
 def stored_kinds() -> str:
@@ -101,7 +101,7 @@ def open_source(where: str) -> Source:
     if found:
         return found[0].open(where)
     if path.is_dir():
-        return folder.open_folder(path)
+        return edm_zip.open_folder_or_zip(path)
     if not path.is_file():
         nearest = did_you_mean(where, [*_names(), TEACHER_SAMPLES])
         raise DataError(f"data {where!r}: no such file or folder; {nearest}, a path, or hf:owner/name")

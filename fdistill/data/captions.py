@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdistill.base.errors import DataError
+from fdistill.base.reading import parse_json
 
 #: The keys that a caption may have in JSON; if an object has several of them, the first counts.
 CAPTION_KEYS = ("caption", "text", "prompt")
@@ -46,6 +46,21 @@ def text_lines(content: bytes, where: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in lines if line]
 
 
+def check_no_gaps(numbers: Sequence[int], where: str) -> None:
+    """Raises DataError for the first blank line in a list that goes with others line by line; blank lines behind the
+    last one do not count.
+
+    Args:
+        numbers: of the lines that are not blank, from 1.
+    """
+    gap = next((place for place, number in enumerate(numbers, 1) if number != place), None)
+    if gap is not None:
+        raise DataError(
+            f"{where}: line {gap} is blank, and with it skipped each line behind it would go with another image; write "
+            "its text, or remove the line"
+        )
+
+
 def json_lines(content: bytes, where: str) -> list[tuple[int, dict[str, Any]]]:
     """(line number, object) of each line of a .jsonl file that is not blank.
 
@@ -55,7 +70,7 @@ def json_lines(content: bytes, where: str) -> list[tuple[int, dict[str, Any]]]:
     found = []
     for number, line in text_lines(content, where):
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError as error:
             raise DataError(f"{where}: line {number} is not JSON ({error}); expected one object a line") from error
         if not isinstance(value, dict):

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from fdistill.base.errors import DataError
+from fdistill.base.reading import ARCHIVE_ERRORS, read_bounded, reason_of
 from fdistill.data.source import ArraySource, Kind, class_labels
 
 _FOLDERS = {"cifar-10-batches-py": "", "cifar-10-batches-bin": ".bin"}
 _ARCHIVES = {"cifar-10-python.tar.gz": "cifar-10-batches-py", "cifar-10-binary.tar.gz": "cifar-10-batches-bin"}
 _PIXELS = 3 * 32 * 32
+_MOST_OF_BATCH = 1 << 26  # bytes; the published ones have 31 million
 
 
 def is_cifar10(path: Path) -> bool:
@@ -70,9 +72,10 @@ def _read(path: Path) -> list[tuple[str, bytes]]:
     folder, suffix = found
     names = [f"data_batch_{number}{suffix}" for number in range(1, 6)]
     try:
-        return [(name, (folder / name).read_bytes()) for name in names]
-    except OSError as error:
-        raise DataError(f"data {folder}: {error.filename} cannot be read; unpack CIFAR-10's archive again") from error
+        return [(name, read_bounded(folder / name, _MOST_OF_BATCH)) for name in names]
+    except (OSError, ValueError) as error:
+        what = error.filename if isinstance(error, OSError) else f"a batch {error}, so it"
+        raise DataError(f"data {folder}: {what} cannot be read; unpack CIFAR-10's archive again") from error
 
 
 def _archived(path: Path) -> list[tuple[str, bytes]]:
@@ -84,11 +87,13 @@ def _archived(path: Path) -> list[tuple[str, bytes]]:
             for member in archive:
                 file = archive.extractfile(member) if member.isreg() else None
                 if file is not None and member.name in [f"{folder}/{name}" for name in names]:
+                    if member.size > _MOST_OF_BATCH:
+                        raise ValueError(f"{member.name} of {member.size:,} bytes")
                     content[member.name.split("/")[1]] = file.read()
         return [(name, content[name]) for name in names]
-    except (OSError, EOFError, tarfile.TarError, KeyError) as error:
+    except (*ARCHIVE_ERRORS, tarfile.TarError, KeyError) as error:
         raise DataError(
-            f"data {path}: not a whole archive of CIFAR-10, {error} is missing or damaged; download it again"
+            f"data {path}: not a whole archive of CIFAR-10, {reason_of(error)} is missing or damaged; download it again"
         ) from error
 
 

@@ -1,110 +1,68 @@
 """The layout of EDM's and StyleGAN's data sets: a zip or folder of images, labelled by its dataset.json.
 
 {"labels": [["00000/img00000000.png", 6], ...]}        or {"labels": null}
+
+A zip without this file is read as the folder that was packed into it.
 """
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from fdistill.base.errors import DataError
-from fdistill.data.folder import FolderSource, image_files
-from fdistill.data.source import Encoded, Kind, PerProcess, Source, class_labels, is_image
-
-LABEL_FILE = "dataset.json"
-
-
-class ZipSource:
-    """Images that are members of a zip file; nothing is ever extracted.
-
-    Args:
-        members: their names.
-        labels: int64 [len(members)].
-    """
-
-    captions: Sequence[str] | None = None
-
-    def __init__(self, path: Path, members: Sequence[str], labels: Tensor, num_classes: int | None):
-        self.name, self.members, self.labels, self.num_classes = str(path), members, labels, num_classes
-        self._archive = PerProcess(partial(zipfile.ZipFile, path))
-
-    def __len__(self) -> int:
-        return len(self.members)
-
-    def item_name(self, index: int) -> str:
-        return self.members[index]
-
-    def encoded(self, index: int) -> Encoded:
-        return self._archive.get().read(self.members[index])
+from fdistill.base.reading import parse_json
+from fdistill.data.folder import LABEL_FILE, FolderSource, open_classes
+from fdistill.data.names import by_spelling, composed, shown
+from fdistill.data.source import Kind, class_labels
+from fdistill.data.tree import open_tree
 
 
-def open_edm_zip(path: Path) -> ZipSource:
-    """A zip file of images; they have no labels if there is no dataset.json.
+def open_folder_or_zip(path: Path) -> FolderSource:
+    """A folder or a zip file of images: labelled by its dataset.json, or by its sub-folders if it has none.
 
     Raises:
-        DataError: the file is not a zip, holds no images, or its dataset.json does not label each of them with an
-            integer.
+        DataError: a zip is damaged, there are no images, the dataset.json does not label each of them with an integer,
+            or sub-folders are no classes.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
-            text = archive.read(LABEL_FILE) if LABEL_FILE in names else None
-    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-        raise DataError(f"data {path}: cannot be read as a zip file ({error}); copy or download it again") from error
-    images = sorted(name for name in names if is_image(name))
-    if not images and any(name.endswith(".npy") for name in names):
-        raise DataError(f"data {path}: holds arrays (.npy), as of latents, and no images; expected the zip of images")
-    if not images:
-        raise DataError(f"data {path}: no images in this zip file; expected .png, .jpg, .webp or .bmp members")
-    return ZipSource(path, images, *_labels(text, images, str(path)))
-
-
-def open_edm_folder(root: Path) -> FolderSource:
-    """A folder of images with a dataset.json.
-
-    Raises:
-        DataError: it holds no images, or its dataset.json does not label each of them with an integer.
-    """
-    images = image_files(root)
-    if not images:
-        raise DataError(f"data {root}: a {LABEL_FILE} but no images; expected the images that it names")
-    return FolderSource(root, images, *_labels((root / LABEL_FILE).read_bytes(), images, str(root)))
+    tree = open_tree(path)
+    listing = tree.listing()
+    if LABEL_FILE not in listing.others:
+        return open_classes(tree, listing)
+    if not listing.images:
+        raise DataError(f"data {path}: a {LABEL_FILE} but no images; expected the images that it names")
+    return FolderSource(tree, listing, *_labels(tree.read_text_of(LABEL_FILE), listing.images, str(path)))
 
 
 def _is_edm(where: str) -> bool:
     path = Path(where)
-    return (path / LABEL_FILE).is_file() if path.is_dir() else path.is_file() and path.suffix == ".zip"
+    if path.is_dir():
+        return (path / LABEL_FILE).is_file()
+    return path.is_file() and path.suffix.lower() == ".zip"
 
 
-def _open(where: str) -> Source:
-    path = Path(where)
-    return open_edm_folder(path) if path.is_dir() else open_edm_zip(path)
+KIND = Kind(f"a {LABEL_FILE}", _is_edm, lambda where: open_folder_or_zip(Path(where)), file=".zip")
 
 
-KIND = Kind(f"a {LABEL_FILE}", _is_edm, _open, file=".zip")
-
-
-def _labels(text: bytes | None, images: Sequence[str], where: str) -> tuple[Tensor, int | None]:
-    if text is None:
-        return class_labels(None, len(images), f"data {where}")
+def _labels(text: bytes, images: Sequence[str], where: str) -> tuple[Tensor, int | None]:
     what = f"data {where}, {LABEL_FILE}"
+    spelt = by_spelling(images)
     try:
-        pairs = json.loads(text)["labels"]
-        labels = None if pairs is None else dict(pairs)
+        pairs = parse_json(text)["labels"]
+        given = None if pairs is None else dict(pairs)
+        labels = None if given is None else {spelt.get(n, spelt.get(composed(n), n)): i for n, i in given.items()}
         unknown = sorted(labels.keys() - set(images)) if labels is not None else []
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f'{what}: expected {{"labels": [["name.png", 6], ...]}} or null labels') from error
     if labels is None:
         return class_labels(None, len(images), what)
     if unknown:
-        raise DataError(f"{what}: labels {unknown[0]!r}, which is not one of the images; expected only their names")
+        raise DataError(
+            f"{what}: labels {shown(unknown[0])!r}, which is not one of the images; expected only their names"
+        )
     missing = [name for name in images if name not in labels]
     if missing:
-        raise DataError(f"{what}: no label for {missing[0]}; expected one for each image")
+        raise DataError(f"{what}: no label for {shown(missing[0])}; expected one for each image")
     return class_labels([labels[name] for name in images], len(images), what)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fdistill.base.errors import DataError
 from fdistill.base.files import cached_folder, read_json_object
 from fdistill.data.captions import CAPTION_KEYS, all_or_none, caption_text
+from fdistill.data.listing import PART, LeftOut, files_at_top, images_at_top
 from fdistill.data.source import Encoded, Kind, class_labels
 
 _IMAGE_NAMES, _LABEL_NAMES = ("image", "img", "jpg", "png"), ("label", "labels", "cls")
@@ -33,6 +34,8 @@ class HuggingFaceSource:
     def __init__(self, name: str, images: Any, column: str, labels: Tensor, num_classes: int | None, texts: Any):
         self.name, self.labels, self.num_classes = name, labels, num_classes
         self._images, self._column, self._texts = images, column, texts
+        self.left_out: LeftOut = {}
+        self.class_names: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self._images)
@@ -138,14 +141,18 @@ def open_parquet(path: Path) -> HuggingFaceSource:
         DataError: `datasets` is not installed, a file is damaged, or its columns are no images and labels.
     """
     datasets = _library(str(path))
-    files = [path] if path.is_file() else sorted(path.glob("train*.parquet")) or sorted(path.glob("*.parquet"))
+    there = [path] if path.is_file() else files_at_top(path, ".parquet")
+    files = [file for file in there if file.name.startswith("train") and path.is_dir()] or there
     names = [str(file.resolve()) for file in files]
     copied = cached_folder("parquet", {name: _version(Path(name)) for name in names})
     try:
         data = datasets.Dataset.from_parquet(names, cache_dir=str(copied))
     except Exception as error:  # pyarrow's, or of the file system, wrapped by `datasets` in its own
         raise DataError(f"data {path}: cannot be read as parquet ({_first_line(error)}); copy it again") from error
-    return _from_dataset(data, str(path), datasets)
+    source = _from_dataset(data, str(path), datasets)
+    others = [file.name for file in there if file not in files]
+    source.left_out = ({PART: others} if others else {}) | (images_at_top(path) if path.is_dir() else {})
+    return source
 
 
 def _is_saved(where: str) -> bool:
@@ -154,7 +161,9 @@ def _is_saved(where: str) -> bool:
 
 def _is_parquet(where: str) -> bool:
     path = Path(where)
-    return any(path.glob("*.parquet")) if path.is_dir() else path.is_file() and path.suffix == ".parquet"
+    return (
+        bool(files_at_top(path, ".parquet")) if path.is_dir() else path.is_file() and path.suffix.lower() == ".parquet"
+    )
 
 
 HUB = Kind("a data set of the hub", lambda where: where.startswith("hf:"), open_hub, file="hf:owner/name")
@@ -189,15 +198,18 @@ def _from_dataset(data: Any, where: str, datasets: ModuleType) -> HuggingFaceSou
     classes = [name for name, kind in kinds.items() if name in _LABEL_NAMES or isinstance(kind, datasets.ClassLabel)]
     label = _only(classes, _LABEL_NAMES, where, "label")
     values = None if label is None else data.select_columns([label]).with_format("numpy")[:][label]
+    names = None
     labels, num_classes = class_labels(values, len(data), f"data {where}, column {label!r}")
     if label is not None and isinstance(kinds[label], datasets.ClassLabel):
-        num_classes = kinds[label].num_classes
+        num_classes, names = kinds[label].num_classes, kinds[label].names
     encoded = data.select_columns([column])
     if isinstance(kinds[column], datasets.Image):
         encoded = encoded.cast_column(column, datasets.Image(decode=False))
     caption = next((name for name in _CAPTION_NAMES if name in kinds and name not in (column, label)), None)
     texts = None if caption is None else data.select_columns([caption]).with_format(None)
-    return HuggingFaceSource(where, encoded.with_format(None), column, labels, num_classes, texts)
+    source = HuggingFaceSource(where, encoded.with_format(None), column, labels, num_classes, texts)
+    source.class_names = names
+    return source
 
 
 def _holds_images(name: str, kind: Any, datasets: ModuleType) -> bool:

@@ -245,5 +245,5 @@ class _BatchDecoder(Dataset[_Decoded | DataError]):
             return None
         try:
             return pixels(RECIPES[self._plan.recipe](image, self._plan.size))
-        except DataError as error:
+        except (DataError, ValueError) as error:
             raise DataError(f"data {source.name}: {source.item_name(row)} {error}") from error

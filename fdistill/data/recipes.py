@@ -1,6 +1,6 @@
 """From an encoded image to pixels of the teacher's size. Recipes have names, as results depend on the resampling.
 
-Camera rotation (EXIF) is not applied, as in the data sets that the recipes come from.
+An image that a camera has marked as turned (EXIF) is turned upright; the tools that the recipes come from do not do so.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.Image import Image as PILImage
 from PIL.Image import Resampling
 
 from fdistill.base.errors import DataError
 from fdistill.data.source import Encoded
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+#: The most pixels of an image: at this number Pillow warns of files that are small and take gigabytes to decode.
+_MOST_PIXELS = 89_478_485
 
 
 def exact(image: PILImage, size: int) -> PILImage:
@@ -48,6 +50,7 @@ def adm(image: PILImage, size: int) -> PILImage:
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = size / min(image.size)
+    _check_pixels(round(image.width * scale), round(image.height * scale))
     image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
     return _central_square(image)
 
@@ -89,15 +92,34 @@ def to_channels(image: PILImage, channels: int) -> PILImage:
 
 
 def open_image(encoded: Encoded) -> PILImage:
-    """The decoded image; raises nearly any Exception for bytes that are none."""
+    """The decoded image, turned upright; raises nearly any Exception for bytes that are none."""
     if not isinstance(encoded, bytes):
         return Image.fromarray(encoded)
     try:
-        image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        image = open_header(encoded)
     except UnidentifiedImageError as error:
-        raise ValueError(f"its {len(encoded)} bytes are no {', '.join(_FORMATS)}") from error
+        raise ValueError(f"its {len(encoded)} bytes are no {', '.join(FORMATS)}") from error
     image.load()
+    ImageOps.exif_transpose(image, in_place=True)
     return image
+
+
+def open_header(encoded: bytes) -> PILImage:
+    """An image of which only the header is read yet.
+
+    Raises:
+        UnidentifiedImageError: it is of none of `FORMATS`.
+        ValueError: it has more pixels than are decoded.
+        Exception: nearly any, for a damaged header.
+    """
+    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    _check_pixels(*image.size)
+    return image
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > _MOST_PIXELS:
+        raise ValueError(f"{width}x{height} are more than {_MOST_PIXELS:,} pixels; make it smaller, or remove it")
 
 
 def pixels(image: PILImage) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:

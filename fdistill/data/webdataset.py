@@ -7,11 +7,10 @@ When shards are opened, their headers are walked once to note the offset of ever
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,8 +19,20 @@ import numpy as np
 from torch import Tensor
 
 from fdistill.base.errors import DataError
+from fdistill.base.reading import parse_json, reason_of
 from fdistill.data.captions import all_or_none, caption_text, decoded, named_caption
+from fdistill.data.listing import (
+    FORMAT,
+    NO_FILE,
+    LeftOut,
+    files_at_top,
+    images_at_top,
+    in_system_folder,
+    looks_like_image,
+)
+from fdistill.data.names import shown
 from fdistill.data.source import IMAGE_SUFFIXES, Encoded, Kind, PerProcess, class_labels
+from fdistill.data.tree import MOST_OF_IMAGE
 
 _NO_CAPTION, _IN_TEXT, _IN_JSON = range(3)
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -37,6 +48,14 @@ class _Sample:
     caption: tuple[int, int, int] = (0, 0, _NO_CAPTION)
 
 
+@dataclass
+class _Aside:
+    """What shards hold besides samples: names of captions without an image, and what is left out."""
+
+    strays: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=dict)
+
+
 class TarSource:
     """Images in tar files, read at their offsets; nothing is ever extracted.
 
@@ -46,7 +65,7 @@ class TarSource:
         labels: int64 [len(members)].
         texts: int64 [len(members), 3]: offset and size of the member with the caption, and what it is: 0 if there is
             none, 1 for .txt, 2 for .json.
-        strays: names of captions without an image.
+        aside: what else they hold.
     """
 
     def __init__(
@@ -58,10 +77,10 @@ class TarSource:
         labels: Tensor,
         num_classes: int | None,
         texts: np.ndarray[tuple[int, int], np.dtype[np.int64]],
-        strays: Sequence[str],
+        aside: _Aside,
     ):
         self.name, self.shards, self.members, self.places = name, shards, members, places
-        self._texts, self._strays = texts, strays
+        self._texts, self._strays, self.left_out = texts, aside.strays, aside.left_out
         self.labels, self.num_classes = labels, num_classes
         self._files = [PerProcess(partial(_opened, shard)) for shard in shards]
 
@@ -69,7 +88,7 @@ class TarSource:
         return len(self.members)
 
     def item_name(self, index: int) -> str:
-        return f"{self.shards[self.places[index, 0]].name}:{self.members[index]}"
+        return f"{self.shards[self.places[index, 0]].name}:{shown(self.members[index])}"
 
     def encoded(self, index: int) -> Encoded:
         return self._read(*self.places[index].tolist())
@@ -90,7 +109,7 @@ class TarSource:
             return None
         where = f"data {self.name}, caption of {self.item_name(row)}"
         content = self._read(self.places[row, 0], offset, size)
-        value = named_caption(json.loads(content)) if kind == _IN_JSON else decoded(content, where)
+        value = named_caption(parse_json(content)) if kind == _IN_JSON else decoded(content, where)
         return caption_text(value, where)
 
     def _read(self, shard: int, offset: int, size: int) -> bytes:
@@ -122,11 +141,11 @@ def open_webdataset(where: str) -> TarSource:
             two, only some samples have labels, or labels are not integers.
     """
     path = Path(where)
-    shards = sorted(path.glob("*.tar")) if path.is_dir() else [Path(name) for name in expand_braces(where)]
+    shards = files_at_top(path, ".tar") if path.is_dir() else [Path(name) for name in expand_braces(where)]
     if not shards:
         raise DataError(f"data {where}: no .tar files; expected shards, or a pattern like shard-{{0000..0009}}.tar")
-    strays: list[str] = []
-    samples = [(number, sample) for number, shard in enumerate(shards) for sample in _samples(shard, strays)]
+    aside = _Aside(left_out=images_at_top(path) if path.is_dir() else {})
+    samples = [(number, sample) for number, shard in enumerate(shards) for sample in _samples(shard, aside)]
     if not samples:
         raise DataError(f"data {where}: no images in these tar files; expected members such as 0001.jpg and 0001.cls")
     unlabelled = [sample for _, sample in samples if sample.label is None]
@@ -139,14 +158,14 @@ def open_webdataset(where: str) -> TarSource:
     given = None if unlabelled else [sample.label for _, sample in samples]
     labels = class_labels(given, len(samples), f"data {where}")
     texts = np.array([sample.caption for _, sample in samples], dtype=np.int64)
-    return TarSource(where, shards, [sample.member for _, sample in samples], places, *labels, texts, strays)
+    return TarSource(where, shards, [sample.member for _, sample in samples], places, *labels, texts, aside)
 
 
 def _is_webdataset(where: str) -> bool:
     path = Path(where)
     if path.is_dir():
-        return any(path.glob("*.tar"))
-    return path.suffix == ".tar" and ("{" in path.name or path.is_file())
+        return bool(files_at_top(path, ".tar"))
+    return path.suffix.lower() == ".tar" and ("{" in path.name or path.is_file())
 
 
 def _open(where: str) -> TarSource:
@@ -156,8 +175,8 @@ def _open(where: str) -> TarSource:
 KIND = Kind("tar files", _is_webdataset, _open, file=".tar")
 
 
-def _samples(shard: Path, strays: list[str]) -> Iterator[_Sample]:
-    """The images of a shard. The names of captions without an image are added to `strays`."""
+def _samples(shard: Path, aside: _Aside) -> Iterator[_Sample]:
+    """The images of a shard. What else it holds is noted in `aside`."""
     samples: dict[str, _Sample] = {}
     labels: dict[str, int | None] = {}
     captions: dict[str, tuple[str, tuple[int, int, int]]] = {}
@@ -167,8 +186,17 @@ def _samples(shard: Path, strays: list[str]) -> Iterator[_Sample]:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, extension = base.lower().partition(".")
                 key = f"{folder}/{base[: len(stem)]}"
-                if not member.isreg() or member.issparse() or not stem:  # links and hidden files are no samples
+                if not stem or member.isdir() or in_system_folder(folder):
                     continue
+                if not member.isreg() or member.issparse():
+                    if looks_like_image(base):
+                        aside.left_out.setdefault(NO_FILE, []).append(f"{shard.name}:{member.name}")
+                    continue
+                if member.size > MOST_OF_IMAGE:
+                    raise DataError(
+                        f"data {shard}: {shown(member.name)} has {member.size:,} bytes; expected at most "
+                        f"{MOST_OF_IMAGE:,}"
+                    )
                 if f".{extension}" in IMAGE_SUFFIXES:
                     if key in samples:
                         raise DataError(
@@ -184,22 +212,24 @@ def _samples(shard: Path, strays: list[str]) -> Iterator[_Sample]:
                         labels[key] = value if extension == "cls" else value.get("label")
                     if extension == "json" and named_caption(value) is not None and key not in captions:
                         captions[key] = member.name, (member.offset_data, member.size, _IN_JSON)
+                elif looks_like_image(base):
+                    aside.left_out.setdefault(FORMAT, []).append(f"{shard.name}:{member.name}")
     except (OSError, tarfile.TarError) as error:
         raise DataError(
-            f"data {shard}: not a whole uncompressed tar file ({error}); copy or unpack it again"
+            f"data {shard}: not a whole uncompressed tar file ({reason_of(error)}); copy or unpack it again"
         ) from error
     for key, sample in samples.items():
         sample.label = labels.get(key)
         if key in captions:
             sample.caption = captions[key][1]
-    strays += [f"{shard.name}:{captions[key][0]}" for key in captions if key not in samples]
+    aside.strays += [f"{shard.name}:{captions[key][0]}" for key in captions if key not in samples]
     return iter(samples.values())
 
 
 def _value(text: bytes, extension: str, where: str) -> Any:
     """The integer of a .cls, or the object of a .json, whose "label" must be an integer if there is one."""
     try:
-        value = json.loads(text)
+        value = parse_json(text)
         label = value.get("label") if extension == "json" else value
     except (ValueError, AttributeError) as error:
         raise DataError(f"{where}: got {text[:40]!r}; expected {_EXPECTED[extension]}") from error

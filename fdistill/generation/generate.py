@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -234,6 +235,8 @@ def generate(
     cut = "" if prompts is None else maker.cut(prompts)
     if cut and main:
         tqdm.write(cut)
+    if prompts is not None and main:
+        tqdm.write(_drawn(len(prompts), num_images), file=sys.stderr)
     folder = claim_folder(Path(output)) if main else Path(output).resolve()
     share = -(-num_images // processes)
     mine = range(num_images)[state.process_index * share : (state.process_index + 1) * share]
@@ -247,8 +250,17 @@ def generate(
         state.wait_for_everyone()
         if main:
             manifest = _manifest(order, sampling, counted, seconds, processes)
+            manifest |= {} if prompts is None else {"prompts_given": len(prompts)}
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return Path(output)
+
+
+def _drawn(prompts: int, images: int) -> str:
+    """The line about what was read: how prompts go with images."""
+    which = "each once" if prompts == images else "in turn"
+    if prompts > images:
+        which = f"of which the first {images:,} are drawn"
+    return f"prompts: {prompts:,} for {images:,} images, {which}"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fdistill.base.errors import ArgumentError, ConfigError, DataError, did_you_
 from fdistill.base.files import claim_folder
 from fdistill.base.images import to_unit
 from fdistill.data import Batching, ImageLoader, Source, open_source
+from fdistill.data.account import account_of, say
 from fdistill.data.captions import distinct
 from fdistill.data.embeddings import write_embeddings
 from fdistill.data.latents import SAMPLING, Moments, write_latents
@@ -113,6 +114,9 @@ def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encodi
             f"teacher {teacher.checkpoint.name!r}: makes pixels; pass the images to distill as they are"
         )
     index, write_text = None, None
+    unreadable: list[str] = []
+    account = account_of(source)
+    say(f"data {source.name}", account.sentence())
     if teacher.denoiser.text_shapes is not None:
         prompts, index = distinct_captions(source, teacher)
         write_text = partial(write_prompts, prompts=prompts, teacher=teacher, encoding=encoding)
@@ -123,13 +127,16 @@ def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encodi
         "resolution": resolution,
         "source": source.name,
         "flip": encoding.flip,
+        "read": account.facts(),
+        "unreadable": unreadable,
     }
     batching = Batching(encoding.batch_size, _SEED)
     with ImageLoader(
         source, image_shape(teacher.denoiser, latents), batching, recipe=encoding.recipe, workers=encoding.workers
     ) as loader:
         batches = _moments(loader, batching, len(source), latents, index, encoding)
-        write_latents(folder, batches, meta, source.num_classes, write_text)
+        # The file that says what latents are of is written after the last batch, so it has the names noted until then.
+        write_latents(folder, _noting(batches, loader, unreadable), meta, source.num_classes, write_text)
         for name, reason in loader.skipped:
             tqdm.write(f"skipped {name}: {reason}")
 
@@ -166,6 +173,12 @@ def write_prompts(folder: Path, prompts: Sequence[str], teacher: Teacher, encodi
     with encoders.on(encoding.device):
         null = encoders.null(encoding.negative_prompt)
         write_embeddings(folder, prompt_batches(encoders, prompts), null=null, meta=text_facts(teacher, encoding))
+
+
+def _noting(batches: Iterator[Moments], loader: ImageLoader, unreadable: list[str]) -> Iterator[Moments]:
+    """The batches; at their end the images that could not be decoded are added to the list."""
+    yield from batches
+    unreadable += [f"{name}: {reason}" for name, reason in loader.skipped]
 
 
 def _moments(

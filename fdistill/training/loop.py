@@ -18,6 +18,7 @@ from fdistill.data.embeddings import Embeddings
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.step import PerSample
 from fdistill.teachers.teacher import Teacher
+from fdistill.training import read_data
 from fdistill.training.batches import Batches
 from fdistill.training.build import Distillation, build
 from fdistill.training.cache import Encoding
@@ -46,8 +47,8 @@ def distill(
     Args:
         config: the name of an embedded config, the path of a YAML file, or a DistillConfig.
         output: the run folder, which must be empty or not exist, unless `resume` is True. The run writes config.yaml,
-            metrics.jsonl, samples/, checkpoints/, ema/ and student/ into it; with eval.every also best/, the student
-            with the best score.
+            data.json, metrics.jsonl, samples/, checkpoints/, ema/ and student/ into it; with eval.every also best/, the
+            student with the best score.
         resume: continue from the newest checkpoint in `output`, or start anew if there is none.
         **overrides: settings that replace the config's, as divergence="forward-kl", or with dots as
             **{"generator.lr": 1e-5}.
@@ -76,6 +77,7 @@ def distill(
     resume_from(folder, run)
     if state.is_main_process:
         prepare_folder(folder, run)
+        read_data.note(folder, run, data.source)
     state.wait_for_everyone()
     train(run, data, Logbook(run, folder, watch, main=state.is_main_process))
     if state.is_main_process:

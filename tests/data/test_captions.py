@@ -250,14 +250,14 @@ def test_distinct_captions() -> None:
 
 
 def test_lists_of_prompts(tmp_path: Path) -> None:
-    plain = "\ufeffa cat\r\n\r\n  a\u2028dog \n \t\nein schönes Haus, 家\na cat"
+    plain = "\ufeffa cat\r\n  a\u2028dog \nein schönes Haus, 家\na cat\r\n \t\n\n"
     assert read_prompts(write(tmp_path / "a.txt", plain)) == ["a cat", "a\u2028dog", "ein schönes Haus, 家", "a cat"]
     rows: list[object] = [
         {"prompt": "a cat"},
         {"caption": " a dog ", "prompt": "not this"},
         {"text": ["first", "second"], "caption": None},
     ]
-    text = "\ufeff" + lines(rows).replace("\n", "\r\n\n")
+    text = "\ufeff" + lines(rows).replace("\n", "\r\n") + "\n\r\n"
     assert read_prompts(write(tmp_path / "a.JSONL", text)) == ["a cat", "a dog", "first"]
 
 
@@ -275,6 +275,11 @@ PROMPT_FAULTS: list[tuple[str, bytes, str]] = [
     ("none.jsonl", b"{}\n", "line 1: an object with no keys"),
     ("hole.jsonl", b'{"text": "a"}\n{"text": " "}\n', "line 2: empty; expected a caption"),
     ("number.jsonl", b'{"text": 3}\n', "line 1: '3' is no text"),
+    ("gap.txt", b"a\n \nb\n", "line 2 is blank, and with it skipped each line behind it would go with another image"),
+    ("gap at first.txt", b"\r\n\na\n", "line 1 is blank"),
+    ("gap.jsonl", b'{"text": "a"}\n{"text": "b"}\n\n{"text": "c"}\n', "line 3 is blank"),
+    ("some.jsonl", b'{"text": "a", "file_name": "a.png"}\n{"text": "b"}\n', 'line 2: no "file_name", and other lines'),
+    ("nested.jsonl", b'{"text": ' + b"[" * 100_000 + b"\n", "line 1 is not JSON"),
     ("prompts.csv", b"a", r"expected a .txt file with one prompt a line, or a .jsonl file"),
 ]
 

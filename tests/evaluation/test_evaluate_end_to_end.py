@@ -551,6 +551,7 @@ def test_a_pipeline_is_scored_by_a_clip_of_ones_own(
     again = evaluate(images, protocol="folder", metrics=["clip"], weights={"clip-l14": CLIP_DIGITS}, device="cpu")
     assert again["metrics"] == {name: pytest.approx(v, abs=2e-3) for name, v in result["metrics"].items()}
     assert again["provenance"]["prompts_sha256"] == provenance["prompts_sha256"]
+    assert json.loads((images / "manifest.json").read_text())["prompts_given"] == 3
     (tmp_path / "other.txt").write_text("a bold seven\n")
     with pytest.raises(ArgumentError, match=r"prompts: the images of .* were not generated from this list"):
         evaluate(images, protocol="folder", metrics=["clip"], prompts=tmp_path / "other.txt")

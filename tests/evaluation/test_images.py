@@ -425,19 +425,45 @@ def test_folders_without_images(tmp_path: Path) -> None:
     assert len(open_images(folder, channels=3)) == COUNT
 
 
-@pytest.mark.parametrize("value", [0.5, float("nan")])
+ROUNDED: dict[tuple[float, float], Callable[[np.ndarray], np.ndarray]] = {
+    (-1.2, 1.2): lambda x: to_uint8(torch.from_numpy(x)).numpy(),
+    (-0.1, 1.1): lambda x: np.floor(x.clip(0, 1) * 255 + np.float32(0.5)).astype(np.uint8),
+    (-3, 258): lambda x: np.floor(x.clip(0, 255) + np.float32(0.5)).astype(np.uint8),
+}
+
+
+@pytest.mark.parametrize("meant", ROUNDED)
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_float_arrays_are_refused_with_the_way_to_round_them(value: float, save: Any, tmp_path: Path) -> None:
-    path = saved("x", save, arr_0=np.full((2, 8, 8, 3), value, np.float32))(tmp_path)
+def test_numbers_are_refused_with_the_way_to_round_those_of_their_range(
+    meant: tuple[float, float], save: Any, tmp_path: Path
+) -> None:
+    x = np.random.default_rng(0).uniform(*meant, (20, 8, 8, 3)).astype(np.float32)
     with pytest.raises(
-        DataError, match=r"images are float32 \[2, 8, 8, 3\]; expected uint8.*; round values x"
+        DataError, match=r"images are float32 \[20, 8, 8, 3\]; expected uint8.*; from the range"
     ) as caught:
-        open_images(path, channels=3)
-    advice = re.search(r"by (\(x .*\))$", str(caught.value))
+        open_images(saved("x", save, arr_0=x)(tmp_path), channels=3)
+    advice = re.search(r"round values x by (\(x .*\))$", str(caught.value))
     assert advice is not None
-    x = np.random.default_rng(0).uniform(-1.2, 1.2, 10_000).astype(np.float32)
     as_advised = eval(advice[1], {"x": x})
-    assert np.array_equal(as_advised, to_uint8(torch.from_numpy(x)).numpy())
+    assert np.array_equal(as_advised, ROUNDED[meant](x))
+    assert len(open_images(saved("y", save, arr_0=as_advised)(tmp_path), channels=3)) == 20
+
+
+@pytest.mark.parametrize(
+    ("x", "advice"),
+    [
+        (PIXELS.astype(np.int64), r"; save them as x\.astype\('uint8'\)$"),
+        (PIXELS.astype(np.uint16) * 257, r"; it holds \d+ to 65535: bring them to \[0, 255\]$"),
+        (np.full((2, 8, 8, 3), np.nan), "; it holds NaN or infinity: make the images again$"),
+        (PIXELS.astype(np.float64) * 1000, r"; it holds \S+ to 255000: bring them to \[0, 255\]$"),
+    ],
+)
+def test_other_numbers_are_not_rounded_by_a_formula_that_is_wrong_for_them(
+    x: np.ndarray, advice: str, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=advice) as caught:
+        open_images(saved("x", np.savez, arr_0=x)(tmp_path), channels=3)
+    assert "127.5" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -472,7 +498,7 @@ def test_a_damaged_npz(tmp_path: Path) -> None:
 def test_a_large_npz_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (200, 128, 128, 3), dtype=np.uint8)
     np.savez(tmp_path / "x.npz", arr_0=pixels)
-    monkeypatch.setattr("evaluation.images._CHUNK", 1 << 18)
+    monkeypatch.setattr("evaluation.stored._CHUNK", 1 << 18)
     tracemalloc.start()
     try:
         images = open_images(tmp_path / "x.npz", channels=3)

@@ -8,7 +8,7 @@ test_evaluate_end_to_end.py:
    test_images test_torchvisions_crop_and_resize; here test_protocols_are_those_of_the_papers.
 3. rounding: test_generated test_pixels_are_rounded_and_not_truncated; test_data_and_rng
    test_bytes_round_trip_and_clip_before_rounding.
-4. bytes, not floats: test_images test_float_arrays_are_refused_with_the_way_to_round_them; test_extractors
+4. bytes, not floats: test_images test_numbers_are_refused_with_the_way_to_round_those_of_their_range; test_extractors
    test_images_of_another_form_are_refused.
 5. precision: test_extractors test_full_precision_holds_inside_and_leaves_no_trace; test_moments
    test_low_precision_rows_are_summed_in_float64; end test_neither_batches_nor_order_matter.
@@ -41,6 +41,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -175,7 +176,9 @@ def test_inception_scores_are_shuffled_but_for_adms() -> None:
     for name, protocol in PROTOCOLS.items():
         if "inception_score" in protocol.names():
             metric = protocol.names()["inception_score"]
-            measured: Any = type("Measured", (), {"samples": {metric.features[0]: logits}})
+            measured: Any = type(
+                "Measured", (), {"samples": {metric.features[0]: logits}, "images": SimpleNamespace(labels=None)}
+            )
             found[name] = metric.compute(measured)["inception_score"].value
     assert found == {name: expected[name != "imagenet256-adm"] for name in found}
     assert len(found) == 8

@@ -42,6 +42,7 @@ def test_run_folder(tiny_teacher: Path, tmp_path: Path) -> None:
     assert student == folder / "student"
     assert {path.name for path in folder.iterdir()} == {
         "config.yaml",
+        "data.json",
         "metrics.jsonl",
         "samples",
         "checkpoints",

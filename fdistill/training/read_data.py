@@ -1,0 +1,55 @@
+"""What a run has read: one line on the terminal, and data.json in its folder."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from fdistill.base.files import atomic_file, read_json_object
+from fdistill.data.account import account_of, say
+from fdistill.data.sample_loader import SampleSource, ScaledLatents
+from fdistill.training.build import Distillation
+from fdistill.training.inputs import Data
+
+RECORD = "data.json"
+
+
+def facts_of(run: Distillation, source: Data) -> dict[str, Any]:
+    """What a run reads, for data.json; "summary" is the line that stands for it."""
+    prompts = {} if run.text is None else {"prompts": len(run.text.index)}
+    if isinstance(source, ScaledLatents):
+        meta = source.source.meta
+        read = meta.get("read", {})
+        summary = f"{len(source.labels):,} latents of {meta.get('source')}"
+        if read:
+            summary += f": {read['summary']}"
+        unreadable = meta.get("unreadable")
+        if unreadable:
+            summary += f"; {len(unreadable):,} could not be decoded"
+        return {"summary": summary, "read": read, "unreadable": unreadable or [], **prompts}
+    if not isinstance(source, SampleSource):
+        return {**account_of(source).facts(), **prompts}
+    if run.text is None:
+        return {"summary": "no images; classes in turn"}
+    named = "" if run.config.prompts is None else f" of {run.config.prompts}"
+    return {"summary": f"no images; {len(run.text.index):,} prompts{named}", **prompts}
+
+
+def note(folder: Path, run: Distillation, source: Data) -> None:
+    """Prints what a run reads, and writes it to data.json. It warns if a resumed run reads other data than before."""
+    facts, path = facts_of(run, source), folder / RECORD
+    say("data", facts["summary"])
+    try:
+        before = read_json_object(path)["summary"] if path.is_file() else facts["summary"]
+    except (OSError, ValueError, KeyError):
+        before = "something that can no longer be read"
+    if before != facts["summary"]:
+        warnings.warn(
+            f"{path}: the run began with {before}, and goes on with {facts['summary']}; what it has learnt is of the "
+            "first. Put the data back as they were, or start anew",
+            stacklevel=2,
+        )
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -109,7 +109,9 @@ def distill(
         return
     from fdistill.training.loop import distill as run
 
-    typer.echo(f"student: {run(config, output=output, resume=resume)}")
+    student = run(config, output=output, resume=resume)
+    if is_main_process():
+        typer.echo(f"student: {student}")
 
 
 @app.command()
@@ -173,7 +175,8 @@ def generate(
         sampler=sampler,
         device=device,
     )
-    typer.echo(f"images: {folder}")
+    if is_main_process():
+        typer.echo(f"images: {folder}")
 
 
 app.command()(evaluate)

@@ -25,7 +25,7 @@ def start(device: str) -> tuple[PartialState, torch.device]:
 
     Raises:
         ConfigError: a device this machine does not have.
-        ProcessError: the launcher was asked for more processes than there are.
+        ProcessError: the launcher was asked for more processes than there are, or they cannot be connected.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(name for name, there in available.items() if there) if device == "auto" else device
@@ -36,7 +36,13 @@ def start(device: str) -> tuple[PartialState, torch.device]:
         )
     # While one process computes scores or encodes prompts the others wait; torch's own limit is 10 minutes on GPUs. One
     # that has stopped or died is noticed by its heartbeat.
-    state = PartialState(cpu=kind == "cpu", timeout=timedelta(hours=12))
+    try:
+        state = PartialState(cpu=kind == "cpu", timeout=timedelta(hours=12))
+    except RuntimeError as error:  # as torch's errors of connections are
+        raise ProcessError(
+            f"processes: cannot be brought together ({' '.join(str(error).split())[:300]}); check that all were "
+            "started, and that no other job has the port (accelerate launch --main_process_port)"
+        ) from error
     if state.num_processes == 1:
         _check_alone(kind)
     watch_processes()

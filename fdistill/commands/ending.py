@@ -20,8 +20,7 @@ def one_message() -> Iterator[None]:
 
     The status is 1, and 128 plus the number of the signal for SIGTERM and Ctrl-C.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _end)
+    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     except StoppedError as stopped:
@@ -37,6 +36,9 @@ def one_message() -> Iterator[None]:
             f"error: {where}{error.strerror or error}; check that it exists and may be used", fg="red", err=True
         )
         raise SystemExit(1) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path, PurePath
 from typing import Any
 
 from evaluation.comparison.entries import Comparison, Entry, comparison_of, read_entry
-from evaluation.comparison.table import markdown_table
-from fdistill.base.errors import ArgumentError
-from fdistill.base.files import atomic_folder, claim_folder, read_json_object
+from evaluation.comparison.table import markdown_table, text_table
+from fdistill.base.errors import ArgumentError, OutputError
+from fdistill.base.files import atomic_folder, claimed_folder, read_json_object
 
 
 def compare(
@@ -60,30 +61,40 @@ def compare(
             protocol = own
     if options and len(entries) == len(inputs):
         raise ArgumentError(f"{', '.join(options)}: every input is a result already, so nothing is left to evaluate")
-    folder = None if output is None else claim_folder(Path(output))
-    rank = 0
-    if len(entries) < len(inputs):
-        from evaluation.evaluate import evaluate
-        from evaluation.protocols import get_protocol
-        from fdistill.base.rng import world
+    left = {name: where for name, where in zip(called, inputs, strict=True) if name not in entries}
+    with ExitStack() as stack:
+        folder = None if output is None else _claimed(Path(output), stack, bool(left), options.get("device", "auto"))
+        if left:
+            from evaluation.evaluate import evaluate
+            from evaluation.protocols import get_protocol
 
-        protocol = protocol or "digits"
-        if metrics is not None:
-            groups = {metric.name: metric.outputs for metric in get_protocol(protocol).metrics}
-            metrics = [output for name in metrics for output in groups.get(name, (name,))]
-        left = {name: where for name, where in zip(called, inputs, strict=True) if name not in entries}
-        read = {name: _options_read(where, options) for name, where in left.items()}
-        for option in options:
-            if not any(option in names for names in read.values()):
-                raise ArgumentError(f"{option}: none of {', '.join(left)} takes it; leave it out")
-        for name, where in left.items():
-            result = evaluate(where, protocol=protocol, metrics=metrics, **read[name])
-            entries[name] = read_entry(name, str(where), result)
-        rank, _ = world()
-    comparison = comparison_of([entries[name] for name in called], metrics)
-    if folder is not None and rank == 0:
-        _write(comparison, folder)
+            protocol = protocol or "digits"
+            if metrics is not None:
+                groups = {metric.name: metric.outputs for metric in get_protocol(protocol).metrics}
+                metrics = [output for name in metrics for output in groups.get(name, (name,))]
+            read = {name: _options_read(where, options) for name, where in left.items()}
+            for option in options:
+                if not any(option in names for names in read.values()):
+                    raise ArgumentError(f"{option}: none of {', '.join(left)} takes it; leave it out")
+            for name, where in left.items():
+                result = evaluate(where, protocol=protocol, metrics=metrics, **read[name])
+                entries[name] = read_entry(name, str(where), result)
+        comparison = comparison_of([entries[name] for name in called], metrics)
+        if folder is not None:
+            _write(comparison, folder)
     return comparison
+
+
+def _claimed(output: Path, stack: ExitStack, measures: bool, device: str) -> Path | None:
+    """The claimed folder in the process that writes; None in the others, of which there may be some to measure."""
+    if not measures:
+        return stack.enter_context(claimed_folder(output))
+    from fdistill.base.devices import start
+    from fdistill.base.distributed import from_main_process
+
+    state, _ = start(device)
+    folder = from_main_process(lambda: stack.enter_context(claimed_folder(output)))
+    return folder if state.is_main_process else None
 
 
 def _options_read(where: str | Path, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,10 +130,13 @@ def _write(comparison: Comparison, folder: Path) -> None:
             {"name": entry.name, "not_ranked": dict(entry.unlike), **entry.result} for entry in comparison.entries
         ],
     }
-    with atomic_folder(folder) as temporary:
-        (temporary / "comparison.md").write_text(markdown_table(comparison), encoding="utf-8")
-        (temporary / "comparison.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        draw(comparison).savefig(temporary / "comparison.png", dpi=200)
+    try:
+        with atomic_folder(folder) as temporary:
+            (temporary / "comparison.md").write_text(markdown_table(comparison), encoding="utf-8")
+            (temporary / "comparison.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            draw(comparison).savefig(temporary / "comparison.png", dpi=200)
+    except OutputError as error:
+        raise OutputError(f"{error}; what was compared:\n{text_table(comparison)}") from error
 
 
 def _is_result(where: str | Path) -> bool:

@@ -28,8 +28,8 @@ from evaluation.weights import Weights
 from fdistill import __version__
 from fdistill.base import rng
 from fdistill.base.devices import start
-from fdistill.base.errors import ArgumentError
-from fdistill.base.files import atomic_file, check_file
+from fdistill.base.errors import ArgumentError, OutputError
+from fdistill.base.files import atomic_file, check_file, is_stream
 from fdistill.data import is_stored, looks_stored, stored_kinds
 from fdistill.data.account import say
 from fdistill.data.listing import MEANT_AS_IMAGES
@@ -103,7 +103,7 @@ def evaluate(
     Raises:
         ArgumentError, CheckpointError, DataError: samples, reference, protocol, metric or weights that cannot be used.
         NonFiniteError: a generated image is not finite.
-        OutputError: the JSON file cannot be written.
+        OutputError: the JSON file cannot be written; if that shows after measuring, the message has the scores.
     """
     chosen = get_protocol(protocol)
     if output is not None:
@@ -164,11 +164,14 @@ def _check_numbers(seeds: Sequence[int], count: int, batch_size: int, replicates
 
 
 def _write(result: Mapping[str, Any], pictures: Mapping[str, PILImage], output: Path) -> None:
-    with atomic_file(output) as temporary:
-        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for name, picture in pictures.items():
-        with atomic_file(output.with_suffix(f".{name}.png")) as temporary:
-            picture.save(temporary, format="PNG")
+    try:
+        with atomic_file(output) as temporary:
+            temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        for name, picture in {} if is_stream(output) else pictures.items():
+            with atomic_file(output.with_suffix(f".{name}.png")) as temporary:
+                picture.save(temporary, format="PNG")
+    except OutputError as error:
+        raise OutputError(f"{error}; what was measured:\n{describe(result)}") from error
 
 
 def _images_there(

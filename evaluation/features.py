@@ -27,6 +27,7 @@ from evaluation.extractors import Extractor, full_precision
 from evaluation.images import Images
 from evaluation.metrics.moments import Moments
 from fdistill.base import rng
+from fdistill.base.distributed import exchanging
 from fdistill.base.errors import OutputError
 from fdistill.base.files import atomic_file, cache_path
 
@@ -282,7 +283,8 @@ def _gathered(rows: Tensor, count: int, batch_size: int, device: torch.device) -
         part = rows if rank == dist.get_rank() else torch.empty(last - first, rows.shape[1])
         sent = part.to(device)
         if len(sent):
-            dist.broadcast(sent, rank)
+            with exchanging():
+                dist.broadcast(sent, rank)
         gathered[first:last] = sent.cpu()
     return gathered
 

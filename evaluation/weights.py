@@ -12,11 +12,11 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fdistill.base.distributed import first_process_of_machine_first
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.base.reading import ARCHIVE_ERRORS
 
@@ -133,7 +133,7 @@ def find_weights(network: str, file: PublishedFile, given: Weights) -> Path:
             )
         return place
     problem = ""
-    with PartialState().local_main_process_first():  # an error raised in here would leave the other processes waiting
+    with first_process_of_machine_first():  # an error raised in here would leave the other processes waiting
         path = _in_given(file, given) or _in_caches(file)
         if path is None:
             problem = _download(file)

@@ -29,7 +29,7 @@ from tqdm import trange
 from train_digits_t2i import draw, learning_rate, update
 
 from fdistill.assets import CLIP_DIGITS, EMBEDDED_TEACHERS
-from fdistill.base.files import atomic_file, atomic_folder
+from fdistill.base.files import atomic_file, replaced_folder
 from fdistill.base.images import to_uint8, to_unit
 from fdistill.data.digit_captions import (
     DIGIT_WORDS,
@@ -287,7 +287,7 @@ def main() -> None:
     model = train(to_unit(images[~test]), tokens, (right_digit & right_weight)[~test], arguments.iterations)
     minutes = (time.process_time() - start) / 60
 
-    with atomic_folder(arguments.output) as folder:
+    with replaced_folder(arguments.output) as folder:
         save(model, folder)
         cosines = Cosines(folder)
         unseen, truth = images[test], (labels[test], bold[test])

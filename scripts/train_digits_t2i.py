@@ -32,7 +32,7 @@ from evaluation.extractors.digit_features import extract, load_digit_features
 from evaluation.metrics.frechet import frechet_distance
 from evaluation.metrics.moments import Moments
 from fdistill.assets import EMBEDDED_TEACHERS
-from fdistill.base.files import atomic_folder
+from fdistill.base.files import replaced_folder
 from fdistill.base.images import to_uint8, to_unit
 from fdistill.data.digit_captions import (
     WEIGHT_WORDS,
@@ -369,7 +369,7 @@ def main() -> None:
     vae = train_vae(x)
     posterior = vae.encode(x).latent_dist
     captions = all_captions()
-    with atomic_folder(arguments.output) as folder:
+    with replaced_folder(arguments.output) as folder:
         write_tokenizer(folder / "tokenizer", caption_words())
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         text_encoder, unet, scheduler = build(tokenizer)

@@ -22,7 +22,7 @@ from tqdm import trange
 
 from fdistill.adapters.edm import EDMDenoiser
 from fdistill.base.devices import autocast, start
-from fdistill.base.files import atomic_folder
+from fdistill.base.files import replaced_folder
 from fdistill.base.images import to_unit
 from fdistill.data.npz import open_npz
 from fdistill.ema import EMA
@@ -138,7 +138,7 @@ def make(data: Path, output: Path, *, minutes: float, batch_size: int, channels:
         compiled=compiled,
     )
     denoiser.cpu().to(memory_format=torch.contiguous_format)
-    with atomic_folder(output) as folder:
+    with replaced_folder(output) as folder:
         denoiser.network.save_pretrained(folder)
         (folder / "training.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return facts

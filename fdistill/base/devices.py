@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
@@ -9,7 +10,11 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from fdistill.base.errors import ConfigError
+from fdistill.base.errors import ConfigError, ProcessError
+from fdistill.base.heartbeat import watch_processes
+
+#: Where launchers say how many processes they start; accelerate reads the same.
+_WORLD = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def start(device: str) -> tuple[PartialState, torch.device]:
@@ -20,6 +25,7 @@ def start(device: str) -> tuple[PartialState, torch.device]:
 
     Raises:
         ConfigError: a device this machine does not have.
+        ProcessError: the launcher was asked for more processes than there are, or they cannot be connected.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(name for name, there in available.items() if there) if device == "auto" else device
@@ -28,9 +34,35 @@ def start(device: str) -> tuple[PartialState, torch.device]:
         raise ConfigError(
             f"device: {device!r} is not available to torch {torch.__version__} here; expected auto, {have}"
         )
-    # While one process computes scores or encodes prompts the others wait; torch's own limit is 10 minutes on GPUs.
-    state = PartialState(cpu=kind == "cpu", timeout=timedelta(hours=12))
+    # While one process computes scores or encodes prompts the others wait; torch's own limit is 10 minutes on GPUs. One
+    # that has stopped or died is noticed by its heartbeat.
+    try:
+        state = PartialState(cpu=kind == "cpu", timeout=timedelta(hours=12))
+    except RuntimeError as error:  # as torch's errors of connections are
+        raise ProcessError(
+            f"processes: cannot be brought together ({' '.join(str(error).split())[:300]}); check that all were "
+            "started, and that no other job has the port (accelerate launch --main_process_port)"
+        ) from error
+    if state.num_processes == 1:
+        _check_alone(kind)
+    watch_processes()
     return state, torch.device(kind, state.local_process_index) if kind == "cuda" else torch.device(kind)
+
+
+def _check_alone(kind: str) -> None:
+    """Raises ProcessError if the environment says that a launcher was asked for several processes."""
+    asked = next((os.environ[name] for name in _WORLD if os.environ.get(name, "1") != "1"), None)
+    # `accelerate launch --cpu --num_processes 2` starts one process, and leaves no other trace of the number.
+    unsaid = "ACCELERATE_USE_CPU" in os.environ and "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ
+    if asked is None and not unsaid:
+        return
+    count = "several" if asked is None else asked
+    said = " and ".join(name for name in (*_WORLD, "MASTER_ADDR") if name in os.environ)
+    raise ProcessError(
+        f"processes: {count} were asked for, and this is one on its own, on {kind}; on CPUs launch them with "
+        "`ACCELERATE_USE_CPU=true accelerate launch --multi_gpu --num_processes 2 -m fdistill ...`, on GPUs without "
+        f"ACCELERATE_USE_CPU; for one process, unset {said}"
+    )
 
 
 def upload(tensor: Tensor, device: torch.device) -> Tensor:

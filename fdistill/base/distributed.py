@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor
 from torch.nn import Parameter
+
+from fdistill.base import rng
+from fdistill.base.errors import ProcessError
 
 T = TypeVar("T")
 
@@ -17,12 +22,69 @@ def _active() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+@contextmanager
+def exchanging() -> Iterator[None]:
+    """Turns what torch raises in a collective, where another process has ended or does not answer, into one message.
+
+    Raises:
+        ProcessError: says which process this is, and what to do.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        rank, processes = rng.world()
+        raise ProcessError(
+            f"process {rank} of {processes}: another process has ended or cannot be reached "
+            f"({' '.join(str(error).split())[:200]}); its message says why; run again, with --resume if it was distill"
+        ) from error
+
+
+def wait_for_everyone() -> None:
+    """Returns when every process has called it."""
+    if _active():
+        with exchanging():
+            PartialState().wait_for_everyone()
+
+
+@contextmanager
+def first_process_of_machine_first() -> Iterator[None]:
+    """The first process of each machine runs the block while its others wait; then they run it."""
+    first = not _active() or PartialState().is_local_main_process
+    if not first:
+        wait_for_everyone()
+    yield
+    if first:
+        wait_for_everyone()
+
+
+def highest_later(value: int, device: torch.device) -> Callable[[], int]:
+    """Asks for the highest of the processes' numbers. What is returned waits for the answer, and is best called when
+    the device has had time for it: nothing else that the device was given since is waited for.
+    """
+    number = torch.full((), value, dtype=torch.int64, device=device)
+    with exchanging():
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    if device.type != "cuda":
+        return lambda: int(number)
+    answer = torch.empty((), dtype=torch.int64, pin_memory=True)
+    answer.copy_(number, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> int:
+        copied.synchronize()
+        return int(answer)
+
+    return wait
+
+
 def sum_over_processes(value: Tensor) -> Tensor:
     """The sum over all processes, on all of them."""
     if not _active():
         return value
     total = value.clone()
-    dist.all_reduce(total)
+    with exchanging():
+        dist.all_reduce(total)
     return total
 
 
@@ -39,7 +101,8 @@ def gather_rows(value: Tensor) -> Tensor:
     if not _active():
         return value
     parts = [torch.empty_like(value) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, value.contiguous())
+    with exchanging():
+        dist.all_gather(parts, value.contiguous())
     return torch.cat(parts)
 
 
@@ -53,7 +116,8 @@ def from_main_process(make: Callable[[], T]) -> T:
             found[0] = make()
         except Exception as error:
             found[1] = error
-    dist.broadcast_object_list(found)
+    with exchanging():
+        dist.broadcast_object_list(found)
     if found[1] is not None:
         raise found[1]
     result: T = found[0]
@@ -73,7 +137,8 @@ def average_gradients(parameters: Iterable[Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
+    with exchanging():
+        dist.all_reduce(flat)
     flat /= dist.get_world_size()
     pieces = flat.split([gradient.numel() for gradient in gradients])
     torch._foreach_copy_(

@@ -30,6 +30,22 @@ class OutputError(FDistillError):
     """An output path cannot be written, or belongs to something else."""
 
 
+class ProcessError(FDistillError):
+    """One of several processes is missing, has ended, or cannot be reached."""
+
+
+class StoppedError(FDistillError):
+    """A signal stopped a run, which was saved first.
+
+    Attributes:
+        status: the exit status of a command that is stopped by this signal.
+    """
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status
+
+
 class NonFiniteError(FDistillError):
     """A loss, a gradient or an image became NaN or infinite; nothing of it was saved."""
 

@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from fdistill import __version__
-from fdistill.base.errors import ConfigError, FDistillError
+from fdistill.base.errors import ConfigError
 from fdistill.base.files import nothing_cached
+from fdistill.commands.ending import one_message
 from fdistill.commands.evaluation import compare, evaluate, reference
 from fdistill.commands.options import (
     Device,
@@ -108,7 +109,9 @@ def distill(
         return
     from fdistill.training.loop import distill as run
 
-    typer.echo(f"student: {run(config, output=output, resume=resume)}")
+    student = run(config, output=output, resume=resume)
+    if is_main_process():
+        typer.echo(f"student: {student}")
 
 
 @app.command()
@@ -172,7 +175,8 @@ def generate(
         sampler=sampler,
         device=device,
     )
-    typer.echo(f"images: {folder}")
+    if is_main_process():
+        typer.echo(f"images: {folder}")
 
 
 app.command()(evaluate)
@@ -370,20 +374,11 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 
 def main() -> None:
-    """Runs the command. An error that the user can fix prints one message and ends with exit status 1."""
+    """Runs the command; see `one_message` for how it ends."""
     warnings.showwarning = _show_warning
     sys.path.append(str(Path.cwd()))  # so that module:function is also found in the current folder
-    try:
+    with one_message():
         app()
-    except FDistillError as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        raise SystemExit(1) from None
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        typer.secho(
-            f"error: {where}{error.strerror or error}; check that it exists and may be used", fg="red", err=True
-        )
-        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.base.devices import start
 from fdistill.base.errors import ArgumentError, CheckpointError
-from fdistill.base.files import claim_folder
+from fdistill.base.files import claimed_folder
 from fdistill.base.images import grid
 from fdistill.base.state_dicts import load_exactly
 from fdistill.ema_profiles import gamma_from_sigma_rel, posthoc_weights, profile_name
@@ -55,33 +55,33 @@ def reconstruct_student(
     used = _snapshots(Path(run), iteration)
     last = used[-1].iteration
     original = student_folder(run)
-    folder = claim_folder(Path(output))
-    _, chosen_device = start(device)
-    maker = open_maker(original, chosen_device, Sampling(network=network))
-    assert isinstance(maker, NetworkMaker)
-    assert isinstance(maker.model, Student)
-    coefficients = posthoc_weights(
-        [snapshot.iteration for snapshot in used],
-        [gamma_from_sigma_rel(snapshot.sigma_rel) for snapshot in used],
-        last,
-        gamma,
-    )
-    load_exactly(maker.model, combine(used, coefficients.tolist()), f"snapshots of {run}")
-    facts = student_facts(original)
-    own = network if network is not None and "network" in facts else None
-    condition = labels_or_prompts(maker, _SAMPLES, prompts=facts.get("prompts"))
-    samples = grid(maker.sample(int(facts.get("seed", 0)), range(_SAMPLES), condition, chosen_device))
-    card = {key: value for key, value in facts.items() if key not in _NOT_OF_THE_CARD}
-    card |= {"iterations": last, "ema": profile_name(sigma_rel), "ema_snapshots": len(used)}
-    save_student(
-        maker.model.to("cpu"),
-        folder,
-        origin=resolve_checkpoint(own) if own else Checkpoint(str(original), original),
-        latents=maker.latents,
-        card=card,
-        config=(original / "training_config.yaml").read_text(encoding="utf-8"),
-        samples=samples,
-    )
+    with claimed_folder(Path(output)) as folder:
+        _, chosen_device = start(device)
+        maker = open_maker(original, chosen_device, Sampling(network=network))
+        assert isinstance(maker, NetworkMaker)
+        assert isinstance(maker.model, Student)
+        coefficients = posthoc_weights(
+            [snapshot.iteration for snapshot in used],
+            [gamma_from_sigma_rel(snapshot.sigma_rel) for snapshot in used],
+            last,
+            gamma,
+        )
+        load_exactly(maker.model, combine(used, coefficients.tolist()), f"snapshots of {run}")
+        facts = student_facts(original)
+        own = network if network is not None and "network" in facts else None
+        condition = labels_or_prompts(maker, _SAMPLES, prompts=facts.get("prompts"))
+        samples = grid(maker.sample(int(facts.get("seed", 0)), range(_SAMPLES), condition, chosen_device))
+        card = {key: value for key, value in facts.items() if key not in _NOT_OF_THE_CARD}
+        card |= {"iterations": last, "ema": profile_name(sigma_rel), "ema_snapshots": len(used)}
+        save_student(
+            maker.model.to("cpu"),
+            folder,
+            origin=resolve_checkpoint(own) if own else Checkpoint(str(original), original),
+            latents=maker.latents,
+            card=card,
+            config=(original / "training_config.yaml").read_text(encoding="utf-8"),
+            samples=samples,
+        )
     return folder
 
 

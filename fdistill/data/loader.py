@@ -131,6 +131,7 @@ class ImageLoader:
             num_workers=workers,
             prefetch_factor=_PREFETCH,
             collate_fn=_as_it_is,
+            worker_init_fn=_ignore_signals,
         )
         with _own_signals():
             self._workers = iter(loader)
@@ -201,6 +202,12 @@ def _own_signals() -> Iterator[None]:
 
 def _as_it_is(batch: object) -> object:
     return batch
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leaves Ctrl-C, and a scheduler's SIGTERM to all processes, to the main process, which still needs its batches."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _BatchDecoder(Dataset[_Decoded | DataError]):

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from tqdm import tqdm
 from fdistill import __version__
 from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.base.devices import start
+from fdistill.base.distributed import from_main_process, wait_for_everyone
 from fdistill.base.errors import ArgumentError, CheckpointError
-from fdistill.base.files import atomic_folder, claim_folder, partial_path, weights_sha256, writing
+from fdistill.base.files import atomic_folder, claimed_folder, weights_sha256, writing
 from fdistill.base.images import to_pil
 from fdistill.denoiser import Denoiser
 from fdistill.generation.diffusers_pipeline import only_diffusers_runs
@@ -237,17 +238,12 @@ def generate(
         tqdm.write(cut)
     if prompts is not None and main:
         tqdm.write(_drawn(len(prompts), num_images), file=sys.stderr)
-    folder = claim_folder(Path(output)) if main else Path(output).resolve()
     share = -(-num_images // processes)
     mine = range(num_images)[state.process_index * share : (state.process_index + 1) * share]
-    with (
-        writing(folder),
-        atomic_folder(folder) if main else nullcontext(partial_path(folder)) as temporary,
-        maker.counted() as counted,
-    ):
-        state.wait_for_everyone()
+    with writing(Path(output)), ExitStack() as stack, maker.counted() as counted:
+        temporary = from_main_process(lambda: _open_output(Path(output), stack))
         seconds = _save_images(order, mine, temporary, counted, progress=main)
-        state.wait_for_everyone()
+        wait_for_everyone()
         if main:
             manifest = _manifest(order, sampling, counted, seconds, processes)
             manifest |= {} if prompts is None else {"prompts_given": len(prompts)}
@@ -261,6 +257,11 @@ def _drawn(prompts: int, images: int) -> str:
     if prompts > images:
         which = f"of which the first {images:,} are drawn"
     return f"prompts: {prompts:,} for {images:,} images, {which}"
+
+
+def _open_output(output: Path, stack: ExitStack) -> Path:
+    """The folder that all processes fill, which becomes `output` when the stack ends."""
+    return stack.enter_context(atomic_folder(stack.enter_context(claimed_folder(output))))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from tempfile import TemporaryDirectory
 
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser
 from fdistill.base.errors import ArgumentError
-from fdistill.base.files import claim_folder, sha256_of_files, writing
+from fdistill.base.files import claimed_folder, sha256_of_files
 from fdistill.generator import student_generator
 from fdistill.students.folder import save_student
 from fdistill.students.text_to_image import check_exportable
@@ -61,10 +61,10 @@ def convert_student(
             latents has no autoencoder.
         ConfigError: no scheduler of diffusers runs a text-to-image student at these levels.
     """
-    output = claim_folder(output)
-    with writing(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+    with (
+        claimed_folder(output) as claimed,
+        TemporaryDirectory(prefix=f".{claimed.name}.", dir=claimed.parent) as temporary,
+    ):
         network, known = Path(temporary) / "network", replace(elsewhere, student=True)
         folder = convert(source, network, family, given=given, elsewhere=known)
         origin = Checkpoint(Path(source).name, folder)
@@ -78,8 +78,8 @@ def convert_student(
             "trained": "elsewhere",
             "converted from": f"{Path(source).name}, sha256 {sha256_of_files([Path(source)])}",
         }
-        save_student(student, output, origin=origin, latents=latents, card=card, config=None, samples=None)
-    return output
+        save_student(student, claimed, origin=origin, latents=latents, card=card, config=None, samples=None)
+    return claimed
 
 
 def convert_any(

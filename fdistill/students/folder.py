@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fdistill.adapters import family_of, set_null_class
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import atomic_folder, read_json_object
+from fdistill.base.files import read_json_object, replaced_folder
 from fdistill.base.state_dicts import load_exactly, unshared
 from fdistill.denoiser import Denoiser
 from fdistill.formats.lora_file import LORA_FILE, save_lora
@@ -54,7 +54,7 @@ def save_student(
         samples: a grid for the card, or None.
     """
     denoiser = generator.denoiser
-    with atomic_folder(folder) as temporary:
+    with replaced_folder(folder) as temporary:
         facts: dict[str, Any] = {**generator.settings(), "null_class": denoiser.null_class, **card}
         if denoiser.text_shapes is not None:
             facts["size"] = denoiser.sample_shape[-1]

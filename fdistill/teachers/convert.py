@@ -18,7 +18,7 @@ from fdistill.adapters.checkpoint import Checkpoint, find_network, resolve_check
 from fdistill.adapters.dit import Published
 from fdistill.adapters.parametrisation import TIME_CONVENTION
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
-from fdistill.base.files import atomic_folder, claim_folder, not_weights, read_json_object, sha256_of_files
+from fdistill.base.files import atomic_folder, claimed_folder, not_weights, read_json_object, sha256_of_files
 from fdistill.formats.state_file import as_safetensors, read_state_file
 from fdistill.formats.unpickle import Record, load_restricted, state_dict
 from fdistill.networks import EDM2Network, EDMNetwork
@@ -154,16 +154,16 @@ def convert(
     named = [name for name in ("like", "base") if getattr(elsewhere, name) is not None]
     if len(named) == 2 or (named and family is not None):
         raise ArgumentError(f"{named[-1]}: got two descriptions of one network; expected one of like, base and family")
-    output = claim_folder(output)
-    if elsewhere.base is not None:
-        if suffix != ".safetensors":
-            _check_said(elsewhere, source, "a network trained from this base may be either")
-        return copy_single_file(as_safetensors(source, elsewhere.weights), elsewhere.base, output)
-    if suffix in _PICKLES:
-        _convert_pickle(source, output, elsewhere)
-    else:
-        _convert_state_dict(source, output, family, given, elsewhere)
-    return output
+    with claimed_folder(output) as folder:
+        if elsewhere.base is not None:
+            if suffix != ".safetensors":
+                _check_said(elsewhere, source, "a network trained from this base may be either")
+            copy_single_file(as_safetensors(source, elsewhere.weights), elsewhere.base, folder)
+        elif suffix in _PICKLES:
+            _convert_pickle(source, folder, elsewhere)
+        else:
+            _convert_state_dict(source, folder, family, given, elsewhere)
+    return folder
 
 
 def _check_said(elsewhere: Elsewhere, source: Path, why: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
 from fdistill.base.errors import ConfigError
-from fdistill.base.files import atomic_folder, claim_folder
+from fdistill.base.files import atomic_folder
 from fdistill.denoiser import Denoiser
 from fdistill.formats.merged_lora import merged_folder
 from fdistill.formats.pipeline_folder import share_files
@@ -107,14 +107,13 @@ def copy_single_file(path: Path, base: str, output: Path) -> Path:
 
     Args:
         base: folder or hub id of the published pipeline that it was made from.
-        output: a folder that is empty or does not exist.
+        output: a claimed folder.
 
     Raises:
         CheckpointError: the file or the base cannot be read.
         OutputError: the folder cannot be written.
     """
-    folder = claim_folder(output)
     made = single_file_to_folder(path, resolve_checkpoint(base).folder)
-    with atomic_folder(folder) as temporary:
+    with atomic_folder(output) as temporary:
         share_files(made, temporary)
     return output

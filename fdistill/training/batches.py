@@ -18,7 +18,7 @@ from fdistill.step import Pairs
 from fdistill.training.build import Distillation
 from fdistill.training.inputs import TrainingData
 from fdistill.training.parts import ImageLoss
-from fdistill.training.stages import discriminator_age
+from fdistill.training.stages import age_of
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Batches:
         warmup = stage.config.ratio.warmup
         if not (stage.divergence.needs_ratio and warmup):
             return {}
-        return {"ratio_ramp": min(1.0, discriminator_age(self._run.stages, self._run.iteration) / warmup)}
+        return {"ratio_ramp": min(1.0, age_of("discriminator", self._run.stages, self._run.iteration) / warmup)}
 
     def _pairs(self) -> dict[str, Pairs]:
         pairs, order, text = self._data.pairs, self._pair_order, self._run.text

@@ -37,10 +37,10 @@ from fdistill.teachers.guide import Guide, open_guide
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.training import checks
 from fdistill.training.activation_checkpointing import checkpoint_activations
-from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
+from fdistill.training.checkpoint import check_tensors, load_optimizer_tensors, optimizer_tensors
 from fdistill.training.optimise import make_optimizers
 from fdistill.training.prompts import Obtain, encode, open_inputs
-from fdistill.training.stages import Stage, make_stages, stage_at, trained_roles
+from fdistill.training.stages import Stage, age_of, make_stages, stage_at, trained_roles
 from fdistill.training.starts import load_trained, open_start, start_roles
 from fdistill.training.updates import Update
 
@@ -135,19 +135,20 @@ class Distillation:
             if not all(bool(torch.isfinite(parameter).all()) for parameter in self.role(name).parameters()):
                 raise NonFiniteError(f"{name}: its weights became NaN or infinite in the last update")
 
-    def load_state(self, tensors: dict[str, Tensor], what: str) -> None:
-        """Restores what `state` returned; raises CheckpointError if tensors are missing or do not fit."""
-        missing = {name for name in self.state() if not name.startswith("optimizer.")} - tensors.keys()
-        if missing or not any(name.startswith("optimizer.generator.") for name in tensors):
-            raise CheckpointError(
-                f"{what}: incomplete, {sorted(missing)[:1] or 'the optimiser state'} is missing; "
-                "delete that folder to resume from the one before it"
-            )
+    def load_state(self, tensors: dict[str, Tensor], iteration: int, what: str) -> None:
+        """Restores what `state` returned after an iteration; raises CheckpointError if they are of another run."""
+        own = {name: value for name, value in self.state().items() if not name.startswith("optimizer.")}
+        trained = [role for role in self.optimizers if age_of(role, self.stages, iteration)]
+        try:
+            check_tensors(tensors, own, self.optimizers, trained)
+        except ValueError as error:
+            raise CheckpointError(f"{what}: {error}") from error
         for name, optimizer in self.optimizers.items():
             load_trained(self.role(name), take(tensors, name), f"{what}, {name}")
             load_optimizer_tensors(optimizer, take(tensors, f"optimizer.{name}"))
         self.ema.load_state_dict(take(tensors, "ema"))
         self.ratio.bins = tensors["ratio.bins"].to(self.ratio.bins.device)
+        self.iteration = iteration
 
 
 @dataclass(frozen=True)

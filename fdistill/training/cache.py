@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fdistill.base.devices import start, upload
 from fdistill.base.errors import ArgumentError, ConfigError, DataError, did_you_mean
-from fdistill.base.files import claim_folder
+from fdistill.base.files import claimed_folder
 from fdistill.base.images import to_unit
 from fdistill.data import Batching, ImageLoader, Source, open_source
 from fdistill.data.account import account_of, say
@@ -99,15 +99,15 @@ def cache(
         raise ArgumentError(f"batch_size, workers: expected at least 1, got {batch_size} and {workers}")
     opened = open_teacher(TeacherSettings(str(teacher), vae=vae, resolution=resolution))
     source = open_source(str(data))
-    folder = claim_folder(Path(output))
-    _, chosen = start(device)
-    encoding = Encoding(chosen, recipe, flip, sampling, negative_prompt, precision, batch_size, workers)
-    encode_data(source, opened, folder, encoding)
+    with claimed_folder(Path(output)) as folder:
+        _, chosen = start(device)
+        encoding = Encoding(chosen, recipe, flip, sampling, negative_prompt, precision, batch_size, workers)
+        encode_data(source, opened, folder, encoding)
     return Path(output)
 
 
 def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encoding) -> None:
-    """Does what `cache` does, for an open data set and a loaded teacher. An existing folder is replaced."""
+    """Does what `cache` does, for an open data set, a loaded teacher and a folder that is new or empty."""
     latents, resolution = teacher.latents, teacher.image_size
     if latents is None:
         raise ArgumentError(

@@ -11,6 +11,7 @@ import torch
 from accelerate import PartialState
 
 from fdistill.base import rng
+from fdistill.base.distributed import first_process_of_machine_first
 from fdistill.base.images import to_uint8
 from fdistill.condition import Condition
 from fdistill.config.schema import DistillConfig
@@ -122,7 +123,7 @@ def training_data(run: Distillation) -> TrainingData:
         return index % teacher.num_classes if teacher.num_classes else None
 
     def drawn(wanted: SampleSet) -> TeacherSamples:
-        with PartialState().local_main_process_first():  # it draws them; the others find them in the cache
+        with first_process_of_machine_first():  # it draws them; the others find them in the cache
             progress = PartialState().is_main_process
             return teacher_samples(teacher, wanted, conditions, device=run.device, progress=progress)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fdistill.base.distributed import gather_rows
-from fdistill.base.errors import NonFiniteError
+from fdistill.base.errors import NonFiniteError, OutputError
 from fdistill.base.files import atomic_file, writing
 from fdistill.step import PerSample
 
@@ -119,14 +119,31 @@ def append_record(path: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a JSON-lines file; a last line that is incomplete, as after a kill, is left out."""
+    """The records of a JSON-lines file; a last line that is incomplete, as after a kill, is left out.
+
+    Raises:
+        OutputError: an earlier line is no record; nothing is left out for its sake.
+    """
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+    for number, line in numbered:
+        record = _record(line)
+        if record is not None:
+            records.append(record)
+        elif number != numbered[-1][0]:
+            raise OutputError(
+                f"{path}: line {number} is not a record of a run, but {line[:40]!r}; delete it to go on without it"
+            )
     return records
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) and type(record.get("iteration")) is int else None
 
 
 def truncate_records(path: Path, iteration: int) -> None:

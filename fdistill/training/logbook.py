@@ -17,7 +17,7 @@ from fdistill.base.files import writing
 from fdistill.base.images import save_grid
 from fdistill.ema_profiles import profile_name
 from fdistill.training.build import Distillation
-from fdistill.training.checkpoint import checkpoints, save_checkpoint
+from fdistill.training.checkpoint import checkpoints, newest_intact, save_checkpoint
 from fdistill.training.curves import save_curves
 from fdistill.training.journal import Journal, append_record, read_records, scalars
 from fdistill.training.run_folder import export_student
@@ -64,8 +64,8 @@ class Logbook:
     def __enter__(self) -> Logbook:
         tracker, iteration = self._config.log.tracker, self._run.iteration
         if self._main and tracker == "tensorboard":
-            purged = iteration + 1 if iteration else None
-            self._trackers.append(TensorBoardTracker("", self._folder / "tensorboard", purge_step=purged))
+            # Also of a run that starts anew, because it was killed before its first checkpoint.
+            self._trackers.append(TensorBoardTracker("", self._folder / "tensorboard", purge_step=iteration + 1))
         elif self._main and tracker == "wandb":
             self._trackers.append(WandBTracker("fdistill", dir=str(self._folder)))
         self._stack.enter_context(writing(self._folder))
@@ -80,8 +80,12 @@ class Logbook:
     def __exit__(self, *error: Any) -> bool | None:
         return self._stack.__exit__(*error)
 
-    def after_iteration(self, skipped: Sequence[object]) -> None:
-        """Writes whatever is due at this iteration; `skipped` lists the data's items that could not be read.
+    def after_iteration(self, skipped: Sequence[object], *, stopping: bool) -> None:
+        """Writes whatever is due at this iteration.
+
+        Args:
+            skipped: the data's items that could not be read.
+            stopping: whether the run ends here, so that a checkpoint is due.
 
         Raises:
             NonFiniteError: a loss or a role's weights became NaN or infinite; nothing of this iteration is saved.
@@ -89,7 +93,7 @@ class Logbook:
         config, snapshots = self._config, self._config.ema.snapshot_every
         last = self._run.iteration == config.iterations
         stage_ends = any(self._run.iteration == stage.end for stage in self._run.stages)
-        checkpoint = last or self._due(config.log.checkpoint_every)
+        checkpoint = last or stopping or self._due(config.log.checkpoint_every)
         snapshot = snapshots > 0 and (last or self._due(snapshots))
         measured = self._watch is not None and (last or self._due(config.eval.every))
         if stage_ends or checkpoint or snapshot or measured or self._due(config.log.every):
@@ -161,13 +165,17 @@ class Logbook:
         save_grid(student_images(self._run), path)
 
     def _save_checkpoint(self) -> None:
-        meta = {"fdistill_version": __version__, "torch_version": torch.__version__}
+        meta = {
+            "fdistill_version": __version__,
+            "torch_version": torch.__version__,
+            "config": self._config.model_dump(mode="json"),
+        }
         keep = self._config.log.keep_checkpoints
         save_checkpoint(self._folder / "checkpoints", self._run.iteration, self._run.state(), meta, keep)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
-        good = checkpoints(self._folder / "checkpoints")
-        kept = f"the last good checkpoint is {good[-1]}" if good else "there was no checkpoint yet"
+        good = newest_intact(checkpoints(self._folder / "checkpoints"))
+        kept = f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
         return NonFiniteError(
             f"stopped at iteration {self._run.iteration}: {error}; {kept}; lower that role's lr or grad_clip and run "
             "again"

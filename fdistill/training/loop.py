@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +14,8 @@ from tqdm import tqdm
 
 from fdistill.base import rng
 from fdistill.base.devices import start
-from fdistill.base.errors import ConfigError
+from fdistill.base.distributed import from_main_process, wait_for_everyone
+from fdistill.base.errors import ConfigError, StoppedError
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.data.embeddings import Embeddings
@@ -28,8 +32,9 @@ from fdistill.training.logbook import Logbook
 from fdistill.training.optimise import Role
 from fdistill.training.parts import SECTIONS, Split, backward, check_parts, count_of
 from fdistill.training.prompts import Obtain, encode, open_prompts
-from fdistill.training.run_folder import check_output, export_student, prepare_folder, resume_from
+from fdistill.training.run_folder import check_output, export_student, held_folder, prepare_folder, resume_from
 from fdistill.training.stages import batches_before, settle_ratio
+from fdistill.training.stopping import Stop
 
 if TYPE_CHECKING:
     from evaluation.watch import Watch
@@ -59,6 +64,7 @@ def distill(
     Raises:
         ConfigError, CheckpointError, OutputError: raised before anything is written.
         NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
+        StoppedError: SIGTERM or SIGINT came; the iteration was finished and a checkpoint written.
     """
     if not isinstance(config, DistillConfig):
         config = load_config(str(config), overrides)
@@ -70,20 +76,36 @@ def distill(
         raise ConfigError(f"batch_size: {config.batch_size} does not divide among {state.num_processes} processes")
     check_parts(config, state.num_processes)
     check_output(folder, config, resume)
-    state.wait_for_everyone()  # before the main process writes into what the others are still checking
-    run = build(config, device)
-    data = training_data(run)
-    watch = open_watch(run)
-    resume_from(folder, run)
-    if state.is_main_process:
-        prepare_folder(folder, run)
-        read_data.note(folder, run, data.source)
-    state.wait_for_everyone()
-    train(run, data, Logbook(run, folder, watch, main=state.is_main_process))
-    if state.is_main_process:
-        export_student(run, folder, name="student")
-    state.wait_for_everyone()
+    wait_for_everyone()  # before the main process writes into what the others are still checking
+    with ExitStack() as stack:
+        from_main_process(lambda: stack.enter_context(held_folder(folder, config, resume)))
+        run = build(config, device)
+        data = training_data(run)
+        watch = open_watch(run)
+        resume_from(folder, run)
+        from_main_process(lambda: prepare_folder(folder, run))
+        if state.is_main_process:
+            read_data.note(folder, run, data.source)
+            _announce(run, folder, state.num_processes)
+        received = train(run, data, Logbook(run, folder, watch, main=state.is_main_process))
+        wait_for_everyone()  # a launcher ends all processes once one has ended
+        if received:
+            raise StoppedError(
+                f"{folder}: stopped by {signal.Signals(received).name}; saved iteration {run.iteration} of "
+                f"{config.iterations}; continue with --resume",
+                128 + received,
+            )
+        if state.is_main_process:
+            export_student(run, folder, name="student")
+        wait_for_everyone()
     return folder / "student"
+
+
+def _announce(run: Distillation, folder: Path, processes: int) -> None:
+    """One line that says where the run begins and how many processes it has."""
+    count = "1 process" if processes == 1 else f"{processes} processes"
+    where = f"iteration {run.iteration} to {run.config.iterations}"
+    tqdm.write(f"{folder}: {where}, {count} on {run.device}", file=sys.stderr)
 
 
 def open_watch(run: Distillation, obtain: Obtain = encode) -> Watch | None:
@@ -111,18 +133,26 @@ def open_watch(run: Distillation, obtain: Obtain = encode) -> Watch | None:
     return Watch(student, settings, run.device)
 
 
-def train(run: Distillation, data: TrainingData, logbook: Logbook) -> None:
-    """Trains from the run's current iteration to the config's last."""
+def train(run: Distillation, data: TrainingData, logbook: Logbook) -> int:
+    """Trains from the run's current iteration to the config's last, or until a signal; returns the signal, or 0."""
     config, generator = run.config, torch.Generator(run.device)
     roles = {name: Role(run.role(name), optimizer) for name, optimizer in run.optimizers.items()}
     first_batch = batches_before(run.stages, run.iteration)
-    with data.loader(config, run.networks.teacher, first_batch) as loader, logbook, progress_bar(run) as bar:
+    received = 0
+    with (
+        Stop(run.device) as stop,
+        data.loader(config, run.networks.teacher, first_batch) as loader,
+        logbook,
+        progress_bar(run) as bar,
+    ):
         batches = Batches(run, data, loader)
-        while run.iteration < config.iterations:
+        while run.iteration < config.iterations and not received:
             iterate(run, batches, roles, generator, logbook.journal)
             bar.update(config.batch_size)
-            logbook.after_iteration(loader.skipped)
+            received = stop.received()
+            logbook.after_iteration(loader.skipped, stopping=received != 0)
     logbook.save_curves()
+    return received
 
 
 def iterate(

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from fdistill import __version__
+from fdistill.base.distributed import first_process_of_machine_first
 from fdistill.base.files import cached_folder, made_once
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
@@ -55,7 +55,7 @@ Obtain = Callable[[EncodingJob], Path | None]
 
 def encode(job: EncodingJob) -> Path:
     """The folder of what a job encodes: the first process of each machine encodes it, the others find it."""
-    with PartialState().local_main_process_first():
+    with first_process_of_machine_first():
         return made_once(job.kind, job.key, job.write)
 
 

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from fdistill import __version__
-from fdistill.base.errors import ConfigError, OutputError
-from fdistill.base.files import atomic_file, writing
+from fdistill.base.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
+from fdistill.base.files import atomic_file, is_leftover, remove_leftovers, writing
 from fdistill.base.images import grid
-from fdistill.config.reading import changed_keys, dump_config, load_config
+from fdistill.base.locks import locked
+from fdistill.config.reading import changed_keys, dump_config, load_config, validate
 from fdistill.config.schema import DistillConfig
 from fdistill.students.folder import save_student
 from fdistill.training.build import Distillation
-from fdistill.training.checkpoint import checkpoints, load_checkpoint
+from fdistill.training.checkpoint import checkpoints, load_checkpoint, way_back
 from fdistill.training.journal import read_records, truncate_records
 from fdistill.training.sample_grids import grid_prompts, student_images
 from fdistill.training.snapshots import truncate_snapshots
+
+_LOCK = ".lock"
 
 
 def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
     """Checks that a run may write to `folder`: it does not exist, is empty, or holds this run and `resume` is True.
 
     Raises:
-        OutputError: the folder is a file, holds something else, or holds a run and `resume` is False.
+        OutputError: the folder is a file, holds something else, or holds a run and `resume` is False; or what the run
+            has written is damaged or has been removed.
         ConfigError: the run in the folder has other settings, or the tracker is not installed.
     """
     if config.log.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
@@ -33,7 +39,7 @@ def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
     with writing(folder):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"output {folder}: is a file; expected a folder that is empty or does not exist")
-        if not folder.is_dir() or not any(folder.iterdir()):
+        if not folder.is_dir() or all(found.name == _LOCK or is_leftover(found.name) for found in folder.iterdir()):
             return
     if not (folder / "config.yaml").is_file():
         raise OutputError(f"output {folder}: not empty, and not a run (no config.yaml); choose another folder")
@@ -41,30 +47,64 @@ def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
         raise OutputError(
             f"output {folder}: holds a run already; add --resume to go on with it, or choose another folder"
         )
-    changed = changed_keys(load_config(str(folder / "config.yaml")), config)
+    there = load_config(str(folder / "config.yaml"))
+    changed = changed_keys(there, config)
     if changed:
         raise ConfigError(
             f"output {folder}: that run has other settings ({'; '.join(changed)}); "
             "resume with its own settings, or choose another folder"
         )
+    records, every = read_records(folder / "metrics.jsonl"), there.log.checkpoint_every
+    last = max((record["iteration"] for record in records), default=0)
+    if 0 < every < last and not checkpoints(folder / "checkpoints"):
+        raise OutputError(
+            f"output {folder}: its metrics.jsonl goes on to iteration {last}, but checkpoints/ holds none; "
+            "put them back, or start again in another folder"
+        )
+
+
+@contextmanager
+def held_folder(folder: Path, config: DistillConfig, resume: bool) -> Iterator[None]:
+    """Holds a run's folder, which is made if need be, for the run in this process alone; checks it as `check_output`.
+
+    Raises:
+        OutputError, ConfigError: as `check_output`; another process has a run there, which the message names.
+    """
+    with ExitStack() as stack:
+        with writing(folder):
+            stack.enter_context(locked(folder / _LOCK, f"output {folder}"))
+        check_output(folder, config, resume)  # another run may have come and gone since the last check
+        yield
 
 
 def resume_from(folder: Path, run: Distillation) -> None:
     """Loads the newest checkpoint of a run's folder into the run; does nothing if there is none.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read or does not fit.
+        CheckpointError: the checkpoint is damaged or not of this run. The message says how to go on.
         ConfigError: the run has already done more iterations than the config says.
     """
     found = checkpoints(folder / "checkpoints")
     if not found:
         return
-    tensors, meta = load_checkpoint(found[-1])
-    run.load_state(tensors, f"checkpoint {found[-1]}")
-    run.iteration = meta["iteration"]
-    iterations = run.config.iterations
-    if run.iteration > iterations:
-        raise ConfigError(f"iterations: got {iterations}, but {folder} is at iteration {run.iteration} already")
+    path, iterations = found[-1], run.config.iterations
+    tensors, meta = load_checkpoint(path)
+    if meta["iteration"] > iterations:
+        raise ConfigError(f"iterations: got {iterations}, but {folder} is at iteration {meta['iteration']} already")
+    try:
+        _check_settings(meta, run.config)
+        run.load_state(tensors, meta["iteration"], "its tensors")
+        run.check_finite()
+    except (ConfigError, CheckpointError, NonFiniteError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be used: {error}; {way_back(path)}") from error
+
+
+def _check_settings(meta: Mapping[str, Any], config: DistillConfig) -> None:
+    """Raises ConfigError if a checkpoint's settings are another run's; those of earlier versions do not say them."""
+    if "config" in meta:
+        changed = changed_keys(validate(meta["config"]), config)
+        if changed:
+            raise ConfigError(f"it was made with other settings ({'; '.join(changed)})")
 
 
 def prepare_folder(folder: Path, run: Distillation) -> None:
@@ -77,6 +117,8 @@ def prepare_folder(folder: Path, run: Distillation) -> None:
         listed = {"copied": run.resized.copied, "new": run.resized.new}
         with atomic_file(folder / "student_weights.json") as temporary:
             temporary.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
+    for place in (folder, *(folder / name for name in ("checkpoints", "samples", "ema"))):
+        remove_leftovers(place)
     truncate_records(folder / "metrics.jsonl", run.iteration)
     truncate_snapshots(folder / "ema", run.iteration)
 

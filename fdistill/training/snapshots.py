@@ -39,10 +39,7 @@ def save_snapshot(folder: Path, iteration: int, sigma_rel: float, tensors: Mappi
         OutputError: the disk is full or cannot be written; earlier snapshots are untouched.
     """
     with atomic_file(folder / f"{iteration:06d}-{sigma_rel}.safetensors") as temporary:
-        try:
-            save_file(unshared(tensors), temporary)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        save_file(unshared(tensors), temporary)
 
 
 def find_snapshots(folder: Path) -> list[Snapshot]:

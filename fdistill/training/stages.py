@@ -101,9 +101,9 @@ def batches_before(stages: Sequence[Stage], iteration: int) -> int:
     return sum(done * stage.critic_steps for stage, done in _done(stages, iteration))
 
 
-def discriminator_age(stages: Sequence[Stage], iteration: int) -> int:
-    """How many of the iterations before this one trained the discriminator."""
-    return sum(done for stage, done in _done(stages, iteration) if "discriminator" in stage.roles)
+def age_of(role: str, stages: Sequence[Stage], iteration: int) -> int:
+    """How many of the iterations before this one trained a role."""
+    return sum(done for stage, done in _done(stages, iteration) if role in stage.roles)
 
 
 def _done(stages: Sequence[Stage], iteration: int) -> Iterable[tuple[Stage, int]]:

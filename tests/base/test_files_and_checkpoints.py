@@ -15,9 +15,10 @@ from fdistill.base.files import (
     atomic_folder,
     cached_folder,
     check_file,
-    claim_folder,
+    claimed_folder,
     made_once,
     nothing_cached,
+    replaced_folder,
     sha256_of_files,
     weights_sha256,
 )
@@ -112,10 +113,10 @@ def test_the_cache_is_read_and_not_written(tmp_path: Path, monkeypatch: pytest.M
 def test_a_folder_replaces_the_old_one_whole(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     for name in ("first", "second"):
-        with atomic_folder(path) as temporary:
+        with replaced_folder(path) as temporary:
             (temporary / name).write_text(name)
     assert [p.name for p in path.iterdir()] == ["second"]
-    with pytest.raises(RuntimeError), atomic_folder(path) as temporary:
+    with pytest.raises(RuntimeError), replaced_folder(path) as temporary:
         fails_half_way(temporary / "third")
     assert [p.name for p in path.iterdir()] == ["second"]
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
@@ -133,13 +134,13 @@ def test_the_old_folder_survives_a_rename_that_fails(tmp_path: Path, monkeypatch
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", failing)
-    with pytest.raises(OutputError, match="Input/output error"), atomic_folder(path) as temporary:
+    with pytest.raises(OutputError, match="Input/output error"), replaced_folder(path) as temporary:
         (temporary / "second").write_text("")
     monkeypatch.undo()
     assert [p.name for p in path.iterdir()] == ["first"]
     # Killed between the two renames: the next call puts the old folder back first.
     path.replace(tmp_path / ".folder.old")
-    with pytest.raises(RuntimeError), atomic_folder(path) as temporary:
+    with pytest.raises(RuntimeError), replaced_folder(path) as temporary:
         fails_half_way(temporary / "third")
     assert [p.name for p in path.iterdir()] == ["first"]
 
@@ -147,12 +148,13 @@ def test_the_old_folder_survives_a_rename_that_fails(tmp_path: Path, monkeypatch
 def test_claimed_folders_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
-    assert claim_folder(tmp_path / "link") == tmp_path / "empty"
-    assert not (tmp_path / "empty").exists()
+    with claimed_folder(tmp_path / "link") as folder:
+        assert folder == tmp_path / "empty"
+        assert not folder.exists()
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(OutputError, match="current folder"):
-        claim_folder(Path())
+    with pytest.raises(OutputError, match="current folder"), claimed_folder(Path()):
+        pass
     for path in (Path(), Path("/")):
         with pytest.raises(OutputError, match="is a folder"):
             check_file(path)
@@ -206,7 +208,7 @@ def test_truncated_checkpoints_are_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, {"w": torch.randn(100)}, {}, keep=1)
     whole = (path / "state.safetensors").read_bytes()
     (path / "state.safetensors").write_bytes(whole[:-20])
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="cannot be used"):
         load_checkpoint(path)
     with pytest.raises(CheckpointError, match="do not fit"):
         load_exactly(nn.Linear(2, 2), {"weight": torch.zeros(3, 3), "bias": torch.zeros(2)}, "role")

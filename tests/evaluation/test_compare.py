@@ -574,3 +574,15 @@ def test_nothing_is_left_where_measuring_fails(tiny_teacher: Path, tmp_path: Pat
         compare([done, images], num_steps=3)
     shutil.rmtree(images)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["done.json", "other.json"]
+
+
+def test_what_was_compared_is_told_where_it_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = write(tmp_path, a=GOOD, b=result({"fid": 3.0}))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OutputError, match=r"(?s)No space left on device.*what was compared:\n.*fid.*3\.0"):
+        compare([a, b], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

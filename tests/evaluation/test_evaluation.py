@@ -148,3 +148,16 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         evaluate(folder, protocol="digits-t2i", prompts=folder / "prompts.txt")
     with pytest.raises(OutputError, match="cannot write"):
         evaluate(folder, metrics=["fd_digits"], output=folder / "000000.png" / "scores.json")
+
+
+def test_scores_are_told_where_they_cannot_be_written(tmp_path: Path) -> None:
+    """A disk may be full by the time that they have been measured."""
+    images, labels = load_digits()
+    folder = write(tmp_path / "images", images[:20], labels[:20])
+    output = tmp_path / "full.json"
+    output.symlink_to("/dev/full")
+    with pytest.raises(
+        OutputError, match=r"(?s)No space left on device.*; what was measured:\nclass_accuracy@20 +1\.0000"
+    ):
+        evaluate(folder, metrics=["class_accuracy"], output=output)
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["full.json", "images"]

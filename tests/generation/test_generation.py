@@ -10,6 +10,7 @@ from PIL import Image
 
 from fdistill import distill, generate
 from fdistill.base.errors import ArgumentError, CheckpointError, OutputError
+from fdistill.base.files import claimed_folder
 from fdistill.base.rng import indexed_normal
 from fdistill.students.folder import load_student
 
@@ -94,3 +95,9 @@ def test_bad_places_are_refused(student: Path, tiny_teacher: Path, tmp_path: Pat
     with pytest.raises(ArgumentError, match=r"negative_prompt: applies only to a text-to-image teacher with guidance"):
         generate(tiny_teacher, num_images=1, negative_prompt="a cat", output=tmp_path / "images")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["taken"]
+
+
+def test_a_second_job_with_the_same_output_is_refused_at_once(student: Path, tmp_path: Path) -> None:
+    with claimed_folder(tmp_path / "images"), pytest.raises(OutputError, match=r"images: process \d+ on .* is writing"):
+        generate(student, num_images=1, output=tmp_path / "images")
+    assert not any(tmp_path.iterdir())

@@ -175,7 +175,7 @@ def test_a_state_goes_into_another_build_and_back(teacher: Path) -> None:
         assert any(name.startswith(prefix) for name in tensors), prefix
     for role in OPTIMIZERS:
         assert any(name.startswith(f"optimizer.{role}.") for name in tensors), role
-    second.load_state(tensors, "test")
+    second.load_state(tensors, 1, "test")
     found = second.state()
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():

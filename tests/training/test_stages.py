@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ def test_a_stage_is_the_run_before_it_resumed_with_other_settings(tiny_teacher: 
     plain = run(tiny_teacher, tmp_path / "plain", iterations=3)
     assert_same(state(plain, 3), state(staged, 3))
     settings = {"teacher": str(tiny_teacher), **QUICK, "iterations": 5, **CHANGES}
-    (plain / "config.yaml").write_text(dump_config(load_config("digits", settings)))
+    config, described = load_config("digits", settings), plain / "checkpoints" / "000003" / "state.json"
+    (plain / "config.yaml").write_text(dump_config(config))
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"config": config.model_dump(mode="json")}))
     run(tiny_teacher, plain, resume=True, iterations=5, **CHANGES)
     assert_same(state(plain, 5), state(staged, 5))
     unchanged = run(tiny_teacher, tmp_path / "unchanged", iterations=5)

@@ -1,0 +1,47 @@
+"""How a command ends: with one message for an error or a signal, and the exit status that goes with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+
+from fdistill.base.errors import FDistillError, StoppedError
+from fdistill.commands.options import is_main_process
+
+
+@contextmanager
+def one_message() -> Iterator[None]:
+    """Ends the program with one message where the block raises what a user can put right, or a signal comes.
+
+    The status is 1, and 128 plus the number of the signal for SIGTERM and Ctrl-C.
+    """
+    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    except StoppedError as stopped:
+        if is_main_process():
+            typer.secho(str(stopped), err=True)
+        raise SystemExit(stopped.status) from None
+    except FDistillError as error:
+        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(1) from None
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        typer.secho(
+            f"error: {where}{error.strerror or error}; check that it exists and may be used", fg="red", err=True
+        )
+        raise SystemExit(1) from None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Ends the command as an error would, so that nothing half-written is left."""
+    os.write(2, f"\n{signal.Signals(number).name}: ended\n".encode())
+    raise SystemExit(128 + number)

@@ -1,0 +1,229 @@
+"""A checkpoint that is not what was written, or not of this run, is refused before anything of it is loaded."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fdistill import distill
+from fdistill.base.errors import CheckpointError, OutputError
+from fdistill.base.files import sha256_of_files
+from fdistill.config.reading import load_config
+from fdistill.training.build import Distillation, build
+from fdistill.training.checkpoint import checkpoints, newest_intact
+from fdistill.training.run_folder import check_output, resume_from
+
+Tensors = dict[str, Tensor]
+
+
+def settings(teacher: Path) -> dict[str, Any]:
+    return {
+        "teacher": str(teacher),
+        "batch_size": 4,
+        "iterations": 4,
+        "device": "cpu",
+        "log.every": 1,
+        "log.samples_every": 0,
+        "log.checkpoint_every": 2,
+        "log.tracker": "none",
+    }
+
+
+@pytest.fixture(scope="module")
+def made(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("made") / "run"
+    distill("digits", output=folder, **settings(tiny_teacher))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tiny_teacher: Path) -> Distillation:
+    return build(load_config("digits", settings(tiny_teacher)), torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(made: Path, tmp_path: Path) -> Path:
+    """A copy of the run's folder, with checkpoints 000002 and 000004."""
+    shutil.copytree(made, tmp_path / "a")
+    return tmp_path / "a"
+
+
+@pytest.fixture
+def newest(folder: Path) -> Path:
+    return folder / "checkpoints" / "000004"
+
+
+@pytest.fixture(autouse=True)
+def _loads_nothing(run: Distillation) -> Iterator[None]:
+    before = {name: value.clone() for name, value in run.state().items()}
+    yield
+    assert all(torch.equal(value, before[name]) for name, value in run.state().items())
+    assert run.iteration == 0
+
+
+def refused(folder: Path, run: Distillation, reason: str, way: str = "delete 000004 in .* from iteration 2$") -> None:
+    with pytest.raises(CheckpointError, match=f"000004 cannot be used: .*{reason}.*; .*{way}"):
+        resume_from(folder, run)
+
+
+def rewrite(checkpoint: Path, change: Callable[[Tensors], object], *, hashed: bool) -> None:
+    """Changes the tensors of a checkpoint, with a hash that fits or, as in earlier versions, without any."""
+    file, described = checkpoint / "state.safetensors", checkpoint / "state.json"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    meta = json.loads(described.read_text())
+    meta["files"] = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of_files([file])}}
+    if not hashed:
+        del meta["files"], meta["config"]
+    described.write_text(json.dumps(meta))
+
+
+def flip(data: bytes) -> bytes:
+    return data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
+
+
+def zeros(data: bytes) -> bytes:
+    return data[:-8000] + bytes(4096) + data[-3904:]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [(flip, "hash"), (zeros, "hash"), (lambda data: data[:5000], "5,000 bytes, of"), (lambda data: b"", "0 bytes")],
+)
+def test_bytes_that_were_not_written(
+    folder: Path, newest: Path, run: Distillation, damage: Callable[[bytes], bytes], reason: str
+) -> None:
+    file = newest / "state.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    refused(folder, run, reason)
+    assert newest_intact(checkpoints(newest.parent)) == newest.parent / "000002"
+
+
+def test_the_way_back_is_to_one_that_is_intact_and_works(folder: Path, newest: Path, tiny_teacher: Path) -> None:
+    changed = {**settings(tiny_teacher), "iterations": 6, "log.keep_checkpoints": 3}
+    distill("digits", output=folder, resume=True, **changed)
+    for name in ("000004", "000006"):
+        (newest.parent / name / "state.safetensors").write_bytes(b"")
+    with pytest.raises(
+        CheckpointError, match=r"intact one before it is 000002: delete 000004, 000006 in .*iteration 2"
+    ):
+        distill("digits", output=folder, resume=True, **changed)
+    for name in ("000004", "000006"):
+        shutil.rmtree(newest.parent / name)
+    assert distill("digits", output=folder, resume=True, **changed).is_dir()
+
+
+def test_no_way_back(folder: Path, newest: Path, run: Distillation) -> None:
+    for name in ("000002", "000004"):
+        (newest.parent / name / "state.safetensors").write_bytes(b"")
+    refused(folder, run, "0 bytes", "no checkpoint before it is intact; start again in another folder")
+
+
+@pytest.mark.parametrize(
+    ("meta", "reason"),
+    [
+        ("[]", "expected a JSON object, got list"),
+        ("{}", "says iteration None, its folder 4"),
+        ("no", "Expecting value"),
+        ('{"iteration": 3}', "says iteration 3, its folder 4"),
+        ('{"iteration": "4"}', "says iteration '4', its folder 4"),
+        ('{"iteration": 4, "files": {}}', "does not say size and hash"),
+        ('{"iteration": 4, "files": 3}', "does not say size and hash"),
+        ('{"iteration": 4, "config": 3}', "got 3; input should be"),
+        (None, "No such file"),
+    ],
+)
+def test_a_description_that_is_not_what_was_written(
+    folder: Path, newest: Path, run: Distillation, meta: str | None, reason: str
+) -> None:
+    if meta is None:
+        (newest / "state.json").unlink()
+    else:
+        (newest / "state.json").write_text(meta)
+    refused(folder, run, reason)
+
+
+def without(start: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith(start)]:
+            del tensors[name]
+
+    return change
+
+
+def changed(start: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        name = min(name for name in tensors if name.startswith(start))
+        tensors[name] = value(tensors[name]).contiguous()
+
+    return change
+
+
+@pytest.mark.parametrize("hashed", [True, False], ids=["hashed", "earlier"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (without("ratio.bins"), "incomplete, ratio.bins is missing"),
+        (without("optimizer.generator."), "optimiser of generator is missing"),
+        (without("optimizer.fake_score."), "optimiser of fake_score is missing"),
+        (without("optimizer.discriminator."), "optimiser of discriminator is missing"),
+        (without("optimizer.generator.3.exp_avg_sq"), r"optimizer.generator.3.exp_avg_sq is missing"),
+        (changed("optimizer.fake_score.", lambda value: value[:1]), r"exp_avg is float32 \[1.*\], and this run has"),
+        (changed("ema.", lambda value: value.flatten()[:3]), r"ema.\S+ is float32 \[3\], and this run has"),
+        (changed("ratio.bins", lambda value: torch.ones(3)), r"ratio.bins is float32 \[3\]"),
+        (changed("optimizer.generator.0.step", lambda value: torch.ones(2)), r"step is float32 \[2\]"),
+        (changed("generator.", lambda value: value.half()), "is float16"),
+        (lambda tensors: tensors.update({"optimizer.generator.a.step": torch.ones(())}), "belongs to nothing"),
+        (lambda tensors: tensors.update({"optimizer.generator.9999.step": torch.ones(())}), "belongs to nothing"),
+    ],
+)
+def test_tensors_of_no_run_like_this(
+    folder: Path, newest: Path, run: Distillation, change: Callable[[Tensors], object], reason: str, hashed: bool
+) -> None:
+    rewrite(newest, change, hashed=hashed)
+    refused(folder, run, reason)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("seed", 1), ("generator.lr", 0.5), ("ratio.num_bins", 7), ("batch_size", 8)]
+)
+def test_a_checkpoint_of_another_run(
+    folder: Path, run: Distillation, newest: Path, tiny_teacher: Path, key: str, value: float
+) -> None:
+    config = load_config("digits", {**settings(tiny_teacher), key: value})
+    meta = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**meta, "config": config.model_dump(mode="json")}))
+    refused(folder, run, f"other settings .*{key}: {value} -> ")
+
+
+def test_checkpoints_that_have_been_removed_are_missed(folder: Path, run: Distillation) -> None:
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(OutputError, match=r"goes on to iteration 4, but checkpoints/ holds none"):
+        check_output(folder, run.config, resume=True)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:2]))  # as if killed before the first was written
+    check_output(folder, run.config, resume=True)
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"iteration": 2, "gen', b"{}", b"3", b"\xff\xfe", b"[" * 100_000, b'{"iteration": "2"}']
+)
+def test_a_damaged_record_is_named_and_none_is_dropped(folder: Path, run: Distillation, line: bytes) -> None:
+    file = folder / "metrics.jsonl"
+    lines = file.read_bytes().splitlines()
+    damaged = b"\n".join([lines[0], line, *lines[2:], b""])
+    file.write_bytes(damaged)
+    with pytest.raises(OutputError, match=r"metrics.jsonl: line 2 is not a record of a run.*delete it"):
+        check_output(folder, run.config, resume=True)
+    assert file.read_bytes() == damaged
+    file.write_bytes(b"\n".join([*lines, bytes(100), b""]))  # the end of what was written when the power failed
+    check_output(folder, run.config, resume=True)

@@ -44,7 +44,10 @@ NumImages = Annotated[
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option(help="File with one prompt in each line, for protocols that have no prompts of their own."),
+    typer.Option(
+        help="File with one prompt in each line: those of finished images, or to generate images of by a protocol that "
+        "has no prompts of its own."
+    ),
 ]
 ScoresFile = Annotated[
     Path | None, typer.Option(help="JSON file to write scores and provenance to; by default scores are only printed.")

@@ -88,7 +88,8 @@ def _archived(path: Path) -> list[tuple[str, bytes]]:
         return [(name, content[name]) for name in names]
     except (OSError, EOFError, tarfile.TarError, KeyError) as error:
         raise DataError(
-            f"data {path}: not a whole archive of CIFAR-10, {error} is missing or damaged; download it again"
+            f"data {path}: not a whole archive of CIFAR-10, {' '.join(str(error).split())} is missing or damaged; "
+            "download it again"
         ) from error
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import huggingface_hub
 import torch
 from accelerate import PartialState
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -211,12 +210,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 "CLIP, open_clip_model.safetensors from the model's Hugging Face repository)"
             )
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than tensors, or is damaged, and is not executed ({brief(error)}); expected a state "
             "dict as published, or .safetensors"
         ) from error
-    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, SafetensorError) as error:
+    except Exception as error:  # torch's reader raises nearly any exception on damaged bytes
         raise CheckpointError(
             f"{path}: cannot be read as weights ({brief(error)}); expected .safetensors or a state dict written by "
             "torch.save, so download it again"

@@ -83,6 +83,34 @@ def test_captions_encoded_with_another_negative_prompt(made: Path, tmp_path: Pat
         assert ended(_placed(text(*settings), made, tmp_path / "run"))[0] == ""
 
 
+def test_latents_of_another_resolution(made: Path, tmp_path: Path) -> None:
+    cache = ["cache", str(made / "captioned"), "--teacher", str(made / "text"), "--workers", "1", "--output"]
+    assert ended([*cache, str(tmp_path / "first")])[0] == ""
+    message, _ = ended(_placed(text(f"data={tmp_path / 'first'}", "resolution=32"), made, tmp_path / "run"))
+    assert "in another frozen_precision; make them again with fdistill cache" in message
+    assert ended([*cache, str(tmp_path / "again"), "--resolution", "32"])[0] == ""
+    for settings in ([f"data={tmp_path / 'again'}", "resolution=32"], [f"data={tmp_path / 'first'}"]):
+        assert ended(_placed(text(*settings), made, tmp_path / "run"))[0] == ""
+
+
+def test_files_to_compare_are_those_that_evaluate_writes(made: Path, tmp_path: Path) -> None:
+    files = [str(tmp_path / name) for name in ("a.json", "b.json")]
+    for file in files:
+        Path(file).write_text("[]")
+    assert "; expected a file of `fdistill evaluate --output`" in ended(["compare", *files])[0]
+    for file, images in zip(files, ("eight", "eight.npz"), strict=True):
+        assert ended([*evaluate(str(made / images), "--metrics", "class_accuracy"), "--output", file])[0] == ""
+    assert ended(["compare", *files])[0] == ""
+
+
+def test_a_reference_of_statistics_where_images_are_needed(made: Path, tmp_path: Path) -> None:
+    statistics = str(tmp_path / "eight.npz")
+    assert ended(["reference", str(made / "eight"), "--output", statistics])[0] == ""
+    command = [*evaluate(str(made / "eight.npz"), "--metrics", "recall"), "--reference"]
+    assert "holds statistics alone; pass the images" in ended([*command, statistics])[0]
+    assert ended([*command, str(made / "eight")])[0] == ""
+
+
 def test_ends_of_names_that_adapters_take(made: Path, tmp_path: Path) -> None:
     lora = ["data=null", "prompts=MADE/prompts.txt", "student.lora_rank=2"]
     message, _ = ended(_placed(text(*lora, "student.lora_targets=[nothing]"), made, tmp_path / "run"))
@@ -109,6 +137,9 @@ def test_a_run_that_is_there_already(made: Path, tmp_path: Path) -> None:
     message, _ = ended([*run, str(tmp_path / "run")])
     assert "add --resume to go on with it, or choose another folder" in message
     assert ended([*run, str(tmp_path / "run"), "--resume"])[0] == ""
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"")
+    assert "not a run (no config.yaml); choose another folder" in ended([*run, str(tmp_path / "photos")])[0]
     message, _ = ended([*run, str(tmp_path / "run"), "--resume", "seed=1"])
     assert "resume with its own settings, or choose another folder" in message
     assert ended([*run, str(tmp_path / "other"), "--resume", "seed=1"])[0] == ""

@@ -54,10 +54,14 @@ def make_files(folder: Path, tiny_teacher: Path) -> None:
     (folder / "edm.pkl").write_bytes(dumps(edm_content(network, folder / "executed", **settings)))
     save_file(tiny_unet().state_dict(), folder / "unet.safetensors")
     torch.save({"net": tiny_unet().state_dict(), "fake_score": tiny_unet().state_dict()}, folder / "two.pth")
+    averages = {name: tiny_unet().state_dict() for name in ("ema_9", "ema_99")}
+    torch.save(averages, folder / "averages.pth")
     torch.save({"ema": tiny_unet().state_dict()}, folder / "misnamed.pkl")
     shutil.copy(folder / "misnamed.pkl", folder / "misnamed.pt")
     shutil.copytree(tiny_teacher, folder / "tiny")
     shutil.copytree(tiny_teacher, folder / "eleven", ignore=shutil.ignore_patterns("unet"))
+    shutil.copytree(tiny_teacher, folder / "unconditional", ignore=shutil.ignore_patterns("unet"))
+    tiny_unet(num_class_embeds=None).save_pretrained(folder / "unconditional" / "unet")
     tiny_unet(num_class_embeds=11).save_pretrained(folder / "eleven" / "unet")
     shutil.copytree(TEXT, folder / "text")
     shutil.copytree(TEXT, folder / "no-vae", ignore=shutil.ignore_patterns("vae"))
@@ -162,6 +166,16 @@ ADVICE: list[tuple[Words, str, list[Words]]] = [
         [["generate", "MADE/text", "--num-images", "1", "--prompt", "a"]],
     ),
     (
+        ["generate", "MADE/unconditional", "--num-images", "1", "--steps", "1", "--class-labels", "3"],
+        "is unconditional; leave them out",
+        [["generate", "MADE/unconditional", "--num-images", "1", "--steps", "1"]],
+    ),
+    (
+        ["generate", "MADE/tiny", "--num-images", "1", "--steps", "1", "--output", "MADE/eight"],
+        "exists and is not an empty folder; choose another",
+        [["generate", "MADE/tiny", "--num-images", "1", "--steps", "1"]],
+    ),
+    (
         ["generate", str(STUDENT), "--num-images", "1", "--steps", "4"],
         "these were fixed in its training; leave it out",
         [["generate", str(STUDENT), "--num-images", "1"]],
@@ -263,6 +277,14 @@ ADVICE: list[tuple[Words, str, list[Words]]] = [
         ["convert", "MADE/two.pth", "--like", "MADE/tiny", "--student-level", "80", "--weights", "ema"],
         "holds net, fake_score",
         [["convert", "MADE/two.pth", "--like", "MADE/tiny", "--student-level", "80", "--weights", "net"]],
+    ),
+    (
+        ["convert", "MADE/averages.pth", "--like", "MADE/tiny", "--student-level", "80"],
+        "; pass the one that is meant",
+        [
+            ["convert", "MADE/averages.pth", "--like", "MADE/tiny", "--student-level", "80", "--weights", name]
+            for name in ("ema_9", "ema_99")
+        ],
     ),
     (
         ["convert", "MADE/misnamed.pkl"],

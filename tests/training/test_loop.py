@@ -287,6 +287,23 @@ def test_the_role_that_broke_the_others_is_named(tiny_teacher: Path, tmp_path: P
     run(tiny_teacher, tmp_path / "1e+30", resume=True, **quiet, **{"generator.lr": 1e-4})
 
 
+def test_the_learning_rate_of_a_stage(tiny_teacher: Path, tmp_path: Path) -> None:
+    quiet = {"iterations": 4, "log.every": 1, "log.checkpoint_every": 0, "log.samples_every": 0}
+
+    def stages(lr: float) -> list[dict[str, object]]:
+        return [{"iterations": 2}, {"iterations": 2, "generator.lr": lr}]
+
+    with pytest.raises(NonFiniteError) as caught:
+        run(tiny_teacher, tmp_path / "run", stages=stages(1e6), **quiet)
+    advised = re.search(
+        r"write generator\.lr=([\d.e-]+) into stage 2 of the config, and add --resume$", str(caught.value)
+    )
+    assert advised is not None
+    run(tiny_teacher, tmp_path / "run", stages=stages(float(advised[1])), resume=True, **quiet)
+    (changed,) = (tmp_path / "run" / "changes.jsonl").read_text().splitlines()
+    assert json.loads(changed)["changed"]["stage 2.generator.lr"] == {"from": 1e6, "to": float(advised[1])}
+
+
 def test_weights_an_update_has_broken_are_not_saved(tiny_teacher: Path, tmp_path: Path) -> None:
     broken = {"generator.lr": 1e30, "generator.weight_decay": 1e30}
     with pytest.raises(

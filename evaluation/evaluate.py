@@ -83,8 +83,9 @@ def evaluate(
         seeds: of generated samples, each in [0, 2^64). With several, each score is the mean over seeds, and its spread
             their standard deviation.
         num_images: number of samples, if not the protocol's; names of scores then say it.
-        prompts: a file with one prompt in each line, for a protocol without prompts of its own. Lines of a .jsonl file
-            may say which image they are of ("file_name"); all other lists go with the images in their order.
+        prompts: a file with one prompt in each line: of finished images that have none, or to generate images of, for a
+            protocol without prompts of its own. Lines of a .jsonl file may say which image they are of ("file_name");
+            all other lists go with the images in their order.
         weights: weights files, as `evaluation.weights.parse_weights` returns them.
         batch_size: images at a time, when they are generated and when features are extracted. The last bits of features
             depend on it.
@@ -124,8 +125,6 @@ def evaluate(
     if classifier is not None:
         chosen, own["classifier"] = with_classifier(chosen, classifier, on)
     setting = Setting(chosen, on, metrics, batch_size, weights or {}, replicates, own, pictures=output is not None)
-    if prompts is not None and chosen.prompts is not None:
-        raise ArgumentError(f"prompts: protocol {protocol!r} has its own; leave them out")
     listed = None if prompts is None else read_prompt_list(Path(prompts))
     opened = open_reference(chosen, reference, allow_skipped=allow_skipped)
     if holds_images(samples):
@@ -253,6 +252,10 @@ def _prompts_of(maker: Maker, protocol: Protocol, listed: list[str] | None, coun
         if listed is not None:
             raise ArgumentError(f"prompts: {maker.name} takes none; leave them out, or pass a text-to-image model")
         return None
+    if listed is not None and protocol.prompts is not None:
+        raise ArgumentError(
+            f"prompts: protocol {protocol.name!r} has its own, which {maker.name} draws; leave them out"
+        )
     if listed is None and protocol.prompts is None:
         raise ArgumentError(
             f"prompts: protocol {protocol.name!r} has none of its own, and {maker.name} is a text-to-image model; pass "

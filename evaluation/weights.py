@@ -12,13 +12,11 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fdistill.base.distributed import first_process_of_machine_first
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
-from fdistill.base.reading import ARCHIVE_ERRORS
 
 #: Weights that the user gave, {network: file or folder}; "" is a folder of files, or a file, under published names.
 Weights = Mapping[str, Path]
@@ -212,12 +210,14 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                 "CLIP, open_clip_model.safetensors from the model's Hugging Face repository)"
             )
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: holds more than tensors, or is damaged, and is not executed ({brief(error)}); expected a state "
             "dict as published, or .safetensors"
         ) from error
-    except (*ARCHIVE_ERRORS, SafetensorError) as error:
+    except Exception as error:  # torch's reader raises nearly any exception on damaged bytes
         raise CheckpointError(
             f"{path}: cannot be read as weights ({brief(error)}); expected .safetensors or a state dict written by "
             "torch.save, so download it again"

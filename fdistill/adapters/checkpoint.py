@@ -23,9 +23,9 @@ from fdistill.adapters.family import Family
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.assets import EMBEDDED_TEACHERS
-from fdistill.base.errors import CheckpointError, did_you_mean
+from fdistill.base.errors import CheckpointError, FDistillError, did_you_mean
 from fdistill.base.files import not_weights, read_json_object, weights_sha256
-from fdistill.base.functions import import_function
+from fdistill.base.functions import import_function, raised_where
 from fdistill.base.state_dicts import tensors_sha256
 from fdistill.denoiser import Denoiser
 
@@ -123,13 +123,23 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
 def _factory(name: str) -> Callable[[], Denoiser]:
     try:
         factory = import_function(name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a user's module may raise anything
         raise CheckpointError(
             f"checkpoint {name!r}: {type(error).__name__}: {error}; expected module:function that Python can import"
         ) from error
+    if not callable(factory):
+        raise CheckpointError(f"checkpoint {name!r}: is a {type(factory).__name__}; expected a function")
 
     def checked() -> Denoiser:
-        made = factory()
+        try:
+            made = factory()
+        except FDistillError:
+            raise
+        except Exception as error:  # and so may its function
+            raise CheckpointError(
+                f"checkpoint {name!r}: the function raised {raised_where(error)}; expected one without arguments that "
+                "returns a fdistill.Denoiser"
+            ) from error
         if not isinstance(made, Denoiser):
             raise CheckpointError(
                 f"checkpoint {name!r}: the function returned a {type(made).__name__}; expected a fdistill.Denoiser"

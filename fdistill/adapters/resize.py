@@ -64,7 +64,7 @@ def resized(denoiser: Denoiser, changes: Mapping[str, Any]) -> Resized:
             set_null_class(smaller, denoiser.null_class)
         smaller.latent_scaling = denoiser.latent_scaling
         _try(smaller)
-    except (CheckpointError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError) as error:
+    except (CheckpointError, ValueError, TypeError, LookupError, RuntimeError, ArithmeticError, MemoryError) as error:
         raise ConfigError(
             f"student.network: {type(network).__name__} cannot be built with {dict(changes)} ({error}); expected "
             "settings that fit one another"

@@ -57,3 +57,9 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     if near:
         return f"did you mean {near[0]!r}? (known: {', '.join(known)})"
     return f"known: {', '.join(known)}"
+
+
+def shown(value: object, most: int = 200) -> str:
+    """A value as `repr` writes it, cut to a length that a message can hold."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]} ... ({len(text):,} characters)"

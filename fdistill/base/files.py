@@ -223,7 +223,10 @@ def replaced_folder(path: Path) -> Iterator[Path]:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that must hold an object; ValueError if it does not, OSError if it cannot be read."""
-    value = parse_json(read_bounded(path).decode("utf-8"))
+    try:
+        value = parse_json(read_bounded(path).decode("utf-8"))
+    except UnicodeDecodeError as error:  # its repr has the whole file in it
+        raise ValueError(f"not UTF-8 text at byte {error.start}") from error
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     return value

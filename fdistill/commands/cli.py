@@ -296,6 +296,11 @@ def cache(
     data: Annotated[str, typer.Argument(help="Images: a folder, an archive, or hf:owner/name.")],
     teacher: Annotated[str, typer.Option(help="The latent teacher that will be distilled.")],
     output: Annotated[Path, typer.Option(help="A folder for the latents; must not exist, or be empty.")],
+    teacher_base: Annotated[
+        str | None, typer.Option(help="The pipeline of a single-file teacher, as teacher_base of the runs.")
+    ] = None,
+    teacher_lora: Annotated[str | None, typer.Option(help="LoRA file, as teacher_lora of the runs.")] = None,
+    teacher_lora_scale: Annotated[float, typer.Option(help="Its scale, as teacher_lora_scale of the runs.")] = 1.0,
     vae: Annotated[str | None, typer.Option(help="The autoencoder, if the teacher's folder has none.")] = None,
     recipe: Recipe = "center-box",
     flip: Annotated[bool, typer.Option("--flip", help="Encode every image's mirror image as well.")] = False,
@@ -327,6 +332,9 @@ def cache(
         data,
         teacher=teacher,
         output=output,
+        teacher_base=teacher_base,
+        teacher_lora=teacher_lora,
+        teacher_lora_scale=teacher_lora_scale,
         vae=vae,
         recipe=recipe,
         flip=flip,

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.base.devices import start
-from fdistill.base.errors import ArgumentError, CheckpointError
+from fdistill.base.errors import ArgumentError, CheckpointError, shown
 from fdistill.base.files import claimed_folder
 from fdistill.base.images import grid
 from fdistill.base.state_dicts import load_exactly
@@ -17,6 +19,7 @@ from fdistill.generation.generate import labels_or_prompts, open_maker
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.generation.sampling import Sampling
 from fdistill.generator import Student
+from fdistill.student_kinds import STUDENT_FILE
 from fdistill.students.folder import save_student, student_facts, student_folder
 from fdistill.training.snapshots import Snapshot, combine, find_snapshots
 
@@ -67,10 +70,10 @@ def reconstruct_student(
             gamma,
         )
         load_exactly(maker.model, combine(used, coefficients.tolist()), f"snapshots of {run}")
-        facts = student_facts(original)
+        facts, config = student_facts(original), _training_config(original)
         own = network if network is not None and "network" in facts else None
         condition = labels_or_prompts(maker, _SAMPLES, prompts=facts.get("prompts"))
-        samples = grid(maker.sample(int(facts.get("seed", 0)), range(_SAMPLES), condition, chosen_device))
+        samples = grid(maker.sample(_seed(facts), range(_SAMPLES), condition, chosen_device))
         card = {key: value for key, value in facts.items() if key not in _NOT_OF_THE_CARD}
         card |= {"iterations": last, "ema": profile_name(sigma_rel), "ema_snapshots": len(used)}
         save_student(
@@ -79,10 +82,25 @@ def reconstruct_student(
             origin=resolve_checkpoint(own) if own else Checkpoint(str(original), original),
             latents=maker.latents,
             card=card,
-            config=(original / "training_config.yaml").read_text(encoding="utf-8"),
+            config=config,
             samples=samples,
         )
     return folder
+
+
+def _training_config(student: Path) -> str:
+    path = student / "training_config.yaml"
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error}); copy the run's folder again") from error
+
+
+def _seed(facts: Mapping[str, Any]) -> int:
+    seed = facts.get("seed", 0)
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise CheckpointError(f"{STUDENT_FILE}: seed is {shown(seed)}; expected the run's, so copy its folder again")
+    return seed
 
 
 def _snapshots(run: Path, iteration: int | None) -> list[Snapshot]:

@@ -46,8 +46,8 @@ NumImages = Annotated[
 Prompts = Annotated[
     Path | None,
     typer.Option(
-        help="File with one prompt in each line, for protocols that have no prompts of their own. A .jsonl file may "
-        "name the image of each line (file_name)."
+        help="File with one prompt in each line: those of finished images, or to generate images of by a protocol that "
+        "has no prompts of its own. A .jsonl file may name the image of each line (file_name)."
     ),
 ]
 ScoresFile = Annotated[

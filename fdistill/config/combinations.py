@@ -6,11 +6,11 @@ ValueError, whose text becomes one line of a ConfigError.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fdistill.base.errors import did_you_mean
+from fdistill.base.errors import did_you_mean, shown
+from fdistill.config.limits import MAX_NUMBER
 from fdistill.config.sections import (
     CLIPLossConfig,
     DiscriminatorConfig,
@@ -41,7 +41,8 @@ def objective_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
             values[key] = _checked_option(name, key, value)
         elif value != METHODS[owners[key][0]].options[key].unset:
             raise ValueError(
-                f"objective.{key}: got {value!r}, which method={name} does not read; it is for {', '.join(owners[key])}"
+                f"objective.{key}: got {shown(value)}, which method={name} does not read; it is for "
+                f"{', '.join(owners[key])}"
             )
     return values
 
@@ -50,12 +51,12 @@ def _checked_option(name: str, key: str, value: Any) -> Any:
     option = METHODS[name].options[key]
     if isinstance(option.default, bool):
         if not isinstance(value, bool):
-            raise ValueError(f"objective.{key}: got {value!r}; expected true or false")
+            raise ValueError(f"objective.{key}: got {shown(value)}; expected true or false")
         return value
     if value is None:
         raise ValueError(f"objective.{key}: method={name} needs it; expected a number, not None")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"objective.{key}: got {value!r}; expected a finite number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_NUMBER:
+        raise ValueError(f"objective.{key}: got {shown(value)}; expected a number of at most {MAX_NUMBER:g}")
     if option.above is not None and value <= option.above:
         raise ValueError(f"objective.{key}: got {value!r}; expected a number above {option.above:g}")
     return float(value)

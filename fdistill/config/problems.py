@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from fdistill.base.errors import did_you_mean
+from fdistill.base.errors import did_you_mean, shown
 
 
 def explain(problem: Any, root: type[BaseModel]) -> str:
@@ -23,8 +23,8 @@ def explain(problem: Any, root: type[BaseModel]) -> str:
         return f"{key}: no such setting; {did_you_mean(location[-1], section.model_fields)}"
     if problem["type"] == "literal_error":
         context = problem["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{key}: got {problem['input']!r}; {did_you_mean(str(problem['input']), context)}"
+        return f"{key}: got {shown(problem['input'])}; {did_you_mean(str(problem['input']), context)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"
+    return f"{key}: got {shown(problem['input'])}; {message[0].lower()}{message[1:]}"

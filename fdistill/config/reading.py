@@ -1,7 +1,4 @@
-"""Reads configs from files and overrides: defaults < YAML file < key=value. Imports no torch.
-
-YAML is read by the 1.2 rules, so `1e-5` is a number and `no` is a word.
-"""
+"""Reads configs from files and overrides: defaults < YAML file < key=value. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,20 +9,21 @@ from typing import Any
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from fdistill.base.errors import ConfigError, did_you_mean
+from fdistill.base.errors import ConfigError, did_you_mean, shown
 from fdistill.config.nested import leaves
+from fdistill.config.plain_yaml import MAX_CHARACTERS, MAX_DEPTH, parse_yaml
 from fdistill.config.problems import explain
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import SmokeConfig
 
-#: Settings that may change when a run is resumed; all others define the run.
+#: Settings that may change when a run is resumed, and settings of each trained role; all others define the run.
 RESUMABLE = ("iterations", "device", "log", "eval")
+RESUMABLE_OF_ROLES = ("lr", "grad_clip")
 _SMOKE = "smoke"  # section of a recipe's file that does not belong to a run's settings
 
 
-def config_path(name_or_path: str) -> Path:
+def config_path(name_or_path: str | Path) -> Path:
     """Finds a config file by its path, or by the name of a config that comes with the package.
 
     Raises:
@@ -39,14 +37,15 @@ def config_path(name_or_path: str) -> Path:
     packaged, checkout = package / "configs", package.parent / "configs"
     folder = packaged if packaged.is_dir() else checkout
     known = {found.stem: found for found in sorted(folder.glob("*.yaml"))}
-    if name_or_path in known:
-        return known[name_or_path]
-    raise ConfigError(
-        f"config {name_or_path!r}: no such file, and no config of that name; {did_you_mean(name_or_path, known)}"
-    )
+    name = str(name_or_path)
+    if name in known:
+        return known[name]
+    raise ConfigError(f"config {name!r}: no such file, and no config of that name; {did_you_mean(name, known)}")
 
 
-def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()) -> DistillConfig:
+def load_config(
+    name_or_path: str | Path | None = None, overrides: Iterable[str] | Mapping[str, Any] = ()
+) -> DistillConfig:
     """Loads a config; overrides win over the YAML file, which wins over the defaults.
 
     Args:
@@ -56,7 +55,7 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
 
     Raises:
         ConfigError: a key is unknown (the message suggests the nearest one), a value has the wrong type or range, or
-            the YAML cannot be read.
+            the YAML cannot be read, see `parse_yaml`.
     """
     values = {} if name_or_path is None else _read_file(name_or_path)
     values.pop(_SMOKE, None)
@@ -69,9 +68,9 @@ def load_config(name_or_path: str | None = None, overrides: Iterable[str] | Mapp
             key, separator, value = text.partition("=")
             if not separator or not key:
                 raise ConfigError(
-                    f"override {text!r}: expected key=value, as in divergence=forward-kl or generator.lr=1e-5"
+                    f"override {shown(text)}: expected key=value, as in divergence=forward-kl or generator.lr=1e-5"
                 )
-            pairs.append((key, _parse_yaml(value, f"override {text!r}")))
+            pairs.append((key, parse_yaml(value, f"override {shown(text)}")))
     given = {key for key, _ in pairs}
     if "stages" in given and "iterations" not in given:
         values.pop("iterations", None)  # the file's, of a run without these stages
@@ -121,37 +120,59 @@ def changed_keys(old: DistillConfig, new: DistillConfig) -> list[str]:
 
     A longer run is the same run, except where a learning rate falls until the end.
     """
-    before, after = dict(leaves(old.model_dump())), dict(leaves(new.model_dump()))
     falls = any(section.lr_schedule != "constant" for section in old.roles.values())
-    free = {key for key in RESUMABLE if not (falls and key == "iterations")}
     return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and key.split(".")[0] not in free
+        f"{key}: {before!r} -> {after!r}"
+        for key, (before, after) in changes(old, new).items()
+        if not _is_resumable(key) or (falls and key == "iterations")
     ]
 
 
-def _read_file(name_or_path: str) -> dict[str, Any]:
+def changes(old: DistillConfig, new: DistillConfig) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (old value, new value)} of the settings that differ; those of stages are `stage 1.generator.lr`."""
+    before, after = _settings(old), _settings(new)
+    return {
+        key: (before.get(key), after.get(key))
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    }
+
+
+def _settings(config: DistillConfig) -> dict[str, Any]:
+    found = dict(leaves(config.model_dump(exclude={"stages"})))
+    for number, stage in enumerate(config.stages, 1):
+        found.update(leaves(stage, f"stage {number}."))
+    return found
+
+
+def _is_resumable(key: str) -> bool:
+    """Whether a setting, or a stage's setting, may change when a run is resumed. The length of a stage may not."""
+    section, _, rest = key.partition(".")
+    in_stage = section.startswith("stage ")
+    role, _, name = (rest if in_stage else key).partition(".")
+    of_role = role in ("generator", "fake_score", "discriminator") and name in RESUMABLE_OF_ROLES
+    return of_role or (not in_stage and section in RESUMABLE)
+
+
+def _read_file(name_or_path: str | Path) -> dict[str, Any]:
     path = config_path(name_or_path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: cannot be read as UTF-8 text ({error})") from error
-    values = _parse_yaml(text, str(path)) or {}
+    values = parse_yaml(text, str(path))
+    if values is None:  # an empty file
+        return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
     return values
 
 
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise ConfigError(f"{where}: not YAML: {' '.join(str(error).split())}") from error
-
-
 def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, last = dotted.split(".")
+    if len(parents) >= MAX_DEPTH:
+        raise ConfigError(f"override {shown(dotted)}: no such setting; expected at most {MAX_DEPTH} parts")
     for parent in parents:
         child = values.setdefault(parent, {})
         if not isinstance(child, dict):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
-from fdistill.base.errors import did_you_mean
+from fdistill.base.errors import did_you_mean, shown
 from fdistill.config import combinations
+from fdistill.config.limits import MAX_NUMBER
 from fdistill.config.nested import merged
 from fdistill.config.problems import explain
 from fdistill.config.sections import (
+    Batch,
     CLIPLossConfig,
     Count,
     CountOrZero,
@@ -31,7 +32,10 @@ from fdistill.config.sections import (
     Positive,
     RatioConfig,
     RegressionConfig,
+    Scale,
     Section,
+    Side,
+    Steps,
     StudentConfig,
     TeacherSamplesConfig,
 )
@@ -59,7 +63,7 @@ class DistillConfig(Section):
         default=None, description="folder or Hub id of the published pipeline that a single-file teacher was made from"
     )
     teacher_lora: str | None = Field(default=None, description="LoRA file to merge into the teacher; null is none")
-    teacher_lora_scale: Annotated[float, Field(allow_inf_nan=False)] = 1.0
+    teacher_lora_scale: Scale = 1.0
     guidance_scale: Positive = Field(
         default=1.0,
         description="guidance scale of the teacher, against its null class or negative_prompt; 1 turns it off",
@@ -79,7 +83,7 @@ class DistillConfig(Section):
     condition_dropout: Fraction = Field(
         default=0.0, description="share of the critic's labels or prompts to replace by the null class or null prompt"
     )
-    resolution: Count | None = Field(
+    resolution: Side | None = Field(
         default=None, description="side of a text-to-image student's images in pixels; null is the teacher's"
     )
     vae: str | None = Field(
@@ -106,8 +110,8 @@ class DistillConfig(Section):
         default=[],
         description="the run in parts, each with its iterations and the settings it changes; iterations is their sum",
     )
-    batch_size: Count = Field(default=128, description="samples per update, over all processes")
-    critic_steps: Count = 2
+    batch_size: Batch = Field(default=128, description="samples per update, over all processes")
+    critic_steps: Steps = 2
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -181,8 +185,8 @@ class DistillConfig(Section):
     def _levels(cls, value: Any) -> Any:
         levels = value if isinstance(value, list) else [] if value is None else [value]
         for level in levels:
-            if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level < math.inf:
-                raise ValueError(f"got {value!r}; expected a level above 0, a list of them, or null")
+            if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level <= MAX_NUMBER:
+                raise ValueError(f"got {shown(value)}; expected a level above 0, a list of them, or null")
         return [float(level) for level in levels] if isinstance(value, list) else value
 
     def stage_configs(self) -> tuple[DistillConfig, ...]:

@@ -5,18 +5,36 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fdistill.config.limits import (
+    MAX_BATCH,
+    MAX_BINS,
+    MAX_COUNT,
+    MAX_NUMBER,
+    MAX_RANK,
+    MAX_SIDE,
+    MAX_STEPS,
+    MAX_WORKERS,
+    check_network,
+    distinct,
+)
 from fdistill.ema_profiles import MAX_SIGMA_REL, MIN_SIGMA_REL, profile_name
 from fdistill.student_kinds import STUDENT_KINDS, KindName, kinds_with
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER, allow_inf_nan=False)]
+Scale = Annotated[float, Field(ge=-1e3, le=1e3, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 RelativeWidth = Annotated[float, Field(ge=MIN_SIGMA_REL, le=MAX_SIGMA_REL)]
-Count = Annotated[int, Field(ge=1)]
-CountOrZero = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
+Names = Annotated[list[str], AfterValidator(distinct)]
+NetworkSettings = Annotated[dict[str, Any], AfterValidator(check_network)]
 
 
 class Section(BaseModel):
@@ -44,7 +62,7 @@ class OptimizerConfig(Section):
 class MicroBatchConfig(Section):
     """How much of a batch an update computes at a time; gradients are accumulated over the whole batch."""
 
-    micro_batch: Count | None = Field(
+    micro_batch: Batch | None = Field(
         default=None, description="samples that a process computes at a time; null is all of its batch at once"
     )
 
@@ -52,11 +70,13 @@ class MicroBatchConfig(Section):
 class LoRAConfig(Section):
     """Adapters on a frozen network that is shared with the teacher (LoRA, arXiv 2106.09685)."""
 
-    lora_rank: CountOrZero = Field(default=0, description="rank of the adapters to train; 0 trains all weights")
+    lora_rank: Annotated[int, Field(ge=0, le=MAX_RANK)] = Field(
+        default=0, description="rank of the adapters to train; 0 trains all weights"
+    )
     lora_alpha: Positive | None = Field(
         default=None, description="adapters are scaled by alpha / rank; null is the rank"
     )
-    lora_targets: list[str] | None = Field(
+    lora_targets: Names | None = Field(
         default=None,
         description="name endings of the layers to adapt, such as [to_q, to_v]; null is all linear and conv layers",
     )
@@ -89,7 +109,7 @@ class DiscriminatorConfig(OptimizerConfig):
         default=None, description="a run's folder, whose last discriminator to start from; null is a new one"
     )
     source: Literal["fake", "teacher"] = "fake"
-    features: list[str] = Field(default=["mid"], min_length=1)
+    features: Names = Field(default=["mid"], min_length=1)
     head: Literal["convolutional", "pooled", "channel-mean"] = "convolutional"
     gan_weight: NonNegative = Field(
         default=1e-2, description="weight of the discriminator's loss in the critic's; 0 turns it off"
@@ -141,7 +161,7 @@ class StudentConfig(LoRAConfig):
     )
 
     checkpoint: str | None = Field(default=None, description="checkpoint to start from; null is the teacher")
-    network: dict[str, Any] = Field(
+    network: NetworkSettings = Field(
         default_factory=dict,
         description="changes to the network's config, such as fewer blocks; weights that still fit are copied",
     )
@@ -165,7 +185,9 @@ class ImagesConfig(Section):
 
     recipe: Literal["exact", "center-box", "center-lanczos", "adm", "squash"] = "exact"
     flip: bool = Field(default=False, description="mirror half of the images, chosen at random")
-    workers: Count = Field(default=2, description="decoding processes per training process")
+    workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = Field(
+        default=2, description="decoding processes per training process"
+    )
 
 
 class CLIPLossConfig(Section):
@@ -182,7 +204,7 @@ class TeacherSamplesConfig(Section):
     """Samples of the teacher's own sampler (Heun, 2 num_steps - 1 evaluations each), drawn once and cached."""
 
     count: Count = Field(default=2000, description="number of samples to draw with data=teacher-samples")
-    num_steps: Count = 18
+    num_steps: Steps = 18
 
 
 class LevelsConfig(Section):
@@ -192,12 +214,12 @@ class LevelsConfig(Section):
     sampler: Literal["karras", "uniform", "lognormal", "shifted"] = "karras"
     low: Fraction = 0.0
     high: Fraction = 1.0
-    rho: Positive = 7.0
-    shift: Positive = Field(
+    rho: Annotated[float, Field(gt=0, le=1e3)] = 7.0
+    shift: Annotated[float, Field(gt=0, le=1e6)] = Field(
         default=3.0, description="how far `shifted` moves uniform levels towards noise (SD3); 1 moves none"
     )
-    mean: Annotated[float, Field(allow_inf_nan=False)] = -1.2
-    std: Positive = 1.2
+    mean: Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)] = -1.2
+    std: Annotated[float, Field(gt=0, le=100)] = 1.2
 
     @model_validator(mode="after")
     def _ordered(self) -> LevelsConfig:
@@ -220,7 +242,7 @@ class RatioConfig(Section):
     # A logit is clamped to +-10 before it becomes a ratio, so wider bounds would never be reached.
     lower: Annotated[float, Field(ge=math.exp(-10), le=1)] = 0.1
     upper: Annotated[float, Field(ge=1, le=math.exp(10))] = 20.0
-    num_bins: Count = 10
+    num_bins: Annotated[int, Field(ge=1, le=MAX_BINS)] = 10
     bin_edges: Literal["log-sigma", "linear"] = "log-sigma"
     momentum: Decay = 0.0
     warmup: CountOrZero = Field(default=50, description="iterations over which weights ramp from 1 to h / mean(h)")
@@ -230,8 +252,8 @@ class EMAConfig(Section):
     """Averages of the student's weights, one for each decay (per iteration) and one for each relative width of a power
     function (EDM2); the exported student is one of them."""
 
-    decays: list[Decay] = [0.98]
-    sigma_rel: list[RelativeWidth] = []
+    decays: Annotated[list[Decay], AfterValidator(distinct)] = [0.98]
+    sigma_rel: Annotated[list[RelativeWidth], AfterValidator(distinct)] = []
     export: float | str = Field(
         default=0.98, description="average to export: one of decays, or one of sigma_rel, as in sigma_rel=0.1"
     )
@@ -284,16 +306,14 @@ class EvalConfig(Section):
     every: CountOrZero = Field(default=0, description="iterations between evaluations; 0 turns them off")
     protocol: str = Field(default="digits", description="a protocol of `fdistill evaluate`")
     num_images: Count | None = Field(default=None, description="number of images; null is the protocol's number")
-    metrics: list[str] | None = Field(
-        default=None, description="some of the protocol's metrics; null is its default ones"
-    )
+    metrics: Names | None = Field(default=None, description="some of the protocol's metrics; null is its default ones")
     metric: str | None = Field(
         default=None, description="metric that decides which student is best; null is the first that can be measured"
     )
     reference: str | None = Field(default=None, description="reference images or statistics, if the protocol has none")
     prompts: str | None = Field(default=None, description="file with one prompt per line, if the protocol has none")
     weights: list[str] = Field(default=[], description="files of published weights, as for evaluate --weights")
-    batch_size: Count = 64
+    batch_size: Batch = 64
 
 
 class SmokeConfig(Section):
@@ -303,14 +323,14 @@ class SmokeConfig(Section):
         default=None,
         description="class of a tiny text-to-image pipeline; network and scheduler then change its own",
     )
-    network: dict[str, Any] = Field(
+    network: NetworkSettings = Field(
         default_factory=dict, description="_class_name and settings of a tiny network of the teacher's family"
     )
-    scheduler: dict[str, Any] | None = Field(
+    scheduler: NetworkSettings | None = Field(
         default=None, description="_class_name and settings of the scheduler for that network"
     )
-    vae: dict[str, Any] | None = Field(default=None, description="settings of a latent teacher's AutoencoderKL")
-    images: Count = Field(default=16, description="number of images, over all classes")
+    vae: NetworkSettings | None = Field(default=None, description="settings of a latent teacher's AutoencoderKL")
+    images: Annotated[int, Field(ge=1, le=10_000)] = Field(default=16, description="number of images, over all classes")
     overrides: dict[str, Any] = Field(default_factory=dict, description="settings that override the recipe's")
 
     @model_validator(mode="after")

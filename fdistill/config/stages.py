@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fdistill.base.errors import shown
+from fdistill.config.limits import MAX_COUNT, MAX_STAGES
 from fdistill.config.nested import leaves, merged
+from fdistill.config.plain_yaml import MAX_DEPTH
 from fdistill.config.sections import (
     DiscriminatorConfig,
     GeneratorConfig,
@@ -43,17 +46,29 @@ CHANGEABLE: dict[str, set[str] | None] = {
 def read_stages(given: Any) -> list[dict[str, Any]]:
     """Stages as they are written -> the same with nested settings instead of dotted ones, each with its iterations."""
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise ValueError(f"stages: got {given!r}; expected a list such as [{{iterations: 100}}, {{iterations: 50}}]")
+        raise ValueError(
+            f"stages: got {shown(given)}; expected a list such as [{{iterations: 100}}, {{iterations: 50}}]"
+        )
+    if len(given) > MAX_STAGES:
+        raise ValueError(f"stages: got {len(given):,}; expected at most {MAX_STAGES:,}")
     found = []
     for number, stage in enumerate(given, 1):
         if not isinstance(stage, Mapping):
-            raise ValueError(f"stage {number}: got {stage!r}; expected iterations and the settings that it changes")
+            raise ValueError(
+                f"stage {number}: got {shown(stage)}; expected iterations and the settings that it changes"
+            )
         count = stage.get("iterations")
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"stage {number}: iterations: got {count!r}; expected how many it has, at least 1")
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
+            raise ValueError(
+                f"stage {number}: iterations: got {shown(count)}; expected how many it has, at least 1 and at most "
+                f"{MAX_COUNT:,}"
+            )
         nested: dict[str, Any] = {}
         for key, value in stage.items():
-            for part in reversed(str(key).split(".")):
+            parts = str(key).split(".")
+            if len(parts) > MAX_DEPTH:
+                raise ValueError(f"stage {number}: {shown(key)}: no such setting")
+            for part in reversed(parts):
                 value = {part: value}
             nested = merged(nested, value)
         found.append(nested)

@@ -141,7 +141,10 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
         denoiser = load_denoiser(Checkpoint(str(path), folder))
     set_null_class(denoiser, facts.get("null_class"))
     if denoiser.text_shapes is not None:
-        denoiser.resize(int(facts["size"]))
+        try:
+            denoiser.resize(int(facts["size"]))
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise _unreadable(folder, error) from error
     generator = kind_in(facts).make(denoiser, levels)
     return generator.eval().requires_grad_(False).to(device)
 

@@ -201,7 +201,10 @@ def _convert_pickle(source: Path, output: Path, elsewhere: Elsewhere) -> None:
             f"like: {source} holds an {record.name} without the settings that it was made from; expected a checkpoint "
             "of the same architecture, as the converted pickle of its teacher"
         )
-    levels = f"Noise levels sigma from {network.config.sigma_min:g} to {network.config.sigma_max:g}; "
+    config = network.config
+    levels = ""  # where the network is one of diffusers, its scheduler says them
+    if "sigma_min" in config:
+        levels = f"Noise levels sigma from {config.sigma_min:g} to {config.sigma_max:g}; "
     with atomic_folder(output) as folder:
         if like is None:
             network.save_pretrained(folder)

@@ -58,6 +58,9 @@ def cache(
     *,
     teacher: str | Path,
     output: str | Path,
+    teacher_base: str | None = None,
+    teacher_lora: str | None = None,
+    teacher_lora_scale: float = 1.0,
     vae: str | None = None,
     recipe: str = "center-box",
     flip: bool = False,
@@ -76,6 +79,7 @@ def cache(
         data: what `data=` takes: a folder, an archive, hf:name.
         teacher: the latent teacher. Images are encoded at its image size.
         output: a folder that is empty or does not exist.
+        teacher_base, teacher_lora, teacher_lora_scale: as the run's settings of these names.
         vae: the autoencoder, if the teacher's folder has none.
         recipe: how images are brought to the teacher's size.
         flip: encode every image's mirror image as well.
@@ -97,7 +101,15 @@ def cache(
         raise ArgumentError(f"sampling: got {sampling!r}; {did_you_mean(sampling, SAMPLING)}")
     if batch_size < 1 or workers < 1:
         raise ArgumentError(f"batch_size, workers: expected at least 1, got {batch_size} and {workers}")
-    opened = open_teacher(TeacherSettings(str(teacher), vae=vae, resolution=resolution))
+    settings = TeacherSettings(
+        str(teacher),
+        base=teacher_base,
+        lora=teacher_lora,
+        lora_scale=teacher_lora_scale,
+        vae=vae,
+        resolution=resolution,
+    )
+    opened = open_teacher(settings)
     source = open_source(str(data))
     with claimed_folder(Path(output)) as folder:
         _, chosen = start(device)

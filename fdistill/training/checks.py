@@ -5,6 +5,7 @@ Checks that need nothing but the values of settings are in `config/combinations.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -138,8 +139,7 @@ def check_prompts_named(config: DistillConfig) -> None:
     if config.data not in (None, TEACHER_SAMPLES):
         raise ConfigError(
             f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents and prompts; encode them "
-            f"once with `fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass "
-            "data=FOLDER"
+            f"once with `{_cache_command(config)}`, and pass data=FOLDER"
         )
     raise ConfigError(
         f"prompts: got null, but teacher {config.teacher!r} is a text-to-image model; expected a file with one a line, "
@@ -186,8 +186,26 @@ def check_encoding(config: DistillConfig, *, encoded: bool, latent_teacher: bool
     if latent_teacher and not encoded:
         raise ConfigError(
             f"data {config.data!r}: images, but teacher {config.teacher!r} sees latents; encode them once with "
-            f"`fdistill cache {config.data} --teacher {config.teacher} --output FOLDER`, and pass data=FOLDER"
+            f"`{_cache_command(config)}`, and pass data=FOLDER"
         )
+
+
+def _cache_command(config: DistillConfig) -> str:
+    """The command that encodes the config's images as its runs need them."""
+    options = {
+        "--teacher": config.teacher,
+        "--teacher-base": config.teacher_base,
+        "--teacher-lora": config.teacher_lora,
+        "--teacher-lora-scale": config.teacher_lora_scale if config.teacher_lora_scale != 1 else None,
+        "--vae": config.vae,
+        "--resolution": config.resolution,
+        "--negative-prompt": config.negative_prompt or None,
+        "--precision": config.frozen_precision if config.frozen_precision != "fp32" else None,
+        "--recipe": config.images.recipe if config.images.recipe != "exact" else None,
+        "--flip": "" if config.images.flip else None,
+    }
+    given = [part for name, value in options.items() if value is not None for part in (name, str(value)) if part]
+    return shlex.join(["fdistill", "cache", str(config.data), *given, "--output", "FOLDER"])
 
 
 def check_data(

@@ -38,6 +38,8 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     panels += [(name.removeprefix("eval/"), [name]) for name in logged if name.startswith("eval/")]
     rows = [record.get("discriminator/accuracy_per_bin") for record in records]
     count = len(panels) + any(rows)
+    if not count:
+        return  # a run that was whole when it was resumed, and whose records are gone
     height, width = (1, count) if count <= 3 else (2, -(-count // 2))
     figure = Figure(figsize=(5 * width, 4 * height))
     # Margins around each panel in inches. They are fixed because matplotlib's layout engines, which measure every

@@ -15,6 +15,7 @@ from fdistill.base.distributed import gather_rows
 from fdistill.base.errors import NonFiniteError, OutputError
 from fdistill.base.files import atomic_file, writing
 from fdistill.step import PerSample
+from fdistill.training.breakdown import Applied, BrokenRunError, check_growth, first_leap
 
 #: Quantities whose spread matters as much as their mean.
 _SPREAD = ("generator/h", "generator/weight")
@@ -34,24 +35,43 @@ class Journal:
     def __init__(self, bin_index: Callable[[Tensor], Tensor], num_bins: int):
         self._bin_index, self._num_bins = bin_index, num_bins
         self._steps: list[tuple[Mapping[str, PerSample], Mapping[str, Tensor]]] = []
+        self._applied: list[Applied] = []
 
-    def add(self, logs: Mapping[str, PerSample], grad_norms: Mapping[str, Tensor]) -> None:
-        """Adds the logs of one step, named "role/quantity", and the gradient norm of each role it updated."""
+    def add(
+        self,
+        logs: Mapping[str, PerSample],
+        grad_norms: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Adds the logs of one step.
+
+        Args:
+            logs: its quantities, named "role/quantity".
+            grad_norms: the gradient norm of each role it updated, 0-d.
+            weights: the norms of each such role's weights before and after the update, [2].
+        """
         self._steps.append((logs, grad_norms))
+        self._applied.append({role: (grad_norms[role], norms) for role, norms in (weights or {}).items()})
 
     def record(self) -> dict[str, Any]:
         """Returns the means since the last record, and clears the collected logs.
 
         Raises:
-            NonFiniteError: a quantity was NaN or infinite. The message names the role, quantity and noise level of the
-                first step with such a value, because one broken role soon breaks the others.
+            NonFiniteError: a quantity was NaN or infinite, or a role's weights grew out of range. The message names the
+                role, quantity and noise level of the first step with such a value, because one broken role soon breaks
+                the others; its `leap` is the first update that was out of range.
         """
         steps, self._steps = self._steps, []
+        applied, self._applied = self._applied, []
         samples, norms = _collected(steps)
         values = [value for value, _ in samples.values()] + list(norms.values())
-        if not all(bool(torch.isfinite(value).all()) for value in values):
-            for step in steps:
-                _refuse_non_finite(*_collected([step]))
+        try:
+            if not all(bool(torch.isfinite(value).all()) for value in values):
+                for step in steps:
+                    _refuse_non_finite(*_collected([step]))
+            check_growth(_weights(applied))
+        except NonFiniteError as error:
+            raise BrokenRunError(str(error), first_leap(applied)) from error
 
         record: dict[str, Any] = {}
         for name, (value, _) in samples.items():
@@ -96,6 +116,15 @@ def _collected(
         for name, entries in samples.items()
     }
     return gathered, {role: torch.stack(values).cpu() for role, values in norms.items()}
+
+
+def _weights(applied: Sequence[Applied]) -> dict[str, Tensor]:
+    """{role: norms of its weights before and after each update, [N, 2]}, on the CPU."""
+    found: dict[str, list[Tensor]] = {}
+    for step in applied:
+        for role, (_, weights) in step.items():
+            found.setdefault(role, []).append(weights)
+    return {role: torch.stack(norms).cpu() for role, norms in found.items()}
 
 
 def _refuse_non_finite(samples: Mapping[str, tuple[Tensor, Tensor]], norms: Mapping[str, Tensor]) -> None:

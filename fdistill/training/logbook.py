@@ -16,6 +16,7 @@ from fdistill.base.errors import NonFiniteError
 from fdistill.base.files import writing
 from fdistill.base.images import save_grid
 from fdistill.ema_profiles import profile_name
+from fdistill.training.breakdown import BrokenRunError, advice
 from fdistill.training.build import Distillation
 from fdistill.training.checkpoint import checkpoints, newest_intact, save_checkpoint
 from fdistill.training.curves import save_curves
@@ -174,9 +175,16 @@ class Logbook:
         save_checkpoint(self._folder / "checkpoints", self._run.iteration, self._run.state(), meta, keep)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
+        """What happened, which role's update was out of range first, and how to go on."""
         good = newest_intact(checkpoints(self._folder / "checkpoints"))
+        leap = error.leap if isinstance(error, BrokenRunError) else None
+        named = str(error).partition(":")[0]
+        role = leap.role if leap is not None else named if named in self._config.roles else "generator"
+        stage = stage_at(self._run.stages, self._run.iteration - 1)
+        cause = ""
+        if leap is not None and leap.role != named:
+            cause = f"; before that, an update of {leap.role} took the norm of its weights {leap.path()}"
         kept = f"the last good checkpoint is {good}" if good else "there is no good checkpoint yet"
         return NonFiniteError(
-            f"stopped at iteration {self._run.iteration}: {error}; {kept}; lower that role's lr or grad_clip and run "
-            "again"
+            f"stopped at iteration {self._run.iteration}: {error}{cause}; {kept}; to go on, {advice(role, leap, stage)}"
         )

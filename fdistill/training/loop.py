@@ -186,7 +186,8 @@ def step(logs: Sequence[Mapping[str, PerSample]], roles: Mapping[str, Role], jou
     """Runs an optimiser step for each role that an update has given gradients; `logs` are those of its parts."""
     for part in logs[:-1]:
         journal.add(part, {})
-    journal.add(logs[-1], {name: role.step() for name, role in roles.items()})
+    norms = {name: role.step() for name, role in roles.items()}
+    journal.add(logs[-1], norms, {name: role.weights for name, role in roles.items()})
 
 
 def progress_bar(run: Distillation) -> Any:

@@ -15,12 +15,18 @@ from fdistill.step import ROLES, Networks
 
 
 class Role:
-    """A trained module with its AdamW optimiser. Call `settle` before the first `step`."""
+    """A trained module with its AdamW optimiser. Call `settle` before the first `step`.
+
+    Attributes:
+        weights: norms of the trained parameters before and after the last step, [2].
+    """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer):
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._denoisers = [part for part in module.modules() if isinstance(part, Denoiser)]
         self._optimizer, self._grad_clip = optimizer, float("inf")
+        self._norm = self._weight_norm()
+        self.weights = torch.stack([self._norm, self._norm])
 
     def settle(self, section: OptimizerConfig, rate: float) -> None:
         """Takes the settings of a section, and the learning rate, for the steps that follow."""
@@ -37,7 +43,13 @@ class Role:
         self._optimizer.zero_grad()
         for denoiser in self._denoisers:
             denoiser.after_update()
+        before, self._norm = self._norm, self._weight_norm()
+        self.weights = torch.stack([before, self._norm])
         return norm
+
+    @torch.no_grad()
+    def _weight_norm(self) -> Tensor:
+        return nn.utils.get_total_norm(self._parameters).float()
 
 
 def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, torch.optim.AdamW]:

@@ -14,12 +14,12 @@ from fdistill.base.errors import CheckpointError, ConfigError, NonFiniteError, O
 from fdistill.base.files import atomic_file, is_leftover, remove_leftovers, writing
 from fdistill.base.images import grid
 from fdistill.base.locks import locked
-from fdistill.config.reading import changed_keys, dump_config, load_config, validate
+from fdistill.config.reading import changed_keys, changes, dump_config, load_config, validate
 from fdistill.config.schema import DistillConfig
 from fdistill.students.folder import save_student
 from fdistill.training.build import Distillation
 from fdistill.training.checkpoint import checkpoints, load_checkpoint, way_back
-from fdistill.training.journal import read_records, truncate_records
+from fdistill.training.journal import append_record, read_records, truncate_records
 from fdistill.training.sample_grids import grid_prompts, student_images
 from fdistill.training.snapshots import truncate_snapshots
 
@@ -111,6 +111,7 @@ def prepare_folder(folder: Path, run: Distillation) -> None:
     """Writes the files that a run's folder starts with, and removes records and snapshots after the run's iteration."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    _record_changes(folder, run)
     with atomic_file(folder / "config.yaml") as temporary:
         temporary.write_text(dump_config(run.config), encoding="utf-8")
     if run.resized is not None:
@@ -121,6 +122,15 @@ def prepare_folder(folder: Path, run: Distillation) -> None:
         remove_leftovers(place)
     truncate_records(folder / "metrics.jsonl", run.iteration)
     truncate_snapshots(folder / "ema", run.iteration)
+
+
+def _record_changes(folder: Path, run: Distillation) -> None:
+    """Adds to changes.jsonl which settings a resumed run has changed, and from which iteration on."""
+    path = folder / "config.yaml"
+    found = changes(load_config(path), run.config) if path.is_file() else {}
+    if found:
+        values = {key: {"from": before, "to": after} for key, (before, after) in found.items()}
+        append_record(folder / "changes.jsonl", {"iteration": run.iteration, "changed": values})
 
 
 def export_student(run: Distillation, folder: Path, *, name: str, **facts: str) -> Path:

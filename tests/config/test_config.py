@@ -105,4 +105,12 @@ def test_unknown_configs_are_refused(tmp_path: Path) -> None:
 def test_what_may_change_on_resume() -> None:
     old = load_config("digits")
     assert changed_keys(old, load_config("digits", ["iterations=9", "log.every=1", "device=cpu"])) == []
-    assert changed_keys(old, load_config("digits", ["generator.lr=1e-5"])) == ["generator.lr: 0.0002 -> 1e-05"]
+    assert changed_keys(old, load_config("digits", ["generator.lr=1e-5", "fake_score.grad_clip=1"])) == []
+    assert changed_keys(old, load_config("digits", ["generator.beta1=0.5"])) == ["generator.beta1: 0.0 -> 0.5"]
+    stages = "stages=[{iterations: 3, generator.lr: LR}, {iterations: COUNT}]"
+    staged = [
+        load_config("digits", [stages.replace("LR", lr).replace("COUNT", count)])
+        for lr, count in (("1e-5", "5"), ("1e-6", "5"), ("1e-5", "6"))
+    ]
+    assert changed_keys(staged[0], staged[1]) == []
+    assert changed_keys(staged[0], staged[2]) == ["stage 2.iterations: 5 -> 6"]

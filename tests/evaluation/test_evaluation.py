@@ -144,8 +144,10 @@ def test_bad_requests_are_refused(tmp_path: Path) -> None:
         evaluate(folder, protocol="folder", metrics=["fid"])
     with pytest.raises(ArgumentError, match="say how many"):
         evaluate("digits", protocol="folder")
-    with pytest.raises(ArgumentError, match="prompts: protocol 'digits-t2i' has its own"):
-        evaluate(folder, protocol="digits-t2i", prompts=folder / "prompts.txt")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a bold seven\n")
+    with pytest.raises(ArgumentError, match="prompts: protocol 'digits-t2i' has its own, which digits-t2i draws"):
+        evaluate("digits-t2i", protocol="digits-t2i", prompts=prompts)
     with pytest.raises(OutputError, match="cannot write"):
         evaluate(folder, metrics=["fd_digits"], output=folder / "000000.png" / "scores.json")
 

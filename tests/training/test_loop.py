@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -185,8 +186,8 @@ def test_output_folders_that_are_not_free_are_refused(tiny_teacher: Path, tmp_pa
     run(tiny_teacher, tmp_path / "run", iterations=1)
     with pytest.raises(OutputError, match="--resume"):
         run(tiny_teacher, tmp_path / "run", iterations=2)
-    with pytest.raises(ConfigError, match=r"generator\.lr: 0\.0002 -> 0\.5"):
-        run(tiny_teacher, tmp_path / "run", iterations=2, resume=True, **{"generator.lr": 0.5})
+    with pytest.raises(ConfigError, match=r"generator\.beta1: 0\.0 -> 0\.5"):
+        run(tiny_teacher, tmp_path / "run", iterations=2, resume=True, **{"generator.beta1": 0.5})
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("")
     with pytest.raises(OutputError, match="not a run"):
@@ -236,24 +237,72 @@ def test_data_of_another_shape_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tiny_teacher: Path, tmp_path: Path) -> None:
-    """A learning rate that blows the student up in its first update: the next critic update meets its samples."""
-    run(tiny_teacher, tmp_path / "run", iterations=1, **{"generator.lr": 1e30})
-    good = checkpoints(tmp_path / "run" / "checkpoints")
+def test_a_run_that_breaks_keeps_the_last_good_checkpoint_and_says_how_to_go_on(
+    tiny_teacher: Path, tmp_path: Path
+) -> None:
+    """The advice is followed as it stands, and works."""
+    folder, checks = tmp_path / "run", {"log.checkpoint_every": 1}
+    run(tiny_teacher, folder, iterations=1, **checks)
+    good = checkpoints(folder / "checkpoints")
     before = (good[-1] / "state.safetensors").read_bytes()
     with pytest.raises(NonFiniteError) as caught:
-        run(tiny_teacher, tmp_path / "run", iterations=50, resume=True, **{"generator.lr": 1e30})
+        run(tiny_teacher, folder, iterations=4, resume=True, **checks, **{"generator.lr": 1e6})
     message = str(caught.value)
-    # The student's weights are 1e30 but finite; what becomes NaN first is the fake score's loss on its samples.
-    assert "stopped at iteration 2: fake_score: denoising became nan at noise level t = " in message
+    assert "stopped at iteration 2: generator: its updates took the norm of its weights from " in message
     assert f"last good checkpoint is {good[-1]}" in message
-    assert checkpoints(tmp_path / "run" / "checkpoints") == good
+    assert checkpoints(folder / "checkpoints") == good
     assert (good[-1] / "state.safetensors").read_bytes() == before
+
+    advised = re.fullmatch(r".*; to go on, add --resume (generator\.lr)=([\d.e-]+)", message)
+    assert advised is not None
+    setting = {advised[1]: float(advised[2])}
+    assert 1e-7 < setting["generator.lr"] < 1e-2
+    run(tiny_teacher, folder, iterations=4, resume=True, **checks, **setting)
+    assert load_config(folder / "config.yaml").generator.lr == setting["generator.lr"]
+    changed = [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in changed] == [1, 1]
+    first, second = (record["changed"]["generator.lr"] for record in changed)
+    assert first == {"from": 2e-4, "to": 1e6}
+    assert second == {"from": 1e6, "to": setting["generator.lr"]}
+
+
+def test_the_role_that_broke_the_others_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
+    """With one record in four iterations, what is NaN first is the fake score's loss on the student's samples."""
+    quiet = {"log.every": 4, "log.checkpoint_every": 0, "log.samples_every": 0}
+    for lr in (1e6, 1e30):
+        with pytest.raises(NonFiniteError) as caught:
+            run(tiny_teacher, tmp_path / f"{lr:g}", **quiet, **{"generator.lr": lr})
+        message = str(caught.value)
+        assert "there was no checkpoint yet; to go on, add --resume generator.lr=" in message
+        assert "generator" in message.partition("there was no")[0]
+    assert "fake_score: denoising became nan" in message
+    assert "; before that, an update of generator took the norm of its weights from " in message
+    run(tiny_teacher, tmp_path / "1e+30", resume=True, **quiet, **{"generator.lr": 1e-4})
+
+
+def test_the_learning_rate_of_a_stage(tiny_teacher: Path, tmp_path: Path) -> None:
+    quiet = {"iterations": 4, "log.every": 1, "log.checkpoint_every": 0, "log.samples_every": 0}
+
+    def stages(lr: float) -> list[dict[str, object]]:
+        return [{"iterations": 2}, {"iterations": 2, "generator.lr": lr}]
+
+    with pytest.raises(NonFiniteError) as caught:
+        run(tiny_teacher, tmp_path / "run", stages=stages(1e6), **quiet)
+    advised = re.search(
+        r"write generator\.lr=([\d.e-]+) into stage 2 of the config, and add --resume$", str(caught.value)
+    )
+    assert advised is not None
+    run(tiny_teacher, tmp_path / "run", stages=stages(float(advised[1])), resume=True, **quiet)
+    (changed,) = (tmp_path / "run" / "changes.jsonl").read_text().splitlines()
+    assert json.loads(changed)["changed"]["stage 2.generator.lr"] == {"from": 1e6, "to": float(advised[1])}
 
 
 def test_weights_an_update_has_broken_are_not_saved(tiny_teacher: Path, tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match="generator: its weights became NaN or infinite"):
-        run(tiny_teacher, tmp_path / "run", iterations=1, **{"generator.lr": 1e308})
+    broken = {"generator.lr": 1e30, "generator.weight_decay": 1e30}
+    with pytest.raises(
+        NonFiniteError, match=r"generator: its updates took the norm of its weights from .* to (nan|inf)"
+    ):
+        run(tiny_teacher, tmp_path / "run", iterations=1, **broken)
     assert checkpoints(tmp_path / "run" / "checkpoints") == []
     assert not (tmp_path / "run" / "student").exists()
 

@@ -235,5 +235,7 @@ def test_what_a_stage_cannot_be_is_said(settings: dict[str, Any], message: str) 
 
 def test_stages_cannot_change_when_a_run_is_resumed(tiny_teacher: Path, tmp_path: Path) -> None:
     folder = run(tiny_teacher, tmp_path / "run", stages=[{"iterations": 1}])
-    with pytest.raises(ConfigError, match=r"stages: \[\{'iterations': 1\}\] -> "):
-        run(tiny_teacher, folder, stages=[{"iterations": 1, "generator.lr": 1e-6}], resume=True)
+    with pytest.raises(ConfigError, match=r"stage 1\.generator\.gan_weight: None -> 0\.5"):
+        run(tiny_teacher, folder, stages=[{"iterations": 1, "generator.gan_weight": 0.5}], resume=True)
+    with pytest.raises(ConfigError, match=r"stage 2\.iterations: None -> 1"):
+        run(tiny_teacher, folder, stages=[{"iterations": 1}, {"iterations": 1}], resume=True)

@@ -1,0 +1,249 @@
+"""What messages about settings advise is tried: the settings are taken once the advice is followed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdistill.base.errors import ConfigError
+from fdistill.config.reading import load_config
+
+#: In place of a value: the setting is left out.
+LEFT_OUT = object()
+Settings = dict[str, Any]
+
+#: (settings, words of what is said to them, changes of the settings that these words advise)
+ADVICE: list[tuple[Settings, str, list[Settings]]] = [
+    (
+        {"method": "sim", "generator.weighting": "vsd"},
+        "it is for",
+        [{"generator.weighting": LEFT_OUT}, {"method": "f-distill"}, {"method": "diff-instruct"}],
+    ),
+    (
+        {"regression.weight": 0.1},
+        "does not read; it is for dmd, regression",
+        [{"regression.weight": 0}, {"method": "dmd"}, {"method": "regression"}],
+    ),
+    (
+        {"objective.alpha": 1.0},
+        "does not read; it is for sid, sida",
+        [{"objective.alpha": LEFT_OUT}, {"method": "sid"}, {"method": "sida"}],
+    ),
+    ({"objective.alhpa": 1.0}, "did you mean 'alpha'", [{"objective.alhpa": LEFT_OUT}]),
+    ({"method": "dmd", "regression.weight": 0}, "a number above 0", [{"regression.weight": 0.1}]),
+    ({"method": "dmd", "regression.pairs": 0}, "a number above 0", [{"regression.pairs": 1}]),
+    (
+        {"method": "sid", "divergence": "js"},
+        "expected null, or method=",
+        [{"divergence": None}, {"method": "f-distill"}],
+    ),
+    (
+        {"generator.gan_gradient_ratio": 1.0, "generator.gan_weight": 0},
+        "has no GAN term beside matching; expected 0",
+        [{"generator.gan_gradient_ratio": 0}, {"generator.gan_weight": 0.1}],
+    ),
+    (
+        {"discriminator.r1": "approximate"},
+        "expected discriminator.r1=approximate with discriminator.r1_weight above 0",
+        [{"discriminator.r1_weight": 100}],
+    ),
+    (
+        {"discriminator.r1_sigma": 0.2},
+        "expected discriminator.r1=approximate with discriminator.r1_weight above 0",
+        [{"discriminator.r1": "approximate", "discriminator.r1_weight": 100}],
+    ),
+    (
+        {"method": "sida", "discriminator.source": "teacher"},
+        "no weights to train; expected fake",
+        [{"discriminator.source": "fake"}],
+    ),
+    *(
+        (
+            {"method": without, "generator.gan_weight": 0.1},
+            f"has no discriminator; expected 0, or method={instead}",
+            [{"generator.gan_weight": 0}, {"method": instead}],
+        )
+        for without, instead in (("dmd", "dmd2"), ("sid", "sida"), ("vsd", "f-distill"), ("regression", "f-distill"))
+    ),
+    (
+        {"method": "diff-instruct", "discriminator.gan_weight": 0.1},
+        "has no discriminator; expected 0, or method=f-distill",
+        [{"discriminator.gan_weight": 0}, {"method": "f-distill"}],
+    ),
+    *(
+        (
+            {"method": "diff-instruct", f"discriminator.{key}": value},
+            "leave it out, or choose a method that has one: f-distill, dmd2",
+            [{f"discriminator.{key}": LEFT_OUT}, {"method": "f-distill"}, {"method": "dmd2"}],
+        )
+        for key, value in (("source", "teacher"), ("head", "pooled"), ("shared_noise", True), ("r1_weight", 1.0))
+    ),
+    (
+        {"method": "diffratio", "discriminator.source": "teacher"},
+        "trains the network its heads read; expected fake",
+        [{"discriminator.source": "fake"}],
+    ),
+    (
+        {"method": "diffratio", "discriminator.shared_noise": True},
+        "draws levels separately; expected false",
+        [{"discriminator.shared_noise": False}],
+    ),
+    *(
+        (
+            {"method": "diffratio", **wrong},
+            "expected weighting=vsd or uniform, and gan_weight=0",
+            [{"generator.weighting": kind, "generator.gan_weight": 0} for kind in ("vsd", "uniform")],
+        )
+        for wrong in ({"generator.weighting": "normalised"}, {"generator.gan_weight": 0.1})
+    ),
+    (
+        {"method": "diffratio", "discriminator.gan_weight": 0},
+        "expected discriminator.gan_weight > 0",
+        [{"discriminator.gan_weight": 0.1}],
+    ),
+    (
+        {"discriminator.gan_weight": 0},
+        "expected discriminator.gan_weight > 0, or generator.gan_weight=0 as well",
+        [{"discriminator.gan_weight": 0.1}, {"generator.gan_weight": 0}],
+    ),
+    ({"data": None}, "expected a data set, or teacher-samples", [{"data": "digits"}, {"data": "teacher-samples"}]),
+    ({"method": "diffratio", "condition_dropout": 0.1}, "expected 0", [{"condition_dropout": 0}]),
+    ({"method": "diffratio", "fake_score.guidance_scale": 2.0}, "expected 1", [{"fake_score.guidance_scale": 1}]),
+    (
+        {"generator.lr_schedule": "cosine", "generator.lr_warmup": 400, "iterations": 400},
+        "expected fewer, or lr_schedule=constant",
+        [{"generator.lr_warmup": 399}, {"generator.lr_schedule": "constant"}],
+    ),
+    (
+        {"frozen_precision": "bf16"},
+        "expected precision=bf16 as well, or frozen_precision=fp32",
+        [{"precision": "bf16"}, {"frozen_precision": "fp32"}],
+    ),
+    (
+        {"student.lora_rank": 4, "student.network": {"layers_per_block": 1}},
+        "expected 0, or neither student.checkpoint nor student.network",
+        [{"student.lora_rank": 0}, {"student.network": LEFT_OUT}],
+    ),
+    (
+        {"student.lora_rank": 4, "ema.sigma_rel": [0.1], "ema.snapshot_every": 5},
+        "expected 0 with student.lora_rank",
+        [{"ema.snapshot_every": 0}, {"student.lora_rank": 0}],
+    ),
+    (
+        {"student.noise_kl_weight": 0.1},
+        "expected 0, or generator=tiue",
+        [{"student.noise_kl_weight": 0}, {"student.generator": "tiue"}],
+    ),
+    (
+        {"method": "sid", "student.generator": "tiue", "student.noise_kl_weight": 0.1},
+        "expected 0, or method=f-distill",
+        [{"student.noise_kl_weight": 0}, {"method": "f-distill"}],
+    ),
+    (
+        {"method": "sid", "clip_loss": {"weight": 0.1, "weights": "a.safetensors"}},
+        "expected 0, or method=f-distill",
+        [{"clip_loss.weight": 0}, {"method": "f-distill"}],
+    ),
+    (
+        {"clip_loss.weight": 0.1},
+        "expected 0, or a safetensors file of the model's weights",
+        [{"clip_loss.weight": 0}, {"clip_loss.weights": "a.safetensors"}],
+    ),
+    (
+        {"method": "regression", "student.generator": "tiue"},
+        "teacher pairs are for students of one level",
+        [{"student.generator": "denoiser"}],
+    ),
+    (
+        {"student_level": [1.0, 2.0]},
+        "expected 1, 2 or 4 falling levels, as in [80.0, 2.5]",
+        [{"student_level": levels} for levels in ([80.0, 2.5], [3.0], [4.0, 3.0, 2.0, 1.0])],
+    ),
+    (
+        {"method": "sid", "student_level": [80.0, 2.5]},
+        "expected one level, or method=f-distill or dmd2",
+        [{"student_level": [80.0]}, {"student_level": 80.0}, {"method": "f-distill"}, {"method": "dmd2"}],
+    ),
+    ({"student_level": -1}, "expected a level above 0", [{"student_level": value} for value in (1.0, [2.0], None)]),
+    (
+        {"matching_levels.low": 0.9, "matching_levels.high": 0.5},
+        "expected low < high",
+        [{"matching_levels.low": 0.4}],
+    ),
+    (
+        {"ema.export": 0.5, "ema.sigma_rel": [0.05]},
+        "expected one of decays [0.98] or sigma_rel=0.05",
+        [{"ema.export": 0.98}, {"ema.export": "sigma_rel=0.05"}],
+    ),
+    (
+        {"ema.snapshot_every": 5},
+        "expected widths such as [0.05, 0.1], or snapshot_every=0",
+        [{"ema.sigma_rel": [0.05, 0.1]}, {"ema.snapshot_every": 0}],
+    ),
+    ({"ema.decays": [0.98, 0.98]}, "expected each once", [{"ema.decays": [0.98]}]),
+    ({"method": "fdistill"}, "did you mean 'f-distill'", [{"method": "f-distill"}]),
+    ({"generator.lrr": 1e-4}, "did you mean 'lr'", [{"generator.lrr": LEFT_OUT, "generator.lr": 1e-4}]),
+    ({"log.tracker": "tensorbord"}, "did you mean 'tensorboard'", [{"log.tracker": "tensorboard"}]),
+    (
+        {"stages": [{"iterations": 3}, {"iterations": 2}], "iterations": 6},
+        "leave it out, or give their sum",
+        [{"iterations": LEFT_OUT}, {"iterations": 5}],
+    ),
+    (
+        {"stages": "many"},
+        "expected a list such as [{iterations: 100}, {iterations: 50}]",
+        [{"stages": [{"iterations": 100}, {"iterations": 50}]}],
+    ),
+    ({"stages": [{"iterations": 0}]}, "expected how many it has, at least 1", [{"stages": [{"iterations": 1}]}]),
+    (
+        {"stages": [{"iterations": 2, "batch_size": 4}]},
+        "set it for the run and leave it out here",
+        [{"stages": [{"iterations": 2}], "batch_size": 4}],
+    ),
+    (
+        {"method": "diff-instruct", "stages": [{"iterations": 2}, {"iterations": 2, "method": "vsd"}]},
+        "set fake_score.lora_rank for the run, or name in this stage the losses that change",
+        [
+            {"fake_score.lora_rank": 64},
+            {"stages": [{"iterations": 2}, {"iterations": 2, "generator.weighting": "vsd"}]},
+        ],
+    ),
+    (
+        {"stages": [{"iterations": 2}, {"iterations": 2, "method": "diffratio"}]},
+        "expected methods that all have a score network, or the same method in all stages",
+        [
+            {"stages": [{"iterations": 2}, {"iterations": 2, "method": "diff-instruct"}]},
+            {"stages": [{"iterations": 2}, {"iterations": 2}]},
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "words", "advised"), ADVICE, ids=[words for _, words, _ in ADVICE])
+def test_settings_are_taken_once_advice_is_followed(wrong: Settings, words: str, advised: list[Settings]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, wrong)
+    assert words in str(caught.value)
+    for changes in advised:
+        mended = {key: value for key, value in {**wrong, **changes}.items() if value is not LEFT_OUT}
+        load_config(None, mended)
+
+
+def test_a_config_for_another_method() -> None:
+    with pytest.raises(ConfigError, match="choose a config for 'dmd', or one that names no method, such as digits"):
+        load_config("digits-sid", {"method": "dmd"})
+    assert load_config("digits-dmd").method == load_config("digits", {"method": "dmd"}).method == "dmd"
+
+
+def test_a_name_that_is_nearly_one() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'digits'"):
+        load_config("digit")
+    load_config("digits")
+
+
+def test_texts_that_are_no_settings(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"expected key=value, as in divergence=forward-kl or generator\.lr=1e-5"):
+        load_config("digits", ["divergence"])
+    load_config("digits", ["divergence=forward-kl", "generator.lr=1e-5"])

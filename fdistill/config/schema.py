@@ -62,7 +62,9 @@ class DistillConfig(Section):
     teacher_base: str | None = Field(
         default=None, description="folder or Hub id of the published pipeline that a single-file teacher was made from"
     )
-    teacher_lora: str | None = Field(default=None, description="LoRA file to merge into the teacher; null is none")
+    teacher_lora: str | None = Field(
+        default=None, description="LoRA file, or folder of peft's, to merge into the teacher; null is none"
+    )
     teacher_lora_scale: Scale = 1.0
     guidance_scale: Positive = Field(
         default=1.0,

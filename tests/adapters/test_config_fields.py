@@ -41,6 +41,7 @@ from fdistill.adapters.parametrisation import (
 )
 from fdistill.base.errors import CheckpointError
 from fdistill.formats.peft_config import PEFT_FIELDS
+from fdistill.generation.diffusers_pipeline import only_diffusers_runs
 from fdistill.teachers.autoencoder import AUTOENCODERS
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
@@ -261,6 +262,8 @@ def test_the_embedding_of_a_guidance_scale_is_refused_in_a_teachers_folder(tmp_p
     network.save_pretrained(folder / "unet")
     with pytest.raises(CheckpointError, match=r"sdxl: UNet2DConditionModel with time_cond_proj_dim 16: .*few steps"):
         load_teacher(folder)
+    assert only_diffusers_runs(folder)  # so that it can be evaluated by its own pipeline
+    assert not only_diffusers_runs(sdxl(tmp_path / "read"))
 
 
 #: Fields that published configs have beside those of the class, or instead of them, with their values.

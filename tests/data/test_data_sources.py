@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
@@ -296,12 +295,7 @@ def test_cifar10_packed_and_extracted(kind: str, tmp_path: Path) -> None:
         assert source.labels.tolist() == labels.tolist()
         assert source.num_classes == 10
 
-    whole = archive.read_bytes()
-    for place in range(20, len(whole), len(whole) // 20):
-        archive.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
-        with contextlib.suppress(DataError):  # a byte behind the last batch may be anything
-            open_source(str(archive))
-    archive.write_bytes(whole[:-300])
+    archive.write_bytes(archive.read_bytes()[:-300])
     with pytest.raises(DataError, match="not a whole archive"):
         open_source(str(archive))
     last = sorted(content)[-1]

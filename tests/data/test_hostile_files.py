@@ -197,8 +197,14 @@ def test_archives_with_any_bytes_changed_end_in_one_line(tmp_path: Path) -> None
     with tarfile.open(tmp_path / "shard.tar", "w") as shard:
         shard.add(tmp_path / "set" / "0" / "0.png", "0.png")
         shard.add(tmp_path / "set" / "0" / "0.txt", "0.txt")
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as batches:
+        for number in range(1, 6):
+            batch = put(tmp_path / "batch", (b"".join(bytes([row % 10]) * 7 for row in range(256)) * 12)[: 6 * 3073])
+            batches.add(batch, f"cifar-10-batches-bin/data_batch_{number}.bin")
     chosen = random.Random(0)
-    for path in (zipped(tmp_path / "set", tmp_path / "set.zip"), *tmp_path.glob("*.npz"), tmp_path / "shard.tar"):
+    archives = [zipped(tmp_path / "set", tmp_path / "set.zip"), tmp_path / "shard.tar", *tmp_path.glob("*z")]
+    assert [len(open_source(str(path))) for path in archives if path.suffix == ".gz"] == [30]
+    for path in archives:
         whole = path.read_bytes()
         for _ in range(25):
             content = bytearray(whole)

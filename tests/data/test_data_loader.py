@@ -328,6 +328,19 @@ def test_a_worker_that_dies_is_reported_and_the_others_end(source: Source) -> No
     await_the_end_of(workers)
 
 
+def test_workers_leave_signals_to_the_main_process(source: Source) -> None:
+    """Ctrl-C and schedulers signal every process, and the main one needs batches to finish its iteration."""
+    before = children()
+    with ImageLoader(source, (3, 8, 8), Batching(8, seed=0), workers=2) as loader:
+        next(loader)
+        workers = children() - before
+        for worker in workers:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(worker, number)
+        assert len(list(islice(loader, 100))) == 100
+    await_the_end_of(workers)
+
+
 def test_closing_ends_the_workers_at_once(source: Source) -> None:
     before = children()
     loader = ImageLoader(source, (3, 8, 8), Batching(8, seed=0), workers=2)

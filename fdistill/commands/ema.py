@@ -19,7 +19,8 @@ from fdistill.generation.generate import labels_or_prompts, open_maker
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.generation.sampling import Sampling
 from fdistill.generator import Student
-from fdistill.students.folder import STUDENT_FILE, save_student, student_facts, student_folder
+from fdistill.student_kinds import STUDENT_FILE
+from fdistill.students.folder import save_student, student_facts, student_folder
 from fdistill.training.snapshots import Snapshot, combine, find_snapshots
 
 _SAMPLES = 20  # images in the model card's picture

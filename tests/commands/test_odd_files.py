@@ -23,6 +23,7 @@ import pytest
 
 from fdistill import distill
 from fdistill.commands.cli import main
+from fdistill.commands.tiny_pipelines import tiny_pipeline
 from support.odd_files import FIRST_LAYOUT, odd_file, odd_folder, odd_images
 
 NIGHTLY = int(os.environ.get("FDISTILL_FUZZ", "0"))
@@ -64,13 +65,14 @@ class Place:
         draw: its random numbers.
         folder: an empty folder for its input.
         output: what a command may write; not there yet.
-        teacher, run: a whole teacher of 20,000 parameters, and a whole run of it.
+        teacher, text, run: a whole teacher of 20,000 parameters, one that takes prompts, and a run of the first.
     """
 
     draw: random.Random
     folder: Path
     output: Path
     teacher: Path
+    text: Path
     run: Path
 
     def file(self, *names: str) -> str:
@@ -92,7 +94,7 @@ def _dry(place: Place, *settings: str) -> list[str]:
 
 
 def _text(place: Place, *settings: str) -> list[str]:
-    fixed = ("data=null", "method=diff-instruct", "student_level=999", "condition_dropout=0", f"teacher={TEXT}")
+    fixed = ("data=null", "method=diff-instruct", "student_level=999", "condition_dropout=0", f"teacher={place.text}")
     return _dry(place, *fixed, *settings)
 
 
@@ -106,7 +108,7 @@ TRIALS: dict[str, Callable[[Place], list[str]]] = {
     "config": lambda p: ["distill", p.file("config.yaml", "small.yaml"), f"teacher={p.teacher}", "--dry-run"],
     "smoke": lambda p: ["distill", p.file("config.yaml", "small.yaml"), "--smoke", "--dry-run"],
     "data": lambda p: _dry(p, f"teacher={p.teacher}", f"data={p.images()}"),
-    "teacher": lambda p: _dry(p, f"teacher={p.checkpoint(p.teacher, TEXT)}"),
+    "teacher": lambda p: _dry(p, f"teacher={p.checkpoint(p.teacher, p.text)}"),
     "student.checkpoint": lambda p: _dry(p, f"teacher={p.teacher}", f"student.checkpoint={p.checkpoint(p.teacher)}"),
     "fake_score.checkpoint": lambda p: _dry(p, f"teacher={p.teacher}", f"fake_score.checkpoint={p.checkpoint(p.run)}"),
     "prompts of distill": lambda p: _text(p, f"prompts={p.file(*PROMPTS)}"),
@@ -114,10 +116,12 @@ TRIALS: dict[str, Callable[[Place], list[str]]] = {
     "resume": _resumed,
     "generate": lambda p: ["generate", p.checkpoint(*STUDENTS), "--num-images", "2"],
     "generate from a teacher": lambda p: [
-        *("generate", p.checkpoint(p.teacher, TEXT), "--num-images", "1", "--steps", "1"),
+        *("generate", p.checkpoint(p.teacher, p.text), "--num-images", "1", "--steps", "1"),
     ],
     "pipeline": lambda p: ["generate", p.checkpoint(*STUDENTS), "--num-images", "1", "--sampler", "pipeline"],
-    "prompts of generate": lambda p: ["generate", str(TEXT), "--num-images", "1", "--prompts", p.file(*PROMPTS)],
+    "prompts of generate": lambda p: [
+        *("generate", str(p.text), "--num-images", "1", "--steps", "1", "--prompts", p.file(*PROMPTS)),
+    ],
     "evaluate": lambda p: ["evaluate", p.images(), "--metrics", "fd_digits", "--replicates", "0"],
     "reference of evaluate": lambda p: [
         *("evaluate", "digits", "--num-images", "70", "--steps", "1", "--metrics", "fd_digits", "--replicates", "0"),
@@ -138,7 +142,7 @@ TRIALS: dict[str, Callable[[Place], list[str]]] = {
         *("convert", p.file(*PUBLISHED), "--output", str(p.output), "--like", str(p.teacher)),
         *("--student-level", "80"),
     ],
-    "convert --base": lambda p: ["convert", p.file(*PUBLISHED), "--output", str(p.output), "--base", str(TEXT)],
+    "convert --base": lambda p: ["convert", p.file(*PUBLISHED), "--output", str(p.output), "--base", str(p.text)],
     "convert --family": lambda p: ["convert", p.file(*PUBLISHED), "--output", str(p.output), "--family", "dit"],
     "export": lambda p: [
         *("export", p.checkpoint(TEXT), "--format", p.draw.choice(("lora", "comfy", "comfy-lora"))),
@@ -146,7 +150,7 @@ TRIALS: dict[str, Callable[[Place], list[str]]] = {
     ],
     "inspect": lambda p: ["inspect", p.checkpoint(p.teacher, *STUDENTS)],
     "data of inspect": lambda p: ["inspect", str(p.teacher), "--data", p.images()],
-    "cache": lambda p: ["cache", p.images(), "--teacher", str(TEXT), "--workers", "1", "--output", str(p.output)],
+    "cache": lambda p: ["cache", p.images(), "--teacher", str(p.text), "--workers", "1", "--output", str(p.output)],
     "ema": lambda p: ["ema", p.checkpoint(FIRST_LAYOUT / "run"), "--sigma-rel", "0.12", "--output", str(p.output)],
     "any argument": lambda p: [p.draw.choice(("generate", "evaluate", "inspect", "convert")), p.file("one.png")],
 }
@@ -257,7 +261,16 @@ def wrong_lines(status: int, said: str) -> list[str]:
     return [] if listed else lines[1:]
 
 
-def test_odd_files(tiny_teacher: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def text_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teachers") / "text"
+    tiny_pipeline("StableDiffusionPipeline").save_pretrained(folder)
+    return folder
+
+
+def test_odd_files(
+    tiny_teacher: Path, text_teacher: Path, whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path / "cache"))
     faults, awaited, ends = [], [], []
@@ -267,7 +280,7 @@ def test_odd_files(tiny_teacher: Path, whole_run: Path, tmp_path: Path, monkeypa
         folder = tmp_path / f"{number}"
         (folder / "in").mkdir(parents=True)
         (folder / "out").mkdir()
-        place = Place(draw, folder / "in", folder / "out" / "made", tiny_teacher, whole_run)
+        place = Place(draw, folder / "in", folder / "out" / "made", tiny_teacher, text_teacher, whole_run)
         found, status = fault(trial, place, monkeypatch)
         ends.append(status)
         if found is not None:

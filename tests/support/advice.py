@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from fdistill.commands.tiny_pipelines import tiny_pipeline
 from fdistill.data.digit_captions import evaluation_prompts
 from fdistill.networks import EDMNetwork
 from support.denoisers import tiny_unet
@@ -63,8 +64,8 @@ def make_files(folder: Path, tiny_teacher: Path) -> None:
     shutil.copytree(tiny_teacher, folder / "unconditional", ignore=shutil.ignore_patterns("unet"))
     tiny_unet(num_class_embeds=None).save_pretrained(folder / "unconditional" / "unet")
     tiny_unet(num_class_embeds=11).save_pretrained(folder / "eleven" / "unet")
-    shutil.copytree(TEXT, folder / "text")
-    shutil.copytree(TEXT, folder / "no-vae", ignore=shutil.ignore_patterns("vae"))
+    tiny_pipeline("StableDiffusionPipeline").save_pretrained(folder / "text")
+    shutil.copytree(folder / "text", folder / "no-vae", ignore=shutil.ignore_patterns("vae"))
 
 
 def dry(*settings: str) -> Words:
@@ -157,13 +158,13 @@ ADVICE: list[tuple[Words, str, list[Words]]] = [
         "leave them out, or choose a text-to-image model",
         [
             ["generate", "MADE/tiny", "--num-images", "1", "--steps", "1"],
-            ["generate", "MADE/text", "--num-images", "1", "--prompt", "a"],
+            ["generate", "MADE/text", "--num-images", "1", "--steps", "1", "--prompt", "a"],
         ],
     ),
     (
-        ["generate", "MADE/text", "--num-images", "1"],
+        ["generate", "MADE/text", "--num-images", "1", "--steps", "1"],
         "expected at least one prompt, and no class labels",
-        [["generate", "MADE/text", "--num-images", "1", "--prompt", "a"]],
+        [["generate", "MADE/text", "--num-images", "1", "--steps", "1", "--prompt", "a"]],
     ),
     (
         ["generate", "MADE/unconditional", "--num-images", "1", "--steps", "1", "--class-labels", "3"],
@@ -292,17 +293,17 @@ ADVICE: list[tuple[Words, str, list[Words]]] = [
         [["convert", "MADE/misnamed.pt", "--like", "MADE/tiny", "--student-level", "none"]],
     ),
     (
-        ["export", "MADE/text", "--format", "zip", "--output", "OUT.safetensors"],
+        ["export", str(TEXT), "--format", "zip", "--output", "OUT.safetensors"],
         "expected lora, comfy, comfy-lora",
         [
-            ["export", "MADE/text", "--format", name, "--output", "OUT.safetensors"]
+            ["export", str(TEXT), "--format", name, "--output", "OUT.safetensors"]
             for name in ("lora", "comfy", "comfy-lora")
         ],
     ),
     (
-        ["export", "MADE/text", "--format", "lora", "--output", "OUT.bin"],
+        ["export", str(TEXT), "--format", "lora", "--output", "OUT.bin"],
         "expected a file name that ends in .safetensors",
-        [["export", "MADE/text", "--format", "lora", "--output", "OUT.safetensors"]],
+        [["export", str(TEXT), "--format", "lora", "--output", "OUT.safetensors"]],
     ),
     (
         ["cache", "MADE/eight", "--teacher", "MADE/tiny"],

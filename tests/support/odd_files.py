@@ -288,4 +288,8 @@ def odd_images(folder: Path, draw: random.Random) -> Path:
         if draw.random() < 0.4:
             named = draw.choice(("metadata.jsonl", "manifest.json", "dataset.json", "000.txt", "x.png", "Thumbs.db"))
             file.rename(place / named)
+    if draw.random() < 0.2:
+        os.mkfifo(path / "0" / "pipe.png")
+    if draw.random() < 0.2:
+        (path / "0" / "endless.png").symlink_to("/dev/zero")
     return path

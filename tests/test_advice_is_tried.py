@@ -51,6 +51,16 @@ NOT_THERE: dict[str, str] = {
     "into stage ": "followed in tests/training/test_loop.py",
     "or change the run's setting": "followed for captions, in tests/commands/test_advice.py",
     ", but the teacher's images are ": "followed: the recipes stand in a variable part of the message",
+    "or leave file_name out of all lines if they are": "both are read in evaluation/test_images_as_they_are.py",
+    "; on CPUs launch them with ": "needs a launcher; tests/base/test_distributed.py starts processes by torch's",
+    "that no other job has the port": "needs several machines, or another job",
+    "run again, with --resume if it was distill": "resumed in tests/training/test_loop.py",
+    "check the path, or choose another one": "any place that can be written",
+    "; choose another name": "any place that can be written",
+    "wait until it has ended, or choose another place": "any place that can be written",
+    "or pass --allow-skipped (to evaluate, compare": "followed in tests/evaluation/test_images_as_they_are.py",
+    "run again with --resume to go on from iteration ": "followed in tests/training/test_checkpoint_integrity.py",
+    "; continue with --resume": "followed in tests/training/test_stopping.py",
     "; leave ": "followed: the option stands in a variable part of the message",
 }
 _NAMES = re.compile(

@@ -44,6 +44,7 @@ IMAGES = [
 PROMPTS = ["prompts.txt", "prompts.jsonl"]
 PUBLISHED = ["network.pkl", "plain.pkl", "weights.pt", "weights.bin", "weights.safetensors"]
 
+
 class TooSlow(BaseException):
     """No command may catch it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import signal
 import time
 from itertools import islice
@@ -450,6 +451,7 @@ def test_broken_latents(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []  # nothing is left of them
 
     def changed(**values: object) -> None:
+        shutil.rmtree(tmp_path / "l", ignore_errors=True)
         write_latents(tmp_path / "l", good, META, None)
         path = tmp_path / "l" / "latents.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -194,7 +194,7 @@ def test_tensors_of_no_run_like_this(
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("seed", 1), ("generator.lr", 0.5), ("ratio.num_bins", 7), ("batch_size", 8)]
+    ("key", "value"), [("seed", 1), ("generator.beta1", 0.5), ("ratio.num_bins", 7), ("batch_size", 8)]
 )
 def test_a_checkpoint_of_another_run(
     folder: Path, run: Distillation, newest: Path, tiny_teacher: Path, key: str, value: float

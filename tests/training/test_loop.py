@@ -273,7 +273,7 @@ def test_the_role_that_broke_the_others_is_named(tiny_teacher: Path, tmp_path: P
         with pytest.raises(NonFiniteError) as caught:
             run(tiny_teacher, tmp_path / f"{lr:g}", **quiet, **{"generator.lr": lr})
         message = str(caught.value)
-        assert "there was no checkpoint yet; to go on, add --resume generator.lr=" in message
+        assert "there is no good checkpoint yet; to go on, add --resume generator.lr=" in message
         assert "generator" in message.partition("there was no")[0]
     assert "fake_score: denoising became nan" in message
     assert "; before that, an update of generator took the norm of its weights from " in message

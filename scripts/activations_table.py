@@ -236,14 +236,14 @@ def built(recipe: str, config: DistillConfig) -> building.Distillation:
     """The run that the recipe describes, on fake tensors."""
     teacher = published(recipe, config)
     noise_to_signal_range(teacher.schedule)  # this and the divergence are computed once, from values
-    divergence = read_divergence(config)
+    divergences = [read_divergence(stage) for stage in config.stage_configs()]
     null: Any = None
     if teacher.text_shapes is not None:
         null = SimpleNamespace(embeddings=SimpleNamespace(null=teacher.example_condition(1, CPU)))
     loaded = building._Loaded(Teacher(Checkpoint(recipe), teacher, None), None, None, null)
     # The check of the student's export computes with values; every run of the recipe passes it.
     with fake(), mock.patch("fdistill.students.kinds.check_exportable"):
-        return building._assemble(config, CPU, [divergence], loaded)
+        return building._assemble(config, CPU, divergences, loaded)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -278,6 +278,7 @@ def peak(recipe: str, **changes: Any) -> Peak:
     config = load_config(recipe, changes)
     batch = config.batch_size // (1 if recipe in ALONE else 8)
     run = built(recipe, config)
+    run.iteration = run.stages[-1].first  # a warm-up by regression before it needs less
     teacher = run.networks.teacher
     modules = [teacher, *(run.role(name) for name in run.optimizers)]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]

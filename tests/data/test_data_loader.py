@@ -333,7 +333,7 @@ def test_workers_leave_signals_to_the_main_process(source: Source) -> None:
     """Ctrl-C and schedulers signal every process, and the main one needs batches to finish its iteration."""
     before = children()
     with ImageLoader(source, (3, 8, 8), Batching(8, seed=0), workers=2) as loader:
-        next(loader)
+        assert len(list(islice(loader, 8))) == 8  # by now both workers have begun
         workers = children() - before
         for worker in workers:
             for number in (signal.SIGTERM, signal.SIGINT):

@@ -9,7 +9,8 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 echo "== ruff"
 ruff format --check .
 ruff check .
-echo "== mypy"
-mypy
-echo "== pytest"
+echo "== mypy, pytest"
+mypy & # uses a core for a minute, in which pytest's processes begin
+types=$!
 python -m pytest --numprocesses 2 --dist loadfile "$@"
+wait "$types"

@@ -317,7 +317,8 @@ def _problem(metric: Metric, images: Images, reference: Reference | None, protoc
     if metric.needs == "labels" and images.labels is None:
         return f"needs class labels, and {images.name} has none in a manifest.json, in folder names or in an array"
     if metric.needs == "prompts" and images.prompts is None:
-        return f"needs prompts, and {images.name} has none; pass a file with one for each image (--prompts)"
+        own = ": those of this protocol, in their order" if protocol.prompts is not None else ""
+        return f"needs prompts, and {images.name} has none; pass a file with one for each image (--prompts){own}"
     return None
 
 

@@ -17,7 +17,7 @@ from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import read_scheduler_config, student_scheduler
 from fdistill.base import rng
 from fdistill.base.devices import autocast, start
-from fdistill.base.errors import DataError
+from fdistill.base.errors import CheckpointError, DataError
 from fdistill.base.images import to_unit
 from fdistill.commands.predictions import SEED, LevelCheck, at_once, check_predictions, describe_effect, rows
 from fdistill.commands.readings import PIXEL_RANGES, Subject, Verdict, judge, round_trip
@@ -221,6 +221,11 @@ def _samples(
         firsts = range(0, count, few)
         parts = zip(firsts, noise.split(few), strict=True)
         x0 = torch.cat([heun_sample(denoiser, part, rows(condition, first, first + few)) for first, part in parts])
+        if not torch.isfinite(x0).all():
+            raise CheckpointError(
+                f"checkpoint {checkpoint.name!r}: its own samples are not finite, so its weights are damaged; expected "
+                "the files as they were published, so get them again"
+            )
         return _Samples(x0, x0, condition, null)
     source = open_source(data)
     say(f"data {data}", account_of(source).sentence())

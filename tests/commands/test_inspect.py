@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fdistill import distill
 from fdistill.assets import EMBEDDED_TEACHERS
-from fdistill.base.errors import DataError
+from fdistill.base.errors import CheckpointError, DataError
 from fdistill.commands.cli import app
 from fdistill.commands.inspect import describe, describe_features, inspect
 from fdistill.commands.predictions import LevelCheck, LinearDenoiser, check_predictions, relative_error
@@ -223,3 +223,11 @@ def test_features_fit_on_a_line_or_two() -> None:
         "stem (8, 64, 64), block0 to block56 (3072, 32, 32), depth25, depth50, depth75 (3072, 32, 32), "
         "down0 (320, 64, 64), down1 (640, 32, 32)"
     )
+
+
+def test_weights_that_are_not_finite_are_one_line(tiny_teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_teacher, tmp_path / "teacher")
+    path = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * torch.nan for name, value in load_file(path).items()}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="its own samples are not finite, so its weights are damaged"):
+        inspect(tmp_path / "teacher")

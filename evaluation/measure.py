@@ -144,8 +144,7 @@ def measure(views: Mapping[str, Images], reference: Reference | None, setting: S
             strata=None if protocol.random_labels else images.labels,
         )
         scores, pictures = _computed(metrics, measured, draw=setting.pictures)
-    _warn_of_lossy(images)
-    _warn_of_turned(images)
+    _warn_of_some(images)
     named = {}
     for name, score in scores.items():
         metric = protocol.names()[name]
@@ -264,24 +263,18 @@ def _warn_of_count(images: Images, protocol: Protocol) -> None:
         )
 
 
-def _warn_of_lossy(images: Images) -> None:
-    lossy = images.facts.get("lossy_files", 0)
-    if lossy:
-        warnings.warn(
-            f"{images.name}: {lossy} of {len(images)} samples are lossy files (JPEG, WebP), whose artefacts change "
-            "scores; write PNG",
-            stacklevel=3,
-        )
+#: A fact about images, which counts some of them -> what is said of those.
+_WARNED_OF = {
+    "lossy_files": "samples are lossy files (JPEG, WebP), whose artefacts change scores; write PNG",
+    "turned_by_camera": "images are marked by a camera as turned (EXIF), and are measured as they are stored, as "
+    "published scores are; training turns such images upright",
+}
 
 
-def _warn_of_turned(images: Images) -> None:
-    turned = images.facts.get("turned_by_camera", 0)
-    if turned:
-        warnings.warn(
-            f"{images.name}: {turned} of {len(images)} images are marked by a camera as turned (EXIF), and are "
-            "measured as they are stored, as published scores are; training turns such images upright",
-            stacklevel=3,
-        )
+def _warn_of_some(images: Images) -> None:
+    for fact, said in _WARNED_OF.items():
+        if count := images.facts.get(fact, 0):
+            warnings.warn(f"{images.name}: {count} of {len(images)} {said}", stacklevel=3)
 
 
 def _chosen(images: Images, reference: Reference | None, setting: Setting) -> list[str]:

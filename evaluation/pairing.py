@@ -44,7 +44,7 @@ def _by_name(images: Images, files: Sequence[str], names: Sequence[str], prompts
     for name, prompt in zip(names, prompts, strict=True):
         name = composed(PurePosixPath(name).as_posix())
         if name in found:
-            raise ArgumentError(f"prompts: a second one of {shown(name)}; expected one for each image")
+            raise ArgumentError(f"prompts: {shown(name)} has two; expected one for each image")
         found[name] = prompt
     missing = [file for file in files if composed(file) not in found]
     if missing:

@@ -16,12 +16,14 @@ from fdistill.base.files import not_weights
 
 Network = TypeVar("Network", bound=ModelMixin)
 
-_LOADING_ERRORS = (
+#: What diffusers and transformers raise for components that they cannot load.
+LOADING_ERRORS = (
     OSError,
     ValueError,
     RuntimeError,
     TypeError,
     LookupError,
+    AttributeError,
     ArithmeticError,
     ImportError,  # of a library that quantized weights need
     SafetensorError,
@@ -50,7 +52,7 @@ def load_network(cls: type[Network], folder: Path) -> Network:
             network, info = cls.from_pretrained(
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         for path in sorted(folder.glob("*.safetensors")):
             what = not_weights(path)
             if what is not None:

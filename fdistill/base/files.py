@@ -243,7 +243,7 @@ _NOT_WEIGHTS = {
 def not_weights(path: Path) -> str | None:
     """What a file is, as the end of a sentence, if it is something that people take for weights; otherwise None."""
     if path.exists() and not (path.is_file() or path.is_dir()):
-        return "a pipe or a device, which may never end; expected a file"
+        return "is a pipe or a device, which may never end; expected a file"
     try:
         with path.open("rb") as file:
             start = file.read(32)

@@ -33,8 +33,8 @@ from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
 
 _PROMPT = "a photo"  # used if images have no captions
-#: For networks of up to so many parameters: the number of images, and of those on which readings are compared, so that
-#: a check takes about a minute (docs/teachers.md).
+#: For networks of up to so many parameters: the number of images, and of those on which readings are compared. With
+#: these a check takes less than a minute where the network belongs (docs/teachers.md).
 _AMOUNTS: list[tuple[float, int, int]] = [(3e8, 64, 16), (2e9, 16, 4), (math.inf, 4, 2)]
 _AMOUNTS_ON_CPU: list[tuple[float, int, int]] = [(1e7, 64, 16), (math.inf, 4, 2)]
 #: Networks of more parameters compute in bf16 on a GPU; no reading is mistaken for another by its rounding.
@@ -290,7 +290,7 @@ _LIKELY = (
     "denoiser's, {own.relative_error:.2f} as it is read"
 )
 _NONE_FITS = (
-    "none of {count} other readings fits (pixel range, scale, schedule, prediction type): an untrained network, or "
+    "no other reading fits, of {count} tried (pixel range, scale, schedule, prediction type): an untrained network, or "
     "other data than it was trained on"
 )
 _UNKNOWN = (

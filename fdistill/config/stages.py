@@ -92,20 +92,23 @@ def stage_values(base: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str,
     if name in METHODS and name != base["method"]:
         values = _with_method(values, name)
     values = merged(values, stage)
-    _check_averages(base["ema"], values["ema"])
-    return values
+    return {**values, "ema": _averages(base["ema"], values["ema"])}
 
 
-def _check_averages(run: Mapping[str, Any], stage: dict[str, Any]) -> None:
-    """Checks that a stage has the averages of the run, each with a decay, and names the exported one by its decay."""
+def _averages(run: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's section about averages, in which the exported one is named by its decay in the stage.
+
+    Raises:
+        ValueError: the stage has not a decay for each of the run's averages.
+    """
     if stage["decays"] == run["decays"]:
-        return
+        return dict(stage)
     if not isinstance(stage["decays"], list) or len(stage["decays"]) != len(run["decays"]):
         raise ValueError(
             f"ema.decays: got {stage['decays']!r}; expected a decay for each of the run's averages {run['decays']}"
         )
-    if run["export"] in run["decays"]:
-        stage["export"] = stage["decays"][run["decays"].index(run["export"])]
+    decays = dict(zip(run["decays"], stage["decays"], strict=True))
+    return {**stage, "export": decays.get(run["export"], run["export"])}
 
 
 def check_alike(methods: Sequence[str]) -> None:

@@ -56,8 +56,8 @@ def check_no_gaps(numbers: Sequence[int], where: str) -> None:
     gap = next((place for place, number in enumerate(numbers, 1) if number != place), None)
     if gap is not None:
         raise DataError(
-            f"{where}: line {gap} is blank, and with it skipped each line behind it would go with another image; write "
-            "its text, or remove the line"
+            f"{where}: line {gap} is blank, but each line belongs to one image, in their order; write its text, or "
+            "remove the line"
         )
 
 

@@ -10,14 +10,13 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import SafetensorError
 from torch import nn
 
 from fdistill.adapters import OWN_COMPONENT, network_components
 from fdistill.adapters.checkpoint import Checkpoint, check_pipeline, find_network, resolve_checkpoint
 from fdistill.adapters.config_fields import check_network_config
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
-from fdistill.adapters.pretrained import load_network
+from fdistill.adapters.pretrained import LOADING_ERRORS, load_network
 from fdistill.base.errors import CheckpointError
 from fdistill.formats.pipeline_folder import read_config
 from fdistill.students import one_step_pipeline, tiue_pipeline  # noqa: F401  they register their classes with diffusers
@@ -32,16 +31,6 @@ _LEFT_OUT: dict[str, Any] = {
     "watermarker": None,
     "add_watermarker": False,
 }
-_LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    TypeError,
-    LookupError,
-    AttributeError,
-    ImportError,
-    SafetensorError,
-)
 _ELSEWHERE = "make images with the program that it comes with, and evaluate their folder"
 #: Components of pipelines that no family has, which are evaluated in sampling steps.
 _OTHER_NETWORKS = ("prior", "prior_prior", "decoder")
@@ -89,7 +78,7 @@ def load_pipeline(checkpoint: Checkpoint) -> DiffusionPipeline:
                 folder, local_files_only=True, use_safetensors=True, torch_dtype=torch.float32, **given
             )
             pipeline.to(torch.float32)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(
             f"{folder}: {name} cannot be loaded ({one_line(error)}); expected all folders that its model_index.json "
             "names, with safetensors"

@@ -162,7 +162,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             records.append(record)
         elif number != numbered[-1][0]:
             raise OutputError(
-                f"{path}: line {number} is not a record of a run, but {line[:40]!r}; delete it to go on without it"
+                f"{path}: line {number} is not a record of a run, but {line[:40]!r}; delete that line to go on"
             )
     return records
 

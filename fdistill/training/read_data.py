@@ -44,11 +44,11 @@ def note(folder: Path, run: Distillation, source: Data) -> None:
     try:
         before = read_json_object(path)["summary"] if path.is_file() else facts["summary"]
     except (OSError, ValueError, KeyError):
-        before = "something that can no longer be read"
+        before = "data whose note is damaged"
     if before != facts["summary"]:
         warnings.warn(
-            f"{path}: the run began with {before}, and goes on with {facts['summary']}; what it has learnt is of the "
-            "first. Put the data back as they were, or start anew",
+            f"{path}: the run began with {before}, and its data are now {facts['summary']}. It goes on with the new "
+            "ones; to keep to the old, stop it and put them back as they were",
             stacklevel=2,
         )
     with atomic_file(path) as temporary:

@@ -275,7 +275,7 @@ PROMPT_FAULTS: list[tuple[str, bytes, str]] = [
     ("none.jsonl", b"{}\n", "line 1: an object with no keys"),
     ("hole.jsonl", b'{"text": "a"}\n{"text": " "}\n', "line 2: empty; expected a caption"),
     ("number.jsonl", b'{"text": 3}\n', "line 1: '3' is no text"),
-    ("gap.txt", b"a\n \nb\n", "line 2 is blank, and with it skipped each line behind it would go with another image"),
+    ("gap.txt", b"a\n \nb\n", "line 2 is blank, but each line belongs to one image"),
     ("gap at first.txt", b"\r\n\na\n", "line 1 is blank"),
     ("gap.jsonl", b'{"text": "a"}\n{"text": "b"}\n\n{"text": "c"}\n', "line 3 is blank"),
     ("some.jsonl", b'{"text": "a", "file_name": "a.png"}\n{"text": "b"}\n', 'line 2: no "file_name", and other lines'),

@@ -81,7 +81,7 @@ def test_prompts_go_with_their_images_in_every_form(captioned: tuple[Path, list[
     ("files", "says"),
     [
         ([f"{number}.png" for number in range(1, COUNT + 1)], r"no line has file_name '0\.png', and 1 of 30 images"),
-        (["0.png"] * COUNT, r"a second one of 0\.png"),
+        (["0.png"] * COUNT, r"prompts: 0\.png has two"),
         ([f"sub/{number}.png" for number in range(COUNT)], "and 30 of 30 images of"),
     ],
 )

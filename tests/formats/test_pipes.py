@@ -19,5 +19,5 @@ from fdistill.teachers.convert import convert
 @pytest.mark.parametrize("read", [resolve_checkpoint, read_torch_file, read_lora, lambda path: convert(path, "made")])
 def test_a_pipe_is_no_checkpoint(read: Callable[[Path], Any], tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(CheckpointError, match="a pipe or a device, which may never end; expected a file"):
+    with pytest.raises(CheckpointError, match="is a pipe or a device, which may never end; expected a file"):
         read(tmp_path / "pipe")

@@ -5,7 +5,6 @@ read one is an error, and on fake CUDA tensors so is one left on the CPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fdistill.base import rng
+from fdistill.base.devices import autocast
 from fdistill.base.distributed import average_gradients
 from fdistill.ema import EMA
 from fdistill.losses import denoising_loss, matching_loss
@@ -80,7 +80,7 @@ def step(name: str, device: torch.device, precision: str) -> tuple[StepResult, t
     with unset_fake_temporarily():
         noise_to_signal_range(networks.teacher.schedule)  # a constant, computed once on the host
     labels = torch.zeros(BATCH, dtype=torch.long, device=device)
-    with torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext():
+    with autocast(device, precision):
         result = STEPS[name](networks, labels, torch.Generator())
     for logged in result.logs.values():
         assert logged.value.shape == logged.t.shape == (BATCH,)

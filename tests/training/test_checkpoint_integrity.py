@@ -222,7 +222,7 @@ def test_a_damaged_record_is_named_and_none_is_dropped(folder: Path, run: Distil
     lines = file.read_bytes().splitlines()
     damaged = b"\n".join([lines[0], line, *lines[2:], b""])
     file.write_bytes(damaged)
-    with pytest.raises(OutputError, match=r"metrics.jsonl: line 2 is not a record of a run.*delete it"):
+    with pytest.raises(OutputError, match=r"metrics.jsonl: line 2 is not a record of a run.*delete that line"):
         check_output(folder, run.config, resume=True)
     assert file.read_bytes() == damaged
     file.write_bytes(b"\n".join([*lines, bytes(100), b""]))  # the end of what was written when the power failed

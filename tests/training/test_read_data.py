@@ -56,7 +56,7 @@ def test_a_run_prints_and_stores_what_it_reads(
         (tmp_path / "run" / "data.json").unlink()  # a run of an earlier version
         distill("digits", output=tmp_path / "run", resume=True, **chosen)
     next((folder / "3").iterdir()).unlink()
-    with pytest.warns(UserWarning, match="the run began with 60 images .* and goes on with 59 images"):
+    with pytest.warns(UserWarning, match="the run began with 60 images .* and its data are now 59 images"):
         distill("digits", output=tmp_path / "run", resume=True, **chosen)
 
 

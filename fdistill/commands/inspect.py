@@ -37,7 +37,7 @@ _PROMPT = "a photo"  # used if images have no captions
 #: these a check takes less than a minute where the network belongs (docs/teachers.md).
 _AMOUNTS: list[tuple[float, int, int]] = [(3e8, 64, 16), (2e9, 16, 4), (math.inf, 4, 2)]
 _AMOUNTS_ON_CPU: list[tuple[float, int, int]] = [(1e7, 64, 16), (math.inf, 4, 2)]
-#: Networks of more parameters compute in bf16 on a GPU; no reading is mistaken for another by its rounding.
+#: Networks of more parameters compute in bf16 on a GPU.
 _LARGE = 3e8
 Report = tuple[dict[str, Any], list[LevelCheck], Verdict | None]
 

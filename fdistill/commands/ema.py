@@ -55,9 +55,9 @@ def reconstruct_student(
         ArgumentError, CheckpointError, OutputError: before anything is written.
     """
     gamma = gamma_from_sigma_rel(sigma_rel)
+    original = student_folder(run)
     used = _snapshots(Path(run), iteration)
     last = used[-1].iteration
-    original = student_folder(run)
     with claimed_folder(Path(output)) as folder:
         _, chosen_device = start(device)
         maker = open_maker(original, chosen_device, Sampling(network=network))

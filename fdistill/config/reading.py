@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from fdistill.base.errors import ConfigError, did_you_mean, shown
+from fdistill.base.reading import not_here
 from fdistill.config.nested import leaves
 from fdistill.config.plain_yaml import MAX_CHARACTERS, MAX_DEPTH, parse_yaml
 from fdistill.config.problems import explain
@@ -40,6 +41,9 @@ def config_path(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name in known:
         return known[name]
+    special = not_here(path, "")
+    if special:
+        raise ConfigError(f"config {name!r}: {special}; expected a YAML file, or the name of a config such as digits")
     raise ConfigError(f"config {name!r}: no such file, and no config of that name; {did_you_mean(name, known)}")
 
 

@@ -16,6 +16,7 @@ from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_chec
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import KEPT_SUFFIXES, read_json_object, replaced_folder
 from fdistill.base.hashes import check_files, noted_files
+from fdistill.base.reading import not_here
 from fdistill.base.state_dicts import load_exactly, unshared
 from fdistill.denoiser import Denoiser
 from fdistill.formats.lora_file import LORA_FILE, save_lora
@@ -98,7 +99,7 @@ def student_folder(path: str | Path) -> Path:
     """
     folder = find_student(path)
     if folder is None:
-        missing = f"no {STUDENT_FILE} in it" if Path(path).is_dir() else "no such folder"
+        missing = f"no {STUDENT_FILE} in it" if Path(path).is_dir() else not_here(Path(path), "no such folder")
         raise CheckpointError(
             f"student {str(path)!r}: {missing}; expected what `fdistill distill` wrote to OUTPUT/student"
         )

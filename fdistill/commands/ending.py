@@ -11,6 +11,7 @@ from types import FrameType
 import typer
 
 from fdistill.base.errors import FDistillError, StoppedError
+from fdistill.base.reading import reason_of
 from fdistill.commands.options import is_main_process
 
 
@@ -30,6 +31,17 @@ def one_message() -> Iterator[None]:
     except FDistillError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        device = "the device's memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
+        typer.secho(
+            f"error: {device} does not suffice ({reason_of(error)[:200]}); choose a smaller batch (--batch-size; for "
+            "distill, batch_size or gradient_checkpointing=true), or a device with more memory",
+            fg="red",
+            err=True,
+        )
+        raise SystemExit(1) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         typer.secho(
@@ -39,6 +51,13 @@ def one_message() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether Python or torch had no memory; torch's allocator for CPUs has no class of error of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

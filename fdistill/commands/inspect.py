@@ -108,6 +108,14 @@ def _report(
 ) -> Report:
     """What `inspect` returns, from so many images and so many of them for comparing readings."""
     count, compared = amounts
+    parts = {"network": denoiser, **({} if latents is None else {"autoencoder": latents.vae})}
+    for name, part in parts.items():
+        damaged = next((key for key, value in part.named_parameters() if not torch.isfinite(value).all()), None)
+        if damaged is not None:
+            raise CheckpointError(
+                f"checkpoint {found.name!r}: tensor {damaged} of its {name} is not finite, so its weights are damaged; "
+                "expected the files as they were published, so get them again"
+            )
     facts = _facts(found, denoiser, latents)
     samples = _samples(found, denoiser, latents, data, recipe, count, device)
     facts["checked on"] = f"{count} of {data}" if data else _OWN_SAMPLES

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fdistill.base.network_sizes import check_sizes
 from fdistill.config.limits import (
     MAX_BATCH,
     MAX_BINS,
@@ -16,7 +17,6 @@ from fdistill.config.limits import (
     MAX_SIDE,
     MAX_STEPS,
     MAX_WORKERS,
-    check_network,
     distinct,
 )
 from fdistill.ema_profiles import MAX_SIGMA_REL, MIN_SIGMA_REL, profile_name
@@ -34,7 +34,7 @@ Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Names = Annotated[list[str], AfterValidator(distinct)]
-NetworkSettings = Annotated[dict[str, Any], AfterValidator(check_network)]
+NetworkSettings = Annotated[dict[str, Any], AfterValidator(check_sizes)]
 
 
 class Section(BaseModel):

@@ -41,7 +41,7 @@ def test_a_pipe_is_no_checkpoint(read: Callable[[Path], Any], tmp_path: Path) ->
         (["evaluate", "digits", "--protocol", "folder", "--reference", "PIPE"], "PIPE.*: SPECIAL; expected a folder"),
         (["evaluate", "PIPE.npz", "--protocol", "digits"], "PIPE.npz.*: SPECIAL; expected images"),
         (["reference", "PIPE", "--protocol", "folder"], "data 'PIPE': SPECIAL; expected a folder"),
-        (["compare", "PIPE", "PIPE"], "PIPE.*: SPECIAL"),
+        (["compare", "PIPE", "digits"], "PIPE.*: SPECIAL"),
         (["ema", "PIPE", "--sigma-rel", "0.1"], "student 'PIPE': SPECIAL; expected"),
         (["export", "PIPE", "--format", "comfy"], "student 'PIPE': SPECIAL; expected"),
         (["convert", "PIPE"], "PIPE: SPECIAL; expected a file"),

@@ -46,6 +46,7 @@ class WatchSettings:
         weights: as --weights of `fdistill evaluate`.
         batch_size: images at a time.
         seed: of the samples.
+        allow_skipped: as in `evaluate`.
     """
 
     protocol: str
@@ -57,6 +58,7 @@ class WatchSettings:
     weights: list[str] = field(default_factory=list)
     batch_size: int = 64
     seed: int = 0
+    allow_skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Watch:
 
     def __init__(self, student: WatchedStudent, settings: WatchSettings, device: torch.device):
         self._student, self._device, self._seed = student, device, settings.seed
+        self._settings = settings
         try:
             protocol = get_protocol(settings.protocol)
             weights = parse_weights(settings.weights)
@@ -146,12 +149,23 @@ class Watch:
             if count is None:
                 raise ArgumentError(f"num_images: protocol {protocol.name!r} takes any number; say how many")
             self._count = count
-            self._reference = open_reference(protocol, settings.reference)
+            self._reference = open_reference(protocol, settings.reference, allow_skipped=settings.allow_skipped)
             self._prompts = _prompts(settings.prompts, student, protocol, count)
             self._maker = _with_prompts(student, self._prompts)
             self._decides = self._deciding(settings.metric, self._measured(self._images(_Noise)))
         except (ArgumentError, DataError) as error:
             raise ConfigError(f"eval: {error}") from error
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """What was read for the scores, for the run's data.json: reference and prompts, where they are files."""
+        assert self._reference is not None
+        views, given = self._reference.views, self._settings
+        account = views[""].account if views else None
+        found: dict[str, Any] = {} if account is None else {"eval_reference": account.facts()}
+        if given.prompts is not None:
+            found["eval_prompts"] = {"file": given.prompts, "count": len(self._prompts or [])}
+        return found
 
     def describe(self) -> str:
         """What is measured, and which score decides."""

@@ -62,7 +62,7 @@ def _read_once(run: Distillation, plan: EncodingPlan) -> list[str]:
         source = open_source(config.data)
         with ImageLoader(source, run.image_shape, Batching(1, config.seed), recipe=config.images.recipe) as images:
             next(images)
-        return [f"data           {account_of(source).sentence()}"]
+        return [f"data           {account_of(source, captioned=run.text is not None).sentence()}"]
     one, data = config.model_copy(update={"batch_size": 1}), stored_data(run)
     with TrainingData(data, None).loader(one, run.networks.teacher, 0) as loader:
         next(loader)

@@ -236,7 +236,7 @@ def _samples(
             )
         return _Samples(x0, x0, condition, null)
     source = open_source(data)
-    say(f"data {data}", account_of(source).sentence())
+    say(f"data {data}", account_of(source, captioned=denoiser.text_shapes is not None).sentence())
     if classes and (source.num_classes is None or source.num_classes > classes):
         raise DataError(
             f"data {data}: has {source.num_classes or 'no'} classes, but the checkpoint has {classes}; expected data "

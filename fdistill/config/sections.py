@@ -314,6 +314,9 @@ class EvalConfig(Section):
     prompts: str | None = Field(default=None, description="file with one prompt per line, if the protocol has none")
     weights: list[str] = Field(default=[], description="files of published weights, as for evaluate --weights")
     batch_size: Batch = 64
+    allow_skipped: bool = Field(
+        default=False, description="compare with reference images of which more than 1 % cannot be read"
+    )
 
 
 class SmokeConfig(Section):

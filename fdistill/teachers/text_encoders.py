@@ -230,7 +230,7 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
         )
     _check_encoders(folder, checkpoint.index)
     unused = {family.component, "vae", "safety_checker", "feature_extractor", "image_encoder"}
-    absent = {
+    absent: dict[str, Any] = {
         part: None
         for part, entry in checkpoint.index.items()
         if part in unused or (isinstance(entry, list) and entry[0] is None)

@@ -85,7 +85,7 @@ def distill(
         resume_from(folder, run)
         from_main_process(lambda: prepare_folder(folder, run))
         if state.is_main_process:
-            read_data.note(folder, run, data.source)
+            read_data.note(folder, run, data.source, {} if watch is None else watch.read)
             _announce(run, folder, state.num_processes)
         received = train(run, data, Logbook(run, folder, watch, main=state.is_main_process))
         wait_for_everyone()  # a launcher ends all processes once one has ended

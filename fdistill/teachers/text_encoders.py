@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from fdistill.adapters import runs_prompts, supported_pipelines
-from fdistill.adapters.checkpoint import Checkpoint, find_network
+from fdistill.adapters.checkpoint import Checkpoint, check_configs, find_network
 from fdistill.adapters.config_fields import TEXT_ENCODER_FIELDS, check_fields
 from fdistill.adapters.family import TextToImage
 from fdistill.adapters.pretrained import LOADING_ERRORS, check_size
@@ -212,6 +212,7 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
     folder = checkpoint.folder
     if folder is None:
         raise CheckpointError(f"checkpoint {checkpoint.name!r}: is a function, and functions have no text encoders")
+    check_configs(folder)
     if not checkpoint.index:
         raise CheckpointError(
             f"checkpoint {checkpoint.name!r}: {folder} has no model_index.json, so its text encoders are not known; "

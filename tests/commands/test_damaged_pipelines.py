@@ -124,3 +124,26 @@ def test_memory_that_does_not_suffice(error: Exception, capsys: pytest.CaptureFi
 def test_other_errors_of_torch_stay_what_they_are() -> None:
     with pytest.raises(RuntimeError, match="shapes"), one_message():
         raise RuntimeError("shapes differ")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "3"])
+def test_a_config_that_is_no_object_is_named(content: str, pipelines: Path, tmp_path: Path) -> None:
+    base = tmp_path / "a"
+    shutil.copytree(pipelines / "StableDiffusionPipeline", base)
+    drawn = ["generate", str(base), "--steps", "1", "--num-images", "1", "--prompt", "a"]
+    commands = [["inspect", str(base)], [*drawn, "--output", str(tmp_path / "o"), "--sampler", "pipeline"]]
+    for place in (
+        "model_index.json",
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        "vae/config.json",
+        "text_encoder/config.json",
+        "tokenizer/tokenizer_config.json",
+    ):
+        whole = (base / place).read_text()
+        (base / place).write_text(content)
+        for command in commands:
+            done = CliRunner().invoke(app, command)
+            with pytest.raises(CheckpointError, match=rf"a/{place}: cannot be read \(.*; expected a JSON object"):
+                raise done.exception or AssertionError(done.output)
+        (base / place).write_text(whole)

@@ -322,7 +322,10 @@ class _FileImages(_SourceImages):
         return attempt
 
     def _refuse(self, problems: Sequence[str]) -> None:
+        """Raises DataError if there are problems; with those of all other images."""
         if problems:
+            whole = in_threads(self._attempt(self._is_whole), range(len(self)), self._threads)
+            problems = [result for result in whole if isinstance(result, str)] or problems
             more = "" if len(problems) <= _LISTED else f"; and {len(problems) - _LISTED} more"
             raise DataError(f"images {self.name}: {'; '.join(problems[:_LISTED])}{more}")
 
@@ -343,6 +346,10 @@ class _FileImages(_SourceImages):
         if is_turned(image):
             self._turned.add(index)
         return encoded, image
+
+    def _is_whole(self, index: int) -> bool:
+        self._pixels(index)
+        return True
 
     def _pixels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return decoded(self._open(index)[1], self._preparation)

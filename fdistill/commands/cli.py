@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -376,6 +377,16 @@ def ema(
     typer.echo(f"student: {folder}")
 
 
+_LIBRARIES = ("PIL", "diffusers", "transformers", "peft", "torch", "accelerate", "huggingface_hub")
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries tell a programmer in warnings and logs, which is no use to who runs a command."""
+    for library in _LIBRARIES:
+        warnings.filterwarnings("ignore", module=rf"{library}\b")
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
+
+
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     if is_main_process():
         typer.secho(f"warning: {message}", fg="yellow", err=True)
@@ -384,6 +395,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 def main() -> None:
     """Runs the command; see `one_message` for how it ends."""
     warnings.showwarning = _show_warning
+    quiet_libraries()
     sys.path.append(str(Path.cwd()))  # so that module:function is also found in the current folder
     with one_message():
         app()

@@ -9,6 +9,7 @@ import struct
 import tarfile
 import time
 import tracemalloc
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +20,11 @@ from PIL import Image
 
 from evaluation.images import open_images
 from fdistill.base.errors import DataError, FDistillError
+from fdistill.commands.cli import quiet_libraries
 from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.data.account import account_of
 from fdistill.data.prompts import read_prompts
-from fdistill.data.recipes import open_image
+from fdistill.data.recipes import open_header, open_image
 from support.files import patched, png, put, zipped
 
 
@@ -230,3 +232,18 @@ def _as_evaluation_does(path: Path) -> None:
     images = open_images(path, channels=3)
     images.sha256()
     images.read(range(len(images)))
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_huge_images_are_refused_in_our_words(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow warns of the first, and raises an error of its own for the second."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error")
+    data = bytearray(png(0, (8, 8)))
+    data[16:24] = struct.pack(">II", side, side)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        with pytest.raises(ValueError, match="more than 89,478,485 pixels; make it smaller"):
+            open_header(bytes(data))
+    assert not shown

@@ -101,3 +101,13 @@ def test_captions_are_counted() -> None:
     account = account_of(source, captioned=True)
     assert account.sentence() == "3 images, with a caption for each (2 different)"
     assert account.facts()["different_captions"] == 2
+
+
+def test_data_that_do_not_fit_are_accounted_for(tiny_teacher: Path, folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted(folder.rglob("*.png"))[:12]:
+        path.rename(flat / path.name)
+    put(flat / "x.tif")
+    with pytest.raises(ConfigError, match=r"no class labels.*12 images; left out: 1 image of a format .* \(\.tif\)"):
+        describe(load_config("digits", settings(tiny_teacher, flat)))

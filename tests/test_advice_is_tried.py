@@ -51,7 +51,7 @@ NOT_THERE: dict[str, str] = {
     "into stage ": "followed in tests/training/test_loop.py",
     "or change the run's setting": "followed for captions, in tests/commands/test_advice.py",
     ", but the teacher's images are ": "followed: the recipes stand in a variable part of the message",
-    "or leave file_name out of all lines if they are": "both are read in evaluation/test_images_as_they_are.py",
+    "remove file_name from every line instead": "both are read in evaluation/test_images_as_they_are.py",
     "; on CPUs launch them with ": "needs a launcher; tests/base/test_distributed.py starts processes by torch's",
     "that no other job has the port": "needs several machines, or another job",
     "run again, with --resume if it was distill": "resumed in tests/training/test_loop.py",

@@ -224,8 +224,8 @@ def test_coefficients_are_the_nearest_combination() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("ema.sigma_rel=[0.3]", r"ema\.sigma_rel\.0: got 0\.3; input should be less than or equal to 0\.288"),
-        ("ema.sigma_rel=[0]", r"ema\.sigma_rel\.0: got 0; input should be greater than or equal to 0\.0001"),
+        ("ema.sigma_rel=[0.3]", r"ema\.sigma_rel\.0: got 0\.3; expected at most 0\.288"),
+        ("ema.sigma_rel=[0]", r"ema\.sigma_rel\.0: got 0; expected at least 0\.0001"),
         ("ema.export=sigma_rel=0.1", r"ema: export: got sigma_rel=0\.1, expected one of decays \[0\.98\]$"),
         ("ema.export=yes", r"export: got yes, expected one of decays"),
         ("ema.export=[0.98]", r"ema\.export: got \[0\.98\], expected one of decays, or one of sigma_rel"),

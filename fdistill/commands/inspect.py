@@ -290,8 +290,8 @@ def describe(facts: dict[str, Any], checks: list[LevelCheck], verdict: Verdict |
 
 _OWN_SAMPLES = "its own samples"
 _CONSISTENT = (
-    "x0-predictions agree with its own samples, which a checkpoint that is read wrongly may do as well; --data DATA "
-    "checks them on images like those it was trained on, and tries other readings"
+    "x0-predictions agree with images that the checkpoint itself has made. That is a weak check: a checkpoint whose "
+    "settings are wrong may pass it. Check again with --data DATA, images like those it was trained on"
 )
 _LIKELY = (
     "likely wrong: {likely.kind}; with {likely.change} the error is {likely.relative_error:.2f} of the best linear "

@@ -47,7 +47,7 @@ def note(folder: Path, run: Distillation, source: Data, scored: Mapping[str, Any
     try:
         before = read_json_object(path)["summary"] if path.is_file() else facts["summary"]
     except (OSError, ValueError, KeyError):
-        before = "data whose note is damaged"
+        before = f"data that are not known any more, as {RECORD} is damaged"
     if before != facts["summary"]:
         warnings.warn(
             f"{path}: the run began with {before}, and its data are now {facts['summary']}. It goes on with the new "

@@ -37,7 +37,7 @@ def test_the_digits_teacher_makes_sense_on_digits_and_on_its_own_samples() -> No
         assert verdict is None or verdict.likely is None
     assert facts["condition"] == "10 classes, no label for `no class`"
     assert "guidance" not in facts
-    assert "x0-predictions agree with its own samples" in describe(facts, checks, verdict)
+    assert "x0-predictions agree with images that the checkpoint itself has made" in describe(facts, checks, verdict)
     text = describe(*inspect("digits", data="digits"))
     assert text.endswith("x0-predictions make sense")
     assert len(text.splitlines()) < 30

@@ -55,7 +55,7 @@ def test_every_config_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
         ("divergense=js", "divergense: no such setting; did you mean 'divergence'"),
         ("generator.learning_rate=1", r"generator\.learning_rate: no such setting"),
         ("generator.lrr=1", "did you mean 'lr'"),
-        ("generator.lr=-1", r"generator\.lr: got -1; input should be greater than 0"),
+        ("generator.lr=-1", r"generator\.lr: got -1; expected more than 0"),
         ("generator.lr=.inf", r"generator\.lr"),
         ("generator.lr=fast", "got 'fast'"),
         ("iterations=0", "greater than or equal to 1"),

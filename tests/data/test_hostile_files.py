@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import struct
@@ -239,8 +240,10 @@ def test_huge_images_are_refused_in_our_words(side: int, monkeypatch: pytest.Mon
     """Pillow warns of the first, and raises an error of its own for the second."""
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         monkeypatch.setenv(name, "error")
-    data = bytearray(png(0, (8, 8)))
-    data[16:24] = struct.pack(">II", side, side)
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, format="BMP")
+    data = bytearray(file.getvalue())
+    data[18:26] = struct.pack("<II", side, side)
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
         quiet_libraries()

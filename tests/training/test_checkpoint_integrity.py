@@ -138,7 +138,7 @@ def test_no_way_back(folder: Path, newest: Path, run: Distillation) -> None:
         ('{"iteration": "4"}', "says iteration '4', its folder 4"),
         ('{"iteration": 4, "files": {}}', "does not say size and hash"),
         ('{"iteration": 4, "files": 3}', "does not say size and hash"),
-        ('{"iteration": 4, "config": 3}', "got 3; input should be"),
+        ('{"iteration": 4, "config": 3}', "got 3; expected settings by name"),
         (None, "No such file"),
     ],
 )
@@ -222,7 +222,7 @@ def test_a_damaged_record_is_named_and_none_is_dropped(folder: Path, run: Distil
     lines = file.read_bytes().splitlines()
     damaged = b"\n".join([lines[0], line, *lines[2:], b""])
     file.write_bytes(damaged)
-    with pytest.raises(OutputError, match=r"metrics.jsonl: line 2 is not a record of a run.*delete that line"):
+    with pytest.raises(OutputError, match=r"metrics.jsonl: line 2 has no measurements of the run.*remove that line"):
         check_output(folder, run.config, resume=True)
     assert file.read_bytes() == damaged
     file.write_bytes(b"\n".join([*lines, bytes(100), b""]))  # the end of what was written when the power failed

@@ -86,7 +86,7 @@ def test_cached_latents_say_what_they_are_of(tmp_path: Path, capsys: pytest.Capt
 
 def test_the_reference_of_a_run_is_accounted_for_too(tiny_teacher: Path, folder: Path, tmp_path: Path) -> None:
     chosen = settings(tiny_teacher, Path("digits")) | {"eval.every": 1, "eval.num_images": 20}
-    chosen |= {"eval.reference": str(folder), "eval.metrics": ["fd_digits"]}
+    chosen |= {"eval.reference": str(folder), "eval.metrics": ["class_accuracy"]}
     with pytest.raises(ConfigError, match=r"more than 1 % .* for distill set eval\.allow_skipped=true"):
         distill("digits", output=tmp_path / "run", **chosen)
     distill("digits", output=tmp_path / "run", **chosen | {"eval.allow_skipped": True})

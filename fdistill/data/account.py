@@ -79,8 +79,8 @@ class Account:
         if LINKED_FOLDER in self.left_out or missing > _MOST_LEFT_OUT * (self.images + missing):
             raise DataError(
                 f"{what}: {self.sentence()}; a score of these would leave out more than 1 % of the images, or "
-                "a whole linked folder. Copy them, convert them to .png or move them away; or pass --allow-skipped (to evaluate, "
-                "compare or reference; for distill set eval.allow_skipped=true) to score the rest"
+                "a whole linked folder. Copy them, convert them to .png or move them away; or pass --allow-skipped "
+                "(to evaluate, compare or reference; for distill set eval.allow_skipped=true) to score the rest"
             )
 
 

@@ -162,8 +162,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
             records.append(record)
         elif number != numbered[-1][0]:
             raise OutputError(
-                f"{path}: line {number} has no measurements of the run: {line[:40]!r} stands there, so the file was damaged; remove "
-                "that line and run again"
+                f"{path}: line {number} has no measurements of the run: {line[:40]!r} stands there, so the "
+                "file was damaged; remove that line and run again"
             )
     return records
 

@@ -185,7 +185,7 @@ def test_pipes_and_devices_are_no_lists_of_prompts(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "zero.txt").symlink_to("/dev/zero")
     for name in ("pipe.txt", "zero.txt"):
-        with pytest.raises(DataError, match=r"cannot be read \(is a pipe or a device; expected a file\)"):
+        with pytest.raises(DataError, match=r"is a pipe or a device, which may never end; expected a file of prompts"):
             read_prompts(tmp_path / name)
 
 

@@ -114,6 +114,10 @@ class DistillConfig(Section):
     )
     batch_size: Batch = Field(default=128, description="samples per update, over all processes")
     critic_steps: Steps = 2
+    max_skipped: Count = Field(
+        default=10,
+        description="updates of a role in a row that may be skipped for a loss or gradient that is not finite",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,7 +58,9 @@ class Logbook:
         self.journal = Journal(
             lambda t: run.ratio.bin_index(run.ratio.bin_level(schedule, t)),
             run.ratio.num_bins,
+            self._config.max_skipped,
         )
+        self._owed = False  # a checkpoint that was due while a role was stuck
         self._trackers: list[GeneralTracker] = []
         self._started, self._first = time.perf_counter(), run.iteration
         self._stack = ExitStack()
@@ -94,7 +97,8 @@ class Logbook:
         config, snapshots = self._config, self._config.ema.snapshot_every
         last = self._run.iteration == config.iterations
         stage_ends = any(self._run.iteration == stage.end for stage in self._run.stages)
-        checkpoint = last or stopping or self._due(config.log.checkpoint_every)
+        must = last or stopping
+        checkpoint = must or self._due(config.log.checkpoint_every) or (self._owed and self._due(config.log.every))
         snapshot = snapshots > 0 and (last or self._due(snapshots))
         measured = self._watch is not None and (last or self._due(config.eval.every))
         if stage_ends or checkpoint or snapshot or measured or self._due(config.log.every):
@@ -106,6 +110,9 @@ class Logbook:
             except NonFiniteError as error:
                 raise self._stopped(error) from error
             self._write_record(record, scores, len(skipped))
+            # Where a role's losses are not finite any more, the checkpoint before is the better one to go on from.
+            self._owed = checkpoint and self.journal.stuck and not must
+            checkpoint = checkpoint and not self._owed
         if not self._main:
             return
         if config.log.samples_every and (last or self._due(config.log.samples_every)):
@@ -150,6 +157,8 @@ class Logbook:
         }
         if not self._main:
             return
+        for cause in record.get("skipped", ()):
+            warnings.warn(f"iteration {iteration}: {cause}; that update was skipped", stacklevel=2)
         path = self._folder / "metrics.jsonl"
         earlier = read_records(path) if scores else []
         append_record(path, record)

@@ -81,13 +81,13 @@ def held_folder(folder: Path, config: DistillConfig, resume: bool) -> Iterator[N
 
 
 def resume_from(folder: Path, run: Distillation) -> None:
-    """Loads the newest checkpoint of a run's folder that can be used into the run; does nothing if there is none at all.
+    """Loads the newest checkpoint of a run's folder that can be used into the run; does nothing if there is none.
 
     Warns of newer ones that cannot be used, which `prepare_folder` sets aside. Every process must call it, and all of
     them go on from the same one.
 
     Raises:
-        CheckpointError: each checkpoint is damaged or not of this run.
+        CheckpointError: each one is damaged or not of this run.
         ConfigError: the run has already done more iterations than the config says.
     """
     found, problems = checkpoints(folder / "checkpoints"), []

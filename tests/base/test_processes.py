@@ -123,10 +123,16 @@ def test_fewer_processes_than_asked_for(
 
 
 WORKER = """
-import os, signal
+import math, os, signal
+import torch
+from torch import nn
 from fdistill.base.devices import start
 from fdistill.base.distributed import from_main_process, wait_for_everyone
 from fdistill.commands.ending import one_message
+from fdistill.config.sections import OptimizerConfig
+from fdistill.step import StepResult
+from fdistill.training.optimise import Role
+from fdistill.training.parts import Split, backward
 from fdistill.training.stopping import Stop
 
 def refuse():
@@ -139,6 +145,15 @@ with one_message():
             os.kill(os.getpid(), signal.SIGINT)
         found = [stop.received() for _ in range(3)]
     assert found == [0, 2, 2], found
+    module = nn.Linear(2, 2)
+    role = Role(module, torch.optim.AdamW(module.parameters(), fused=True))
+    role.settle(OptimizerConfig(), 0.1)
+    for spoilt in (True, False):
+        before = module.weight.detach().clone()
+        loss = module(torch.full((1, 2), math.nan if spoilt and state.process_index else 1.0)).sum()
+        backward(lambda **_: StepResult(loss, {}), {}, torch.Generator(), Split(1, "fp32"))
+        assert bool(role.step().isfinite()) is not spoilt
+        assert torch.equal(module.weight, before) is spoilt
     try:
         from_main_process(refuse)
     except ValueError as error:
@@ -157,7 +172,9 @@ def test_a_collective_that_breaks_is_one_message() -> None:
 
 
 def test_two_processes_of_which_one_stops(tmp_path: Path) -> None:
-    """Until then they agree: on a signal that one of them has received, and on an error of the main one."""
+    """Until then they agree: on a signal that one of them has received, on skipping an update whose loss is NaN in one
+    of them, and on an error of the main one.
+    """
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     with socket.socket() as probe:

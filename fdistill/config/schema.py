@@ -175,6 +175,7 @@ class DistillConfig(Section):
         combinations.check_discriminator(name, self.data, self.generator, self.discriminator)
         combinations.check_scores(name, self.condition_dropout, self.fake_score)
         combinations.check_rates(self.iterations, self.roles)
+        combinations.check_keep_best(self.log, self.eval)
         combinations.check_precision(self.precision, self.frozen_precision)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
         if isinstance(self.student_level, list) and STUDENT_KINDS[student.generator].steps:

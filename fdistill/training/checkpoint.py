@@ -24,8 +24,16 @@ _FOLDER = re.compile(r"\d{6,}")
 _TENSORS, _META = "state.safetensors", "state.json"
 
 
-def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> Path:
-    """Writes folder/<iteration>/ with the size and the hash of its tensors, and removes all but the newest `keep`.
+def save_checkpoint(
+    folder: Path,
+    iteration: int,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    keep: int,
+    spared: Collection[int] = (),
+) -> Path:
+    """Writes folder/<iteration>/ with the size and the hash of its tensors, and removes all but the newest `keep` and
+    those of the iterations in `spared`.
 
     Raises:
         OutputError: the disk is full or cannot be written; earlier checkpoints are untouched.
@@ -39,7 +47,8 @@ def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], me
         (temporary / _META).write_text(text + "\n", encoding="utf-8")
     with writing(folder):
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            if int(old.name) not in spared:
+                shutil.rmtree(old)
     return path
 
 

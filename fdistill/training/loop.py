@@ -17,6 +17,7 @@ from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.distributed import from_main_process, wait_for_everyone
 from fdistill.base.errors import ConfigError, StoppedError
+from fdistill.base.heartbeat import telling_others
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.data.embeddings import Embeddings
@@ -66,7 +67,7 @@ def distill(
         ConfigError, CheckpointError, OutputError: raised before anything is written.
         NonFiniteError: losses or gradients became NaN or infinite in `max_skipped` updates of a role in a row, or
             weights did; the last good checkpoint is kept.
-        StoppedError: SIGTERM or SIGINT came; the iteration was finished and a checkpoint written.
+        StoppedError: SIGTERM, SIGINT or SIGUSR1 came; the iteration was finished and a checkpoint written.
     """
     if not isinstance(config, DistillConfig):
         config = load_config(str(config), overrides)
@@ -79,7 +80,7 @@ def distill(
     check_parts(config, state.num_processes)
     check_output(folder, config, resume)
     wait_for_everyone()  # before the main process writes into what the others are still checking
-    with ExitStack() as stack:
+    with telling_others(), ExitStack() as stack:
         from_main_process(lambda: stack.enter_context(held_folder(folder, config, resume)))
         run = build(config, device)
         data = training_data(run)

@@ -123,8 +123,8 @@ def _watch(connection: socket.socket, name: str, rhythm: Rhythm) -> None:
     while silent < rhythm.limit:
         heard = _exchange(connection)
         if heard is not None and _FAILED in heard:
-            failure = heard.partition(_FAILED)[2].decode(errors="replace").strip()
-            _end(f"{name} has failed: {failure.rstrip('.!')}", rhythm)
+            failure = heard.partition(_FAILED)[2].partition(b"\n")[0]
+            _end(f"{name} has failed: {failure.decode(errors='replace')}", rhythm)
             return
         if heard is not None and _BYE in heard:
             return

@@ -16,10 +16,10 @@ import pytest
 
 from fdistill.base import devices, heartbeat
 from fdistill.base.distributed import exchanging
-from fdistill.base.errors import ConfigError, ProcessError
+from fdistill.base.errors import ConfigError, ProcessError, StoppedError
 from fdistill.base.heartbeat import PATIENCE, Rhythm, patience
 
-RHYTHM = Rhythm(beat=0.02, told=0.1, limit=0.4)
+RHYTHM = Rhythm(beat=0.02, told=0.1, limit=0.4, grace=0.1)
 
 
 class EndedError(Exception):
@@ -70,9 +70,33 @@ def test_a_silent_process_is_named_and_waited_for_only_so_long(
 def test_a_process_that_died_is_named(watched: tuple[socket.socket, Callable[[], list[str]]]) -> None:
     theirs, watch = watched
     theirs.close()
-    told, _, status = watch()
-    assert "it has ended without a word" in told
+    said, status = watch()
+    assert said == "error: process 1 has ended without a word; run again, a run of distill with --resume"
     assert status == "status 1"
+
+
+def test_the_error_of_another_process_ends_this_one_and_is_passed_on(
+    watched: tuple[socket.socket, Callable[[], list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, watch = watched
+    monkeypatch.setattr(heartbeat, "_connections", [theirs])
+    with pytest.raises(ValueError, match="wrong"), heartbeat.telling_others():
+        raise ValueError("all\nwrong")
+    heartbeat._say_bye(theirs)
+    further, end = socket.socketpair()
+    monkeypatch.setattr(heartbeat, "_connections", [further])
+    assert watch() == [
+        "error: process 1 has failed: ValueError: all wrong; run again, a run of distill with --resume",
+        "status 1",
+    ]
+    with further, end:
+        assert end.recv(1000) == b"#process 1 has failed: ValueError: all wrong\n"
+
+
+def test_a_signal_that_all_have_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "_connections", [None])
+    with pytest.raises(StoppedError), heartbeat.telling_others():
+        raise StoppedError("stopped", 143)
 
 
 def test_a_process_that_answers_again_is_waited_for_anew(

@@ -11,7 +11,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from fdistill import distill
-from fdistill.base.errors import DataError, FDistillError
+from fdistill.base.errors import FDistillError
 from fdistill.config.reading import load_config
-from fdistill.data import open_source
+from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.training import run_folder
 from fdistill.training.build import Distillation, build
 from fdistill.training.checkpoint import checkpoints
@@ -140,14 +140,12 @@ READ = sorted(
 @tried
 @given(name=st.sampled_from(READ), damage=damages)
 def test_damaged_data_and_configs(tmp_path: Path, name: str, damage: Damage) -> None:
-    """Each image of it is read, or there is an error of the project's own that names the file."""
+    """A batch of it is read, or there is an error of the project's own that names the file."""
     path = tmp_path / name
     path.write_bytes(damaged(SPECIMENS[name](), damage))
     with refused_in_one_message(name):
         if path.suffix == ".yaml":
             load_config(path)
             return
-        source = open_source(str(path))
-        for index in range(len(source)):
-            with suppress(DataError):  # one image, which a run leaves out
-                source.encoded(index)
+        with ImageLoader(open_source(str(path)), (1, 8, 8), Batching(64, seed=0)) as loader:
+            next(iter(loader))

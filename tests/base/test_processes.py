@@ -174,7 +174,7 @@ with one_message():
     role.settle(OptimizerConfig(), 0.1)
     for spoilt in (True, False):
         before = module.weight.detach().clone()
-        loss = module(torch.full((1, 2), math.nan if spoilt and state.process_index else 1.0)).sum()
+        loss = module(torch.ones(1, 2)).sum() + (math.inf if spoilt and state.process_index else 0.0)
         backward(lambda **_: StepResult(loss, {}), {}, torch.Generator(), Split(1, "fp32"))
         assert bool(role.step().isfinite()) is not spoilt
         assert torch.equal(module.weight, before) is spoilt
@@ -196,8 +196,8 @@ def test_a_collective_that_breaks_is_one_message() -> None:
 
 
 def test_two_processes_of_which_one_stops(tmp_path: Path) -> None:
-    """Until then they agree: on a signal that one of them has received, on skipping an update whose loss is NaN in one
-    of them, and on an error of the main one.
+    """Until then they agree: on a signal that one of them has received, on skipping an update whose loss is infinite in
+    one of them, and on an error of the main one.
     """
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

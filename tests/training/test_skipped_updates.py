@@ -16,10 +16,12 @@ from torch import nn
 from fdistill import distill
 from fdistill.base.errors import NonFiniteError
 from fdistill.config.sections import OptimizerConfig
+from fdistill.step import StepResult
 from fdistill.training.batches import Batches
 from fdistill.training.checkpoint import checkpoints
 from fdistill.training.journal import read_records
 from fdistill.training.optimise import Role
+from fdistill.training.parts import Split, backward
 
 QUICK = {"batch_size": 8, "iterations": 8, "log.every": 1, "log.samples_every": 0, "log.checkpoint_every": 1}
 
@@ -52,6 +54,14 @@ def test_a_skipped_update_leaves_no_trace(value: float) -> None:
     (one, first), (two, second) = trained([value, 1.0, value, value, -2.0]), trained([1.0, -2.0])
     torch.testing.assert_close(one.state_dict(), two.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_a_loss_that_is_not_finite_is_seen_though_its_gradient_is() -> None:
+    for spoilt in (0.0, math.inf):
+        weight = torch.ones(3, requires_grad=True)
+        backward(lambda s=spoilt, w=weight, **_: StepResult(w.sum() + s, {}), {}, torch.Generator(), Split(1, "fp32"))
+        assert weight.grad is not None
+        assert bool(weight.grad.isfinite().all()) is not bool(spoilt)
 
 
 @pytest.fixture

@@ -124,6 +124,26 @@ def from_main_process(make: Callable[[], T]) -> T:
     return result
 
 
+def together(make: Callable[[], T]) -> T:
+    """What `make` returns in each process; if it raises in some, the first one's error on all."""
+    if not _active():
+        return make()
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = make()
+    except Exception as caught:
+        error = caught
+    errors: list[Any] = [None] * dist.get_world_size()
+    with exchanging():
+        dist.all_gather_object(errors, error)
+    for raised in errors:
+        if raised is not None:
+            raise raised
+    made: T = result
+    return made
+
+
 def average_gradients(parameters: Iterable[Parameter]) -> None:
     """Replaces every gradient by its mean over processes, in one collective.
 

@@ -12,6 +12,7 @@ import typer
 
 from fdistill.base.errors import FDistillError, StoppedError
 from fdistill.base.reading import reason_of
+from fdistill.base.signals import SIGNALS
 from fdistill.commands.options import is_main_process
 
 
@@ -19,9 +20,9 @@ from fdistill.commands.options import is_main_process
 def one_message() -> Iterator[None]:
     """Ends the program with one message where the block raises what a user can put right, or a signal comes.
 
-    The status is 1, and 128 plus the number of the signal for SIGTERM and Ctrl-C.
+    The status is 1, and 128 plus the number of the signal for SIGTERM, Ctrl-C and SIGUSR1.
     """
-    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _end) for number in SIGNALS}
     try:
         yield
     except StoppedError as stopped:

@@ -296,7 +296,8 @@ class LogConfig(Section):
     every: Count = 10
     samples_every: CountOrZero = 100
     checkpoint_every: CountOrZero = 100
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = Field(default=2, description="how many of the newest checkpoints to keep")
+    keep_best: bool = Field(default=False, description="keep the checkpoint of the best score in eval as well")
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -24,8 +25,16 @@ _FOLDER = re.compile(r"\d{6,}")
 _TENSORS, _META = "state.safetensors", "state.json"
 
 
-def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> Path:
-    """Writes folder/<iteration>/ with the size and the hash of its tensors, and removes all but the newest `keep`.
+def save_checkpoint(
+    folder: Path,
+    iteration: int,
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    keep: int,
+    spared: Collection[int] = (),
+) -> Path:
+    """Writes folder/<iteration>/ with the size and the hash of its tensors, and removes all but the newest `keep` and
+    those of the iterations in `spared`.
 
     Raises:
         OutputError: the disk is full or cannot be written; earlier checkpoints are untouched.
@@ -38,7 +47,8 @@ def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], me
         (temporary / _META).write_text(text + "\n", encoding="utf-8")
     with writing(folder):
         for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+            if int(old.name) not in spared:
+                shutil.rmtree(old)
     return path
 
 
@@ -56,14 +66,13 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     A checkpoint of an earlier version has no hash; of that it is known only that the file is whole.
 
     Raises:
-        CheckpointError: a file is missing, damaged or of another format. The message names the newest intact checkpoint
-            before this one, and how to go on from there.
+        CheckpointError: a file is missing, damaged or of another format.
     """
     try:
         meta = _checked(path)
         return load_file(path / _TENSORS), meta
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be used: {error}; {way_back(path)}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -92,17 +101,13 @@ def newest_intact(paths: Collection[Path]) -> Path | None:
     return None
 
 
-def way_back(path: Path) -> str:
-    """How to go on from the newest intact checkpoint before one that cannot be used."""
-    made = checkpoints(path.parent)
-    intact = newest_intact([one for one in made if int(one.name) < int(path.name)])
-    if intact is None:
-        return "no checkpoint before it is intact; start again in another folder"
-    after = ", ".join(one.name for one in made if int(one.name) > int(intact.name))
-    return (
-        f"the newest intact one before it is {intact.name}: delete {after} in {path.parent} and run again with "
-        f"--resume to go on from iteration {int(intact.name)}"
-    )
+def set_aside(folder: Path, iteration: int) -> None:
+    """Gives the checkpoints after an iteration, from which a run does not go on, names that end in ".damaged"."""
+    for path in checkpoints(folder):
+        if int(path.name) > iteration:
+            numbered = (path.with_name(f"{path.name}-{number}.damaged") for number in itertools.count(2))
+            names = itertools.chain([path.with_name(f"{path.name}.damaged")], numbered)
+            path.replace(next(name for name in names if not name.exists()))
 
 
 def check_tensors(

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.distributed import from_main_process, wait_for_everyone
 from fdistill.base.errors import ConfigError, StoppedError
+from fdistill.base.heartbeat import telling_others
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.data.embeddings import Embeddings
@@ -63,8 +65,9 @@ def distill(
 
     Raises:
         ConfigError, CheckpointError, OutputError: raised before anything is written.
-        NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
-        StoppedError: SIGTERM or SIGINT came; the iteration was finished and a checkpoint written.
+        NonFiniteError: losses or gradients became NaN or infinite in `max_skipped` updates of a role in a row, or
+            weights did; the last good checkpoint is kept.
+        StoppedError: SIGTERM, SIGINT or SIGUSR1 came; the iteration was finished and a checkpoint written.
     """
     if not isinstance(config, DistillConfig):
         config = load_config(str(config), overrides)
@@ -77,7 +80,7 @@ def distill(
     check_parts(config, state.num_processes)
     check_output(folder, config, resume)
     wait_for_everyone()  # before the main process writes into what the others are still checking
-    with ExitStack() as stack:
+    with telling_others(), ExitStack() as stack:
         from_main_process(lambda: stack.enter_context(held_folder(folder, config, resume)))
         run = build(config, device)
         data = training_data(run)
@@ -173,21 +176,32 @@ def iterate(
     torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
     split = {name: Split(count_of(stage.config, name, rng.world()[1]), config.precision) for name in SECTIONS}
     critic = {name: role for name, role in roles.items() if name != "generator"}
+    first_batch = batches_before(run.stages, run.iteration)
+    place = f"iteration {run.iteration + 1}"
     for number in range(stage.critic_steps):
+        place = f"iteration {run.iteration + 1}, batch {first_batch + number + 1}"
         logs = backward(run.critic_update, batches.critic(number), generator, split["fake_score"])
-        step(logs, critic, journal)
+        step(logs, critic, journal, place)
+    bins = run.ratio.bins.clone()
     logs = backward(run.student_update, batches.student(), generator, split["generator"])
-    step(logs, {"generator": roles["generator"]}, journal)
+    (norm,) = step(logs, {"generator": roles["generator"]}, journal, place)
+    run.ratio.bins = torch.where(norm.isfinite(), run.ratio.bins, bins.to(run.ratio.bins.device))
     run.ema.update(run.stage.config.ema.decays)
     run.iteration += 1
 
 
-def step(logs: Sequence[Mapping[str, PerSample]], roles: Mapping[str, Role], journal: Journal) -> None:
-    """Runs an optimiser step for each role that an update has given gradients; `logs` are those of its parts."""
-    for part in logs[:-1]:
-        journal.add(part, {})
+def step(
+    logs: Sequence[Mapping[str, PerSample]], roles: Mapping[str, Role], journal: Journal, place: str
+) -> list[Tensor]:
+    """Runs an optimiser step for each role that an update has given gradients; returns the gradients' norms.
+
+    Args:
+        logs: of the update's parts.
+        place: where the update is, for the journal.
+    """
     norms = {name: role.step() for name, role in roles.items()}
-    journal.add(logs[-1], norms, {name: role.weights for name, role in roles.items()})
+    journal.add(logs, norms, {name: role.weights for name, role in roles.items()}, place)
+    return list(norms.values())
 
 
 def progress_bar(run: Distillation) -> Any:

@@ -1,8 +1,9 @@
-"""Optimisers, and one step of a role: gradients averaged over processes, clipped, applied."""
+"""Optimisers, and one step of a role: gradients averaged over processes, clipped, applied if they are finite."""
 
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +16,17 @@ from fdistill.step import ROLES, Networks
 
 
 class Role:
-    """A trained module with its AdamW optimiser. Call `settle` before the first `step`.
+    """A trained module with its fused AdamW optimiser. Call `settle` before the first `step`.
 
     Attributes:
         weights: norms of the trained parameters before and after the last step, [2].
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW):
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._denoisers = [part for part in module.modules() if isinstance(part, Denoiser)]
-        self._optimizer, self._grad_clip = optimizer, float("inf")
+        self._optimizer: Any = optimizer
+        self._grad_clip = float("inf")
         self._norm = self._weight_norm()
         self.weights = torch.stack([self._norm, self._norm])
 
@@ -36,9 +38,13 @@ class Role:
             group.update(settings, betas=(section.beta1, section.beta2))
 
     def step(self) -> Tensor:
-        """Applies the gradients that `backward` left, and clears them; returns their norm before clipping, 0-d."""
+        """Applies the gradients that `backward` left, and clears them; returns their norm before clipping, 0-d.
+
+        If that is NaN or infinite, the same on every process, neither weights nor the optimiser's state change.
+        """
         average_gradients(self._parameters)
         norm = nn.utils.clip_grad_norm_(self._parameters, self._grad_clip)
+        self._optimizer.found_inf = (~norm.isfinite()).float()  # read on the device, as torch's GradScaler has it
         self._optimizer.step()
         self._optimizer.zero_grad()
         for denoiser in self._denoisers:

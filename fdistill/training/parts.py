@@ -91,6 +91,8 @@ def backward(
 ) -> list[Mapping[str, PerSample]]:
     """Runs an update and the backward pass of its mean loss; returns the logs of each part.
 
+    If the loss is NaN or infinite, every gradient becomes NaN.
+
     Args:
         arguments: of the update, for the whole batch of this process, except the random generator.
         generator: in the state that the update starts from; afterwards in the state that it leaves.
@@ -102,7 +104,8 @@ def backward(
             generator.set_state(state)
         with rng.part(number, split.count), autocast(generator.device, split.precision):
             result = update(generator=generator, **part_of(arguments, number, split.count))
-        (result.loss / split.count if split.count > 1 else result.loss).backward()
+        loss = result.loss / split.count if split.count > 1 else result.loss
+        loss.backward(0 * loss.detach() + 1)  # NaN if the loss is not finite, so that no gradient is
         logs.append(result.logs)
     return logs
 

@@ -204,6 +204,12 @@ def test_checkpoints_come_back_and_old_ones_go(tmp_path: Path) -> None:
     assert take(loaded, "a").keys() == {"weight"}
 
 
+def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
+    for iteration in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, iteration, {"a": torch.zeros(1)}, {}, keep=1, spared={min(iteration, 2)})
+    assert [path.name for path in checkpoints(tmp_path)] == ["000002", "000004"]
+
+
 def test_truncated_checkpoints_are_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, {"w": torch.randn(100)}, {}, keep=1)
     whole = (path / "state.safetensors").read_bytes()

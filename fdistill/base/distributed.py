@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
-from torch.nn import Parameter
+from torch.distributed.tensor import DTensor
 
 from fdistill.base import rng
 from fdistill.base.errors import ProcessError
@@ -124,23 +124,6 @@ def from_main_process(make: Callable[[], T]) -> T:
     return result
 
 
-def average_gradients(parameters: Iterable[Parameter]) -> None:
-    """Replaces every gradient by its mean over processes, in one collective.
-
-    A parameter without a gradient takes part with zeros: if processes disagreed on what to reduce, they would hang.
-    """
-    if not _active():
-        return
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in trainable:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    with exchanging():
-        dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    pieces = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(
-        gradients, [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
-    )
+def part(value: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be distributed, without a copy."""
+    return value.to_local() if isinstance(value, DTensor) else value

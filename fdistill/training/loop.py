@@ -171,8 +171,11 @@ def iterate(
     generator.manual_seed(rng.derived_seed(config.seed, rng.Stream.STEP, run.iteration))
     # Dropout draws from the global generator, and must draw different numbers in each process.
     torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
-    split = {name: Split(count_of(stage.config, name, rng.world()[1]), config.precision) for name in SECTIONS}
     critic = {name: role for name, role in roles.items() if name != "generator"}
+    trained = {"generator": [run.role("generator")], "fake_score": [run.role(name) for name in critic]}
+    split = {
+        name: Split(count_of(stage.config, name, rng.world()[1]), config.precision, trained[name]) for name in SECTIONS
+    }
     for number in range(stage.critic_steps):
         logs = backward(run.critic_update, batches.critic(number), generator, split["fake_score"])
         step(logs, critic, journal)

@@ -1,4 +1,4 @@
-"""Optimisers, and one step of a role: gradients averaged over processes, clipped, applied."""
+"""Optimisers, and one step of a role: gradients clipped and applied."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Set
 import torch
 from torch import Tensor, nn
 
-from fdistill.base.distributed import average_gradients
+from fdistill.base.distributed import part
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import OptimizerConfig
 from fdistill.denoiser import Denoiser
 from fdistill.step import ROLES, Networks
+from fdistill.training.sharding import total_norm
 
 
 class Role:
@@ -37,8 +38,9 @@ class Role:
 
     def step(self) -> Tensor:
         """Applies the gradients that `backward` left, and clears them; returns their norm before clipping, 0-d."""
-        average_gradients(self._parameters)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._grad_clip)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        norm = total_norm(gradients)
+        torch._foreach_mul_([part(gradient) for gradient in gradients], (self._grad_clip / (norm + 1e-6)).clamp(max=1))
         self._optimizer.step()
         self._optimizer.zero_grad()
         for denoiser in self._denoisers:
@@ -49,7 +51,7 @@ class Role:
 
     @torch.no_grad()
     def _weight_norm(self) -> Tensor:
-        return nn.utils.get_total_norm(self._parameters).float()
+        return total_norm(self._parameters).float()
 
 
 def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, torch.optim.AdamW]:

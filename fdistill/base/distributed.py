@@ -106,8 +106,12 @@ def gather_rows(value: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def from_main_process(make: Callable[[], T]) -> T:
-    """What `make` returns in the main process, on all of them; or the error that it raises there."""
+def from_main_process(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What `make` returns in the main process, on all of them; or the error that it raises there.
+
+    Args:
+        group: of all processes; None for the default one.
+    """
     if not _active():
         return make()
     found: list[Any] = [None, None]
@@ -117,7 +121,7 @@ def from_main_process(make: Callable[[], T]) -> T:
         except Exception as error:
             found[1] = error
     with exchanging():
-        dist.broadcast_object_list(found)
+        dist.broadcast_object_list(found, group=group)
     if found[1] is not None:
         raise found[1]
     result: T = found[0]

@@ -33,17 +33,23 @@ from fdistill.noise import NoiseSchedule, noise_to_signal_range
 from fdistill.ratio import DensityRatio
 from fdistill.step import Networks
 from fdistill.students.kinds import KINDS
-from fdistill.students.lora import FAKE, STUDENT, has_adapters, lora_copy
+from fdistill.students.lora import FAKE, STUDENT, lora_copy
 from fdistill.teachers.autoencoder import LatentSpace, image_shape
 from fdistill.teachers.guide import Guide, open_guide
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.training import checks, sharding
 from fdistill.training.activation_checkpointing import checkpoint_activations
-from fdistill.training.checkpoint import check_tensors, load_optimizer_tensors, optimizer_tensors
+from fdistill.training.checkpoint import (
+    check_tensors,
+    described_tensors,
+    optimizer_tensors,
+    prepare_optimizer,
+    read_tensors,
+)
 from fdistill.training.optimise import make_optimizers
 from fdistill.training.prompts import Obtain, encode, open_inputs
 from fdistill.training.stages import Stage, age_of, make_stages, stage_at, trained_roles
-from fdistill.training.starts import load_trained, open_start, start_roles
+from fdistill.training.starts import open_start, start_roles
 from fdistill.training.updates import Update
 
 if TYPE_CHECKING:
@@ -144,19 +150,25 @@ class Distillation:
             if sum_over_processes(wrong.to(self.device)):
                 raise NonFiniteError(f"{name}: its weights became NaN or infinite in the last update")
 
-    def load_state(self, tensors: dict[str, Tensor], iteration: int, what: str) -> None:
-        """Restores what `state` returned after an iteration; raises CheckpointError if they are of another run."""
+    def load_state(self, path: Path, iteration: int) -> None:
+        """Restores what `state` returned after an iteration from an intact checkpoint; every process must call it.
+
+        Raises:
+            CheckpointError: it is of another run.
+        """
+        stored = described_tensors(path)
         own = {name: value for name, value in self.state().items() if not name.startswith("optimizer.")}
         trained = [role for role in self.optimizers if age_of(role, self.stages, iteration)]
         try:
-            check_tensors(tensors, own, self.optimizers, trained)
+            check_tensors(stored, own, self.optimizers, trained)
         except ValueError as error:
-            raise CheckpointError(f"{what}: {error}") from error
+            raise CheckpointError(f"its tensors: {error}") from error
         for name, optimizer in self.optimizers.items():
-            load_trained(self.role(name), take(tensors, name), f"{what}, {name}")
-            load_optimizer_tensors(optimizer, take(tensors, f"optimizer.{name}"))
+            prepare_optimizer(optimizer, stored, f"optimizer.{name}")
+        tensors = self.state()
+        read_tensors(path, tensors)  # into the memory of weights, averages and optimisers
         self.ema.load_state_dict(take(tensors, "ema"))
-        self.ratio.bins = tensors["ratio.bins"].to(self.ratio.bins.device)
+        self.ratio.bins = tensors["ratio.bins"]
         self.iteration = iteration
 
 
@@ -240,7 +252,7 @@ def _assemble(
         denoiser.embedded_guidance = config.guidance_scale
     mesh = sharding.make_mesh(config.parallel, device, offload=config.offload_frozen or config.offload_optimizers)
     # What is distributed moves to the device block by block, so that it is nowhere as a whole.
-    frozen_device = torch.device("cpu") if _distributes_frozen(config, mesh) else device
+    frozen_device = torch.device("cpu") if sharding.distributes_frozen(config, mesh) else device
     trained = _trained_networks(config, loaded.teacher, frozen_device, mesh)
     student = KINDS[config.student.generator].make(trained.student, config.student_levels)
     roles = {role for stage in stages for role in trained_roles(stage)}
@@ -250,7 +262,7 @@ def _assemble(
     start_roles(config, networks, denoiser)
     empty_student = None if mesh is None else sharding.blank(student)
     if mesh is not None:
-        _distribute(config, mesh, denoiser, guide, trained.fake_score, student, networks.discriminator)
+        sharding.distribute(config, mesh, denoiser, guide, trained.fake_score, student, networks.discriminator)
     elif networks.discriminator is not None:
         networks.discriminator.to(device)
     if not all(METHODS[stage.method].scores for stage in stages):
@@ -280,34 +292,6 @@ def _assemble(
     )
 
 
-def _distributes_frozen(config: DistillConfig, mesh: DeviceMesh | None) -> bool:
-    return sharding.is_sharded(mesh) or config.offload_frozen
-
-
-def _distribute(
-    config: DistillConfig,
-    mesh: DeviceMesh,
-    frozen: Denoiser,
-    guide: Denoiser | None,
-    fake_score: Denoiser,
-    student: Student,
-    discriminator: nn.Module | None,
-) -> None:
-    """Spreads the networks over processes, or over a GPU and the CPU's memory, as the config says."""
-    share = _distributes_frozen(config, mesh)
-    for network in (frozen, guide):
-        if network is not None and share:
-            sharding.shard(network, mesh, precision=config.precision, offload=config.offload_frozen)
-    for role in (student, fake_score, discriminator):
-        if role is not None:
-            adapters = has_adapters(role)
-            offload = config.offload_optimizers or (config.offload_frozen and adapters)
-            sharding.shard(role, mesh, precision=config.precision, offload=offload, frozen=share)
-    for denoiser in (student.denoiser, fake_score):
-        if share and has_adapters(denoiser):
-            sharding.share_frozen(denoiser, frozen)
-
-
 def _trained_networks(
     config: DistillConfig, teacher: Teacher, device: torch.device, mesh: DeviceMesh | None
 ) -> _Trained:
@@ -331,7 +315,7 @@ def _trained_networks(
         trained.to(device).train()
         if not lora_rank:
             trained.requires_grad_(True)
-    if _distributes_frozen(config, mesh):
+    if sharding.distributes_frozen(config, mesh):
         student, fake_score = sharding.aliased(student), sharding.aliased(fake_score)
     if config.gradient_checkpointing:
         for denoiser in (frozen, student, fake_score):

@@ -12,17 +12,20 @@ import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 
 from fdistill import __version__
+from fdistill.base.distributed import from_main_process
 from fdistill.base.errors import NonFiniteError
 from fdistill.base.files import writing
 from fdistill.base.images import save_grid
 from fdistill.ema_profiles import profile_name
 from fdistill.training.breakdown import BrokenRunError, advice
 from fdistill.training.build import Distillation
-from fdistill.training.checkpoint import checkpoints, newest_intact, save_checkpoint
+from fdistill.training.checkpoint import checkpoints, newest_intact
 from fdistill.training.curves import save_curves
 from fdistill.training.journal import Journal, append_record, read_records, scalars
 from fdistill.training.run_folder import export_student
-from fdistill.training.sample_grids import save_teacher_grid, student_images
+from fdistill.training.sample_grids import student_images, teacher_images
+from fdistill.training.saving import Saver
+from fdistill.training.sharding import gathered
 from fdistill.training.snapshots import save_snapshot
 from fdistill.training.stages import changing_rates, stage_at
 
@@ -61,6 +64,7 @@ class Logbook:
         self._trackers: list[GeneralTracker] = []
         self._started, self._first = time.perf_counter(), run.iteration
         self._stack = ExitStack()
+        self._saver = Saver()
 
     def __enter__(self) -> Logbook:
         tracker, iteration = self._config.log.tracker, self._run.iteration
@@ -73,13 +77,22 @@ class Logbook:
         for started in self._trackers:
             started.start()
             self._stack.callback(started.finish)
-        if self._main and iteration == 0 and self._config.log.samples_every:
-            save_teacher_grid(self._run, self._folder)
+        if iteration == 0 and self._config.log.samples_every and self._takes_part:
+            teacher = teacher_images(self._run)
+            if self._main:
+                save_grid(teacher, self._folder / "samples" / "teacher.png")
             self._save_samples()
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is None:
+            self._saver.wait()
         return self._stack.__exit__(*error)
+
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this process runs the student when images or weights are written: all must, if each has a part."""
+        return self._main or self._run.sharded
 
     def after_iteration(self, skipped: Sequence[object], *, stopping: bool) -> None:
         """Writes whatever is due at this iteration.
@@ -106,16 +119,16 @@ class Logbook:
             except NonFiniteError as error:
                 raise self._stopped(error) from error
             self._write_record(record, scores, len(skipped))
-        if not self._main:
-            return
-        if config.log.samples_every and (last or self._due(config.log.samples_every)):
+        if config.log.samples_every and (last or self._due(config.log.samples_every)) and self._takes_part:
             self._save_samples()
-        if snapshot:  # before the checkpoint, so that a run resumed from it has every snapshot up to it
+        if snapshot and self._takes_part:  # before the checkpoint: a run resumed from it has every snapshot up to it
             for width in config.ema.sigma_rel:
-                average = self._run.ema.shadows[profile_name(width)]
-                save_snapshot(self._folder / "ema", self._run.iteration, width, average)
+                average = gathered(self._run.ema.shadows[profile_name(width)], self._main)
+                if self._main:
+                    save_snapshot(self._folder / "ema", self._run.iteration, width, average)
         if checkpoint:
             self._save_checkpoint()
+        self._saver.check()
 
     def save_curves(self) -> None:
         """Draws curves.png from all records."""
@@ -148,22 +161,25 @@ class Logbook:
             **record,
             **scores,
         }
-        if not self._main:
-            return
-        path = self._folder / "metrics.jsonl"
-        earlier = read_records(path) if scores else []
-        append_record(path, record)
-        for tracker in self._trackers:
-            tracker.log(scalars(record), step=iteration)
+        earlier: list[dict[str, Any]] = []
+        if self._main:
+            path = self._folder / "metrics.jsonl"
+            earlier = read_records(path) if scores else []
+            append_record(path, record)
+            for tracker in self._trackers:
+                tracker.log(scalars(record), step=iteration)
         # Before the checkpoint, so that a run resumed from it has the best student of all records up to it.
         watch = self._watch
-        if watch is not None and scores and watch.is_best(scores, earlier):
+        if watch is None or not scores:
+            return
+        if from_main_process(lambda: watch.is_best(scores, earlier)) and self._takes_part:
             reason = watch.reason(scores, iteration)
-            export_student(self._run, self._folder, name="best", kept_for=reason)
+            export_student(self._run, self._folder, name="best", main=self._main, kept_for=reason)
 
     def _save_samples(self) -> None:
-        path = self._folder / "samples" / f"{self._run.iteration:06d}.png"
-        save_grid(student_images(self._run), path)
+        images = student_images(self._run)
+        if self._main:
+            save_grid(images, self._folder / "samples" / f"{self._run.iteration:06d}.png")
 
     def _save_checkpoint(self) -> None:
         meta = {
@@ -172,10 +188,11 @@ class Logbook:
             "config": self._config.model_dump(mode="json"),
         }
         keep = self._config.log.keep_checkpoints
-        save_checkpoint(self._folder / "checkpoints", self._run.iteration, self._run.state(), meta, keep)
+        self._saver.save(self._folder / "checkpoints", self._run.iteration, self._run.state(), meta, keep)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """What happened, which role's update was out of range first, and how to go on."""
+        self._saver.wait()
         good = newest_intact(checkpoints(self._folder / "checkpoints"))
         leap = error.leap if isinstance(error, BrokenRunError) else None
         named = str(error).partition(":")[0]

@@ -95,8 +95,8 @@ def distill(
                 f"{config.iterations}; continue with --resume",
                 128 + received,
             )
-        if state.is_main_process:
-            export_student(run, folder, name="student")
+        if state.is_main_process or run.sharded:
+            export_student(run, folder, name="student", main=state.is_main_process)
         wait_for_everyone()
     return folder / "student"
 

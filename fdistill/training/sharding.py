@@ -1,5 +1,5 @@
-"""Roles over several processes by torch's FSDP2 (`fully_shard`), whole or in shards; gradients are reduced while backward
-still runs.
+"""Roles over several processes by torch's FSDP2 (`fully_shard`), whole or in shards; gradients are averaged while
+backward still runs.
 
 The setting `parallel` is a device mesh. "ddp" puts each process into a shard group of its own, so that every process
 has whole weights and gradients alone are averaged. "fsdp" shards over all processes, "hybrid" over those of a machine,
@@ -30,8 +30,10 @@ from torch.distributed.tensor import DTensor
 
 from fdistill.base import rng
 from fdistill.base.distributed import exchanging, part
+from fdistill.config.schema import DistillConfig
 from fdistill.denoiser import Denoiser
 from fdistill.generator import Student
+from fdistill.students.lora import has_adapters
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -51,7 +53,8 @@ def make_mesh(parallel: str, device: torch.device, *, offload: bool) -> DeviceMe
         if not offload:
             return None
         if not dist.is_initialized():  # FSDP2 offloads, and wants a group even of one
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
     shards = {"ddp": 1, "hybrid": machine, "fsdp": processes}[parallel]
     with exchanging():
@@ -91,6 +94,35 @@ def shard(
         register_fsdp_forward_method(module, name)
 
 
+def distributes_frozen(config: DistillConfig, mesh: DeviceMesh | None) -> bool:
+    """Whether the weights that are not trained are distributed as well."""
+    return is_sharded(mesh) or config.offload_frozen
+
+
+def distribute(
+    config: DistillConfig,
+    mesh: DeviceMesh,
+    frozen: Denoiser,
+    guide: Denoiser | None,
+    fake_score: Denoiser,
+    student: Student,
+    discriminator: nn.Module | None,
+) -> None:
+    """Spreads the networks over processes, or over a GPU and the CPU's memory, as the config says."""
+    share = distributes_frozen(config, mesh)
+    for network in (frozen, guide):
+        if network is not None and share:
+            shard(network, mesh, precision=config.precision, offload=config.offload_frozen)
+    for role in (student, fake_score, discriminator):
+        if role is not None:
+            adapters = has_adapters(role)
+            offload = config.offload_optimizers or (config.offload_frozen and adapters)
+            shard(role, mesh, precision=config.precision, offload=offload, frozen=share)
+    for denoiser in (student.denoiser, fake_score):
+        if share and has_adapters(denoiser):
+            share_frozen(denoiser, frozen)
+
+
 def _entrances(module: nn.Module) -> tuple[str, ...]:
     """The methods beside `forward` through which a module is run."""
     if isinstance(module, Student):
@@ -114,7 +146,7 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 def aliased(module: M) -> M:
     """A copy whose weights are the same memory, for sharding, which copies each process's part of them alone."""
     memo = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in module.parameters()}
-    return copy.deepcopy(module, memo)  # type: ignore[arg-type]
+    return copy.deepcopy(module, memo)
 
 
 def share_frozen(module: nn.Module, frozen: nn.Module) -> None:
@@ -158,16 +190,16 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """The whole tensors on the CPU; an empty dict unless `keep`. Every process must call it."""
     found = {}
     for name, value in tensors.items():
-        whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
+        whole: Tensor = value.full_tensor() if isinstance(value, DTensor) else value
         if keep:
-            found[name] = whole.cpu()
+            found[name] = whole.detach().cpu()
     return found
 
 
 def blank(module: M) -> M:
     """A copy without memory for weights, to be filled by `filled`."""
     memo = {id(each): nn.Parameter(each.detach().to("meta"), each.requires_grad) for each in module.parameters()}
-    return copy.deepcopy(module, memo)  # type: ignore[arg-type]
+    return copy.deepcopy(module, memo)
 
 
 def filled(empty: M, tensors: Mapping[str, Tensor]) -> M:

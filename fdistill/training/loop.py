@@ -128,6 +128,7 @@ def open_watch(run: Distillation, obtain: Obtain = encode) -> Watch | None:
         NetworkMaker("the student", run.student, None, "", run.latents),
         run.image_shape,
         None if run.text is None else encoded,
+        run.sharded,
     )
     settings = WatchSettings(**config.eval.model_dump(exclude={"every"}), seed=config.seed)
     return Watch(student, settings, run.device)

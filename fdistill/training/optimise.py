@@ -12,7 +12,7 @@ from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import OptimizerConfig
 from fdistill.denoiser import Denoiser
 from fdistill.step import ROLES, Networks
-from fdistill.training.sharding import total_norm
+from fdistill.training.sharding import average_scalars, total_norm
 
 
 class Role:
@@ -39,6 +39,7 @@ class Role:
     def step(self) -> Tensor:
         """Applies the gradients that `backward` left, and clears them; returns their norm before clipping, 0-d."""
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        average_scalars(gradients)
         norm = total_norm(gradients)
         torch._foreach_mul_([part(gradient) for gradient in gradients], (self._grad_clip / (norm + 1e-6)).clamp(max=1))
         self._optimizer.step()

@@ -29,7 +29,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor
 
 from fdistill.base import rng
-from fdistill.base.distributed import exchanging, part
+from fdistill.base.distributed import exchanging, part, sum_over_processes
 from fdistill.config.schema import DistillConfig
 from fdistill.denoiser import Denoiser
 from fdistill.generator import Student
@@ -79,11 +79,15 @@ def shard(
         frozen: whether weights that are not trained are distributed too; otherwise they stay as they are.
     """
     whole = not is_sharded(mesh)
+    # FSDP2 takes no scalars, as EDM2's gains are; they stay whole, and `average_scalars` is for their gradients.
+    left = {each for each in module.parameters() if not each.ndim or not (frozen or each.requires_grad)}
+    for each in left:
+        each.data = each.data.to(mesh.device_type)
     policy: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": True,
         "offload_policy": CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy(),
-        "ignored_params": None if frozen else {each for each in module.parameters() if not each.requires_grad},
+        "ignored_params": left,
     }
     gathered = torch.bfloat16 if precision == "bf16" and not whole else None
     narrow = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
@@ -145,7 +149,11 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 def aliased(module: M) -> M:
     """A copy whose weights are the same memory, for sharding, which copies each process's part of them alone."""
-    memo = {id(each): nn.Parameter(each.detach(), each.requires_grad) for each in module.parameters()}
+    memo = {
+        # Scalars stay whole, and need memory of their own.
+        id(each): nn.Parameter(each.detach() if each.ndim else each.detach().clone(), each.requires_grad)
+        for each in module.parameters()
+    }
     return copy.deepcopy(module, memo)
 
 
@@ -167,14 +175,26 @@ def share_frozen(module: nn.Module, frozen: nn.Module) -> None:
 def total_norm(values: Iterable[Tensor]) -> Tensor:
     """The norm of all values of all processes' parts, 0-d, float32 or wider."""
     values = list(values)
-    norm = nn.utils.get_total_norm([part(value) for value in values])
-    first = values[0]
-    if not isinstance(first, DTensor) or first.device_mesh["shards"].size() == 1:
-        return norm
-    square = norm.square().to(first.device_mesh.device_type)
+    spread = [value for value in values if isinstance(value, DTensor) and value.device_mesh["shards"].size() > 1]
+    if not spread:
+        return nn.utils.get_total_norm([part(value) for value in values])
+    shards = spread[0].device_mesh["shards"]
+    norm = nn.utils.get_total_norm([part(value) for value in spread])
+    square = norm.square().to(shards.device_type)
     with exchanging():
-        dist.all_reduce(square, group=first.device_mesh["shards"].get_group())
+        dist.all_reduce(square, group=shards.get_group())
+    whole = [value for value in values if not isinstance(value, DTensor)]
+    if whole:
+        square = square + nn.utils.get_total_norm(whole).square()
     return square.sqrt().to(norm.device)
+
+
+def average_scalars(gradients: Iterable[Tensor]) -> None:
+    """Averages the gradients of scalars over processes in one collective; the others are averaged already."""
+    scalars = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    if scalars and rng.world()[1] > 1:
+        means = sum_over_processes(torch.stack(scalars)) / rng.world()[1]
+        torch._foreach_copy_(scalars, list(means.unbind()))
 
 
 def average_gradients_next(modules: Iterable[nn.Module], last: bool) -> None:

@@ -21,6 +21,7 @@ from evaluation.protocols.protocol import Protocol
 from evaluation.reference import open_reference
 from evaluation.weights import parse_weights
 from fdistill.base.errors import ArgumentError, ConfigError, DataError
+from fdistill.base.rng import world
 from fdistill.condition import TextCondition
 from fdistill.data.embeddings import Embeddings
 from fdistill.data.prompts import read_prompts
@@ -69,11 +70,13 @@ class WatchedStudent:
         maker: makes its images; without a text encoder, as prompts are encoded beforehand.
         image_shape: (C, H, W) of its images.
         encode: encodes prompts, or reads them from a cache; None for a student without prompts.
+        sharded: whether each process holds a part of it, so that all must run it equally often.
     """
 
     maker: NetworkMaker
     image_shape: tuple[int, int, int]
     encode: Callable[[Sequence[str]], Embeddings] | None = None
+    sharded: bool = False
 
 
 class StoredPrompts:
@@ -148,6 +151,8 @@ class Watch:
             count = settings.num_images or protocol.num_samples
             if count is None:
                 raise ArgumentError(f"num_images: protocol {protocol.name!r} takes any number; say how many")
+            if student.sharded:
+                _check_even(count, settings.batch_size)
             self._count = count
             self._reference = open_reference(protocol, settings.reference, allow_skipped=settings.allow_skipped)
             self._prompts = _prompts(settings.prompts, student, protocol, count)
@@ -232,6 +237,16 @@ class Watch:
 def _plain(name: str) -> str:
     """fd_digits of "eval/fd_digits@100 vs photos"."""
     return name.removeprefix(_PREFIX).split(" ")[0].split("@")[0]
+
+
+def _check_even(count: int, batch_size: int) -> None:
+    processes = world()[1]
+    if count % (batch_size * processes):
+        raise ArgumentError(
+            f"num_images: got {count} in batches of {batch_size}, but {processes} processes that share the student's "
+            f"weights must make equally many batches; expected a multiple of {batch_size * processes}, or another "
+            "eval.batch_size"
+        )
 
 
 def _check_size(protocol: Protocol, image_shape: tuple[int, int, int]) -> None:

@@ -19,7 +19,16 @@ from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import SmokeConfig
 
 #: Settings that may change when a run is resumed, and settings of each trained role; all others define the run.
-RESUMABLE = ("iterations", "device", "max_skipped", "log", "eval")
+RESUMABLE = (
+    "iterations",
+    "device",
+    "parallel",
+    "offload_frozen",
+    "offload_optimizers",
+    "max_skipped",
+    "log",
+    "eval",
+)
 RESUMABLE_OF_ROLES = ("lr", "grad_clip")
 _SMOKE = "smoke"  # section of a recipe's file that does not belong to a run's settings
 

@@ -125,6 +125,18 @@ class DistillConfig(Section):
         default="fp32",
         description="precision of the weights that are not trained: the teacher's and the text encoders'",
     )
+    parallel: Literal["ddp", "fsdp", "hybrid"] = Field(
+        default="ddp",
+        description="with several processes: each holds whole networks (ddp), or a part of each, of all processes "
+        "(fsdp) or of those of its machine (hybrid)",
+    )
+    offload_frozen: bool = Field(
+        default=False, description="keep the weights that are not trained in the CPU's memory: slower, for small GPUs"
+    )
+    offload_optimizers: bool = Field(
+        default=False,
+        description="keep trained weights, their optimisers and averages in the CPU's memory, and update them there",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, 20 to 33 % more time"
     )

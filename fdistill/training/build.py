@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.adapters.resize import Resized, resized
 from fdistill.base.devices import autocast
+from fdistill.base.distributed import part, sum_over_processes
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
 from fdistill.base.state_dicts import take
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
-from fdistill.config.sections import LoRAConfig
+from fdistill.config.sections import FakeScoreConfig, LoRAConfig, StudentConfig
 from fdistill.data.embeddings import Captions
 from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
@@ -35,13 +37,19 @@ from fdistill.students.lora import FAKE, STUDENT, lora_copy
 from fdistill.teachers.autoencoder import LatentSpace, image_shape
 from fdistill.teachers.guide import Guide, open_guide
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
-from fdistill.training import checks
+from fdistill.training import checks, sharding
 from fdistill.training.activation_checkpointing import checkpoint_activations
-from fdistill.training.checkpoint import check_tensors, load_optimizer_tensors, optimizer_tensors
+from fdistill.training.checkpoint import (
+    check_tensors,
+    described_tensors,
+    optimizer_tensors,
+    prepare_optimizer,
+    read_tensors,
+)
 from fdistill.training.optimise import make_optimizers
 from fdistill.training.prompts import Obtain, encode, open_inputs
 from fdistill.training.stages import Stage, age_of, make_stages, stage_at, trained_roles
-from fdistill.training.starts import load_trained, open_start, start_roles
+from fdistill.training.starts import open_start, start_roles
 from fdistill.training.updates import Update
 
 if TYPE_CHECKING:
@@ -63,6 +71,9 @@ class Distillation:
         text: the encoded prompts of a text-to-image teacher.
         none: the "no class" label or the null prompt; None for a teacher that has neither.
         clip: the CLIP loss on decoded samples, if the config has one.
+        sharded: whether a process holds parts of the weights only, so that every process must take part in whatever
+            runs or gathers a network.
+        empty_student: with several processes, the student without memory for weights, to be exported.
     """
 
     config: DistillConfig
@@ -78,6 +89,8 @@ class Distillation:
     clip: ClipHinge | None
     networks: Networks
     student: Student
+    sharded: bool
+    empty_student: Student | None
     optimizers: dict[str, torch.optim.AdamW]
     ema: EMA
     ratio: DensityRatio
@@ -132,22 +145,30 @@ class Distillation:
     def check_finite(self) -> None:
         """Raises NonFiniteError if a role's weights are not finite; called before weights are saved."""
         for name in self.optimizers:
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in self.role(name).parameters()):
+            values = [part(parameter) for parameter in self.role(name).parameters()]
+            wrong = torch.stack([~torch.isfinite(value).all() for value in values]).any().float()
+            if sum_over_processes(wrong.to(self.device)):
                 raise NonFiniteError(f"{name}: its weights became NaN or infinite in the last update")
 
-    def load_state(self, tensors: dict[str, Tensor], iteration: int, what: str) -> None:
-        """Restores what `state` returned after an iteration; raises CheckpointError if they are of another run."""
+    def load_state(self, path: Path, iteration: int) -> None:
+        """Restores what `state` returned after an iteration from an intact checkpoint; every process must call it.
+
+        Raises:
+            CheckpointError: it is of another run.
+        """
+        stored = described_tensors(path)
         own = {name: value for name, value in self.state().items() if not name.startswith("optimizer.")}
         trained = [role for role in self.optimizers if age_of(role, self.stages, iteration)]
         try:
-            check_tensors(tensors, own, self.optimizers, trained)
+            check_tensors(stored, own, self.optimizers, trained)
         except ValueError as error:
-            raise CheckpointError(f"{what}: {error}") from error
+            raise CheckpointError(f"its tensors: {error}") from error
         for name, optimizer in self.optimizers.items():
-            load_trained(self.role(name), take(tensors, name), f"{what}, {name}")
-            load_optimizer_tensors(optimizer, take(tensors, f"optimizer.{name}"))
+            prepare_optimizer(optimizer, stored, f"optimizer.{name}")
+        tensors = self.state()
+        read_tensors(path, tensors)  # into the memory of weights, averages and optimisers
         self.ema.load_state_dict(take(tensors, "ema"))
-        self.ratio.bins = tensors["ratio.bins"].to(self.ratio.bins.device)
+        self.ratio.bins = tensors["ratio.bins"]
         self.iteration = iteration
 
 
@@ -229,18 +250,24 @@ def _assemble(
     null = loaded.null(device)
     if denoiser.embedded_guidance is not None:
         denoiser.embedded_guidance = config.guidance_scale
-    trained = _trained_networks(config, loaded.teacher, device)
+    mesh = sharding.make_mesh(config.parallel, device, offload=config.offload_frozen or config.offload_optimizers)
+    # What is distributed moves to the device block by block, so that it is nowhere as a whole.
+    frozen_device = torch.device("cpu") if sharding.distributes_frozen(config, mesh) else device
+    trained = _trained_networks(config, loaded.teacher, frozen_device, mesh)
     student = KINDS[config.student.generator].make(trained.student, config.student_levels)
     roles = {role for stage in stages for role in trained_roles(stage)}
-    guide = _placed(loaded.guide, config, device)
+    guide = _placed(loaded.guide, config, frozen_device)
     has_heads = "discriminator" in roles
     networks = _networks(config, denoiser, trained.fake_score, student, null, guide, has_discriminator=has_heads)
-    if networks.discriminator is not None:
+    start_roles(config, networks, denoiser)
+    empty_student = None if mesh is None else sharding.blank(student)
+    if mesh is not None:
+        sharding.distribute(config, mesh, denoiser, guide, trained.fake_score, student, networks.discriminator)
+    elif networks.discriminator is not None:
         networks.discriminator.to(device)
     if not all(METHODS[stage.method].scores for stage in stages):
         with autocast(device, config.precision):
             _freeze_beyond(trained.fake_score, config.discriminator.features)
-    start_roles(config, networks, denoiser)
     ratio = _density_ratio(config, denoiser.schedule)
     return Distillation(
         config=config,
@@ -256,6 +283,8 @@ def _assemble(
         clip=_clip_hinge(config, latents, device) if any(stage.clip_loss.weight for stage in stages) else None,
         networks=networks,
         student=student,
+        sharded=sharding.is_sharded(mesh),
+        empty_student=empty_student,
         optimizers=make_optimizers(config, networks, roles),
         ema=EMA(student, config.ema.decays, config.ema.sigma_rel),
         ratio=ratio,
@@ -263,7 +292,9 @@ def _assemble(
     )
 
 
-def _trained_networks(config: DistillConfig, teacher: Teacher, device: torch.device) -> _Trained:
+def _trained_networks(
+    config: DistillConfig, teacher: Teacher, device: torch.device, mesh: DeviceMesh | None
+) -> _Trained:
     """The student's network and the fake score, on the device.
 
     Each is a copy of the teacher's network or adapters on it; the student's may come from another checkpoint.
@@ -271,7 +302,7 @@ def _trained_networks(config: DistillConfig, teacher: Teacher, device: torch.dev
     frozen = teacher.denoiser
     # Copies whose weights are trained are made before the frozen ones lose precision.
     copies = {
-        role: None if section.lora_rank else copy.deepcopy(frozen)
+        role: None if section.lora_rank else _copied(frozen, mesh, section)
         for role, section in ((STUDENT, config.student), (FAKE, config.fake_score))
     }
     origin, student, changed = _student_network(config, teacher, copies[STUDENT])
@@ -284,10 +315,17 @@ def _trained_networks(config: DistillConfig, teacher: Teacher, device: torch.dev
         trained.to(device).train()
         if not lora_rank:
             trained.requires_grad_(True)
+    if sharding.distributes_frozen(config, mesh):
+        student, fake_score = sharding.aliased(student), sharding.aliased(fake_score)
     if config.gradient_checkpointing:
         for denoiser in (frozen, student, fake_score):
             checkpoint_activations(denoiser)
     return _Trained(student, fake_score, origin, changed)
+
+
+def _copied(frozen: Denoiser, mesh: DeviceMesh | None, section: StudentConfig | FakeScoreConfig) -> Denoiser:
+    """A copy to train. For sharding it needs no memory of its own, unless other weights will be loaded into it."""
+    return copy.deepcopy(frozen) if mesh is None or section.checkpoint is not None else sharding.aliased(frozen)
 
 
 def _student_network(
@@ -375,10 +413,10 @@ def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
     t = torch.full((1,), denoiser.schedule.t_min, device=device)
     condition = denoiser.example_condition(1, device)
     tapped = denoiser.features(torch.zeros(1, *denoiser.sample_shape, device=device), t, condition, features)
-    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    reached = torch.autograd.grad([value.sum() for value in tapped.values()], trainable, allow_unused=True)
-    for parameter, gradient in zip(trainable, reached, strict=True):
-        parameter.requires_grad_(gradient is not None)
+    torch.stack([value.sum() for value in tapped.values()]).sum().backward()
+    for parameter in denoiser.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
 
 
 def _density_ratio(config: DistillConfig, schedule: NoiseSchedule) -> DensityRatio:

@@ -20,11 +20,13 @@ from fdistill.ema_profiles import profile_name
 from fdistill.training.alarms import WINDOW, alarms
 from fdistill.training.breakdown import BrokenRunError, advice
 from fdistill.training.build import Distillation
-from fdistill.training.checkpoint import checkpoints, newest_intact, save_checkpoint
+from fdistill.training.checkpoint import checkpoints, newest_intact
 from fdistill.training.curves import save_curves
 from fdistill.training.journal import Journal, append_record, read_records, scalars
 from fdistill.training.run_folder import export_student
-from fdistill.training.sample_grids import save_teacher_grid, student_images
+from fdistill.training.sample_grids import student_images, teacher_images
+from fdistill.training.saving import Saver
+from fdistill.training.sharding import gathered
 from fdistill.training.snapshots import save_snapshot
 from fdistill.training.stages import changing_rates, stage_at
 
@@ -68,6 +70,7 @@ class Logbook:
         self._trackers: list[GeneralTracker] = []
         self._started, self._first = time.perf_counter(), run.iteration
         self._stack = ExitStack()
+        self._saver = Saver()
 
     def __enter__(self) -> Logbook:
         tracker, iteration = self._config.log.tracker, self._run.iteration
@@ -85,13 +88,22 @@ class Logbook:
         for record in earlier:
             scores = {key: value for key, value in record.items() if key.startswith("eval/")}
             self._note_scores(scores, record["iteration"])
-        if self._main and iteration == 0 and self._config.log.samples_every:
-            save_teacher_grid(self._run, self._folder)
+        if iteration == 0 and self._config.log.samples_every and self._takes_part:
+            teacher = teacher_images(self._run)
+            if self._main:
+                save_grid(teacher, self._folder / "samples" / "teacher.png")
             self._save_samples()
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is None:
+            self._saver.wait()
         return self._stack.__exit__(*error)
+
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this process runs the student when images or weights are written: all must, if each has a part."""
+        return self._main or self._run.sharded
 
     def after_iteration(self, skipped: Sequence[object], *, stopping: bool) -> None:
         """Writes whatever is due at this iteration.
@@ -124,16 +136,16 @@ class Logbook:
             # Where a role's losses are not finite any more, the checkpoint before is the better one to go on from.
             self._owed = checkpoint and self.journal.stuck and not must
             checkpoint = checkpoint and not self._owed
-        if not self._main:
-            return
-        if config.log.samples_every and (last or self._due(config.log.samples_every)):
+        if config.log.samples_every and (last or self._due(config.log.samples_every)) and self._takes_part:
             self._save_samples()
-        if snapshot:  # before the checkpoint, so that a run resumed from it has every snapshot up to it
+        if snapshot and self._takes_part:  # before the checkpoint: a run resumed from it has every snapshot up to it
             for width in config.ema.sigma_rel:
-                average = self._run.ema.shadows[profile_name(width)]
-                save_snapshot(self._folder / "ema", self._run.iteration, width, average)
+                average = gathered(self._run.ema.shadows[profile_name(width)], self._main)
+                if self._main:
+                    save_snapshot(self._folder / "ema", self._run.iteration, width, average)
         if checkpoint:
             self._save_checkpoint()
+        self._saver.check()
 
     def save_curves(self) -> None:
         """Draws curves.png from all records."""
@@ -175,20 +187,19 @@ class Logbook:
             **record,
             **scores,
         }
-        if not self._main:
-            return
-        self._raise_alarms(record)
-        for cause in record.get("skipped", ()):
-            warnings.warn(f"iteration {iteration}: {cause}; that update was skipped", stacklevel=2)
-        path = self._folder / "metrics.jsonl"
-        append_record(path, record)
-        for tracker in self._trackers:
-            tracker.log(scalars(record), step=iteration)
+        if self._main:
+            self._raise_alarms(record)
+            for cause in record.get("skipped", ()):
+                warnings.warn(f"iteration {iteration}: {cause}; that update was skipped", stacklevel=2)
+            path = self._folder / "metrics.jsonl"
+            append_record(path, record)
+            for tracker in self._trackers:
+                tracker.log(scalars(record), step=iteration)
         # Before the checkpoint, so that a run resumed from it has the best student of all records up to it.
         watch = self._watch
-        if watch is not None and is_best:
+        if watch is not None and is_best and self._takes_part:
             reason = watch.reason(scores, iteration)
-            export_student(self._run, self._folder, name="best", kept_for=reason)
+            export_student(self._run, self._folder, name="best", main=self._main, kept_for=reason)
 
     def _raise_alarms(self, record: dict[str, Any]) -> None:
         """Adds to a record the alarms that it raises, and warns of those that the record before has not raised."""
@@ -202,8 +213,9 @@ class Logbook:
                 warnings.warn(f"iteration {record['iteration']}: {name}: {sentence}", stacklevel=2)
 
     def _save_samples(self) -> None:
-        path = self._folder / "samples" / f"{self._run.iteration:06d}.png"
-        save_grid(student_images(self._run), path)
+        images = student_images(self._run)
+        if self._main:
+            save_grid(images, self._folder / "samples" / f"{self._run.iteration:06d}.png")
 
     def _save_checkpoint(self) -> None:
         meta = {
@@ -213,10 +225,11 @@ class Logbook:
         }
         keep, folder = self._config.log.keep_checkpoints, self._folder / "checkpoints"
         spared = {self._best} if self._config.log.keep_best else set()
-        save_checkpoint(folder, self._run.iteration, self._run.state(), meta, keep, spared=spared)
+        self._saver.save(folder, self._run.iteration, self._run.state(), meta, keep, spared)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """What happened, which role's update was out of range first, and how to go on."""
+        self._saver.wait()
         good = newest_intact(checkpoints(self._folder / "checkpoints"))
         leap = error.leap if isinstance(error, BrokenRunError) else None
         named = str(error).partition(":")[0]

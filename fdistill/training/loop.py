@@ -98,8 +98,8 @@ def distill(
                 f"{config.iterations}; continue with --resume",
                 128 + received,
             )
-        if state.is_main_process:
-            export_student(run, folder, name="student")
+        if state.is_main_process or run.sharded:
+            export_student(run, folder, name="student", main=state.is_main_process)
         wait_for_everyone()
     return folder / "student"
 
@@ -131,6 +131,7 @@ def open_watch(run: Distillation, obtain: Obtain = encode) -> Watch | None:
         NetworkMaker("the student", run.student, None, "", run.latents),
         run.image_shape,
         None if run.text is None else encoded,
+        run.sharded,
     )
     settings = WatchSettings(**config.eval.model_dump(exclude={"every"}), seed=config.seed)
     return Watch(student, settings, run.device)
@@ -174,10 +175,13 @@ def iterate(
     generator.manual_seed(rng.derived_seed(config.seed, rng.Stream.STEP, run.iteration))
     # Dropout draws from the global generator, and must draw different numbers in each process.
     torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
-    split = {name: Split(count_of(stage.config, name, rng.world()[1]), config.precision) for name in SECTIONS}
     critic = {name: role for name, role in roles.items() if name != "generator"}
     first_batch = batches_before(run.stages, run.iteration)
     place = f"iteration {run.iteration + 1}"
+    trained = {"generator": [run.role("generator")], "fake_score": [run.role(name) for name in critic]}
+    split = {
+        name: Split(count_of(stage.config, name, rng.world()[1]), config.precision, trained[name]) for name in SECTIONS
+    }
     for number in range(stage.critic_steps):
         place = f"iteration {run.iteration + 1}, batch {first_batch + number + 1}"
         logs = backward(run.critic_update, batches.critic(number), generator, split["fake_score"])

@@ -1,4 +1,4 @@
-"""Optimisers, and one step of a role: gradients averaged over processes, clipped, applied if they are finite."""
+"""Optimisers, and one step of a role: gradients clipped, and applied if they are finite."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdistill.base.distributed import average_gradients
+from fdistill.base.distributed import part
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import OptimizerConfig
 from fdistill.denoiser import Denoiser
 from fdistill.step import ROLES, Networks
+from fdistill.training.sharding import average_scalars, total_norm
 
 
 class Role:
@@ -42,8 +43,10 @@ class Role:
 
         If that is NaN or infinite, the same on every process, neither weights nor the optimiser's state change.
         """
-        average_gradients(self._parameters)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._grad_clip)
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        average_scalars(gradients)
+        norm = total_norm(gradients)
+        torch._foreach_mul_([part(gradient) for gradient in gradients], (self._grad_clip / (norm + 1e-6)).clamp(max=1))
         self._optimizer.found_inf = (~norm.isfinite()).float()  # read on the device, as torch's GradScaler has it
         self._optimizer.step()
         self._optimizer.zero_grad()
@@ -55,7 +58,7 @@ class Role:
 
     @torch.no_grad()
     def _weight_norm(self) -> Tensor:
-        return nn.utils.get_total_norm(self._parameters).float()
+        return total_norm(self._parameters).float()
 
 
 def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, torch.optim.AdamW]:

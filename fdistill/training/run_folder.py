@@ -12,18 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from fdistill import __version__
-from fdistill.base.distributed import together
+from fdistill.base.distributed import from_main_process, together
 from fdistill.base.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
 from fdistill.base.files import atomic_file, is_leftover, remove_leftovers, writing
 from fdistill.base.images import grid
 from fdistill.base.locks import locked
 from fdistill.config.reading import changed_keys, changes, dump_config, load_config, validate
 from fdistill.config.schema import DistillConfig
+from fdistill.generator import Student
 from fdistill.students.folder import save_student
 from fdistill.training.build import Distillation
-from fdistill.training.checkpoint import checkpoints, load_checkpoint, set_aside
+from fdistill.training.checkpoint import check_checkpoint, checkpoints, set_aside
 from fdistill.training.journal import append_record, read_records, truncate_records
 from fdistill.training.sample_grids import grid_prompts, student_images
+from fdistill.training.sharding import filled, gathered
 from fdistill.training.snapshots import truncate_snapshots
 
 _LOCK = ".lock"
@@ -110,13 +112,13 @@ def resume_from(folder: Path, run: Distillation) -> None:
 
 def _load(path: Path, run: Distillation) -> None:
     """Loads a checkpoint into a run; raises what `resume_from` does of this one."""
-    tensors, meta = load_checkpoint(path)
+    meta = from_main_process(lambda: check_checkpoint(path))
     iteration, iterations = meta["iteration"], run.config.iterations
     if iteration > iterations:
         raise ConfigError(f"iterations: got {iterations}, but {path.parent.parent} is at iteration {iteration} already")
     try:
         _check_settings(meta, run.config)
-        run.load_state(tensors, iteration, "its tensors")
+        run.load_state(path, iteration)
         run.check_finite()
     except (ConfigError, CheckpointError, NonFiniteError) as error:
         raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
@@ -160,20 +162,35 @@ def _record_changes(folder: Path, run: Distillation) -> None:
         append_record(folder / "changes.jsonl", {"iteration": run.iteration, "changed": values})
 
 
-def export_student(run: Distillation, folder: Path, *, name: str, **facts: str) -> Path:
-    """Writes the student with averaged weights to folder/name. `facts` are added to its model card."""
-    student = folder / name
+def export_student(run: Distillation, folder: Path, *, name: str, main: bool = True, **facts: str) -> Path:
+    """Writes the student with averaged weights to folder/name. `facts` are added to its model card.
+
+    Args:
+        main: whether this process writes. Of a sharded run every process must call it, as each has a part.
+    """
+    path = folder / name
+    images = student_images(run)
     with run.ema.applied(run.config.ema.export):
-        save_student(
-            run.student,
-            student,
-            origin=run.origin,
-            latents=run.latents,
-            card={**_card(run, folder), **facts},
-            config=dump_config(run.config),
-            samples=grid(student_images(run)),
-        )
-    return student
+        student = _whole(run, main)
+        if main:
+            save_student(
+                student,
+                path,
+                origin=run.origin,
+                latents=run.latents,
+                card={**_card(run, folder), **facts},
+                config=dump_config(run.config),
+                samples=grid(images),
+            )
+    return path
+
+
+def _whole(run: Distillation, main: bool) -> Student:
+    """The run's student, as a copy on the CPU if it is distributed."""
+    if run.empty_student is None:
+        return run.student
+    tensors = gathered(run.student.state_dict(), main)
+    return filled(run.empty_student, tensors) if main else run.student
 
 
 def _card(run: Distillation, folder: Path) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _role_of(state: dict[str, Tensor], role: str, name: str) -> dict[str, Tensor
 
 
 def load_trained(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Loads a module's trained tensors, and leaves those that it shares; CheckpointError unless exactly these fit."""
+    """Gives a module its trained tensors, and leaves those that it shares; CheckpointError unless exactly these fit."""
     trained = trained_state(module)
     own = {key: value for key, value in module.state_dict().items() if key not in trained}
     load_exactly(module, {**own, **tensors}, what)

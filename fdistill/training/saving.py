@@ -1,0 +1,67 @@
+"""Checkpoints written by a thread while training goes on; an iteration waits only while tensors are copied."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from fdistill.base import rng
+from fdistill.training.checkpoint import save_checkpoint
+
+
+class Saver:
+    """Every process must have one, and call its methods together with the others."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        # Another group than training's, whose collectives go on meanwhile; of CPUs, where the copies are.
+        self._group: Any = dist.new_group(backend="gloo") if rng.world()[1] > 1 else None
+
+    def save(
+        self,
+        folder: Path,
+        iteration: int,
+        tensors: Mapping[str, Tensor],
+        meta: dict[str, Any],
+        keep: int,
+        spared: Collection[int] = (),
+    ) -> None:
+        """Copies the tensors to the CPU's memory, and starts `save_checkpoint`; waits first for an earlier one to end.
+
+        Raises:
+            OutputError: the earlier one could not be written.
+        """
+        from torch.distributed.checkpoint.staging import BlockingAsyncStager
+
+        self.wait()
+        copies = BlockingAsyncStager().stage(dict(tensors))
+
+        def write() -> None:
+            try:
+                save_checkpoint(folder, iteration, copies, meta, keep, spared=spared, group=self._group)
+            except BaseException as error:  # also what torch raises, which is no Exception
+                self._error = error
+
+        # A daemon, so that a second Ctrl-C does not wait for it.
+        self._thread = threading.Thread(target=write, daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raises OutputError if a checkpoint could not be written; waits for nothing."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when what was started is written; raises OutputError if it could not be."""
+        if self._thread is None:
+            return
+        self._thread.join()
+        error, self._thread, self._error = self._error, None, None
+        if error is not None:
+            raise error

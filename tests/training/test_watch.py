@@ -55,12 +55,6 @@ SETTINGS: dict[str, Any] = {
 AVERAGED: dict[str, Any] = {"seed": 7, "ema.decays": [0.9, 0.5], "ema.export": 0.5}
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than these runs. `watched` is made before, and has them."""
-    monkeypatch.setattr(logbook, "save_curves", lambda *_: None)
-
-
 def run(teacher: Path, output: Path, **changes: Any) -> Path:
     resume = bool(changes.pop("resume", False))
     distill("digits", output=output, resume=resume, **{"teacher": str(teacher), **SETTINGS, **changes})

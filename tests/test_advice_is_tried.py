@@ -59,7 +59,6 @@ NOT_THERE: dict[str, str] = {
     "; choose another name": "any place that can be written",
     "wait until it has ended, or choose another place": "any place that can be written",
     "or pass --allow-skipped ": "followed in tests/evaluation/test_images_as_they_are.py",
-    "run again with --resume to go on from iteration ": "followed in tests/training/test_checkpoint_integrity.py",
     "; continue with --resume": "followed in tests/training/test_stopping.py",
     "; leave ": "followed: the option stands in a variable part of the message",
 }

@@ -233,7 +233,7 @@ def test_coefficients_are_the_nearest_combination() -> None:
             "ema.snapshot_every=5",
             r"snapshot_every: got 5, but snapshots store the averages of sigma_rel, which is empty",
         ),
-        ("ema.snapshot_every=-1", "greater than or equal to 0"),
+        ("ema.snapshot_every=-1", "expected at least 0"),
         ("ema.decays=[]", r"expected one of decays \[\]"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -13,7 +12,7 @@ import typer
 from fdistill import __version__
 from fdistill.base.errors import ConfigError
 from fdistill.base.files import nothing_cached
-from fdistill.commands.ending import one_message
+from fdistill.commands.ending import one_message, quiet_libraries
 from fdistill.commands.evaluation import compare, evaluate, reference
 from fdistill.commands.options import (
     Device,
@@ -375,16 +374,6 @@ def ema(
         run, sigma_rel=sigma_rel, output=output, iteration=iteration, network=network, device=device
     )
     typer.echo(f"student: {folder}")
-
-
-_LIBRARIES = ("PIL", "diffusers", "transformers", "peft", "torch", "accelerate", "huggingface_hub")
-
-
-def quiet_libraries() -> None:
-    """Silences what libraries tell a programmer in warnings and logs, which is no use to who runs a command."""
-    for library in _LIBRARIES:
-        warnings.filterwarnings("ignore", module=rf"{library}\b")
-        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,9 +1,12 @@
-"""How a command ends: with one message for an error or a signal, and the exit status that goes with it."""
+"""How a command ends: with one message for an error or a signal, the exit status that goes with it, and no warnings of
+libraries in between.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +17,15 @@ from fdistill.base.errors import FDistillError, StoppedError
 from fdistill.base.reading import reason_of
 from fdistill.base.signals import SIGNALS
 from fdistill.commands.options import is_main_process
+
+_LIBRARIES = ("PIL", "diffusers", "transformers", "peft", "torch", "accelerate", "huggingface_hub")
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries tell a programmer in warnings and logs, which is no use to who runs a command."""
+    for library in _LIBRARIES:
+        warnings.filterwarnings("ignore", module=rf"{library}\b")
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
 
 
 @contextmanager

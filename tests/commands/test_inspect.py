@@ -229,5 +229,5 @@ def test_weights_that_are_not_finite_are_one_line(tiny_teacher: Path, tmp_path: 
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
     path = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: value * torch.nan for name, value in load_file(path).items()}, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="its own samples are not finite, so its weights are damaged"):
+    with pytest.raises(CheckpointError, match="of its network is not finite, so its weights are damaged"):
         inspect(tmp_path / "teacher")

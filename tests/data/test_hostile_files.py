@@ -21,7 +21,7 @@ from PIL import Image
 
 from evaluation.images import open_images
 from fdistill.base.errors import DataError, FDistillError
-from fdistill.commands.cli import quiet_libraries
+from fdistill.commands.ending import quiet_libraries
 from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.data.account import account_of
 from fdistill.data.prompts import read_prompts

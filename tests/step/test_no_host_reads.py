@@ -95,11 +95,18 @@ def step(name: str, device: torch.device, precision: str) -> tuple[StepResult, t
 @pytest.mark.parametrize("name", STEPS)
 def test_an_update_reads_nothing_back(name: str, precision: str, device: torch.device) -> None:
     result, module = step(name, device, precision)
+    backward(lambda **_: result, {}, torch.Generator(), Split(1, "fp32"))
+    assert any(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+@pytest.mark.parametrize("name", ["diff-instruct", "critic"])
+def test_what_follows_the_backward_pass_reads_nothing_back(name: str, device: torch.device) -> None:
+    """It is the same for every step: float32 gradients of one of the two modules that steps train."""
+    result, module = step(name, device, "fp32")
+    result.loss.backward()
     role = Role(module, torch.optim.AdamW(module.parameters(), fused=True))
     role.settle(OptimizerConfig(), 1e-4)
-    arguments: dict[str, Any] = {}
-    backward(lambda **_: result, arguments, torch.Generator(), Split(1, "fp32"))
-    assert any(parameter.grad is not None for parameter in module.parameters())
     role.step()
     EMA(module, [0.9, 0.99]).update()
 

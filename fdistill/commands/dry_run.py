@@ -10,7 +10,8 @@ from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.data.account import account_of
 from fdistill.methods import METHODS
 from fdistill.students.lora import has_adapters
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
+from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import TrainingData, data_samples, pair_samples, stored_data
 from fdistill.training.loop import open_watch
 from fdistill.training.parts import check_parts

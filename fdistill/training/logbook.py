@@ -19,9 +19,9 @@ from fdistill.base.images import save_grid
 from fdistill.ema_profiles import profile_name
 from fdistill.training.alarms import WINDOW, alarms
 from fdistill.training.breakdown import BrokenRunError, advice
-from fdistill.training.build import Distillation
 from fdistill.training.checkpoint import checkpoints, newest_intact
 from fdistill.training.curves import save_curves
+from fdistill.training.distillation import Distillation
 from fdistill.training.journal import Journal, append_record, read_records, scalars
 from fdistill.training.run_folder import export_student
 from fdistill.training.sample_grids import student_images, teacher_images

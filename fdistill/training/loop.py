@@ -26,8 +26,9 @@ from fdistill.step import PerSample
 from fdistill.teachers.teacher import Teacher
 from fdistill.training import read_data
 from fdistill.training.batches import Batches
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
 from fdistill.training.cache import Encoding
+from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal
 from fdistill.training.logbook import Logbook

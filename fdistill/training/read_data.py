@@ -11,7 +11,7 @@ from typing import Any
 from fdistill.base.files import atomic_file, read_json_object
 from fdistill.data.account import account_of, say
 from fdistill.data.sample_loader import SampleSource, ScaledLatents
-from fdistill.training.build import Distillation
+from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import Data
 
 RECORD = "data.json"

@@ -21,8 +21,8 @@ from fdistill.config.reading import changed_keys, changes, dump_config, load_con
 from fdistill.config.schema import DistillConfig
 from fdistill.generator import Student
 from fdistill.students.folder import save_student
-from fdistill.training.build import Distillation
 from fdistill.training.checkpoint import check_checkpoint, checkpoints, set_aside
+from fdistill.training.distillation import Distillation
 from fdistill.training.journal import append_record, read_records, truncate_records
 from fdistill.training.sample_grids import grid_prompts, student_images
 from fdistill.training.sharding import filled, gathered

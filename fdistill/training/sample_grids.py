@@ -9,7 +9,7 @@ from fdistill.base import rng
 from fdistill.base.images import to_uint8
 from fdistill.condition import Condition
 from fdistill.sampler import heun_sample
-from fdistill.training.build import Distillation
+from fdistill.training.distillation import Distillation
 
 _GRID, _LARGE_GRID = 80, 16  # samples in a grid; the second for images above 64 pixels
 

@@ -26,8 +26,9 @@ from fdistill.base.errors import FDistillError
 from fdistill.config.reading import load_config
 from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.training import run_folder
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints
+from fdistill.training.distillation import Distillation
 from support.odd_files import SPECIMENS
 
 NIGHTLY = int(os.environ.get("FDISTILL_FUZZ", "0"))

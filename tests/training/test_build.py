@@ -14,8 +14,9 @@ from fdistill.adapters.checkpoint import load_teacher
 from fdistill.config.reading import load_config
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.guidance import GuidedDenoiser
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
 from fdistill.training.checkpoint import save_checkpoint
+from fdistill.training.distillation import Distillation
 from support.denoisers import tiny_unet
 
 NONE = 10

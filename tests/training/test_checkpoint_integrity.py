@@ -19,8 +19,9 @@ from fdistill import distill
 from fdistill.base.errors import CheckpointError, OutputError
 from fdistill.base.files import sha256_of_files
 from fdistill.config.reading import load_config
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints, newest_intact
+from fdistill.training.distillation import Distillation
 from fdistill.training.journal import read_records
 from fdistill.training.run_folder import check_output, resume_from
 

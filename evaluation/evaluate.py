@@ -37,7 +37,7 @@ from fdistill.data.listing import MEANT_AS_IMAGES
 from fdistill.data.prompts import PromptList, read_prompt_list
 from fdistill.data.tree import FolderTree
 from fdistill.generation.generate import check_counts, open_maker
-from fdistill.generation.maker import Maker
+from fdistill.generation.maker import Maker, describe_maker
 from fdistill.generation.sampling import Sampling, check_unread
 from fdistill.students.folder import find_student, student_facts, student_folder
 
@@ -145,6 +145,7 @@ def evaluate(
                 f"num_images: protocol {protocol!r} takes any number; say how many images {samples} should make"
             )
         maker = open_maker(samples, on, sampling)
+        say(f"checkpoint {maker.name}", describe_maker(maker))
         wanted = _prompts_of(maker, chosen, None if listed is None else listed.prompts, count)
         images = [GeneratedImages(maker, seed, count, wanted, on, chosen) for seed in seeds]
         measurements = [measure(made.views(chosen), opened, setting) for made in images]

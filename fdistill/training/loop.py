@@ -20,6 +20,7 @@ from fdistill.base.errors import ConfigError, StoppedError
 from fdistill.base.heartbeat import telling_others
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
+from fdistill.data.account import say
 from fdistill.data.embeddings import Embeddings
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.step import PerSample
@@ -106,7 +107,11 @@ def distill(
 
 
 def _announce(run: Distillation, folder: Path, processes: int) -> None:
-    """One line that says where the run begins and how many processes it has."""
+    """One line about the teacher that was read, and one that says where the run begins with how many processes."""
+    teacher = run.networks.teacher
+    millions = sum(parameter.numel() for parameter in teacher.parameters()) / 1e6
+    known = "prompts" if run.text is not None else f"{teacher.num_classes or 'no'} classes"
+    say(f"teacher {run.config.teacher}", f"{millions:,.1f} million weights, of {known}")
     count = "1 process" if processes == 1 else f"{processes} processes"
     where = f"iteration {run.iteration} to {run.config.iterations}"
     tqdm.write(f"{folder}: {where}, {count} on {run.device}", file=sys.stderr)

@@ -20,7 +20,7 @@ from fdistill.base.errors import CheckpointError, OutputError
 from fdistill.base.files import sha256_of_files
 from fdistill.config.reading import load_config
 from fdistill.training.build import build
-from fdistill.training.checkpoint import checkpoints, newest_intact
+from fdistill.training.checkpoint import checkpoints, newest_intact, prepare_optimizer
 from fdistill.training.distillation import Distillation
 from fdistill.training.journal import read_records
 from fdistill.training.run_folder import check_output, resume_from
@@ -69,7 +69,11 @@ def newest(folder: Path) -> Path:
 def _begins_anew(run: Distillation) -> Iterator[None]:
     before = {name: value.clone() for name, value in run.state().items()}
     yield
-    run.load_state(before, 0, "what it began with")
+    for role, optimizer in run.optimizers.items():
+        prepare_optimizer(optimizer, before, f"optimizer.{role}")
+    for name, value in run.state().items():
+        value.detach().copy_(before[name])
+    run.iteration = 0
 
 
 def refused(folder: Path, run: Distillation, reason: str) -> None:

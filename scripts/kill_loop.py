@@ -25,9 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline, UNet2DModel
+from safetensors.torch import load_file
 
 from fdistill import distill
 from fdistill.base.files import is_leftover
+from fdistill.base.state_dicts import tensors_sha256
 from fdistill.training.checkpoint import checkpoints
 from fdistill.training.journal import read_records
 
@@ -134,8 +136,12 @@ def _compare(straight: Path, output: Path, report: Report) -> None:
     report.differences.extend(f"{path}: left behind" for path in output.rglob(".*"))
 
 
-def _contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*.safetensors")}
+def _contents(folder: Path) -> dict[str, str]:
+    # Of the tensors: the order of what else is in a file is that of a hash table.
+    return {
+        path.relative_to(folder).as_posix(): tensors_sha256(dict(sorted(load_file(path).items())))
+        for path in folder.rglob("*.safetensors")
+    }
 
 
 def _records(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,13 @@ from fdistill.training import logbook
 from fdistill.training.curves import save_curves
 from support.denoisers import tiny_unet
 
+gc.disable()  # until all is imported: full collections would visit half a million objects that stay, again and again
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,7 +45,9 @@ def _curves_once() -> Iterator[None]:
     drawn: dict[frozenset[tuple[str, bool]], bytes] = {}
 
     def save(records: Sequence[dict[str, Any]], path: Path) -> None:
-        kind = frozenset((key, isinstance(v, (int, float)) and v > 0) for record in records for key, v in record.items())
+        kind = frozenset(
+            (key, isinstance(v, (int, float)) and v > 0) for record in records for key, v in record.items()
+        )
         if kind in drawn:
             path.write_bytes(drawn[kind])
         else:

@@ -98,7 +98,7 @@ def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampl
             with text.on(device):
                 null = text.null(sampling.negative_prompt)
         other = None if guide is None else guide.denoiser.to(device)
-        denoiser = GuidedDenoiser(denoiser, sampling.scale, null=null, guide=other)
+        denoiser = GuidedDenoiser(denoiser, sampling.scale, null=null, guide=other).to(device)
     return NetworkMaker(str(checkpoint), denoiser, sampling.steps, sha256, latents, text, sampling.scale)
 
 

@@ -141,7 +141,7 @@ def _assemble(
         networks.discriminator.to(device)
     if not all(METHODS[stage.method].scores for stage in stages):
         with autocast(device, config.precision):
-            _freeze_beyond(trained.fake_score, config.discriminator.features)
+            _freeze_beyond(trained.fake_score, config.discriminator.features, device)
     ratio = _density_ratio(config, denoiser.schedule)
     return Distillation(
         config=config,
@@ -169,7 +169,7 @@ def _assemble(
 def _trained_networks(
     config: DistillConfig, teacher: Teacher, device: torch.device, mesh: DeviceMesh | None
 ) -> _Trained:
-    """The student's network and the fake score, on the device.
+    """The student's network and the fake score, on the device unless they will be distributed.
 
     Each is a copy of the teacher's network or adapters on it; the student's may come from another checkpoint.
     """
@@ -186,7 +186,9 @@ def _trained_networks(
     fake_score = copies[FAKE] or _adapted(frozen, config.fake_score, FAKE, "fake_score")
     student = student or _adapted(frozen, config.student, STUDENT, "student")
     for trained, lora_rank in ((student, config.student.lora_rank), (fake_score, config.fake_score.lora_rank)):
-        trained.to(device).train()
+        if mesh is None or lora_rank:
+            trained.to(device)
+        trained.train()
         if not lora_rank:
             trained.requires_grad_(True)
     if sharding.distributes_frozen(config, mesh):
@@ -281,9 +283,8 @@ def _networks(
     )
 
 
-def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
+def _freeze_beyond(denoiser: Denoiser, features: Sequence[str], device: torch.device) -> None:
     """Freezes the parameters that the named features do not depend on: those of the decoder."""
-    device = next(denoiser.parameters()).device
     t = torch.full((1,), denoiser.schedule.t_min, device=device)
     condition = denoiser.example_condition(1, device)
     tapped = denoiser.features(torch.zeros(1, *denoiser.sample_shape, device=device), t, condition, features)

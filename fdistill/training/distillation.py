@@ -148,7 +148,6 @@ class Distillation:
         for name, optimizer in self.optimizers.items():
             prepare_optimizer(optimizer, stored, f"optimizer.{name}")
         tensors = self.state()
-        read_tensors(path, tensors)  # into the memory of weights, averages and optimisers
-        self.ema.load_state_dict(take(tensors, "ema"))
-        self.ratio.bins = tensors["ratio.bins"]
+        read_tensors(path, tensors)  # into the memory of weights, averages, optimisers and bins
+        self.ema.load_state_dict(take(tensors, "ema"))  # for the number of its updates, which is no tensor
         self.iteration = iteration

@@ -86,7 +86,8 @@ class Journal:
         updates, self._updates = self._updates, []
         applied, self._applied = self._applied, []
         norms = [norm for update in updates for norm in update.norms.values()]
-        values = iter(torch.stack(norms).tolist() if norms else [])
+        # An offloaded role's are on the CPU.
+        values = iter(torch.stack([norm.to(norms[0].device) for norm in norms]).tolist() if norms else [])
         read = [{role: next(values) for role in update.norms} for update in updates]
         try:
             check_growth(_weights(applied))

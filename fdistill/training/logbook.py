@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from fdistill.base.images import save_grid
 from fdistill.ema_profiles import profile_name
 from fdistill.training.alarms import WINDOW, alarms
 from fdistill.training.breakdown import BrokenRunError, advice
-from fdistill.training.checkpoint import checkpoints, newest_intact
+from fdistill.training.checkpoint import checkpoints, newest_intact, save_checkpoint
 from fdistill.training.curves import save_curves
 from fdistill.training.distillation import Distillation
 from fdistill.training.journal import Journal, append_record, read_records, scalars
@@ -98,6 +99,9 @@ class Logbook:
     def __exit__(self, *error: Any) -> bool | None:
         if error[0] is None:
             self._saver.wait()
+        elif issubclass(error[0], Exception):
+            with suppress(Exception):  # the error that came first is the one to show
+                self._saver.wait()
         return self._stack.__exit__(*error)
 
     @property
@@ -225,7 +229,8 @@ class Logbook:
         }
         keep, folder = self._config.log.keep_checkpoints, self._folder / "checkpoints"
         spared = {self._best} if self._config.log.keep_best else set()
-        self._saver.save(folder, self._run.iteration, self._run.state(), meta, keep, spared)
+        write = partial(save_checkpoint, folder, self._run.iteration, meta=meta, keep=keep, spared=spared)
+        self._saver.save(self._run.state(), write)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """What happened, which role's update was out of range first, and how to go on."""

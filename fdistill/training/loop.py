@@ -111,7 +111,7 @@ def _announce(run: Distillation, folder: Path, processes: int) -> None:
     teacher = run.networks.teacher
     millions = sum(parameter.numel() for parameter in teacher.parameters()) / 1e6
     known = "prompts" if run.text is not None else f"{teacher.num_classes or 'no'} classes"
-    say(f"teacher {run.config.teacher}", f"{millions:,.1f} million weights, of {known}")
+    say(f"teacher {run.config.teacher}", f"{millions:,.1f} million weights, for {known}")
     count = "1 process" if processes == 1 else f"{processes} processes"
     where = f"iteration {run.iteration} to {run.config.iterations}"
     tqdm.write(f"{folder}: {where}, {count} on {run.device}", file=sys.stderr)
@@ -195,7 +195,8 @@ def iterate(
     bins = run.ratio.bins.clone()
     logs = backward(run.student_update, batches.student(), generator, split["generator"])
     (norm,) = step(logs, {"generator": roles["generator"]}, journal, place)
-    run.ratio.bins = torch.where(norm.isfinite(), run.ratio.bins, bins.to(run.ratio.bins.device))
+    now = run.ratio.bins
+    run.ratio.bins = torch.where(norm.isfinite().to(now.device), now, bins.to(now.device))
     run.ema.update(run.stage.config.ema.decays)
     run.iteration += 1
 

@@ -1,17 +1,15 @@
-"""Checkpoints written by a thread while training goes on; an iteration waits only while tensors are copied."""
+"""Files written by a thread while training goes on; an iteration waits only while tensors are copied."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from fdistill.base import rng
-from fdistill.training.checkpoint import save_checkpoint
 
 
 class Saver:
@@ -23,16 +21,13 @@ class Saver:
         # Another group than training's, whose collectives go on meanwhile; of CPUs, where the copies are.
         self._group: Any = dist.new_group(backend="gloo") if rng.world()[1] > 1 else None
 
-    def save(
-        self,
-        folder: Path,
-        iteration: int,
-        tensors: Mapping[str, Tensor],
-        meta: dict[str, Any],
-        keep: int,
-        spared: Collection[int] = (),
-    ) -> None:
-        """Copies the tensors to the CPU's memory, and starts `save_checkpoint`; waits first for an earlier one to end.
+    def save(self, tensors: Mapping[str, Tensor], write: Callable[..., object]) -> None:
+        """Copies the tensors to the CPU's memory, and starts write(tensors=copies, group=...) in a thread.
+
+        Waits first for an earlier one to end.
+
+        Args:
+            write: is given a group of all processes, for what they have to agree on.
 
         Raises:
             OutputError: the earlier one could not be written.
@@ -42,14 +37,14 @@ class Saver:
         self.wait()
         copies = BlockingAsyncStager().stage(dict(tensors))
 
-        def write() -> None:
+        def run() -> None:
             try:
-                save_checkpoint(folder, iteration, copies, meta, keep, spared=spared, group=self._group)
+                write(tensors=copies, group=self._group)
             except BaseException as error:  # also what torch raises, which is no Exception
                 self._error = error
 
         # A daemon, so that a second Ctrl-C does not wait for it.
-        self._thread = threading.Thread(target=write, daemon=True)
+        self._thread = threading.Thread(target=run, daemon=True)
         self._thread.start()
 
     def check(self) -> None:

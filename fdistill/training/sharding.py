@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor
 
 from fdistill.base import rng
 from fdistill.base.distributed import exchanging, part, sum_over_processes
+from fdistill.base.errors import ConfigError
 from fdistill.config.schema import DistillConfig
 from fdistill.denoiser import Denoiser
 from fdistill.generator import Student
@@ -47,15 +48,25 @@ _ALONE = {"CombinedTimestepLabelEmbeddings"}
 
 
 def make_mesh(parallel: str, device: torch.device, *, offload: bool) -> DeviceMesh | None:
-    """The processes as (copies, shards); None for one process alone that offloads nothing."""
+    """The processes as (copies, shards); None for one process alone that offloads nothing.
+
+    Raises:
+        ConfigError: hybrid, and machines do not have the same number of processes.
+    """
     processes = rng.world()[1]
     if processes == 1:
         if not offload:
             return None
         if not dist.is_initialized():  # FSDP2 offloads, and wants a group even of one
             store = dist.HashStore()  # type: ignore[attr-defined]
-            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     machine = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    if parallel == "hybrid" and processes % machine:
+        raise ConfigError(
+            f"parallel: hybrid shards within a machine, and {processes} processes are not the same number on each "
+            f"(here {machine}); expected as many on every machine, or parallel=fsdp"
+        )
     shards = {"ddp": 1, "hybrid": machine, "fsdp": processes}[parallel]
     with exchanging():
         return init_device_mesh(device.type, (processes // shards, shards), mesh_dim_names=("copies", "shards"))

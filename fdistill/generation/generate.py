@@ -22,7 +22,6 @@ from fdistill.base.distributed import from_main_process, wait_for_everyone
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import atomic_folder, claimed_folder, weights_sha256, writing
 from fdistill.base.images import to_pil
-from fdistill.data.account import say
 from fdistill.denoiser import Denoiser
 from fdistill.generation.diffusers_pipeline import only_diffusers_runs
 from fdistill.generation.maker import Evaluations, LabelsOrPrompts, Maker, describe_maker
@@ -232,9 +231,10 @@ def generate(
     state, chosen_device = start(device)
     maker = open_maker(checkpoint, chosen_device, sampling)
     condition = labels_or_prompts(maker, num_images, class_labels, prompts)
-    say(f"checkpoint {maker.name}", describe_maker(maker))
     order = _Order(maker, condition, num_images, seed, batch_size, chosen_device)
     main, processes = state.is_main_process, state.num_processes
+    if main:
+        tqdm.write(f"checkpoint {maker.name}: {describe_maker(maker)}", file=sys.stderr)
     cut = "" if prompts is None else maker.cut(prompts)
     if cut and main:
         tqdm.write(cut)

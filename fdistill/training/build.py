@@ -133,15 +133,15 @@ def _assemble(
     guide = _placed(loaded.guide, config, frozen_device)
     has_heads = "discriminator" in roles
     networks = _networks(config, denoiser, trained.fake_score, student, null, guide, has_discriminator=has_heads)
+    if not all(METHODS[stage.method].scores for stage in stages):
+        with autocast(next(trained.fake_score.parameters()).device, config.precision):
+            _freeze_beyond(trained.fake_score, config.discriminator.features)
     start_roles(config, networks, denoiser)
     empty_student = None if mesh is None else sharding.blank(student)
     if mesh is not None:
         sharding.distribute(config, mesh, denoiser, guide, trained.fake_score, student, networks.discriminator)
     elif networks.discriminator is not None:
         networks.discriminator.to(device)
-    if not all(METHODS[stage.method].scores for stage in stages):
-        with autocast(device, config.precision):
-            _freeze_beyond(trained.fake_score, config.discriminator.features, device)
     ratio = _density_ratio(config, denoiser.schedule)
     return Distillation(
         config=config,
@@ -283,15 +283,16 @@ def _networks(
     )
 
 
-def _freeze_beyond(denoiser: Denoiser, features: Sequence[str], device: torch.device) -> None:
+def _freeze_beyond(denoiser: Denoiser, features: Sequence[str]) -> None:
     """Freezes the parameters that the named features do not depend on: those of the decoder."""
+    device = next(denoiser.parameters()).device
     t = torch.full((1,), denoiser.schedule.t_min, device=device)
     condition = denoiser.example_condition(1, device)
     tapped = denoiser.features(torch.zeros(1, *denoiser.sample_shape, device=device), t, condition, features)
-    torch.stack([value.sum() for value in tapped.values()]).sum().backward()
-    for parameter in denoiser.parameters():
-        parameter.requires_grad_(parameter.grad is not None)
-        parameter.grad = None
+    trainable = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
+    reached = torch.autograd.grad([value.sum() for value in tapped.values()], trainable, allow_unused=True)
+    for parameter, gradient in zip(trainable, reached, strict=True):
+        parameter.requires_grad_(gradient is not None)
 
 
 def _density_ratio(config: DistillConfig, schedule: NoiseSchedule) -> DensityRatio:

@@ -151,12 +151,13 @@ import math, os, signal
 import torch
 from torch import nn
 from fdistill.base.devices import start
-from fdistill.base.distributed import from_main_process, wait_for_everyone
+from fdistill.base.distributed import from_main_process, part, wait_for_everyone
 from fdistill.commands.ending import one_message
 from fdistill.config.sections import OptimizerConfig
 from fdistill.step import StepResult
 from fdistill.training.optimise import Role
 from fdistill.training.parts import Split, backward
+from fdistill.training.sharding import make_mesh, shard
 from fdistill.training.stopping import Stop
 
 def refuse():
@@ -170,14 +171,15 @@ with one_message():
         found = [stop.received() for _ in range(3)]
     assert found == [0, 2, 2], found
     module = nn.Linear(2, 2)
+    shard(module, make_mesh("ddp", device, offload=False))
     role = Role(module, torch.optim.AdamW(module.parameters(), fused=True))
     role.settle(OptimizerConfig(), 0.1)
     for spoilt in (True, False):
-        before = module.weight.detach().clone()
+        before = part(module.weight.detach()).clone()
         loss = module(torch.ones(1, 2)).sum() + (math.inf if spoilt and state.process_index else 0.0)
-        backward(lambda **_: StepResult(loss, {}), {}, torch.Generator(), Split(1, "fp32"))
+        backward(lambda **_: StepResult(loss, {}), {}, torch.Generator(), Split(1, "fp32", [module]))
         assert bool(role.step().isfinite()) is not spoilt
-        assert torch.equal(module.weight, before) is spoilt
+        assert torch.equal(part(module.weight), before) is spoilt
     try:
         from_main_process(refuse)
     except ValueError as error:

@@ -106,6 +106,7 @@ def test_a_damaged_checkpoint(made: Path, run: Distillation, tmp_path: Path, nam
         warnings.simplefilter("always")
         run_folder.resume_from(folder, run)
         run_folder.prepare_folder(folder, run)
+    told = [warning for warning in told if "cannot be used" in str(warning.message)]
     assert run.iteration == (2 if told else 4)
     good = load_file(made / "checkpoints" / f"{run.iteration:06d}" / "state.safetensors")
     assert all(torch.equal(value, good[key]) for key, value in run.state().items())

@@ -76,6 +76,11 @@ def _begins_anew(run: Distillation) -> Iterator[None]:
     run.iteration = 0
 
 
+def load(file: Path) -> dict[str, Tensor]:
+    """Copies of a file's tensors, which would change with the file."""
+    return {name: value.clone() for name, value in load_file(file).items()}
+
+
 def refused(folder: Path, run: Distillation, reason: str) -> None:
     """The newest is refused with a reason, and exactly the one before it is loaded."""
     with pytest.warns(UserWarning, match=rf"000004 cannot be used: .*{reason}.*; goes on from 000002, .* \.damaged$"):
@@ -125,14 +130,14 @@ def test_resuming_takes_the_newest_that_is_intact_and_keeps_the_others(
     changed = {**settings(tiny_teacher), "iterations": 6, "log.keep_checkpoints": 3}
     straight = distill("digits", output=folder, resume=True, **changed)
     student = (straight / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
-    last = load_file(newest.parent / "000006" / "state.safetensors")
+    last = load(newest.with_name("000006") / "state.safetensors")
     newest.with_name("000004.damaged").mkdir()
     for name in ("000004", "000006"):
         (newest.parent / name / "state.safetensors").write_bytes(b"odd")
     with pytest.warns(UserWarning, match=r"000006 cannot be used: .*000004 cannot be used: .* goes on from 000002"):
         again = distill("digits", output=folder, resume=True, **changed)
     assert (again / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == student
-    found = load_file(newest.parent / "000006" / "state.safetensors")
+    found = load(newest.with_name("000006") / "state.safetensors")
     assert found.keys() == last.keys()
     assert all(torch.equal(value, last[name]) for name, value in found.items())
     names = ["000002", "000004", "000004-2.damaged", "000004.damaged", "000006", "000006.damaged"]

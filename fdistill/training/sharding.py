@@ -45,6 +45,7 @@ _BLOCKS = {"ResnetBlock2D", "BasicTransformerBlock", "Attention", "UNetBlock", "
 _TOO_LARGE = {"CrossAttnUpBlock2D", "UpBlock2D"}
 #: A part of DiT's first block that the network also calls by itself.
 _ALONE = {"CombinedTimestepLabelEmbeddings"}
+_SHARDS = 1  # the mesh's second dimension
 
 
 def make_mesh(parallel: str, device: torch.device, *, offload: bool) -> DeviceMesh | None:
@@ -74,7 +75,7 @@ def make_mesh(parallel: str, device: torch.device, *, offload: bool) -> DeviceMe
 
 def is_sharded(mesh: DeviceMesh | None) -> bool:
     """Whether a process holds parts of the weights only, so that every process must take part in every pass."""
-    return mesh is not None and mesh["shards"].size() > 1
+    return mesh is not None and mesh.size(_SHARDS) > 1
 
 
 def shard(
@@ -186,14 +187,14 @@ def share_frozen(module: nn.Module, frozen: nn.Module) -> None:
 def total_norm(values: Iterable[Tensor]) -> Tensor:
     """The norm of all values of all processes' parts, 0-d, float32 or wider."""
     values = list(values)
-    spread = [value for value in values if isinstance(value, DTensor) and value.device_mesh["shards"].size() > 1]
+    spread = [value for value in values if isinstance(value, DTensor) and value.device_mesh.size(_SHARDS) > 1]
     if not spread:
         return nn.utils.get_total_norm([part(value) for value in values])
-    shards = spread[0].device_mesh["shards"]
+    mesh = spread[0].device_mesh
     norm = nn.utils.get_total_norm([part(value) for value in spread])
-    square = norm.square().to(shards.device_type)
+    square = norm.square().to(mesh.device_type)
     with exchanging():
-        dist.all_reduce(square, group=shards.get_group())
+        dist.all_reduce(square, group=mesh.get_group(_SHARDS))
     whole = [value for value in values if not isinstance(value, DTensor)]
     if whole:
         square = square + nn.utils.get_total_norm(whole).square()

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
@@ -16,6 +17,7 @@ from fdistill.commands import cli
 from fdistill.training import logbook
 from fdistill.training.checkpoint import checkpoints, load_checkpoint
 from fdistill.training.journal import read_records
+from support.denoisers import tiny_unet
 from support.processes import launch, launch_commands
 from support.text_families import sd15
 
@@ -174,25 +176,30 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("processes")
+    teacher = folder / "teacher"  # of few blocks: each is gathered and freed in every pass
+    torch.manual_seed(0)
+    unet = tiny_unet(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    scheduler = CMStochasticIterativeScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.75)
+    ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(teacher)
     sd15(folder / "sd15")
     (folder / "prompts.txt").write_text("a cat\na dog on a mat\nthe moon\nan old house\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(logbook, "save_curves", lambda *_: None)
         patch.setenv("FDISTILL_CACHE", str(folder / "cache-one"))
-        alone = [run(tiny_teacher, n, own, f"one/{name}") for name, (n, own) in METHODS.items()]
-        whole = [run(tiny_teacher, 6, LORA if "lora" in name else [], f"one/{name}") for name in CHAINS]
-        for arguments in [*alone, *whole, images(tiny_teacher, "one/images"), *chained(tiny_teacher, 2)]:
+        alone = [run(teacher, n, own, f"one/{name}") for name, (n, own) in METHODS.items()]
+        whole = [run(teacher, 6, LORA if "lora" in name else [], f"one/{name}") for name in CHAINS]
+        for arguments in [*alone, *whole, images(teacher, "one/images"), *chained(teacher, 2)]:
             cli.app(arguments, standalone_mode=False)
         patch.setenv("FDISTILL_CACHE", str(folder / "cache-two"))
         together = [
-            run(tiny_teacher, METHODS[method][0], [*METHODS[method][1], *own], f"two/{name}")
+            run(teacher, METHODS[method][0], [*METHODS[method][1], *own], f"two/{name}")
             for name, (method, own) in VARIANTS.items()
         ]
-        launch_commands([*together, images(tiny_teacher, "two/images"), *chained(tiny_teacher, 4)], folder)
-        for arguments in chained(tiny_teacher, 6):
+        launch_commands([*together, images(teacher, "two/images"), *chained(teacher, 4)], folder)
+        for arguments in chained(teacher, 6):
             cli.app(arguments, standalone_mode=False)
     return Runs(folder / "one", folder / "two")
 

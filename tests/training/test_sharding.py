@@ -41,7 +41,7 @@ MADE = {
     "flux": text_families.flux_dev,
     "pixart": text_families_dit.pixart,
     "sana": text_families_dit.sana,
-    "qwen-image": text_families_dit.qwen_image,
+    **({"qwen-image": text_families_dit.qwen_image} if text_families_dit.HAS_QWEN_IMAGE else {}),
 }
 
 

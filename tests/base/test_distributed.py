@@ -130,6 +130,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
 #: Runs that go on after 2 iterations on one process: to 4 on two, and to 6 on one.
 CHAINS = {"chain": [], "chain-fsdp": FSDP, "chain-lora-fsdp": [*LORA, *FSDP]}
 NUM_IMAGES = 7
+#: The larger half of the teacher's blocks is gathered one by one.
+SMALL = "from fdistill.training import sharding; sharding.SMALLEST_BLOCK = 2_000"
 
 
 def settings(teacher: Path) -> list[str]:
@@ -200,7 +202,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             run(teacher, METHODS[method][0], [*METHODS[method][1], *own], f"two/{name}")
             for name, (method, own) in VARIANTS.items()
         ]
-        launch_commands([*together, images(teacher, "two/images"), *chained(teacher, 4)], folder)
+        launch_commands([*together, images(teacher, "two/images"), *chained(teacher, 4)], folder, SMALL)
         for arguments in chained(teacher, 6):
             cli.app(arguments, standalone_mode=False)
     return Runs(folder / "one", folder / "two")

@@ -427,9 +427,10 @@ def test_killed_and_resumed_has_the_same_snapshots(
             raise SystemExit
         iterate(state, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(loop, "iterate", killed)
+    monkeypatch.setattr(loop, "iterate", killed)
+    with pytest.raises(SystemExit):
         distill(load_config("digits", settings), output=output)
+    monkeypatch.setattr(loop, "iterate", iterate)
     assert checkpoints(output / "checkpoints")
     config = load_config("digits", settings)
     distill(config, output=output, resume=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
 from fdistill.adapters import (
     FAMILIES,
@@ -97,12 +99,20 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
             .bin file holds more than tensors.
         OutputError: the cache folder cannot be written.
     """
-    text = str(name)
+    return _resolve(str(name), with_plain_weights, _download)
+
+
+def resolve_configs(name: str | Path) -> Checkpoint:
+    """As `resolve_checkpoint`, of a folder that may have no weights: of a hub id, configs alone are downloaded."""
+    return _resolve(str(name), lambda folder: folder, _download_configs)
+
+
+def _resolve(text: str, read: Callable[[Path], Path], download: Callable[[str], Path]) -> Checkpoint:
     if text in EMBEDDED_TEACHERS:
         return Checkpoint(text, EMBEDDED_TEACHERS[text])
-    path = Path(name)
+    path = Path(text)
     if path.is_dir():
-        return Checkpoint(text, with_plain_weights(path))
+        return Checkpoint(text, read(path))
     if path.exists():
         what = not_weights(path)
         if what is not None:
@@ -117,7 +127,7 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
     looks_like_path = path.is_absolute() or text.startswith(".") or text.count("/") != 1
     if looks_like_path:
         raise CheckpointError(f"checkpoint {text!r}: no such folder; {did_you_mean(text, EMBEDDED_TEACHERS)}")
-    return Checkpoint(text, with_plain_weights(_download(text)))
+    return Checkpoint(text, read(download(text)))
 
 
 def _factory(name: str) -> Callable[[], Denoiser]:
@@ -151,12 +161,11 @@ def _factory(name: str) -> Callable[[], Denoiser]:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetch(patterns: list[str], ignored: list[str] = _NOT_DOWNLOADED) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=ignored, etag_timeout=5))
 
-    try:
+    with _hub(hub_id):
         folder = fetch(_DOWNLOADED)
         missing = bins_instead(folder)
         if missing:
@@ -165,6 +174,22 @@ def _download(hub_id: str) -> Path:
         if missing:
             folder = fetch(missing, [pattern for pattern in _NOT_DOWNLOADED if "fp16" not in pattern])
         return folder
+
+
+def _download_configs(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _hub(hub_id):
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*/*.json"], etag_timeout=5))
+
+
+@contextmanager
+def _hub(hub_id: str) -> Iterator[None]:
+    """Raises CheckpointError for what the hub's errors mean."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except GatedRepoError as error:
         raise CheckpointError(
             f"checkpoint {hub_id!r}: its owner gives access on request; accept the conditions on "
@@ -220,12 +245,18 @@ def check_pipeline(checkpoint: Checkpoint, family: Family) -> None:
         )
 
 
-def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> Denoiser:
+def load_denoiser(
+    checkpoint: Checkpoint,
+    *,
+    null_class: int | None = None,
+    load: Callable[[type[ModelMixin], Path], ModelMixin] = load_network,
+) -> Denoiser:
     """Loads the denoiser of a checkpoint in eval mode, in float32, on the CPU.
 
     Args:
         checkpoint: the source of the denoiser.
         null_class: the label for "no class", if the checkpoint does not say it; must be its last label.
+        load: makes the network of a class from its folder.
 
     Raises:
         CheckpointError: the checkpoint is missing, truncated, or of an architecture that is not supported.
@@ -236,7 +267,7 @@ def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> D
         assert checkpoint.folder is not None
         family, network = find_network(checkpoint.folder)
         check_pipeline(checkpoint, family)
-        model = load_network(family.network, network)
+        model = load(family.network, network)
         try:
             denoiser = family.wrap(model, read_scheduler_config(checkpoint.folder))
         except CheckpointError as error:

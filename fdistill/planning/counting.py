@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Counted:
         samples: of one part.
         parts: how many there are.
         front: see `Live`; of a part with the gradients of those before it.
-        inputs: bytes of the batch's samples and conditions.
+        inputs: bytes of the samples and conditions of all parts.
         flops: of all parts.
         times: how many of these updates an iteration has.
     """
@@ -59,8 +59,8 @@ class Counted:
         return gradient, other + int(scale * self.inputs)
 
 
-def count_updates(run: Distillation, processes: int) -> dict[str, Counted]:
-    """The critic's and the student's update of the run's last stage, as one of the processes computes them.
+def count_updates(run: Distillation, processes: int) -> Iterator[tuple[str, Counted]]:
+    """The critic's and the student's update of the run's last stage, as one of the processes computes them, by name.
 
     A student of several steps takes all of them. At most two parts run; the others are like the second.
 
@@ -76,14 +76,12 @@ def count_updates(run: Distillation, processes: int) -> dict[str, Counted]:
     if stage.critic_steps:
         updates[CRITIC] = (run.critic_update, stage.critic_steps)
     updates[STUDENT] = (run.student_update, 1)
-    found = {}
     for name, (update, times) in updates.items():
         parts = count_of(stage.config, _SECTIONS[name], processes)
         samples = run.config.batch_size // processes // parts
         live, inputs = _counted(run, name, update, samples, min(parts, 2))
         flops = live.flops * parts // min(parts, 2)
-        found[name] = Counted(samples, parts, live.front, inputs * parts // min(parts, 2), flops, times)
-    return found
+        yield name, Counted(samples, parts, live.front, inputs * parts // min(parts, 2), flops, times)
 
 
 def _counted(run: Distillation, name: str, update: Update, samples: int, parts: int) -> tuple[Live, int]:

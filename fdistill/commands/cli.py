@@ -146,7 +146,7 @@ def plan(
     seconds_per_iteration: Annotated[
         float | None,
         typer.Option(
-            help="Measured on one GPU, with as many samples as each of --gpus has; in place of operations and --tflops.",
+            help="Measured on one GPU, with as many samples as each of --gpus has; replaces --tflops.",
             min=1e-9,
         ),
     ] = None,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from fdistill.base.files import atomic_file
 from fdistill.planning.plan import Plan, Scaled
@@ -97,7 +97,8 @@ def _memory(plan: Plan) -> str:
     return _aligned(lines)
 
 
-class _Unit(NamedTuple):
+@dataclass(frozen=True)
+class _Unit:
     """Writes bytes in GB, or in MB where a GB is too much."""
 
     name: str
@@ -170,8 +171,8 @@ def _notes(plan: Plan) -> str:
     if isinstance(levels, list) and len(levels) > 1:
         notes.append(f"note: the student takes all of its {len(levels)} steps; on average a run takes fewer")
     notes.append(
-        "Not counted: CUDA's context and the allocator's unused blocks (1 to 2 GB), workspaces of convolutions, latencies "
-        "of links."
+        "Not counted: CUDA's context and the allocator's unused blocks (1 to 2 GB), workspaces of convolutions,\n"
+        "latencies of links."
     )
     return "\n".join(notes)
 

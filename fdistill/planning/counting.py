@@ -1,4 +1,4 @@
-"""Memory and operations of one real iteration: the updates of a run, forward and backward, on tensors without values."""
+"""Memory and operations of one iteration: the updates of a run, forward and backward, on tensors without values."""
 
 from __future__ import annotations
 

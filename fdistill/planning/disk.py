@@ -45,7 +45,7 @@ def stored(config: DistillConfig, teacher: Teacher, rows: Iterable[Row]) -> list
         found.append(Stored("latents (mean and deviation of each image)", 2 * sample, count))
     if denoiser.text_shapes is not None:
         width = 4 if config.frozen_precision == "fp32" else 2
-        prompts = len(read_prompts(Path(config.prompts))) if _is_there(config.prompts) else None
+        prompts = _count_prompts(config.prompts)
         size = width * sum(map(prod, denoiser.text_shapes.values()))
         found.append(Stored("encoded prompts", size, prompts))
     if config.data == TEACHER_SAMPLES:
@@ -62,8 +62,9 @@ def _has_latents(config: DistillConfig, teacher: Teacher) -> bool:
     return config.vae is not None or (folder is not None and (folder / "vae").is_dir())
 
 
-def _is_there(path: str | None) -> bool:
-    return path is not None and Path(path).is_file()
+def _count_prompts(path: str | None) -> int | None:
+    """Prompts of a file, if it is there."""
+    return len(read_prompts(Path(path))) if path is not None and Path(path).is_file() else None
 
 
 def _count(data: str) -> int | None:

@@ -1,7 +1,7 @@
 """What a GPU holds of a run, by how the run is spread: whole copies, shards, or the CPU's memory.
 
-Weights, gradients, optimiser and averages are divided as torch's FSDP2 divides them. While a block runs, its weights and
-those of the next one are whole, and so are its gradients before they are reduced.
+Weights, gradients, optimiser and averages are divided as torch's FSDP2 divides them. While a block runs, its weights
+and those of the next one are whole, and so are its gradients before they are reduced.
 """
 
 from __future__ import annotations
@@ -194,9 +194,7 @@ def _gathered(found: Footprint, placed: Placement) -> int:
         for row in found.rows
         if row.role in sizes
     )
-    outside = sum(
-        found.blocks[role].outside * (found.frozen_bytes if role in FROZEN_ROLES else 4) for role in roles
-    )
+    outside = sum(found.blocks[role].outside * (found.frozen_bytes if role in FROZEN_ROLES else 4) for role in roles)
     return 2 * largest * found.compute_bytes + 4 * reduced + outside
 
 

@@ -1,7 +1,7 @@
 """Seconds of an iteration from stated rates: operations over a matrix rate, bytes over the speed of links.
 
-Of N GPUs that share a collective, each sends (N - 1) / N of the bytes in an all-gather or a reduce-scatter, and twice as
-many in an all-reduce, which is both in a ring. A ring is as fast as its slowest link. Latencies are not counted.
+Of N GPUs that share a collective, each sends (N - 1) / N of the bytes in an all-gather or a reduce-scatter, and twice
+as many in an all-reduce, which is both in a ring. A ring is as fast as its slowest link. Latencies are not counted.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ def _recounted(config: DistillConfig) -> list[str]:
     """Those of RECOUNTED that the config does not have."""
     has = {
         "gradient_checkpointing": config.gradient_checkpointing,
-        "bf16": config.precision == "bf16",
+        "bf16": config.frozen_precision != "fp32",
         "LoRA": bool(config.student.lora_rank and config.fake_score.lora_rank),
     }
     return [name for name in RECOUNTED if not has[name]]

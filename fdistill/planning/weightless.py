@@ -129,7 +129,7 @@ def _untrained(cls: type[ModelMixin], folder: Path) -> ModelMixin:
     """The network that a folder's config.json describes, on tensors without values."""
     try:
         with fake(), quiet_diffusers("configuration_utils"):
-            network: ModelMixin = cls.from_config(read_json_object(folder / "config.json"))  # type: ignore[attr-defined]
+            network: ModelMixin = cls.from_config(read_json_object(folder / "config.json"))
     except LOADING_ERRORS as error:
         raise CheckpointError(
             f"{folder / 'config.json'}: no network can be built from it ({' '.join(str(error).split())[:300]})"

@@ -43,16 +43,20 @@ class Counted:
     flops: int
     times: int
 
-    def peak(self, *, gradients: float = 1.0, casts: bool = True, scale: float = 1.0) -> tuple[int, int]:
+    def peak(
+        self, *, gradients: float = 1.0, casts: bool = True, scale: float = 1.0, accumulates: bool = False
+    ) -> tuple[int, int]:
         """Bytes at the peak: of gradients, and of activations with what is made in between.
 
         Args:
             gradients: the share of gradients that a process keeps.
             casts: whether weights that are cast to another precision are copies that a process keeps.
             scale: how many times the samples that were counted a part has; activations grow with them.
+            accumulates: whether all gradients are there from the beginning, of parts before.
         """
+        most = max(gradient for gradient, _ in self.front)
         found = (
-            (int(gradients * gradient), int(scale * other) + (cast if casts else 0))
+            (int(gradients * (most if accumulates else gradient)), int(scale * other) + (cast if casts else 0))
             for (gradient, cast), other in self.front.items()
         )
         gradient, other = max(found, key=sum)

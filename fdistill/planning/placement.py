@@ -136,11 +136,14 @@ def _storable(network: nn.Module) -> list[nn.Parameter]:
     return [layer.weight for layer in layers if isinstance(layer.weight, nn.Parameter)]
 
 
-def on_a_device(found: Footprint, placed: Placement, scales: Mapping[str, float] | None = None) -> Device:
+def on_a_device(
+    found: Footprint, placed: Placement, scales: Mapping[str, float] | None = None, *, in_parts: bool = False
+) -> Device:
     """What one of the GPUs holds.
 
     Args:
         scales: update -> how many times the counted samples one of its parts has; 1 by default.
+        in_parts: whether updates that were counted as a whole are computed in parts.
     """
     scales = scales or {}
     divided = [_divided(row, found, placed) for row in found.rows]
@@ -149,7 +152,7 @@ def on_a_device(found: Footprint, placed: Placement, scales: Mapping[str, float]
     sharded = placed.shards > 1
     kept = 0.0 if placed.offload_optimizers else 1 / placed.shards
     peaks = {
-        name: update.peak(gradients=kept, casts=not sharded, scale=scales.get(name, 1.0))
+        name: update.peak(gradients=kept, casts=not sharded, scale=scales.get(name, 1.0), accumulates=in_parts)
         for name, update in found.updates.items()
     }
     return Device(

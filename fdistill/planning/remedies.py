@@ -105,7 +105,7 @@ def _placements(
         else:
             moved = replace(placed, **changes)
             for settings, scales in (([], {}), *_parts(found)):
-                size = on_a_device(found, moved, scales).total
+                size = on_a_device(found, moved, scales, in_parts=bool(settings)).total
                 if size <= memory:
                     yield [*(text for name in chosen for text in name.split()), *settings], size
                     break

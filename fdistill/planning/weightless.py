@@ -12,6 +12,7 @@ from diffusers import ModelMixin
 
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_configs
 from fdistill.adapters.pretrained import LOADING_ERRORS, quiet_diffusers
+from fdistill.adapters.unet2d_condition import TOKENS, UNet2DConditionDenoiser
 from fdistill.base.errors import CheckpointError, ConfigError
 from fdistill.base.files import read_json_object
 from fdistill.config.schema import DistillConfig
@@ -43,6 +44,7 @@ def open_without_weights(config: DistillConfig) -> Teacher:
     """
     checkpoint = _configs(config)
     denoiser = load_denoiser(checkpoint, null_class=config.null_class, load=_untrained).requires_grad_(False)
+    _shorten_prompts(denoiser, checkpoint)
     if config.resolution is not None:
         factor = _factor(config, checkpoint)
         if denoiser.text_shapes is None or factor is None or config.resolution % factor:
@@ -135,6 +137,21 @@ def _untrained(cls: type[ModelMixin], folder: Path) -> ModelMixin:
             f"{folder / 'config.json'}: no network can be built from it ({' '.join(str(error).split())[:300]})"
         ) from error
     return network
+
+
+def _shorten_prompts(denoiser: Denoiser, checkpoint: Checkpoint) -> None:
+    """Gives the prompts of a UNet the length to which the checkpoint's own tokenizer cuts and fills them."""
+    if not isinstance(denoiser, UNet2DConditionDenoiser):
+        return
+    try:
+        settings = read_json_object((checkpoint.folder or Path()) / "tokenizer" / "tokenizer_config.json")
+    except (OSError, ValueError):
+        return
+    limit = settings.get("model_max_length")
+    if isinstance(limit, int) and 0 < limit < TOKENS:
+        denoiser.text_shapes = {
+            name: (limit, *shape[1:]) if shape[0] == TOKENS else shape for name, shape in denoiser.text_shapes.items()
+        }
 
 
 def _factor(config: DistillConfig, checkpoint: Checkpoint) -> int | None:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reas
 CASES: dict[str, dict[str, Any]] = {
     "digits": {"batch_size": 128, "critic_steps": 1, "images.workers": 1},
     "digits-regression": {"batch_size": 256, "images.workers": 1, "regression.pairs": 256},
-    "digits-t2i": {"batch_size": 64, "critic_steps": 1, "images.workers": 1},
+    "digits-t2i": {"batch_size": 48, "critic_steps": 1, "images.workers": 1},
 }
 
 

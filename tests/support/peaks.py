@@ -10,29 +10,16 @@ import gc
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
-from fdistill.config.reading import load_config
-from fdistill.config.schema import DistillConfig
-from fdistill.training.batches import Batches
-from fdistill.training.build import build
-from fdistill.training.inputs import training_data
-from fdistill.training.journal import Journal
-from fdistill.training.loop import iterate
-from fdistill.training.optimise import Role
+from fdistill import distill
 
 _MMAP_THRESHOLD = -3
-
-
-def train(config: DistillConfig) -> None:
-    """An iteration of a real run."""
-    run = build(config, torch.device("cpu"))
-    data = training_data(run)
-    roles = {name: Role(run.role(name), optimizer) for name, optimizer in run.optimizers.items()}
-    journal = Journal(run.ratio.bin_index, run.ratio.num_bins)
-    with data.loader(config, run.networks.teacher, 0) as loader:
-        iterate(run, Batches(run, data, loader), roles, torch.Generator(), journal)
+#: One iteration, and nothing beside training.
+_ONCE = {"iterations": 1, "log.samples_every": 0, "log.checkpoint_every": 0, "log.tracker": "none"}
 
 
 def resident(field: str) -> int:
@@ -41,19 +28,26 @@ def resident(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in status if line.startswith(field))
 
 
-def growth(config: DistillConfig) -> int:
+def growth(name: str, settings: dict[str, Any], folder: Path) -> int:
     """Of the second run, for which libraries are loaded and kernels are made."""
-    train(config.model_copy(update={"batch_size": 8}))
+    distill(name, output=folder / "first", **{**settings, **_ONCE, "batch_size": 8})
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is now
     before = resident("VmRSS")
-    train(config)
+    distill(name, output=folder / "second", **settings, **_ONCE)
     return resident("VmHWM") - before
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**16)
-    cases = json.loads(sys.argv[1])
-    print(json.dumps({name: growth(load_config(name, settings)) for name, settings in cases.items()}))
+    found = {}
+    for name, settings in json.loads(sys.argv[1]).items():
+        with TemporaryDirectory() as folder:
+            found[name] = growth(name, settings, Path(folder))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -137,10 +137,13 @@ def _disk(plan: Plan) -> str:
 
 
 def _traffic(plan: Plan) -> str:
+    kind = "" if plan.hardware.rates.seconds is None else " (time is as measured)"
+    operations = f"An iteration takes {plan.flops / 1e12:.3g} TFLOP on each GPU{kind}."
+    if plan.placed.gpus == 1:
+        return operations
     lines = [["a GPU sends in an iteration, GB", "within its machine", "between machines"]]
     lines += [[each.role, f"{each.inside / 1e9:.3g}", f"{each.between / 1e9:.3g}"] for each in plan.sent]
-    kind = "" if plan.hardware.rates.seconds is None else " (time is as measured)"
-    return f"An iteration takes {plan.flops / 1e12:.3g} TFLOP on each GPU{kind}.\n" + _aligned(lines)
+    return f"{operations}\n{_aligned(lines)}"
 
 
 def _table(plan: Plan) -> str:

@@ -74,6 +74,7 @@ class Live(TorchDispatchMode):
         if self._kinds.get(key) == "":
             self._kinds[key] = "gradient"
             self._gradients += parameter.grad.untyped_storage().nbytes()
+            self._record()
 
     def _add(self, tensor: Tensor, size: int, kind: str) -> None:
         storage = tensor.untyped_storage()
@@ -92,6 +93,9 @@ class Live(TorchDispatchMode):
         self._kinds[key] = kind
         self.now += size
         self._casts += size if kind == "cast" else 0
+        self._record()
+
+    def _record(self) -> None:
         self.peak = max(self.peak, self.now)
         place = (self._gradients, self._casts)
         other = self.now - self._gradients - self._casts

@@ -131,6 +131,9 @@ def test_shards_and_the_cpus_memory(digits: Footprint) -> None:
     assert halves.held == pytest.approx(whole.held / 2, rel=1e-6)
     assert (whole.gathered, halves.gathered > 0) == (0, True)
     assert halves.activations == whole.activations
+    for parallel, shards in (("ddp", 1), ("fsdp", 2)):  # later parts find the gradients of those before them
+        parts = on_a_device(digits, Placement(2, MACHINE, parallel), in_parts=True)
+        assert parts.gradients[STUDENT] == digits.rows[1].gradients // shards
     assert on_a_device(digits, Placement(16, MACHINE, "hybrid")).held == pytest.approx(whole.held / 8, rel=1e-5)
     moved = on_a_device(digits, Placement(1, MACHINE, offload_frozen=True, offload_optimizers=True))
     assert (moved.held, moved.host) == (0, sum(row.total for row in digits.rows))

@@ -30,7 +30,7 @@ from fdistill.planning.fake_tensors import fake
 from fdistill.planning.held import rows
 from fdistill.planning.weightless import run_without_weights
 from fdistill.teachers.teacher import Teacher
-from fdistill.training.build import Distillation
+from fdistill.training.distillation import Distillation
 
 
 def _edm_cifar10(classes: int) -> Callable[[], Any]:

@@ -13,7 +13,7 @@ from fdistill.condition import TextCondition
 from fdistill.planning.fake_tensors import Live, as_on_a_gpu, fake
 from fdistill.planning.held import nbytes
 from fdistill.step import Pairs
-from fdistill.training.build import Distillation
+from fdistill.training.distillation import Distillation
 from fdistill.training.parts import Split, backward, count_of
 from fdistill.training.updates import Update
 

@@ -11,7 +11,7 @@ from fdistill.denoiser import Denoiser
 from fdistill.ema import trained_state
 from fdistill.guidance import GuidedDenoiser
 from fdistill.step import ROLES
-from fdistill.training.build import Distillation
+from fdistill.training.distillation import Distillation
 
 #: Role of `Networks` -> what people read.
 NAMES = {"generator": "student", "fake_score": "fake score", "discriminator": "heads"}

@@ -15,7 +15,7 @@ from fdistill.config.schema import DistillConfig
 from fdistill.planning.blocks import Blocks, gathers, measure_blocks
 from fdistill.planning.counting import Counted, count_updates
 from fdistill.planning.held import NAMES, Row, frozen_network, rows
-from fdistill.training.build import Distillation
+from fdistill.training.distillation import Distillation
 
 #: Bytes of a weight that is stored in 8 or 4 bits, with its part of a scale in float32.
 STORED = {"int8": 1 + 4 / 256, "fp8": 1 + 4 / 256, "nf4": 0.5 + 4 / 64}

@@ -22,8 +22,9 @@ from fdistill.planning.fake_tensors import fake
 from fdistill.teachers.autoencoder import AUTOENCODERS, pixels_per_latent
 from fdistill.teachers.guide import Guide, as_guide
 from fdistill.teachers.teacher import Teacher
-from fdistill.training.build import Distillation, Loaded, assemble
+from fdistill.training.build import Loaded, assemble
 from fdistill.training.checks import read_divergence
+from fdistill.training.distillation import Distillation
 
 CPU = torch.device("cpu")
 
@@ -91,8 +92,13 @@ def unread(config: DistillConfig) -> list[str]:
 
 
 def _readable(config: DistillConfig) -> DistillConfig:
-    """The config without what is read from weights, stored in 8 or 4 bits, or spread over processes."""
+    """The config without what is read from weights, stored in 8 or 4 bits, or spread over processes and the CPU's
+    memory, which tensors without values cannot be. `placement` counts these by arithmetic instead.
+    """
     changes: dict[str, Any] = {
+        "parallel": "ddp",
+        "offload_frozen": False,
+        "offload_optimizers": False,
         "student": config.student.model_copy(update={"checkpoint": None}),
         "fake_score": config.fake_score.model_copy(update={"checkpoint": None}),
         "discriminator": config.discriminator.model_copy(update={"checkpoint": None}),

@@ -1,30 +1,33 @@
-"""Optimisers, and one step of a role: gradients averaged over processes, clipped, applied."""
+"""Optimisers, and one step of a role: gradients clipped, and applied if they are finite."""
 
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fdistill.base.distributed import average_gradients
+from fdistill.base.distributed import part
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import OptimizerConfig
 from fdistill.denoiser import Denoiser
 from fdistill.step import ROLES, Networks
+from fdistill.training.sharding import average_scalars, total_norm
 
 
 class Role:
-    """A trained module with its AdamW optimiser. Call `settle` before the first `step`.
+    """A trained module with its fused AdamW optimiser. Call `settle` before the first `step`.
 
     Attributes:
         weights: norms of the trained parameters before and after the last step, [2].
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(self, module: nn.Module, optimizer: torch.optim.AdamW):
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._denoisers = [part for part in module.modules() if isinstance(part, Denoiser)]
-        self._optimizer, self._grad_clip = optimizer, float("inf")
+        self._optimizer: Any = optimizer
+        self._grad_clip = float("inf")
         self._norm = self._weight_norm()
         self.weights = torch.stack([self._norm, self._norm])
 
@@ -36,9 +39,15 @@ class Role:
             group.update(settings, betas=(section.beta1, section.beta2))
 
     def step(self) -> Tensor:
-        """Applies the gradients that `backward` left, and clears them; returns their norm before clipping, 0-d."""
-        average_gradients(self._parameters)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._grad_clip)
+        """Applies the gradients that `backward` left, and clears them; returns their norm before clipping, 0-d.
+
+        If that is NaN or infinite, the same on every process, neither weights nor the optimiser's state change.
+        """
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        average_scalars(gradients)
+        norm = total_norm(gradients)
+        torch._foreach_mul_([part(gradient) for gradient in gradients], (self._grad_clip / (norm + 1e-6)).clamp(max=1))
+        self._optimizer.found_inf = (~norm.isfinite()).float()  # read on the device, as torch's GradScaler has it
         self._optimizer.step()
         self._optimizer.zero_grad()
         for denoiser in self._denoisers:
@@ -49,7 +58,7 @@ class Role:
 
     @torch.no_grad()
     def _weight_norm(self) -> Tensor:
-        return nn.utils.get_total_norm(self._parameters).float()
+        return total_norm(self._parameters).float()
 
 
 def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, torch.optim.AdamW]:

@@ -19,13 +19,13 @@ from fdistill.base.errors import CheckpointError, ConfigError
 from fdistill.commands.cli import app
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
-from fdistill.planning.blocks import find_blocks
 from fdistill.planning.counting import STUDENT
 from fdistill.planning.fake_tensors import Live, fake
 from fdistill.planning.placement import Footprint, Placement, footprint, on_a_device
 from fdistill.planning.plan import Hardware, Plan, make_plan
 from fdistill.planning.rates import Rates, seconds, traffic
 from fdistill.planning.weightless import open_without_weights, run_without_weights
+from fdistill.training.sharding import blocks
 
 MACHINE = 8
 RATES = Rates(tflops=75, link=450, network=50)
@@ -180,7 +180,7 @@ def test_blocks_cover_most_of_a_network() -> None:
     def elements(modules: list[nn.Module]) -> int:
         return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
-    assert 0.8 * elements([network]) < elements(find_blocks(network)) < elements([network])
+    assert 0.8 * elements([network]) < elements(blocks(network)) < elements([network])
 
 
 def test_parts_and_more_gpus() -> None:

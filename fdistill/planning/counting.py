@@ -18,6 +18,8 @@ from fdistill.training.parts import Split, backward, count_of
 from fdistill.training.updates import Update
 
 CRITIC, STUDENT = "critic", "student"
+#: Update -> the roles that learn from it.
+LEARN = {CRITIC: ("fake score", "heads"), STUDENT: ("student",)}
 #: Update -> the section of its micro_batch.
 _SECTIONS = {CRITIC: "fake_score", STUDENT: "generator"}
 _CPU = torch.device("cpu")

@@ -1,7 +1,8 @@
 """What a GPU holds of a run, by how the run is spread: whole copies, shards, or the CPU's memory.
 
-Weights, gradients, optimiser and averages are divided as torch's FSDP2 divides them. While a block runs, its weights
-and those of the next one are whole, and so are its gradients before they are reduced.
+Weights, gradients, optimiser and averages are divided as `training.sharding` divides them, by torch's FSDP2. Whatever
+is distributed, in shards, among copies or into the CPU's memory, is copied to run: the weights of a block and of the
+next one, and the block's gradients before they are reduced.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from fdistill.config.schema import DistillConfig
-from fdistill.planning.blocks import Blocks, gathers, measure_blocks
-from fdistill.planning.counting import Counted, count_updates
+from fdistill.planning.counting import LEARN, Counted, count_updates
+from fdistill.planning.gathers import Blocks, Network, gathers, measure
 from fdistill.planning.held import NAMES, Row, frozen_network, rows
 from fdistill.training.distillation import Distillation
 
@@ -31,7 +32,7 @@ class Footprint:
     Attributes:
         rows: what roles hold.
         updates: the critic's and the student's.
-        blocks: role -> the sizes of its network's blocks.
+        networks: role -> the sizes of its network.
         gathers: update -> role -> how often its weights are gathered in one of these updates.
         storable: elements of the frozen network's layers that may be stored in 8 or 4 bits.
         compute_bytes: of a weight in the precision that networks compute in.
@@ -40,7 +41,7 @@ class Footprint:
 
     rows: tuple[Row, ...]
     updates: Mapping[str, Counted]
-    blocks: Mapping[str, Blocks]
+    networks: Mapping[str, Network]
     gathers: Mapping[str, Mapping[str, float]]
     storable: int
     compute_bytes: int
@@ -81,6 +82,7 @@ class Device:
         gradients: update -> of gradients at its peak.
         activations: update -> of activations, and of what is made in between, at its peak.
         host: what this GPU's process has in the CPU's memory instead.
+        saved: what it copies there for a checkpoint, which is written while training goes on.
     """
 
     rows: tuple[Row, ...]
@@ -88,6 +90,7 @@ class Device:
     gradients: Mapping[str, int]
     activations: Mapping[str, int]
     host: int
+    saved: int
 
     @property
     def held(self) -> int:
@@ -106,7 +109,7 @@ def footprint(run: Distillation, processes: int) -> Footprint:
     networks: dict[str, nn.Module] = {"teacher": teacher}
     if run.guide is not None:
         networks["guide"] = run.guide.denoiser
-    networks |= {NAMES[role]: run.role(role) for role in run.optimizers if role != "discriminator"}
+    networks |= {NAMES[role]: run.role(role) for role in run.optimizers}
     with gathers(networks) as counted:
         before = dict(counted)
         updates, passes = {}, {}
@@ -117,7 +120,7 @@ def footprint(run: Distillation, processes: int) -> Footprint:
     return Footprint(
         tuple(rows(run)),
         updates,
-        {role: measure_blocks(network) for role, network in networks.items()},
+        {role: measure(network) for role, network in networks.items()},
         passes,
         sum(weight.numel() for weight in _storable(teacher)),
         2 if run.config.precision == "bf16" else 4,
@@ -147,25 +150,54 @@ def on_a_device(
     """
     scales = scales or {}
     divided = [_divided(row, found, placed) for row in found.rows]
-    on_host = [row for row in divided if _is_offloaded(row, placed)]
-    left = [row for row in divided if not _is_offloaded(row, placed)]
-    sharded = placed.shards > 1
-    kept = 0.0 if placed.offload_optimizers else 1 / placed.shards
-    peaks = {
-        name: update.peak(gradients=kept, casts=not sharded, scale=scales.get(name, 1.0), accumulates=in_parts)
-        for name, update in found.updates.items()
-    }
+    on_host = [row for row in divided if _is_offloaded(row.role, found, placed)]
+    left = [row for row in divided if not _is_offloaded(row.role, found, placed)]
+    gradients, activations = {}, {}
+    for name, update in found.updates.items():
+        gradients[name], activations[name] = update.peak(
+            gradients=_kept(name, found, placed, in_parts=in_parts or update.parts > 1),
+            casts=placed.shards == 1,
+            scale=scales.get(name, 1.0),
+            accumulates=in_parts,
+        )
+    trained = [row for row in divided if row.trained]
+    saved = sum(row.gradients + row.optimizer + row.averages for row in trained)  # weights are as large as gradients
     return Device(
-        tuple(left),
-        _gathered(found, placed),
-        {name: gradient for name, (gradient, _) in peaks.items()},
-        {name: other for name, (_, other) in peaks.items()},
-        sum(row.total for row in on_host),
+        tuple(left), _gathered(found, placed), gradients, activations, sum(row.total for row in on_host), saved
     )
 
 
-def _is_offloaded(row: Row, placed: Placement) -> bool:
-    return placed.offload_frozen if row.role in FROZEN_ROLES else placed.offload_optimizers
+def _is_distributed(role: str, placed: Placement) -> bool:
+    """Whether FSDP2 has some of its weights."""
+    if role in FROZEN_ROLES:
+        return _shares_frozen(placed)
+    return placed.gpus > 1 or placed.offload_frozen or placed.offload_optimizers
+
+
+def _shares_frozen(placed: Placement) -> bool:
+    """Whether FSDP2 has the weights that are not trained."""
+    return placed.shards > 1 or placed.offload_frozen
+
+
+def _is_offloaded(role: str, found: Footprint, placed: Placement) -> bool:
+    if role in FROZEN_ROLES:
+        return placed.offload_frozen
+    return placed.offload_optimizers or (placed.offload_frozen and found.networks[role].adapters)
+
+
+def _kept(update: str, found: Footprint, placed: Placement, *, in_parts: bool) -> float:
+    """Of an update's gradients, the share on the GPU when the update is done. Between parts FSDP2 has them whole."""
+    rows = [row for row in found.rows if row.role in LEARN[update]]
+    if in_parts:
+        return 1.0
+    kept = [0 if _is_offloaded(row.role, found, placed) else row.gradients * _share(row, found, placed) for row in rows]
+    return sum(kept) / max(1, sum(row.gradients for row in rows))
+
+
+def _share(row: Row, found: Footprint, placed: Placement) -> float:
+    """What the GPU with the most has of a role."""
+    network = found.networks[row.role]
+    return (network.trained if row.trained else network.weights).share(placed.shards)
 
 
 def _divided(row: Row, found: Footprint, placed: Placement) -> Row:
@@ -173,48 +205,50 @@ def _divided(row: Row, found: Footprint, placed: Placement) -> Row:
     if row.role == "teacher" and placed.frozen_precision in STORED:
         weights -= found.storable * (found.frozen_bytes - STORED[placed.frozen_precision])
     optimizer = row.optimizer if placed.optimizer == "adamw" else row.trained * _MOMENTS_8BIT
-    shards = placed.shards
+    share = _share(row, found, placed)
     return replace(
         row,
-        weights=int(weights / shards),
-        gradients=row.gradients // shards,
-        optimizer=int(optimizer / shards),
-        averages=row.averages // shards,
+        weights=int(weights * share),
+        gradients=int(row.gradients * share),
+        optimizer=int(optimizer * share),
+        averages=int(row.averages * share),
     )
 
 
 def _gathered(found: Footprint, placed: Placement) -> int:
-    """Bytes of two blocks in the precision that networks compute in, of one block's gradients in float32, and of what
-    is in no block, for all networks that are not whole on the GPU.
+    """Bytes of the two largest copies of blocks, of a block's gradients before and after they are put together to be
+    reduced, and of what is in no block of the two networks that a backward pass goes through at once, the heads and
+    the network that they read.
     """
-    roles = [role for role in found.blocks if _is_gathered(role, placed)]
+    roles = [role for role in found.networks if _is_distributed(role, placed)]
     if not roles:
         return 0
-    largest = max(found.blocks[role].largest for role in roles)
-    sizes = {role: found.blocks[role] for role in roles}
-    reduced = max(
-        row.trained * sizes[row.role].largest // (sizes[row.role].inside + sizes[row.role].outside)
-        for row in found.rows
-        if row.role in sizes
-    )
-    outside = sum(found.blocks[role].outside * (found.frozen_bytes if role in FROZEN_ROLES else 4) for role in roles)
-    return 2 * largest * found.compute_bytes + 4 * reduced + outside
+    stored = {role: found.frozen_bytes if role in FROZEN_ROLES else 4 for role in roles}
+    width = {role: found.compute_bytes if placed.shards > 1 else stored[role] for role in roles}
+    copied = {role: _copied(found.networks[role], placed) for role in roles}
+    running = max(2 * copied[role].largest * width[role] for role in roles)
+    reduced = max(found.networks[role].trained.largest * (width[role] + 4) for role in roles)
+    outside = sorted(copied[role].outside * stored[role] for role in roles)
+    return running + reduced + sum(outside[-2:])
 
 
-def _is_gathered(role: str, placed: Placement) -> bool:
-    offloaded = placed.offload_frozen if role in FROZEN_ROLES else placed.offload_optimizers
-    return placed.shards > 1 or offloaded
+def _copied(network: Network, placed: Placement) -> Blocks:
+    return network.weights if _shares_frozen(placed) else network.trained
 
 
 def placement_of(config: DistillConfig, gpus: int, machine: int) -> Placement:
-    """How a config spreads its run; settings that it does not have are as if it had their defaults."""
-    default = Placement(gpus, machine)
+    """How a config spreads its run."""
     return Placement(
         gpus,
         machine,
-        getattr(config, "parallel", default.parallel),
-        getattr(config, "offload_frozen", default.offload_frozen),
-        getattr(config, "offload_optimizers", default.offload_optimizers),
+        config.parallel,
+        config.offload_frozen,
+        config.offload_optimizers,
         config.frozen_precision,
-        getattr(config.generator, "optimizer", default.optimizer),
+        optimizer_of(config),
     )
+
+
+def optimizer_of(config: DistillConfig) -> str:
+    """The optimiser of the student, and so of all roles."""
+    return getattr(config.generator, "optimizer", "adamw")  # a setting that this version does not have yet

@@ -1,7 +1,8 @@
 """Seconds of an iteration from stated rates: operations over a matrix rate, bytes over the speed of links.
 
 Of N GPUs that share a collective, each sends (N - 1) / N of the bytes in an all-gather or a reduce-scatter, and twice
-as many in an all-reduce, which is both in a ring. A ring is as fast as its slowest link. Latencies are not counted.
+as many in an all-reduce, which is both in a ring. Where rows of weights do not divide among N, shards are filled up to
+the largest. A ring is as fast as its slowest link. Latencies are not counted.
 """
 
 from __future__ import annotations
@@ -9,11 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fdistill.planning.counting import CRITIC, STUDENT, Counted
+from fdistill.planning.counting import LEARN, Counted
 from fdistill.planning.placement import FROZEN_ROLES, Footprint, Placement
-
-#: Update -> the roles whose gradients are reduced after it.
-_LEARN = {CRITIC: ("fake score", "heads"), STUDENT: ("student",)}
 
 
 @dataclass(frozen=True)
@@ -77,24 +75,22 @@ def traffic(found: Footprint, placed: Placement) -> list[Traffic]:
 
 def _of_role(role: str, gradients: int, found: Footprint, placed: Placement) -> Traffic:
     shards, copies = placed.shards, placed.gpus // placed.shards
-    times = sum(update.times for name, update in found.updates.items() if role in _LEARN[name])
-    weights = 0.0
-    if role in found.blocks and shards > 1:
-        size = found.blocks[role]
+    network = found.networks[role]
+    times = sum(update.times for name, update in found.updates.items() if role in LEARN[name])
+    among_shards = 0.0
+    if shards > 1:
         outside = found.frozen_bytes if role in FROZEN_ROLES else 4
-        once = size.inside * found.compute_bytes + size.outside * outside
-        weights = once * sum(found.gathers[name][role] * update.times for name, update in found.updates.items())
-    among_shards = _share(shards) * (weights + (gradients * times if shards > 1 else 0))
-    among_copies = 2 * _share(copies) * gradients * times / shards
+        once = network.weights.inside * found.compute_bytes + network.weights.outside * outside
+        gathered = once * sum(found.gathers[name][role] * update.times for name, update in found.updates.items())
+        among_shards = (shards - 1) * (
+            network.weights.share(shards) * gathered + network.trained.share(shards) * gradients * times
+        )
+    among_copies = 2 * (copies - 1) / copies * gradients * times * network.trained.share(shards)
     crosses = shards > placed.machine
     inside, between = (0.0, among_shards) if crosses else (among_shards, 0.0)
     if placed.gpus > placed.machine:
         return Traffic(role, inside, between + among_copies)
     return Traffic(role, inside + among_copies, between)
-
-
-def _share(count: int) -> float:
-    return (count - 1) / count
 
 
 def seconds(found: Footprint, placed: Placement, rates: Rates, scale: float = 1.0) -> Seconds:

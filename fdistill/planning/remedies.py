@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 from fdistill.base.errors import FDistillError
 from fdistill.config.reading import validate
@@ -113,19 +113,19 @@ def _placements(
 
 def _options(config: DistillConfig, placed: Placement) -> dict[str, dict[str, Any]]:
     """Setting -> the fields of `Placement` that it changes: those that this version and this config can have."""
-    fields = type(config).model_fields
     found: dict[str, dict[str, Any]] = {}
-    if placed.gpus > 1 and "parallel" in fields and placed.parallel == "ddp":
+    if placed.gpus > 1 and placed.parallel == "ddp":
         found["parallel=fsdp"] = {"parallel": "fsdp"}
-        if placed.gpus > placed.machine:
+        if placed.gpus > placed.machine and not placed.gpus % placed.machine:
             found["parallel=hybrid"] = {"parallel": "hybrid"}
-    for name in ("offload_frozen", "offload_optimizers"):
-        if name in fields and not getattr(placed, name):
-            found[f"{name}=true"] = {name: True}
+    if not placed.offload_frozen:
+        found["offload_frozen=true"] = {"offload_frozen": True}
+    if not placed.offload_optimizers:
+        found["offload_optimizers=true"] = {"offload_optimizers": True}
+    # This version may not have these settings yet.
     if config.frozen_precision == "bf16" and placed.parallel == "ddp":
-        known = str(fields["frozen_precision"].annotation)
         for name in STORED:
-            if name in known:
+            if name in get_args(type(config).model_fields["frozen_precision"].annotation):
                 found[f"frozen_precision={name}"] = {"frozen_precision": name, "parallel": "ddp"}
     if "optimizer" in OptimizerConfig.model_fields and placed.optimizer == "adamw":
         narrow = "adamw-8bit"

@@ -64,36 +64,47 @@ def as_text(plan: Plan) -> str:
 
 def _head(plan: Plan) -> str:
     rates, placed, config = plan.hardware.rates, plan.placed, plan.config
-    between = f", {rates.network:g} GB/s between machines of {placed.machine}" if placed.gpus > 1 else ""
-    speed = f"{rates.tflops:g} TFLOP/s a GPU" if rates.seconds is None else f"{rates.seconds:g} s measured on one GPU"
+    many = placed.gpus > 1
+    where = f"{placed.gpus} GPUs, parallel={placed.parallel}" if many else "1 GPU"
+    speed = f"{rates.tflops:g} TFLOP/s of a GPU (--tflops)"
+    if rates.seconds is not None:
+        speed = f"{_duration(rates.seconds)} for an iteration of one GPU (--seconds-per-iteration)"
     return (
-        f"{config.teacher} by {config.method}: {placed.gpus} GPU{'s' * (placed.gpus > 1)} with {plan.samples} samples "
-        f"each, parallel={placed.parallel}, precision={config.precision}\n"
-        f"Assumed: {speed}, {rates.link:g} GB/s within a machine{between}. Counted, not measured."
+        f"Plan for {config.teacher} by {config.method} on {where}: {plan.samples} samples{' on each' * many} in an "
+        f"update, precision={config.precision}.\n"
+        f"Nothing was trained. Memory is counted. Times assume {speed}, {rates.link:g} GB/s between GPUs\n"
+        f"of a machine (--link), {rates.network:g} GB/s to other machines (--network), and {placed.machine} GPUs in a "
+        "machine (--gpus-per-machine)."
     )
 
 
 def _memory(plan: Plan) -> str:
     unit, device = _Unit.of(plan.device.total), plan.device
-    lines = [[f"on one GPU, {unit.name}", "trained, M", "weights", "gradients", "optimiser", "EMA", "sum"]]
     trained = {row.role: row.trained for row in plan.found.rows}
+    lines = [[f"on {'each' if plan.placed.gpus > 1 else 'the'} GPU, {unit.name}", "trained, millions"]]
+    lines[0] += ["weights", "optimiser", "EMA", "all the time", "gradients"]
     for row in device.rows:
-        sizes = (row.weights, row.gradients, row.optimizer, row.averages, row.total)
+        sizes = (row.weights, row.optimizer, row.averages, row.total - row.gradients, row.gradients)
         lines.append([row.role, f"{trained[row.role] / 1e6:.1f}", *map(unit, sizes)])
 
     def line(text: str, size: int) -> None:
-        lines.append([text, "", "", "", "", "", unit(size)])
+        lines.append([text, "", "", "", "", unit(size), ""])
 
+    line("all roles", device.held)
     for name, activations in device.activations.items():
         update = plan.found.updates[name]
-        parts = f", {update.parts} parts" if update.parts > 1 else ""
-        line(f"{name}'s update: activations of {update.samples} samples{parts}", activations)
+        parts = f" in {update.parts} parts of" if update.parts > 1 else ","
+        gradients = device.gradients[name]
+        also = f" and {unit(gradients)} of gradients" if float(unit(gradients)) else ""
+        line(f"+ {name}'s update{parts} {update.samples} samples: activations{also}", gradients + activations)
     if device.gathered:
-        line("blocks that are gathered while they run", device.gathered)
+        line("+ blocks, copied whole while they run", device.gathered)
     peak = max(device.activations, key=lambda name: device.gradients[name] + device.activations[name])
-    line(f"peak, in the {peak}'s update, with {unit(device.gradients[peak])} of gradients", device.total)
+    line(f"= most at one time, in the {peak}'s update", device.total)
     if device.host:
-        line("in the CPU's memory, for each GPU", device.host)
+        elsewhere = ", ".join(role for role in trained if role not in {row.role for row in device.rows})
+        line(f"in the CPU's memory instead, for each GPU: {elsewhere}", device.host)
+    line("in the CPU's memory, for each GPU, while a checkpoint is written", device.saved)
     return _aligned(lines)
 
 
@@ -117,55 +128,73 @@ def _verdict(plan: Plan) -> str:
     memory = plan.hardware.memory
     if memory is None:
         return ""
-    if plan.remedies is None:
-        return f"Fits {memory / 1e9:g} GB."
-    if not plan.remedies:
-        return f"Does not fit {memory / 1e9:g} GB, and no setting that was tried makes it fit."
     unit = _Unit.of(plan.device.total)
-    lines = [f"Does not fit {memory / 1e9:g} GB. With these settings it does ({unit.name}):"]
+    asked = f"{unit(plan.device.total)} {unit.name} of {unit(memory)} {unit.name}"
+    if plan.remedies is None:
+        return f"It fits: {asked}."
+    if not plan.remedies:
+        return f"It does not fit: {asked}. No setting that was tried makes it fit."
+    lines = [f"It does not fit: {asked}. With the settings of any one of these lines it does ({unit.name} with them):"]
     lines += [f"  {unit(remedy.bytes)}  {' '.join(remedy.settings)}" for remedy in plan.remedies[:_SHOWN]]
     left = len(plan.remedies) - _SHOWN
     return "\n".join(lines + ([f"  and {left} more, which --json lists"] if left > 0 else []))
 
 
 def _disk(plan: Plan) -> str:
-    lines = [["on disk", "each, MB", "count", "GB"]]
+    lines = [["on disk", "MB each", "how many", "GB"]]
     for each in plan.disk:
         count, total = ("?", "?") if each.count is None else (f"{each.count:,}", f"{each.each * each.count / 1e9:.3g}")
         lines.append([each.what, f"{each.each / 1e6:.3g}", count, total])
-    return _aligned(lines)
+    unknown = any(each.count is None for each in plan.disk)
+    return _aligned(lines) + "\n?: not known before the data are there" * unknown
 
 
 def _traffic(plan: Plan) -> str:
-    kind = "" if plan.hardware.rates.seconds is None else " (time is as measured)"
-    operations = f"An iteration takes {plan.flops / 1e12:.3g} TFLOP on each GPU{kind}."
+    fast, slow, count = plan.time.overlapped, plan.time.apart, plan.config.iterations
+    as_in = " as in the last stage" if plan.config.stages else ""
+    took = (
+        f"An iteration takes {_between(_duration(fast), _duration(slow))}, and {count:,} of them{as_in} "
+        f"{_between(_duration(count * fast), _duration(count * slow))}: {plan.flops / 1e12:.3g} TFLOP on each GPU."
+    )
     if plan.placed.gpus == 1:
-        return operations
-    lines = [["a GPU sends in an iteration, GB", "within its machine", "between machines"]]
-    lines += [[each.role, f"{each.inside / 1e9:.3g}", f"{each.between / 1e9:.3g}"] for each in plan.sent]
-    return f"{operations}\n{_aligned(lines)}"
+        return took
+    unit = _Unit.of(max(each.inside + each.between for each in plan.sent))
+    lines = [[f"a GPU sends in an iteration, {unit.name}", "within its machine", "to other machines"]]
+    lines += [[each.role, unit(each.inside), unit(each.between)] for each in plan.sent]
+    return f"{took}\n{_aligned(lines)}"
 
 
 def _table(plan: Plan) -> str:
     unit = _Unit.of(plan.device.total)
-    head = ["GPUs", "samples each", f"{unit.name} each", "computes, s", "communicates, s", "iteration, s", "speed-up"]
-    lines = [[*head, "batch grows, s", "efficiency"]]
     first = next(row.time for row in plan.table if row.gpus == 1)
     alone = plan.table[0].grown
     assert first is not None
+    name, factor = ("s", 1.0) if first.apart >= 1 else ("ms", 1e3)
+
+    def range_of(time: Seconds) -> str:
+        return _between(f"{factor * time.overlapped:.3g}", f"{factor * time.apart:.3g}")
+
+    head = ["GPUs", "samples each", f"{unit.name} each", f"computing, {name}", f"sending, {name}"]
+    lines = [[*head, f"iteration, {name}", "speed-up", "|", f"iteration, {name}", "efficiency"]]
     for row in plan.table:
         cells = ["-"] * 6
         if row.samples is not None and row.device is not None and row.time is not None:
             times = (row.time.compute, row.time.communication)
-            speed = f"{first.apart / row.time.apart:.1f} - {first.overlapped / row.time.overlapped:.1f}"
-            cells = [str(row.samples), unit(row.device.total), *map(_s, times), _range(row.time), speed]
-        share = f"{100 * alone.apart / row.grown.apart:.0f} - {100 * alone.overlapped / row.grown.overlapped:.0f} %"
-        lines.append([str(row.gpus), *cells, _range(row.grown), share])
+            speed = _between(f"{first.apart / row.time.apart:.1f}", f"{first.overlapped / row.time.overlapped:.1f}")
+            seconds = [f"{factor * time:.3g}" for time in times]
+            cells = [str(row.samples), unit(row.device.total), *seconds, range_of(row.time), speed]
+        share = _between(
+            f"{100 * alone.apart / row.grown.apart:.0f}", f"{100 * alone.overlapped / row.grown.overlapped:.0f}"
+        )
+        lines.append([str(row.gpus), *cells, "|", range_of(row.grown), f"{share} %"])
+    batch = plan.config.batch_size
     text = (
-        "The config's batch divided among more GPUs, and beside it a batch that grows with them. Two numbers: "
-        "communication\nbeside computation wherever it can be, and one after the other."
+        f"The same run on 1 to 512 GPUs. Left of the bar, its batch of {batch} is divided among them; right of it, the "
+        f"batch grows,\nwith {plan.samples} samples on each. Of two numbers, one is for sending beside computing, the "
+        "other for one after the other."
     )
-    return f"{text}\n{_aligned(lines, right=True)}"
+    uneven = any(row.samples is None for row in plan.table)
+    return f"{text}\n{_aligned(lines, right=True)}" + f"\n-: {batch} samples do not divide among so many" * uneven
 
 
 def _notes(plan: Plan) -> str:
@@ -180,13 +209,16 @@ def _notes(plan: Plan) -> str:
     return "\n".join(notes)
 
 
-def _s(seconds: float) -> str:
-    return f"{seconds:.3g}"
+def _duration(seconds: float) -> str:
+    """In a unit that suits it, with three digits."""
+    for unit, size in (("days", 86400.0), ("hours", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def _range(time: Seconds) -> str:
-    fast, slow = _s(time.overlapped), _s(time.apart)
-    return fast if fast == slow else f"{fast} - {slow}"
+def _between(low: str, high: str) -> str:
+    return low if low == high else f"{low} - {high}"
 
 
 def _aligned(lines: Sequence[Sequence[str]], *, right: bool = False) -> str:

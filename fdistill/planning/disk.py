@@ -53,7 +53,8 @@ def stored(config: DistillConfig, teacher: Teacher, rows: Iterable[Row]) -> list
     if any(stage.regression.weight for stage in config.stage_configs()):
         found.append(Stored("the teacher's pairs", sample, config.regression.pairs))
     state = sum(4 * row.trained + row.optimizer + row.averages for row in rows)
-    found.append(Stored("checkpoints (trained weights, optimisers, averages)", state, None))
+    kept = config.log.keep_checkpoints + config.log.keep_best
+    found.append(Stored("checkpoints that are kept (trained weights, optimisers, averages)", state, kept))
     return found
 
 

@@ -143,8 +143,8 @@ def _verdict(plan: Plan) -> str:
 def _disk(plan: Plan) -> str:
     lines = [["on disk", "MB each", "how many", "GB"]]
     for each in plan.disk:
-        count, total = ("?", "?") if each.count is None else (f"{each.count:,}", f"{each.each * each.count / 1e9:.3g}")
-        lines.append([each.what, f"{each.each / 1e6:.3g}", count, total])
+        count, total = ("?", "?") if each.count is None else (f"{each.count:,}", _three(each.each * each.count / 1e9))
+        lines.append([each.what, _three(each.each / 1e6), count, total])
     unknown = any(each.count is None for each in plan.disk)
     return _aligned(lines) + "\n?: not known before the data are there" * unknown
 
@@ -154,7 +154,7 @@ def _traffic(plan: Plan) -> str:
     as_in = " as in the last stage" if plan.config.stages else ""
     took = (
         f"An iteration takes {_between(_duration(fast), _duration(slow))}, and {count:,} of them{as_in} "
-        f"{_between(_duration(count * fast), _duration(count * slow))}: {plan.flops / 1e12:.3g} TFLOP on each GPU."
+        f"{_between(_duration(count * fast), _duration(count * slow))}: {_three(plan.flops / 1e12)} TFLOP on each GPU."
     )
     if plan.placed.gpus == 1:
         return took
@@ -215,6 +215,11 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _three(number: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
 def _between(low: str, high: str) -> str:

@@ -2,48 +2,35 @@
 
 python scripts/activations_table.py [RECIPE ...] [--out FILE]
 
-Networks of the published sizes take part as a run builds them, with the recipe's own config, except that their tensors
-have no values (torch's FakeTensorMode). A critic's and a student's update run forward and backward as in training, and
-whatever tensor is made is counted from its first use to its last. Norms give float32 inside autocast, as on a GPU. What
-is not seen: workspaces of convolutions, and what the allocator keeps in reserve.
+Networks of the published sizes take part as `fdistill plan` builds and counts them, with the recipe's own config. A
+critic's and a student's update run forward and backward as in training, and whatever tensor is made is counted from its
+first use to its last. What is not seen: workspaces of convolutions, and what the allocator keeps in reserve.
 """
 
 from __future__ import annotations
 
 import argparse
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import memory_table
-import torch
 from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fdistill.adapters import wrap
 from fdistill.adapters.checkpoint import Checkpoint
-from fdistill.base.devices import autocast
 from fdistill.base.files import atomic_file
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.denoiser import Denoiser
 from fdistill.networks import EDM2Network, EDMNetwork
-from fdistill.noise import noise_to_signal_range
-from fdistill.step import StepResult
+from fdistill.planning.counting import CRITIC, STUDENT, count_updates
+from fdistill.planning.fake_tensors import fake
+from fdistill.planning.held import rows
+from fdistill.planning.weightless import run_without_weights
 from fdistill.teachers.teacher import Teacher
-from fdistill.training import build as building
-from fdistill.training.checks import read_divergence
 from fdistill.training.distillation import Distillation
-
-CPU = torch.device("cpu")
 
 
 def _edm_cifar10(classes: int) -> Callable[[], Any]:
@@ -123,98 +110,6 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any] | None, float]] = {
 ALONE = ("ddpm-cifar10", "sd15-lora-24gb", "sdxl-lora-24gb")
 
 
-class Live(TorchDispatchMode):
-    """Counts the bytes of storages that operations make inside the block, from their making to their end.
-
-    Attributes:
-        now: bytes of those that are there.
-        peak: the most that there were.
-    """
-
-    def __init__(self, known: Iterable[Tensor] = ()):
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._seen: dict[int, weakref.ref[Any]] = {}
-        for tensor in known:
-            self._add(tensor, 0)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, Tensor):
-                self._add(value, value.untyped_storage().nbytes())
-        return result
-
-    def _add(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._seen:
-            return
-        self.now += size
-        self.peak = max(self.peak, self.now)
-
-        def ended() -> None:
-            self.now -= size
-            self._seen.pop(key, None)
-
-        self._seen[key] = weakref.ref(storage)
-        weakref.finalize(storage, ended)
-
-
-@contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """Inside autocast norms take and give float32: the CPU's list of such functions lacks them."""
-
-    def wide(value: Any) -> Any:
-        return value.float() if isinstance(value, Tensor) else value
-
-    def widened(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def called(*args: Any, **kwargs: Any) -> Tensor:
-            if not torch.is_autocast_enabled("cpu"):
-                return function(*args, **kwargs)
-            return function(*map(wide, args), **{key: wide(value) for key, value in kwargs.items()})
-
-        return called
-
-    norms: dict[str, Any] = {name: widened(getattr(nn.functional, name)) for name in ("group_norm", "layer_norm")}
-    with mock.patch.multiple(nn.functional, **norms):
-        yield
-
-
-@contextmanager
-def fake() -> Iterator[None]:
-    """Inside, tensors have no values, and can be copied and converted all the same."""
-
-    def copied(tensor: Any, memo: dict[int, Any]) -> Any:
-        if not isinstance(tensor, FakeTensor):
-            return tensor  # of a schedule, which has values
-        if id(tensor) not in memo:
-            value = tensor.detach().clone()
-            if isinstance(tensor, nn.Parameter):
-                value = nn.Parameter(value, tensor.requires_grad)
-            memo[id(tensor)] = value
-        return memo[id(tensor)]
-
-    copies = mock.patch.object(Tensor, "__deepcopy__", copied)
-    moves = mock.patch.object(nn.Module, "_apply", _applied)
-    with FakeTensorMode(allow_non_fake_inputs=True), copies, moves:
-        yield
-
-
-def _applied(module: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """nn.Module._apply, which cannot change tensors without values in place."""
-    for child in module.children():
-        _applied(child, function)
-    with torch.no_grad():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and (value := function(parameter)).dtype != parameter.dtype:
-                module._parameters[name] = nn.Parameter(value, parameter.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None and (value := function(buffer)).dtype != buffer.dtype:
-                module._buffers[name] = value
-    return module
-
-
 def published(recipe: str, config: DistillConfig) -> Denoiser:
     """The recipe's teacher on fake tensors, frozen, float32, for the recipe's resolution.
 
@@ -235,22 +130,7 @@ def published(recipe: str, config: DistillConfig) -> Denoiser:
 
 def built(recipe: str, config: DistillConfig) -> Distillation:
     """The run that the recipe describes, on fake tensors."""
-    teacher = published(recipe, config)
-    noise_to_signal_range(teacher.schedule)  # this and the divergence are computed once, from values
-    divergences = [read_divergence(stage) for stage in config.stage_configs()]
-    null: Any = None
-    if teacher.text_shapes is not None:
-        null = SimpleNamespace(embeddings=SimpleNamespace(null=teacher.example_condition(1, CPU)))
-    loaded = building._Loaded(Teacher(Checkpoint(recipe), teacher, None), None, None, null)
-    # The check of the student's export computes with values; every run of the recipe passes it.
-    with fake(), mock.patch("fdistill.students.kinds.check_exportable"):
-        return building._assemble(config, CPU, divergences, loaded)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of all storages, each once."""
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
-    return sum(storages.values())
+    return run_without_weights(config, Teacher(Checkpoint(recipe), published(recipe, config), None))
 
 
 @dataclass(frozen=True)
@@ -277,38 +157,12 @@ class Peak:
 def peak(recipe: str, **changes: Any) -> Peak:
     """One update of the critic and one of the student, as in training; `changes` are settings of the config."""
     config = load_config(recipe, changes)
-    batch = config.batch_size // (1 if recipe in ALONE else 8)
+    gpus = 1 if recipe in ALONE else 8
     run = built(recipe, config)
-    run.iteration = run.stages[-1].first  # a warm-up by regression before it needs less
-    teacher = run.networks.teacher
-    modules = [teacher, *(run.role(name) for name in run.optimizers)]
-    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    averages = [value for shadow in run.ema.shadows.values() for value in shadow.values()]
-    held = _bytes([*tensors, *averages]) + 2 * sum(p.numel() * p.element_size() for p in trained)
-    with fake(), as_on_a_gpu():
-        condition = teacher.example_condition(batch, CPU)
-        real = torch.zeros(batch, *teacher.sample_shape)
-        known = [*tensors, *averages, real]
-        given = {"condition": condition, "generator": torch.Generator()}
-        critic = _updated(run, known, run.critic_update, {**given, "real_x0": real})
-        student = _updated(run, known, run.student_update, {**given, "batch_size": batch})
-    return Peak(recipe, batch, held, critic, student)
-
-
-def _updated(
-    run: Distillation, known: list[Tensor], update: Callable[..., StepResult], arguments: dict[str, Any]
-) -> int:
-    """Bytes at the peak of an update, forward and backward; the gradients are gone afterwards."""
-    with Live(known) as live:
-        with autocast(CPU, run.config.precision):
-            result = update(**arguments)
-        result.loss.backward()
-    for name in run.optimizers:
-        for parameter in run.role(name).parameters():
-            parameter.grad = None
-    most: int = live.peak
-    return most
+    held = sum(row.total - row.gradients for row in rows(run))
+    updates = dict(count_updates(run, gpus))
+    critic, student = (sum(updates[name].peak()) for name in (CRITIC, STUDENT))
+    return Peak(recipe, config.batch_size // gpus, held, critic, student)
 
 
 def table(recipes: Iterable[str] = NETWORKS) -> str:

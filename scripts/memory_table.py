@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from torch import Tensor, nn
+from torch import nn
 
 from fdistill.adapters import wrap
 from fdistill.adapters.text_to_image import TextDenoiser
@@ -31,7 +30,7 @@ from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LoRAConfig
 from fdistill.discriminator import Discriminator
-from fdistill.ema import trained_state
+from fdistill.planning.held import Row, frozen_row, trained_row
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
 
 RANK = 64
@@ -112,50 +111,6 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one role holds on the device, in bytes.
-
-    Attributes:
-        trained: parameters that an optimiser changes.
-        weights: trained ones and frozen ones of its own, not those it shares.
-    """
-
-    role: str
-    trained: int
-    weights: int
-    gradients: int
-    optimizer: int
-    averages: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.averages
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _own(module: nn.Module, shared: nn.Module | None = None) -> list[Tensor]:
-    """Parameters and buffers that are not another network's."""
-    others = set() if shared is None else {id(tensor) for tensor in (*shared.parameters(), *shared.buffers())}
-    return [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in others]
-
-
-def _trained_row(role: str, module: nn.Module, shared: nn.Module | None = None, decays: int = 0) -> Row:
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    averages = decays * sum(4 * value.numel() for value in trained_state(module).values())
-    return Row(
-        role,
-        sum(parameter.numel() for parameter in trained),
-        _bytes(_own(module, shared)),
-        _bytes(trained),
-        2 * _bytes(trained),  # AdamW's two moments, in the precision of the weights
-        averages,
-    )
-
-
 def published(network: str, resolution: int | None = None) -> TextDenoiser:
     """A published network on the meta device, frozen, float32, for latents of the resolution: its own, or in pixels."""
     build, scheduler, millions = NETWORKS[network]
@@ -194,14 +149,14 @@ def rows(network: str, config: DistillConfig) -> list[Row]:
     fake, shared_with_fake = trained(config.fake_score, FAKE)
     student, shared_with_student = trained(config.student, STUDENT)
     found = [
-        Row("teacher", 0, _bytes(_own(teacher)), 0, 0, 0),
-        _trained_row("fake score", fake, shared_with_fake),
-        _trained_row("student", student, shared_with_student, len(config.ema.decays)),
+        frozen_row("teacher", teacher),
+        trained_row("fake score", fake, shared_with_fake),
+        trained_row("student", student, shared_with_student, len(config.ema.decays)),
     ]
     if config.discriminator.gan_weight:
         with torch.device("meta"):
             heads = Discriminator(teacher, config.discriminator.features, config.discriminator.head)
-        found.append(_trained_row("heads", heads))
+        found.append(trained_row("heads", heads))
     return found
 
 

@@ -62,6 +62,8 @@ NOT_THERE: dict[str, str] = {
     "wait until it has ended, or choose another place": "any place that can be written",
     "or pass --allow-skipped ": "followed in tests/evaluation/test_images_as_they_are.py",
     "; continue with --resume": "followed in tests/training/test_stopping.py",
+    "Nothing was trained. Memory is counted.": "says which options stand for the rates that a plan assumes",
+    "parallel: hybrid needs whole machines of ": "met in tests/planning/test_plan.py; any number that divides the GPUs",
     "; leave ": "followed: the option stands in a variable part of the message",
 }
 _NAMES = re.compile(

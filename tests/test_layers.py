@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "students": BELOW_TEACHERS | {"teachers"},
     "generation": BELOW_TEACHERS | {"teachers", "students"},
     "training": BELOW_TEACHERS | {"teachers", "students", "generation", "config", "data", "step"},
-    "commands": BELOW_TEACHERS | {"teachers", "students", "generation", "config", "data", "step", "training"},
+    "planning": BELOW_TEACHERS | {"teachers", "students", "generation", "config", "data", "step", "training"},
+    "commands": BELOW_TEACHERS
+    | {"teachers", "students", "generation", "config", "data", "step", "training", "planning"},
     "evaluation": {"base", "assets", METHOD, "data", "adapters", "formats", "teachers", "students", "generation"},
 }
 

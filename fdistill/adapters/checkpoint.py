@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 
 from fdistill.adapters import (
     FAMILIES,
@@ -103,12 +105,20 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
             .bin file holds more than tensors.
         OutputError: the cache folder cannot be written.
     """
-    text = str(name)
+    return _resolve(str(name), with_plain_weights, _download)
+
+
+def resolve_configs(name: str | Path) -> Checkpoint:
+    """As `resolve_checkpoint`, of a folder that may have no weights: of a hub id, configs alone are downloaded."""
+    return _resolve(str(name), lambda folder: folder, _download_configs)
+
+
+def _resolve(text: str, read: Callable[[Path], Path], download: Callable[[str], Path]) -> Checkpoint:
     if text in EMBEDDED_TEACHERS:
         return Checkpoint(text, EMBEDDED_TEACHERS[text])
-    path = Path(name)
+    path = Path(text)
     if path.is_dir():
-        return Checkpoint(text, with_plain_weights(path))
+        return Checkpoint(text, read(path))
     if path.exists():
         what = not_weights(path)
         if what is not None:
@@ -123,7 +133,7 @@ def resolve_checkpoint(name: str | Path) -> Checkpoint:
     looks_like_path = path.is_absolute() or text.startswith(".") or text.count("/") != 1
     if looks_like_path:
         raise CheckpointError(f"checkpoint {text!r}: no such folder; {did_you_mean(text, EMBEDDED_TEACHERS)}")
-    return Checkpoint(text, with_plain_weights(_download(text)))
+    return Checkpoint(text, read(download(text)))
 
 
 def _factory(name: str) -> Callable[[], Denoiser]:
@@ -157,12 +167,11 @@ def _factory(name: str) -> Callable[[], Denoiser]:
 
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     def fetch(patterns: list[str], ignored: list[str] = _NOT_DOWNLOADED) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=ignored, etag_timeout=5))
 
-    try:
+    with _hub(hub_id):
         folder = fetch(_DOWNLOADED)
         missing = bins_instead(folder)
         if missing:
@@ -171,6 +180,22 @@ def _download(hub_id: str) -> Path:
         if missing:
             folder = fetch(missing, [pattern for pattern in _NOT_DOWNLOADED if "fp16" not in pattern])
         return folder
+
+
+def _download_configs(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    with _hub(hub_id):
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*/*.json"], etag_timeout=5))
+
+
+@contextmanager
+def _hub(hub_id: str) -> Iterator[None]:
+    """Raises CheckpointError for what the hub's errors mean."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        yield
     except GatedRepoError as error:
         raise CheckpointError(
             f"checkpoint {hub_id!r}: its owner gives access on request; accept the conditions on "
@@ -247,7 +272,11 @@ def check_pipeline(checkpoint: Checkpoint, family: Family) -> None:
 
 
 def load_denoiser(
-    checkpoint: Checkpoint, *, null_class: int | None = None, memory_of_files: bool = False
+    checkpoint: Checkpoint,
+    *,
+    null_class: int | None = None,
+    memory_of_files: bool = False,
+    load: Callable[[type[ModelMixin], Path], ModelMixin] = load_network,
 ) -> Denoiser:
     """Loads the denoiser of a checkpoint in eval mode, in float32, on the CPU.
 
@@ -256,6 +285,7 @@ def load_denoiser(
         null_class: the label for "no class", if the checkpoint does not say it; must be its last label.
         memory_of_files: reads weights in half precision from a copy in float32, see `in_float32`, so that the weights'
             memory is a file's, whatever precision the checkpoint has.
+        load: makes the network of a class from its folder.
 
     Raises:
         CheckpointError: the checkpoint is missing, truncated, or of an architecture that is not supported.
@@ -267,7 +297,7 @@ def load_denoiser(
         check_configs(checkpoint.folder)
         family, network = find_network(checkpoint.folder)
         check_pipeline(checkpoint, family)
-        model = load_network(family.network, in_float32(network) if memory_of_files else network)
+        model = load(family.network, in_float32(network) if memory_of_files else network)
         try:
             denoiser = family.wrap(model, read_scheduler_config(checkpoint.folder))
         except CheckpointError as error:

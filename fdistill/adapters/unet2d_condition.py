@@ -25,7 +25,8 @@ from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
-_TOKENS = 77  # limit of CLIP's tokenizers; the network takes any number
+#: Limit of most CLIP tokenizers; the network takes any number.
+TOKENS = 77
 _SIZE_CONDITIONS = 6  # original height and width, top and left of the crop, target height and width
 
 
@@ -43,7 +44,7 @@ class UNet2DConditionDenoiser(TextDenoiser):
                 "expected as many outputs as inputs; inpainting and upscaling networks are not supported"
             )
         width = config.cross_attention_dim
-        text: dict[str, tuple[int, ...]] = {"prompt_embeds": (_TOKENS, width if isinstance(width, int) else width[0])}
+        text: dict[str, tuple[int, ...]] = {"prompt_embeds": (TOKENS, width if isinstance(width, int) else width[0])}
         if config.addition_embed_type == "text_time":
             pooled = config.projection_class_embeddings_input_dim - _SIZE_CONDITIONS * config.addition_time_embed_dim
             text |= {"text_embeds": (pooled,), "time_ids": (_SIZE_CONDITIONS,)}

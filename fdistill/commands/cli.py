@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from fdistill import __version__
-from fdistill.base.errors import ConfigError
 from fdistill.base.files import nothing_cached
 from fdistill.commands.ending import one_message, quiet_libraries
 from fdistill.commands.evaluation import compare, evaluate, reference
@@ -24,9 +23,11 @@ from fdistill.commands.options import (
     Resolution,
     Sampler,
     Steps,
+    config_and_settings,
     is_main_process,
     whole_numbers,
 )
+from fdistill.commands.plan import plan
 
 app = typer.Typer(
     name="fdistill",
@@ -83,12 +84,7 @@ def distill(
     \b
     Example: fdistill distill digits divergence=forward-kl generator.lr=1e-4 --output runs/forward-kl
     """
-    names = [argument for argument in arguments or [] if "=" not in argument]
-    overrides = [argument for argument in arguments or [] if "=" in argument]
-    if len(names) > 1:
-        raise ConfigError(f"expected one CONFIG and key=value settings, got {' '.join(names)}")
-
-    name = names[0] if names else "digits"
+    name, overrides = config_and_settings(arguments)
     if dry_run:
         context.with_resource(nothing_cached())
     if smoke:
@@ -179,6 +175,7 @@ def generate(
         typer.echo(f"images: {folder}")
 
 
+app.command()(plan)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(reference)

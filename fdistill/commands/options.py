@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fdistill.base.errors import ArgumentError
+from fdistill.base.errors import ArgumentError, ConfigError
 
 Steps = Annotated[
     int | None,
@@ -97,3 +97,16 @@ def whole_numbers(name: str, text: str) -> list[int]:
 def is_main_process() -> bool:
     """Whether this process is the one that prints; with torchrun or accelerate there are several."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def config_and_settings(arguments: list[str] | None) -> tuple[str, list[str]]:
+    """The name or path of the config among a command's arguments, "digits" by default, and its settings.
+
+    Raises:
+        ConfigError: there are two names.
+    """
+    names = [argument for argument in arguments or [] if "=" not in argument]
+    overrides = [argument for argument in arguments or [] if "=" in argument]
+    if len(names) > 1:
+        raise ConfigError(f"expected one CONFIG and key=value settings, got {' '.join(names)}")
+    return names[0] if names else "digits", overrides

@@ -40,12 +40,17 @@ def open_guide(name: str, teacher: Denoiser) -> Guide:
             takes another kind of condition.
     """
     checkpoint = resolve_checkpoint(name)
-    denoiser = load_denoiser(checkpoint).requires_grad_(False)
+    return as_guide(checkpoint, load_denoiser(checkpoint), teacher)
+
+
+def as_guide(checkpoint: Checkpoint, denoiser: Denoiser, teacher: Denoiser) -> Guide:
+    """A denoiser as the guide of an opened teacher, frozen; raises CheckpointError as `open_guide` does."""
+    denoiser.requires_grad_(False)
     if denoiser.text_shapes is not None and teacher.text_shapes is not None:
         denoiser.resize(teacher.sample_shape[-1])
     if denoiser.num_classes is not None and teacher.null_class == denoiser.num_classes - 1:
         set_null_class(denoiser, teacher.null_class)
-    _check(f"guidance_teacher {name!r}", denoiser, teacher)
+    _check(f"guidance_teacher {checkpoint.name!r}", denoiser, teacher)
     return Guide(checkpoint, denoiser)
 
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Loaded:
     """The inputs that are read before networks are built.
 
     Attributes:
@@ -93,12 +93,12 @@ def build(config: DistillConfig, device: torch.device, obtain: Obtain = encode) 
     loaded = _load(config, device, obtain)
     torch.manual_seed(config.seed)
     try:
-        return _assemble(config, device, divergences, loaded)
+        return assemble(config, device, divergences, loaded)
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
 
 
-def _load(config: DistillConfig, device: torch.device, obtain: Obtain) -> _Loaded:
+def _load(config: DistillConfig, device: torch.device, obtain: Obtain) -> Loaded:
     settings = TeacherSettings(
         config.teacher,
         base=config.teacher_base,
@@ -111,12 +111,13 @@ def _load(config: DistillConfig, device: torch.device, obtain: Obtain) -> _Loade
     teacher = open_teacher(settings)
     guide = None if config.guidance_teacher is None else open_guide(config.guidance_teacher, teacher.denoiser)
     stored, text = open_inputs(config, teacher, device, obtain)
-    return _Loaded(teacher, guide, stored, text)
+    return Loaded(teacher, guide, stored, text)
 
 
-def _assemble(
-    config: DistillConfig, device: torch.device, divergences: Sequence[Divergence], loaded: _Loaded
+def assemble(
+    config: DistillConfig, device: torch.device, divergences: Sequence[Divergence], loaded: Loaded
 ) -> Distillation:
+    """Does what `build` does after reading, with a divergence for each stage."""
     denoiser, latents, text = loaded.teacher.denoiser, loaded.teacher.latents, loaded.text
     stages = config.stage_configs()
     for stage in stages:

@@ -14,12 +14,13 @@ sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 import activations_table
 
 from fdistill.config.reading import load_config
+from fdistill.planning.fake_tensors import Live, as_on_a_gpu, fake
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def counted(network: nn.Module, x: Tensor) -> activations_table.Live:
-    with activations_table.Live([*network.parameters(), x]) as live:
+def counted(network: nn.Module, x: Tensor) -> Live:
+    with Live([*network.parameters(), x]) as live:
         network(x).square().mean().backward()
     return live
 
@@ -39,15 +40,15 @@ def test_what_is_there_and_what_was_at_the_peak() -> None:
 
 def test_values_make_no_difference() -> None:
     real = counted(network(), torch.randn(100, 8))
-    with activations_table.fake():
-        fake = counted(network(), torch.randn(100, 8))
-    assert (fake.now, fake.peak) == (real.now, real.peak)
+    with fake():
+        without = counted(network(), torch.randn(100, 8))
+    assert (without.now, without.peak) == (real.now, real.peak)
 
 
 def test_norms_are_wide_inside_autocast() -> None:
     norm = nn.GroupNorm(2, 4)
     x = torch.randn(2, 4, 3, 3).bfloat16()
-    with activations_table.as_on_a_gpu():
+    with as_on_a_gpu():
         assert norm.bfloat16()(x).dtype == torch.bfloat16
         with torch.autocast("cpu", torch.bfloat16):
             assert norm(x).dtype == torch.float32

@@ -192,10 +192,10 @@ def check_rates(iterations: int, roles: Mapping[str, OptimizerConfig]) -> None:
 
 
 def check_precision(precision: str, frozen_precision: str) -> None:
-    """Checks that networks with bfloat16 weights also compute in bfloat16."""
-    if frozen_precision == "bf16" and precision != "bf16":
+    """Checks that networks whose weights have less precision than float32 compute in bfloat16."""
+    if frozen_precision != "fp32" and precision != "bf16":
         raise ValueError(
-            f"frozen_precision: got bf16, but precision={precision}; expected precision=bf16 as well, or "
+            f"frozen_precision: got {frozen_precision}, but precision={precision}; expected precision=bf16 as well, or "
             "frozen_precision=fp32"
         )
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
+from fdistill.adapters.quantised_layers import KINDS as QUANTISED
+from fdistill.adapters.quantised_layers import quantise
 from fdistill.adapters.resize import Resized, resized
 from fdistill.base.devices import autocast
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
@@ -275,9 +277,7 @@ def _trained_networks(config: DistillConfig, teacher: Teacher, device: torch.dev
         for role, section in ((STUDENT, config.student), (FAKE, config.fake_score))
     }
     origin, student, changed = _student_network(config, teacher, copies[STUDENT])
-    if config.frozen_precision == "bf16":
-        frozen.to(torch.bfloat16)
-    frozen.to(device)
+    _place(frozen, config, device)
     fake_score = copies[FAKE] or _adapted(frozen, config.fake_score, FAKE, "fake_score")
     student = student or _adapted(frozen, config.student, STUDENT, "student")
     for trained, lora_rank in ((student, config.student.lora_rank), (fake_score, config.fake_score.lora_rank)):
@@ -320,15 +320,23 @@ def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) 
     )
 
 
+def _place(frozen: Denoiser, config: DistillConfig, device: torch.device) -> None:
+    """Moves a frozen network to the device, in `frozen_precision`."""
+    if config.frozen_precision != "fp32":
+        frozen.to(torch.bfloat16)
+    if config.frozen_precision in QUANTISED:
+        quantise(frozen, config.frozen_precision, device)
+    frozen.to(device)
+
+
 def _placed(guide: Guide | None, config: DistillConfig, device: torch.device) -> Denoiser | None:
     """The second network of the teacher's guidance, as the teacher itself: on the device, in `frozen_precision`."""
     if guide is None:
         return None
-    if config.frozen_precision == "bf16":
-        guide.denoiser.to(torch.bfloat16)
+    _place(guide.denoiser, config, device)
     if config.gradient_checkpointing:
         checkpoint_activations(guide.denoiser)
-    return guide.denoiser.to(device)
+    return guide.denoiser
 
 
 def _networks(

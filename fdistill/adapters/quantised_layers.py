@@ -1,0 +1,193 @@
+"""Linear and convolutional layers whose frozen weights are stored in 8 or 4 bits, by bitsandbytes.
+
+A layer computes with its weight in the precision of autocast, or of its input, and makes it from the stored one whenever
+it runs, forward or backward, so that no copy of the weight outlives the layer's own computation. Which layers these are is
+`quantised_names`'s to say.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fdistill.base.errors import ConfigError
+
+
+class _Kind(NamedTuple):
+    """The numbers that a weight is rounded to, and how many of them share a scale in float32."""
+
+    name: str
+    block: int
+
+
+#: Numbers of 8 bits in equal steps, of 8 bits with 4 for the exponent and 3 for the mantissa (E4M3), and of 4 bits at
+#: the quantiles of a normal distribution (NormalFloat, arXiv 2305.14314).
+KINDS = {kind.name: kind for kind in (_Kind("int8", 256), _Kind("fp8", 256), _Kind("nf4", 64))}
+
+
+def quantised_names(network: nn.Module) -> list[str]:
+    """Names of the layers that `quantise` changes: the linear and convolutional ones inside the network's blocks.
+
+    First and last layers, embeddings and what else stands outside of the blocks keep their precision, and so do norms
+    and layers of a class of their own, as those that compute in float32 are.
+    """
+    return [name for name, module in network.named_modules() if _in_a_block(name) and _is_plain(module)]
+
+
+def _in_a_block(name: str) -> bool:
+    return any(part.endswith("blocks") or part == "mid_block" for part in name.split("."))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    if type(module) is nn.Conv2d:
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return type(module) is nn.Linear
+
+
+def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
+    """Stores the weights of the blocks' layers in one of KINDS and moves the network to the device, in place.
+
+    Layers are moved one after the other, so that the device never holds the network in its precision from before.
+
+    Args:
+        network: frozen.
+        kind: "int8", "fp8" or "nf4".
+
+    Raises:
+        ConfigError: bitsandbytes is not installed, or the network has no layer to quantise.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"frozen_precision: {kind} needs bitsandbytes, which is not installed; run "
+            "`pip install 'fdistill[quantised]'`, or set frozen_precision=bf16"
+        )
+    names = quantised_names(network)
+    if not names:
+        raise ConfigError(
+            f"frozen_precision: got {kind}, but this network has no torch.nn.Linear or Conv2d layers in its blocks (those "
+            "of EDM and EDM2 have layer classes of their own); expected bf16 or fp32"
+        )
+    for name in names:
+        layer: Any = network.get_submodule(name).to(device)
+        _store(layer, KINDS[kind])
+        layer.__class__ = _CLASSES[type(layer)]
+    network.to(device)
+
+
+def restore(network: nn.Module) -> None:
+    """Makes layers as they were of those that `quantise` changed, with float32 weights, in place."""
+    for layer in network.modules():
+        if isinstance(layer, (QuantisedLinear, QuantisedConv2d)) and layer.stored is not None:
+            weight = nn.Parameter(_weight(layer, torch.float32), requires_grad=False)
+            layer.__class__ = next(plain for plain, stored in _CLASSES.items() if stored is type(layer))
+            layer.weight = weight
+            del layer.scales, layer.stored
+
+
+@lru_cache
+def numbers(kind: str, device: torch.device) -> Tensor:
+    """The numbers in [-1, 1] that "int8" or "fp8" has, float32 [256], ascending; made once for a device."""
+    from bitsandbytes import functional
+
+    made: Tensor = functional.create_linear_map() if kind == "int8" else functional.create_fp8_map(True, 4, 3)
+    return made.to(device)
+
+
+def _store(layer: Any, kind: _Kind) -> None:
+    from bitsandbytes import functional
+
+    weight = layer.weight.detach().float().contiguous()
+    if kind.name == "nf4":
+        codes, state = functional.quantize_4bit(weight.reshape(1, -1), blocksize=kind.block, quant_type="nf4")
+        codes = codes.reshape(-1, *[1] * (weight.dim() - 1))  # as many dimensions as peft tells convolutions by
+    else:
+        codes, state = functional.quantize_blockwise(weight, numbers(kind.name, weight.device), blocksize=kind.block)
+    layer.stored = (kind.name, weight.shape)
+    layer.weight = nn.Parameter(codes, requires_grad=False)
+    layer.register_buffer("scales", state.absmax, persistent=False)
+
+
+def _weight(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The weight of a quantised layer, in its own shape."""
+    from bitsandbytes import functional
+
+    name, shape = layer.stored
+    settings = {"absmax": layer.scales, "blocksize": KINDS[name].block, "dtype": dtype}
+    if name == "nf4":
+        flat = torch.Size([1, shape.numel()])
+        state = functional.QuantState(**settings, shape=flat, quant_type="nf4")
+        weight: Tensor = functional.dequantize_4bit(layer.weight.reshape(-1, 1), state)
+    else:
+        state = functional.QuantState(**settings, code=numbers(name, layer.weight.device))
+        weight = functional.dequantize_blockwise(layer.weight, state)
+    return weight.reshape(shape)
+
+
+def _computed_in(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b, which keeps neither x nor W for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantisedLinear) -> Tensor:
+        ctx.layer = layer
+        return F.linear(x, _weight(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad @ _weight(ctx.layer, grad.dtype), None
+
+
+class _Conv2d(torch.autograd.Function):
+    """A convolution of x, which keeps neither x nor the weight for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantisedConv2d) -> Tensor:
+        ctx.layer, ctx.shape = layer, x.shape
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.conv2d(x, _weight(layer, x.dtype), bias, *_settings(layer))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        weight = _weight(ctx.layer, grad.dtype)
+        return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *_settings(ctx.layer)), None
+
+
+def _settings(layer: nn.Conv2d) -> tuple[Any, ...]:
+    return layer.stride, layer.padding, layer.dilation, layer.groups
+
+
+class QuantisedLinear(nn.Linear):
+    """A linear layer whose frozen weight `quantise` stored; its bias is in the network's precision.
+
+    Attributes:
+        stored: one of KINDS, and the shape of the weight; None for an ordinary layer, as adapters of this layer are:
+            peft makes them of the class of what they adapt.
+    """
+
+    stored: tuple[str, torch.Size] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = super().forward(x) if self.stored is None else _Linear.apply(x.to(_computed_in(x)), self)
+        return result
+
+
+class QuantisedConv2d(nn.Conv2d):
+    """A convolution whose frozen weight `quantise` stored; otherwise as QuantisedLinear."""
+
+    stored: tuple[str, torch.Size] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = super().forward(x) if self.stored is None else _Conv2d.apply(x.to(_computed_in(x)), self)
+        return result
+
+
+_CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: QuantisedLinear, nn.Conv2d: QuantisedConv2d}

@@ -80,7 +80,7 @@ class Distillation:
     clip: ClipHinge | None
     networks: Networks
     student: Student
-    optimizers: dict[str, torch.optim.AdamW]
+    optimizers: dict[str, torch.optim.Optimizer]
     ema: EMA
     ratio: DensityRatio
     stages: tuple[Stage, ...]

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import read_json_object, replaced_folder, sha256_of_files, writing
 from fdistill.base.state_dicts import take, unshared
+from fdistill.training.adamw_8bit import as_state, as_tensors, is_8bit, state_like
 
 _FOLDER = re.compile(r"\d{6,}")
 _TENSORS, _META = "state.safetensors", "state.json"
@@ -137,8 +138,7 @@ def check_tensors(
             raise ValueError(f"incomplete, the state of the optimiser of {role} is missing")
         for index, parameter in parameters.items():
             if str(index) in indices:
-                state = {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
-                expected |= {f"{prefix}.{index}.{name}": value for name, value in state.items()}
+                expected |= {f"{prefix}.{index}.{name}": value for name, value in _state_like(optimizer, parameter).items()}
     for name, value in expected.items():
         if name not in tensors:
             raise ValueError(f"incomplete, {name} is missing")
@@ -151,6 +151,12 @@ def check_tensors(
         raise ValueError(f"{min(unknown)} belongs to nothing in this run; expected one of this run")
 
 
+def _state_like(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    if is_8bit(optimizer):
+        return state_like(parameter)
+    return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+
+
 def _described(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
@@ -158,13 +164,15 @@ def _described(tensor: Tensor) -> str:
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """An optimiser's state as flat tensors named "<parameter index>.<state name>"."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+    return {f"{index}.{name}": value for index, entry in state.items() for name, value in as_tensors(entry).items()}
 
 
 def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse of `optimizer_tensors`; the optimiser keeps its own hyper-parameters."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for name, value in tensors.items():
         index, _, key = name.partition(".")
         state.setdefault(int(index), {})[key] = value
+    if is_8bit(optimizer):
+        state = {index: as_state(entry) for index, entry in state.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -6,12 +6,14 @@ from collections.abc import Set
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fdistill.base.distributed import average_gradients
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import OptimizerConfig
 from fdistill.denoiser import Denoiser
 from fdistill.step import ROLES, Networks
+from fdistill.training.adamw_8bit import adamw_8bit
 
 
 class Role:
@@ -21,7 +23,7 @@ class Role:
         weights: norms of the trained parameters before and after the last step, [2].
     """
 
-    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer):
+    def __init__(self, module: nn.Module, optimizer: Optimizer):
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._denoisers = [part for part in module.modules() if isinstance(part, Denoiser)]
         self._optimizer, self._grad_clip = optimizer, float("inf")
@@ -52,19 +54,25 @@ class Role:
         return nn.utils.get_total_norm(self._parameters).float()
 
 
-def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, torch.optim.AdamW]:
-    """An AdamW optimiser for each of the roles that has trainable parameters."""
-    found: dict[str, torch.optim.AdamW] = {}
+def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, Optimizer]:
+    """An AdamW optimiser for each of the roles that has trainable parameters.
+
+    Raises:
+        ConfigError: a role's moments shall be stored in 8 bits, and bitsandbytes is not installed.
+    """
+    found: dict[str, Optimizer] = {}
     for role in (role for role in ROLES if role in roles):
         module, section = getattr(networks, role), getattr(config, role)
         trained = [] if module is None else [p for p in module.parameters() if p.requires_grad]
         if trained:
-            found[role] = torch.optim.AdamW(
-                trained,
-                lr=section.lr,
-                betas=(section.beta1, section.beta2),
-                eps=section.eps,
-                weight_decay=section.weight_decay,
-                fused=True,
-            )
+            settings = {
+                "lr": section.lr,
+                "betas": (section.beta1, section.beta2),
+                "eps": section.eps,
+                "weight_decay": section.weight_decay,
+            }
+            if section.optimizer == "adamw-8bit":
+                found[role] = adamw_8bit(trained, f"{role}.optimizer", **settings)
+            else:
+                found[role] = torch.optim.AdamW(trained, **settings, fused=True)
     return found

@@ -1,0 +1,75 @@
+"""AdamW whose moments are stored in 8 bits, by bitsandbytes (arXiv 2110.02861), and its state as plain tensors."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from fdistill.base.errors import ConfigError
+
+#: Moments of parameters with fewer elements are stored in float32; of others, so many elements share a scale.
+SMALL, BLOCK = 4096, 256
+
+
+def adamw_8bit(parameters: Iterable[Parameter], setting: str, **settings: Any) -> Optimizer:
+    """The optimiser, which takes the settings of torch.optim.AdamW.
+
+    Args:
+        setting: the config setting that asks for it, for messages.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"{setting}: adamw-8bit needs bitsandbytes, which is not installed; run "
+            f"`pip install 'fdistill[quantised]'`, or set {setting}=adamw"
+        )
+    from bitsandbytes.optim import AdamW8bit
+
+    made: Optimizer = AdamW8bit(parameters, min_8bit_size=SMALL, **settings)
+    return made
+
+
+def is_8bit(optimizer: Optimizer) -> bool:
+    """Whether `adamw_8bit` made it."""
+    return not isinstance(optimizer, torch.optim.AdamW)
+
+
+def state_like(parameter: Tensor) -> dict[str, Tensor]:
+    """Tensors with the names, shapes and data types that a parameter's state has in a checkpoint."""
+    state = {"step": torch.zeros((), dtype=torch.int64)}
+    if parameter.numel() < SMALL:
+        return {**state, **{f"state{i}": torch.empty_like(parameter, dtype=torch.float32) for i in (1, 2)}}
+    for i in (1, 2):
+        state[f"state{i}"] = torch.empty_like(parameter, dtype=torch.uint8)
+        state[f"qmap{i}"] = torch.empty(256)
+        state[f"absmax{i}"] = torch.empty(-(-parameter.numel() // BLOCK))
+    return state
+
+
+def state_bytes(parameter: Tensor) -> int:
+    """Bytes that a parameter's two moments take on the device."""
+    moments = {name: value for name, value in state_like(parameter).items() if name[:-1] in ("state", "absmax")}
+    return sum(value.numel() * value.element_size() for value in moments.values())
+
+
+def as_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A parameter's state in `state_dict`, as tensors alone: bitsandbytes counts steps by a number and wraps what is
+    quantised into a dictionary.
+    """
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        found |= as_tensors(value) if isinstance(value, Mapping) else {name: torch.as_tensor(value)}
+    return found
+
+
+def as_state(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The inverse of `as_tensors`."""
+    return {name: int(value) if name == "step" else value for name, value in tensors.items()}

@@ -1,0 +1,117 @@
+"""What makes a run smaller: frozen weights in few bits, and AdamW's moments in 8."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from fdistill import distill
+from fdistill.base.errors import CheckpointError, ConfigError
+from fdistill.config.reading import load_config
+from fdistill.training.adamw_8bit import adamw_8bit, as_tensors, state_bytes, state_like
+from fdistill.training.build import build
+from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
+
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+ROLES = ("generator", "fake_score", "discriminator")
+SMALL: dict[str, Any] = {
+    "precision": "bf16",
+    "frozen_precision": "nf4",
+    "gradient_checkpointing": True,
+    "student.lora_rank": 64,
+    "fake_score.lora_rank": 64,
+    **{f"{role}.optimizer": "adamw-8bit" for role in ROLES},
+}
+
+
+def stepped(optimizer: torch.optim.Optimizer, layer: nn.Linear, steps: range) -> None:
+    for step in steps:
+        layer.weight.grad = torch.randn(layer.weight.shape, generator=torch.Generator().manual_seed(step))
+        layer.bias.grad = torch.ones_like(layer.bias) / (step + 1)
+        optimizer.step()
+
+
+def pair(**settings: Any) -> tuple[nn.Linear, torch.optim.Optimizer]:
+    """A layer whose weight has moments in 8 bits, and whose bias has them in float32."""
+    torch.manual_seed(0)
+    layer = nn.Linear(80, 70)
+    return layer, adamw_8bit(layer.parameters(), "generator.optimizer", lr=1e-2, betas=(0.5, 0.9), **settings)
+
+
+def test_it_steps_as_adamw_does_in_a_quarter_of_the_memory() -> None:
+    layer, optimizer = pair(weight_decay=0.1)
+    stepped(optimizer, layer, range(10))
+    torch.manual_seed(0)
+    whole = nn.Linear(80, 70)
+    start = whole.weight.detach().clone()
+    stepped(torch.optim.AdamW(whole.parameters(), 1e-2, (0.5, 0.9), weight_decay=0.1), whole, range(10))
+    moved = (whole.weight - start).norm()
+    assert (layer.weight - whole.weight).norm() < 0.05 * moved
+    torch.testing.assert_close(layer.bias, whole.bias)
+    assert state_bytes(layer.weight) < 0.26 * 2 * 4 * layer.weight.numel()
+    assert state_bytes(layer.bias) == 2 * 4 * layer.bias.numel()
+
+
+def test_its_state_is_plain_tensors_that_another_one_goes_on_from() -> None:
+    layer, optimizer = pair()
+    stepped(optimizer, layer, range(3))
+    tensors = {name: value.clone() for name, value in optimizer_tensors(optimizer).items()}
+    for index, parameter in enumerate(layer.parameters()):
+        for name, like in state_like(parameter).items():
+            found = tensors.pop(f"{index}.{name}")
+            assert (type(found), found.shape, found.dtype) == (torch.Tensor, like.shape, like.dtype), name
+    assert not tensors
+    other, resumed = pair()
+    other.load_state_dict(layer.state_dict())
+    load_optimizer_tensors(resumed, {name: value.clone() for name, value in optimizer_tensors(optimizer).items()})
+    stepped(optimizer, layer, range(3, 6))
+    stepped(resumed, other, range(3, 6))
+    assert torch.equal(layer.weight, other.weight)
+    assert torch.equal(layer.bias, other.bias)
+    assert as_tensors({"step": 3})["step"].dtype == torch.int64
+
+
+def test_a_small_run_resumed_equals_an_uninterrupted_one_bit_by_bit(tiny_teacher: Path, tmp_path: Path) -> None:
+    def run(output: str, **changes: Any) -> Path:
+        quick = {"batch_size": 8, "iterations": 2, "log.samples_every": 0, "log.checkpoint_every": 1}
+        return distill(
+            "digits",
+            output=tmp_path / output,
+            **{"teacher": str(tiny_teacher), **quick, "log.tracker": "none", **SMALL, **changes},
+        )
+
+    straight = load_file(run("straight") / WEIGHTS)
+    run("resumed", iterations=1)
+    resumed = load_file(run("resumed", resume=True) / WEIGHTS)
+    assert straight.keys() == resumed.keys()
+    assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
+
+
+def test_moments_in_8_bits_are_not_taken_for_others(tiny_teacher: Path) -> None:
+    small, other = (
+        build(load_config("digits", {"teacher": str(tiny_teacher), **SMALL, **changes}), torch.device("cpu"))
+        for changes in ({}, {"generator.optimizer": "adamw"})
+    )
+    for parameter in small.student.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    small.optimizers["generator"].step()
+    with pytest.raises(CheckpointError, match=r"optimizer\.generator\.0\.step is int64"):
+        other.load_state(small.state(), 0, "test")
+
+
+def test_settings_that_need_bf16_or_bitsandbytes_say_so(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="frozen_precision: got fp8, but precision=fp32; expected precision=bf16"):
+        load_config("digits", {"frozen_precision": "fp8"})
+    with pytest.raises(ConfigError, match=r"generator.optimizer: cannot change during a run"):
+        load_config("digits", {"stages": [{"iterations": 1, "generator.optimizer": "adamw-8bit"}]})
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
+    config = load_config("digits", {"teacher": str(tiny_teacher), "fake_score.optimizer": "adamw-8bit"})
+    with pytest.raises(ConfigError, match=r"fake_score.optimizer: .*'fdistill\[quantised\]'.*fake_score.optimizer=adamw"):
+        build(config, torch.device("cpu"))

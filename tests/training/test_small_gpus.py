@@ -25,7 +25,9 @@ SMALL: dict[str, Any] = {
     "frozen_precision": "nf4",
     "gradient_checkpointing": True,
     "student.lora_rank": 64,
-    "fake_score.lora_rank": 64,
+    "student.lora_targets": ["conv1", "to_q"],
+    "fake_score.lora_rank": 4,
+    "fake_score.lora_targets": ["to_q"],
     **{f"{role}.optimizer": "adamw-8bit" for role in ROLES},
 }
 

@@ -11,9 +11,10 @@ is not seen: workspaces of convolutions, and what the allocator keeps in reserve
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from fdistill.adapters import wrap
 from fdistill.adapters.checkpoint import Checkpoint
+from fdistill.adapters.quantised_layers import numbers
 from fdistill.base.devices import autocast
 from fdistill.base.files import atomic_file
 from fdistill.config.reading import load_config
@@ -114,12 +116,16 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any] | None, float]] = {
     "imagenet256": (_dit_xl_2, memory_table._LINEAR, 749.8),
     "imagenet512": (_edm2_s, None, 280.2),
     "sd21-v": (_sd21, _SD21, 865.9),
-    "sd15-lora-24gb": memory_table.NETWORKS["sd15"],
-    "sdxl-lora-24gb": memory_table.NETWORKS["sdxl"],
+    **{f"{name}-lora-24gb": memory_table.NETWORKS[name] for name in ("sd15", "sdxl", "sd35-medium", "flux-dev")},
     **memory_table.NETWORKS,
 }
-#: Recipes for one GPU; all others are for eight.
-ALONE = ("ddpm-cifar10", "sd15-lora-24gb", "sdxl-lora-24gb")
+
+
+def _alone(recipe: str) -> bool:
+    """Whether a recipe is for one GPU; all others are for eight."""
+    return recipe == "ddpm-cifar10" or recipe.endswith("-24gb")
+
+
 
 
 class Live(TorchDispatchMode):
@@ -235,15 +241,24 @@ def published(recipe: str, config: DistillConfig) -> Denoiser:
 def built(recipe: str, config: DistillConfig) -> building.Distillation:
     """The run that the recipe describes, on fake tensors."""
     teacher = published(recipe, config)
-    noise_to_signal_range(teacher.schedule)  # this and the divergence are computed once, from values
+    noise_to_signal_range(teacher.schedule)  # what is computed once from values: this, the divergence, and numbers
+    if config.frozen_precision in ("int8", "fp8"):
+        numbers(config.frozen_precision, CPU)
     divergences = [read_divergence(stage) for stage in config.stage_configs()]
     null: Any = None
     if teacher.text_shapes is not None:
         null = SimpleNamespace(embeddings=SimpleNamespace(null=teacher.example_condition(1, CPU)))
     loaded = building._Loaded(Teacher(Checkpoint(recipe), teacher, None), None, None, null)
-    # The check of the student's export computes with values; every run of the recipe passes it.
-    with fake(), mock.patch("fdistill.students.kinds.check_exportable"):
+    # The check of the student's export computes with values; every run of the recipe passes it. So does what 8-bit AdamW
+    # makes for its steps, which are not taken here.
+    with fake(), mock.patch("fdistill.students.kinds.check_exportable"), _no_steps():
         return building._assemble(config, CPU, divergences, loaded)
+
+
+def _no_steps() -> AbstractContextManager[Any]:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return nullcontext()
+    return mock.patch("bitsandbytes.optim.optimizer.Optimizer8bit.fill_qmap")
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -276,15 +291,18 @@ class Peak:
 def peak(recipe: str, **changes: Any) -> Peak:
     """One update of the critic and one of the student, as in training; `changes` are settings of the config."""
     config = load_config(recipe, changes)
-    batch = config.batch_size // (1 if recipe in ALONE else 8)
+    batch = config.batch_size // (1 if _alone(recipe) else 8)
     run = built(recipe, config)
     run.iteration = run.stages[-1].first  # a warm-up by regression before it needs less
     teacher = run.networks.teacher
     modules = [teacher, *(run.role(name) for name in run.optimizers)]
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     averages = [value for shadow in run.ema.shadows.values() for value in shadow.values()]
-    held = _bytes([*tensors, *averages]) + 2 * sum(p.numel() * p.element_size() for p in trained)
+    moments = sum(
+        memory_table.moments((p for p in run.role(role).parameters() if p.requires_grad), config.roles[role].optimizer)
+        for role in run.optimizers
+    )
+    held = _bytes([*tensors, *averages]) + moments
     with fake(), as_on_a_gpu():
         condition = teacher.example_condition(batch, CPU)
         real = torch.zeros(batch, *teacher.sample_shape)

@@ -7,6 +7,8 @@ of it then learns those of classes 0 to 4 alone (the fake score F, of a student 
 float32 and in bf16 at the same noised digits of classes 0 to 4. The share that is rounding is |d' - d|^2 / |d'|^2, with
 d the T - F of float32 and d' that of bf16. GroupNorm runs in float32, as in autocast on a GPU, not as on a CPU. The
 ideal T - F is that of the exact denoisers of the two sets of images: what both networks would have learnt in the end.
+A second table has the error of the teacher's x0 in bf16 autocast for every precision of its weights, and the share of
+the error in T - F, where F's weights are in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from fdistill.adapters.float32_layers import Float32Conv2d
+from fdistill.adapters.quantised_layers import KINDS as QUANTISED
+from fdistill.adapters.quantised_layers import quantise
 from fdistill.adapters.unet2d import UNet2DDenoiser, wrap
 from fdistill.base.files import atomic_file
 from fdistill.base.images import to_unit
@@ -170,8 +174,56 @@ def shares(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, images: tuple[Tensor, 
     return [float(sigma / alpha), rms(ideal), rms(unrounded), *errors[:2], *found]
 
 
+def precisions(teacher: UNet2DDenoiser) -> dict[str, UNet2DDenoiser]:
+    """The teacher with its weights in every `frozen_precision`, as training has them."""
+    found = {"fp32": teacher}
+    for name in ("bf16", *QUANTISED):
+        found[name] = copy.deepcopy(teacher).to(torch.bfloat16)
+        if name in QUANTISED:
+            quantise(found[name], name, torch.device("cpu"))
+    return found
+
+
+@torch.no_grad()
+def errors(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, few: Tensor, level: float) -> list[float]:
+    """What a row of the second table holds behind its level: how far x0 is off, then its share in T - F."""
+    random = torch.Generator().manual_seed(1)
+    x0 = to_unit(few[torch.randint(len(few), (SAMPLES,), generator=random)])
+    t = torch.full((SAMPLES,), float(level))
+    x_t = add_noise(teacher.schedule, x0, torch.randn(x0.shape, generator=random), t)
+    exact_x0, unrounded = teacher(x_t, t), difference(teacher, fake, x_t, t, bf16=False)
+    off, shares = [], []
+    for stored in precisions(teacher).values():
+        with torch.autocast("cpu", torch.bfloat16):
+            off.append(float((stored(x_t, t) - exact_x0).square().mean().sqrt()))
+        found = difference(stored, fake, x_t, t, bf16=True)
+        shares.append(float(100 * (found - unrounded).square().sum() / found.square().sum()))
+    return [float(exact_x0.square().mean().sqrt()), *off, *shares]
+
+
+def weights_table(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, few: Tensor) -> str:
+    """By level: root mean square of x0, its error for each precision of T's weights, and the error's share in T - F."""
+    names = list(precisions(teacher))
+    own = {
+        name: sum(t.numel() * t.element_size() for t in (*stored.parameters(), *stored.buffers()))
+        for name, stored in precisions(teacher).items()
+    }
+    sizes = ", ".join(f"{name} {size / own['fp32']:.3f}" for name, size in own.items())
+    lines = [
+        f"T's weights take, as a share of fp32's bytes: {sizes}.",
+        "",
+        f"| level | x0 | {' | '.join(f'off, {name}' for name in names)} | {' | '.join(f'share, {name}' for name in names)} |",
+        "|" + (2 + 2 * len(names)) * "---|",
+    ]
+    for level in LEVELS:
+        found = errors(teacher, fake, few, level)
+        cells = [f"{value:.3g}" for value in found[: 1 + len(names)]] + [f"{v:.2g} %" for v in found[1 + len(names) :]]
+        lines.append(f"| {level} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def table(case: Case, seconds: float) -> str:
-    """Trains a teacher for some seconds, and its fake score, and measures them."""
+    """Both tables of a teacher that is trained for some seconds, and its fake score."""
     torch.manual_seed(0)
     images, labels = load_digits()
     few = images[labels < 5]
@@ -192,7 +244,7 @@ def table(case: Case, seconds: float) -> str:
         found = shares(teacher, fake, (images, few), level)
         cells = [f"{value:.3g}" for value in found[:5]] + [f"{value:.2g} %" for value in found[5:]]
         lines.append(f"| {level} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", weights_table(teacher, fake, few)])
 
 
 def main() -> None:

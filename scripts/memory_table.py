@@ -24,6 +24,8 @@ from diffusers import (
 from torch import Tensor, nn
 
 from fdistill.adapters import wrap
+from fdistill.adapters.quantised_layers import KINDS as QUANTISED
+from fdistill.adapters.quantised_layers import quantise
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.files import atomic_file
 from fdistill.config.reading import load_config
@@ -32,6 +34,7 @@ from fdistill.config.sections import LoRAConfig
 from fdistill.discriminator import Discriminator
 from fdistill.ema import trained_state
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
+from fdistill.training.adamw_8bit import state_bytes
 
 RANK = 64
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -142,7 +145,15 @@ def _own(module: nn.Module, shared: nn.Module | None = None) -> list[Tensor]:
     return [tensor for tensor in (*module.parameters(), *module.buffers()) if id(tensor) not in others]
 
 
-def _trained_row(role: str, module: nn.Module, shared: nn.Module | None = None, decays: int = 0) -> Row:
+def moments(parameters: Iterable[Tensor], optimizer: str) -> int:
+    """Bytes of the two moments of AdamW, in the precision of the weights, or of adamw-8bit."""
+    eight = optimizer == "adamw-8bit"
+    return sum(state_bytes(p) if eight else 2 * p.numel() * p.element_size() for p in parameters)
+
+
+def _trained_row(
+    role: str, module: nn.Module, optimizer: str, shared: nn.Module | None = None, decays: int = 0
+) -> Row:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     averages = decays * sum(4 * value.numel() for value in trained_state(module).values())
     return Row(
@@ -150,7 +161,7 @@ def _trained_row(role: str, module: nn.Module, shared: nn.Module | None = None, 
         sum(parameter.numel() for parameter in trained),
         _bytes(_own(module, shared)),
         _bytes(trained),
-        2 * _bytes(trained),  # AdamW's two moments, in the precision of the weights
+        moments(trained, optimizer),
         averages,
     )
 
@@ -188,19 +199,21 @@ def rows(network: str, config: DistillConfig) -> list[Row]:
         return copied, teacher
 
     teacher = published(network, config.resolution)
-    if config.frozen_precision == "bf16":
+    if config.frozen_precision != "fp32":
         teacher.to(torch.bfloat16)
+    if config.frozen_precision in QUANTISED:
+        quantise(teacher, config.frozen_precision, torch.device("meta"))
     fake, shared_with_fake = trained(config.fake_score, FAKE)
     student, shared_with_student = trained(config.student, STUDENT)
     found = [
         Row("teacher", 0, _bytes(_own(teacher)), 0, 0, 0),
-        _trained_row("fake score", fake, shared_with_fake),
-        _trained_row("student", student, shared_with_student, len(config.ema.decays)),
+        _trained_row("fake score", fake, config.fake_score.optimizer, shared_with_fake),
+        _trained_row("student", student, config.generator.optimizer, shared_with_student, len(config.ema.decays)),
     ]
     if config.discriminator.gan_weight:
         with torch.device("meta"):
             heads = Discriminator(teacher, config.discriminator.features, config.discriminator.head)
-        found.append(_trained_row("heads", heads))
+        found.append(_trained_row("heads", heads, config.discriminator.optimizer))
     return found
 
 

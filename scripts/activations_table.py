@@ -126,8 +126,6 @@ def _alone(recipe: str) -> bool:
     return recipe == "ddpm-cifar10" or recipe.endswith("-24gb")
 
 
-
-
 class Live(TorchDispatchMode):
     """Counts the bytes of storages that operations make inside the block, from their making to their end.
 
@@ -249,8 +247,8 @@ def built(recipe: str, config: DistillConfig) -> building.Distillation:
     if teacher.text_shapes is not None:
         null = SimpleNamespace(embeddings=SimpleNamespace(null=teacher.example_condition(1, CPU)))
     loaded = building._Loaded(Teacher(Checkpoint(recipe), teacher, None), None, None, null)
-    # The check of the student's export computes with values; every run of the recipe passes it. So does what 8-bit AdamW
-    # makes for its steps, which are not taken here.
+    # The check of the student's export computes with values; every run of the recipe passes it. So do the tables of
+    # 8-bit AdamW, which takes no step here.
     with fake(), mock.patch("fdistill.students.kinds.check_exportable"), _no_steps():
         return building._assemble(config, CPU, divergences, loaded)
 

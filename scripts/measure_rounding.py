@@ -185,7 +185,7 @@ def precisions(teacher: UNet2DDenoiser) -> dict[str, UNet2DDenoiser]:
 
 
 @torch.no_grad()
-def errors(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, few: Tensor, level: float) -> list[float]:
+def of_x0(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, few: Tensor, level: float) -> list[float]:
     """What a row of the second table holds behind its level: how far x0 is off, then its share in T - F."""
     random = torch.Generator().manual_seed(1)
     x0 = to_unit(few[torch.randint(len(few), (SAMPLES,), generator=random)])
@@ -212,11 +212,11 @@ def weights_table(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, few: Tensor) ->
     lines = [
         f"T's weights take, as a share of fp32's bytes: {sizes}.",
         "",
-        f"| level | x0 | {' | '.join(f'off, {name}' for name in names)} | {' | '.join(f'share, {name}' for name in names)} |",
+        f"| level | x0 | {' | '.join([f'off, {name}' for name in names] + [f'share, {name}' for name in names])} |",
         "|" + (2 + 2 * len(names)) * "---|",
     ]
     for level in LEVELS:
-        found = errors(teacher, fake, few, level)
+        found = of_x0(teacher, fake, few, level)
         cells = [f"{value:.3g}" for value in found[: 1 + len(names)]] + [f"{v:.2g} %" for v in found[1 + len(names) :]]
         lines.append(f"| {level} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

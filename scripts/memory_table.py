@@ -151,9 +151,7 @@ def moments(parameters: Iterable[Tensor], optimizer: str) -> int:
     return sum(state_bytes(p) if eight else 2 * p.numel() * p.element_size() for p in parameters)
 
 
-def _trained_row(
-    role: str, module: nn.Module, optimizer: str, shared: nn.Module | None = None, decays: int = 0
-) -> Row:
+def _trained_row(role: str, module: nn.Module, optimizer: str, shared: nn.Module | None = None, decays: int = 0) -> Row:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     averages = decays * sum(4 * value.numel() for value in trained_state(module).values())
     return Row(
@@ -181,6 +179,15 @@ def published(network: str, resolution: int | None = None) -> TextDenoiser:
     return denoiser
 
 
+def in_precision(denoiser: TextDenoiser, config: DistillConfig) -> TextDenoiser:
+    """A network on the meta device in the config's `frozen_precision`, in place."""
+    if config.frozen_precision != "fp32":
+        denoiser.to(torch.bfloat16)
+    if config.frozen_precision in QUANTISED:
+        quantise(denoiser, config.frozen_precision, torch.device("meta"))
+    return denoiser
+
+
 def rows(network: str, config: DistillConfig) -> list[Row]:
     """Teacher, fake score, student and, if there is one, discriminator's heads of a distillation of one of NETWORKS."""
 
@@ -198,11 +205,7 @@ def rows(network: str, config: DistillConfig) -> list[Row]:
         assert isinstance(copied, TextDenoiser)
         return copied, teacher
 
-    teacher = published(network, config.resolution)
-    if config.frozen_precision != "fp32":
-        teacher.to(torch.bfloat16)
-    if config.frozen_precision in QUANTISED:
-        quantise(teacher, config.frozen_precision, torch.device("meta"))
+    teacher = in_precision(published(network, config.resolution), config)
     fake, shared_with_fake = trained(config.fake_score, FAKE)
     student, shared_with_student = trained(config.student, STUDENT)
     found = [
@@ -264,11 +267,28 @@ def bound(networks: Iterable[str] = NETWORKS) -> str:
     return "\n".join(lines)
 
 
+def stored(networks: Iterable[str] = NETWORKS) -> str:
+    """What the frozen network takes in each `frozen_precision`, in GB, and the share of weights that is in few bits."""
+    precisions = ("fp32", "bf16", *QUANTISED)
+    lines = [f"| network | in few bits | {' | '.join(precisions)} |", "|" + (2 + len(precisions)) * "---|"]
+    for network in networks:
+        sizes, share = [], 0.0
+        for precision in precisions:
+            config = load_config(network, {"precision": "bf16", "frozen_precision": precision})
+            denoiser = in_precision(published(network, config.resolution), config)
+            sizes.append(_bytes(_own(denoiser)))
+            few = sum(p.numel() for p in denoiser.parameters() if p.dtype is torch.uint8)
+            share = few / sum(p.numel() for p in denoiser.parameters()) if precision == "int8" else share
+        numbers = " | ".join(f"{size / 1e9:.2f}" for size in sizes)
+        lines.append(f"| {network} | {100 * share:.1f} % | {numbers} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="a file for both tables")
+    parser.add_argument("--out", type=Path, help="a file for the tables")
     out = parser.parse_args().out
-    text = f"{table()}\n\n{bound()}\n"
+    text = f"{table()}\n\n{bound()}\n\n{stored()}\n"
     print(text, end="")
     if out is not None:
         with atomic_file(out) as temporary:

@@ -1,8 +1,8 @@
 """Linear and convolutional layers whose frozen weights are stored in 8 or 4 bits, by bitsandbytes.
 
-A layer computes with its weight in the precision of autocast, or of its input, and makes it from the stored one whenever
-it runs, forward or backward, so that no copy of the weight outlives the layer's own computation. Which layers these are is
-`quantised_names`'s to say.
+A layer computes with its weight in the precision of autocast, or of its input, and makes it from the stored one
+whenever it runs, forward or backward, so that no copy of the weight outlives the layer's own computation. Which layers
+these are is `quantised_names`'s to say.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
 
 from fdistill.base.errors import ConfigError
 
@@ -69,8 +70,8 @@ def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
     names = quantised_names(network)
     if not names:
         raise ConfigError(
-            f"frozen_precision: got {kind}, but this network has no torch.nn.Linear or Conv2d layers in its blocks (those "
-            "of EDM and EDM2 have layer classes of their own); expected bf16 or fp32"
+            f"frozen_precision: got {kind}, but this network has no torch.nn.Linear or Conv2d layers in its blocks "
+            "(those of EDM and EDM2 have layer classes of their own); expected bf16 or fp32"
         )
     for name in names:
         layer: Any = network.get_submodule(name).to(device)
@@ -81,6 +82,7 @@ def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
 
 def restore(network: nn.Module) -> None:
     """Makes layers as they were of those that `quantise` changed, with float32 weights, in place."""
+    layer: Any
     for layer in network.modules():
         if isinstance(layer, (QuantisedLinear, QuantisedConv2d)) and layer.stored is not None:
             weight = nn.Parameter(_weight(layer, torch.float32), requires_grad=False)
@@ -142,7 +144,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, _weight(layer, x.dtype), None if layer.bias is None else layer.bias.to(x.dtype))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad @ _weight(ctx.layer, grad.dtype), None
 
 
@@ -156,9 +158,9 @@ class _Conv2d(torch.autograd.Function):
         return F.conv2d(x, _weight(layer, x.dtype), bias, *_settings(layer))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         weight = _weight(ctx.layer, grad.dtype)
-        return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *_settings(ctx.layer)), None
+        return conv2d_input(ctx.shape, weight, grad, *_settings(ctx.layer)), None
 
 
 def _settings(layer: nn.Conv2d) -> tuple[Any, ...]:

@@ -119,8 +119,8 @@ class DistillConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     frozen_precision: Literal["fp32", "bf16", "int8", "fp8", "nf4"] = Field(
         default="fp32",
-        description="precision of the weights that are not trained: the teacher's and the text encoders'; int8, fp8 and "
-        "nf4 store the layers in the teacher's blocks so, and everything else in bf16",
+        description="precision of the weights that are not trained: the teacher's and the text encoders'; int8, fp8 "
+        "and nf4 store the layers in the teacher's blocks so, and everything else in bf16",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, 20 to 33 % more time"

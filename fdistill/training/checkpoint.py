@@ -138,7 +138,9 @@ def check_tensors(
             raise ValueError(f"incomplete, the state of the optimiser of {role} is missing")
         for index, parameter in parameters.items():
             if str(index) in indices:
-                expected |= {f"{prefix}.{index}.{name}": value for name, value in _state_like(optimizer, parameter).items()}
+                expected |= {
+                    f"{prefix}.{index}.{name}": value for name, value in _state_like(optimizer, parameter).items()
+                }
     for name, value in expected.items():
         if name not in tensors:
             raise ValueError(f"incomplete, {name} is missing")

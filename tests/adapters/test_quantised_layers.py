@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdistill.adapters import wrap
-from fdistill.adapters.quantised_layers import KINDS, QuantisedConv2d, QuantisedLinear, quantise, quantised_names, restore
+from fdistill.adapters.quantised_layers import (
+    KINDS,
+    QuantisedConv2d,
+    QuantisedLinear,
+    quantise,
+    quantised_names,
+    restore,
+)
 from fdistill.base.errors import ConfigError
 from fdistill.denoiser import Denoiser
 from fdistill.students.lora import lora_copy, merged
@@ -79,7 +86,9 @@ def test_a_weight_loses_what_its_bits_cannot_say(kind: str) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("layer", [nn.Linear(24, 16), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4, 4, 1, groups=2)])
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(24, 16), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4, 4, 1, groups=2)]
+)
 def test_derivatives_are_those_of_the_weight_that_the_bits_say(kind: str, layer: nn.Module) -> None:
     """The first and the second, in float32 and in autocast."""
     stored = nn.ModuleDict({"blocks": copy.deepcopy(layer)}).requires_grad_(False)
@@ -98,7 +107,11 @@ def test_derivatives_are_those_of_the_weight_that_the_bits_say(kind: str, layer:
             (second,) = torch.autograd.grad(first.square().sum(), x)
             found.append((y.float(), first, second))
         for own, expected in zip(*found, strict=True):
-            close = {"rtol": 2e-2, "atol": 2e-2 * float(expected.detach().abs().max())} if bf16 else {"rtol": 1e-4, "atol": 1e-5}
+            close = (
+                {"rtol": 2e-2, "atol": 2e-2 * float(expected.detach().abs().max())}
+                if bf16
+                else {"rtol": 1e-4, "atol": 1e-5}
+            )
             torch.testing.assert_close(own, expected, **close)
 
 
@@ -139,7 +152,9 @@ def test_no_copy_of_a_weight_is_kept_for_the_backward_pass() -> None:
 
 
 def test_without_bitsandbytes_or_layers_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ConfigError, match=r"no torch.nn.Linear or Conv2d layers in its blocks .* expected bf16 or fp32"):
+    with pytest.raises(
+        ConfigError, match=r"no torch.nn.Linear or Conv2d layers in its blocks .* expected bf16 or fp32"
+    ):
         quantise(nn.Linear(2, 2), "int8", CPU)
     found = importlib.util.find_spec
 

@@ -53,7 +53,9 @@ TEXT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl": ("StableDiffusionXLPipeline", {}),
     "sdxl-lora-24gb": ("StableDiffusionXLPipeline", {}),
     "sd35-medium": ("StableDiffusion3Pipeline", {"sigmas": [1.0, 0.9, 0.75, 0.5]}),
+    "sd35-medium-lora-24gb": ("StableDiffusion3Pipeline", {"sigmas": [1.0, 0.9, 0.75, 0.5]}),
     "flux-dev": ("FluxPipeline", {"sigmas": [0.999, 0.74925, 0.4995, 0.24975]}),
+    "flux-dev-lora-24gb": ("FluxPipeline", {"sigmas": [0.999, 0.74925, 0.4995, 0.24975]}),
     "pixart-sigma": ("PixArtSigmaPipeline", {"use_resolution_binning": False}),
 }
 SMOKE_RECIPES = [path.stem for path in sorted(CONFIGS.glob("*.yaml")) if "\nsmoke:" in path.read_text()]
@@ -86,7 +88,7 @@ LOSSES = {
     ),
     "pixart-sigma": "inverse-sigma2",
     "sd21-v": "v",
-    **dict.fromkeys(["sd35-medium", "flux-dev"], "flow"),
+    **dict.fromkeys(["sd35-medium", "sd35-medium-lora-24gb", "flux-dev", "flux-dev-lora-24gb"], "flow"),
 }
 
 

@@ -115,5 +115,7 @@ def test_settings_that_need_bf16_or_bitsandbytes_say_so(tiny_teacher: Path, monk
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else found(name))
     config = load_config("digits", {"teacher": str(tiny_teacher), "fake_score.optimizer": "adamw-8bit"})
-    with pytest.raises(ConfigError, match=r"fake_score.optimizer: .*'fdistill\[quantised\]'.*fake_score.optimizer=adamw"):
+    with pytest.raises(
+        ConfigError, match=r"fake_score.optimizer: .*'fdistill\[quantised\]'.*fake_score.optimizer=adamw"
+    ):
         build(config, torch.device("cpu"))

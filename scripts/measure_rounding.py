@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from fdistill.adapters.float32_layers import Float32Conv2d
 from fdistill.adapters.quantised_layers import KINDS as QUANTISED
-from fdistill.adapters.quantised_layers import quantise
+from fdistill.adapters.quantised_layers import place
 from fdistill.adapters.unet2d import UNet2DDenoiser, wrap
 from fdistill.base.files import atomic_file
 from fdistill.base.images import to_unit
@@ -178,9 +178,8 @@ def precisions(teacher: UNet2DDenoiser) -> dict[str, UNet2DDenoiser]:
     """The teacher with its weights in every `frozen_precision`, as training has them."""
     found = {"fp32": teacher}
     for name in ("bf16", *QUANTISED):
-        found[name] = copy.deepcopy(teacher).to(torch.bfloat16)
-        if name in QUANTISED:
-            quantise(found[name], name, torch.device("cpu"))
+        found[name] = copy.deepcopy(teacher)
+        place(found[name], name, torch.device("cpu"))
     return found
 
 

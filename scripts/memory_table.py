@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from fdistill.adapters import wrap
 from fdistill.adapters.quantised_layers import KINDS as QUANTISED
-from fdistill.adapters.quantised_layers import quantise
+from fdistill.adapters.quantised_layers import place
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.files import atomic_file
 from fdistill.config.reading import load_config
@@ -181,10 +181,7 @@ def published(network: str, resolution: int | None = None) -> TextDenoiser:
 
 def in_precision(denoiser: TextDenoiser, config: DistillConfig) -> TextDenoiser:
     """A network on the meta device in the config's `frozen_precision`, in place."""
-    if config.frozen_precision != "fp32":
-        denoiser.to(torch.bfloat16)
-    if config.frozen_precision in QUANTISED:
-        quantise(denoiser, config.frozen_precision, torch.device("meta"))
+    place(denoiser, config.frozen_precision, torch.device("meta"))
     return denoiser
 
 

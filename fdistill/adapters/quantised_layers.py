@@ -50,10 +50,24 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) is nn.Linear
 
 
-def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
-    """Stores the weights of the blocks' layers in one of KINDS and moves the network to the device, in place.
+def place(network: nn.Module, precision: str, device: torch.device) -> None:
+    """Moves a frozen network to the device in a `frozen_precision`, in place.
 
-    Layers are moved one after the other, so that the device never holds the network in its precision from before.
+    Args:
+        precision: "fp32" leaves the weights as they are; "bf16" is for all of them; one of KINDS is for the layers in
+            the blocks, beside bf16. Raises what `quantise` does.
+    """
+    if precision != "fp32":
+        network.to(torch.bfloat16)
+    if precision in KINDS:
+        quantise(network, precision, device)
+    network.to(device)
+
+
+def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
+    """Stores the weights of the blocks' layers in one of KINDS, in place, and moves these layers to the device.
+
+    They are moved one after the other, so that the device never holds the network in its precision from before.
 
     Args:
         network: frozen.
@@ -77,14 +91,13 @@ def quantise(network: nn.Module, kind: str, device: torch.device) -> None:
         layer: Any = network.get_submodule(name).to(device)
         _store(layer, KINDS[kind])
         layer.__class__ = _CLASSES[type(layer)]
-    network.to(device)
 
 
 def restore(network: nn.Module) -> None:
     """Makes layers as they were of those that `quantise` changed, with float32 weights, in place."""
-    layer: Any
-    for layer in network.modules():
-        if isinstance(layer, (QuantisedLinear, QuantisedConv2d)) and layer.stored is not None:
+    for module in network.modules():
+        if isinstance(module, (QuantisedLinear, QuantisedConv2d)) and module.stored is not None:
+            layer: Any = module
             weight = nn.Parameter(_weight(layer, torch.float32), requires_grad=False)
             layer.__class__ = next(plain for plain, stored in _CLASSES.items() if stored is type(layer))
             layer.weight = weight

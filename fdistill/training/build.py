@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
-from fdistill.adapters.quantised_layers import KINDS as QUANTISED
-from fdistill.adapters.quantised_layers import quantise
+from fdistill.adapters.quantised_layers import place
 from fdistill.adapters.resize import Resized, resized
 from fdistill.base.devices import autocast
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
@@ -277,7 +276,7 @@ def _trained_networks(config: DistillConfig, teacher: Teacher, device: torch.dev
         for role, section in ((STUDENT, config.student), (FAKE, config.fake_score))
     }
     origin, student, changed = _student_network(config, teacher, copies[STUDENT])
-    _place(frozen, config, device)
+    place(frozen, config.frozen_precision, device)
     fake_score = copies[FAKE] or _adapted(frozen, config.fake_score, FAKE, "fake_score")
     student = student or _adapted(frozen, config.student, STUDENT, "student")
     for trained, lora_rank in ((student, config.student.lora_rank), (fake_score, config.fake_score.lora_rank)):
@@ -320,20 +319,11 @@ def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) 
     )
 
 
-def _place(frozen: Denoiser, config: DistillConfig, device: torch.device) -> None:
-    """Moves a frozen network to the device, in `frozen_precision`."""
-    if config.frozen_precision != "fp32":
-        frozen.to(torch.bfloat16)
-    if config.frozen_precision in QUANTISED:
-        quantise(frozen, config.frozen_precision, device)
-    frozen.to(device)
-
-
 def _placed(guide: Guide | None, config: DistillConfig, device: torch.device) -> Denoiser | None:
     """The second network of the teacher's guidance, as the teacher itself: on the device, in `frozen_precision`."""
     if guide is None:
         return None
-    _place(guide.denoiser, config, device)
+    place(guide.denoiser, config.frozen_precision, device)
     if config.gradient_checkpointing:
         checkpoint_activations(guide.denoiser)
     return guide.denoiser

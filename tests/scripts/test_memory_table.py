@@ -78,7 +78,11 @@ def held(run: Distillation) -> int:
         optimizer.step()
         tensors += [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
         states: list[dict[str, Any]] = list(optimizer.state.values())
-        tensors += [value for state in states for value in state.values() if value.ndim]
+        # Without counts of steps, and without the tables of 8 bits, which all parameters share.
+        moments = [
+            value for state in states for name, value in state.items() if "step" not in name and "qmap" not in name
+        ]
+        tensors += moments
     tensors += [value for shadow in run.ema.shadows.values() for value in shadow.values()]
     return sum(storages(tensors).values())
 

@@ -171,7 +171,7 @@ class Denoiser(nn.Module, ABC):
         plain = type(self).preconditioning is Denoiser.preconditioning
         kind = id(self) if self.kind is None and not plain else self.kind
         # Of the first layer. Later ones may be adapters in float32, or have kernels that are stored in few bits.
-        kernels = [value for value in self.parameters() if value.ndim == 4 and value.is_floating_point()]
+        kernels = [value for value in self.parameters() if value.ndim == 4]
         if not kernels:
             return kind, None, False
         device = kernels[0].device.type

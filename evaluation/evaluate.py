@@ -7,7 +7,7 @@ import json
 import platform
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,14 @@ from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.errors import ArgumentError, OutputError
 from fdistill.base.files import atomic_file, check_file, is_stream
+from fdistill.base.reading import not_here
 from fdistill.data import is_stored, looks_stored, stored_kinds
 from fdistill.data.account import say
 from fdistill.data.listing import MEANT_AS_IMAGES
 from fdistill.data.prompts import PromptList, read_prompt_list
 from fdistill.data.tree import FolderTree
 from fdistill.generation.generate import check_counts, open_maker
-from fdistill.generation.maker import Maker
+from fdistill.generation.maker import Maker, describe_maker
 from fdistill.generation.sampling import Sampling, check_unread
 from fdistill.students.folder import find_student, student_facts, student_folder
 
@@ -68,6 +69,7 @@ def evaluate(
     replicates: int = 20,
     classifier: str | None = None,
     allow_skipped: bool = False,
+    shown: Callable[[Mapping[str, Any]], object] | None = None,
 ) -> dict[str, Any]:
     """Scores images, or what makes them, by a protocol.
 
@@ -94,6 +96,7 @@ def evaluate(
         replicates: bootstrap replicates behind the spread of Frechet distances; 0 for no spread, else at least 2.
         classifier: "module:function" for class_accuracy in a protocol without a classifier of its own. The function
             returns a torch module that maps images float32 [B, C, H, W] in [-1, 1] to logits [B, classes].
+        shown: is called with the result before it is written to `output`, so that no score is lost or waits.
         allow_skipped: score images, or against a reference, of which more than 1 % cannot be read: linked folders,
             other formats.
 
@@ -142,14 +145,17 @@ def evaluate(
                 f"num_images: protocol {protocol!r} takes any number; say how many images {samples} should make"
             )
         maker = open_maker(samples, on, sampling)
+        say(f"checkpoint {maker.name}", describe_maker(maker))
         wanted = _prompts_of(maker, chosen, None if listed is None else listed.prompts, count)
         images = [GeneratedImages(maker, seed, count, wanted, on, chosen) for seed in seeds]
         measurements = [measure(made.views(chosen), opened, setting) for made in images]
         if maker.kind == "student":
             measurements[0].provenance["student"] = _training(samples)
         result = _result(measurements, list(seeds))
+    if shown is not None and rng.world()[0] == 0:
+        shown(result)
     if output is not None and rng.world()[0] == 0:
-        _write(result, measurements[0].pictures, Path(output))
+        _write(result, measurements[0].pictures, Path(output), shown is not None)
     return result
 
 
@@ -162,7 +168,7 @@ def _check_numbers(seeds: Sequence[int], count: int, batch_size: int, replicates
         check_counts(count, batch_size, seed)
 
 
-def _write(result: Mapping[str, Any], pictures: Mapping[str, PILImage], output: Path) -> None:
+def _write(result: Mapping[str, Any], pictures: Mapping[str, PILImage], output: Path, shown: bool) -> None:
     try:
         with atomic_file(output) as temporary:
             temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -170,6 +176,8 @@ def _write(result: Mapping[str, Any], pictures: Mapping[str, PILImage], output: 
             with atomic_file(output.with_suffix(f".{name}.png")) as temporary:
                 picture.save(temporary, format="PNG")
     except OutputError as error:
+        if shown:
+            raise
         raise OutputError(f"{error}; what was measured:\n{describe(result)}") from error
 
 
@@ -232,7 +240,7 @@ def holds_images(where: str | Path) -> bool:
     elif path.is_file():
         what = "is a file of another kind"
     elif looks_stored(str(where)):
-        what = "no such file"
+        what = not_here(path)
     else:
         return False
     raise ArgumentError(

@@ -19,7 +19,6 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,6 +29,7 @@ from fdistill.base import rng
 from fdistill.base.distributed import exchanging
 from fdistill.base.errors import OutputError
 from fdistill.base.files import atomic_file, cache_path
+from fdistill.base.hashes import hashed_tensors, save_hashed
 
 #: Features float32 [N, D] by "label.output", as "inception.pool".
 Rows = dict[str, Tensor]
@@ -299,8 +299,8 @@ def _cache_file(reading: Reading, kind: str, batch_size: int) -> Path | None:
 
 def _read_cache(file: Path, shapes: Shapes) -> Rows | None:
     try:
-        found = load_file(file)
-    except (OSError, SafetensorError):
+        found = dict(hashed_tensors(file))
+    except (OSError, SafetensorError, ValueError):
         return None
     return found if {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes else None
 
@@ -308,7 +308,7 @@ def _read_cache(file: Path, shapes: Shapes) -> Rows | None:
 def _write_cache(file: Path, tensors: Rows) -> None:
     try:
         with atomic_file(file) as temporary:
-            save_file(tensors, temporary)
+            save_hashed(tensors, temporary)
     except OutputError as error:
         warnings.warn(
             f"features are not kept: {error}; set FDISTILL_CACHE to a folder that can be written", stacklevel=2

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -164,6 +164,13 @@ def open_views(
     }
 
 
+class _Problem(NamedTuple):
+    """An image that cannot be used, and why, as the end of a sentence that begins with its name."""
+
+    name: str
+    reason: str
+
+
 class _SourceImages:
     """What images in memory and images in files share: labels, prompts, facts and preparation.
 
@@ -293,11 +300,11 @@ class _FileImages(_SourceImages):
     @cached_property
     def _sha256(self) -> str:
         digest = hashlib.sha256()
-        problems: list[str] = []
+        problems: list[_Problem] = []
         for first in range(0, len(self), _HASHED_AT_ONCE):
             block = range(first, min(first + _HASHED_AT_ONCE, len(self)))
             for result in in_threads(self._attempt(self._open), block, self._threads):
-                if isinstance(result, str):
+                if isinstance(result, _Problem):
                     problems.append(result)
                     continue
                 digest.update(len(result[0]).to_bytes(8, "little"))
@@ -307,24 +314,26 @@ class _FileImages(_SourceImages):
 
     def _usable(self, work: Callable[[int], _T], indices: Sequence[int]) -> list[_T]:
         results = in_threads(self._attempt(work), indices, self._threads)
-        self._refuse([result for result in results if isinstance(result, str)])
-        return [result for result in results if not isinstance(result, str)]
+        self._refuse([result for result in results if isinstance(result, _Problem)])
+        return [result for result in results if not isinstance(result, _Problem)]
 
-    def _attempt(self, work: Callable[[int], _T]) -> Callable[[int], _T | str]:
-        """A function that returns what `work` returns, or a sentence on what is wrong with the image."""
+    def _attempt(self, work: Callable[[int], _T]) -> Callable[[int], _T | _Problem]:
+        """A function that returns what `work` returns, or what is wrong with the image."""
 
-        def attempt(index: int) -> _T | str:
+        def attempt(index: int) -> _T | _Problem:
             try:
                 return work(index)
             except UnusableImageError as error:
-                return f"{self._source.item_name(self._rows[index])} {error}"
+                return _Problem(self._source.item_name(self._rows[index]), str(error))
 
         return attempt
 
-    def _refuse(self, problems: Sequence[str]) -> None:
+    def _refuse(self, problems: Sequence[_Problem]) -> None:
+        """Raises DataError if there are problems; with those of all other images."""
         if problems:
-            more = "" if len(problems) <= _LISTED else f"; and {len(problems) - _LISTED} more"
-            raise DataError(f"images {self.name}: {'; '.join(problems[:_LISTED])}{more}")
+            whole = in_threads(self._attempt(self._is_whole), range(len(self)), self._threads)
+            problems = [result for result in whole if isinstance(result, _Problem)] or problems
+            raise DataError(f"images {self.name}: {_listed(problems)}")
 
     def _open(self, index: int) -> tuple[bytes, PILImage]:
         """The file's bytes, and the image before it is decoded."""
@@ -344,8 +353,26 @@ class _FileImages(_SourceImages):
             self._turned.add(index)
         return encoded, image
 
+    def _is_whole(self, index: int) -> bool:
+        self._pixels(index)
+        return True
+
     def _pixels(self, index: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         return decoded(self._open(index)[1], self._preparation)
+
+
+def _listed(problems: Sequence[_Problem]) -> str:
+    """What is wrong with images, each reason once with the names of the first images that it is true of."""
+    names: dict[str, list[str]] = {}
+    for name, reason in problems:
+        names.setdefault(reason, []).append(name)
+    sentences = []
+    for reason, (first, *others) in list(names.items())[:_LISTED]:
+        more = f" and {len(others) - _LISTED:,} more" if len(others) > _LISTED else ""
+        likewise = f"; likewise {', '.join(others[:_LISTED])}{more}" if others else ""
+        sentences.append(f"{first} {reason}{likewise}")
+    rest = f"; and {len(names) - _LISTED:,} other problems" if len(names) > _LISTED else ""
+    return "; ".join(sentences) + rest
 
 
 def _file_of(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:

@@ -310,8 +310,12 @@ def _problem(metric: Metric, images: Images, reference: Reference | None, protoc
     if metric.needs == "labels" and images.labels is None:
         return f"needs class labels, and {images.name} has none in a manifest.json, in folder names or in an array"
     if metric.needs == "prompts" and images.prompts is None:
-        own = ": those of this protocol, in their order" if protocol.prompts is not None else ""
-        return f"needs prompts, and {images.name} has none; pass a file with one for each image (--prompts){own}"
+        if protocol.prompts is not None:
+            return (
+                f"needs images of this protocol's prompts, and {images.name} has no prompts; evaluate the student or "
+                f"teacher itself (fdistill evaluate CHECKPOINT --protocol {protocol.name}), which makes them"
+            )
+        return f"needs prompts, and {images.name} has none; pass a file with one for each image (--prompts)"
     return None
 
 

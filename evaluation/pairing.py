@@ -50,8 +50,8 @@ def _by_name(images: Images, files: Sequence[str], names: Sequence[str], prompts
     if missing:
         raise ArgumentError(
             f"prompts: no line has file_name {shown(missing[0])!r}, and {len(missing)} of {len(files)} images of "
-            f"{images.name} have no prompt; write their lines, or leave file_name out of all lines if they are in the "
-            "order of the images"
+            f"{images.name} have no prompt; add a line for each of them. If the lines are in the order of the images, "
+            "remove file_name from every line instead"
         )
     return [found[composed(file)] for file in files]
 

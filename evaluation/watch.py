@@ -21,6 +21,7 @@ from evaluation.protocols.protocol import Protocol
 from evaluation.reference import open_reference
 from evaluation.weights import parse_weights
 from fdistill.base.errors import ArgumentError, ConfigError, DataError
+from fdistill.base.rng import world
 from fdistill.condition import TextCondition
 from fdistill.data.embeddings import Embeddings
 from fdistill.data.prompts import read_prompts
@@ -46,6 +47,7 @@ class WatchSettings:
         weights: as --weights of `fdistill evaluate`.
         batch_size: images at a time.
         seed: of the samples.
+        allow_skipped: as in `evaluate`.
     """
 
     protocol: str
@@ -57,6 +59,7 @@ class WatchSettings:
     weights: list[str] = field(default_factory=list)
     batch_size: int = 64
     seed: int = 0
+    allow_skipped: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,13 @@ class WatchedStudent:
         maker: makes its images; without a text encoder, as prompts are encoded beforehand.
         image_shape: (C, H, W) of its images.
         encode: encodes prompts, or reads them from a cache; None for a student without prompts.
+        sharded: whether each process holds a part of it, so that all must run it equally often.
     """
 
     maker: NetworkMaker
     image_shape: tuple[int, int, int]
     encode: Callable[[Sequence[str]], Embeddings] | None = None
+    sharded: bool = False
 
 
 class StoredPrompts:
@@ -135,6 +140,7 @@ class Watch:
 
     def __init__(self, student: WatchedStudent, settings: WatchSettings, device: torch.device):
         self._student, self._device, self._seed = student, device, settings.seed
+        self._settings = settings
         try:
             protocol = get_protocol(settings.protocol)
             weights = parse_weights(settings.weights)
@@ -145,13 +151,26 @@ class Watch:
             count = settings.num_images or protocol.num_samples
             if count is None:
                 raise ArgumentError(f"num_images: protocol {protocol.name!r} takes any number; say how many")
+            if student.sharded:
+                _check_even(count, settings.batch_size)
             self._count = count
-            self._reference = open_reference(protocol, settings.reference)
+            self._reference = open_reference(protocol, settings.reference, allow_skipped=settings.allow_skipped)
             self._prompts = _prompts(settings.prompts, student, protocol, count)
             self._maker = _with_prompts(student, self._prompts)
             self._decides = self._deciding(settings.metric, self._measured(self._images(_Noise)))
         except (ArgumentError, DataError) as error:
             raise ConfigError(f"eval: {error}") from error
+
+    @property
+    def read(self) -> dict[str, Any]:
+        """What was read for the scores, for the run's data.json: reference and prompts, where they are files."""
+        assert self._reference is not None
+        views, given = self._reference.views, self._settings
+        account = views[""].account if views else None
+        found: dict[str, Any] = {} if account is None else {"eval_reference": account.facts()}
+        if given.prompts is not None:
+            found["eval_prompts"] = {"file": given.prompts, "count": len(self._prompts or [])}
+        return found
 
     def describe(self) -> str:
         """What is measured, and which score decides."""
@@ -218,6 +237,16 @@ class Watch:
 def _plain(name: str) -> str:
     """fd_digits of "eval/fd_digits@100 vs photos"."""
     return name.removeprefix(_PREFIX).split(" ")[0].split("@")[0]
+
+
+def _check_even(count: int, batch_size: int) -> None:
+    processes = world()[1]
+    if count % (batch_size * processes):
+        raise ArgumentError(
+            f"num_images: got {count} in batches of {batch_size}, but {processes} processes that share the student's "
+            f"weights must make equally many batches; expected a multiple of {batch_size * processes}, or another "
+            "eval.batch_size"
+        )
 
 
 def _check_size(protocol: Protocol, image_shape: tuple[int, int, int]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fdistill.base.distributed import first_process_of_machine_first
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.base.reading import not_here
 
 #: Weights that the user gave, {network: file or folder}; "" is a folder of files, or a file, under published names.
 Weights = Mapping[str, Path]
@@ -127,7 +128,7 @@ def find_weights(network: str, file: PublishedFile, given: Weights) -> Path:
         place = place / Path(file.name).name if place.is_dir() else place
         if not place.is_file():
             raise CheckpointError(
-                f"weights {network}={given[network]}: no such file; expected {file.name} from {file.url}"
+                f"weights {network}={given[network]}: {not_here(place)}; take {file.name} from {file.url}"
             )
         return place
     problem = ""

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fdistill.base.distributed import part
 from fdistill.base.errors import ArgumentError
 from fdistill.ema_profiles import decay_at, gamma_from_sigma_rel, profile_name
 from fdistill.kernels.ema import ema
@@ -68,8 +69,8 @@ class EMA:
         current = {name: value.detach() for name, value in trained_state(self._module).items()}
         floats = [name for name, value in current.items() if value.is_floating_point()]
         ema(
-            [shadow[name] for shadow in self.shadows.values() for name in floats],
-            [current[name] for name in floats],
+            [part(shadow[name]) for shadow in self.shadows.values() for name in floats],
+            [part(current[name]) for name in floats],
             [self._decay(average, rates) for average in self.shadows],
             "auto",
         )

@@ -25,8 +25,8 @@ class GuidedDenoiser(Denoiser):
     Args:
         denoiser: conditioned on class labels, with a `null_class`, or on prompts.
         guidance_scale: 1 gives the conditional output.
-        null: one prompt, usually the empty or negative prompt, that guidance leads away from; needed if the denoiser is
-            conditioned on prompts.
+        null: one prompt, usually the empty or negative prompt, that guidance leads away from, on the device of the
+            inputs; needed if the denoiser is conditioned on prompts.
         rescale: in [0, 1]: how far the guided output's norm (`Denoiser.guidance_norm`) is brought back to that of the
             conditional output. This keeps large scales from saturating colours (Lin et al. 2023, arXiv 2305.08891,
             section 3.4).
@@ -53,7 +53,7 @@ class GuidedDenoiser(Denoiser):
             if null is None or len(null) != 1:
                 raise ArgumentError("null: expected one prompt, such as the empty one, as a TextCondition")
             for name, value in null.tensors.items():
-                self.register_buffer(f"null_{name}", value.to(next(denoiser.parameters()).device), persistent=False)
+                self.register_buffer(f"null_{name}", value, persistent=False)
         elif denoiser.num_classes is None or denoiser.null_class is None:
             known = "no classes" if denoiser.num_classes is None else "no label for `no class`"
             raise ArgumentError(

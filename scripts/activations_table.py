@@ -43,6 +43,7 @@ from fdistill.step import StepResult
 from fdistill.teachers.teacher import Teacher
 from fdistill.training import build as building
 from fdistill.training.checks import read_divergence
+from fdistill.training.distillation import Distillation
 
 CPU = torch.device("cpu")
 
@@ -236,7 +237,7 @@ def published(recipe: str, config: DistillConfig) -> Denoiser:
     return denoiser
 
 
-def built(recipe: str, config: DistillConfig) -> building.Distillation:
+def built(recipe: str, config: DistillConfig) -> Distillation:
     """The run that the recipe describes, on fake tensors."""
     teacher = published(recipe, config)
     noise_to_signal_range(teacher.schedule)  # what is computed once from values: this, the divergence, and numbers
@@ -312,7 +313,7 @@ def peak(recipe: str, **changes: Any) -> Peak:
 
 
 def _updated(
-    run: building.Distillation, known: list[Tensor], update: Callable[..., StepResult], arguments: dict[str, Any]
+    run: Distillation, known: list[Tensor], update: Callable[..., StepResult], arguments: dict[str, Any]
 ) -> int:
     """Bytes at the peak of an update, forward and backward; the gradients are gone afterwards."""
     with Live(known) as live:

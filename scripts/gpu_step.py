@@ -22,7 +22,8 @@ from fdistill.base.devices import autocast
 from fdistill.base.files import atomic_file
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
+from fdistill.training.distillation import Distillation
 
 
 def iteration(

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fdistill.base.files import atomic_file
 from fdistill.config.reading import load_config
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
+from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import training_data
 from fdistill.training.loop import distill
 from fdistill.training.parts import Split, backward

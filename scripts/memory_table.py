@@ -9,6 +9,7 @@ another number of parameters than was published is refused.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,6 +218,12 @@ def rows(network: str, config: DistillConfig) -> list[Row]:
     return found
 
 
+@functools.cache  # both tables have LoRA on a base in bf16
+def rows_in_mode(network: str, mode: str, frozen: str = "bf16") -> list[Row]:
+    """The rows of a network's recipe in a mode."""
+    return rows(network, in_mode(network, mode, frozen))
+
+
 def in_mode(recipe: str, mode: str, frozen: str = "bf16") -> DistillConfig:
     """A recipe with all weights of student and fake score trained ("full"), or adapters of rank 64 ("LoRA")."""
     adapters = {"lora_rank": RANK, "lora_targets": TARGETS} if mode == "LoRA" else {"lora_rank": 0}
@@ -226,7 +233,7 @@ def in_mode(recipe: str, mode: str, frozen: str = "bf16") -> DistillConfig:
 
 def beyond_base(network: str, frozen: str) -> tuple[int, int]:
     """Bytes of both adapters with gradients, optimiser and averages, and of the base in a precision."""
-    base, fake, student = rows(network, in_mode(network, "LoRA", frozen))[:3]
+    base, fake, student = rows_in_mode(network, "LoRA", frozen)[:3]
     return fake.total + student.total, base.total
 
 
@@ -238,7 +245,7 @@ def table(networks: Iterable[str] = NETWORKS) -> str:
     ]
     for network in networks:
         for mode in MODES:
-            found = rows(network, in_mode(network, mode))
+            found = rows_in_mode(network, mode)
             for row in found:
                 parts = (row.weights, row.gradients, row.optimizer, row.averages, row.total)
                 numbers = " | ".join(f"{part / 1e9:.2f}" for part in parts)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -16,12 +19,45 @@ if not torch.cuda.is_available():
 
 from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
+from fdistill.training import logbook
+from fdistill.training.curves import save_curves
 from support.denoisers import tiny_unet
+
+gc.disable()  # until all is imported: full collections would visit half a million objects that stay, again and again
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _curves_once() -> Iterator[None]:
+    """Draws the curves of the first run of each kind, and copies them to the others: half of a tiny run goes into them.
+
+    Runs are of a kind if they log the same quantities, each of them above zero or not.
+    """
+    drawn: dict[frozenset[tuple[str, bool]], bytes] = {}
+
+    def save(records: Sequence[dict[str, Any]], path: Path) -> None:
+        kind = frozenset(
+            (key, isinstance(v, (int, float)) and v > 0) for record in records for key, v in record.items()
+        )
+        if kind in drawn:
+            path.write_bytes(drawn[kind])
+        else:
+            save_curves(records, path)
+            if path.is_file():
+                drawn[kind] = path.read_bytes()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logbook, "save_curves", save)
+        yield
 
 
 @pytest.fixture(scope="session")

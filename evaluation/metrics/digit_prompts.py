@@ -72,6 +72,7 @@ def _prompts(measured: Measured) -> Sequence[DigitPrompt]:
     if images.prompts is None or list(images.prompts) != [prompt.text for prompt in expected]:
         raise ArgumentError(
             f"{images.name}: its images were not generated from the prompts of protocol 'digits-t2i' in their order; "
-            "evaluate the student or teacher itself, or generate images from those prompts"
+            "evaluate the student or teacher itself (fdistill evaluate CHECKPOINT --protocol digits-t2i), which makes "
+            "them from these prompts"
         )
     return expected

@@ -26,6 +26,7 @@ from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.errors import CheckpointError, FDistillError, did_you_mean
 from fdistill.base.files import not_weights, read_json_object, weights_sha256
 from fdistill.base.functions import import_function, raised_where
+from fdistill.base.reading import reason_of
 from fdistill.base.state_dicts import tensors_sha256
 from fdistill.denoiser import Denoiser
 
@@ -50,6 +51,11 @@ _NOT_DOWNLOADED = [
     "text_encoders/*",  # single files for other programs
     "vae_1_0/*",
 ]
+
+
+#: Files with settings, of a pipeline and of its components.
+_CONFIGS = ("model_index.json", "config.json", "scheduler_config.json", "tokenizer_config.json")
+_UNREAD = "safety_checker"  # a component that nothing here reads
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,26 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
+def check_configs(folder: Path) -> None:
+    """Checks the configs of a checkpoint folder and of its components before libraries read them. From a list or number
+    these go on with defaults of other networks, or look on the hub for a checkpoint of that name.
+
+    Raises:
+        CheckpointError: one is no JSON object, or an empty one.
+    """
+    for path in sorted(path for name in _CONFIGS for place in ("", "*/") for path in folder.glob(place + name)):
+        if path.parent.name == _UNREAD:
+            continue
+        try:
+            if not read_json_object(path):
+                raise ValueError("it is empty")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{path}: cannot be read ({reason_of(error)}); expected a JSON object with settings, so copy the file "
+                "again from the published checkpoint"
+            ) from error
+
+
 def find_network(folder: Path) -> tuple[Family, Path]:
     """The family of a checkpoint folder's network, and the folder in it that holds the network.
 
@@ -234,6 +260,7 @@ def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> D
         denoiser = checkpoint.factory()
     else:
         assert checkpoint.folder is not None
+        check_configs(checkpoint.folder)
         family, network = find_network(checkpoint.folder)
         check_pipeline(checkpoint, family)
         model = load_network(family.network, network)

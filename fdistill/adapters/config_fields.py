@@ -143,8 +143,8 @@ NETWORK_FIELDS: dict[str, Fields] = {
         {
             **refusals(
                 "time_cond_proj_dim",
-                "it takes an embedding of the guidance scale, as latent consistency models do; such a student of a "
-                "few steps is not supported as a teacher",
+                "it was distilled already (a latent consistency model) and takes the guidance scale as an input; use "
+                "the model that it was distilled from as the teacher",
             ),
             **refusals(
                 "addition_embed_type", "networks of Stable Diffusion 1, 2 and XL are supported", None, "text_time"
@@ -187,7 +187,8 @@ NETWORK_FIELDS: dict[str, Fields] = {
         {
             **refusals(
                 "guidance_embeds",
-                "it takes a guidance scale; Sana-Sprint, a student of a few steps, is not supported as a teacher",
+                "it was distilled already (Sana-Sprint) and takes the guidance scale as an input; use the model that "
+                "it was distilled from as the teacher",
                 False,
             ),
             **_QUANTIZED,

@@ -12,7 +12,8 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import not_weights
+from fdistill.base.files import not_weights, read_json_object
+from fdistill.base.network_sizes import check_sizes
 
 Network = TypeVar("Network", bound=ModelMixin)
 
@@ -26,6 +27,7 @@ LOADING_ERRORS = (
     AttributeError,
     ArithmeticError,
     ImportError,  # of a library that quantized weights need
+    NameError,  # of a library that watermarks need
     SafetensorError,
 )
 
@@ -41,12 +43,28 @@ def quiet_diffusers(module: str) -> Iterator[None]:
         logger.disabled = before
 
 
+def check_size(folder: Path) -> None:
+    """Raises CheckpointError if config.json of a component asks for more or larger layers than any network has, which
+    would take all memory before the weights are looked at. What cannot be read is left to the library that loads it.
+    """
+    path = folder / "config.json"
+    try:
+        settings = read_json_object(path)
+    except (OSError, ValueError):
+        return
+    try:
+        check_sizes(settings)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; expected the config that belongs to the weights") from error
+
+
 def load_network(cls: type[Network], folder: Path) -> Network:
     """Loads the network in a folder with config.json and diffusion_pytorch_model.safetensors.
 
     Raises:
         CheckpointError: a file is missing, truncated, or does not fit the architecture its config names.
     """
+    check_size(folder)
     try:
         with quiet_diffusers("models.modeling_utils"):  # its messages are part of the error below
             network, info = cls.from_pretrained(

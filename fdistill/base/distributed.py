@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
-from torch.nn import Parameter
+from torch.distributed.tensor import DTensor
 
 from fdistill.base import rng
 from fdistill.base.errors import ProcessError
@@ -106,8 +106,12 @@ def gather_rows(value: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def from_main_process(make: Callable[[], T]) -> T:
-    """What `make` returns in the main process, on all of them; or the error that it raises there."""
+def from_main_process(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What `make` returns in the main process, on all of them; or the error that it raises there.
+
+    Args:
+        group: of all processes; None for the default one.
+    """
     if not _active():
         return make()
     found: list[Any] = [None, None]
@@ -117,30 +121,33 @@ def from_main_process(make: Callable[[], T]) -> T:
         except Exception as error:
             found[1] = error
     with exchanging():
-        dist.broadcast_object_list(found)
+        dist.broadcast_object_list(found, group=group)
     if found[1] is not None:
         raise found[1]
     result: T = found[0]
     return result
 
 
-def average_gradients(parameters: Iterable[Parameter]) -> None:
-    """Replaces every gradient by its mean over processes, in one collective.
-
-    A parameter without a gradient takes part with zeros: if processes disagreed on what to reduce, they would hang.
-    """
+def together(make: Callable[[], T]) -> T:
+    """What `make` returns in each process; if it raises in some, the first one's error on all."""
     if not _active():
-        return
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    for parameter in trainable:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in trainable if parameter.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        return make()
+    result: Any = None
+    error: Exception | None = None
+    try:
+        result = make()
+    except Exception as caught:
+        error = caught
+    errors: list[Any] = [None] * dist.get_world_size()
     with exchanging():
-        dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    pieces = flat.split([gradient.numel() for gradient in gradients])
-    torch._foreach_copy_(
-        gradients, [piece.view_as(gradient) for piece, gradient in zip(pieces, gradients, strict=True)]
-    )
+        dist.all_gather_object(errors, error)
+    for raised in errors:
+        if raised is not None:
+            raise raised
+    made: T = result
+    return made
+
+
+def part(value: Tensor) -> Tensor:
+    """What this process holds of a tensor that may be distributed, without a copy."""
+    return value.to_local() if isinstance(value, DTensor) else value

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_FEW = 12  # names that a message lists
+
 
 class FDistillError(Exception):
     """Base of every error that a user can cause, and can put right."""
@@ -51,12 +53,13 @@ class NonFiniteError(FDistillError):
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """A sentence with the nearest valid choice, or with all of them when none is near."""
+    """A sentence with the nearest valid choice, and with all of them if they are few."""
     known = sorted(choices)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    listed = ", ".join(known[:_FEW]) + (f" and {len(known) - _FEW} others" if len(known) > _FEW else "")
     if near:
-        return f"did you mean {near[0]!r}? (known: {', '.join(known)})"
-    return f"known: {', '.join(known)}"
+        return f"did you mean {near[0]!r}?" + (f" (known: {listed})" if len(known) <= _FEW else "")
+    return f"known: {listed}"
 
 
 def shown(value: object, most: int = 200) -> str:

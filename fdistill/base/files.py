@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from fdistill.base.errors import OutputError
 from fdistill.base.locks import locked
-from fdistill.base.reading import parse_json, read_bounded
+from fdistill.base.reading import not_here, parse_json, read_bounded
 
 #: The suffixes of configs, tokenizers, schedulers and weights. Pickles and other formats are left out.
 KEPT_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
@@ -242,8 +242,9 @@ _NOT_WEIGHTS = {
 
 def not_weights(path: Path) -> str | None:
     """What a file is, as the end of a sentence, if it is something that people take for weights; otherwise None."""
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        return "is a pipe or a device, which may never end; expected a file"
+    special = not_here(path, "")
+    if special:
+        return f"{special}; expected a file"
     try:
         with path.open("rb") as file:
             start = file.read(32)

@@ -13,28 +13,32 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.distributed as dist
 
-from fdistill.base.errors import ConfigError
+from fdistill.base.errors import ConfigError, StoppedError
 
 #: Minutes for which a process that gives no sign of life is waited for.
 PATIENCE = "FDISTILL_PATIENCE"
 _DEFAULT_PATIENCE = 20.0
-_BEAT, _BYE = b".", b"!"
+_BEAT, _BYE, _FAILED = b".", b"!", b"#"
 _CONNECTING = 60.0  # seconds
 
 
 @dataclass(frozen=True)
 class Rhythm:
-    """Seconds: between two signs of life, of silence before it is told, and of silence before the process ends."""
+    """Seconds: between two signs of life, of silence before it is told, and of silence before the process ends; and
+    between the end of another process and that of this one, which may first say why it ends itself.
+    """
 
     beat: float
     told: float
     limit: float
+    grace: float = 15.0
 
 
 def patience() -> Rhythm:
@@ -50,6 +54,7 @@ def patience() -> Rhythm:
 
 
 _started = False
+_connections: list[socket.socket] = []
 
 
 def watch_processes() -> None:
@@ -83,6 +88,7 @@ def watch_processes() -> None:
 
 
 def _watch_in_thread(connection: socket.socket, name: str, rhythm: Rhythm) -> None:
+    _connections.append(connection)
     atexit.register(_say_bye, connection)
     threading.Thread(target=_watch, args=(connection, name, rhythm), daemon=True).start()
 
@@ -92,13 +98,38 @@ def _say_bye(connection: socket.socket) -> None:
         connection.sendall(_BYE)
 
 
+@contextmanager
+def telling_others() -> Iterator[None]:
+    """Tells the other processes of an error that ends the block, so that none waits for this process in vain."""
+    try:
+        yield
+    except StoppedError:  # a signal, on which all have agreed
+        raise
+    except Exception as error:
+        _tell_failure(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _tell_failure(text: str) -> None:
+    for connection in _connections:
+        with suppress(OSError):
+            connection.sendall(_FAILED + " ".join(text.split())[:2000].encode() + b"\n")
+
+
 def _watch(connection: socket.socket, name: str, rhythm: Rhythm) -> None:
     """Gives and expects signs of life until the other process says that it ends."""
     connection.settimeout(rhythm.beat)
     silent, told = 0.0, False
     while silent < rhythm.limit:
         heard = _exchange(connection)
+        if heard is not None and _FAILED in heard:
+            failure = heard.partition(_FAILED)[2].partition(b"\n")[0]
+            _end(f"{name} has failed: {failure.decode(errors='replace')}", rhythm)
+            return
         if heard is not None and _BYE in heard:
+            return
+        if heard == b"":  # the connection is closed
+            _end(f"{name} has ended without a word", rhythm)
             return
         if heard:
             if told:
@@ -106,16 +137,22 @@ def _watch(connection: socket.socket, name: str, rhythm: Rhythm) -> None:
             silent, told = 0.0, False
             time.sleep(rhythm.beat)
             continue
-        if heard is not None:  # the connection is closed, and nothing was waited for
-            time.sleep(rhythm.beat)
         silent += rhythm.beat
         if silent >= rhythm.told and not told:
-            what = "has given no sign of life" if heard is None else "has ended without a word"
+            minutes = rhythm.limit / 60
             _say(
-                f"waiting for {name}: it {what} for {silent:.0f} s; the limit is {rhythm.limit / 60:g} min ({PATIENCE})"
+                f"waiting for {name}: it has given no sign of life for {silent:.0f} s; the limit is {minutes:g} min "
+                f"({PATIENCE})"
             )
             told = True
-    _say(f"error: {name} gave no sign of life for {rhythm.limit / 60:g} min; run again, a run of distill with --resume")
+    _end(f"{name} gave no sign of life for {rhythm.limit / 60:g} min", replace(rhythm, grace=0))
+
+
+def _end(what: str, rhythm: Rhythm) -> None:
+    """Ends this process, unless it has ended by itself before, and tells the others why."""
+    time.sleep(rhythm.grace)
+    _tell_failure(what)
+    _say(f"error: {what}; run again, a run of distill with --resume")
     sys.stderr.flush()
     os._exit(1)  # the main thread waits inside a collective, where nothing else reaches it
 

@@ -61,6 +61,12 @@ def read_bounded(path: Path, most: int = MOST_BYTES) -> bytes:
         os.close(descriptor)
 
 
+def not_here(path: Path, otherwise: str = "no such file") -> str:
+    """What to say of a path at which a file is expected and none is: that it is a pipe or a device, or `otherwise`."""
+    special = path.exists() and not path.is_file() and not path.is_dir()
+    return "is a pipe or a device, which may never end" if special else otherwise
+
+
 def parse_json(text: str | bytes) -> Any:
     """`json.loads`; ValueError for anything that is not JSON, or is nested too deeply to be read."""
     try:

@@ -10,7 +10,8 @@ from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.data.account import account_of
 from fdistill.methods import METHODS
 from fdistill.students.lora import has_adapters
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
+from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import TrainingData, data_samples, pair_samples, stored_data
 from fdistill.training.loop import open_watch
 from fdistill.training.parts import check_parts
@@ -62,7 +63,7 @@ def _read_once(run: Distillation, plan: EncodingPlan) -> list[str]:
         source = open_source(config.data)
         with ImageLoader(source, run.image_shape, Batching(1, config.seed), recipe=config.images.recipe) as images:
             next(images)
-        return [f"data           {account_of(source).sentence()}"]
+        return [f"data           {account_of(source, captioned=run.text is not None).sentence()}"]
     one, data = config.model_copy(update={"batch_size": 1}), stored_data(run)
     with TrainingData(data, None).loader(one, run.networks.teacher, 0) as loader:
         next(loader)

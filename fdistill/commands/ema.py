@@ -25,7 +25,7 @@ from fdistill.training.snapshots import Snapshot, combine, find_snapshots
 
 _SAMPLES = 20  # images in the model card's picture
 #: Facts that `save_student` writes itself, and metrics, which were measured with other weights.
-_NOT_OF_THE_CARD = ("levels", "decoder_levels", "size", "null_class", "network", "pipeline", "call", "metrics")
+_NOT_OF_THE_CARD = ("levels", "decoder_levels", "size", "null_class", "network", "pipeline", "call", "metrics", "files")
 
 
 def reconstruct_student(
@@ -55,9 +55,9 @@ def reconstruct_student(
         ArgumentError, CheckpointError, OutputError: before anything is written.
     """
     gamma = gamma_from_sigma_rel(sigma_rel)
+    original = student_folder(run)
     used = _snapshots(Path(run), iteration)
     last = used[-1].iteration
-    original = student_folder(run)
     with claimed_folder(Path(output)) as folder:
         _, chosen_device = start(device)
         maker = open_maker(original, chosen_device, Sampling(network=network))

@@ -1,9 +1,12 @@
-"""How a command ends: with one message for an error or a signal, and the exit status that goes with it."""
+"""How a command ends: with one message for an error or a signal, the exit status that goes with it, and no warnings of
+libraries in between.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -11,16 +14,27 @@ from types import FrameType
 import typer
 
 from fdistill.base.errors import FDistillError, StoppedError
+from fdistill.base.reading import reason_of
+from fdistill.base.signals import SIGNALS
 from fdistill.commands.options import is_main_process
+
+_LIBRARIES = ("PIL", "diffusers", "transformers", "peft", "torch", "accelerate", "huggingface_hub")
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries tell a programmer in warnings and logs, which is no use to who runs a command."""
+    for library in _LIBRARIES:
+        warnings.filterwarnings("ignore", module=rf"{library}\b")
+        os.environ.setdefault(f"{library.upper()}_VERBOSITY", "error")
 
 
 @contextmanager
 def one_message() -> Iterator[None]:
     """Ends the program with one message where the block raises what a user can put right, or a signal comes.
 
-    The status is 1, and 128 plus the number of the signal for SIGTERM and Ctrl-C.
+    The status is 1, and 128 plus the number of the signal for SIGTERM, Ctrl-C and SIGUSR1.
     """
-    before = {number: signal.signal(number, _end) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, _end) for number in SIGNALS}
     try:
         yield
     except StoppedError as stopped:
@@ -29,6 +43,17 @@ def one_message() -> Iterator[None]:
         raise SystemExit(stopped.status) from None
     except FDistillError as error:
         typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        device = "the device's memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
+        typer.secho(
+            f"error: {device} does not suffice ({reason_of(error)[:200]}); choose a smaller batch (--batch-size; for "
+            "distill, batch_size or gradient_checkpointing=true), or a device with more memory",
+            fg="red",
+            err=True,
+        )
         raise SystemExit(1) from None
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -39,6 +64,13 @@ def one_message() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+
+def _out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether Python or torch had no memory; torch's allocator for CPUs has no class of error of its own."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return "DefaultCPUAllocator" in str(error) or "not enough memory" in str(error)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

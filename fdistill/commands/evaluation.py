@@ -150,7 +150,7 @@ def evaluate(
     from evaluation.evaluate import evaluate as run
     from evaluation.weights import parse_weights
 
-    result = run(
+    run(
         samples,
         reference=reference,
         protocol=protocol,
@@ -171,10 +171,9 @@ def evaluate(
         classifier=classifier,
         network=network,
         allow_skipped=allow_skipped,
+        shown=lambda result: typer.echo(describe(result)),
         device=device,
     )
-    if is_main_process():
-        typer.echo(describe(result))
 
 
 def compare(

@@ -108,6 +108,14 @@ def _report(
 ) -> Report:
     """What `inspect` returns, from so many images and so many of them for comparing readings."""
     count, compared = amounts
+    parts = {"network": denoiser, **({} if latents is None else {"autoencoder": latents.vae})}
+    for name, part in parts.items():
+        damaged = next((key for key, value in part.named_parameters() if not torch.isfinite(value).all()), None)
+        if damaged is not None:
+            raise CheckpointError(
+                f"checkpoint {found.name!r}: tensor {damaged} of its {name} is not finite, so its weights are damaged; "
+                "expected the files as they were published, so get them again"
+            )
     facts = _facts(found, denoiser, latents)
     samples = _samples(found, denoiser, latents, data, recipe, count, device)
     facts["checked on"] = f"{count} of {data}" if data else _OWN_SAMPLES
@@ -228,7 +236,7 @@ def _samples(
             )
         return _Samples(x0, x0, condition, null)
     source = open_source(data)
-    say(f"data {data}", account_of(source).sentence())
+    say(f"data {data}", account_of(source, captioned=denoiser.text_shapes is not None).sentence())
     if classes and (source.num_classes is None or source.num_classes > classes):
         raise DataError(
             f"data {data}: has {source.num_classes or 'no'} classes, but the checkpoint has {classes}; expected data "
@@ -282,8 +290,8 @@ def describe(facts: dict[str, Any], checks: list[LevelCheck], verdict: Verdict |
 
 _OWN_SAMPLES = "its own samples"
 _CONSISTENT = (
-    "x0-predictions agree with its own samples, which a checkpoint that is read wrongly may do as well; --data DATA "
-    "checks them on images like those it was trained on, and tries other readings"
+    "x0-predictions agree with images that the checkpoint itself has made. That is a weak check: a checkpoint whose "
+    "settings are wrong may pass it. Check again with --data DATA, images like those it was trained on"
 )
 _LIKELY = (
     "likely wrong: {likely.kind}; with {likely.change} the error is {likely.relative_error:.2f} of the best linear "

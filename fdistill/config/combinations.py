@@ -14,8 +14,10 @@ from fdistill.config.limits import MAX_NUMBER
 from fdistill.config.sections import (
     CLIPLossConfig,
     DiscriminatorConfig,
+    EvalConfig,
     FakeScoreConfig,
     GeneratorConfig,
+    LogConfig,
     OptimizerConfig,
     RegressionConfig,
     StudentConfig,
@@ -189,6 +191,12 @@ def check_rates(iterations: int, roles: Mapping[str, OptimizerConfig]) -> None:
                 f"{role}.lr_warmup: got {section.lr_warmup} of {iterations} iterations, which leaves none for "
                 f"{role}.lr_schedule={section.lr_schedule}; expected fewer, or lr_schedule=constant"
             )
+
+
+def check_keep_best(log: LogConfig, evaluated: EvalConfig) -> None:
+    """Raises ValueError if the best checkpoint is to be kept and no scores say which one that is."""
+    if log.keep_best and not evaluated.every:
+        raise ValueError("log.keep_best: got true, but eval.every is 0, so that no scores say which is best; set both")
 
 
 def check_precision(precision: str, frozen_precision: str) -> None:

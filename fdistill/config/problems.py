@@ -27,4 +27,32 @@ def explain(problem: Any, root: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{key}: {message}" if key else message
-    return f"{key}: got {shown(problem['input'])}; {message[0].lower()}{message[1:]}"
+    return f"{key}: got {shown(problem['input'])}; {_expected(problem, message)}"
+
+
+#: What a value should have been, by pydantic's name of the problem.
+_EXPECTED = {
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "finite_number": "expected a finite number",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "string_type": "expected a text",
+    "list_type": "expected a list, as in [0.9, 0.99]",
+    "dict_type": "expected settings by name",
+    "model_type": "expected settings by name",
+    "model_attributes_type": "expected settings by name",
+}
+_BOUNDS = {"less_than_equal": ("at most", "le"), "less_than": ("less than", "lt")}
+_BOUNDS |= {"greater_than_equal": ("at least", "ge"), "greater_than": ("more than", "gt")}
+
+
+def _expected(problem: Any, message: str) -> str:
+    kind = problem["type"]
+    if kind in _BOUNDS:
+        words, bound = _BOUNDS[kind]
+        return f"expected {words} {problem['ctx'][bound]}"
+    return _EXPECTED.get(kind, f"{message[0].lower()}{message[1:]}")

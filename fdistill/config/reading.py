@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from fdistill.base.errors import ConfigError, did_you_mean, shown
+from fdistill.base.reading import not_here
 from fdistill.config.nested import leaves
 from fdistill.config.plain_yaml import MAX_CHARACTERS, MAX_DEPTH, parse_yaml
 from fdistill.config.problems import explain
@@ -18,7 +19,16 @@ from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import SmokeConfig
 
 #: Settings that may change when a run is resumed, and settings of each trained role; all others define the run.
-RESUMABLE = ("iterations", "device", "log", "eval")
+RESUMABLE = (
+    "iterations",
+    "device",
+    "parallel",
+    "offload_frozen",
+    "offload_optimizers",
+    "max_skipped",
+    "log",
+    "eval",
+)
 RESUMABLE_OF_ROLES = ("lr", "grad_clip")
 _SMOKE = "smoke"  # section of a recipe's file that does not belong to a run's settings
 
@@ -40,6 +50,9 @@ def config_path(name_or_path: str | Path) -> Path:
     name = str(name_or_path)
     if name in known:
         return known[name]
+    special = not_here(path, "")
+    if special:
+        raise ConfigError(f"config {name!r}: {special}; expected a YAML file, or the name of a config such as digits")
     raise ConfigError(f"config {name!r}: no such file, and no config of that name; {did_you_mean(name, known)}")
 
 

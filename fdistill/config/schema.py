@@ -114,6 +114,10 @@ class DistillConfig(Section):
     )
     batch_size: Batch = Field(default=128, description="samples per update, over all processes")
     critic_steps: Steps = 2
+    max_skipped: Count = Field(
+        default=10,
+        description="updates of a role in a row that may be skipped for a loss or gradient that is not finite",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -121,6 +125,18 @@ class DistillConfig(Section):
         default="fp32",
         description="precision of the weights that are not trained: the teacher's and the text encoders'; int8, fp8 "
         "and nf4 store the layers in the teacher's blocks so, and everything else in bf16",
+    )
+    parallel: Literal["ddp", "fsdp", "hybrid"] = Field(
+        default="ddp",
+        description="with several processes: each holds whole networks (ddp), or a part of each, of all processes "
+        "(fsdp) or of those of its machine (hybrid)",
+    )
+    offload_frozen: bool = Field(
+        default=False, description="keep the weights that are not trained in the CPU's memory: slower, for small GPUs"
+    )
+    offload_optimizers: bool = Field(
+        default=False,
+        description="keep trained weights, their optimisers and averages in the CPU's memory, and update them there",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute activations in the backward pass: less memory, 20 to 33 % more time"
@@ -172,6 +188,7 @@ class DistillConfig(Section):
         combinations.check_discriminator(name, self.data, self.generator, self.discriminator)
         combinations.check_scores(name, self.condition_dropout, self.fake_score)
         combinations.check_rates(self.iterations, self.roles)
+        combinations.check_keep_best(self.log, self.eval)
         combinations.check_precision(self.precision, self.frozen_precision)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
         if isinstance(self.student_level, list) and STUDENT_KINDS[student.generator].steps:

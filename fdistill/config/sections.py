@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from fdistill.base.network_sizes import check_sizes
 from fdistill.config.limits import (
     MAX_BATCH,
     MAX_BINS,
@@ -16,7 +17,6 @@ from fdistill.config.limits import (
     MAX_SIDE,
     MAX_STEPS,
     MAX_WORKERS,
-    check_network,
     distinct,
 )
 from fdistill.ema_profiles import MAX_SIGMA_REL, MIN_SIGMA_REL, profile_name
@@ -34,7 +34,7 @@ Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Names = Annotated[list[str], AfterValidator(distinct)]
-NetworkSettings = Annotated[dict[str, Any], AfterValidator(check_network)]
+NetworkSettings = Annotated[dict[str, Any], AfterValidator(check_sizes)]
 
 
 class Section(BaseModel):
@@ -300,7 +300,8 @@ class LogConfig(Section):
     every: Count = 10
     samples_every: CountOrZero = 100
     checkpoint_every: CountOrZero = 100
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = Field(default=2, description="how many of the newest checkpoints to keep")
+    keep_best: bool = Field(default=False, description="keep the checkpoint of the best score in eval as well")
     tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
 
 
@@ -318,6 +319,9 @@ class EvalConfig(Section):
     prompts: str | None = Field(default=None, description="file with one prompt per line, if the protocol has none")
     weights: list[str] = Field(default=[], description="files of published weights, as for evaluate --weights")
     batch_size: Batch = 64
+    allow_skipped: bool = Field(
+        default=False, description="compare with reference images of which more than 1 % cannot be read"
+    )
 
 
 class SmokeConfig(Section):

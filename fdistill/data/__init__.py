@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fdistill.base.errors import ConfigError, DataError, did_you_mean
+from fdistill.base.reading import not_here
 from fdistill.data import cifar10, digit_captions, digits, edm_zip, hugging_face, npz, webdataset
 from fdistill.data.loader import Batch, ImageLoader
 from fdistill.data.order import Batching, EpochOrder
@@ -104,6 +105,9 @@ def open_source(where: str) -> Source:
         return edm_zip.open_folder_or_zip(path)
     if not path.is_file():
         nearest = did_you_mean(where, [*_names(), TEACHER_SAMPLES])
+        special = not_here(path, "")
+        if special:
+            raise DataError(f"data {where!r}: {special}; expected {stored_kinds()}")
         raise DataError(f"data {where!r}: no such file or folder; {nearest}, a path, or hf:owner/name")
     raise DataError(f"data {where}: a file of unknown kind; expected {stored_kinds()}")
 

@@ -30,12 +30,14 @@ class Account:
         num_classes: None for images without labels.
         classes: names of the classes 0, 1, ...; None where they have none.
         left_out: {kind: names}, the kinds as in `fdistill.data.listing`.
+        captions: how many different ones the images have; None where they have none, or nothing reads them.
     """
 
     images: int
     num_classes: int | None = None
     classes: Sequence[str] | None = None
     left_out: LeftOut = field(default_factory=dict)
+    captions: int | None = None
 
     def sentence(self) -> str:
         """One line, as "1,797 images in 10 classes (0 -> 0 ... 9 -> 9); left out: 3 linked folders"."""
@@ -45,6 +47,8 @@ class Account:
         if self.classes:
             ends = [f"{shown(self.classes[place])} -> {place}" for place in (0, len(self.classes) - 1)]
             line += f" ({' ... '.join(dict.fromkeys(ends))})"
+        if self.captions is not None:
+            line += f", with a caption for each ({self.captions:,} different)"
         parts = [_counted(kind, names) for kind, names in self.left_out.items()]
         return line + (f"; left out: {', '.join(parts)}" if parts else "")
 
@@ -54,6 +58,7 @@ class Account:
             "summary": self.sentence(),
             "images": self.images,
             "num_classes": self.num_classes,
+            **({} if self.captions is None else {"different_captions": self.captions}),
             **({} if self.classes is None else {"classes": [shown(name) for name in self.classes]}),
             "left_out": {
                 kind[1]: {"count": len(names), "names": [shown(name) for name in names[:_LISTED]]}
@@ -73,17 +78,23 @@ class Account:
         missing = sum(len(self.left_out.get(kind, [])) for kind in MEANT_AS_IMAGES)
         if LINKED_FOLDER in self.left_out or missing > _MOST_LEFT_OUT * (self.images + missing):
             raise DataError(
-                f"{what}: {self.sentence()}; more than 1 % of the images, or a linked folder, would be missing from "
-                "the score. Copy them, convert them to .png or move them away; or pass --allow-skipped (to evaluate, "
-                "compare or reference) to score the rest"
+                f"{what}: {self.sentence()}; a score of these would leave out more than 1 % of the images, or "
+                "a whole linked folder. Copy them, convert them to .png or move them away; or pass --allow-skipped "
+                "(to evaluate, compare or reference; for distill set eval.allow_skipped=true) to score the rest"
             )
 
 
-def account_of(source: Source) -> Account:
-    """The account of a data set. A source may have `left_out`, {kind: names}, and `class_names`; it need not."""
+def account_of(source: Source, *, captioned: bool = False) -> Account:
+    """The account of a data set. A source may have `left_out`, {kind: names}, and `class_names`; it need not.
+
+    Args:
+        captioned: whether its captions are read; DataError as `Source.captions` says.
+    """
     left_out: Mapping[tuple[str, str], Sequence[str]] = getattr(source, "left_out", {})
     kept = {kind: list(names) for kind, names in left_out.items() if names}
-    return Account(len(source), source.num_classes, getattr(source, "class_names", None), kept)
+    captions = source.captions if captioned else None
+    different = None if captions is None else len(set(captions))
+    return Account(len(source), source.num_classes, getattr(source, "class_names", None), kept, different)
 
 
 def say(what: str, sentence: str) -> None:

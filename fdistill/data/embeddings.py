@@ -21,6 +21,8 @@ from torch import Tensor
 
 from fdistill.base.errors import ArgumentError, DataError
 from fdistill.base.files import atomic_folder, read_json_object
+from fdistill.base.hashes import check_files, check_seal, noted_files, sealed
+from fdistill.base.rng import world
 from fdistill.condition import TextCondition
 from fdistill.data.captions import json_lines
 from fdistill.data.source import PerProcess
@@ -101,6 +103,12 @@ class EmbeddingSource:
             expected = {name: ((count, *shape), dtype) for name, (shape, dtype) in self._kinds.items()}
             if found != expected:
                 raise DataError(f"embeddings {folder}: {file} holds {found}; expected {expected}; make them again")
+        try:
+            rank, processes = world()
+            check_seal(self.meta, META_FILE)
+            check_files(folder, dict(list(self.meta.get("files", {}).items())[rank::processes]))
+        except (OSError, ValueError, AttributeError) as error:
+            raise DataError(f"embeddings {folder}: {error}; make them again") from error
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -189,6 +197,7 @@ def write_embeddings(
             for name, (shape, dtype) in kinds.items()
         }
         described = {**meta, "count": sum(shards.values()), "tensors": tensors, "shards": shards}
+        described = sealed({**described, "files": noted_files(temporary, [*shards, _NULL, _PROMPTS])})
         (temporary / META_FILE).write_text(json.dumps(described, indent=1), encoding="utf-8")
 
 

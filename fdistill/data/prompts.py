@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fdistill.base.errors import DataError
-from fdistill.base.reading import read_bounded, reason_of
+from fdistill.base.reading import not_here, read_bounded, reason_of
 from fdistill.data.captions import (
     CAPTION_KEYS,
     caption_text,
@@ -50,6 +50,9 @@ def read_prompt_list(path: Path) -> PromptList:
             number.
     """
     where = f"prompts {path}"
+    special = not_here(path, "")
+    if special:
+        raise DataError(f"{where}: {special}; expected a file of prompts")
     if path.suffix.lower() not in (".txt", ".jsonl"):
         raise DataError(f"{where}: expected a .txt file with one prompt a line, or a .jsonl file")
     try:

@@ -112,7 +112,10 @@ def open_header(encoded: bytes) -> PILImage:
         ValueError: it has more pixels than are decoded.
         Exception: nearly any, for a damaged header.
     """
-    image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    try:
+        image = Image.open(io.BytesIO(encoded), formats=FORMATS)
+    except Image.DecompressionBombError as error:  # of twice as many
+        raise ValueError(f"has more than {_MOST_PIXELS:,} pixels; make it smaller, or remove it") from error
     _check_pixels(*image.size)
     return image
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from fdistill.base.files import cached_folder, made_once
+from fdistill.base.hashes import hashed_tensors, save_hashed
 from fdistill.base.rng import indexed_normal
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
@@ -102,13 +102,13 @@ def teacher_samples(
                 x0 = heun_sample(teacher, noise, condition, wanted.num_steps, start_level=wanted.start_level)
                 parts.append(x0.float().cpu())
                 bar.update(len(rows))
-        save_file({"x0": torch.cat(parts).contiguous()}, folder / _FILE)
+        save_hashed({"x0": torch.cat(parts)}, folder / _FILE)
 
     labels = torch.arange(wanted.count) % (teacher.num_classes or 1)
     folder = made_once(TEACHER_SAMPLES, wanted.key, draw)
     try:
-        return TeacherSamples(load_file(folder / _FILE)["x0"], labels)
-    except (OSError, SafetensorError, KeyError):
-        shutil.rmtree(folder, ignore_errors=True)  # cut short by a full disk: drawn anew
+        return TeacherSamples(dict(hashed_tensors(folder / _FILE))["x0"], labels)
+    except (OSError, SafetensorError, KeyError, ValueError):
+        shutil.rmtree(folder, ignore_errors=True)  # cut short by a full disk, or damaged: drawn anew
         folder = made_once(TEACHER_SAMPLES, wanted.key, draw)
-        return TeacherSamples(load_file(folder / _FILE)["x0"], labels)
+        return TeacherSamples(dict(hashed_tensors(folder / _FILE))["x0"], labels)

@@ -14,6 +14,8 @@ _EDM = {
     "edm_mean": "EDM's network of Playground v2.5",
     "edm_vpred.sigma_max": "a CosXL network, which predicts v of EDM",
 }
+#: All of them: they are no part of a network, under whichever names its tensors are.
+MARKS = frozenset({_PREDICTS_V, _ZERO_TERMINAL_SNR, *_EDM, "edm_std", "edm_vpred.sigma_min"})
 #: A key of the file's metadata, as training scripts write it (github.com/Stability-AI/ModelSpec), and what it may say.
 _SPEC = "modelspec.prediction_type"
 _SPEC_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}

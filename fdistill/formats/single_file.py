@@ -19,7 +19,7 @@ from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import made_once, sha256_of_files
 from fdistill.formats.comfy import NETWORK
-from fdistill.formats.own_word import own_scheduler
+from fdistill.formats.own_word import MARKS, own_scheduler
 from fdistill.formats.pipeline_folder import (
     components,
     pipeline_hashes,
@@ -176,7 +176,11 @@ def _network_tensors(base: Path, published: bool) -> dict[str, tuple[int, ...]]:
 def _check_network(path: Path, shapes: Shapes, kind: str | None, base: Path) -> None:
     """Raises CheckpointError unless the file has every tensor of the base's network, in its shape, and no other."""
     prefix = NETWORK if _has(shapes, NETWORK) else ""
-    found = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    found = {
+        name.removeprefix(prefix): shape
+        for name, shape in shapes.items()
+        if name.startswith(prefix) and name not in MARKS
+    }
     expected = _network_tensors(base, published=kind is not None)
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     if wrong:
@@ -227,14 +231,15 @@ def _convert(path: Path, shapes: Shapes, kind: str | None, base: Path) -> dict[s
 def _as_it_is(cls: Any, path: Path, folder: Path, dtype: torch.dtype) -> Any:
     """A network under the names of diffusers, which older versions of diffusers do not read from a single file."""
     network = cls.from_config(cls.load_config(folder)).to(dtype)
-    network.load_state_dict(load_file(path))
+    network.load_state_dict({name: value for name, value in load_file(path).items() if name not in MARKS})
     return network
 
 
 def _dtype(path: Path, *starts: str) -> torch.dtype:
     """A dtype that holds all tensors whose names start with one of `starts` without rounding them."""
     with safe_open(path, framework="pt") as file:
-        found = {file.get_slice(name).get_dtype() for name in file.keys() if name.startswith(starts)}  # noqa: SIM118
+        names = [name for name in file.keys() if name.startswith(starts) and name not in MARKS]  # noqa: SIM118
+        found = {file.get_slice(name).get_dtype() for name in names}
     if found == {"F16"}:
         return torch.float16
     return torch.bfloat16 if found <= {"BF16", "F8_E4M3", "F8_E5M2"} else torch.float32
@@ -243,5 +248,5 @@ def _dtype(path: Path, *starts: str) -> torch.dtype:
 def _network_of(path: Path, shapes: Shapes) -> str | dict[str, Tensor]:
     """The file; for a UNet alone, its tensors under the names of a whole checkpoint, as diffusers expects them."""
     if "input_blocks.0.0.weight" in shapes:
-        return {NETWORK + name: value for name, value in read_tensors(path).items()}
+        return {NETWORK + name: value for name, value in read_tensors(path).items() if name not in MARKS}
     return str(path)

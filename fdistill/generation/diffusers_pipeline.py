@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from fdistill.adapters import OWN_COMPONENT, network_components
-from fdistill.adapters.checkpoint import Checkpoint, check_pipeline, find_network, resolve_checkpoint
+from fdistill.adapters.checkpoint import Checkpoint, check_configs, check_pipeline, find_network, resolve_checkpoint
 from fdistill.adapters.config_fields import check_network_config
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.adapters.pretrained import LOADING_ERRORS, load_network
@@ -51,6 +51,8 @@ def load_pipeline(checkpoint: Checkpoint) -> DiffusionPipeline:
             labels or noise; components are code; or files are missing, truncated or pickles.
     """
     folder, name = checkpoint.folder, checkpoint.index.get("_class_name")
+    if folder is not None:
+        check_configs(folder)
     if folder is None or name is None:
         raise CheckpointError(
             f"checkpoint {checkpoint.name!r}: no model_index.json that can be read; expected a folder that a "

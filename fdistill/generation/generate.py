@@ -24,7 +24,7 @@ from fdistill.base.files import atomic_folder, claimed_folder, weights_sha256, w
 from fdistill.base.images import to_pil
 from fdistill.denoiser import Denoiser
 from fdistill.generation.diffusers_pipeline import only_diffusers_runs
-from fdistill.generation.maker import Evaluations, LabelsOrPrompts, Maker
+from fdistill.generation.maker import Evaluations, LabelsOrPrompts, Maker, describe_maker
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.generation.pipeline_maker import open_pipeline
 from fdistill.generation.sampling import Sampling, check_unread
@@ -97,7 +97,7 @@ def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampl
             with text.on(device):
                 null = text.null(sampling.negative_prompt)
         other = None if guide is None else guide.denoiser.to(device)
-        denoiser = GuidedDenoiser(denoiser, sampling.scale, null=null, guide=other)
+        denoiser = GuidedDenoiser(denoiser, sampling.scale, null=null, guide=other).to(device)
     return NetworkMaker(str(checkpoint), denoiser, sampling.steps, sha256, latents, text, sampling.scale)
 
 
@@ -233,6 +233,8 @@ def generate(
     condition = labels_or_prompts(maker, num_images, class_labels, prompts)
     order = _Order(maker, condition, num_images, seed, batch_size, chosen_device)
     main, processes = state.is_main_process, state.num_processes
+    if main:
+        tqdm.write(f"checkpoint {maker.name}: {describe_maker(maker)}", file=sys.stderr)
     cut = "" if prompts is None else maker.cut(prompts)
     if cut and main:
         tqdm.write(cut)

@@ -102,3 +102,11 @@ def finite_uint8(x0: Tensor, indices: Sequence[int], name: str) -> Tensor:
             "look at the checkpoint with `fdistill inspect`, and try a lower guidance scale"
         )
     return to_uint8(x0).cpu()
+
+
+def describe_maker(maker: Maker) -> str:
+    """One line about what was read of a checkpoint: "a student for 10 classes; hash of its weights 3f0c52..."."""
+    classes = "no classes" if maker.num_classes is None else f"{maker.num_classes:,} classes"
+    sampler = "" if maker.sampler is None else f", sampled by {maker.sampler} in {maker.num_steps} steps"
+    takes = "prompts" if maker.takes_prompts else classes
+    return f"a {maker.kind} for {takes}{sampler}; hash of its weights {maker.weights_sha256[:12]}"

@@ -24,7 +24,7 @@ from fdistill.generation.diffusers_pipeline import (
 )
 from fdistill.generation.maker import Evaluations, LabelsOrPrompts, finite_uint8
 from fdistill.generation.sampling import Sampling
-from fdistill.students.folder import find_student, student_facts
+from fdistill.students.folder import checked_facts, find_student
 from fdistill.students.student_pipeline import StudentPipeline
 from fdistill.teachers.text_encoders import PromptEncoder, describe_cut, quiet
 
@@ -211,7 +211,7 @@ def open_pipeline(checkpoint: str | Path, device: torch.device, sampling: Sampli
     """
     folder = find_student(checkpoint)
     if folder is not None:
-        facts = student_facts(folder)
+        facts = checked_facts(folder)
         pipeline = load_pipeline(Checkpoint(str(checkpoint), folder)).to(device)
         return PipelineMaker(str(checkpoint), folder, pipeline, facts.get("call", {}), student=facts)
     found = resolve_checkpoint(checkpoint)

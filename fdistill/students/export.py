@@ -13,6 +13,8 @@ from fdistill.base.files import atomic_file, check_file
 from fdistill.formats.comfy import single_file
 from fdistill.formats.lora_file import LORA_FILE, kohya_names
 from fdistill.formats.pipeline_folder import read_tensors
+from fdistill.student_kinds import STUDENT_FILE
+from fdistill.students.folder import checked_facts
 
 FORMATS = ("lora", "comfy", "comfy-lora")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -45,6 +47,8 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
     if output.suffix != ".safetensors":
         raise ArgumentError(f"output {output}: expected a file name that ends in .safetensors")
     check_file(output)
+    if (student / STUDENT_FILE).is_file():
+        checked_facts(student)
     if format == "comfy":
         tensors, notes = single_file(student)
     else:

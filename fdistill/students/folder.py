@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from fdistill.adapters import family_of, set_null_class
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import read_json_object, replaced_folder
+from fdistill.base.files import KEPT_SUFFIXES, read_json_object, replaced_folder
+from fdistill.base.hashes import check_files, noted_files
+from fdistill.base.reading import not_here
 from fdistill.base.state_dicts import load_exactly, unshared
 from fdistill.denoiser import Denoiser
 from fdistill.formats.lora_file import LORA_FILE, save_lora
@@ -26,6 +28,7 @@ from fdistill.students.model_card import OWN_USAGE, model_card, usage
 from fdistill.teachers.autoencoder import LatentSpace
 
 _OWN_NETWORK = "network.safetensors"
+_FILES = "files"  # in STUDENT_FILE: sizes and hashes
 
 
 def save_student(
@@ -71,6 +74,8 @@ def save_student(
             name, call = kind_of(generator).save_pipeline(temporary, generator, denoiser, origin, latents)
             facts |= {"pipeline": name, "call": call}
             how = usage(generator, temporary, name, call)
+        found = [path for path in temporary.rglob("*") if path.suffix in KEPT_SUFFIXES and path.is_file()]
+        facts[_FILES] = noted_files(temporary, sorted(path.relative_to(temporary).as_posix() for path in found))
         (temporary / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         text = model_card(generator, how, card, config, samples is not None)
         (temporary / "README.md").write_text(text, encoding="utf-8")
@@ -94,7 +99,7 @@ def student_folder(path: str | Path) -> Path:
     """
     folder = find_student(path)
     if folder is None:
-        missing = f"no {STUDENT_FILE} in it" if Path(path).is_dir() else "no such folder"
+        missing = f"no {STUDENT_FILE} in it" if Path(path).is_dir() else not_here(Path(path), "no such folder")
         raise CheckpointError(
             f"student {str(path)!r}: {missing}; expected what `fdistill distill` wrote to OUTPUT/student"
         )
@@ -107,6 +112,24 @@ def student_facts(folder: Path) -> dict[str, Any]:
         return read_json_object(folder / STUDENT_FILE)
     except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from error
+
+
+def checked_facts(folder: Path) -> dict[str, Any]:
+    """`student_facts` of a folder whose weights and configs are those that were written. They are read once for that,
+    at 1.7 GB a second from memory, or as fast as the disk is. Folders of earlier versions have no hashes.
+
+    Raises:
+        CheckpointError: a file is missing or another one.
+    """
+    facts = student_facts(folder)
+    try:
+        check_files(folder, facts.get(_FILES, {}))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"student {folder}: {error}; copy the student's folder again, or, if the file was changed on purpose, "
+            f'remove its entry under "{_FILES}" in {STUDENT_FILE}'
+        ) from error
+    return facts
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:
@@ -125,10 +148,10 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
             the folder, so that no folder can choose which code runs.
 
     Raises:
-        CheckpointError: the folder does not exist, or holds no student.
+        CheckpointError: the folder does not exist, holds no student, or a file of it is damaged.
     """
     folder = student_folder(path)
-    facts = student_facts(folder)
+    facts = checked_facts(folder)
     try:
         levels = kind_in(facts).levels_in(facts)
     except (ValueError, KeyError, TypeError) as error:

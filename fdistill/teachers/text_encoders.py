@@ -17,13 +17,13 @@ from typing import Any, Protocol
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from fdistill.adapters import runs_prompts, supported_pipelines
-from fdistill.adapters.checkpoint import Checkpoint, find_network
+from fdistill.adapters.checkpoint import Checkpoint, check_configs, find_network
 from fdistill.adapters.config_fields import TEXT_ENCODER_FIELDS, check_fields
 from fdistill.adapters.family import TextToImage
+from fdistill.adapters.pretrained import LOADING_ERRORS, check_size
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object, sampled_sha256
 from fdistill.condition import TextCondition
@@ -86,7 +86,7 @@ class PromptEncoder:
 
         Prompts that are too long are cut; `cut` lists them.
         """
-        with quiet():
+        with quiet(), self._explained():
             parts = [
                 self._family.encode_prompts(self._pipeline, list(prompts[first : first + _BATCH]), self._resolution)
                 for first in range(0, len(prompts), _BATCH)
@@ -96,8 +96,22 @@ class PromptEncoder:
     @torch.no_grad()
     def null(self, negative_prompt: str = "") -> TextCondition:
         """The negative condition of guidance, one row: the negative prompt, or the family's own empty prompt."""
-        with quiet():
+        with quiet(), self._explained():
             return self._family.encode_null(self._pipeline, negative_prompt, self._resolution)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Turns what encoders raise for tokens that they do not know into an error that names the folder."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except LOADING_ERRORS as error:
+            raise CheckpointError(
+                f"{self._pipeline.config.get('_name_or_path')}: its text encoders cannot read prompts "
+                f"({' '.join(str(error).split())[:400]}); expected tokenizer and text_encoder folders that belong "
+                "together, so copy both from the published pipeline"
+            ) from error
 
     def cut(self, prompts: Sequence[str]) -> list[CutPrompt]:
         """Lists the prompts that are longer than a tokenizer's limit, with the text that is dropped."""
@@ -198,6 +212,7 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
     folder = checkpoint.folder
     if folder is None:
         raise CheckpointError(f"checkpoint {checkpoint.name!r}: is a function, and functions have no text encoders")
+    check_configs(folder)
     if not checkpoint.index:
         raise CheckpointError(
             f"checkpoint {checkpoint.name!r}: {folder} has no model_index.json, so its text encoders are not known; "
@@ -216,15 +231,19 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
         )
     _check_encoders(folder, checkpoint.index)
     unused = {family.component, "vae", "safety_checker", "feature_extractor", "image_encoder"}
-    absent = {
+    absent: dict[str, Any] = {
         part: None
         for part, entry in checkpoint.index.items()
         if part in unused or (isinstance(entry, list) and entry[0] is None)
     }
+    chosen = getattr(diffusers, family.text.encoding_pipeline(checkpoint.index))
+    if "add_watermarker" in inspect.signature(chosen.__init__).parameters:
+        absent["add_watermarker"] = False  # it needs a library of its own, and no images are made here
+    _check_parts(checkpoint, absent)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     try:
         with quiet():
-            pipeline = getattr(diffusers, family.text.encoding_pipeline(checkpoint.index)).from_pretrained(
+            pipeline = chosen.from_pretrained(
                 folder,
                 local_files_only=True,
                 use_safetensors=True,
@@ -235,12 +254,25 @@ def open_prompt_encoder(checkpoint: Checkpoint, resolution: int, precision: str 
                 settings = read_json_object(network / "config.json")
                 pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**settings))
             pipeline.to(dtype)
-    except (OSError, ValueError, RuntimeError, TypeError, LookupError, ImportError, SafetensorError) as error:
+    except LOADING_ERRORS as error:
         raise CheckpointError(
             f"{folder}: its text encoders cannot be loaded ({' '.join(str(error).split())[:400]}); expected the "
             "tokenizer and text_encoder folders of the pipeline, with safetensors"
         ) from error
     return PromptEncoder(family.text, pipeline, resolution)
+
+
+def _check_parts(checkpoint: Checkpoint, absent: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if a text encoder or tokenizer has no folder: some libraries make up an empty one."""
+    assert checkpoint.folder is not None
+    for part, entry in checkpoint.index.items():
+        if part.startswith(("text_encoder", "tokenizer")) and part not in absent and isinstance(entry, list):
+            if not (checkpoint.folder / part).is_dir():
+                raise CheckpointError(
+                    f"{checkpoint.folder}: has no folder {part}, which its model_index.json names; copy it from the "
+                    "published pipeline"
+                )
+            check_size(checkpoint.folder / part)
 
 
 def _check_encoders(folder: Path, index: Mapping[str, Any]) -> None:

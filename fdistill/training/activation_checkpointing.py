@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from torch.nn import Parameter
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
@@ -27,21 +27,21 @@ def checkpoint_activations(denoiser: Denoiser) -> None:
             f"gradient_checkpointing: {type(denoiser if network is None else network).__name__} does not support it; "
             "expected false, or a network of diffusers that does"
         )
-    parameters = list(network.parameters())
 
     def recomputed(block: Callable[..., Any], *arguments: Any) -> Any:
-        return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: _contexts(parameters))
+        owner = block if isinstance(block, nn.Module) else network
+        return checkpoint(block, *arguments, use_reentrant=False, context_fn=lambda: _contexts(owner))
 
     network.enable_gradient_checkpointing(gradient_checkpointing_func=recomputed)
 
 
-def _contexts(parameters: Sequence[Parameter]) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """The contexts for a block's first run and for its recomputation, which restores the settings of the first run.
 
     The settings may have changed by then: a step freezes some networks only while it evaluates them, not during
     backward; and R1 selects attention that can be differentiated twice only while it evaluates the network.
     """
-    return nullcontext(), _AsItWas(parameters)
+    return nullcontext(), _AsItWas(module)
 
 
 class _AsItWas(AbstractContextManager[None]):
@@ -50,9 +50,9 @@ class _AsItWas(AbstractContextManager[None]):
     It can be entered several times, as a second backward through the same block does.
     """
 
-    def __init__(self, parameters: Sequence[Parameter]):
-        self._parameters = parameters
-        self._flags = [parameter.requires_grad for parameter in parameters]
+    def __init__(self, module: nn.Module):
+        self._module = module  # and not its parameters: others take their place while a sharded block is gathered
+        self._flags = [parameter.requires_grad for parameter in module.parameters()]
         self._attention = [backend for backend, enabled in _BACKENDS.items() if enabled()]
         self._open: list[ExitStack] = []
 
@@ -60,14 +60,14 @@ class _AsItWas(AbstractContextManager[None]):
         stack = ExitStack()
         self._open.append(stack)
         stack.enter_context(sdpa_kernel(self._attention))
-        stack.callback(self._set, [parameter.requires_grad for parameter in self._parameters])
+        stack.callback(self._set, [parameter.requires_grad for parameter in self._module.parameters()])
         self._set(self._flags)
 
     def __exit__(self, *error: object) -> None:
         self._open.pop().close()
 
     def _set(self, flags: Sequence[bool]) -> None:
-        for parameter, flag in zip(self._parameters, flags, strict=True):
+        for parameter, flag in zip(self._module.parameters(), flags, strict=True):
             parameter.requires_grad_(flag)
 
 

@@ -15,7 +15,7 @@ from fdistill.base.images import to_unit
 from fdistill.condition import Condition, none_like, upload_condition, where
 from fdistill.data import Batch, EpochOrder
 from fdistill.step import Pairs
-from fdistill.training.build import Distillation
+from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import TrainingData
 from fdistill.training.parts import ImageLoss
 from fdistill.training.stages import age_of

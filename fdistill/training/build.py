@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.adapters.quantised_layers import place
 from fdistill.adapters.resize import Resized, resized
 from fdistill.base.devices import autocast
-from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, NonFiniteError
-from fdistill.base.state_dicts import take
+from fdistill.base.errors import ArgumentError, ConfigError
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
-from fdistill.config.sections import LoRAConfig
+from fdistill.config.sections import FakeScoreConfig, LoRAConfig, StudentConfig
 from fdistill.data.embeddings import Captions
 from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence
-from fdistill.ema import EMA, trained_state
+from fdistill.ema import EMA
 from fdistill.generator import Student
 from fdistill.guidance import GuidedDenoiser
 from fdistill.methods import METHODS
@@ -33,123 +32,19 @@ from fdistill.ratio import DensityRatio
 from fdistill.step import Networks
 from fdistill.students.kinds import KINDS
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
-from fdistill.teachers.autoencoder import LatentSpace, image_shape
+from fdistill.teachers.autoencoder import LatentSpace
 from fdistill.teachers.guide import Guide, open_guide
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
-from fdistill.training import checks
+from fdistill.training import checks, sharding
 from fdistill.training.activation_checkpointing import checkpoint_activations
-from fdistill.training.checkpoint import check_tensors, load_optimizer_tensors, optimizer_tensors
+from fdistill.training.distillation import Distillation
 from fdistill.training.optimise import make_optimizers
 from fdistill.training.prompts import Obtain, encode, open_inputs
-from fdistill.training.stages import Stage, age_of, make_stages, stage_at, trained_roles
-from fdistill.training.starts import load_trained, open_start, start_roles
-from fdistill.training.updates import Update
+from fdistill.training.stages import make_stages, trained_roles
+from fdistill.training.starts import open_start, start_roles
 
 if TYPE_CHECKING:
     from fdistill.training.clip_loss import ClipHinge
-
-
-@dataclass
-class Distillation:
-    """Everything one run holds in memory.
-
-    Attributes:
-        device: where its networks are.
-        checkpoint: the teacher's checkpoint.
-        origin: the checkpoint that the student's network comes from.
-        resized: which weights were copied and which are new, if student.network changed the network.
-        latents: the autoencoder of a latent teacher.
-        guide: the second network of the teacher's guidance, if the config has one.
-        latents_folder: the folder of cached latents, if the run reads one.
-        text: the encoded prompts of a text-to-image teacher.
-        none: the "no class" label or the null prompt; None for a teacher that has neither.
-        clip: the CLIP loss on decoded samples, if the config has one.
-    """
-
-    config: DistillConfig
-    device: torch.device
-    checkpoint: Checkpoint
-    origin: Checkpoint
-    resized: Resized | None
-    latents: LatentSpace | None
-    guide: Guide | None
-    latents_folder: Path | None
-    text: Captions | None
-    none: TextCondition | int | None
-    clip: ClipHinge | None
-    networks: Networks
-    student: Student
-    optimizers: dict[str, torch.optim.Optimizer]
-    ema: EMA
-    ratio: DensityRatio
-    stages: tuple[Stage, ...]
-    iteration: int = 0
-
-    @property
-    def stage(self) -> Stage:
-        """The stage in which the iteration lies."""
-        return stage_at(self.stages, self.iteration)
-
-    @property
-    def divergence(self) -> Divergence:
-        """Of the stage."""
-        return self.stage.divergence
-
-    @property
-    def critic_update(self) -> Update:
-        """Of the stage, whose method must have one."""
-        assert self.stage.critic_update is not None
-        return self.stage.critic_update
-
-    @property
-    def student_update(self) -> Update:
-        """Of the stage."""
-        return self.stage.student_update
-
-    @property
-    def image_size(self) -> int:
-        """Height and width in pixels of the images, after decoding if samples are latents."""
-        return self.image_shape[-1]
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of the images, after decoding if samples are latents."""
-        return image_shape(self.networks.teacher, self.latents)
-
-    def role(self, name: str) -> nn.Module:
-        """The trainable module of a role: "generator", "fake_score" or "discriminator"."""
-        module: nn.Module = getattr(self.networks, name)
-        return module
-
-    def state(self) -> dict[str, Tensor]:
-        """All tensors that a resumed run needs. Random draws depend on seed and iteration alone."""
-        tensors = {"ratio.bins": self.ratio.bins}
-        tensors.update({f"ema.{name}": value for name, value in self.ema.state_dict().items()})
-        for name, optimizer in self.optimizers.items():
-            tensors.update({f"{name}.{key}": value for key, value in trained_state(self.role(name)).items()})
-            tensors.update({f"optimizer.{name}.{key}": value for key, value in optimizer_tensors(optimizer).items()})
-        return tensors
-
-    def check_finite(self) -> None:
-        """Raises NonFiniteError if a role's weights are not finite; called before weights are saved."""
-        for name in self.optimizers:
-            if not all(bool(torch.isfinite(parameter).all()) for parameter in self.role(name).parameters()):
-                raise NonFiniteError(f"{name}: its weights became NaN or infinite in the last update")
-
-    def load_state(self, tensors: dict[str, Tensor], iteration: int, what: str) -> None:
-        """Restores what `state` returned after an iteration; raises CheckpointError if they are of another run."""
-        own = {name: value for name, value in self.state().items() if not name.startswith("optimizer.")}
-        trained = [role for role in self.optimizers if age_of(role, self.stages, iteration)]
-        try:
-            check_tensors(tensors, own, self.optimizers, trained)
-        except ValueError as error:
-            raise CheckpointError(f"{what}: {error}") from error
-        for name, optimizer in self.optimizers.items():
-            load_trained(self.role(name), take(tensors, name), f"{what}, {name}")
-            load_optimizer_tensors(optimizer, take(tensors, f"optimizer.{name}"))
-        self.ema.load_state_dict(take(tensors, "ema"))
-        self.ratio.bins = tensors["ratio.bins"].to(self.ratio.bins.device)
-        self.iteration = iteration
 
 
 @dataclass(frozen=True)
@@ -230,18 +125,24 @@ def _assemble(
     null = loaded.null(device)
     if denoiser.embedded_guidance is not None:
         denoiser.embedded_guidance = config.guidance_scale
-    trained = _trained_networks(config, loaded.teacher, device)
+    mesh = sharding.make_mesh(config.parallel, device, offload=config.offload_frozen or config.offload_optimizers)
+    # What is distributed moves to the device block by block, so that it is nowhere as a whole.
+    frozen_device = torch.device("cpu") if sharding.distributes_frozen(config, mesh) else device
+    trained = _trained_networks(config, loaded.teacher, frozen_device, mesh)
     student = KINDS[config.student.generator].make(trained.student, config.student_levels)
     roles = {role for stage in stages for role in trained_roles(stage)}
-    guide = _placed(loaded.guide, config, device)
+    guide = _placed(loaded.guide, config, frozen_device)
     has_heads = "discriminator" in roles
     networks = _networks(config, denoiser, trained.fake_score, student, null, guide, has_discriminator=has_heads)
-    if networks.discriminator is not None:
-        networks.discriminator.to(device)
     if not all(METHODS[stage.method].scores for stage in stages):
-        with autocast(device, config.precision):
+        with autocast(next(trained.fake_score.parameters()).device, config.precision):
             _freeze_beyond(trained.fake_score, config.discriminator.features)
     start_roles(config, networks, denoiser)
+    empty_student = None if mesh is None else sharding.blank(student)
+    if mesh is not None:
+        sharding.distribute(config, mesh, denoiser, guide, trained.fake_score, student, networks.discriminator)
+    elif networks.discriminator is not None:
+        networks.discriminator.to(device)
     ratio = _density_ratio(config, denoiser.schedule)
     return Distillation(
         config=config,
@@ -257,6 +158,8 @@ def _assemble(
         clip=_clip_hinge(config, latents, device) if any(stage.clip_loss.weight for stage in stages) else None,
         networks=networks,
         student=student,
+        sharded=sharding.is_sharded(mesh),
+        empty_student=empty_student,
         optimizers=make_optimizers(config, networks, roles),
         ema=EMA(student, config.ema.decays, config.ema.sigma_rel),
         ratio=ratio,
@@ -264,15 +167,17 @@ def _assemble(
     )
 
 
-def _trained_networks(config: DistillConfig, teacher: Teacher, device: torch.device) -> _Trained:
-    """The student's network and the fake score, on the device.
+def _trained_networks(
+    config: DistillConfig, teacher: Teacher, device: torch.device, mesh: DeviceMesh | None
+) -> _Trained:
+    """The student's network and the fake score, on the device unless they will be distributed.
 
     Each is a copy of the teacher's network or adapters on it; the student's may come from another checkpoint.
     """
     frozen = teacher.denoiser
     # Copies whose weights are trained are made before the frozen ones lose precision.
     copies = {
-        role: None if section.lora_rank else copy.deepcopy(frozen)
+        role: None if section.lora_rank else _copied(frozen, mesh, section)
         for role, section in ((STUDENT, config.student), (FAKE, config.fake_score))
     }
     origin, student, changed = _student_network(config, teacher, copies[STUDENT])
@@ -280,13 +185,22 @@ def _trained_networks(config: DistillConfig, teacher: Teacher, device: torch.dev
     fake_score = copies[FAKE] or _adapted(frozen, config.fake_score, FAKE, "fake_score")
     student = student or _adapted(frozen, config.student, STUDENT, "student")
     for trained, lora_rank in ((student, config.student.lora_rank), (fake_score, config.fake_score.lora_rank)):
-        trained.to(device).train()
+        if mesh is None or lora_rank:
+            trained.to(device)
+        trained.train()
         if not lora_rank:
             trained.requires_grad_(True)
+    if sharding.distributes_frozen(config, mesh):
+        student, fake_score = sharding.aliased(student), sharding.aliased(fake_score)
     if config.gradient_checkpointing:
         for denoiser in (frozen, student, fake_score):
             checkpoint_activations(denoiser)
     return _Trained(student, fake_score, origin, changed)
+
+
+def _copied(frozen: Denoiser, mesh: DeviceMesh | None, section: StudentConfig | FakeScoreConfig) -> Denoiser:
+    """A copy to train. For sharding it needs no memory of its own, unless other weights will be loaded into it."""
+    return copy.deepcopy(frozen) if mesh is None or section.checkpoint is not None else sharding.aliased(frozen)
 
 
 def _student_network(

@@ -127,7 +127,7 @@ def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encodi
         )
     index, write_text = None, None
     unreadable: list[str] = []
-    account = account_of(source)
+    account = account_of(source, captioned=teacher.denoiser.text_shapes is not None)
     say(f"data {source.name}", account.sentence())
     if teacher.denoiser.text_shapes is not None:
         prompts, index = distinct_captions(source, teacher)

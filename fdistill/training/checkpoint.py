@@ -1,46 +1,135 @@
-"""Training checkpoints: every tensor in one safetensors file, everything else in JSON beside it. No pickle."""
+"""Training checkpoints by torch's distributed checkpoint, in safetensors files: each process writes what it holds, and
+any number of processes can read it. Everything else is in JSON beside them. No pickle.
+"""
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import json
+import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fdistill.base import rng
+from fdistill.base.distributed import from_main_process, part
 from fdistill.base.errors import CheckpointError
-from fdistill.base.files import read_json_object, replaced_folder, sha256_of_files, writing
-from fdistill.base.state_dicts import take, unshared
-from fdistill.training.adamw_8bit import as_state, as_tensors, is_8bit, state_like
+from fdistill.base.files import read_json_object, replaced_folder, writing
+from fdistill.base.hashes import check_files, noted_files
+from fdistill.base.state_dicts import unshared
+from fdistill.training import adamw_8bit
+
+# What torch says of a run by one process.
+warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 _FOLDER = re.compile(r"\d{6,}")
-_TENSORS, _META = "state.safetensors", "state.json"
+_TENSORS, _META = "state{}.safetensors", "state.json"
+_FILE_BYTES = 2**31  # of a process's files, which are made in memory one after another
 
 
-def save_checkpoint(folder: Path, iteration: int, tensors: dict[str, Tensor], meta: dict[str, Any], keep: int) -> Path:
-    """Writes folder/<iteration>/ with the size and the hash of its tensors, and removes all but the newest `keep`.
+def save_checkpoint(
+    folder: Path,
+    iteration: int,
+    tensors: Mapping[str, Tensor],
+    meta: dict[str, Any],
+    keep: int,
+    *,
+    spared: Collection[int] = (),
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Writes folder/<iteration>/ with the size and the hash of its files, and removes all but the newest `keep` and
+    those of the iterations in `spared`.
+
+    Every process must call it, with the tensors on the CPU.
+
+    Args:
+        group: of all processes, over which they agree; None for the default one.
 
     Raises:
         OutputError: the disk is full or cannot be written; earlier checkpoints are untouched.
     """
     path = folder / f"{iteration:06d}"
-    with replaced_folder(path) as temporary:
-        file = temporary / _TENSORS
-        save_file(unshared(tensors), file)
-        files = {_TENSORS: {"bytes": file.stat().st_size, "sha256": sha256_of_files([file])}}
-        text = json.dumps({"iteration": iteration, **meta, "files": files}, indent=2)
-        (temporary / _META).write_text(text + "\n", encoding="utf-8")
-    with writing(folder):
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
+    main = rng.world()[0] == 0
+    with replaced_folder(path) if main else nullcontext(path) as temporary:
+        temporary = from_main_process(lambda: temporary, group)
+        with writing(path):
+            _write(tensors, temporary, group)
+        if main:
+            files = noted_files(temporary, _named_files(temporary))
+            text = json.dumps({"iteration": iteration, **meta, "files": files}, indent=2)
+            (temporary / _META).write_text(text + "\n", encoding="utf-8")
+            for written in (*temporary.iterdir(), temporary):
+                _to_disk(written)
+    if main:
+        _to_disk(folder)
+        with writing(folder):
+            for old in checkpoints(folder)[:-keep]:
+                if int(old.name) not in spared:
+                    shutil.rmtree(old)
     return path
+
+
+def _write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
+    """Writes what this process holds; returns when every process has written."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    alone = rng.world()[1] == 1
+    known = inspect.signature(HuggingFaceStorageWriter).parameters
+    by_process = {"save_distributed" if "save_distributed" in known else "save_sharded": True}  # torch 2.8's name
+    writer: Any = HuggingFaceStorageWriter(str(folder), _files_of(tensors), **by_process)
+    own = unshared(tensors) if alone else dict(tensors)
+    with _collected():
+        save(own, storage_writer=writer, process_group=None if alone else group, no_dist=alone)
+
+
+def _files_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Which of a process's files, from 1, holds each tensor."""
+    found, total = {}, 0
+    for name, value in tensors.items():
+        total += part(value).nbytes
+        found[name] = 1 + total // _FILE_BYTES
+    return found
+
+
+@contextmanager
+def _collected() -> Iterator[None]:
+    """Raises the first of the errors that torch collects from all processes."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def _named_files(folder: Path) -> list[str]:
+    """Gives the files that were written their names, and returns these."""
+    made = sorted(folder.glob("*.safetensors"))
+    names = [_TENSORS.format("" if len(made) == 1 else f"-{i:05d}-of-{len(made):05d}") for i in range(1, len(made) + 1)]
+    for file, name in zip(made, names, strict=True):
+        file.rename(folder / name)
+    return names
+
+
+def _to_disk(path: Path) -> None:
+    """Waits until a file, or the names in a folder, would outlast a power cut."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -52,19 +141,47 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors on the CPU, meta) of one checkpoint folder, whose files are what was written.
+    """(whole tensors on the CPU, meta) of one checkpoint folder, whose files are what was written.
 
     A checkpoint of an earlier version has no hash; of that it is known only that the file is whole.
 
     Raises:
-        CheckpointError: a file is missing, damaged or of another format. The message names the newest intact checkpoint
-            before this one, and how to go on from there.
+        CheckpointError: a file is missing, damaged or of another format.
     """
+    meta = check_checkpoint(path)
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in described_tensors(path).items()}
+    read_tensors(path, tensors, alone=True)
+    return tensors, meta
+
+
+def check_checkpoint(path: Path) -> dict[str, Any]:
+    """The meta of a checkpoint; raises what `load_checkpoint` does."""
     try:
-        meta = _checked(path)
-        return load_file(path / _TENSORS), meta
+        return _checked(path)
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be used: {error}; {way_back(path)}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
+
+
+def described_tensors(path: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype of each tensor of a checkpoint that is intact."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    stored: Any = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: (each.size, each.properties.dtype) for name, each in stored.items()}
+
+
+def read_tensors(path: Path, tensors: dict[str, Tensor], *, alone: bool = False) -> None:
+    """Fills tensors, each with what this process holds of it, from a checkpoint that is intact and has them all.
+
+    Args:
+        alone: whether only this process reads, and not all of them together.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    alone = alone or rng.world()[1] == 1
+    with _collected():
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(path)), no_dist=alone)
 
 
 def _checked(path: Path) -> dict[str, Any]:
@@ -73,18 +190,15 @@ def _checked(path: Path) -> dict[str, Any]:
     iteration, files = meta.get("iteration"), meta.pop("files", None)
     if type(iteration) is not int or iteration != int(path.name):
         raise ValueError(f"{_META} says iteration {iteration!r}, its folder {int(path.name)}")
-    file = path / _TENSORS
     if files is None:
-        with safe_open(file, framework="pt"):
+        with safe_open(path / _TENSORS.format(""), framework="pt"):
             return meta
-    try:
-        size, expected = files[_TENSORS]["bytes"], files[_TENSORS]["sha256"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{_META} does not say size and hash of {_TENSORS}") from error
-    if file.stat().st_size != size:
-        raise ValueError(f"{_TENSORS} has {file.stat().st_size:,} bytes, of {size} that were written")
-    if sha256_of_files([file]) != expected:
-        raise ValueError(f"{_TENSORS} is damaged: its hash is not that of what was written")
+    if not isinstance(files, dict):
+        raise ValueError(f"{_META} does not say size and hash of its files")
+    unknown = {file.name for file in path.glob("*.safetensors")} - set(files)
+    if unknown or not files:
+        raise ValueError(f"{_META} does not say size and hash of {min(unknown, default=_TENSORS.format(''))}")
+    check_files(path, files)
     return meta
 
 
@@ -99,21 +213,17 @@ def newest_intact(paths: Collection[Path]) -> Path | None:
     return None
 
 
-def way_back(path: Path) -> str:
-    """How to go on from the newest intact checkpoint before one that cannot be used."""
-    made = checkpoints(path.parent)
-    intact = newest_intact([one for one in made if int(one.name) < int(path.name)])
-    if intact is None:
-        return "no checkpoint before it is intact; start again in another folder"
-    after = ", ".join(one.name for one in made if int(one.name) > int(intact.name))
-    return (
-        f"the newest intact one before it is {intact.name}: delete {after} in {path.parent} and run again with "
-        f"--resume to go on from iteration {int(intact.name)}"
-    )
+def set_aside(folder: Path, iteration: int) -> None:
+    """Gives the checkpoints after an iteration, from which a run does not go on, names that end in ".damaged"."""
+    for path in checkpoints(folder):
+        if int(path.name) > iteration:
+            numbered = (path.with_name(f"{path.name}-{number}.damaged") for number in itertools.count(2))
+            names = itertools.chain([path.with_name(f"{path.name}.damaged")], numbered)
+            path.replace(next(name for name in names if not name.exists()))
 
 
 def check_tensors(
-    tensors: Mapping[str, Tensor],
+    stored: Mapping[str, tuple[torch.Size, torch.dtype]],
     own: Mapping[str, Tensor],
     optimizers: Mapping[str, Optimizer],
     trained: Collection[str],
@@ -121,7 +231,7 @@ def check_tensors(
     """Checks that a checkpoint's tensors are those of a run, before any of them is loaded.
 
     Args:
-        tensors: what a checkpoint holds.
+        stored: shape and dtype of what a checkpoint holds.
         own: the run's tensors except those of optimisers, by the same names.
         optimizers: the run's, by their roles. Parameters without gradients have no state.
         trained: the roles that have been trained, so that their optimisers have a state.
@@ -129,52 +239,78 @@ def check_tensors(
     Raises:
         ValueError: a tensor is missing, has another shape or data type, or belongs to nothing in the run.
     """
-    expected = dict(own)
+    expected = {name: (value.shape, value.dtype) for name, value in own.items()}
     for role, optimizer in optimizers.items():
         prefix = f"optimizer.{role}"
-        parameters = dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
-        indices = {name.partition(".")[0] for name in take(dict(tensors), prefix)}
+        indices = _with_state(stored, prefix)
         if role in trained and not indices:
             raise ValueError(f"incomplete, the state of the optimiser of {role} is missing")
-        for index, parameter in parameters.items():
-            if str(index) in indices:
-                expected |= {
-                    f"{prefix}.{index}.{name}": value for name, value in _state_like(optimizer, parameter).items()
-                }
+        for index, parameter in _parameters(optimizer).items():
+            if index in indices:
+                state = {name: (value.shape, value.dtype) for name, value in _state_like(optimizer, parameter).items()}
+                expected |= {f"{prefix}.{index}.{name}": value for name, value in state.items()}
     for name, value in expected.items():
-        if name not in tensors:
+        if name not in stored:
             raise ValueError(f"incomplete, {name} is missing")
-        found = tensors[name]
-        if found.shape != value.shape or found.dtype != value.dtype:
+        if stored[name] != value:
             raise ValueError(
-                f"{name} is {_described(found)}, and this run has {_described(value)}; expected one of this run"
+                f"{name} is {_described(*stored[name])}, and this run has {_described(*value)}; "
+                "expected one of this run"
             )
-    if unknown := tensors.keys() - expected.keys():
+    if unknown := stored.keys() - expected.keys():
         raise ValueError(f"{min(unknown)} belongs to nothing in this run; expected one of this run")
 
 
+def _with_state(names: Collection[str], prefix: str) -> set[int]:
+    """The numbers of the parameters whose state is stored under "<prefix>.<number>."."""
+    inner = [name[len(prefix) + 1 :].partition(".")[0] for name in names if name.startswith(f"{prefix}.")]
+    return {int(number) for number in inner if number.isdecimal()}
+
+
+def _parameters(optimizer: Optimizer) -> dict[int, Tensor]:
+    return dict(enumerate(p for group in optimizer.param_groups for p in group["params"]))
+
+
+def _described(shape: torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+
 def _state_like(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    if is_8bit(optimizer):
-        return state_like(parameter)
-    return {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+    """The state of a parameter, without values."""
+    if adamw_8bit.is_8bit(optimizer):
+        return adamw_8bit.state_like(parameter)
+    return {
+        "step": torch.empty((), device=part(parameter).device),
+        "exp_avg": torch.empty_like(parameter),
+        "exp_avg_sq": torch.empty_like(parameter),
+    }
 
 
-def _described(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+def prepare_optimizer(optimizer: Optimizer, names: Collection[str], prefix: str) -> None:
+    """Gives AdamW a state without values for the parameters whose state is stored under "<prefix>.<number>."."""
+    stored = _with_state(names, prefix)
+    for index, parameter in _parameters(optimizer).items():
+        if index in stored:
+            optimizer.state[parameter] = _state_like(optimizer, parameter)
+        else:
+            optimizer.state.pop(parameter, None)
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state as flat tensors named "<parameter index>.<state name>"."""
+    """An optimiser's state as flat tensors named "<parameter index>.<state name>"; all share its memory, except the
+    counts of `adamw_8bit`.
+    """
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, entry in state.items() for name, value in as_tensors(entry).items()}
+    return {
+        f"{index}.{name}": value
+        for index, entry in state.items()
+        for name, value in adamw_8bit.as_tensors(entry).items()
+    }
 
 
-def load_optimizer_tensors(optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; the optimiser keeps its own hyper-parameters."""
-    state: dict[int, dict[str, Any]] = {}
-    for name, value in tensors.items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = value
-    if is_8bit(optimizer):
-        state = {index: as_state(entry) for index, entry in state.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def take_counts(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Takes what does not share the optimiser's memory from tensors named as by `optimizer_tensors`."""
+    if adamw_8bit.is_8bit(optimizer):
+        for index, parameter in _parameters(optimizer).items():
+            if f"{index}.step" in tensors:
+                optimizer.state[parameter]["step"] = int(tensors[f"{index}.step"])

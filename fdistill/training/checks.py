@@ -14,6 +14,7 @@ import torch
 from fdistill.base.errors import ArgumentError, ConfigError, DataError
 from fdistill.config.schema import DistillConfig
 from fdistill.data import TEACHER_SAMPLES, Source
+from fdistill.data.account import account_of
 from fdistill.data.embeddings import Captions, EmbeddingSource
 from fdistill.data.latents import LatentSource
 from fdistill.denoiser import Denoiser
@@ -228,13 +229,19 @@ def check_data(
     if teacher.num_classes is not None and highest >= teacher.num_classes:
         raise ConfigError(
             f"data {config.data!r} has class {highest}, but teacher {config.teacher!r} knows 0 to "
-            f"{teacher.num_classes - 1}; expected data like the teacher's"
+            f"{teacher.num_classes - 1}; expected data like the teacher's, and these are "
+            f"{_described(source)}"
         )
     if teacher.num_classes is not None and source.num_classes is None:
         raise ConfigError(
             f"data {config.data!r} has no class labels, but teacher {config.teacher!r} is class-conditional; expected "
-            "class folders, or a dataset.json, labels or cls entry for each image"
+            "class folders, or a dataset.json, labels or cls entry for each image, and these are "
+            f"{_described(source)}"
         )
+
+
+def _described(source: Source | LatentSource) -> str:
+    return f"{len(source):,} latents" if isinstance(source, LatentSource) else account_of(source).sentence()
 
 
 def pairs_start(teacher: Denoiser, student: Student) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, did_you_mean
+from fdistill.base.reading import not_here
 from fdistill.kernels.checks import wide
 from fdistill.teachers.autoencoder import LatentSpace
 
@@ -92,7 +93,7 @@ def load_clip(name: str, weights: str | Path) -> tuple[nn.Module, Any]:
         raise ConfigError(f"clip_loss.model: got {name!r}; {did_you_mean(name, open_clip.list_models())}")
     path = Path(weights)
     if path.suffix != ".safetensors" or not path.is_file():
-        problem = "no such file" if path.suffix == ".safetensors" else "is not a safetensors file"
+        problem = not_here(path) if path.suffix == ".safetensors" else "is not a safetensors file"
         raise CheckpointError(
             f"clip_loss.weights {str(weights)!r}: {problem}; download open_clip_model.safetensors of the architecture "
             f"{name} from the hub and pass its path"

@@ -23,7 +23,7 @@ from fdistill.data.source import ArraySource
 from fdistill.data.teacher_samples import SampleSet, TeacherSamples, teacher_samples
 from fdistill.denoiser import Denoiser
 from fdistill.training import checks
-from fdistill.training.build import Distillation
+from fdistill.training.distillation import Distillation
 
 Data = Source | SampleSource
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,13 +18,16 @@ from fdistill.base.errors import NonFiniteError
 from fdistill.base.files import writing
 from fdistill.base.images import save_grid
 from fdistill.ema_profiles import profile_name
+from fdistill.training.alarms import WINDOW, alarms
 from fdistill.training.breakdown import BrokenRunError, advice
-from fdistill.training.build import Distillation
 from fdistill.training.checkpoint import checkpoints, newest_intact, save_checkpoint
 from fdistill.training.curves import save_curves
+from fdistill.training.distillation import Distillation
 from fdistill.training.journal import Journal, append_record, read_records, scalars
 from fdistill.training.run_folder import export_student
-from fdistill.training.sample_grids import save_teacher_grid, student_images
+from fdistill.training.sample_grids import student_images, teacher_images
+from fdistill.training.saving import Saver
+from fdistill.training.sharding import gathered
 from fdistill.training.snapshots import save_snapshot
 from fdistill.training.stages import changing_rates, stage_at
 
@@ -57,10 +62,16 @@ class Logbook:
         self.journal = Journal(
             lambda t: run.ratio.bin_index(run.ratio.bin_level(schedule, t)),
             run.ratio.num_bins,
+            self._config.max_skipped,
         )
+        self._owed = False  # a checkpoint that was due while a role was stuck
+        self._recent: list[dict[str, Any]] = []
+        self._scored: list[dict[str, float]] = []
+        self._best = 0  # the iteration with the best scores
         self._trackers: list[GeneralTracker] = []
         self._started, self._first = time.perf_counter(), run.iteration
         self._stack = ExitStack()
+        self._saver = Saver()
 
     def __enter__(self) -> Logbook:
         tracker, iteration = self._config.log.tracker, self._run.iteration
@@ -73,13 +84,30 @@ class Logbook:
         for started in self._trackers:
             started.start()
             self._stack.callback(started.finish)
-        if self._main and iteration == 0 and self._config.log.samples_every:
-            save_teacher_grid(self._run, self._folder)
+        earlier = read_records(self._folder / "metrics.jsonl")
+        self._recent = earlier[-WINDOW:]
+        for record in earlier:
+            scores = {key: value for key, value in record.items() if key.startswith("eval/")}
+            self._note_scores(scores, record["iteration"])
+        if iteration == 0 and self._config.log.samples_every and self._takes_part:
+            teacher = teacher_images(self._run)
+            if self._main:
+                save_grid(teacher, self._folder / "samples" / "teacher.png")
             self._save_samples()
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is None:
+            self._saver.wait()
+        elif issubclass(error[0], Exception):
+            with suppress(Exception):  # the error that came first is the one to show
+                self._saver.wait()
         return self._stack.__exit__(*error)
+
+    @property
+    def _takes_part(self) -> bool:
+        """Whether this process runs the student when images or weights are written: all must, if each has a part."""
+        return self._main or self._run.sharded
 
     def after_iteration(self, skipped: Sequence[object], *, stopping: bool) -> None:
         """Writes whatever is due at this iteration.
@@ -94,7 +122,8 @@ class Logbook:
         config, snapshots = self._config, self._config.ema.snapshot_every
         last = self._run.iteration == config.iterations
         stage_ends = any(self._run.iteration == stage.end for stage in self._run.stages)
-        checkpoint = last or stopping or self._due(config.log.checkpoint_every)
+        must = last or stopping
+        checkpoint = must or self._due(config.log.checkpoint_every) or (self._owed and self._due(config.log.every))
         snapshot = snapshots > 0 and (last or self._due(snapshots))
         measured = self._watch is not None and (last or self._due(config.eval.every))
         if stage_ends or checkpoint or snapshot or measured or self._due(config.log.every):
@@ -105,17 +134,22 @@ class Logbook:
                 scores = self._scores() if measured else {}
             except NonFiniteError as error:
                 raise self._stopped(error) from error
-            self._write_record(record, scores, len(skipped))
-        if not self._main:
-            return
-        if config.log.samples_every and (last or self._due(config.log.samples_every)):
+            is_best = self._note_scores(scores, self._run.iteration)
+            self._write_record(record, scores, len(skipped), is_best=is_best)
+            checkpoint = checkpoint or (is_best and config.log.keep_best)
+            # Where a role's losses are not finite any more, the checkpoint before is the better one to go on from.
+            self._owed = checkpoint and self.journal.stuck and not must
+            checkpoint = checkpoint and not self._owed
+        if config.log.samples_every and (last or self._due(config.log.samples_every)) and self._takes_part:
             self._save_samples()
-        if snapshot:  # before the checkpoint, so that a run resumed from it has every snapshot up to it
+        if snapshot and self._takes_part:  # before the checkpoint: a run resumed from it has every snapshot up to it
             for width in config.ema.sigma_rel:
-                average = self._run.ema.shadows[profile_name(width)]
-                save_snapshot(self._folder / "ema", self._run.iteration, width, average)
+                average = gathered(self._run.ema.shadows[profile_name(width)], self._main)
+                if self._main:
+                    save_snapshot(self._folder / "ema", self._run.iteration, width, average)
         if checkpoint:
             self._save_checkpoint()
+        self._saver.check()
 
     def save_curves(self) -> None:
         """Draws curves.png from all records."""
@@ -136,7 +170,16 @@ class Logbook:
         self._started += time.perf_counter() - before
         return scores
 
-    def _write_record(self, record: dict[str, Any], scores: dict[str, float], skipped: int) -> None:
+    def _note_scores(self, scores: dict[str, float], iteration: int) -> bool:
+        """Whether these are the best scores so far; those of any iteration count from now on."""
+        if self._watch is None or not scores:
+            return False
+        is_best = self._watch.is_best(scores, self._scored)
+        self._scored.append(scores)
+        self._best = iteration if is_best else self._best
+        return is_best
+
+    def _write_record(self, record: dict[str, Any], scores: dict[str, float], skipped: int, *, is_best: bool) -> None:
         seconds, iteration = time.perf_counter() - self._started, self._run.iteration
         record = {
             "iteration": iteration,
@@ -148,22 +191,35 @@ class Logbook:
             **record,
             **scores,
         }
-        if not self._main:
-            return
-        path = self._folder / "metrics.jsonl"
-        earlier = read_records(path) if scores else []
-        append_record(path, record)
-        for tracker in self._trackers:
-            tracker.log(scalars(record), step=iteration)
+        if self._main:
+            self._raise_alarms(record)
+            for cause in record.get("skipped", ()):
+                warnings.warn(f"iteration {iteration}: {cause}; that update was skipped", stacklevel=2)
+            path = self._folder / "metrics.jsonl"
+            append_record(path, record)
+            for tracker in self._trackers:
+                tracker.log(scalars(record), step=iteration)
         # Before the checkpoint, so that a run resumed from it has the best student of all records up to it.
         watch = self._watch
-        if watch is not None and scores and watch.is_best(scores, earlier):
+        if watch is not None and is_best and self._takes_part:
             reason = watch.reason(scores, iteration)
-            export_student(self._run, self._folder, name="best", kept_for=reason)
+            export_student(self._run, self._folder, name="best", main=self._main, kept_for=reason)
+
+    def _raise_alarms(self, record: dict[str, Any]) -> None:
+        """Adds to a record the alarms that it raises, and warns of those that the record before has not raised."""
+        before = self._recent[-1].get("alarms", ()) if self._recent else ()
+        self._recent = [*self._recent, record][-WINDOW:]
+        found = alarms(self._recent)
+        if found:
+            record["alarms"] = list(found)
+        for name, sentence in found.items():
+            if name not in before:
+                warnings.warn(f"iteration {record['iteration']}: {name}: {sentence}", stacklevel=2)
 
     def _save_samples(self) -> None:
-        path = self._folder / "samples" / f"{self._run.iteration:06d}.png"
-        save_grid(student_images(self._run), path)
+        images = student_images(self._run)
+        if self._main:
+            save_grid(images, self._folder / "samples" / f"{self._run.iteration:06d}.png")
 
     def _save_checkpoint(self) -> None:
         meta = {
@@ -171,11 +227,14 @@ class Logbook:
             "torch_version": torch.__version__,
             "config": self._config.model_dump(mode="json"),
         }
-        keep = self._config.log.keep_checkpoints
-        save_checkpoint(self._folder / "checkpoints", self._run.iteration, self._run.state(), meta, keep)
+        keep, folder = self._config.log.keep_checkpoints, self._folder / "checkpoints"
+        spared = {self._best} if self._config.log.keep_best else set()
+        write = partial(save_checkpoint, folder, self._run.iteration, meta=meta, keep=keep, spared=spared)
+        self._saver.save(self._run.state(), write)
 
     def _stopped(self, error: NonFiniteError) -> NonFiniteError:
         """What happened, which role's update was out of range first, and how to go on."""
+        self._saver.wait()
         good = newest_intact(checkpoints(self._folder / "checkpoints"))
         leap = error.leap if isinstance(error, BrokenRunError) else None
         named = str(error).partition(":")[0]

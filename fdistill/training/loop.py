@@ -10,22 +10,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.distributed import from_main_process, wait_for_everyone
 from fdistill.base.errors import ConfigError, StoppedError
+from fdistill.base.heartbeat import telling_others
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
+from fdistill.data.account import say
 from fdistill.data.embeddings import Embeddings
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.step import PerSample
 from fdistill.teachers.teacher import Teacher
 from fdistill.training import read_data
 from fdistill.training.batches import Batches
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
 from fdistill.training.cache import Encoding
+from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal
 from fdistill.training.logbook import Logbook
@@ -63,8 +67,9 @@ def distill(
 
     Raises:
         ConfigError, CheckpointError, OutputError: raised before anything is written.
-        NonFiniteError: a loss became NaN or infinite; the last good checkpoint is kept.
-        StoppedError: SIGTERM or SIGINT came; the iteration was finished and a checkpoint written.
+        NonFiniteError: losses or gradients became NaN or infinite in `max_skipped` updates of a role in a row, or
+            weights did; the last good checkpoint is kept.
+        StoppedError: SIGTERM, SIGINT or SIGUSR1 came; the iteration was finished and a checkpoint written.
     """
     if not isinstance(config, DistillConfig):
         config = load_config(str(config), overrides)
@@ -77,7 +82,7 @@ def distill(
     check_parts(config, state.num_processes)
     check_output(folder, config, resume)
     wait_for_everyone()  # before the main process writes into what the others are still checking
-    with ExitStack() as stack:
+    with telling_others(), ExitStack() as stack:
         from_main_process(lambda: stack.enter_context(held_folder(folder, config, resume)))
         run = build(config, device)
         data = training_data(run)
@@ -85,7 +90,7 @@ def distill(
         resume_from(folder, run)
         from_main_process(lambda: prepare_folder(folder, run))
         if state.is_main_process:
-            read_data.note(folder, run, data.source)
+            read_data.note(folder, run, data.source, {} if watch is None else watch.read)
             _announce(run, folder, state.num_processes)
         received = train(run, data, Logbook(run, folder, watch, main=state.is_main_process))
         wait_for_everyone()  # a launcher ends all processes once one has ended
@@ -95,14 +100,18 @@ def distill(
                 f"{config.iterations}; continue with --resume",
                 128 + received,
             )
-        if state.is_main_process:
-            export_student(run, folder, name="student")
+        if state.is_main_process or run.sharded:
+            export_student(run, folder, name="student", main=state.is_main_process)
         wait_for_everyone()
     return folder / "student"
 
 
 def _announce(run: Distillation, folder: Path, processes: int) -> None:
-    """One line that says where the run begins and how many processes it has."""
+    """One line about the teacher that was read, and one that says where the run begins with how many processes."""
+    teacher = run.networks.teacher
+    millions = sum(parameter.numel() for parameter in teacher.parameters()) / 1e6
+    known = "prompts" if run.text is not None else f"{teacher.num_classes or 'no'} classes"
+    say(f"teacher {run.config.teacher}", f"{millions:,.1f} million weights, for {known}")
     count = "1 process" if processes == 1 else f"{processes} processes"
     where = f"iteration {run.iteration} to {run.config.iterations}"
     tqdm.write(f"{folder}: {where}, {count} on {run.device}", file=sys.stderr)
@@ -128,6 +137,7 @@ def open_watch(run: Distillation, obtain: Obtain = encode) -> Watch | None:
         NetworkMaker("the student", run.student, None, "", run.latents),
         run.image_shape,
         None if run.text is None else encoded,
+        run.sharded,
     )
     settings = WatchSettings(**config.eval.model_dump(exclude={"every"}), seed=config.seed)
     return Watch(student, settings, run.device)
@@ -171,23 +181,38 @@ def iterate(
     generator.manual_seed(rng.derived_seed(config.seed, rng.Stream.STEP, run.iteration))
     # Dropout draws from the global generator, and must draw different numbers in each process.
     torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
-    split = {name: Split(count_of(stage.config, name, rng.world()[1]), config.precision) for name in SECTIONS}
     critic = {name: role for name, role in roles.items() if name != "generator"}
+    first_batch = batches_before(run.stages, run.iteration)
+    place = f"iteration {run.iteration + 1}"
+    trained = {"generator": [run.role("generator")], "fake_score": [run.role(name) for name in critic]}
+    split = {
+        name: Split(count_of(stage.config, name, rng.world()[1]), config.precision, trained[name]) for name in SECTIONS
+    }
     for number in range(stage.critic_steps):
+        place = f"iteration {run.iteration + 1}, batch {first_batch + number + 1}"
         logs = backward(run.critic_update, batches.critic(number), generator, split["fake_score"])
-        step(logs, critic, journal)
+        step(logs, critic, journal, place)
+    bins = run.ratio.bins.clone()
     logs = backward(run.student_update, batches.student(), generator, split["generator"])
-    step(logs, {"generator": roles["generator"]}, journal)
+    (norm,) = step(logs, {"generator": roles["generator"]}, journal, place)
+    now = run.ratio.bins
+    run.ratio.bins = torch.where(norm.isfinite().to(now.device), now, bins.to(now.device))
     run.ema.update(run.stage.config.ema.decays)
     run.iteration += 1
 
 
-def step(logs: Sequence[Mapping[str, PerSample]], roles: Mapping[str, Role], journal: Journal) -> None:
-    """Runs an optimiser step for each role that an update has given gradients; `logs` are those of its parts."""
-    for part in logs[:-1]:
-        journal.add(part, {})
+def step(
+    logs: Sequence[Mapping[str, PerSample]], roles: Mapping[str, Role], journal: Journal, place: str
+) -> list[Tensor]:
+    """Runs an optimiser step for each role that an update has given gradients; returns the gradients' norms.
+
+    Args:
+        logs: of the update's parts.
+        place: where the update is, for the journal.
+    """
     norms = {name: role.step() for name, role in roles.items()}
-    journal.add(logs[-1], norms, {name: role.weights for name, role in roles.items()})
+    journal.add(logs, norms, {name: role.weights for name, role in roles.items()}, place)
+    return list(norms.values())
 
 
 def progress_bar(run: Distillation) -> Any:

@@ -1,19 +1,21 @@
-"""Optimisers, and one step of a role: gradients averaged over processes, clipped, applied."""
+"""Optimisers, and one step of a role: gradients clipped, and applied if they are finite."""
 
 from __future__ import annotations
 
 from collections.abc import Set
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fdistill.base.distributed import average_gradients
+from fdistill.base.distributed import part
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import OptimizerConfig
 from fdistill.denoiser import Denoiser
 from fdistill.step import ROLES, Networks
-from fdistill.training.adamw_8bit import adamw_8bit
+from fdistill.training import adamw_8bit
+from fdistill.training.sharding import average_scalars, total_norm
 
 
 class Role:
@@ -26,7 +28,8 @@ class Role:
     def __init__(self, module: nn.Module, optimizer: Optimizer):
         self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._denoisers = [part for part in module.modules() if isinstance(part, Denoiser)]
-        self._optimizer, self._grad_clip = optimizer, float("inf")
+        self._optimizer: Any = optimizer
+        self._grad_clip = float("inf")
         self._norm = self._weight_norm()
         self.weights = torch.stack([self._norm, self._norm])
 
@@ -38,11 +41,21 @@ class Role:
             group.update(settings, betas=(section.beta1, section.beta2))
 
     def step(self) -> Tensor:
-        """Applies the gradients that `backward` left, and clears them; returns their norm before clipping, 0-d."""
-        average_gradients(self._parameters)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._grad_clip)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
+        """Applies the gradients that `backward` left, and clears them; returns their norm before clipping, 0-d.
+
+        If that is NaN or infinite, the same on every process, neither weights nor the optimiser's state change.
+        """
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        average_scalars(gradients)
+        norm = total_norm(gradients)
+        torch._foreach_mul_([part(gradient) for gradient in gradients], (self._grad_clip / (norm + 1e-6)).clamp(max=1))
+        if adamw_8bit.is_8bit(self._optimizer):
+            adamw_8bit.step(self._optimizer, [parameter.grad for parameter in self._parameters], norm.isfinite())
+        else:
+            self._optimizer.found_inf = (~norm.isfinite()).float()  # read on the device, as torch's GradScaler has it
+            self._optimizer.step()
+        for parameter in self._parameters:
+            parameter.grad = None
         for denoiser in self._denoisers:
             denoiser.after_update()
         before, self._norm = self._norm, self._weight_norm()
@@ -51,7 +64,7 @@ class Role:
 
     @torch.no_grad()
     def _weight_norm(self) -> Tensor:
-        return nn.utils.get_total_norm(self._parameters).float()
+        return total_norm(self._parameters).float()
 
 
 def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, Optimizer]:
@@ -72,7 +85,7 @@ def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) 
                 "weight_decay": section.weight_decay,
             }
             if section.optimizer == "adamw-8bit":
-                found[role] = adamw_8bit(trained, f"{role}.optimizer", **settings)
+                found[role] = adamw_8bit.make(trained, f"{role}.optimizer", **settings)
             else:
                 found[role] = torch.optim.AdamW(trained, **settings, fused=True)
     return found

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdistill.base import rng
 from fdistill.base.devices import autocast
@@ -20,6 +20,7 @@ from fdistill.base.errors import ConfigError
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
 from fdistill.step import Pairs, PerSample
+from fdistill.training.sharding import average_gradients_next
 from fdistill.training.updates import Update
 
 #: The sections that have a micro_batch: the student's update, and the critic's.
@@ -55,10 +56,12 @@ class Split:
     Attributes:
         count: the number of parts; 1 is the whole batch at once.
         precision: "fp32" or "bf16", as for `autocast`.
+        trained: the modules that get gradients, averaged over processes in the last part alone.
     """
 
     count: int
     precision: str
+    trained: Sequence[nn.Module] = ()
 
 
 def count_of(config: DistillConfig, section: str, processes: int) -> int:
@@ -91,6 +94,8 @@ def backward(
 ) -> list[Mapping[str, PerSample]]:
     """Runs an update and the backward pass of its mean loss; returns the logs of each part.
 
+    If the loss is NaN or infinite, every gradient becomes NaN.
+
     Args:
         arguments: of the update, for the whole batch of this process, except the random generator.
         generator: in the state that the update starts from; afterwards in the state that it leaves.
@@ -102,7 +107,9 @@ def backward(
             generator.set_state(state)
         with rng.part(number, split.count), autocast(generator.device, split.precision):
             result = update(generator=generator, **part_of(arguments, number, split.count))
-        (result.loss / split.count if split.count > 1 else result.loss).backward()
+        average_gradients_next(split.trained, number == split.count - 1)
+        loss = result.loss / split.count if split.count > 1 else result.loss
+        loss.backward(0 * loss.detach() + 1)  # NaN if the loss is not finite, so that no gradient is
         logs.append(result.logs)
     return logs
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fdistill.base.files import atomic_file, read_json_object
 from fdistill.data.account import account_of, say
 from fdistill.data.sample_loader import SampleSource, ScaledLatents
-from fdistill.training.build import Distillation
+from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import Data
 
 RECORD = "data.json"
@@ -30,21 +31,23 @@ def facts_of(run: Distillation, source: Data) -> dict[str, Any]:
             summary += f"; {len(unreadable):,} could not be decoded"
         return {"summary": summary, "read": read, "unreadable": unreadable or [], **prompts}
     if not isinstance(source, SampleSource):
-        return {**account_of(source).facts(), **prompts}
+        return {**account_of(source, captioned=run.text is not None).facts(), **prompts}
     if run.text is None:
         return {"summary": "no images; classes in turn"}
     named = "" if run.config.prompts is None else f" of {run.config.prompts}"
     return {"summary": f"no images; {len(run.text.index):,} prompts{named}", **prompts}
 
 
-def note(folder: Path, run: Distillation, source: Data) -> None:
-    """Prints what a run reads, and writes it to data.json. It warns if a resumed run reads other data than before."""
-    facts, path = facts_of(run, source), folder / RECORD
+def note(folder: Path, run: Distillation, source: Data, scored: Mapping[str, Any]) -> None:
+    """Prints what a run reads, and writes it to data.json, with what is read for its scores. It warns
+    if a resumed run reads other data than before.
+    """
+    facts, path = {**facts_of(run, source), **scored}, folder / RECORD
     say("data", facts["summary"])
     try:
         before = read_json_object(path)["summary"] if path.is_file() else facts["summary"]
     except (OSError, ValueError, KeyError):
-        before = "data whose note is damaged"
+        before = f"data that are not known any more, as {RECORD} is damaged"
     if before != facts["summary"]:
         warnings.warn(
             f"{path}: the run began with {before}, and its data are now {facts['summary']}. It goes on with the new "

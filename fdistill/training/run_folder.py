@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fdistill import __version__
+from fdistill.base.distributed import from_main_process, together
 from fdistill.base.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
 from fdistill.base.files import atomic_file, is_leftover, remove_leftovers, writing
 from fdistill.base.images import grid
 from fdistill.base.locks import locked
 from fdistill.config.reading import changed_keys, changes, dump_config, load_config, validate
 from fdistill.config.schema import DistillConfig
+from fdistill.generator import Student
 from fdistill.students.folder import save_student
-from fdistill.training.build import Distillation
-from fdistill.training.checkpoint import checkpoints, load_checkpoint, way_back
+from fdistill.training.checkpoint import check_checkpoint, checkpoints, set_aside
+from fdistill.training.distillation import Distillation
 from fdistill.training.journal import append_record, read_records, truncate_records
 from fdistill.training.sample_grids import grid_prompts, student_images
+from fdistill.training.sharding import filled, gathered
 from fdistill.training.snapshots import truncate_snapshots
 
 _LOCK = ".lock"
@@ -78,25 +83,45 @@ def held_folder(folder: Path, config: DistillConfig, resume: bool) -> Iterator[N
 
 
 def resume_from(folder: Path, run: Distillation) -> None:
-    """Loads the newest checkpoint of a run's folder into the run; does nothing if there is none.
+    """Loads the newest checkpoint of a run's folder that can be used into the run; does nothing if there is none.
+
+    Warns of newer ones that cannot be used, which `prepare_folder` sets aside. Every process must call it, and all of
+    them go on from the same one.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or not of this run. The message says how to go on.
+        CheckpointError: each one is damaged or not of this run.
         ConfigError: the run has already done more iterations than the config says.
     """
-    found = checkpoints(folder / "checkpoints")
-    if not found:
+    found, problems = checkpoints(folder / "checkpoints"), []
+    for path in reversed(found):
+        try:
+            together(partial(_load, path, run))
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            warnings.warn(
+                f"{'; '.join(problems)}; goes on from {path.name}, the newest that can, and keeps what is after it "
+                "under names that end in .damaged",
+                stacklevel=2,
+            )
         return
-    path, iterations = found[-1], run.config.iterations
-    tensors, meta = load_checkpoint(path)
-    if meta["iteration"] > iterations:
-        raise ConfigError(f"iterations: got {iterations}, but {folder} is at iteration {meta['iteration']} already")
+    if found:
+        raise CheckpointError(f"{'; '.join(problems)}; there is no other; start again in another folder")
+
+
+def _load(path: Path, run: Distillation) -> None:
+    """Loads a checkpoint into a run; raises what `resume_from` does of this one."""
+    meta = from_main_process(lambda: check_checkpoint(path))
+    iteration, iterations = meta["iteration"], run.config.iterations
+    if iteration > iterations:
+        raise ConfigError(f"iterations: got {iterations}, but {path.parent.parent} is at iteration {iteration} already")
     try:
         _check_settings(meta, run.config)
-        run.load_state(tensors, meta["iteration"], "its tensors")
+        run.load_state(path, iteration)
         run.check_finite()
     except (ConfigError, CheckpointError, NonFiniteError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be used: {error}; {way_back(path)}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be used: {error}") from error
 
 
 def _check_settings(meta: Mapping[str, Any], config: DistillConfig) -> None:
@@ -108,7 +133,10 @@ def _check_settings(meta: Mapping[str, Any], config: DistillConfig) -> None:
 
 
 def prepare_folder(folder: Path, run: Distillation) -> None:
-    """Writes the files that a run's folder starts with, and removes records and snapshots after the run's iteration."""
+    """Writes the files that a run's folder starts with, and removes records and snapshots after the run's iteration.
+
+    Checkpoints after it are set aside.
+    """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     _record_changes(folder, run)
@@ -120,6 +148,7 @@ def prepare_folder(folder: Path, run: Distillation) -> None:
             temporary.write_text(json.dumps(listed, indent=1) + "\n", encoding="utf-8")
     for place in (folder, *(folder / name for name in ("checkpoints", "samples", "ema"))):
         remove_leftovers(place)
+    set_aside(folder / "checkpoints", run.iteration)
     truncate_records(folder / "metrics.jsonl", run.iteration)
     truncate_snapshots(folder / "ema", run.iteration)
 
@@ -133,20 +162,35 @@ def _record_changes(folder: Path, run: Distillation) -> None:
         append_record(folder / "changes.jsonl", {"iteration": run.iteration, "changed": values})
 
 
-def export_student(run: Distillation, folder: Path, *, name: str, **facts: str) -> Path:
-    """Writes the student with averaged weights to folder/name. `facts` are added to its model card."""
-    student = folder / name
+def export_student(run: Distillation, folder: Path, *, name: str, main: bool = True, **facts: str) -> Path:
+    """Writes the student with averaged weights to folder/name. `facts` are added to its model card.
+
+    Args:
+        main: whether this process writes. Of a sharded run every process must call it, as each has a part.
+    """
+    path = folder / name
+    images = student_images(run)
     with run.ema.applied(run.config.ema.export):
-        save_student(
-            run.student,
-            student,
-            origin=run.origin,
-            latents=run.latents,
-            card={**_card(run, folder), **facts},
-            config=dump_config(run.config),
-            samples=grid(student_images(run)),
-        )
-    return student
+        student = _whole(run, main)
+        if main:
+            save_student(
+                student,
+                path,
+                origin=run.origin,
+                latents=run.latents,
+                card={**_card(run, folder), **facts},
+                config=dump_config(run.config),
+                samples=grid(images),
+            )
+    return path
+
+
+def _whole(run: Distillation, main: bool) -> Student:
+    """The run's student, as a copy on the CPU if it is distributed."""
+    if run.empty_student is None:
+        return run.student
+    tensors = gathered(run.student.state_dict(), main)
+    return filled(run.empty_student, tensors) if main else run.student
 
 
 def _card(run: Distillation, folder: Path) -> dict[str, Any]:

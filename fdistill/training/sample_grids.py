@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from fdistill.base import rng
-from fdistill.base.images import save_grid, to_uint8
+from fdistill.base.images import to_uint8
 from fdistill.condition import Condition
 from fdistill.sampler import heun_sample
-from fdistill.training.build import Distillation
+from fdistill.training.distillation import Distillation
 
 _GRID, _LARGE_GRID = 80, 16  # samples in a grid; the second for images above 64 pixels
 
@@ -45,12 +43,11 @@ def _images(run: Distillation, x0: Tensor) -> Tensor:
     return to_uint8(x0 if run.latents is None else run.latents.decode(x0))
 
 
-def save_teacher_grid(run: Distillation, folder: Path) -> None:
-    """Writes samples/teacher.png, with samples of the teacher by Heun's method."""
+def teacher_images(run: Distillation) -> Tensor:
+    """Images sampled from the teacher by Heun's method."""
     noise, condition = _grid_inputs(run)
     noise = noise.reshape(len(noise), -1, *run.networks.teacher.sample_shape)[:, 0]
-    x0 = heun_sample(run.networks.teacher, noise, condition)
-    save_grid(_images(run, x0), folder / "samples" / "teacher.png")
+    return _images(run, heun_sample(run.networks.teacher, noise, condition))
 
 
 @torch.no_grad()

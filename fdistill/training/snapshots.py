@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import atomic_file, writing
-from fdistill.base.state_dicts import unshared
+from fdistill.base.hashes import hashed_tensors, save_hashed
 
 _FILE = re.compile(r"(\d{6,})-([0-9.e-]+)\.safetensors")
 
@@ -39,7 +38,7 @@ def save_snapshot(folder: Path, iteration: int, sigma_rel: float, tensors: Mappi
         OutputError: the disk is full or cannot be written; earlier snapshots are untouched.
     """
     with atomic_file(folder / f"{iteration:06d}-{sigma_rel}.safetensors") as temporary:
-        save_file(unshared(tensors), temporary)
+        save_hashed(tensors, temporary)
 
 
 def find_snapshots(folder: Path) -> list[Snapshot]:
@@ -65,23 +64,22 @@ def combine(snapshots: Sequence[Snapshot], coefficients: Sequence[float]) -> dic
     Tensors that are not floating-point are taken from the last snapshot.
 
     Raises:
-        CheckpointError: a snapshot is truncated, or its tensors have other names than the first one's.
+        CheckpointError: a snapshot is truncated or damaged, or its tensors have other names than the first one's.
     """
     sums: dict[str, Tensor] = {}
     for snapshot, coefficient in zip(snapshots, coefficients, strict=True):
         try:
-            with safe_open(snapshot.path, framework="pt") as file:
-                names = set(file.keys())
-                if sums and names != sums.keys():
-                    raise ValueError(f"other tensors than in {snapshots[0].path.name}")
-                for name in names:
-                    value = file.get_tensor(name)
-                    if not value.is_floating_point():
-                        sums[name] = value
-                    elif name in sums:
-                        sums[name].add_(value, alpha=coefficient)
-                    else:
-                        sums[name] = coefficient * value.double()
+            names = set()
+            for name, value in hashed_tensors(snapshot.path):
+                names.add(name)
+                if not value.is_floating_point():
+                    sums[name] = value
+                elif snapshot is snapshots[0]:
+                    sums[name] = coefficient * value.double()
+                elif name in sums:
+                    sums[name].add_(value, alpha=coefficient)
+            if names != sums.keys():
+                raise ValueError(f"other tensors than in {snapshots[0].path.name}")
         except (OSError, SafetensorError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"snapshot {snapshot.path} cannot be read ({error}); delete that file to do without it"

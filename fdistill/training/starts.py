@@ -14,7 +14,7 @@ from fdistill.denoiser import Denoiser
 from fdistill.ema import trained_state
 from fdistill.step import Networks
 from fdistill.training import checks
-from fdistill.training.checkpoint import checkpoints, load_checkpoint
+from fdistill.training.checkpoint import checkpoints, load_checkpoint, newest_intact
 
 
 def open_start(config: DistillConfig, origin: Checkpoint, teacher: Denoiser, setting: str) -> Denoiser:
@@ -86,7 +86,12 @@ def _last_state(name: str) -> dict[str, Tensor] | None:
         raise CheckpointError(
             f"checkpoint {name!r}: a run without a checkpoint yet; expected one in {folder}/checkpoints"
         )
-    return load_checkpoint(made[-1])[0]
+    try:
+        return load_checkpoint(made[-1])[0]
+    except CheckpointError as error:
+        intact = newest_intact(made[:-1])
+        other = "no other one is intact" if intact is None else f"{intact} is intact, and that run's --resume takes it"
+        raise CheckpointError(f"{error}; {other}") from error
 
 
 def _role_of(state: dict[str, Tensor], role: str, name: str) -> dict[str, Tensor]:
@@ -98,7 +103,7 @@ def _role_of(state: dict[str, Tensor], role: str, name: str) -> dict[str, Tensor
 
 
 def load_trained(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Loads a module's trained tensors, and leaves those that it shares; CheckpointError unless exactly these fit."""
+    """Gives a module its trained tensors, and leaves those that it shares; CheckpointError unless exactly these fit."""
     trained = trained_state(module)
     own = {key: value for key, value in module.state_dict().items() if key not in trained}
     load_exactly(module, {**own, **tensors}, what)

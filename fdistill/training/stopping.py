@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT end a run after an iteration, with a checkpoint, instead of anywhere."""
+"""SIGTERM, SIGINT and SIGUSR1 end a run after an iteration, with a checkpoint, instead of anywhere."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 
 from fdistill.base import rng
 from fdistill.base.distributed import highest_later
+from fdistill.base.signals import SIGNALS
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 #: A launcher passes on a Ctrl-C that the terminal has given to every process already; that is no second one.
 _ECHO = 1.0  # seconds
 
@@ -33,7 +33,7 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():  # others may not set handlers
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -108,5 +108,5 @@ def test_tied_weights_are_saved_and_loaded(module: str, tmp_path: Path, monkeypa
     assert load_student(student, network=name).levels == (2.5,)
     weights = student / "network.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
-    with pytest.raises(CheckpointError, match=r"network\.safetensors: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"network\.safetensors has [0-9,]+ bytes"):
         load_student(student, network=name)

@@ -8,14 +8,16 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 from evaluation.evaluate import evaluate
 from fdistill.commands import cli
 from fdistill.training import logbook
-from fdistill.training.checkpoint import checkpoints
+from fdistill.training.checkpoint import checkpoints, load_checkpoint
 from fdistill.training.journal import read_records
+from support.denoisers import tiny_unet
 from support.processes import launch, launch_commands
 from support.text_families import sd15
 
@@ -25,9 +27,8 @@ import torch
 import torch.distributed as dist
 from pathlib import Path
 from safetensors.torch import save_file
-from torch import nn
 from fdistill.base import rng
-from fdistill.base.distributed import average_gradients, gather_rows, sum_over_processes
+from fdistill.base.distributed import gather_rows, sum_over_processes
 from fdistill.ratio import DensityRatio
 
 torch.set_num_threads(1)
@@ -43,16 +44,9 @@ ratio = DensityRatio(momentum=0.5)
 mine = slice(6 * rank, 6 * rank + 6)
 weights = [ratio.weight(logits[mine], sigma[mine], "kl") for _ in range(3)][-1]
 
-layer = nn.Linear(2, 1)
-nn.init.ones_(layer.weight)
-nn.init.zeros_(layer.bias)
-unused = nn.Parameter(torch.ones(3))
-if rank == 0:
-    layer(noise).square().sum().backward()  # rank 1 has no gradient at all
-average_gradients([*layer.parameters(), unused])
 save_file({
     "noise": gather_rows(noise), "level": gather_rows(level), "weights": weights.contiguous(), "bins": ratio.bins,
-    "gradient": layer.weight.grad, "unused": unused.grad, "sum": sum_over_processes(torch.tensor([float(rank + 1)])),
+    "sum": sum_over_processes(torch.tensor([float(rank + 1)])),
 }, Path(sys.argv[1]) / f"{rank}.safetensors")
 dist.destroy_process_group()
 """
@@ -79,12 +73,6 @@ def test_collectives_draws_and_ratio(tmp_path: Path) -> None:
         assert torch.equal(result["level"], level)
         torch.testing.assert_close(result["bins"], ratio.bins, rtol=1e-6, atol=0)
         assert result["sum"].item() == 3
-        assert torch.equal(result["unused"], torch.zeros(3))
-    weight = torch.ones(1, 2, requires_grad=True)
-    (noise[:6] @ weight.T).square().sum().backward()
-    assert weight.grad is not None
-    for result in results:
-        torch.testing.assert_close(result["gradient"], weight.grad / 2)
 
 
 TEXT = [
@@ -104,26 +92,51 @@ TEXT = [
 SAMPLES = ["teacher_samples.count=32", "teacher_samples.num_steps=3", "regression.pairs=32"]
 
 
-#: Of the two processes: four parts of the whole batch for the student, eight for the critic. One process has it whole.
-PARTS = ["generator.micro_batch=4", "fake_score.micro_batch=2"]
+LORA = ["student.lora_rank=4", "fake_score.lora_rank=4"]
+SID = ["method=sid", "generator.lr=1e-5"]
+SCORES = ["eval.every=10", "eval.num_images=100", "eval.batch_size=50", 'eval.metrics=["fd_digits"]']
 
-#: Iterations, and settings.
+#: Iterations, and settings. The first update of "regression" is the student's.
 METHODS: dict[str, tuple[int, list[str]]] = {
-    "f-distill": (20, ["eval.every=10", "eval.num_images=100", 'eval.metrics=["fd_digits"]']),
+    "f-distill": (20, SCORES),
+    "f-distill-lora": (20, LORA),
+    "sid": (20, SID),
+    "sid-lora": (20, [*SID, *LORA]),
     "uni-instruct-data-free": (4, ["method=uni-instruct", "data=teacher-samples", *SAMPLES]),
     "dmd": (4, ["method=dmd", *SAMPLES]),
-    "dmd2-in-parts": (4, ["method=dmd2", *PARTS]),
+    "regression": (4, ["method=regression", *SAMPLES]),
+    "dmd2": (4, ["method=dmd2"]),
     "dmd2-two-steps": (4, ["method=dmd2", "student_level=[2.5,0.5]"]),
     "text-to-image-lora": (4, TEXT),
 }
+FSDP = ["parallel=fsdp"]
+#: Of the two processes: what one process computes at once, in four parts for the student and eight for the critic.
+PARTS = ["generator.micro_batch=4", "fake_score.micro_batch=2"]
+
+#: What two processes run: {name: (the method that it must equal, further settings)}.
+VARIANTS: dict[str, tuple[str, list[str]]] = {
+    **{name: (name, []) for name in METHODS if name != "dmd2"},
+    "dmd2-in-parts": ("dmd2", PARTS),
+    "f-distill-fsdp": ("f-distill", FSDP),
+    "f-distill-lora-fsdp": ("f-distill-lora", FSDP),
+    "sid-fsdp": ("sid", FSDP),
+    "sid-lora-fsdp": ("sid-lora", FSDP),
+    "dmd2-in-parts-fsdp": ("dmd2", [*PARTS, *FSDP]),
+    "regression-fsdp": ("regression", FSDP),
+    "text-to-image-lora-fsdp": ("text-to-image-lora", [*FSDP, "gradient_checkpointing=true"]),
+    "text-to-image-lora-offloaded": ("text-to-image-lora", ["offload_frozen=true", "offload_optimizers=true"]),
+}
+#: Runs that go on after 2 iterations on one process: to 4 on two, and to 6 on one.
+CHAINS = {"chain": [], "chain-fsdp": FSDP, "chain-lora-fsdp": [*LORA, *FSDP]}
 NUM_IMAGES = 7
 
 
-def commands(teacher: Path, output: str) -> list[list[str]]:
-    """A run of every method, and images of the teacher, in the current folder."""
-    settings = [
+def settings(teacher: Path) -> list[str]:
+    """Those of all runs."""
+    return [
         f"teacher={teacher}",
         "batch_size=16",
+        "critic_steps=1",
         "log.samples_every=0",
         "log.tracker=none",
         "device=cpu",
@@ -135,16 +148,24 @@ def commands(teacher: Path, output: str) -> list[list[str]]:
         "fake_score.eps=1e-4",
         "discriminator.eps=1e-4",
     ]
-    if output == "two":
-        methods = METHODS
-    else:
-        methods = {name: (n, [text for text in own if text not in PARTS]) for name, (n, own) in METHODS.items()}
-    runs = [
-        ["distill", "digits", *settings, f"iterations={n}", f"log.every={n // 4}", *own, "--output", f"{output}/{name}"]
-        for name, (n, own) in methods.items()
-    ]
-    images = ["generate", str(teacher), "--num-images", str(NUM_IMAGES), "--steps", "2", "--device", "cpu", "--seed=3"]
-    return [*runs, [*images, "--output", f"{output}/images"]]
+
+
+def run(teacher: Path, iterations: int, own: list[str], output: str) -> list[str]:
+    """A command that runs all iterations, with four records."""
+    times = [f"iterations={iterations}", f"log.every={max(iterations // 4, 1)}"]
+    return ["distill", "digits", *settings(teacher), *times, *own, "--output", output]
+
+
+def images(teacher: Path, output: str) -> list[str]:
+    """A command that makes images of the teacher."""
+    counted = ["--num-images", str(NUM_IMAGES), "--steps", "2", "--device", "cpu", "--seed=3"]
+    return ["generate", str(teacher), *counted, "--output", output]
+
+
+def chained(teacher: Path, iterations: int) -> list[list[str]]:
+    """The chains up to an iteration."""
+    more = [] if iterations == 2 else ["--resume"]
+    return [[*run(teacher, iterations, own, f"chains/{name}"), "log.every=2", *more] for name, own in CHAINS.items()]
 
 
 class Runs(NamedTuple):
@@ -155,50 +176,84 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("processes")
+    teacher = folder / "teacher"  # of few blocks: each is gathered and freed in every pass
+    torch.manual_seed(0)
+    unet = tiny_unet(block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",))
+    scheduler = CMStochasticIterativeScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.75)
+    ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(teacher)
     sd15(folder / "sd15")
     (folder / "prompts.txt").write_text("a cat\na dog on a mat\nthe moon\nan old house\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(logbook, "save_curves", lambda *_: None)
         patch.setenv("FDISTILL_CACHE", str(folder / "cache-one"))
-        for arguments in commands(tiny_teacher, "one"):
+        alone = [run(teacher, n, own, f"one/{name}") for name, (n, own) in METHODS.items()]
+        whole = [run(teacher, 6, LORA if "lora" in name else [], f"one/{name}") for name in CHAINS]
+        for arguments in [*alone, *whole, images(teacher, "one/images"), *chained(teacher, 2)]:
             cli.app(arguments, standalone_mode=False)
         patch.setenv("FDISTILL_CACHE", str(folder / "cache-two"))
-        launch_commands(commands(tiny_teacher, "two"), folder)
+        together = [
+            run(teacher, METHODS[method][0], [*METHODS[method][1], *own], f"two/{name}")
+            for name, (method, own) in VARIANTS.items()
+        ]
+        launch_commands([*together, images(teacher, "two/images"), *chained(teacher, 4)], folder)
+        for arguments in chained(teacher, 6):
+            cli.app(arguments, standalone_mode=False)
     return Runs(folder / "one", folder / "two")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_processes_train_as_one(runs: Runs, method: str) -> None:
-    one, two = (load_file(checkpoints(of / method / "checkpoints")[-1] / "state.safetensors") for of in runs)
-    assert one.keys() == two.keys()
-    for name, value in one.items():
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """Their last checkpoints hold the same weights, averages and ratios."""
+    first, second = (load_checkpoint(checkpoints(of / "checkpoints")[-1])[0] for of in (one, two))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
         if name.startswith(("generator.", "fake_score.", "discriminator.", "ema.", "ratio.")):
             torch.testing.assert_close(
-                two[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+                second[name], value, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
             )
-    first, second = (read_records(of / method / "metrics.jsonl") for of in runs)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_processes_train_as_one(runs: Runs, variant: str) -> None:
+    one, two = runs.one / VARIANTS[variant][0], runs.two / variant
+    assert_equal_runs(one, two)
+    first, second = (read_records(of / "metrics.jsonl") for of in (one, two))
     assert len(first) == len(second) == 4
     for key, value in first[-1].items():
         if isinstance(value, float) and key not in ("seconds", "images_per_second"):
             assert abs(second[-1][key] - value) <= 1e-4 * (1 + abs(value)), key
 
 
+@pytest.mark.parametrize("chain", CHAINS)
+def test_a_run_goes_on_with_more_and_fewer_processes(runs: Runs, chain: str) -> None:
+    assert_equal_runs(runs.one / chain, runs.one.parent / "chains" / chain)
+
+
+@pytest.mark.parametrize("variant", ["f-distill", "f-distill-fsdp", "sid-lora-fsdp", "text-to-image-lora-fsdp"])
+def test_two_processes_export_the_same_student(runs: Runs, variant: str) -> None:
+    one, two = runs.one / VARIANTS[variant][0] / "student", runs.two / variant / "student"
+    names = sorted(path.relative_to(one) for path in one.rglob("*.safetensors"))
+    assert names == sorted(path.relative_to(two) for path in two.rglob("*.safetensors"))
+    for name in names:
+        first, second = load_file(one / name), load_file(two / name)
+        assert first.keys() == second.keys()
+        for key, value in first.items():
+            torch.testing.assert_close(second[key], value, rtol=1e-6, atol=1e-6)
+
+
 def test_two_processes_score_as_one(runs: Runs) -> None:
-    name = "eval/fd_digits@100"
-    one, two = (
-        {r["iteration"]: r[name] for r in read_records(of / "f-distill" / "metrics.jsonl") if name in r} for of in runs
-    )
+    name, folders = "eval/fd_digits@100", (runs.one / "f-distill", runs.two / "f-distill-fsdp")
+    one, two = ({r["iteration"]: r[name] for r in read_records(of / "metrics.jsonl") if name in r} for of in folders)
     assert list(one) == [10, 20]
     assert two == pytest.approx(one, rel=1e-3)
-    chosen = re.search(r"after (\d+) iterations", (runs.two / "f-distill" / "best" / "README.md").read_text())
+    chosen = re.search(r"after (\d+) iterations", (runs.two / "f-distill-fsdp" / "best" / "README.md").read_text())
     assert chosen is not None
     best = min(one, key=lambda iteration: one[iteration])
     assert int(chosen[1]) == best
     with pytest.warns(UserWarning, match="the scores' names show the count"):
-        alone = evaluate(runs.two / "f-distill" / "best", num_images=100, metrics=["fd_digits"], replicates=0)
+        alone = evaluate(runs.two / "f-distill-fsdp" / "best", num_images=100, metrics=["fd_digits"], replicates=0)
     assert alone["metrics"]["fd_digits@100"] == pytest.approx(two[best], rel=1e-6)
 
 

@@ -26,8 +26,8 @@ from fdistill.base.state_dicts import load_exactly, take
 from fdistill.training.checkpoint import (
     checkpoints,
     load_checkpoint,
-    load_optimizer_tensors,
     optimizer_tensors,
+    prepare_optimizer,
     save_checkpoint,
 )
 
@@ -204,6 +204,12 @@ def test_checkpoints_come_back_and_old_ones_go(tmp_path: Path) -> None:
     assert take(loaded, "a").keys() == {"weight"}
 
 
+def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
+    for iteration in (1, 2, 3, 4):
+        save_checkpoint(tmp_path, iteration, {"a": torch.zeros(1)}, {}, keep=1, spared={min(iteration, 2)})
+    assert [path.name for path in checkpoints(tmp_path)] == ["000002", "000004"]
+
+
 def test_truncated_checkpoints_are_refused(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, 1, {"w": torch.randn(100)}, {}, keep=1)
     whole = (path / "state.safetensors").read_bytes()
@@ -223,7 +229,9 @@ def test_optimizer_state_is_bit_identical_after_a_round_trip() -> None:
             if step == restart_at:
                 saved = {name: value.clone() for name, value in optimizer_tensors(optimizer).items()}
                 optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
-                load_optimizer_tensors(optimizer, saved)
+                prepare_optimizer(optimizer, [f"optimizer.{name}" for name in saved], "optimizer")
+                for name, value in optimizer_tensors(optimizer).items():
+                    value.copy_(saved[name])
             optimizer.zero_grad()
             module(torch.full((2, 4), float(step))).square().sum().backward()
             optimizer.step()

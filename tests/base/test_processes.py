@@ -16,10 +16,10 @@ import pytest
 
 from fdistill.base import devices, heartbeat
 from fdistill.base.distributed import exchanging
-from fdistill.base.errors import ConfigError, ProcessError
+from fdistill.base.errors import ConfigError, ProcessError, StoppedError
 from fdistill.base.heartbeat import PATIENCE, Rhythm, patience
 
-RHYTHM = Rhythm(beat=0.02, told=0.1, limit=0.4)
+RHYTHM = Rhythm(beat=0.02, told=0.1, limit=0.4, grace=0.1)
 
 
 class EndedError(Exception):
@@ -70,9 +70,33 @@ def test_a_silent_process_is_named_and_waited_for_only_so_long(
 def test_a_process_that_died_is_named(watched: tuple[socket.socket, Callable[[], list[str]]]) -> None:
     theirs, watch = watched
     theirs.close()
-    told, _, status = watch()
-    assert "it has ended without a word" in told
+    said, status = watch()
+    assert said == "error: process 1 has ended without a word; run again, a run of distill with --resume"
     assert status == "status 1"
+
+
+def test_the_error_of_another_process_ends_this_one_and_is_passed_on(
+    watched: tuple[socket.socket, Callable[[], list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, watch = watched
+    monkeypatch.setattr(heartbeat, "_connections", [theirs])
+    with pytest.raises(ValueError, match="wrong"), heartbeat.telling_others():
+        raise ValueError("all\nwrong")
+    heartbeat._say_bye(theirs)
+    further, end = socket.socketpair()
+    monkeypatch.setattr(heartbeat, "_connections", [further])
+    assert watch() == [
+        "error: process 1 has failed: ValueError: all wrong; run again, a run of distill with --resume",
+        "status 1",
+    ]
+    with further, end:
+        assert end.recv(1000) == b"#process 1 has failed: ValueError: all wrong\n"
+
+
+def test_a_signal_that_all_have_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "_connections", [None])
+    with pytest.raises(StoppedError), heartbeat.telling_others():
+        raise StoppedError("stopped", 143)
 
 
 def test_a_process_that_answers_again_is_waited_for_anew(
@@ -123,10 +147,17 @@ def test_fewer_processes_than_asked_for(
 
 
 WORKER = """
-import os, signal
+import math, os, signal
+import torch
+from torch import nn
 from fdistill.base.devices import start
-from fdistill.base.distributed import from_main_process, wait_for_everyone
+from fdistill.base.distributed import from_main_process, part, wait_for_everyone
 from fdistill.commands.ending import one_message
+from fdistill.config.sections import OptimizerConfig
+from fdistill.step import StepResult
+from fdistill.training.optimise import Role
+from fdistill.training.parts import Split, backward
+from fdistill.training.sharding import make_mesh, shard
 from fdistill.training.stopping import Stop
 
 def refuse():
@@ -139,6 +170,16 @@ with one_message():
             os.kill(os.getpid(), signal.SIGINT)
         found = [stop.received() for _ in range(3)]
     assert found == [0, 2, 2], found
+    module = nn.Linear(2, 2)
+    shard(module, make_mesh("ddp", device, offload=False))
+    role = Role(module, torch.optim.AdamW(module.parameters(), fused=True))
+    role.settle(OptimizerConfig(), 0.1)
+    for spoilt in (True, False):
+        before = part(module.weight.detach()).clone()
+        loss = module(torch.ones(1, 2)).sum() + (math.inf if spoilt and state.process_index else 0.0)
+        backward(lambda **_: StepResult(loss, {}), {}, torch.Generator(), Split(1, "fp32", [module]))
+        assert bool(role.step().isfinite()) is not spoilt
+        assert torch.equal(part(module.weight), before) is spoilt
     try:
         from_main_process(refuse)
     except ValueError as error:
@@ -157,7 +198,9 @@ def test_a_collective_that_breaks_is_one_message() -> None:
 
 
 def test_two_processes_of_which_one_stops(tmp_path: Path) -> None:
-    """Until then they agree: on a signal that one of them has received, and on an error of the main one."""
+    """Until then they agree: on a signal that one of them has received, on skipping an update whose loss is infinite in
+    one of them, and on an error of the main one.
+    """
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     with socket.socket() as probe:

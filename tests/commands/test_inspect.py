@@ -37,7 +37,7 @@ def test_the_digits_teacher_makes_sense_on_digits_and_on_its_own_samples() -> No
         assert verdict is None or verdict.likely is None
     assert facts["condition"] == "10 classes, no label for `no class`"
     assert "guidance" not in facts
-    assert "x0-predictions agree with its own samples" in describe(facts, checks, verdict)
+    assert "x0-predictions agree with images that the checkpoint itself has made" in describe(facts, checks, verdict)
     text = describe(*inspect("digits", data="digits"))
     assert text.endswith("x0-predictions make sense")
     assert len(text.splitlines()) < 30
@@ -229,5 +229,5 @@ def test_weights_that_are_not_finite_are_one_line(tiny_teacher: Path, tmp_path: 
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
     path = tmp_path / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
     save_file({name: value * torch.nan for name, value in load_file(path).items()}, path, {"format": "pt"})
-    with pytest.raises(CheckpointError, match="its own samples are not finite, so its weights are damaged"):
+    with pytest.raises(CheckpointError, match="of its network is not finite, so its weights are damaged"):
         inspect(tmp_path / "teacher")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from pathlib import Path
@@ -77,6 +78,7 @@ class Cost(NamedTuple):
     share: float
 
 
+@functools.cache
 def counted(name: str) -> Cost:
     denoiser, config = published_network(name), load_config(name)
     features = config.discriminator.features if config.discriminator.gan_weight else []

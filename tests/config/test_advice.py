@@ -31,6 +31,7 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
         "does not read; it is for sid, sida",
         [{"objective.alpha": LEFT_OUT}, {"method": "sid"}, {"method": "sida"}],
     ),
+    ({"log.keep_best": True}, "so that no scores say which is best; set both", [{"eval.every": 10}]),
     ({"objective.alhpa": 1.0}, "did you mean 'alpha'", [{"objective.alhpa": LEFT_OUT}]),
     ({"method": "dmd", "regression.weight": 0}, "a number above 0", [{"regression.weight": 0.1}]),
     ({"method": "dmd", "regression.pairs": 0}, "a number above 0", [{"regression.pairs": 1}]),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import random
 import struct
 import tarfile
 import time
 import tracemalloc
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,10 +21,11 @@ from PIL import Image
 
 from evaluation.images import open_images
 from fdistill.base.errors import DataError, FDistillError
+from fdistill.commands.ending import quiet_libraries
 from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.data.account import account_of
 from fdistill.data.prompts import read_prompts
-from fdistill.data.recipes import open_image
+from fdistill.data.recipes import open_header, open_image
 from support.files import patched, png, put, zipped
 
 
@@ -182,7 +185,7 @@ def test_pipes_and_devices_are_no_lists_of_prompts(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "zero.txt").symlink_to("/dev/zero")
     for name in ("pipe.txt", "zero.txt"):
-        with pytest.raises(DataError, match=r"cannot be read \(is a pipe or a device; expected a file\)"):
+        with pytest.raises(DataError, match=r"is a pipe or a device, which may never end; expected a file of prompts"):
             read_prompts(tmp_path / name)
 
 
@@ -230,3 +233,20 @@ def _as_evaluation_does(path: Path) -> None:
     images = open_images(path, channels=3)
     images.sha256()
     images.read(range(len(images)))
+
+
+@pytest.mark.parametrize("side", [10_000, 20_000])
+def test_huge_images_are_refused_in_our_words(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow warns of the first, and raises an error of its own for the second."""
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        monkeypatch.setenv(name, "error")
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, format="BMP")
+    data = bytearray(file.getvalue())
+    data[18:26] = struct.pack("<II", side, side)
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        quiet_libraries()
+        with pytest.raises(ValueError, match="more than 89,478,485 pixels; make it smaller"):
+            open_header(bytes(data))
+    assert not shown

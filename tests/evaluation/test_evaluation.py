@@ -163,3 +163,18 @@ def test_scores_are_told_where_they_cannot_be_written(tmp_path: Path) -> None:
     ):
         evaluate(folder, metrics=["class_accuracy"], output=output)
     assert sorted(found.name for found in tmp_path.iterdir()) == ["full.json", "images"]
+
+
+def test_scores_are_shown_before_they_are_written(tmp_path: Path) -> None:
+    """Nobody may read the pipe that they are written to."""
+    images, labels = load_digits()
+    folder, output = write(tmp_path / "images", images[:20], labels[:20]), tmp_path / "s.json"
+    seen: list[tuple[float, bool]] = []
+    evaluate(
+        folder,
+        metrics=["class_accuracy"],
+        output=output,
+        shown=lambda result: seen.append((result["metrics"]["class_accuracy@20"], output.exists())),
+    )
+    assert seen == [(1.0, False)]
+    assert output.exists()

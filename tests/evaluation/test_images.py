@@ -393,11 +393,24 @@ def test_the_first_image_is_looked_at_at_once(tmp_path: Path) -> None:
         open_images(folder, channels=3)
 
 
+def test_all_damaged_images_are_named_at_once(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "a")
+    (folder / "000002.png").write_bytes(b"no header")
+    for number in (4, 9):
+        whole = (folder / f"{number:06d}.png").read_bytes()
+        (folder / f"{number:06d}.png").write_bytes(whole[: len(whole) // 2])
+    images = open_images(folder, channels=3)
+    for see in (images.sha256, lambda: images.read([4])):
+        with pytest.raises(DataError, match=r"000002\.png .*; 000004\.png .*000009\.png") as raised:
+            see()
+        assert str(raised.value).count(".png") == 3
+
+
 def test_hashing_finds_all_that_do_not_fit(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "a")
     for number in range(3, 11):
         (folder / f"{number:06d}.png").write_bytes(encoded(PIXELS[0, :, :-1]))
-    with pytest.raises(DataError, match=r"000003\.png is 7x10.*000007\.png is 7x10.*; and 3 more$"):
+    with pytest.raises(DataError, match=r"000003\.png is 7x10.*; likewise 000004\.png, .*000008\.png and 2 more$"):
         open_images(folder, channels=3).sha256()
     open_images(folder, channels=3, recipe="squash", size=8).sha256()
 

@@ -223,6 +223,27 @@ def test_a_file_that_says_that_it_predicts_v_is_taken_at_its_word(tmp_path: Path
     assert scheduler_of(single_file_to_folder(file, v_base)) == scheduler_of(v_base) | said
 
 
+def test_marks_beside_a_network_alone_are_obeyed_and_are_no_part_of_it(tmp_path: Path) -> None:
+    pipeline, whole = checkpoint("sd1", tmp_path)
+    weights = {name: value.half() for name, value in read_weights(pipeline / "unet").items()}
+    published = {
+        name.removeprefix(NETWORK): value.half() for name, value in load_file(whole).items() if name.startswith(NETWORK)
+    }
+    file = tmp_path / "unet.safetensors"
+    for tensors in (weights, published):
+        save_file(tensors, file)
+        folder = single_file_to_folder(marked(file, "v_pred", "ztsnr"), pipeline)
+        said = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+        assert scheduler_of(folder) == scheduler_of(pipeline) | said
+        found = read_weights(folder / "unet")
+        assert all(torch.equal(weights[name], found[name]) for name in weights)
+        assert found.keys() == weights.keys()
+        assert found["conv_in.weight"].dtype == torch.float16
+        save_file(tensors, file)
+        with pytest.raises(CheckpointError, match=r"Playground v2\.5, but teacher_base's scheduler is DDIMScheduler"):
+            single_file_to_folder(marked(file, "edm_mean", "edm_std"), pipeline)
+
+
 @pytest.mark.parametrize(("said", "read"), [("v", "v_prediction"), ("epsilon", "epsilon"), ("None", "v_prediction")])
 def test_metadata_of_training_scripts_are_a_files_word_too(said: str, read: str, tmp_path: Path) -> None:
     pipeline, file = checkpoint("sd1", tmp_path, prediction_type="epsilon" if said == "v" else "v_prediction")

@@ -17,7 +17,8 @@ from fdistill.commands.smoke import smoke_config
 from fdistill.config.reading import load_config
 from fdistill.denoiser import Denoiser
 from fdistill.guidance import GuidedDenoiser
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
+from fdistill.training.distillation import Distillation
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 

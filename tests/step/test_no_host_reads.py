@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from fdistill.base import rng
 from fdistill.base.devices import autocast
-from fdistill.base.distributed import average_gradients
+from fdistill.config.sections import OptimizerConfig
 from fdistill.ema import EMA
 from fdistill.losses import denoising_loss, matching_loss
 from fdistill.noise import noise_to_signal_range
@@ -31,6 +31,8 @@ from fdistill.step import (
     sim_step,
     uni_instruct_step,
 )
+from fdistill.training.optimise import Role
+from fdistill.training.parts import Split, backward
 from support.networks import real_networks
 
 BATCH = 6
@@ -93,12 +95,19 @@ def step(name: str, device: torch.device, precision: str) -> tuple[StepResult, t
 @pytest.mark.parametrize("name", STEPS)
 def test_an_update_reads_nothing_back(name: str, precision: str, device: torch.device) -> None:
     result, module = step(name, device, precision)
+    backward(lambda **_: result, {}, torch.Generator(), Split(1, "fp32"))
+    assert any(parameter.grad is not None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+@pytest.mark.parametrize("name", ["diff-instruct", "critic"])
+def test_what_follows_the_backward_pass_reads_nothing_back(name: str, device: torch.device) -> None:
+    """It is the same for every step: float32 gradients of one of the two modules that steps train."""
+    result, module = step(name, device, "fp32")
     result.loss.backward()
-    parameters = [p for p in module.parameters() if p.grad is not None]
-    assert parameters
-    average_gradients(parameters)
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    torch.optim.AdamW(module.parameters(), lr=1e-4).step()
+    role = Role(module, torch.optim.AdamW(module.parameters(), fused=True))
+    role.settle(OptimizerConfig(), 1e-4)
+    role.step()
     EMA(module, [0.9, 0.99]).update()
 
 

@@ -198,13 +198,8 @@ ADVICE: list[tuple[Words, str, list[Words]]] = [
     ),
     (
         evaluate("MADE/plain", "--protocol", "digits-t2i", "--metrics", "prompt_accuracy"),
-        "pass a file with one for each image (--prompts)",
-        [
-            evaluate(
-                *("MADE/plain", "--protocol", "digits-t2i", "--metrics", "prompt_accuracy"),
-                *("--prompts", "MADE/prompts.txt"),
-            )
-        ],
+        "evaluate the student or teacher itself",
+        [evaluate("digits-t2i", "--protocol", "digits-t2i", "--metrics", "prompt_accuracy", "--num-images", "24")],
     ),
     (
         evaluate("digits-t2i", "--protocol", "digits-t2i", "--prompts", "MADE/prompts.txt"),

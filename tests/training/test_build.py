@@ -14,7 +14,9 @@ from fdistill.adapters.checkpoint import load_teacher
 from fdistill.config.reading import load_config
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.guidance import GuidedDenoiser
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
+from fdistill.training.checkpoint import save_checkpoint
+from fdistill.training.distillation import Distillation
 from support.denoisers import tiny_unet
 
 NONE = 10
@@ -156,7 +158,7 @@ def test_activations_are_computed_again_where_the_config_says_so(teacher: Path) 
         assert kept(again, role) < 0.7 * kept(plain, role), role
 
 
-def test_a_state_goes_into_another_build_and_back(teacher: Path) -> None:
+def test_a_state_goes_into_another_build_and_back(teacher: Path, tmp_path: Path) -> None:
     """Weights of all roles, moments of all optimisers, averages and bins."""
     settings = {"ema.decays": [0.5], "ema.export": 0.5, "ema.sigma_rel": [0.1], "ratio.momentum": 0.5}
     first, second = built(teacher, **settings), built(teacher, seed=1, **settings)
@@ -175,7 +177,7 @@ def test_a_state_goes_into_another_build_and_back(teacher: Path) -> None:
         assert any(name.startswith(prefix) for name in tensors), prefix
     for role in OPTIMIZERS:
         assert any(name.startswith(f"optimizer.{role}.") for name in tensors), role
-    second.load_state(tensors, 1, "test")
+    second.load_state(save_checkpoint(tmp_path, 1, tensors, {}, keep=1), 1)
     found = second.state()
     assert found.keys() == tensors.keys()
     for name, value in tensors.items():

@@ -1,4 +1,6 @@
-"""A checkpoint that is not what was written, or not of this run, is refused before anything of it is loaded."""
+"""A checkpoint that is not what was written, or not of this run, is refused before anything of it is loaded, and the
+one before it is taken.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ from fdistill import distill
 from fdistill.base.errors import CheckpointError, OutputError
 from fdistill.base.files import sha256_of_files
 from fdistill.config.reading import load_config
-from fdistill.training.build import Distillation, build
-from fdistill.training.checkpoint import checkpoints, newest_intact
+from fdistill.training.build import build
+from fdistill.training.checkpoint import checkpoints, newest_intact, prepare_optimizer
+from fdistill.training.distillation import Distillation
+from fdistill.training.journal import read_records
 from fdistill.training.run_folder import check_output, resume_from
 
 Tensors = dict[str, Tensor]
@@ -62,16 +66,28 @@ def newest(folder: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _loads_nothing(run: Distillation) -> Iterator[None]:
+def _begins_anew(run: Distillation) -> Iterator[None]:
     before = {name: value.clone() for name, value in run.state().items()}
     yield
-    assert all(torch.equal(value, before[name]) for name, value in run.state().items())
-    assert run.iteration == 0
+    for role, optimizer in run.optimizers.items():
+        prepare_optimizer(optimizer, before, f"optimizer.{role}")
+    for name, value in run.state().items():
+        value.detach().copy_(before[name])
+    run.iteration = 0
 
 
-def refused(folder: Path, run: Distillation, reason: str, way: str = "delete 000004 in .* from iteration 2$") -> None:
-    with pytest.raises(CheckpointError, match=f"000004 cannot be used: .*{reason}.*; .*{way}"):
+def load(file: Path) -> dict[str, Tensor]:
+    """Copies of a file's tensors, which would change with the file."""
+    return {name: value.clone() for name, value in load_file(file).items()}
+
+
+def refused(folder: Path, run: Distillation, reason: str) -> None:
+    """The newest is refused with a reason, and exactly the one before it is loaded."""
+    with pytest.warns(UserWarning, match=rf"000004 cannot be used: .*{reason}.*; goes on from 000002, .* \.damaged$"):
         resume_from(folder, run)
+    assert run.iteration == 2
+    good = load_file(folder / "checkpoints" / "000002" / "state.safetensors")
+    assert all(torch.equal(value, good[name]) for name, value in run.state().items())
 
 
 def rewrite(checkpoint: Path, change: Callable[[Tensors], object], *, hashed: bool) -> None:
@@ -108,24 +124,37 @@ def test_bytes_that_were_not_written(
     assert newest_intact(checkpoints(newest.parent)) == newest.parent / "000002"
 
 
-def test_the_way_back_is_to_one_that_is_intact_and_works(folder: Path, newest: Path, tiny_teacher: Path) -> None:
+def test_resuming_takes_the_newest_that_is_intact_and_keeps_the_others(
+    folder: Path, newest: Path, tiny_teacher: Path
+) -> None:
     changed = {**settings(tiny_teacher), "iterations": 6, "log.keep_checkpoints": 3}
-    distill("digits", output=folder, resume=True, **changed)
+    straight = distill("digits", output=folder, resume=True, **changed)
+    student = (straight / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    last = load(newest.with_name("000006") / "state.safetensors")
+    newest.with_name("000004.damaged").mkdir()
     for name in ("000004", "000006"):
-        (newest.parent / name / "state.safetensors").write_bytes(b"")
-    with pytest.raises(
-        CheckpointError, match=r"intact one before it is 000002: delete 000004, 000006 in .*iteration 2"
-    ):
-        distill("digits", output=folder, resume=True, **changed)
-    for name in ("000004", "000006"):
-        shutil.rmtree(newest.parent / name)
-    assert distill("digits", output=folder, resume=True, **changed).is_dir()
+        (newest.parent / name / "state.safetensors").write_bytes(b"odd")
+    with pytest.warns(UserWarning, match=r"000006 cannot be used: .*000004 cannot be used: .* goes on from 000002"):
+        again = distill("digits", output=folder, resume=True, **changed)
+    assert (again / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == student
+    found = load(newest.with_name("000006") / "state.safetensors")
+    assert found.keys() == last.keys()
+    assert all(torch.equal(value, last[name]) for name, value in found.items())
+    names = ["000002", "000004", "000004-2.damaged", "000004.damaged", "000006", "000006.damaged"]
+    assert sorted(path.name for path in newest.parent.iterdir()) == names
+    for name in ("000004-2.damaged", "000006.damaged"):
+        assert (newest.parent / name / "state.safetensors").read_bytes() == b"odd"
+    assert [record["iteration"] for record in read_records(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_no_way_back(folder: Path, newest: Path, run: Distillation) -> None:
+def test_no_checkpoint_that_can_be_used(folder: Path, newest: Path, run: Distillation) -> None:
+    before = {name: value.clone() for name, value in run.state().items()}
     for name in ("000002", "000004"):
         (newest.parent / name / "state.safetensors").write_bytes(b"")
-    refused(folder, run, "0 bytes", "no checkpoint before it is intact; start again in another folder")
+    with pytest.raises(CheckpointError, match=r"000004 .* 0 bytes.*000002 .* 0 bytes.*; start again in another fold"):
+        resume_from(folder, run)
+    assert all(torch.equal(value, before[name]) for name, value in run.state().items())
+    assert [path.name for path in checkpoints(newest.parent)] == ["000002", "000004"]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +167,7 @@ def test_no_way_back(folder: Path, newest: Path, run: Distillation) -> None:
         ('{"iteration": "4"}', "says iteration '4', its folder 4"),
         ('{"iteration": 4, "files": {}}', "does not say size and hash"),
         ('{"iteration": 4, "files": 3}', "does not say size and hash"),
-        ('{"iteration": 4, "config": 3}', "got 3; input should be"),
+        ('{"iteration": 4, "config": 3}', "got 3; expected settings by name"),
         (None, "No such file"),
     ],
 )
@@ -222,7 +251,7 @@ def test_a_damaged_record_is_named_and_none_is_dropped(folder: Path, run: Distil
     lines = file.read_bytes().splitlines()
     damaged = b"\n".join([lines[0], line, *lines[2:], b""])
     file.write_bytes(damaged)
-    with pytest.raises(OutputError, match=r"metrics.jsonl: line 2 is not a record of a run.*delete that line"):
+    with pytest.raises(OutputError, match=r"metrics.jsonl: line 2 has no measurements of the run.*remove that line"):
         check_output(folder, run.config, resume=True)
     assert file.read_bytes() == damaged
     file.write_bytes(b"\n".join([*lines, bytes(100), b""]))  # the end of what was written when the power failed

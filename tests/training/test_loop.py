@@ -267,16 +267,14 @@ def test_a_run_that_breaks_keeps_the_last_good_checkpoint_and_says_how_to_go_on(
 
 
 def test_the_role_that_broke_the_others_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
-    """With one record in four iterations, what is NaN first is the fake score's loss on the student's samples."""
+    """Not the fake score, whose loss on the student's samples is NaN by the time of the record."""
     quiet = {"log.every": 4, "log.checkpoint_every": 0, "log.samples_every": 0}
     for lr in (1e6, 1e30):
         with pytest.raises(NonFiniteError) as caught:
             run(tiny_teacher, tmp_path / f"{lr:g}", **quiet, **{"generator.lr": lr})
         message = str(caught.value)
         assert "there is no good checkpoint yet; to go on, add --resume generator.lr=" in message
-        assert "generator" in message.partition("there was no")[0]
-    assert "fake_score: denoising became nan" in message
-    assert "; before that, an update of generator took the norm of its weights from " in message
+        assert "stopped at iteration 4: generator: its updates took the norm of its weights from " in message
     run(tiny_teacher, tmp_path / "1e+30", resume=True, **quiet, **{"generator.lr": 1e-4})
 
 

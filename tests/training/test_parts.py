@@ -23,8 +23,9 @@ from fdistill.methods import METHODS
 from fdistill.noise import EDMSchedule
 from fdistill.step import Pairs
 from fdistill.step.roles import renoise
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints
+from fdistill.training.distillation import Distillation
 from fdistill.training.journal import read_records
 from fdistill.training.parts import ImageLoss, Split, backward, part_of
 from support.denoisers import GaussianDenoiser

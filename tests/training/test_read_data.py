@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fdistill import distill
+from fdistill.base.errors import ConfigError
 from fdistill.commands.dry_run import describe
 from fdistill.config.reading import load_config
+from fdistill.data.account import account_of
 from fdistill.data.digits import load_digits
+from fdistill.data.source import ArraySource
 from fdistill.training.cache import cache
 from support.families import dit
 from support.files import put
@@ -78,3 +82,32 @@ def test_cached_latents_say_what_they_are_of(tmp_path: Path, capsys: pytest.Capt
     more = {"guidance_scale": 1.5, "student_level": None, "discriminator.features": ["block1", "block2"]}
     described = describe(load_config("digits", settings(teacher, latents, **more)))
     assert f"data           120 latents of {tmp_path / 'set'}: {said}; 1 could not be decoded\n" in described
+
+
+def test_the_reference_of_a_run_is_accounted_for_too(tiny_teacher: Path, folder: Path, tmp_path: Path) -> None:
+    chosen = settings(tiny_teacher, Path("digits")) | {"eval.every": 1, "eval.num_images": 20}
+    chosen |= {"eval.reference": str(folder), "eval.metrics": ["class_accuracy"]}
+    with pytest.raises(ConfigError, match=r"more than 1 % .* for distill set eval\.allow_skipped=true"):
+        distill("digits", output=tmp_path / "run", **chosen)
+    distill("digits", output=tmp_path / "run", **chosen | {"eval.allow_skipped": True})
+    read = json.loads((tmp_path / "run" / "data.json").read_text())["eval_reference"]
+    assert read["summary"].startswith(SAID)
+
+
+def test_captions_are_counted() -> None:
+    images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    source = ArraySource("x", images, torch.zeros(3, dtype=torch.long), None, ["a", "b", "a"])
+    assert account_of(source).sentence() == "3 images"
+    account = account_of(source, captioned=True)
+    assert account.sentence() == "3 images, with a caption for each (2 different)"
+    assert account.facts()["different_captions"] == 2
+
+
+def test_data_that_do_not_fit_are_accounted_for(tiny_teacher: Path, folder: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in sorted(folder.rglob("*.png"))[:12]:
+        path.rename(flat / path.name)
+    put(flat / "x.tif")
+    with pytest.raises(ConfigError, match=r"no class labels.*12 images; left out: 1 image of a format .* \(\.tif\)"):
+        describe(load_config("digits", settings(tiny_teacher, flat)))

@@ -19,8 +19,9 @@ from fdistill.methods import METHODS
 from fdistill.sampler import heun_sample
 from fdistill.step import Pairs, regression_step
 from fdistill.training.batches import Batches
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints
+from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import TrainingData, pair_samples, training_data
 from fdistill.training.journal import read_records
 from support.text_families import sd15

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from fdistill import distill
 from fdistill.base.errors import CheckpointError, ConfigError
 from fdistill.config.reading import load_config
-from fdistill.training.adamw_8bit import adamw_8bit, as_tensors, state_bytes, state_like
+from fdistill.config.sections import OptimizerConfig
+from fdistill.training import adamw_8bit
 from fdistill.training.build import build
-from fdistill.training.checkpoint import load_optimizer_tensors, optimizer_tensors
+from fdistill.training.checkpoint import optimizer_tensors, prepare_optimizer, save_checkpoint, take_counts
+from fdistill.training.optimise import Role
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 ROLES = ("generator", "fake_score", "discriminator")
@@ -43,7 +46,7 @@ def pair(**settings: Any) -> tuple[nn.Linear, torch.optim.Optimizer]:
     """A layer whose weight has moments in 8 bits, and whose bias has them in float32."""
     torch.manual_seed(0)
     layer = nn.Linear(80, 70)
-    return layer, adamw_8bit(layer.parameters(), "generator.optimizer", lr=1e-2, betas=(0.5, 0.9), **settings)
+    return layer, adamw_8bit.make(layer.parameters(), "generator.optimizer", lr=1e-2, betas=(0.5, 0.9), **settings)
 
 
 def test_it_steps_as_adamw_does_in_a_quarter_of_the_memory() -> None:
@@ -56,27 +59,31 @@ def test_it_steps_as_adamw_does_in_a_quarter_of_the_memory() -> None:
     moved = (whole.weight - start).norm()
     assert (layer.weight - whole.weight).norm() < 0.05 * moved
     torch.testing.assert_close(layer.bias, whole.bias)
-    assert state_bytes(layer.weight) < 0.26 * 2 * 4 * layer.weight.numel()
-    assert state_bytes(layer.bias) == 2 * 4 * layer.bias.numel()
+    assert adamw_8bit.state_bytes(layer.weight) < 0.26 * 2 * 4 * layer.weight.numel()
+    assert adamw_8bit.state_bytes(layer.bias) == 2 * 4 * layer.bias.numel()
 
 
 def test_its_state_is_plain_tensors_that_another_one_goes_on_from() -> None:
     layer, optimizer = pair()
     stepped(optimizer, layer, range(3))
-    tensors = {name: value.clone() for name, value in optimizer_tensors(optimizer).items()}
+    stored = {name: value.clone() for name, value in optimizer_tensors(optimizer).items()}
+    tensors = dict(stored)
     for index, parameter in enumerate(layer.parameters()):
-        for name, like in state_like(parameter).items():
+        for name, like in adamw_8bit.state_like(parameter).items():
             found = tensors.pop(f"{index}.{name}")
             assert (type(found), found.shape, found.dtype) == (torch.Tensor, like.shape, like.dtype), name
     assert not tensors
     other, resumed = pair()
     other.load_state_dict(layer.state_dict())
-    load_optimizer_tensors(resumed, {name: value.clone() for name, value in optimizer_tensors(optimizer).items()})
+    prepare_optimizer(resumed, {f"optimizer.{name}" for name in stored}, "optimizer")
+    for name, value in (taken := optimizer_tensors(resumed)).items():
+        value.copy_(stored[name])
+    take_counts(resumed, taken)
     stepped(optimizer, layer, range(3, 6))
     stepped(resumed, other, range(3, 6))
     assert torch.equal(layer.weight, other.weight)
     assert torch.equal(layer.bias, other.bias)
-    assert as_tensors({"step": 3})["step"].dtype == torch.int64
+    assert adamw_8bit.as_tensors({"step": 3})["step"].dtype == torch.int64
 
 
 def test_a_small_run_resumed_equals_an_uninterrupted_one_bit_by_bit(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -95,16 +102,44 @@ def test_a_small_run_resumed_equals_an_uninterrupted_one_bit_by_bit(tiny_teacher
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
 
 
-def test_moments_in_8_bits_are_not_taken_for_others(tiny_teacher: Path) -> None:
-    small, other = (
-        build(load_config("digits", {"teacher": str(tiny_teacher), **SMALL, **changes}), torch.device("cpu"))
-        for changes in ({}, {"generator.optimizer": "adamw"})
-    )
-    for parameter in small.student.parameters():
-        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
-    small.optimizers["generator"].step()
-    with pytest.raises(CheckpointError, match=r"optimizer\.generator\.0\.step is int64"):
-        other.load_state(small.state(), 0, "test")
+def test_moments_in_8_bits_are_not_taken_for_others_nor_others_for_them(tiny_teacher: Path, tmp_path: Path) -> None:
+    runs = {}
+    for kind in ("adamw", "adamw-8bit"):
+        settings = {"teacher": str(tiny_teacher), **SMALL, "generator.optimizer": kind}
+        run = runs[kind] = build(load_config("digits", settings), torch.device("cpu"))
+        for parameter in run.student.parameters():
+            parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+        Role(run.student, run.optimizers["generator"]).step()
+        state = {name: value.clone() for name, value in run.state().items()}
+        save_checkpoint(tmp_path / kind, 1, state, {}, 1)
+    for kind, other, found in (("adamw", "adamw-8bit", "int64"), ("adamw-8bit", "adamw", "float32")):
+        with pytest.raises(CheckpointError, match=rf"optimizer\.generator\.0\.step is {found} .* expected one of this"):
+            runs[kind].load_state(tmp_path / other / "000001", 0)
+        runs[kind].load_state(tmp_path / kind / "000001", 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_leaves_weights_and_moments_as_they_are(value: float) -> None:
+    """What follows is as if it had never been."""
+
+    def trained(gradients: list[float]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        layer, optimizer = pair()
+        role = Role(layer, optimizer)
+        role.settle(OptimizerConfig(weight_decay=0.1), 0.01)
+        for gradient in gradients:
+            layer(torch.ones(1, 80)).square().sum().backward()
+            layer.bias.grad[0] = gradient
+            before = {**layer.state_dict(), **optimizer_tensors(optimizer)}
+            before = {name: value.clone() for name, value in before.items()}
+            assert bool(role.step().isfinite()) == math.isfinite(gradient)
+            after = {**layer.state_dict(), **optimizer_tensors(optimizer)}
+            kept = before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in after)
+            assert kept is not math.isfinite(gradient)
+            assert layer.weight.grad is None
+        return layer.state_dict(), optimizer_tensors(optimizer)
+
+    skipped, straight = trained([value, 1.0, value, value, -2.0]), trained([1.0, -2.0])
+    torch.testing.assert_close(skipped, straight, rtol=0, atol=0)
 
 
 def test_settings_that_need_bf16_or_bitsandbytes_say_so(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:

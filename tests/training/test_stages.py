@@ -189,7 +189,7 @@ def test_a_stage_changes_what_it_names_alone() -> None:
         ({"stages": [3]}, "stage 1: got 3; expected iterations and the settings"),
         ({"stages": [{"iterations": 2}, {}]}, "stage 2: iterations: got None; expected how many it has, at least 1"),
         ({"stages": [{"iterations": 2}], "iterations": 3}, "iterations: got 3, but the stages have 2 in all"),
-        ({"stages": [{"iterations": 2, "generator.lr": -1}]}, r"stage 1: generator\.lr: got -1; .* greater than 0"),
+        ({"stages": [{"iterations": 2, "generator.lr": -1}]}, r"stage 1: generator\.lr: got -1; expected more than 0"),
         ({"stages": [{"iterations": 2, "generator.lrr": 1}]}, r"stage 1: generator\.lrr: no such setting; did you me"),
         ({"stages": [{"iterations": 2, "batchsize": 1}]}, "stage 1: batchsize: no such setting; did you mean 'batch_s"),
         ({"stages": [{"iterations": 2, "stages": []}]}, "stage 1: stages: cannot change during a run"),

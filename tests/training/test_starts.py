@@ -14,8 +14,9 @@ from torch import Tensor
 from fdistill import distill
 from fdistill.base.errors import CheckpointError, ConfigError
 from fdistill.config.reading import load_config
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints
+from fdistill.training.distillation import Distillation
 from support.denoisers import tiny_unet
 
 QUICK: dict[str, Any] = {"batch_size": 8, "iterations": 2, "log.samples_every": 0, "log.tracker": "none"}

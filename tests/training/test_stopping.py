@@ -20,6 +20,7 @@ from fdistill import distill
 from fdistill.base.errors import FDistillError, OutputError
 from fdistill.base.files import partial_path
 from fdistill.base.locks import locked
+from fdistill.base.signals import SIGNALS
 from fdistill.commands.ending import one_message
 from fdistill.training import loop
 from fdistill.training.checkpoint import checkpoints
@@ -47,9 +48,9 @@ def iterations(folder: Path) -> list[int]:
 @pytest.fixture
 def handlers() -> Iterator[list[Any]]:
     """The signals' handlers, which are put back afterwards."""
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(number) for number in SIGNALS]
     yield before
-    for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
+    for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
 
 
@@ -89,10 +90,11 @@ def test_a_signal_ends_a_run_after_its_iteration_and_it_goes_on_as_if_there_had_
     assert not (folder / "student").exists()
     assert not (folder / ".lock").exists()
 
-    signalled(signal.SIGINT, 2)
-    with pytest.raises(SystemExit) as ended, one_message():
-        run(tiny_teacher, folder, resume=True)
-    assert ended.value.code == 130
+    for number, at, status in ((signal.SIGUSR1, 1, 138), (signal.SIGINT, 2, 130)):
+        signalled(number, at)
+        with pytest.raises(SystemExit) as ended, one_message():
+            run(tiny_teacher, folder, resume=True)
+        assert ended.value.code == status
     assert iterations(folder) == [1, 2, 3]
     monkeypatch.undo()
     found, straight = run(tiny_teacher, folder, resume=True), run(tiny_teacher, tmp_path / "straight")
@@ -107,7 +109,7 @@ def interrupt() -> None:
 
 def test_a_second_signal_is_not_held_up(handlers: list[Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # test runners with several processes ignore it
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(number) for number in SIGNALS]
     with Stop(torch.device("cpu")) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)  # a launcher's echo of the first
@@ -115,7 +117,7 @@ def test_a_second_signal_is_not_held_up(handlers: list[Any]) -> None:
         assert stop.received() == signal.SIGINT
         with pytest.raises(KeyboardInterrupt):
             interrupt()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
 def test_a_thread_trains_without_handlers() -> None:
@@ -134,10 +136,11 @@ def test_a_thread_trains_without_handlers() -> None:
 def test_other_commands_end_with_the_signals_status(
     tmp_path: Path, handlers: list[Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as ended, one_message():
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert ended.value.code == 143
-    assert "SIGTERM: ended" in capfd.readouterr().err
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGUSR1, 138)):
+        with pytest.raises(SystemExit) as ended, one_message():
+            os.kill(os.getpid(), number)
+        assert ended.value.code == status
+        assert f"{number.name}: ended" in capfd.readouterr().err
     with pytest.raises(SystemExit) as ended, one_message():
         raise FDistillError("wrong")
     assert ended.value.code == 1

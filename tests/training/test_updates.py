@@ -33,7 +33,8 @@ from fdistill.step import (
     sim_step,
     uni_instruct_step,
 )
-from fdistill.training.build import Distillation, build
+from fdistill.training.build import build
+from fdistill.training.distillation import Distillation
 from support.denoisers import tiny_unet
 
 LABELS = torch.arange(6) % 10

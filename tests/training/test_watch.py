@@ -55,12 +55,6 @@ SETTINGS: dict[str, Any] = {
 AVERAGED: dict[str, Any] = {"seed": 7, "ema.decays": [0.9, 0.5], "ema.export": 0.5}
 
 
-@pytest.fixture(autouse=True)
-def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take longer than these runs. `watched` is made before, and has them."""
-    monkeypatch.setattr(logbook, "save_curves", lambda *_: None)
-
-
 def run(teacher: Path, output: Path, **changes: Any) -> Path:
     resume = bool(changes.pop("resume", False))
     distill("digits", output=output, resume=resume, **{"teacher": str(teacher), **SETTINGS, **changes})
@@ -132,6 +126,19 @@ def test_scores_are_of_the_average_that_is_exported(watched: Path) -> None:
         assert len(found) == 4
         for name, value in found.items():
             assert record[f"eval/{name}"] == pytest.approx(value, rel=1e-9), name
+
+
+def test_the_checkpoint_of_the_best_score_is_kept(tiny_teacher: Path, tmp_path: Path) -> None:
+    """Whenever it was, and also by the run that resumes it."""
+    changes = {"log.keep_best": True, "log.keep_checkpoints": 1, "eval.every": 1, "generator.lr": 0.3}
+    for iterations in (2, 4):
+        folder = run(tiny_teacher, tmp_path / "run", resume=True, iterations=iterations, **changes)
+    kept = {int(path.name) for path in checkpoints(folder / "checkpoints")}
+    best = best_of(folder, FD, higher=False)
+    assert best < 4, "or this says nothing"
+    assert kept == {best, 4}
+    with pytest.raises(ConfigError, match=r"log\.keep_best: got true, but eval\.every is 0"):
+        run(tiny_teacher, tmp_path / "none", **changes | {"eval.every": 0})
 
 
 def best_of(folder: Path, name: str, higher: bool) -> int:

@@ -1,0 +1,134 @@
+"""Distributed modules in one process: a mesh of one, as offloading uses. tests/base/test_distributed.py has two."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from fdistill.adapters.checkpoint import load_denoiser, resolve_checkpoint
+from fdistill.base.distributed import part
+from fdistill.denoiser import Denoiser
+from fdistill.students.lora import lora_copy
+from fdistill.training.sharding import (
+    aliased,
+    blank,
+    blocks,
+    filled,
+    gathered,
+    make_mesh,
+    shard,
+    share_frozen,
+    total_norm,
+)
+from support import families, text_families, text_families_dit
+
+MADE = {
+    "UNet2DModel": families.consistency,
+    "SongUNet": families.edm_ddpmpp,
+    "DhariwalUNet": families.edm_adm,
+    "EDM2": families.edm2,
+    "DiT": families.dit,
+    "sd15": text_families.sd15,
+    "sdxl": text_families.sdxl,
+    "sd3": text_families.sd3,
+    "flux": text_families.flux_dev,
+    "pixart": text_families_dit.pixart,
+    "sana": text_families_dit.sana,
+    **({"qwen-image": text_families_dit.qwen_image} if text_families_dit.HAS_QWEN_IMAGE else {}),
+}
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    found = make_mesh("fsdp", torch.device("cpu"), offload=True)
+    assert found is not None
+    yield found
+    dist.destroy_process_group()
+
+
+def loaded(name: str, folder: Path) -> Denoiser:
+    denoiser = load_denoiser(resolve_checkpoint(MADE[name](folder)))
+    if name in ("flux", "qwen-image"):
+        denoiser.resize(text_families.RESOLUTION)
+    return denoiser.requires_grad_(True)
+
+
+def passed(denoiser: Denoiser) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x0, a feature computed without the output, and the gradients of both by the weights' names."""
+    generator = torch.Generator().manual_seed(0)
+    x_t = torch.randn(2, *denoiser.sample_shape, generator=generator)
+    t = torch.full((2,), (denoiser.schedule.t_min + denoiser.schedule.t_max) / 2)
+    condition = denoiser.example_condition(2, "cpu")
+    name = list(denoiser.feature_shapes)[-1]
+    x0 = denoiser(x_t, t, condition)
+    feature = denoiser.features(denoiser.network_input(x_t, t), t, condition, [name])[name]
+    (x0.square().mean() + feature.square().mean()).backward()
+    gradients = {name: part(p.grad) for name, p in denoiser.named_parameters() if p.grad is not None}
+    return x0.detach(), feature.detach(), gradients
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_sharded_network_computes_the_same(name: str, mesh: DeviceMesh, tmp_path: Path) -> None:
+    plain = loaded(name, tmp_path)
+    sharded = aliased(plain)
+    shard(sharded, mesh)
+    assert len(blocks(plain)) > 1
+    assert all(isinstance(each, DTensor) for each in sharded.parameters() if each.ndim)
+    expected, found = passed(plain), passed(sharded)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert found[2].keys() == expected[2].keys()
+    for key, gradient in expected[2].items():
+        torch.testing.assert_close(found[2][key], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_copies_for_sharding_take_no_memory(mesh: DeviceMesh, tmp_path: Path) -> None:
+    """Until they are sharded; then each has its own, so that training one leaves the others."""
+    plain = loaded("UNet2DModel", tmp_path)
+    copy = aliased(plain)
+    assert [p.data_ptr() for p in copy.parameters()] == [p.data_ptr() for p in plain.parameters()]
+    before = {name: value.clone() for name, value in plain.state_dict().items()}
+    shard(copy, mesh)
+    with torch.no_grad():
+        for parameter in copy.parameters():
+            part(parameter).add_(1)
+    assert all(torch.equal(value, before[name]) for name, value in plain.state_dict().items())
+
+
+def test_adapters_use_the_shards_of_the_frozen_network(mesh: DeviceMesh, tmp_path: Path) -> None:
+    frozen = loaded("DiT", tmp_path).requires_grad_(False)
+    expected = frozen(torch.ones(1, *frozen.sample_shape), torch.ones(1) * 500, torch.zeros(1, dtype=torch.long))
+    adapted = aliased(lora_copy(frozen, 2))
+    shard(frozen, mesh)
+    shard(adapted, mesh)
+    share_frozen(adapted, frozen)
+    own = {part(value).data_ptr() for value in frozen.parameters()}
+    for name, value in adapted.named_parameters():
+        assert (part(value).data_ptr() in own) == (".lora_" not in name), name
+    found = adapted(torch.ones(1, *frozen.sample_shape), torch.ones(1) * 500, torch.zeros(1, dtype=torch.long))
+    assert torch.equal(found, expected)
+
+
+def test_an_empty_copy_is_filled_with_what_was_gathered(mesh: DeviceMesh, tmp_path: Path) -> None:
+    plain = loaded("sd15", tmp_path)
+    empty, expected = blank(plain), {name: value.clone() for name, value in plain.state_dict().items()}
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    shard(plain, mesh)
+    whole = filled(empty, gathered(plain.state_dict(), keep=True))
+    assert type(whole) is type(empty)
+    assert whole.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in whole.state_dict().items())
+    assert gathered(plain.state_dict(), keep=False) == {}
+
+
+def test_the_norm_is_that_of_all_values() -> None:
+    values = [torch.tensor([3.0]), torch.tensor([[0.0, 4.0], [12.0, 0.0]])]
+    assert total_norm(values) == 13
+    assert total_norm([nn.Parameter(value) for value in values]) == 13

@@ -55,6 +55,8 @@ NOT_THERE: dict[str, str] = {
     "remove file_name from every line instead": "both are read in evaluation/test_images_as_they_are.py",
     "; on CPUs launch them with ": "needs a launcher; tests/base/test_distributed.py starts processes by torch's",
     "that no other job has the port": "needs several machines, or another job",
+    "parallel: hybrid shards within a machine": "needs several machines; fsdp trains in tests/base/test_distributed.py",
+    "pass a file with one for each image (--prompts)": _WEIGHTS,
     "run again, with --resume if it was distill": "resumed in tests/training/test_loop.py",
     "check the path, or choose another one": "any place that can be written",
     "; choose another name": "any place that can be written",

@@ -17,7 +17,9 @@ try:
 except ImportError:  # Windows, where nothing is refused
     fcntl = None  # type: ignore[assignment]
 
-_HELD: set[Path] = set()  # the system's record locks do not keep a process from itself
+#: Lock files that this process holds -> what is written there. The system's locks do not keep a process from itself,
+#: and are lost when it opens and closes the file once more.
+_HELD: dict[Path, str] = {}
 
 
 @contextmanager
@@ -39,15 +41,23 @@ def locked(path: Path, what: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         descriptor = _acquired(path, what)
-        _HELD.add(path)
+        _HELD[path] = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
         try:
+            os.write(descriptor, _HELD[path].encode())
             yield
         finally:
-            _HELD.discard(path)
+            del _HELD[path]
             path.unlink(missing_ok=True)  # while it is still held: whoever comes now makes a file of their own
             os.close(descriptor)
     finally:
         _remove_empty(made)
+
+
+def check_free(path: Path, what: str) -> None:
+    """Raises OutputError, which names the process, if another process holds the lock file `path`."""
+    path = Path(os.path.realpath(path))
+    if path not in _HELD and (writer := _holder(path)):
+        raise _taken(what, writer)
 
 
 def _acquired(path: Path, what: str) -> int:
@@ -56,20 +66,28 @@ def _acquired(path: Path, what: str) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if _lock(descriptor) and _is_still_there(path, descriptor):
             os.ftruncate(descriptor, 0)
-            holder = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}"
-            os.write(descriptor, holder.encode())
             return descriptor
         gone = not _is_still_there(path, descriptor)
         os.close(descriptor)
         if not gone:
             break
-    try:
-        holder = path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        holder = ""
-    raise OutputError(
-        f"{what}: {holder or 'another process'} is writing there; wait until it has ended, or choose another place"
-    )
+    raise _taken(what, _HELD.get(path) or _holder(path) or "another process")
+
+
+def _taken(what: str, writer: str) -> OutputError:
+    return OutputError(f"{what}: {writer} is writing there; wait until it has ended, or choose another place")
+
+
+def _holder(path: Path) -> str | None:
+    """The other process that holds a lock file, in words; None if no other process does."""
+    if fcntl is None or not path.is_file():
+        return None
+    with path.open(encoding="utf-8", errors="replace") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return (file.read().strip() or "another process") if _is_taken(error) else None
+    return None
 
 
 def _lock(descriptor: int) -> bool:
@@ -79,8 +97,13 @@ def _lock(descriptor: int) -> bool:
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)
+        return not _is_taken(error)
     return True
+
+
+def _is_taken(error: OSError) -> bool:
+    """Whether a lock was not to be had because another process has it, and not for want of locks."""
+    return error.errno in (errno.EACCES, errno.EAGAIN)
 
 
 def _is_still_there(path: Path, descriptor: int) -> bool:

@@ -16,7 +16,7 @@ from fdistill.base.distributed import from_main_process, together
 from fdistill.base.errors import CheckpointError, ConfigError, NonFiniteError, OutputError
 from fdistill.base.files import atomic_file, is_leftover, remove_leftovers, writing
 from fdistill.base.images import grid
-from fdistill.base.locks import locked
+from fdistill.base.locks import check_free, locked
 from fdistill.config.reading import changed_keys, changes, dump_config, load_config, validate
 from fdistill.config.schema import DistillConfig
 from fdistill.generator import Student
@@ -35,8 +35,8 @@ def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
     """Checks that a run may write to `folder`: it does not exist, is empty, or holds this run and `resume` is True.
 
     Raises:
-        OutputError: the folder is a file, holds something else, or holds a run and `resume` is False; or what the run
-            has written is damaged or has been removed.
+        OutputError: the folder is a file, holds something else, or holds a run and `resume` is False, which may be
+            running: the message then names its process; or what the run has written is damaged or has been removed.
         ConfigError: the run in the folder has other settings, or the tracker is not installed.
     """
     if config.log.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
@@ -49,6 +49,7 @@ def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
     if not (folder / "config.yaml").is_file():
         raise OutputError(f"output {folder}: not empty, and not a run (no config.yaml); choose another folder")
     if not resume:
+        check_free(folder / _LOCK, f"output {folder}")
         raise OutputError(
             f"output {folder}: holds a run already; add --resume to go on with it, or choose another folder"
         )

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from fdistill.base.errors import OutputError
 from fdistill.base.files import atomic_file, atomic_folder, check_file, claimed_folder, partial_path, remove_leftovers
-from fdistill.base.locks import locked
+from fdistill.base.locks import check_free, locked
 
 HOLDER = """
 import sys, time
@@ -45,6 +45,9 @@ def test_an_output_that_another_process_fills_is_refused_until_it_is_dead(
     message = rf"out: process {holder.pid} on .* is writing there"
     with pytest.raises(OutputError, match=message), claimed_folder(tmp_path / "out"):
         pytest.fail("claimed twice")
+    [lock] = tmp_path.glob(".*lock")
+    with pytest.raises(OutputError, match=message):
+        check_free(lock, "out")
     assert len(list(tmp_path.iterdir())) == 2  # the holder's lock and its temporary folder are untouched
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -59,6 +62,7 @@ def test_a_lock_is_for_one_block_of_a_process_too(tmp_path: Path) -> None:
     with locked(path, "it"), pytest.raises(OutputError, match=f"it: process {os.getpid()} "), locked(path, "it"):
         pytest.fail("locked twice")
     with locked(path, "it"):
+        check_free(path, "it")  # of others
         (path.parent / "kept").touch()
     assert [found.name for found in path.parent.iterdir()] == ["kept"]
     with locked(tmp_path / "other" / ".lock", "it"):

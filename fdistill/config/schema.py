@@ -190,6 +190,7 @@ class DistillConfig(Section):
         combinations.check_rates(self.iterations, self.roles)
         combinations.check_keep_best(self.log, self.eval)
         combinations.check_precision(self.precision, self.frozen_precision)
+        combinations.check_parallel(self.parallel, self.frozen_precision, self.roles)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
         if isinstance(self.student_level, list) and STUDENT_KINDS[student.generator].steps:
             combinations.check_levels(name, self.student_level)

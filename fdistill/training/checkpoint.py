@@ -89,7 +89,7 @@ def _write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup
     known = inspect.signature(HuggingFaceStorageWriter).parameters
     by_process = {"save_distributed" if "save_distributed" in known else "save_sharded": True}  # torch 2.8's name
     writer: Any = HuggingFaceStorageWriter(str(folder), _files_of(tensors), **by_process)
-    own = unshared(tensors) if alone else dict(tensors)
+    own = unshared({name: part(value) for name, value in tensors.items()}) if alone else dict(tensors)
     with _collected():
         save(own, storage_writer=writer, process_group=None if alone else group, no_dist=alone)
 

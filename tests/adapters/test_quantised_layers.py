@@ -26,6 +26,7 @@ from fdistill.students.lora import lora_copy, merged
 from fdistill.training.activation_checkpointing import checkpoint_activations
 from support.activations import kept_bytes
 from support.denoisers import tiny_unet
+from support.extras import needs_bitsandbytes
 
 CPU = torch.device("cpu")
 #: Root mean square of what a weight drawn from a normal distribution loses, as a share of it. Steps of 1/127 of the
@@ -54,6 +55,7 @@ def noise(requires_grad: bool = False) -> Tensor:
     return torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1)).requires_grad_(requires_grad)
 
 
+@needs_bitsandbytes
 def test_the_layers_of_blocks_are_stored_and_no_others() -> None:
     denoiser = network()
     names = set(quantised_names(denoiser))
@@ -72,6 +74,7 @@ def test_the_layers_of_blocks_are_stored_and_no_others() -> None:
         assert value.dtype == (torch.uint8 if stored else before[name]), name
 
 
+@needs_bitsandbytes
 @kinds
 def test_a_weight_loses_what_its_bits_cannot_say(kind: str) -> None:
     layer = nn.ModuleDict({"blocks": nn.Linear(256, 300, bias=False)})
@@ -85,6 +88,7 @@ def test_a_weight_loses_what_its_bits_cannot_say(kind: str) -> None:
     assert lost == pytest.approx(LOST[kind], rel=0.1)
 
 
+@needs_bitsandbytes
 @kinds
 @pytest.mark.parametrize(
     "layer", [nn.Linear(24, 16), nn.Conv2d(4, 6, 3, stride=2, padding=1), nn.Conv2d(4, 4, 1, groups=2)]
@@ -115,6 +119,7 @@ def test_derivatives_are_those_of_the_weight_that_the_bits_say(kind: str, layer:
             torch.testing.assert_close(own, expected, **close)
 
 
+@needs_bitsandbytes
 @kinds
 def test_adapters_learn_on_stored_weights_and_are_merged_into_what_they_say(kind: str) -> None:
     """With activation checkpointing too; nothing of the size of the weights is kept for the backward pass."""
@@ -139,6 +144,7 @@ def test_adapters_learn_on_stored_weights_and_are_merged_into_what_they_say(kind
         torch.testing.assert_close(own, expected)
 
 
+@needs_bitsandbytes
 def test_no_copy_of_a_weight_is_kept_for_the_backward_pass() -> None:
     """Of a layer whose weight is far larger than what it computes."""
     layer = nn.ModuleDict({"blocks": nn.Linear(512, 512)}).requires_grad_(False)
@@ -151,11 +157,15 @@ def test_no_copy_of_a_weight_is_kept_for_the_backward_pass() -> None:
     assert kept_bytes(layer, evaluated)[0] < 512 * 512 / 10
 
 
-def test_without_bitsandbytes_or_layers_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_bitsandbytes
+def test_a_network_without_such_layers_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"no torch.nn.Linear or Conv2d layers in its blocks .* expected bf16 or fp32"
     ):
         quantise(nn.Linear(2, 2), "int8", CPU)
+
+
+def test_without_bitsandbytes_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
 
     def missing(name: str, *arguments: Any) -> Any:

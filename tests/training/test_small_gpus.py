@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fdistill import distill
 from fdistill.base.errors import CheckpointError, ConfigError
@@ -20,6 +21,8 @@ from fdistill.training import adamw_8bit
 from fdistill.training.build import build
 from fdistill.training.checkpoint import optimizer_tensors, prepare_optimizer, save_checkpoint, take_counts
 from fdistill.training.optimise import Role
+from fdistill.training.sharding import gathered, shard
+from support.extras import needs_bitsandbytes
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 ROLES = ("generator", "fake_score", "discriminator")
@@ -49,6 +52,7 @@ def pair(**settings: Any) -> tuple[nn.Linear, torch.optim.Optimizer]:
     return layer, adamw_8bit.make(layer.parameters(), "generator.optimizer", lr=1e-2, betas=(0.5, 0.9), **settings)
 
 
+@needs_bitsandbytes
 def test_it_steps_as_adamw_does_in_a_quarter_of_the_memory() -> None:
     layer, optimizer = pair(weight_decay=0.1)
     stepped(optimizer, layer, range(10))
@@ -63,6 +67,7 @@ def test_it_steps_as_adamw_does_in_a_quarter_of_the_memory() -> None:
     assert adamw_8bit.state_bytes(layer.bias) == 2 * 4 * layer.bias.numel()
 
 
+@needs_bitsandbytes
 def test_its_state_is_plain_tensors_that_another_one_goes_on_from() -> None:
     layer, optimizer = pair()
     stepped(optimizer, layer, range(3))
@@ -86,6 +91,7 @@ def test_its_state_is_plain_tensors_that_another_one_goes_on_from() -> None:
     assert adamw_8bit.as_tensors({"step": 3})["step"].dtype == torch.int64
 
 
+@needs_bitsandbytes
 def test_a_small_run_resumed_equals_an_uninterrupted_one_bit_by_bit(tiny_teacher: Path, tmp_path: Path) -> None:
     def run(output: str, **changes: Any) -> Path:
         quick = {"batch_size": 8, "iterations": 2, "log.samples_every": 0, "log.checkpoint_every": 1}
@@ -102,6 +108,7 @@ def test_a_small_run_resumed_equals_an_uninterrupted_one_bit_by_bit(tiny_teacher
     assert all(torch.equal(value, resumed[name]) for name, value in straight.items())
 
 
+@needs_bitsandbytes
 def test_moments_in_8_bits_are_not_taken_for_others_nor_others_for_them(tiny_teacher: Path, tmp_path: Path) -> None:
     runs = {}
     for kind in ("adamw", "adamw-8bit"):
@@ -118,6 +125,7 @@ def test_moments_in_8_bits_are_not_taken_for_others_nor_others_for_them(tiny_tea
         runs[kind].load_state(tmp_path / kind / "000001", 0)
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_an_update_that_is_not_finite_leaves_weights_and_moments_as_they_are(value: float) -> None:
     """What follows is as if it had never been."""
@@ -140,6 +148,27 @@ def test_an_update_that_is_not_finite_leaves_weights_and_moments_as_they_are(val
 
     skipped, straight = trained([value, 1.0, value, value, -2.0]), trained([1.0, -2.0])
     torch.testing.assert_close(skipped, straight, rtol=0, atol=0)
+
+
+@needs_bitsandbytes
+def test_of_several_processes_each_updates_its_own_copy(mesh: DeviceMesh) -> None:
+    """As weights that are distributed, which bitsandbytes does not know."""
+
+    def trained(*, distributed: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        layer = nn.Linear(80, 70)
+        if distributed:
+            shard(layer, mesh)
+        optimizer = adamw_8bit.make(layer.parameters(), "generator.optimizer")
+        role = Role(layer, optimizer)
+        role.settle(OptimizerConfig(weight_decay=0.1), 0.01)
+        for size in (1, 2, 3):
+            layer(torch.full((1, 80), float(size))).square().sum().backward()
+            role.step()
+            assert layer.weight.grad is None
+        return gathered(layer.state_dict(), keep=True), optimizer_tensors(optimizer)
+
+    torch.testing.assert_close(trained(distributed=True), trained(distributed=False), rtol=0, atol=0)
 
 
 def test_settings_that_need_bf16_or_bitsandbytes_say_so(tiny_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:

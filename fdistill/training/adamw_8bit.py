@@ -65,7 +65,10 @@ def step(optimizer: Optimizer, gradients: Iterable[Tensor | None], finite: Tenso
 
 
 def state_like(parameter: Tensor) -> dict[str, Tensor]:
-    """Tensors with the names, shapes and data types that a parameter's state has in a checkpoint, without values."""
+    """Tensors with the names, shapes and data types that a parameter's state has in a checkpoint, without values.
+
+    The number of steps is a tensor here, which bitsandbytes counts up as it does its own number.
+    """
     state = {"step": torch.empty((), dtype=torch.int64)}
     if parameter.numel() < SMALL:
         return {**state, **{f"state{i}": torch.empty_like(parameter, dtype=torch.float32) for i in (1, 2)}}

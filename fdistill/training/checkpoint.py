@@ -297,20 +297,10 @@ def prepare_optimizer(optimizer: Optimizer, names: Collection[str], prefix: str)
 
 
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state as flat tensors named "<parameter index>.<state name>"; all share its memory, except the
-    counts of `adamw_8bit`.
-    """
+    """An optimiser's state as flat tensors named "<parameter index>.<state name>"."""
     state = optimizer.state_dict()["state"]
     return {
         f"{index}.{name}": value
         for index, entry in state.items()
         for name, value in adamw_8bit.as_tensors(entry).items()
     }
-
-
-def take_counts(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Takes what does not share the optimiser's memory from tensors named as by `optimizer_tensors`."""
-    if adamw_8bit.is_8bit(optimizer):
-        for index, parameter in _parameters(optimizer).items():
-            if f"{index}.step" in tensors:
-                optimizer.state[parameter]["step"] = int(tensors[f"{index}.step"])

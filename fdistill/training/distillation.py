@@ -31,7 +31,6 @@ from fdistill.training.checkpoint import (
     optimizer_tensors,
     prepare_optimizer,
     read_tensors,
-    take_counts,
 )
 from fdistill.training.stages import Stage, age_of, stage_at
 from fdistill.training.updates import Update
@@ -152,6 +151,4 @@ class Distillation:
         tensors = self.state()
         read_tensors(path, tensors)  # into the memory of weights, averages, optimisers and bins
         self.ema.load_state_dict(take(tensors, "ema"))  # for the number of its updates, which is no tensor
-        for name, optimizer in self.optimizers.items():
-            take_counts(optimizer, take(tensors, f"optimizer.{name}"))
         self.iteration = iteration

@@ -1,7 +1,8 @@
 """Folders whose weights are not what everything else reads: safetensors under the names of diffusers and transformers.
 
 Files of torch.save (.bin), half-precision weights alone (model.fp16.safetensors), and tensors with names of
-torch.compile or DistributedDataParallel are made into a folder with plain safetensors before anything reads them.
+torch.compile or DistributedDataParallel are made into a folder with plain safetensors before anything reads them. For
+processes that share the memory of weights, so are those in half precision.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -59,6 +62,40 @@ def with_plain_weights(folder: Path) -> Path:
             _write(component, files, temporary / component.relative_to(folder))
 
     return made_once("safetensors", key | {"format": "1"}, fill)
+
+
+def in_float32(component: Path) -> Path:
+    """A component's folder itself if its weights are float32; otherwise a copy in which they are, made once.
+
+    Processes of one machine share the memory of float32 files that they read; what is converted when it is read, each
+    of them has for itself.
+
+    Returns:
+        The folder, or $FDISTILL_CACHE/float32/<hash of its files>.
+
+    Raises:
+        OutputError: the cache folder cannot be written.
+    """
+    files = [path for path in sorted(component.glob("*.safetensors")) if not is_variant(path)]
+    if all(_is_float32(path) for path in files):
+        return component
+    described = component / "config.json"
+
+    def fill(temporary: Path) -> None:
+        link_files([described], component, temporary)
+        _write(component, files, temporary, torch.float32)
+
+    return made_once("float32", {path.name: sha256_of_files([path]) for path in (described, *files)}, fill)
+
+
+def _is_float32(path: Path) -> bool:
+    """Whether a file has no weights in another precision; a file that cannot be read is left to what loads it."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            dtypes = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError):
+        return True
+    return not any(dtype != "F32" and dtype.startswith(("F", "BF")) for dtype in dtypes)
 
 
 def bins_instead(folder: Path) -> list[str]:
@@ -118,8 +155,10 @@ def _shards(index: Path) -> dict[str, str]:
     return shards
 
 
-def _write(component: Path, files: list[Path], target: Path) -> None:
-    """Writes the tensors of files as the safetensors that diffusers or transformers looks for."""
+def _write(component: Path, files: list[Path], target: Path, dtype: torch.dtype | None = None) -> None:
+    """Writes the tensors of files as the safetensors that diffusers or transformers looks for, in a dtype if one is
+    given.
+    """
     try:
         of_diffusers = "_class_name" in read_json_object(component / "config.json")
     except (OSError, ValueError) as error:
@@ -130,6 +169,8 @@ def _write(component: Path, files: list[Path], target: Path) -> None:
     for number, path in enumerate(files, 1):
         shard = f"{name}-{number:05d}-of-{len(files):05d}.{suffix}" if len(files) > 1 else f"{name}.{suffix}"
         tensors = _tensors(path)
+        if dtype is not None:
+            tensors = {key: value.to(dtype) if value.is_floating_point() else value for key, value in tensors.items()}
         save_file(unshared(tensors), target / shard, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard)
     if len(files) > 1:

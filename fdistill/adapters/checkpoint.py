@@ -18,7 +18,7 @@ from fdistill.adapters import (
     set_null_class,
     supported_pipelines,
 )
-from fdistill.adapters.bin_weights import bins_instead, variants_instead, with_plain_weights
+from fdistill.adapters.bin_weights import bins_instead, in_float32, variants_instead, with_plain_weights
 from fdistill.adapters.family import Family
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
@@ -246,12 +246,14 @@ def check_pipeline(checkpoint: Checkpoint, family: Family) -> None:
         )
 
 
-def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> Denoiser:
+def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None, memory_of_files: bool = False) -> Denoiser:
     """Loads the denoiser of a checkpoint in eval mode, in float32, on the CPU.
 
     Args:
         checkpoint: the source of the denoiser.
         null_class: the label for "no class", if the checkpoint does not say it; must be its last label.
+        memory_of_files: reads weights in half precision from a copy in float32, see `in_float32`, so that the weights'
+            memory is a file's, whatever precision the checkpoint has.
 
     Raises:
         CheckpointError: the checkpoint is missing, truncated, or of an architecture that is not supported.
@@ -263,7 +265,7 @@ def load_denoiser(checkpoint: Checkpoint, *, null_class: int | None = None) -> D
         check_configs(checkpoint.folder)
         family, network = find_network(checkpoint.folder)
         check_pipeline(checkpoint, family)
-        model = load_network(family.network, network)
+        model = load_network(family.network, in_float32(network) if memory_of_files else network)
         try:
             denoiser = family.wrap(model, read_scheduler_config(checkpoint.folder))
         except CheckpointError as error:

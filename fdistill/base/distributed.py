@@ -49,12 +49,27 @@ def wait_for_everyone() -> None:
 @contextmanager
 def first_process_of_machine_first() -> Iterator[None]:
     """The first process of each machine runs the block while its others wait; then they run it."""
-    first = not _active() or PartialState().is_local_main_process
+    first = is_first_of_machine()
     if not first:
         wait_for_everyone()
     yield
     if first:
         wait_for_everyone()
+
+
+def is_first_of_machine() -> bool:
+    """Whether this process is the only one of its machine, or the first."""
+    return not _active() or PartialState().is_local_main_process
+
+
+def everywhere(value: bool) -> bool:
+    """Whether it is true in every process."""
+    if not _active():
+        return value
+    found: list[Any] = [None] * dist.get_world_size()
+    with exchanging():
+        dist.all_gather_object(found, value)
+    return all(found)
 
 
 def highest_later(value: int, device: torch.device) -> Callable[[], int]:

@@ -24,8 +24,10 @@ from fdistill.adapters.checkpoint import Checkpoint, check_configs, find_network
 from fdistill.adapters.config_fields import TEXT_ENCODER_FIELDS, check_fields
 from fdistill.adapters.family import TextToImage
 from fdistill.adapters.pretrained import LOADING_ERRORS, check_size
+from fdistill.base.distributed import gather_rows
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object, sampled_sha256
+from fdistill.base.rng import world
 from fdistill.condition import TextCondition
 
 _BATCH = 32  # prompts that the encoders process at once
@@ -315,4 +317,26 @@ def prompt_batches(encoders: PromptEncoder, prompts: Sequence[str]) -> Iterator[
         for first in range(0, len(prompts), _SHOWN):
             part = prompts[first : first + _SHOWN]
             yield part, encoders.encode(part)
+            bar.update(len(part))
+
+
+def shared_prompt_batches(
+    encoders: PromptEncoder, prompts: Sequence[str]
+) -> Iterator[tuple[Sequence[str], TextCondition]]:
+    """`prompt_batches` of all processes together: each encodes its part of every batch, and all have the whole batch.
+
+    Every process must iterate to the end. The main process shows the progress, and which prompts are cut.
+    """
+    rank, processes = world()
+    cut = describe_cut(encoders.cut(prompts), prompts) if rank == 0 else ""
+    if cut:
+        tqdm.write(cut)
+    with tqdm(total=len(prompts), desc="prompts", unit="prompt", mininterval=0.5, disable=rank != 0) as bar:
+        for first in range(0, len(prompts), _SHOWN):
+            part = prompts[first : first + _SHOWN]
+            size = -(-len(part) // processes)
+            # Each process gives as many rows; the last ones may have to repeat a prompt for that.
+            mine = [part[min(row, len(part) - 1)] for row in range(rank * size, (rank + 1) * size)]
+            gathered = {name: gather_rows(value) for name, value in encoders.encode(mine).tensors.items()}
+            yield part, TextCondition(gathered).rows(slice(len(part)))
             bar.update(len(part))

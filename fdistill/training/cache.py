@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from fdistill.data.embeddings import write_embeddings
 from fdistill.data.latents import SAMPLING, Moments, write_latents
 from fdistill.teachers.autoencoder import LatentSpace, image_shape
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
-from fdistill.teachers.text_encoders import encoding_facts, open_prompt_encoder, prompt_batches
+from fdistill.teachers.text_encoders import encoding_facts, open_prompt_encoder, prompt_batches, shared_prompt_batches
 
 _SEED = 0
 
@@ -185,6 +186,18 @@ def write_prompts(folder: Path, prompts: Sequence[str], teacher: Teacher, encodi
     with encoders.on(encoding.device):
         null = encoders.null(encoding.negative_prompt)
         write_embeddings(folder, prompt_batches(encoders, prompts), null=null, meta=text_facts(teacher, encoding))
+
+
+def share_prompts(folder: Path | None, prompts: Sequence[str], teacher: Teacher, encoding: Encoding) -> None:
+    """`write_prompts` of all processes together; those without a folder encode and write nothing."""
+    encoders = open_prompt_encoder(teacher.checkpoint, teacher.image_size, encoding.precision)
+    with encoders.on(encoding.device):
+        batches = shared_prompt_batches(encoders, prompts)
+        if folder is None:
+            deque(batches, maxlen=0)
+        else:
+            null = encoders.null(encoding.negative_prompt)
+            write_embeddings(folder, batches, null=null, meta=text_facts(teacher, encoding))
 
 
 def _noting(batches: Iterator[Moments], loader: ImageLoader, unreadable: list[str]) -> Iterator[Moments]:

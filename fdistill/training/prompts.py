@@ -15,8 +15,14 @@ import torch
 from torch import Tensor
 
 from fdistill import __version__
-from fdistill.base.distributed import first_process_of_machine_first
+from fdistill.base.distributed import (
+    everywhere,
+    first_process_of_machine_first,
+    is_first_of_machine,
+    wait_for_everyone,
+)
 from fdistill.base.files import cached_folder, made_once
+from fdistill.base.rng import world
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
 from fdistill.data import Source, is_embedded, open_source
@@ -25,7 +31,10 @@ from fdistill.data.latents import META_FILE, LatentSource
 from fdistill.data.prompts import read_prompts
 from fdistill.teachers.teacher import Teacher
 from fdistill.training import checks
-from fdistill.training.cache import Encoding, distinct_captions, encode_data, text_facts, write_prompts
+from fdistill.training.cache import Encoding, distinct_captions, encode_data, share_prompts, text_facts, write_prompts
+
+#: Prompts for each process from which on all of them encode: fewer take less time than loading the encoders.
+_WORTH_SHARING = 256
 
 
 @dataclass(frozen=True)
@@ -36,12 +45,15 @@ class EncodingJob:
         kind, key: identify the result in the cache, as in `fdistill.base.files.made_once`.
         write: encodes into an empty folder.
         parts: what messages say is encoded, such as "12,000 prompts".
+        share: does what `write` does where all processes call it; without a folder it encodes and writes nothing. None
+            if one process does it alone.
     """
 
     kind: str
     key: Mapping[str, Any]
     write: Callable[[Path], None]
     parts: tuple[str, ...]
+    share: Callable[[Path | None], None] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -54,9 +66,18 @@ Obtain = Callable[[EncodingJob], Path | None]
 
 
 def encode(job: EncodingJob) -> Path:
-    """The folder of what a job encodes: the first process of each machine encodes it, the others find it."""
-    with first_process_of_machine_first():
-        return made_once(job.kind, job.key, job.write)
+    """The folder of what a job encodes. The first process of each machine writes it, and the others find it; each of
+    them encodes a part if the job can be shared.
+    """
+    if job.share is None or everywhere(job.is_done):
+        with first_process_of_machine_first():
+            return made_once(job.kind, job.key, job.write)
+    if is_first_of_machine() and not job.is_done:
+        made_once(job.kind, job.key, job.share)
+    else:
+        job.share(None)
+    wait_for_everyone()
+    return cached_folder(job.kind, job.key)
 
 
 class EncodingPlan:
@@ -139,11 +160,13 @@ def open_prompts(
     Args:
         name: what messages call the prompts.
     """
+    shared = world()[1] > 1 and len(prompts) >= _WORTH_SHARING * world()[1]
     job = EncodingJob(
         "text",
         {**text_facts(teacher, encoding), "prompts": list(prompts)},
         partial(write_prompts, prompts=prompts, teacher=teacher, encoding=encoding),
         (f"{len(prompts):,} {name}",),
+        partial(share_prompts, prompts=prompts, teacher=teacher, encoding=encoding) if shared else None,
     )
     folder = obtain(job)
     return PlannedPrompts(prompts, teacher) if folder is None else EmbeddingSource(folder)

@@ -45,6 +45,9 @@ _BLOCKS = {"ResnetBlock2D", "BasicTransformerBlock", "Attention", "UNetBlock", "
 _TOO_LARGE = {"CrossAttnUpBlock2D", "UpBlock2D"}
 #: A part of DiT's first block that the network also calls by itself.
 _ALONE = {"CombinedTimestepLabelEmbeddings"}
+#: Parameters that a block must have: smaller ones are gathered with what they lie in, because a collective of their own
+#: would take longer to start than to run.
+SMALLEST_BLOCK = 100_000
 _SHARDS = 1  # the mesh's second dimension
 
 
@@ -153,10 +156,14 @@ def blocks(module: nn.Module) -> list[nn.Module]:
     inside: set[nn.Module] = set()
     for each in module.modules():
         name = type(each).__name__
-        if name in _ALONE or (name in names and each not in inside):
+        if name in _ALONE or (name in names and each not in inside and _parameters(each) >= SMALLEST_BLOCK):
             found.append(each)
             inside.update(each.modules())
     return found[::-1]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def aliased(module: M) -> M:

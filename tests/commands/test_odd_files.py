@@ -242,7 +242,8 @@ def wrong_lines(status: int, said: str) -> list[str]:
     """Lines of stderr that should not be there: all but warnings, progress, accounts of what was read, and one error
     where there is one.
     """
-    expected = re.compile(r"(warning|data|reference|samples|prompts|data [^:]+|reference [^:]+|samples [^:]+): ")
+    read = "data|reference|samples|prompts|checkpoint|teacher"
+    expected = re.compile(rf"(warning|({read})( [^:]+)?): ")
     lines = [line for line in said.splitlines() if line.strip() and not expected.match(line) and "|" not in line]
     if status == 0:
         return [line for line in lines if "error" in line.lower()]

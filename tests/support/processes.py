@@ -28,15 +28,16 @@ def launch(arguments: Sequence[str]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def launch_commands(commands: Sequence[Sequence[str]], folder: Path) -> None:
+def launch_commands(commands: Sequence[Sequence[str]], folder: Path, setting: str = "") -> None:
     """Several of fdistill's commands, one after the other, in the same processes: to start them takes longest.
 
     Args:
         folder: for a script.
+        setting: Python that runs first, if any.
     """
     script = folder / "commands.py"
     script.write_text(
-        "import json\nfrom fdistill.commands.cli import app\n\n"
+        f"import json\n\nfrom fdistill.commands.cli import app\n{setting}\n"
         f"for arguments in json.loads({json.dumps(commands)!r}):\n    app(arguments, standalone_mode=False)\n"
     )
     launch([str(script)])

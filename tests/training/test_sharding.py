@@ -14,6 +14,7 @@ from fdistill.adapters.checkpoint import load_denoiser, resolve_checkpoint
 from fdistill.base.distributed import part
 from fdistill.denoiser import Denoiser
 from fdistill.students.lora import lora_copy
+from fdistill.training import sharding
 from fdistill.training.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from fdistill.training.sharding import (
     aliased,
@@ -41,6 +42,12 @@ MADE = {
     "sana": text_families_dit.sana,
     **({"qwen-image": text_families_dit.qwen_image} if text_families_dit.HAS_QWEN_IMAGE else {}),
 }
+
+
+@pytest.fixture(autouse=True)
+def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are distributed however small they are."""
+    monkeypatch.setattr(sharding, "SMALLEST_BLOCK", 0)
 
 
 def loaded(name: str, folder: Path) -> Denoiser:
@@ -136,3 +143,10 @@ def test_the_norm_is_that_of_all_values() -> None:
     values = [torch.tensor([3.0]), torch.tensor([[0.0, 4.0], [12.0, 0.0]])]
     assert total_norm(values) == 13
     assert total_norm([nn.Parameter(value) for value in values]) == 13
+
+
+def test_small_blocks_are_gathered_with_what_they_lie_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = loaded("UNet2DModel", tmp_path)
+    sizes = sorted(sum(value.numel() for value in block.parameters()) for block in blocks(network))
+    monkeypatch.setattr(sharding, "SMALLEST_BLOCK", sizes[1] + 1)
+    assert len(blocks(network)) == sum(size > sizes[1] for size in sizes) > 0

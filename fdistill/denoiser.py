@@ -168,12 +168,15 @@ class Denoiser(nn.Module, ABC):
         """Kind, dtype (None means that of x_t) and whether channels are last, of this network's input. Denoisers with
         equal forms can share one input.
         """
-        dtype: torch.dtype | None = None
         plain = type(self).preconditioning is Denoiser.preconditioning
         kind = id(self) if self.kind is None and not plain else self.kind
-        for kernel in (parameter for parameter in self.parameters() if parameter.ndim == 4):
-            device = kernel.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernel.dtype
+        # Of the first layer. Later ones may be adapters in float32, or have kernels that are stored in few bits.
+        kernels = [value for value in self.parameters() if value.ndim == 4]
+        if not kernels:
+            return kind, None, False
+        device = kernels[0].device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernels[0].dtype
+        for kernel in kernels:
             first, last = kernel.is_contiguous(), kernel.is_contiguous(memory_format=torch.channels_last)
             if first != last:  # a kernel of one channel or one pixel is contiguous in both formats
                 return kind, dtype, last

@@ -25,9 +25,9 @@ from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.denoiser import Denoiser
 from fdistill.networks import EDM2Network, EDMNetwork
-from fdistill.planning.counting import CRITIC, STUDENT, count_updates
+from fdistill.planning.counting import CRITIC, STUDENT
 from fdistill.planning.fake_tensors import fake
-from fdistill.planning.held import rows
+from fdistill.planning.placement import footprint, on_a_device, placement_of
 from fdistill.planning.weightless import run_without_weights
 from fdistill.teachers.teacher import Teacher
 from fdistill.training.distillation import Distillation
@@ -102,12 +102,14 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any] | None, float]] = {
     "imagenet256": (_dit_xl_2, memory_table._LINEAR, 749.8),
     "imagenet512": (_edm2_s, None, 280.2),
     "sd21-v": (_sd21, _SD21, 865.9),
-    "sd15-lora-24gb": memory_table.NETWORKS["sd15"],
-    "sdxl-lora-24gb": memory_table.NETWORKS["sdxl"],
+    **{f"{name}-lora-24gb": memory_table.NETWORKS[name] for name in ("sd15", "sdxl", "sd35-medium", "flux-dev")},
     **memory_table.NETWORKS,
 }
-#: Recipes for one GPU; all others are for eight.
-ALONE = ("ddpm-cifar10", "sd15-lora-24gb", "sdxl-lora-24gb")
+
+
+def _alone(recipe: str) -> bool:
+    """Whether a recipe is for one GPU; all others are for eight."""
+    return recipe == "ddpm-cifar10" or recipe.endswith("-24gb")
 
 
 def published(recipe: str, config: DistillConfig) -> Denoiser:
@@ -157,12 +159,10 @@ class Peak:
 def peak(recipe: str, **changes: Any) -> Peak:
     """One update of the critic and one of the student, as in training; `changes` are settings of the config."""
     config = load_config(recipe, changes)
-    gpus = 1 if recipe in ALONE else 8
-    run = built(recipe, config)
-    held = sum(row.total - row.gradients for row in rows(run))
-    updates = dict(count_updates(run, gpus))
-    critic, student = (sum(updates[name].peak()) for name in (CRITIC, STUDENT))
-    return Peak(recipe, config.batch_size // gpus, held, critic, student)
+    gpus = 1 if _alone(recipe) else 8
+    device = on_a_device(footprint(built(recipe, config), gpus), placement_of(config, 1, gpus))
+    critic, student = (device.gradients[name] + device.activations[name] for name in (CRITIC, STUDENT))
+    return Peak(recipe, config.batch_size // gpus, device.held, critic, student)
 
 
 def table(recipes: Iterable[str] = NETWORKS) -> str:

@@ -7,6 +7,8 @@ of it then learns those of classes 0 to 4 alone (the fake score F, of a student 
 float32 and in bf16 at the same noised digits of classes 0 to 4. The share that is rounding is |d' - d|^2 / |d'|^2, with
 d the T - F of float32 and d' that of bf16. GroupNorm runs in float32, as in autocast on a GPU, not as on a CPU. The
 ideal T - F is that of the exact denoisers of the two sets of images: what both networks would have learnt in the end.
+A second table has that share for every precision of the teacher's weights. A third is of the embedded text-to-image
+teacher, a trained UNet of Stable Diffusion's class: how far its x0 is off for every precision of its weights.
 """
 
 from __future__ import annotations
@@ -17,20 +19,29 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-from diffusers import UNet2DModel
+from diffusers import DiffusionPipeline, UNet2DModel
 from torch import Tensor, nn
 
+from fdistill.adapters.checkpoint import load_teacher
 from fdistill.adapters.float32_layers import Float32Conv2d
+from fdistill.adapters.quantised_layers import KINDS as QUANTISED
+from fdistill.adapters.quantised_layers import place
 from fdistill.adapters.unet2d import UNet2DDenoiser, wrap
+from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.files import atomic_file
 from fdistill.base.images import to_unit
+from fdistill.condition import TextCondition
+from fdistill.data.digit_captions import load_captioned_digits
 from fdistill.data.digits import load_digits
+from fdistill.denoiser import Denoiser
 from fdistill.losses import denoising_loss, denoising_weight
 from fdistill.noise import add_noise
 from fdistill.prediction import Prediction
+
+Network = TypeVar("Network", bound=Denoiser)
 
 LEVELS = (20, 100, 300, 500, 700, 800, 900, 979)
 SAMPLES, BATCH, UPDATES_OF_F = 256, 64, 200
@@ -170,8 +181,67 @@ def shares(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, images: tuple[Tensor, 
     return [float(sigma / alpha), rms(ideal), rms(unrounded), *errors[:2], *found]
 
 
+def noised(denoiser: Denoiser, x0: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """x_t and t at a level, of SAMPLES of the x0; the same draw for every level."""
+    random = torch.Generator().manual_seed(1)
+    x0 = x0[torch.randint(len(x0), (SAMPLES,), generator=random)] if len(x0) != SAMPLES else x0
+    t = torch.full((SAMPLES,), float(level))
+    return add_noise(denoiser.schedule, x0, torch.randn(x0.shape, generator=random), t), t
+
+
+def precisions(teacher: Network) -> dict[str, Network]:
+    """The teacher with its weights in every `frozen_precision`, as training has them."""
+    found = {"fp32": teacher}
+    for name in ("bf16", *QUANTISED):
+        found[name] = copy.deepcopy(teacher)
+        place(found[name], name, torch.device("cpu"))
+    return found
+
+
+def weights_share(teacher: UNet2DDenoiser, fake: UNet2DDenoiser, few: Tensor) -> str:
+    """By level, the share of T - F that is rounding, for each precision of T's weights; those of F are in float32."""
+    stored = precisions(teacher)
+    lines = [f"| level | {' | '.join(stored)} |", "|" + (1 + len(stored)) * "---|"]
+    for level in LEVELS:
+        x_t, t = noised(teacher, to_unit(few), level)
+        unrounded = difference(teacher, fake, x_t, t, bf16=False)
+        cells = []
+        for own in stored.values():
+            found = difference(own, fake, x_t, t, bf16=True)
+            cells.append(f"{float(100 * (found - unrounded).square().sum() / found.square().sum()):.2g} %")
+        lines.append(f"| {level} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def weights_error() -> str:
+    """By level, how far x0 of the embedded text-to-image teacher is off for each precision of its weights."""
+    teacher = load_teacher("digits-t2i").requires_grad_(False)
+    pipeline = DiffusionPipeline.from_pretrained(EMBEDDED_TEACHERS["digits-t2i"])
+    images, captions = load_captioned_digits()
+    text, _ = pipeline.encode_prompt([one.text for one in captions[:SAMPLES]], "cpu", 1, False)
+    latents = pipeline.vae.encode(to_unit(images[:SAMPLES])).latent_dist.mean * pipeline.vae.config.scaling_factor
+    condition, stored = TextCondition({"prompt_embeds": text}), precisions(teacher)
+    sizes = [sum(t.numel() * t.element_size() for t in own.parameters()) for own in stored.values()]
+    lines = [
+        f"| level | sigma / alpha | x0 | {' | '.join(stored)} |",
+        "|" + (3 + len(stored)) * "---|",
+    ]
+    for level in LEVELS:
+        x_t, t = noised(teacher, latents, level)
+        exact_x0 = teacher(x_t, t, condition)
+        cells = [float(teacher.schedule.sigma(t[0]) / teacher.schedule.alpha(t[0])), float(exact_x0.std())]
+        for own in stored.values():
+            with torch.autocast("cpu", torch.bfloat16):
+                found = own(x_t, t, condition)
+            cells.append(float((found - exact_x0).square().mean().sqrt()))
+        lines.append(f"| {level} | " + " | ".join(f"{cell:.3g}" for cell in cells) + " |")
+    shares = ", ".join(f"{name} {size / sizes[0]:.3f}" for name, size in zip(stored, sizes, strict=True))
+    return f"Bytes of the weights, as a share of those in fp32: {shares}.\n\n" + "\n".join(lines)
+
+
 def table(case: Case, seconds: float) -> str:
-    """Trains a teacher for some seconds, and its fake score, and measures them."""
+    """Both tables of a teacher that is trained for some seconds, and its fake score."""
     torch.manual_seed(0)
     images, labels = load_digits()
     few = images[labels < 5]
@@ -192,7 +262,7 @@ def table(case: Case, seconds: float) -> str:
         found = shares(teacher, fake, (images, few), level)
         cells = [f"{value:.3g}" for value in found[:5]] + [f"{value:.2g} %" for value in found[5:]]
         lines.append(f"| {level} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", weights_share(teacher, fake, few)])
 
 
 def main() -> None:
@@ -200,7 +270,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=1.5, help="of the processor for each teacher")
     parser.add_argument("--out", type=Path, help="a file for the tables")
     arguments = parser.parse_args()
-    text = "\n\n".join(table(case, 60 * arguments.minutes) for case in CASES) + "\n"
+    text = "\n\n".join(table(case, 60 * arguments.minutes) for case in CASES)
+    text += f"\n\n{weights_error()}\n"
     print(text, end="")
     if arguments.out is not None:
         with atomic_file(arguments.out) as temporary:

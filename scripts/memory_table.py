@@ -24,13 +24,16 @@ from diffusers import (
 from torch import nn
 
 from fdistill.adapters import wrap
+from fdistill.adapters.quantised_layers import KINDS as QUANTISED
+from fdistill.adapters.quantised_layers import place
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.files import atomic_file
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LoRAConfig
 from fdistill.discriminator import Discriminator
-from fdistill.planning.held import Row, frozen_row, trained_row
+from fdistill.planning.fake_tensors import few_bits_by_size
+from fdistill.planning.held import Row, frozen_row, nbytes, own_tensors, trained_row
 from fdistill.students.lora import FAKE, STUDENT, lora_copy
 
 RANK = 64
@@ -126,6 +129,13 @@ def published(network: str, resolution: int | None = None) -> TextDenoiser:
     return denoiser
 
 
+def in_precision(denoiser: TextDenoiser, config: DistillConfig) -> TextDenoiser:
+    """A network on the meta device in the config's `frozen_precision`, in place."""
+    with few_bits_by_size():
+        place(denoiser, config.frozen_precision, torch.device("meta"))
+    return denoiser
+
+
 def rows(network: str, config: DistillConfig) -> list[Row]:
     """Teacher, fake score, student and, if there is one, discriminator's heads of a distillation of one of NETWORKS."""
 
@@ -143,20 +153,20 @@ def rows(network: str, config: DistillConfig) -> list[Row]:
         assert isinstance(copied, TextDenoiser)
         return copied, teacher
 
-    teacher = published(network, config.resolution)
-    if config.frozen_precision == "bf16":
-        teacher.to(torch.bfloat16)
+    teacher = in_precision(published(network, config.resolution), config)
     fake, shared_with_fake = trained(config.fake_score, FAKE)
     student, shared_with_student = trained(config.student, STUDENT)
     found = [
         frozen_row("teacher", teacher),
-        trained_row("fake score", fake, shared_with_fake),
-        trained_row("student", student, shared_with_student, len(config.ema.decays)),
+        trained_row("fake score", fake, shared_with_fake, optimizer=config.fake_score.optimizer),
+        trained_row(
+            "student", student, shared_with_student, len(config.ema.decays), optimizer=config.generator.optimizer
+        ),
     ]
     if config.discriminator.gan_weight:
         with torch.device("meta"):
             heads = Discriminator(teacher, config.discriminator.features, config.discriminator.head)
-        found.append(trained_row("heads", heads))
+        found.append(trained_row("heads", heads, optimizer=config.discriminator.optimizer))
     return found
 
 
@@ -213,11 +223,28 @@ def bound(networks: Iterable[str] = NETWORKS) -> str:
     return "\n".join(lines)
 
 
+def stored(networks: Iterable[str] = NETWORKS) -> str:
+    """What the frozen network takes in each `frozen_precision`, in GB, and the share of weights that is in few bits."""
+    precisions = ("fp32", "bf16", *QUANTISED)
+    lines = [f"| network | in few bits | {' | '.join(precisions)} |", "|" + (2 + len(precisions)) * "---|"]
+    for network in networks:
+        sizes, share = [], 0.0
+        for precision in precisions:
+            config = load_config(network, {"precision": "bf16", "frozen_precision": precision})
+            denoiser = in_precision(published(network, config.resolution), config)
+            sizes.append(nbytes(own_tensors(denoiser)))
+            few = sum(p.numel() for p in denoiser.parameters() if p.dtype is torch.uint8)
+            share = few / sum(p.numel() for p in denoiser.parameters()) if precision == "int8" else share
+        numbers = " | ".join(f"{size / 1e9:.2f}" for size in sizes)
+        lines.append(f"| {network} | {100 * share:.1f} % | {numbers} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="a file for both tables")
+    parser.add_argument("--out", type=Path, help="a file for the tables")
     out = parser.parse_args().out
-    text = f"{table()}\n\n{bound()}\n"
+    text = f"{table()}\n\n{bound()}\n\n{stored()}\n"
     print(text, end="")
     if out is not None:
         with atomic_file(out) as temporary:

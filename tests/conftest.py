@@ -12,6 +12,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 # Before anything imports Triton, which decides once for all whether its kernels are compiled or interpreted.
 if not torch.cuda.is_available():
@@ -21,6 +23,7 @@ from diffusers import CMStochasticIterativeScheduler, ConsistencyModelPipeline
 
 from fdistill.training import logbook
 from fdistill.training.curves import save_curves
+from fdistill.training.sharding import make_mesh
 from support.denoisers import tiny_unet
 
 gc.disable()  # until all is imported: full collections would visit half a million objects that stay, again and again
@@ -68,3 +71,12 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     scheduler = CMStochasticIterativeScheduler(sigma_min=0.002, sigma_max=80.0, sigma_data=0.75)
     ConsistencyModelPipeline(unet=tiny_unet(), scheduler=scheduler).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """Of this process alone, as offloading uses."""
+    found = make_mesh("fsdp", torch.device("cpu"), offload=True)
+    assert found is not None
+    yield found
+    dist.destroy_process_group()

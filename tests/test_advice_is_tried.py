@@ -46,6 +46,7 @@ NOT_THERE: dict[str, str] = {
     "expected what `fdistill distill` wrote to OUTPUT/student": "its folders are read in tests/students",
     "pass network='module:function'": "followed in tests/adapters/test_own_network.py",
     "adapters need peft, which is not installed": "needs an environment without peft",
+    "needs bitsandbytes, which is not installed": "needs an environment without bitsandbytes",
     "do not say the number of attention heads; pass it": "followed in tests/teachers/test_convert_dit.py",
     "whose captions are the prompts; expected data=": "both ways are runs in tests/training/test_text_to_image.py",
     "into stage ": "followed in tests/training/test_loop.py",

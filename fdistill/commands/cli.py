@@ -312,7 +312,10 @@ def cache(
         str, typer.Option(help="Negative prompt for guidance. Must equal negative_prompt of the runs.")
     ] = "",
     precision: Annotated[
-        str, typer.Option(help="Precision of the text encoders, fp32 or bf16. Must equal frozen_precision of the runs.")
+        str,
+        typer.Option(
+            help="Precision of the text encoders: fp32 for runs with frozen_precision=fp32, bf16 for all others."
+        ),
     ] = "fp32",
     device: Device = "auto",
 ) -> None:

@@ -87,7 +87,7 @@ def _under(made: Mapping[str, Any], given: Mapping[str, Any] | list[str]) -> Map
 
 def _encoding(config: DistillConfig) -> list[Any]:
     """The settings that the encoded images and captions depend on."""
-    return [config.images.recipe, config.resolution, config.negative_prompt, config.frozen_precision]
+    return [config.images.recipe, config.resolution, config.negative_prompt, config.encoder_precision]
 
 
 def _reads_images(config: DistillConfig) -> bool:
@@ -130,7 +130,7 @@ def _write(folder: Path, section: SmokeConfig, config: DistillConfig, where: str
             workers=1,
             resolution=config.resolution,
             negative_prompt=config.negative_prompt,
-            precision=config.frozen_precision,
+            precision=config.encoder_precision,
             device="cpu",
         )
         shutil.rmtree(images)

@@ -200,12 +200,29 @@ def check_keep_best(log: LogConfig, evaluated: EvalConfig) -> None:
 
 
 def check_precision(precision: str, frozen_precision: str) -> None:
-    """Checks that networks with bfloat16 weights also compute in bfloat16."""
-    if frozen_precision == "bf16" and precision != "bf16":
+    """Checks that networks whose weights have less precision than float32 compute in bfloat16."""
+    if frozen_precision != "fp32" and precision != "bf16":
         raise ValueError(
-            f"frozen_precision: got bf16, but precision={precision}; expected precision=bf16 as well, or "
+            f"frozen_precision: got {frozen_precision}, but precision={precision}; expected precision=bf16 as well, or "
             "frozen_precision=fp32"
         )
+
+
+def check_parallel(parallel: str, frozen_precision: str, roles: Mapping[str, OptimizerConfig]) -> None:
+    """Checks that nothing which stays whole on every process would have to be split between them."""
+    if parallel == "ddp":
+        return
+    if frozen_precision not in ("fp32", "bf16"):
+        raise ValueError(
+            f"frozen_precision: got {frozen_precision}, but parallel={parallel} splits weights between processes, and "
+            "those in few bits stay whole; expected parallel=ddp, or frozen_precision=bf16"
+        )
+    for role, section in roles.items():
+        if section.optimizer != "adamw":
+            raise ValueError(
+                f"{role}.optimizer: got {section.optimizer}, but parallel={parallel} splits moments between processes, "
+                f"and those in 8 bits stay whole; expected parallel=ddp, or {role}.optimizer=adamw"
+            )
 
 
 def check_student(

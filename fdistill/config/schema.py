@@ -121,9 +121,10 @@ class DistillConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"
-    frozen_precision: Literal["fp32", "bf16"] = Field(
+    frozen_precision: Literal["fp32", "bf16", "int8", "fp8", "nf4"] = Field(
         default="fp32",
-        description="precision of the weights that are not trained: the teacher's and the text encoders'",
+        description="precision of the weights that are not trained: the teacher's and the text encoders'; int8, fp8 "
+        "and nf4 store the layers in the teacher's blocks so, and everything else in bf16",
     )
     parallel: Literal["ddp", "fsdp", "hybrid"] = Field(
         default="ddp",
@@ -189,6 +190,7 @@ class DistillConfig(Section):
         combinations.check_rates(self.iterations, self.roles)
         combinations.check_keep_best(self.log, self.eval)
         combinations.check_precision(self.precision, self.frozen_precision)
+        combinations.check_parallel(self.parallel, self.frozen_precision, self.roles)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
         if isinstance(self.student_level, list) and STUDENT_KINDS[student.generator].steps:
             combinations.check_levels(name, self.student_level)
@@ -207,6 +209,11 @@ class DistillConfig(Section):
             if isinstance(level, bool) or not isinstance(level, (int, float)) or not 0 < level <= MAX_NUMBER:
                 raise ValueError(f"got {shown(value)}; expected a level above 0, a list of them, or null")
         return [float(level) for level in levels] if isinstance(value, list) else value
+
+    @property
+    def encoder_precision(self) -> str:
+        """The precision of the text encoders, "fp32" or "bf16"."""
+        return "fp32" if self.frozen_precision == "fp32" else "bf16"
 
     def stage_configs(self) -> tuple[DistillConfig, ...]:
         """The settings of each stage, whose `iterations` are its own; this config alone if it has no stages."""

@@ -47,6 +47,10 @@ Weighting = Literal["edm", "inverse-sigma2", "v", "flow", "min-snr", "uniform"]
 class OptimizerConfig(Section):
     """AdamW for one role. Before every update its gradients are clipped to the global norm grad_clip."""
 
+    optimizer: Literal["adamw", "adamw-8bit"] = Field(
+        default="adamw",
+        description="adamw-8bit stores both moments in 8 bits, 2 bytes per parameter instead of 8, by bitsandbytes",
+    )
     lr: Positive = 1e-4
     lr_schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant", description="what lr does after its warm-up; linear and cosine fall to 0 at the end"

@@ -21,7 +21,7 @@ from fdistill.config.sections import (
 )
 from fdistill.methods import METHODS, Method
 
-_OPTIMIZER = set(OptimizerConfig.model_fields)
+_OPTIMIZER = set(OptimizerConfig.model_fields) - {"optimizer"}
 
 #: What a stage may change: a section's settings by name, or None for a setting that stands alone or has any name.
 #: Networks, data and batches are the run's: nothing that shapes them is here.
@@ -30,7 +30,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "divergence": None,
     "critic_steps": None,
     "objective": None,
-    "generator": set(GeneratorConfig.model_fields),
+    "generator": set(GeneratorConfig.model_fields) - {"optimizer"},
     "fake_score": _OPTIMIZER | {"micro_batch", "weighting", "min_snr_gamma"},
     "discriminator": _OPTIMIZER | {"gan_weight", "gan_weighting", "r1_weight", "r1", "r1_sigma"},
     "regression": {"weight"},
@@ -155,7 +155,7 @@ def _with_method(values: Mapping[str, Any], name: str) -> dict[str, Any]:
             )
     if not method.discriminator:
         # The run's heads stay as they are, untrained and unread; a config without a discriminator has the defaults.
-        kept = {key: value for key, value in values["discriminator"].items() if key in _OPTIMIZER}
+        kept = {key: value for key, value in values["discriminator"].items() if key in OptimizerConfig.model_fields}
         values = {**values, "discriminator": {**DiscriminatorConfig().model_dump(), **kept}}
     values = merged({**values, "objective": {}}, _turned_off(before, method))
     return merged({**values, "method": name, "divergence": method.divergence}, method.settings)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -12,7 +11,6 @@ from fdistill.config.schema import DistillConfig
 from fdistill.data import TEACHER_SAMPLES, is_embedded, open_source
 from fdistill.data.latents import META_FILE
 from fdistill.data.prompts import read_prompts
-from fdistill.planning.held import Row
 from fdistill.teachers.teacher import Teacher
 
 
@@ -31,8 +29,11 @@ class Stored:
     count: int | None
 
 
-def stored(config: DistillConfig, teacher: Teacher, rows: Iterable[Row]) -> list[Stored]:
+def stored(config: DistillConfig, teacher: Teacher, checkpoint: int) -> list[Stored]:
     """What a run of the config writes or reads beside images as they are.
+
+    Args:
+        checkpoint: bytes of one.
 
     Raises:
         DataError: the file of prompts cannot be read.
@@ -52,9 +53,8 @@ def stored(config: DistillConfig, teacher: Teacher, rows: Iterable[Row]) -> list
         found.append(Stored("the teacher's samples", sample, config.teacher_samples.count))
     if any(stage.regression.weight for stage in config.stage_configs()):
         found.append(Stored("the teacher's pairs", sample, config.regression.pairs))
-    state = sum(4 * row.trained + row.optimizer + row.averages for row in rows)
     kept = config.log.keep_checkpoints + config.log.keep_best
-    found.append(Stored("checkpoints that are kept (trained weights, optimisers, averages)", state, kept))
+    found.append(Stored("checkpoints that are kept (trained weights, optimisers, averages)", checkpoint, kept))
     return found
 
 

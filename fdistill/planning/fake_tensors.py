@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from fdistill.adapters import quantised_layers
+
 _ATEN = torch.ops.aten
 
 
@@ -162,7 +164,23 @@ def fake() -> Iterator[None]:
 
     copies = mock.patch.object(Tensor, "__deepcopy__", copied)
     moves = mock.patch.object(nn.Module, "_apply", _applied)
-    with FakeTensorMode(allow_non_fake_inputs=True), copies, moves:
+    with FakeTensorMode(allow_non_fake_inputs=True), copies, moves, few_bits_by_size():
+        yield
+
+
+@contextmanager
+def few_bits_by_size() -> Iterator[None]:
+    """Inside, weights in few bits have the sizes that bitsandbytes gives them, and no values; it is not needed."""
+
+    def encode(weight: Tensor, kind: Any) -> tuple[Tensor, Tensor]:
+        count, device = weight.numel(), weight.device
+        codes = torch.empty(-(-count // 2) if kind.name == "nf4" else weight.shape, dtype=torch.uint8, device=device)
+        return codes, torch.empty(-(-count // kind.block), device=device)
+
+    def decode(codes: Tensor, scales: Tensor, kind: Any, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=codes.device)
+
+    with mock.patch.multiple(quantised_layers, check_installed=mock.DEFAULT, encode=encode, decode=decode):
         yield
 
 

@@ -11,6 +11,7 @@ from fdistill.denoiser import Denoiser
 from fdistill.ema import trained_state
 from fdistill.guidance import GuidedDenoiser
 from fdistill.step import ROLES
+from fdistill.training.adamw_8bit import state_bytes
 from fdistill.training.distillation import Distillation
 
 #: Role of `Networks` -> what people read.
@@ -54,12 +55,22 @@ def frozen_row(role: str, module: nn.Module) -> Row:
     return Row(role, 0, nbytes(own_tensors(module)), 0, 0, 0)
 
 
-def trained_row(role: str, module: nn.Module, shared: nn.Module | None = None, averages: int = 0) -> Row:
+def moments(parameters: Iterable[Tensor], optimizer: str) -> int:
+    """Bytes of AdamW's two moments: "adamw" has them in the precision of the weights, "adamw-8bit" in 8 bits."""
+    if optimizer == "adamw-8bit":
+        return sum(state_bytes(parameter) for parameter in parameters)
+    return 2 * nbytes(parameters)
+
+
+def trained_row(
+    role: str, module: nn.Module, shared: nn.Module | None = None, averages: int = 0, optimizer: str = "adamw"
+) -> Row:
     """A role that AdamW trains.
 
     Args:
         shared: the network whose weights it may share.
         averages: how many averages of it are kept.
+        optimizer: as `moments` takes it.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     return Row(
@@ -67,7 +78,7 @@ def trained_row(role: str, module: nn.Module, shared: nn.Module | None = None, a
         sum(parameter.numel() for parameter in trained),
         nbytes(own_tensors(module, shared)),
         nbytes(trained),
-        2 * nbytes(trained),  # AdamW's two moments, in the precision of the weights
+        moments(trained, optimizer),
         averages * sum(4 * value.numel() for value in trained_state(module).values()),
     )
 

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
+from fdistill.adapters.quantised_layers import KINDS, quantised_names
 from fdistill.config.schema import DistillConfig
 from fdistill.planning.counting import LEARN, Counted, count_updates
 from fdistill.planning.gathers import Blocks, Network, gathers, measure
-from fdistill.planning.held import NAMES, Row, frozen_network, rows
+from fdistill.planning.held import NAMES, Row, frozen_network, moments, rows
 from fdistill.training.distillation import Distillation
 
 #: Bytes of a weight that is stored in 8 or 4 bits, with its part of a scale in float32.
-STORED = {"int8": 1 + 4 / 256, "fp8": 1 + 4 / 256, "nf4": 0.5 + 4 / 64}
-#: Bytes of both moments of a parameter in 8 bits, with its part of their scales in float32.
-_MOMENTS_8BIT = 2 * (1 + 4 / 256)
+STORED = {name: (0.5 if name == "nf4" else 1) + 4 / kind.block for name, kind in KINDS.items()}
 FROZEN_ROLES = ("teacher", "guide")
 
 
@@ -34,7 +34,8 @@ class Footprint:
         updates: the critic's and the student's.
         networks: role -> the sizes of its network.
         gathers: update -> role -> how often its weights are gathered in one of these updates.
-        storable: elements of the frozen network's layers that may be stored in 8 or 4 bits.
+        storable: frozen role -> elements of its network's layers that may be stored in 8 or 4 bits.
+        moments_8bit: trained role -> bytes of its moments where these are stored in 8 bits.
         compute_bytes: of a weight in the precision that networks compute in.
         frozen_bytes: of a frozen weight.
     """
@@ -43,7 +44,8 @@ class Footprint:
     updates: Mapping[str, Counted]
     networks: Mapping[str, Network]
     gathers: Mapping[str, Mapping[str, float]]
-    storable: int
+    storable: Mapping[str, int]
+    moments_8bit: Mapping[str, int]
     compute_bytes: int
     frozen_bytes: int
 
@@ -55,7 +57,7 @@ class Placement:
     Attributes:
         gpus: how many there are.
         machine: how many a machine has.
-        optimizer: "adamw", or anything else for moments in 8 bits.
+        moments_8bit: trained roles whose moments are stored in 8 bits.
     """
 
     gpus: int
@@ -64,7 +66,7 @@ class Placement:
     offload_frozen: bool = False
     offload_optimizers: bool = False
     frozen_precision: str = "fp32"
-    optimizer: str = "adamw"
+    moments_8bit: tuple[str, ...] = ()
 
     @property
     def shards(self) -> int:
@@ -122,21 +124,20 @@ def footprint(run: Distillation, processes: int) -> Footprint:
         updates,
         {role: measure(network) for role, network in networks.items()},
         passes,
-        sum(weight.numel() for weight in _storable(teacher)),
+        {role: _storable(network) for role, network in networks.items() if role in FROZEN_ROLES},
+        {NAMES[role]: moments(_trained(run.role(role)), "adamw-8bit") for role in run.optimizers},
         2 if run.config.precision == "bf16" else 4,
         2 if run.config.frozen_precision != "fp32" else 4,
     )
 
 
-def _storable(network: nn.Module) -> list[nn.Parameter]:
-    """Weights of the plain linear and convolutional layers in a network's blocks."""
-    layers = [
-        module
-        for name, module in network.named_modules()
-        if type(module) in (nn.Linear, nn.Conv2d)
-        and any(part.endswith("blocks") or part == "mid_block" for part in name.split("."))
-    ]
-    return [layer.weight for layer in layers if isinstance(layer.weight, nn.Parameter)]
+def _storable(network: nn.Module) -> int:
+    layers: list[Any] = [network.get_submodule(name) for name in quantised_names(network)]
+    return sum(layer.weight.numel() for layer in layers)
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def on_a_device(
@@ -202,9 +203,9 @@ def _share(row: Row, found: Footprint, placed: Placement) -> float:
 
 def _divided(row: Row, found: Footprint, placed: Placement) -> Row:
     weights = float(row.weights)
-    if row.role == "teacher" and placed.frozen_precision in STORED:
-        weights -= found.storable * (found.frozen_bytes - STORED[placed.frozen_precision])
-    optimizer = row.optimizer if placed.optimizer == "adamw" else row.trained * _MOMENTS_8BIT
+    if row.role in FROZEN_ROLES and placed.frozen_precision in STORED:
+        weights -= found.storable[row.role] * (found.frozen_bytes - STORED[placed.frozen_precision])
+    optimizer = found.moments_8bit[row.role] if row.role in placed.moments_8bit else row.optimizer
     share = _share(row, found, placed)
     return replace(
         row,
@@ -245,10 +246,5 @@ def placement_of(config: DistillConfig, gpus: int, machine: int) -> Placement:
         config.offload_frozen,
         config.offload_optimizers,
         config.frozen_precision,
-        optimizer_of(config),
+        tuple(NAMES[role] for role, section in config.roles.items() if section.optimizer == "adamw-8bit"),
     )
-
-
-def optimizer_of(config: DistillConfig) -> str:
-    """The optimiser of the student, and so of all roles."""
-    return getattr(config.generator, "optimizer", "adamw")  # a setting that this version does not have yet

@@ -123,7 +123,7 @@ def make_plan(config: DistillConfig, hardware: Hardware, say: Callable[[str], No
         placed,
         found,
         device,
-        stored(config, teacher, found.rows),
+        stored(config, teacher, on_a_device(found, replace(placed, gpus=1)).saved),
         flops(found.updates),
         traffic(found, placed),
         seconds(found, placed, hardware.rates),

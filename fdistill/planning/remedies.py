@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, get_args
+from typing import Any
 
 from fdistill.base.errors import FDistillError
 from fdistill.config.reading import validate
 from fdistill.config.schema import DistillConfig
-from fdistill.config.sections import OptimizerConfig
 from fdistill.planning.counting import CRITIC, STUDENT
+from fdistill.planning.held import NAMES
 from fdistill.planning.placement import STORED, Footprint, Placement, on_a_device
 
 #: Settings that change what a step computes, each of which is counted anew. Adapters as docs/memory.md has them.
@@ -95,11 +95,11 @@ def _placements(
     config: DistillConfig, found: Footprint, placed: Placement, memory: int
 ) -> Iterator[tuple[list[str], int]]:
     """Settings that need no new count, and bytes with them, where these fit."""
-    options = _options(config, placed)
+    options = _options(config, found, placed)
     for chosen in _subsets(list(options), _MOST):
         changes: dict[str, Any] = {}
         for name in chosen:
-            if changes.keys() & options[name].keys():
+            if any(changes.get(key, value) != value for key, value in options[name].items()):
                 break
             changes |= options[name]
         else:
@@ -111,27 +111,28 @@ def _placements(
                     break
 
 
-def _options(config: DistillConfig, placed: Placement) -> dict[str, dict[str, Any]]:
+def _options(config: DistillConfig, found: Footprint, placed: Placement) -> dict[str, dict[str, Any]]:
     """Setting -> the fields of `Placement` that it changes: those that this version and this config can have."""
-    found: dict[str, dict[str, Any]] = {}
+    options: dict[str, dict[str, Any]] = {}
     if placed.gpus > 1 and placed.parallel == "ddp":
-        found["parallel=fsdp"] = {"parallel": "fsdp"}
+        options["parallel=fsdp"] = {"parallel": "fsdp"}
         if placed.gpus > placed.machine and not placed.gpus % placed.machine:
-            found["parallel=hybrid"] = {"parallel": "hybrid"}
+            options["parallel=hybrid"] = {"parallel": "hybrid"}
     if not placed.offload_frozen:
-        found["offload_frozen=true"] = {"offload_frozen": True}
+        options["offload_frozen=true"] = {"offload_frozen": True}
     if not placed.offload_optimizers:
-        found["offload_optimizers=true"] = {"offload_optimizers": True}
-    # This version may not have these settings yet.
-    if config.frozen_precision == "bf16" and placed.parallel == "ddp":
+        options["offload_optimizers=true"] = {"offload_optimizers": True}
+    if placed.parallel != "ddp":  # which splits what is stored in few bits
+        return options
+    if config.frozen_precision == "bf16":
         for name in STORED:
-            if name in get_args(type(config).model_fields["frozen_precision"].annotation):
-                found[f"frozen_precision={name}"] = {"frozen_precision": name, "parallel": "ddp"}
-    if "optimizer" in OptimizerConfig.model_fields and placed.optimizer == "adamw":
-        narrow = "adamw-8bit"
-        roles = " ".join(f"{role}.optimizer={narrow}" for role in config.roles)
-        found[roles] = {"optimizer": narrow}
-    return found
+            options[f"frozen_precision={name}"] = {"frozen_precision": name, "parallel": "ddp"}
+    roles = [role for role in config.roles if NAMES[role] in found.moments_8bit]
+    narrow = tuple(NAMES[role] for role in roles)
+    if narrow != placed.moments_8bit:
+        settings = " ".join(f"{role}.optimizer=adamw-8bit" for role in roles)
+        options[settings] = {"moments_8bit": narrow, "parallel": "ddp"}
+    return options
 
 
 def _parts(found: Footprint) -> Iterator[tuple[list[str], dict[str, float]]]:

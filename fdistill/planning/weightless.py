@@ -92,20 +92,19 @@ def unread(config: DistillConfig) -> list[str]:
 
 
 def _readable(config: DistillConfig) -> DistillConfig:
-    """The config without what is read from weights, stored in 8 or 4 bits, or spread over processes and the CPU's
-    memory, which tensors without values cannot be. `placement` counts these by arithmetic instead.
+    """The config without what is read from weights, and without moments in 8 bits, processes and offloading, which
+    tensors without values cannot have. `placement` counts these by arithmetic instead.
     """
     changes: dict[str, Any] = {
         "parallel": "ddp",
         "offload_frozen": False,
         "offload_optimizers": False,
         "student": config.student.model_copy(update={"checkpoint": None}),
-        "fake_score": config.fake_score.model_copy(update={"checkpoint": None}),
-        "discriminator": config.discriminator.model_copy(update={"checkpoint": None}),
+        "generator": config.generator.model_copy(update={"optimizer": "adamw"}),
+        "fake_score": config.fake_score.model_copy(update={"checkpoint": None, "optimizer": "adamw"}),
+        "discriminator": config.discriminator.model_copy(update={"checkpoint": None, "optimizer": "adamw"}),
         "clip_loss": config.clip_loss.model_copy(update={"weight": 0.0}),
     }
-    if config.frozen_precision != "fp32":
-        changes["frozen_precision"] = "bf16"
     return config.model_copy(update=changes)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fdistill.adapters.quantised_layers import restore
 from fdistill.base.errors import ConfigError
 from fdistill.denoiser import Denoiser
 
@@ -81,7 +82,10 @@ def _ends(name: str, target: str) -> bool:
 
 
 def merged(denoiser: Denoiser) -> Denoiser:
-    """A copy on the CPU in float32 with the adapters merged into the weights: W + alpha / rank B A."""
+    """A copy on the CPU in float32 with the adapters merged into the weights: W + alpha / rank B A.
+
+    W is what the adapters were trained on; of a base in 8 or 4 bits it is what those bits say.
+    """
     from peft.tuners.lora import LoraLayer
 
     with torch.no_grad():
@@ -89,6 +93,7 @@ def merged(denoiser: Denoiser) -> Denoiser:
         tensors = (*denoiser.parameters(), *denoiser.buffers())
         memo = {id(tensor): copy.deepcopy(tensor.cpu()) for tensor in tensors}
         plain = copy.deepcopy(denoiser, memo).to("cpu", torch.float32)
+        restore(plain)
         for name, module in list(plain.named_modules()):
             if isinstance(module, LoraLayer):
                 layer: Any = module

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
+from fdistill.adapters.quantised_layers import place
 from fdistill.adapters.resize import Resized, resized
 from fdistill.base.devices import autocast
 from fdistill.base.errors import ArgumentError, ConfigError
@@ -181,9 +182,7 @@ def _trained_networks(
         for role, section in ((STUDENT, config.student), (FAKE, config.fake_score))
     }
     origin, student, changed = _student_network(config, teacher, copies[STUDENT])
-    if config.frozen_precision == "bf16":
-        frozen.to(torch.bfloat16)
-    frozen.to(device)
+    place(frozen, config.frozen_precision, device)
     fake_score = copies[FAKE] or _adapted(frozen, config.fake_score, FAKE, "fake_score")
     student = student or _adapted(frozen, config.student, STUDENT, "student")
     for trained, lora_rank in ((student, config.student.lora_rank), (fake_score, config.fake_score.lora_rank)):
@@ -239,11 +238,10 @@ def _placed(guide: Guide | None, config: DistillConfig, device: torch.device) ->
     """The second network of the teacher's guidance, as the teacher itself: on the device, in `frozen_precision`."""
     if guide is None:
         return None
-    if config.frozen_precision == "bf16":
-        guide.denoiser.to(torch.bfloat16)
+    place(guide.denoiser, config.frozen_precision, device)
     if config.gradient_checkpointing:
         checkpoint_activations(guide.denoiser)
-    return guide.denoiser.to(device)
+    return guide.denoiser
 
 
 def _networks(

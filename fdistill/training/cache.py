@@ -39,7 +39,7 @@ class Encoding:
         flip: encode every image's mirror image as well.
         sampling: how training makes latents of the moments: "sample" draws from them, "mean" takes the mean.
         negative_prompt: what guidance leads away from.
-        precision: of the text encoders, "fp32" or "bf16"; a run needs its own frozen_precision here.
+        precision: of the text encoders: "fp32" for runs with frozen_precision=fp32, "bf16" for all others.
         batch_size: images per batch.
         workers: processes that decode image files.
     """
@@ -89,7 +89,7 @@ def cache(
         workers: processes that decode image files.
         resolution: pixels of a side of a text-to-image teacher's images; its own by default.
         negative_prompt: what guidance leads away from.
-        precision: of the text encoders, "fp32" or "bf16"; a run needs its own frozen_precision here.
+        precision: of the text encoders: "fp32" for runs with frozen_precision=fp32, "bf16" for all others.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:

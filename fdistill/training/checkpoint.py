@@ -28,6 +28,7 @@ from fdistill.base.errors import CheckpointError
 from fdistill.base.files import read_json_object, replaced_folder, writing
 from fdistill.base.hashes import check_files, noted_files
 from fdistill.base.state_dicts import unshared
+from fdistill.training import adamw_8bit
 
 # What torch says of a run by one process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -88,7 +89,7 @@ def _write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup
     known = inspect.signature(HuggingFaceStorageWriter).parameters
     by_process = {"save_distributed" if "save_distributed" in known else "save_sharded": True}  # torch 2.8's name
     writer: Any = HuggingFaceStorageWriter(str(folder), _files_of(tensors), **by_process)
-    own = unshared(tensors) if alone else dict(tensors)
+    own = unshared({name: part(value) for name, value in tensors.items()}) if alone else dict(tensors)
     with _collected():
         save(own, storage_writer=writer, process_group=None if alone else group, no_dist=alone)
 
@@ -246,8 +247,7 @@ def check_tensors(
             raise ValueError(f"incomplete, the state of the optimiser of {role} is missing")
         for index, parameter in _parameters(optimizer).items():
             if index in indices:
-                like = (parameter.shape, parameter.dtype)
-                state = {"step": (torch.Size(), torch.float32), "exp_avg": like, "exp_avg_sq": like}
+                state = {name: (value.shape, value.dtype) for name, value in _state_like(optimizer, parameter).items()}
                 expected |= {f"{prefix}.{index}.{name}": value for name, value in state.items()}
     for name, value in expected.items():
         if name not in stored:
@@ -275,16 +275,23 @@ def _described(shape: torch.Size, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
 
 
+def _state_like(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """The state of a parameter, without values."""
+    if adamw_8bit.is_8bit(optimizer):
+        return adamw_8bit.state_like(parameter)
+    return {
+        "step": torch.empty((), device=part(parameter).device),
+        "exp_avg": torch.empty_like(parameter),
+        "exp_avg_sq": torch.empty_like(parameter),
+    }
+
+
 def prepare_optimizer(optimizer: Optimizer, names: Collection[str], prefix: str) -> None:
-    """Gives AdamW a state of zeros for the parameters whose state is stored under "<prefix>.<number>."."""
+    """Gives AdamW a state without values for the parameters whose state is stored under "<prefix>.<number>."."""
     stored = _with_state(names, prefix)
     for index, parameter in _parameters(optimizer).items():
         if index in stored:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=part(parameter).device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            optimizer.state[parameter] = _state_like(optimizer, parameter)
         else:
             optimizer.state.pop(parameter, None)
 
@@ -292,4 +299,8 @@ def prepare_optimizer(optimizer: Optimizer, names: Collection[str], prefix: str)
 def optimizer_tensors(optimizer: Optimizer) -> dict[str, Tensor]:
     """An optimiser's state as flat tensors named "<parameter index>.<state name>"."""
     state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": value for index, entry in state.items() for name, value in entry.items()}
+    return {
+        f"{index}.{name}": value
+        for index, entry in state.items()
+        for name, value in adamw_8bit.as_tensors(entry).items()
+    }

@@ -201,7 +201,7 @@ def _cache_command(config: DistillConfig) -> str:
         "--vae": config.vae,
         "--resolution": config.resolution,
         "--negative-prompt": config.negative_prompt or None,
-        "--precision": config.frozen_precision if config.frozen_precision != "fp32" else None,
+        "--precision": config.encoder_precision if config.encoder_precision != "fp32" else None,
         "--recipe": config.images.recipe if config.images.recipe != "exact" else None,
         "--flip": "" if config.images.flip else None,
     }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.resize import Resized
@@ -73,7 +74,7 @@ class Distillation:
     student: Student
     sharded: bool
     empty_student: Student | None
-    optimizers: dict[str, torch.optim.AdamW]
+    optimizers: dict[str, Optimizer]
     ema: EMA
     ratio: DensityRatio
     stages: tuple[Stage, ...]

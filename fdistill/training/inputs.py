@@ -160,5 +160,6 @@ def _made_of(run: Distillation) -> str:
         text = run.text
         facts += [json.dumps(text.prompts(torch.arange(len(text.index)))), config.negative_prompt]
         facts += [str(teacher.sample_shape), str(config.guidance_rescale), str(config.guidance_scale)]
+    if run.text is not None or config.frozen_precision != "fp32":
         facts += [config.frozen_precision]
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()

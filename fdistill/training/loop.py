@@ -130,7 +130,7 @@ def open_watch(run: Distillation, obtain: Obtain = encode) -> Watch | None:
 
     def encoded(prompts: Sequence[str]) -> Embeddings:
         teacher = Teacher(run.checkpoint, run.networks.teacher, run.latents)
-        encoding = Encoding(run.device, negative_prompt=config.negative_prompt, precision=config.frozen_precision)
+        encoding = Encoding(run.device, negative_prompt=config.negative_prompt, precision=config.encoder_precision)
         return open_prompts(list(prompts), teacher, encoding, obtain, "evaluation prompts")
 
     student = WatchedStudent(

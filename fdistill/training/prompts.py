@@ -133,7 +133,7 @@ def open_inputs(
         device,
         recipe=config.images.recipe,
         negative_prompt=config.negative_prompt,
-        precision=config.frozen_precision,
+        precision=config.encoder_precision,
     )
     checks.check_prompts(config, teacher.denoiser)
     source = _embedded_images(config, teacher)

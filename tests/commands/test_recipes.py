@@ -32,6 +32,7 @@ from fdistill.methods import METHODS
 from fdistill.students.text_to_image import check_exportable
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.training.build import build
+from support.extras import recipes
 from support.published import published_network
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
@@ -53,7 +54,9 @@ TEXT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl": ("StableDiffusionXLPipeline", {}),
     "sdxl-lora-24gb": ("StableDiffusionXLPipeline", {}),
     "sd35-medium": ("StableDiffusion3Pipeline", {"sigmas": [1.0, 0.9, 0.75, 0.5]}),
+    "sd35-medium-lora-24gb": ("StableDiffusion3Pipeline", {"sigmas": [1.0, 0.9, 0.75, 0.5]}),
     "flux-dev": ("FluxPipeline", {"sigmas": [0.999, 0.74925, 0.4995, 0.24975]}),
+    "flux-dev-lora-24gb": ("FluxPipeline", {"sigmas": [0.999, 0.74925, 0.4995, 0.24975]}),
     "pixart-sigma": ("PixArtSigmaPipeline", {"use_resolution_binning": False}),
 }
 SMOKE_RECIPES = [path.stem for path in sorted(CONFIGS.glob("*.yaml")) if "\nsmoke:" in path.read_text()]
@@ -86,11 +89,11 @@ LOSSES = {
     ),
     "pixart-sigma": "inverse-sigma2",
     "sd21-v": "v",
-    **dict.fromkeys(["sd35-medium", "flux-dev"], "flow"),
+    **dict.fromkeys(["sd35-medium", "sd35-medium-lora-24gb", "flux-dev", "flux-dev-lora-24gb"], "flow"),
 }
 
 
-@pytest.mark.parametrize("name", [*RECIPES, *TEXT_RECIPES])
+@pytest.mark.parametrize("name", recipes([*RECIPES, *TEXT_RECIPES]))
 def test_the_fake_score_of_a_recipe_learns_as_its_teacher_did(name: str) -> None:
     assert load_config(name).fake_score.weighting is None
     run = build(smoke_config(name), torch.device("cpu"))
@@ -211,7 +214,7 @@ def test_published_and_tiny_network_have_what_a_text_recipe_names(name: str) -> 
     assert output.std() > 1e-3
 
 
-@pytest.mark.parametrize("name", TEXT_RECIPES)
+@pytest.mark.parametrize("name", recipes(TEXT_RECIPES))
 def test_smoke_run_of_a_text_recipe_end_to_end(name: str, tmp_path: Path) -> None:
     pipeline_class, more = TEXT_RECIPES[name]
     more = {"num_inference_steps": 1, **more} if "sigmas" not in more else more

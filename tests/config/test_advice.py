@@ -123,6 +123,16 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
         [{"precision": "bf16"}, {"frozen_precision": "fp32"}],
     ),
     (
+        {"precision": "bf16", "frozen_precision": "nf4", "parallel": "fsdp"},
+        "those in few bits stay whole; expected parallel=ddp, or frozen_precision=bf16",
+        [{"parallel": "ddp"}, {"frozen_precision": "bf16"}],
+    ),
+    (
+        {"fake_score.optimizer": "adamw-8bit", "parallel": "hybrid"},
+        "those in 8 bits stay whole; expected parallel=ddp, or fake_score.optimizer=adamw",
+        [{"parallel": "ddp"}, {"fake_score.optimizer": "adamw"}],
+    ),
+    (
         {"student.lora_rank": 4, "student.network": {"layers_per_block": 1}},
         "expected 0, or neither student.checkpoint nor student.network",
         [{"student.lora_rank": 0}, {"student.network": LEFT_OUT}],

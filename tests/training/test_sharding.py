@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
@@ -17,13 +15,13 @@ from fdistill.base.distributed import part
 from fdistill.denoiser import Denoiser
 from fdistill.students.lora import lora_copy
 from fdistill.training import sharding
+from fdistill.training.checkpoint import load_checkpoint, read_tensors, save_checkpoint
 from fdistill.training.sharding import (
     aliased,
     blank,
     blocks,
     filled,
     gathered,
-    make_mesh,
     shard,
     share_frozen,
     total_norm,
@@ -44,14 +42,6 @@ MADE = {
     "sana": text_families_dit.sana,
     **({"qwen-image": text_families_dit.qwen_image} if text_families_dit.HAS_QWEN_IMAGE else {}),
 }
-
-
-@pytest.fixture(scope="module")
-def mesh() -> Iterator[DeviceMesh]:
-    found = make_mesh("fsdp", torch.device("cpu"), offload=True)
-    assert found is not None
-    yield found
-    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
@@ -133,6 +123,20 @@ def test_an_empty_copy_is_filled_with_what_was_gathered(mesh: DeviceMesh, tmp_pa
     assert whole.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in whole.state_dict().items())
     assert gathered(plain.state_dict(), keep=False) == {}
+
+
+def test_what_one_process_offloads_is_saved_and_read(mesh: DeviceMesh, tmp_path: Path) -> None:
+    module = nn.Linear(3, 2)
+    expected = {name: value.clone() for name, value in module.state_dict().items()}
+    shard(module, mesh, offload=True)
+    path = save_checkpoint(tmp_path, 1, module.state_dict(), {}, 1)
+    whole, _ = load_checkpoint(path)
+    torch.testing.assert_close(whole, expected, rtol=0, atol=0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            part(parameter).zero_()
+    read_tensors(path, module.state_dict())
+    torch.testing.assert_close(gathered(module.state_dict(), keep=True), expected, rtol=0, atol=0)
 
 
 def test_the_norm_is_that_of_all_values() -> None:

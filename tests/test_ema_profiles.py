@@ -7,11 +7,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,6 +35,7 @@ from fdistill.ema_profiles import (
 )
 from fdistill.kernels.ema import ema as ema_kernel
 from fdistill.student_kinds import STUDENT_FILE
+from fdistill.training import loop
 from fdistill.training.checkpoint import checkpoints
 from fdistill.training.snapshots import find_snapshots
 from support.denoisers import GaussianDenoiser
@@ -418,16 +416,22 @@ def test_resuming_makes_later_snapshots_again(finished: Path, tiny_teacher: Path
         assert torch.equal(value, load_student(output).state_dict()[name])
 
 
-def test_killed_and_resumed_has_the_same_snapshots(finished: Path, tiny_teacher: Path, tmp_path: Path) -> None:
+def test_killed_and_resumed_has_the_same_snapshots(
+    finished: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = [*SETTINGS, f"teacher={tiny_teacher}", "iterations=7", "log.keep_checkpoints=1"]
-    output = tmp_path / "run"
-    command = [sys.executable, "-m", "fdistill", "distill", "digits", *settings, "--output", str(output)]
-    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not checkpoints(output / "checkpoints") and time.monotonic() < deadline:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
-    assert checkpoints(output / "checkpoints"), "no checkpoint in two minutes"
+    output, iterate = tmp_path / "run", loop.iterate
+
+    def killed(state: Any, *arguments: Any) -> None:
+        if state.iteration == 5:
+            raise SystemExit
+        iterate(state, *arguments)
+
+    monkeypatch.setattr(loop, "iterate", killed)
+    with pytest.raises(SystemExit):
+        distill(load_config("digits", settings), output=output)
+    monkeypatch.setattr(loop, "iterate", iterate)
+    assert checkpoints(output / "checkpoints")
     config = load_config("digits", settings)
     distill(config, output=output, resume=True)
     assert same_snapshots(output, finished)

@@ -204,7 +204,7 @@ def _notes(plan: Plan) -> str:
         notes.append(f"note: the student takes all of its {len(levels)} steps; on average a run takes fewer")
     notes.append(
         "Not counted: CUDA's context and the allocator's unused blocks (1 to 2 GB), workspaces of convolutions,\n"
-        "latencies of links."
+        "latencies of links, and the time to start kernels, for which small networks mostly wait."
     )
     return "\n".join(notes)
 

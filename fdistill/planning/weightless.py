@@ -16,6 +16,7 @@ from fdistill.adapters.unet2d_condition import TOKENS, UNet2DConditionDenoiser
 from fdistill.base.errors import CheckpointError, ConfigError
 from fdistill.base.files import read_json_object
 from fdistill.config.schema import DistillConfig
+from fdistill.config.sections import OptimizerConfig
 from fdistill.denoiser import Denoiser
 from fdistill.noise import noise_to_signal_range
 from fdistill.planning.fake_tensors import fake
@@ -106,6 +107,10 @@ def _readable(config: DistillConfig) -> DistillConfig:
     }
     if config.frozen_precision != "fp32":
         changes["frozen_precision"] = "bf16"
+    if "optimizer" in OptimizerConfig.model_fields:  # a setting that this version does not have yet
+        for role in config.roles:
+            section = changes.get(role, getattr(config, role))
+            changes[role] = section.model_copy(update={"optimizer": "adamw"})
     return config.model_copy(update=changes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -37,7 +38,7 @@ from support.planned import digits_run
 
 MACHINE = 8
 RATES = Rates(tflops=75, link=450, network=50)
-WARM_UP = {"batch_size": 32, "precision": "bf16", "frozen_precision": "bf16"}  # a student's update alone
+WARM_UP = ("batch_size=32", "precision=bf16", "frozen_precision=bf16")
 
 
 def planned(config: DistillConfig, gpus: int = 1, memory: int | None = None) -> Plan:
@@ -45,10 +46,15 @@ def planned(config: DistillConfig, gpus: int = 1, memory: int | None = None) -> 
     return make_plan(config, Hardware(gpus, MACHINE, memory, RATES), said.append)
 
 
-@pytest.fixture(scope="module")
+@functools.cache
+def warm_up(*settings: str, memory: int | None = None) -> Plan:
+    """Of a run in which only the student is updated."""
+    return planned(load_config("digits-regression", [*WARM_UP, *settings]), memory=memory)
+
+
 def tight() -> Plan:
-    """Of a run that does not fit."""
-    return planned(load_config("digits-regression", WARM_UP), memory=19_300_000)
+    """Of one that does not fit."""
+    return warm_up(memory=19_300_000)
 
 
 def configs_alone(folder: Path) -> Path:
@@ -219,34 +225,34 @@ def test_seconds() -> None:
     assert measured.apart == measured.overlapped + measured.communication
 
 
-def test_parts_and_more_gpus(tight: Plan) -> None:
+def test_parts_and_more_gpus() -> None:
     """Parts of 8 need what a batch of 8 needs, beside the gradients; the table says it of a GPU among four."""
-    parts = planned(load_config("digits-regression", {**WARM_UP, "generator.micro_batch": 8}))
+    parts, table = warm_up("generator.micro_batch=8"), tight().table
     update = parts.found.updates[STUDENT]
     assert (update.samples, update.parts) == (8, 4)
-    assert parts.flops == pytest.approx(tight.flops, rel=1e-3)
-    small = planned(load_config("digits-regression", {**WARM_UP, "batch_size": 8})).device.total
+    assert parts.flops == pytest.approx(tight().flops, rel=1e-3)
+    small = warm_up("batch_size=8").device.total
     gradients = max(parts.device.gradients.values())
     assert small < parts.device.total < small + 2 * gradients
-    (among_four,) = (row for row in tight.table if row.gpus == 4)
+    (among_four,) = (row for row in table if row.gpus == 4)
     assert among_four.device is not None
     assert among_four.device.total - among_four.device.gathered == pytest.approx(small, rel=0.05)
-    assert [row.samples for row in tight.table] == [32, 16, 8, 4, 2, 1, None, None, None, None]
+    assert [row.samples for row in table] == [32, 16, 8, 4, 2, 1, None, None, None, None]
 
 
-def test_advice_holds(tight: Plan) -> None:
+def test_advice_holds() -> None:
     """Every setting that is said to make a run fit does, and the run as it is does not."""
-    memory = tight.hardware.memory
+    plan = tight()
+    memory = plan.hardware.memory
     assert memory is not None
-    assert tight.device.total > memory
-    assert tight.remedies is not None
-    names = {text.partition("=")[0] for remedy in tight.remedies for text in remedy.settings}
+    assert plan.device.total > memory
+    assert plan.remedies is not None
+    names = {text.partition("=")[0] for remedy in plan.remedies for text in remedy.settings}
     assert names >= {"gradient_checkpointing", "generator.micro_batch", "offload_optimizers"}
-    assert "It does not fit" in as_text(tight)
-    for remedy in tight.remedies:
-        assert " ".join(remedy.settings) in as_text(tight)
-        settings = [f"{key}={value}" for key, value in WARM_UP.items()]
-        total = planned(load_config("digits-regression", [*settings, *remedy.settings])).device.total
+    assert "It does not fit" in as_text(plan)
+    for remedy in plan.remedies:
+        assert " ".join(remedy.settings) in as_text(plan)
+        total = warm_up(*remedy.settings).device.total
         assert total == pytest.approx(remedy.bytes, rel=0.03)
         assert total <= 1.03 * memory
 

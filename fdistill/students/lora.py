@@ -73,6 +73,13 @@ def lora_copy(
     return adapted
 
 
+def round_adapters(denoiser: Denoiser) -> None:
+    """Rounds new adapters to bf16, as those are from the start that `lora_copy` adds to a network in bf16."""
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16().float()
+
+
 def _takes_adapters(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 

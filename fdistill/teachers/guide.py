@@ -28,19 +28,20 @@ class Guide:
         return hashlib.sha256(f"{sha256} {self.checkpoint.fingerprint(self.denoiser)}".encode()).hexdigest()
 
 
-def open_guide(name: str, teacher: Denoiser) -> Guide:
+def open_guide(name: str, teacher: Denoiser, *, memory_of_files: bool = False) -> Guide:
     """Loads the network that guidance of a teacher leads away from.
 
     Args:
         name: anything that `resolve_checkpoint` takes.
         teacher: opened, with the size of its samples set.
+        memory_of_files: as for `load_denoiser`.
 
     Raises:
         CheckpointError: it cannot be read; its samples, levels or outputs do not mean what the teacher's do; or it
             takes another kind of condition.
     """
     checkpoint = resolve_checkpoint(name)
-    return as_guide(checkpoint, load_denoiser(checkpoint), teacher)
+    return as_guide(checkpoint, load_denoiser(checkpoint, memory_of_files=memory_of_files), teacher)
 
 
 def as_guide(checkpoint: Checkpoint, denoiser: Denoiser, teacher: Denoiser) -> Guide:

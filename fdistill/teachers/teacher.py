@@ -47,6 +47,7 @@ class TeacherSettings:
         null_class: the label that stands for no class, where the checkpoint does not say it.
         vae: autoencoder of a latent teacher whose folder has none.
         resolution: side in pixels of a text-to-image teacher's images; None is the teacher's own.
+        memory_of_files: as for `load_denoiser`.
     """
 
     name: str
@@ -56,6 +57,7 @@ class TeacherSettings:
     null_class: int | None = None
     vae: str | None = None
     resolution: int | None = None
+    memory_of_files: bool = False
 
 
 def open_teacher(settings: TeacherSettings) -> Teacher:
@@ -71,7 +73,9 @@ def open_teacher(settings: TeacherSettings) -> Teacher:
             raise ConfigError(f"teacher_lora: teacher {settings.name!r} is a function; expected a pipeline folder")
         merged = merged_folder(checkpoint.folder, Path(settings.lora), settings.lora_scale)
         checkpoint = Checkpoint(checkpoint.name, merged)
-    denoiser = load_denoiser(checkpoint, null_class=settings.null_class).requires_grad_(False)
+    denoiser = load_denoiser(
+        checkpoint, null_class=settings.null_class, memory_of_files=settings.memory_of_files
+    ).requires_grad_(False)
     latents = attach_latent_space(denoiser, checkpoint, settings.vae)
     if settings.resolution is not None:
         _resize(denoiser, latents, settings.resolution)

@@ -15,10 +15,11 @@ from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.adapters.quantised_layers import place
 from fdistill.adapters.resize import Resized, resized
 from fdistill.base.devices import autocast
+from fdistill.base.distributed import first_process_of_machine_first
 from fdistill.base.errors import ArgumentError, ConfigError
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
-from fdistill.config.sections import FakeScoreConfig, LoRAConfig, StudentConfig
+from fdistill.config.sections import LoRAConfig
 from fdistill.data.embeddings import Captions
 from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
@@ -31,7 +32,7 @@ from fdistill.noise import NoiseSchedule, noise_to_signal_range
 from fdistill.ratio import DensityRatio
 from fdistill.step import Networks
 from fdistill.students.kinds import KINDS
-from fdistill.students.lora import FAKE, STUDENT, lora_copy
+from fdistill.students.lora import FAKE, STUDENT, lora_copy, round_adapters
 from fdistill.teachers.autoencoder import LatentSpace
 from fdistill.teachers.guide import Guide, open_guide
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
@@ -91,15 +92,16 @@ def build(config: DistillConfig, device: torch.device, obtain: Obtain = encode) 
         CheckpointError: the teacher, or what the student starts from, cannot be read.
     """
     divergences = [checks.read_divergence(stage) for stage in config.stage_configs()]
-    loaded = _load(config, device, obtain)
+    mesh = sharding.make_mesh(config.parallel, device, offload=config.offload_frozen or config.offload_optimizers)
+    loaded = _load(config, device, obtain, memory_of_files=sharding.distributes_frozen(config, mesh))
     torch.manual_seed(config.seed)
     try:
-        return assemble(config, device, divergences, loaded)
+        return assemble(config, device, divergences, loaded, mesh)
     except ArgumentError as error:
         raise ConfigError(f"config: {error}") from error
 
 
-def _load(config: DistillConfig, device: torch.device, obtain: Obtain) -> Loaded:
+def _load(config: DistillConfig, device: torch.device, obtain: Obtain, *, memory_of_files: bool) -> Loaded:
     settings = TeacherSettings(
         config.teacher,
         base=config.teacher_base,
@@ -108,17 +110,24 @@ def _load(config: DistillConfig, device: torch.device, obtain: Obtain) -> Loaded
         null_class=config.null_class,
         vae=config.vae,
         resolution=config.resolution,
+        memory_of_files=memory_of_files,
     )
-    teacher = open_teacher(settings)
-    guide = None if config.guidance_teacher is None else open_guide(config.guidance_teacher, teacher.denoiser)
+    name = config.guidance_teacher
+    with first_process_of_machine_first():  # what has to be converted is converted once
+        teacher = open_teacher(settings)
+        guide = None if name is None else open_guide(name, teacher.denoiser, memory_of_files=memory_of_files)
     stored, text = open_inputs(config, teacher, device, obtain)
     return Loaded(teacher, guide, stored, text)
 
 
 def assemble(
-    config: DistillConfig, device: torch.device, divergences: Sequence[Divergence], loaded: Loaded
+    config: DistillConfig,
+    device: torch.device,
+    divergences: Sequence[Divergence],
+    loaded: Loaded,
+    mesh: DeviceMesh | None = None,
 ) -> Distillation:
-    """Does what `build` does after reading, with a divergence for each stage."""
+    """Does what `build` does after reading, with a divergence for each stage; the mesh is `sharding.make_mesh`'s."""
     denoiser, latents, text = loaded.teacher.denoiser, loaded.teacher.latents, loaded.text
     stages = config.stage_configs()
     for stage in stages:
@@ -126,13 +135,13 @@ def assemble(
     null = loaded.null(device)
     if denoiser.embedded_guidance is not None:
         denoiser.embedded_guidance = config.guidance_scale
-    mesh = sharding.make_mesh(config.parallel, device, offload=config.offload_frozen or config.offload_optimizers)
     # What is distributed moves to the device block by block, so that it is nowhere as a whole.
     frozen_device = torch.device("cpu") if sharding.distributes_frozen(config, mesh) else device
-    trained = _trained_networks(config, loaded.teacher, frozen_device, mesh)
+    precision = "fp32" if sharding.narrows_frozen(config, mesh) else config.frozen_precision
+    trained = _trained_networks(config, loaded.teacher, frozen_device, mesh, precision)
     student = KINDS[config.student.generator].make(trained.student, config.student_levels)
     roles = {role for stage in stages for role in trained_roles(stage)}
-    guide = _placed(loaded.guide, config, frozen_device)
+    guide = _placed(loaded.guide, config, frozen_device, precision)
     has_heads = "discriminator" in roles
     networks = _networks(config, denoiser, trained.fake_score, student, null, guide, has_discriminator=has_heads)
     if not all(METHODS[stage.method].scores for stage in stages):
@@ -169,21 +178,24 @@ def assemble(
 
 
 def _trained_networks(
-    config: DistillConfig, teacher: Teacher, device: torch.device, mesh: DeviceMesh | None
+    config: DistillConfig, teacher: Teacher, device: torch.device, mesh: DeviceMesh | None, precision: str
 ) -> _Trained:
     """The student's network and the fake score, on the device unless they will be distributed.
 
     Each is a copy of the teacher's network or adapters on it; the student's may come from another checkpoint.
+
+    Args:
+        precision: that the frozen network takes here.
     """
     frozen = teacher.denoiser
-    # Copies whose weights are trained are made before the frozen ones lose precision.
-    copies = {
-        role: None if section.lora_rank else _copied(frozen, mesh, section)
-        for role, section in ((STUDENT, config.student), (FAKE, config.fake_score))
-    }
-    origin, student, changed = _student_network(config, teacher, copies[STUDENT])
-    place(frozen, config.frozen_precision, device)
-    fake_score = copies[FAKE] or _adapted(frozen, config.fake_score, FAKE, "fake_score")
+    # Copies whose weights are trained are made before the frozen ones lose precision. For sharding they need no memory
+    # of their own, unless other weights will be loaded into them.
+    shared = mesh is not None
+    own = None if config.student.lora_rank or config.student.checkpoint else _copied(frozen, shared)
+    fake = None if config.fake_score.lora_rank else _copied(frozen, shared and config.fake_score.checkpoint is None)
+    origin, student, changed = _student_network(config, teacher, own, memory_of_files=shared)
+    place(frozen, precision, device)
+    fake_score = fake or _adapted(frozen, config.fake_score, FAKE, "fake_score")
     student = student or _adapted(frozen, config.student, STUDENT, "student")
     for trained, lora_rank in ((student, config.student.lora_rank), (fake_score, config.fake_score.lora_rank)):
         if mesh is None or lora_rank:
@@ -191,6 +203,8 @@ def _trained_networks(
         trained.train()
         if not lora_rank:
             trained.requires_grad_(True)
+        elif precision != config.frozen_precision:
+            round_adapters(trained)
     if sharding.distributes_frozen(config, mesh):
         student, fake_score = sharding.aliased(student), sharding.aliased(fake_score)
     if config.gradient_checkpointing:
@@ -199,13 +213,12 @@ def _trained_networks(
     return _Trained(student, fake_score, origin, changed)
 
 
-def _copied(frozen: Denoiser, mesh: DeviceMesh | None, section: StudentConfig | FakeScoreConfig) -> Denoiser:
-    """A copy to train. For sharding it needs no memory of its own, unless other weights will be loaded into it."""
-    return copy.deepcopy(frozen) if mesh is None or section.checkpoint is not None else sharding.aliased(frozen)
+def _copied(frozen: Denoiser, shared: bool) -> Denoiser:
+    return sharding.aliased(frozen) if shared else copy.deepcopy(frozen)
 
 
 def _student_network(
-    config: DistillConfig, teacher: Teacher, own: Denoiser | None
+    config: DistillConfig, teacher: Teacher, own: Denoiser | None, *, memory_of_files: bool
 ) -> tuple[Checkpoint, Denoiser | None, Resized | None]:
     """The checkpoint that the student's network comes from, the network, and the record of a changed network's weights.
 
@@ -215,7 +228,7 @@ def _student_network(
     origin, start = teacher.checkpoint, own
     if config.student.checkpoint is not None:
         origin = resolve_checkpoint(config.student.checkpoint)
-        start = open_start(config, origin, teacher.denoiser, "student.checkpoint")
+        start = open_start(config, origin, teacher.denoiser, "student.checkpoint", memory_of_files=memory_of_files)
         start.latent_scaling = teacher.denoiser.latent_scaling
     if config.student.network:
         changed = resized(start or teacher.denoiser, config.student.network)
@@ -234,11 +247,11 @@ def _adapted(frozen: Denoiser, section: LoRAConfig, adapter: str, setting: str) 
     )
 
 
-def _placed(guide: Guide | None, config: DistillConfig, device: torch.device) -> Denoiser | None:
-    """The second network of the teacher's guidance, as the teacher itself: on the device, in `frozen_precision`."""
+def _placed(guide: Guide | None, config: DistillConfig, device: torch.device, precision: str) -> Denoiser | None:
+    """The second network of the teacher's guidance, as the teacher itself: on the device, in the same precision."""
     if guide is None:
         return None
-    place(guide.denoiser, config.frozen_precision, device)
+    place(guide.denoiser, precision, device)
     if config.gradient_checkpointing:
         checkpoint_activations(guide.denoiser)
     return guide.denoiser

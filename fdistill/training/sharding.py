@@ -82,7 +82,13 @@ def is_sharded(mesh: DeviceMesh | None) -> bool:
 
 
 def shard(
-    module: nn.Module, mesh: DeviceMesh, *, precision: str = "fp32", offload: bool = False, frozen: bool = True
+    module: nn.Module,
+    mesh: DeviceMesh,
+    *,
+    precision: str = "fp32",
+    offload: bool = False,
+    frozen: bool = True,
+    narrow: bool = False,
 ) -> None:
     """Distributes a module's weights and gradients, in place.
 
@@ -92,6 +98,7 @@ def shard(
         precision: "bf16" gathers the shards of blocks in bfloat16; what is reduced and kept is float32.
         offload: shards, gradients and the optimiser's states are in the CPU's memory.
         frozen: whether weights that are not trained are distributed too; otherwise they stay as they are.
+        narrow: whether the shards become bfloat16, for a network that is not trained.
     """
     whole = not is_sharded(mesh)
     # FSDP2 takes no scalars, as EDM2's gains are; they stay whole, and `average_scalars` is for their gradients.
@@ -105,10 +112,12 @@ def shard(
         "ignored_params": left,
     }
     gathered = torch.bfloat16 if precision == "bf16" and not whole else None
-    narrow = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
+    of_blocks = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
     for block in blocks(module):
-        fully_shard(block, **policy, mp_policy=narrow)
+        fully_shard(block, **policy, mp_policy=of_blocks)
     fully_shard(module, **policy, mp_policy=MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False))
+    if narrow:
+        module.to(torch.bfloat16)
     for name in _entrances(module):
         register_fsdp_forward_method(module, name)
 
@@ -116,6 +125,11 @@ def shard(
 def distributes_frozen(config: DistillConfig, mesh: DeviceMesh | None) -> bool:
     """Whether the weights that are not trained are distributed as well."""
     return is_sharded(mesh) or config.offload_frozen
+
+
+def narrows_frozen(config: DistillConfig, mesh: DeviceMesh | None) -> bool:
+    """Whether weights that are not trained become bfloat16 as shards: before, they are the memory of files."""
+    return config.frozen_precision == "bf16" and distributes_frozen(config, mesh)
 
 
 def distribute(
@@ -131,15 +145,16 @@ def distribute(
     share = distributes_frozen(config, mesh)
     for network in (frozen, guide):
         if network is not None and share:
-            shard(network, mesh, precision=config.precision, offload=config.offload_frozen)
+            narrow = narrows_frozen(config, mesh)
+            shard(network, mesh, precision=config.precision, offload=config.offload_frozen, narrow=narrow)
     for role in (student, fake_score, discriminator):
         if role is not None:
             adapters = has_adapters(role)
             offload = config.offload_optimizers or (config.offload_frozen and adapters)
             shard(role, mesh, precision=config.precision, offload=offload, frozen=share)
-    for denoiser in (student.denoiser, fake_score):
-        if share and has_adapters(denoiser):
-            share_frozen(denoiser, frozen)
+            if share and adapters:
+                share_frozen(role.denoiser if isinstance(role, Student) else role, frozen)
+                role._apply(lambda value: value)  # FSDP2 takes the new shards, and gives up those of before
 
 
 def _entrances(module: nn.Module) -> tuple[str, ...]:

@@ -17,14 +17,19 @@ from fdistill.training import checks
 from fdistill.training.checkpoint import checkpoints, load_checkpoint, newest_intact
 
 
-def open_start(config: DistillConfig, origin: Checkpoint, teacher: Denoiser, setting: str) -> Denoiser:
+def open_start(
+    config: DistillConfig, origin: Checkpoint, teacher: Denoiser, setting: str, *, memory_of_files: bool = False
+) -> Denoiser:
     """Loads the network that a role starts from, as `setting` says, in the teacher's resolution and guidance.
+
+    Args:
+        memory_of_files: as for `load_denoiser`.
 
     Raises:
         CheckpointError: it cannot be read.
         ConfigError: it makes other samples than the teacher.
     """
-    start = load_denoiser(origin, null_class=config.null_class)
+    start = load_denoiser(origin, null_class=config.null_class, memory_of_files=memory_of_files)
     if start.text_shapes is not None:
         start.resize(teacher.sample_shape[-1])
     if start.embedded_guidance is not None:

@@ -14,8 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from fdistill.adapters.bin_weights import with_plain_weights
-from fdistill.adapters.checkpoint import load_teacher, resolve_checkpoint
+from fdistill.adapters.bin_weights import in_float32, with_plain_weights
+from fdistill.adapters.checkpoint import find_network, load_denoiser, load_teacher, resolve_checkpoint
 from fdistill.base.errors import CheckpointError
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
@@ -240,3 +240,37 @@ def test_a_trainers_checkpoint_is_named_and_what_it_lacks(tmp_path: Path) -> Non
     advised = shutil.copytree(pipeline, tmp_path / "advised", ignore=shutil.ignore_patterns("unet"))
     shutil.copytree(folder / "unet", advised / "unet")
     assert open_teacher(TeacherSettings(str(advised))).latents is not None
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_half_precision_is_read_from_a_copy_in_float32(shards: int, tmp_path: Path) -> None:
+    folder = FAMILIES["ddpm"][0](tmp_path / "teacher")
+    checkpoint = resolve_checkpoint(folder)
+    network = find_network(folder)[1]
+    assert in_float32(network) == network
+    halves = {name: value.half() for name, value in load_file(*network.glob("*.safetensors")).items()}
+    for path in network.glob("*.safetensors"):
+        path.unlink()
+    names = [f"diffusion_pytorch_model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
+    names = names if shards > 1 else ["diffusion_pytorch_model.safetensors"]
+    parts = [dict(list(halves.items())[i::shards]) for i in range(shards)]
+    for name, part in zip(names, parts, strict=True):
+        save_file(part, network / name, {"format": "pt"})
+    if shards > 1:
+        index = {
+            "metadata": {},
+            "weight_map": {key: name for name, each in zip(names, parts, strict=True) for key in each},
+        }
+        (network / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    copied = in_float32(network)
+    assert copied != network
+    assert {value.dtype for path in copied.glob("*.safetensors") for value in load_file(path).values()} == {
+        torch.float32
+    }
+    assert in_float32(copied) == copied
+    expected, found = (
+        load_denoiser(checkpoint).state_dict(),
+        load_denoiser(checkpoint, memory_of_files=True).state_dict(),
+    )
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

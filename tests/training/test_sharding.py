@@ -150,3 +150,18 @@ def test_small_blocks_are_gathered_with_what_they_lie_in(tmp_path: Path, monkeyp
     sizes = sorted(sum(value.numel() for value in block.parameters()) for block in blocks(network))
     monkeypatch.setattr(sharding, "SMALLEST_BLOCK", sizes[1] + 1)
     assert len(blocks(network)) == sum(size > sizes[1] for size in sizes) > 0
+
+
+def test_shards_of_frozen_weights_become_bfloat16(mesh: DeviceMesh, tmp_path: Path) -> None:
+    """As the whole network would, which is then never in memory."""
+    plain = loaded("sd15", tmp_path).requires_grad_(False)
+    sharded = aliased(plain)
+    shard(sharded, mesh, narrow=True)
+    plain.to(torch.bfloat16)
+    for (name, one), two in zip(plain.state_dict().items(), sharded.state_dict().values(), strict=True):
+        assert two.dtype == one.dtype, name
+        assert torch.equal(part(two), one), name
+    x_t, t = torch.randn(2, *plain.sample_shape), torch.full((2,), 500.0)
+    condition = plain.example_condition(2, "cpu")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sharded(x_t, t, condition), plain(x_t, t, condition))

@@ -108,7 +108,7 @@ METHODS: dict[str, tuple[int, list[str]]] = {
     "regression": (4, ["method=regression", *SAMPLES]),
     "dmd2": (4, ["method=dmd2"]),
     "dmd2-two-steps": (4, ["method=dmd2", "student_level=[2.5,0.5]"]),
-    "text-to-image-lora": (4, TEXT),
+    "text-to-image-lora": (2, TEXT),
 }
 FSDP = ["parallel=fsdp"]
 #: Of the two processes: what one process computes at once, in four parts for the student and eight for the critic.
@@ -224,7 +224,7 @@ def test_two_processes_train_as_one(runs: Runs, variant: str) -> None:
     one, two = runs.one / VARIANTS[variant][0], runs.two / variant
     assert_equal_runs(one, two)
     first, second = (read_records(of / "metrics.jsonl") for of in (one, two))
-    assert len(first) == len(second) == 4
+    assert len(first) == len(second) == min(4, METHODS[VARIANTS[variant][0]][0])
     for key, value in first[-1].items():
         if isinstance(value, float) and key not in ("seconds", "images_per_second"):
             assert abs(second[-1][key] - value) <= 1e-4 * (1 + abs(value)), key

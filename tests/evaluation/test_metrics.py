@@ -104,7 +104,7 @@ def test_frechet_distance_is_torch_fidelitys_and_the_plain_formula(kind: str) ->
     assert abs(distance_to(Moments.of(y))(Moments.of(x)) - ours) < 1e-5 * max(1, theirs)
 
 
-@pytest.mark.parametrize("width", [300, 2048])
+@pytest.mark.parametrize("width", [300, 1024])
 def test_a_set_is_at_no_distance_from_itself(width: int) -> None:
     """A tenth of the features never fire and most others have next to no variance."""
     rows = inception_like(0, width + 52, width)

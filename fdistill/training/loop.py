@@ -34,7 +34,7 @@ from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal
 from fdistill.training.logbook import Logbook
 from fdistill.training.optimise import Role
-from fdistill.training.parts import SECTIONS, Split, backward, check_parts, count_of
+from fdistill.training.parts import Split, backward, check_parts, count_of
 from fdistill.training.prompts import Obtain, encode, open_prompts
 from fdistill.training.run_folder import check_output, export_student, held_folder, prepare_folder, resume_from
 from fdistill.training.stages import batches_before, settle_ratio
@@ -173,32 +173,62 @@ def iterate(
     journal: Journal,
 ) -> None:
     """One iteration: the critic's updates, then the student's update, then the update of its averaged weights."""
-    config, stage = run.config, run.stage
-    roles = {name: role for name, role in roles.items() if name in stage.roles}
-    for name, role in roles.items():
-        role.settle(stage.config.roles[name], stage.rate(name, run.iteration))
-    settle_ratio(run.ratio, stage.config)
-    generator.manual_seed(rng.derived_seed(config.seed, rng.Stream.STEP, run.iteration))
-    # Dropout draws from the global generator, and must draw different numbers in each process.
-    torch.manual_seed(rng.derived_seed(config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
-    critic = {name: role for name, role in roles.items() if name != "generator"}
-    first_batch = batches_before(run.stages, run.iteration)
-    place = f"iteration {run.iteration + 1}"
-    trained = {"generator": [run.role("generator")], "fake_score": [run.role(name) for name in critic]}
-    split = {
-        name: Split(count_of(stage.config, name, rng.world()[1]), config.precision, trained[name]) for name in SECTIONS
-    }
-    for number in range(stage.critic_steps):
-        place = f"iteration {run.iteration + 1}, batch {first_batch + number + 1}"
-        logs = backward(run.critic_update, batches.critic(number), generator, split["fake_score"])
-        step(logs, critic, journal, place)
-    bins = run.ratio.bins.clone()
-    logs = backward(run.student_update, batches.student(), generator, split["generator"])
-    (norm,) = step(logs, {"generator": roles["generator"]}, journal, place)
-    now = run.ratio.bins
-    run.ratio.bins = torch.where(norm.isfinite().to(now.device), now, bins.to(now.device))
+    settle(run, roles, generator)
+    for number in range(run.stage.critic_steps):
+        update_critic(run, number, batches.critic(number), roles, generator, journal)
+    update_student(run, batches.student(), roles, generator, journal)
     run.ema.update(run.stage.config.ema.decays)
     run.iteration += 1
+
+
+def settle(run: Distillation, roles: Mapping[str, Role], generator: torch.Generator) -> None:
+    """Gives roles and ratio the settings of this iteration, and random generators its seed."""
+    stage = run.stage
+    for name in stage.roles & roles.keys():
+        roles[name].settle(stage.config.roles[name], stage.rate(name, run.iteration))
+    settle_ratio(run.ratio, stage.config)
+    generator.manual_seed(rng.derived_seed(run.config.seed, rng.Stream.STEP, run.iteration))
+    # Dropout draws from the global generator, and must draw different numbers in each process.
+    torch.manual_seed(rng.derived_seed(run.config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
+
+
+def update_critic(
+    run: Distillation,
+    number: int,
+    arguments: Mapping[str, Any],
+    roles: Mapping[str, Role],
+    generator: torch.Generator,
+    journal: Journal,
+) -> None:
+    """The critic's update `number`, from 0, of this iteration: fake score and discriminator, where they are trained."""
+    critic = {name: role for name, role in roles.items() if name in run.stage.roles and name != "generator"}
+    logs = backward(run.critic_update, arguments, generator, _split(run, "fake_score", critic))
+    batch = batches_before(run.stages, run.iteration) + number + 1
+    step(logs, critic, journal, f"iteration {run.iteration + 1}, batch {batch}")
+
+
+def update_student(
+    run: Distillation,
+    arguments: Mapping[str, Any],
+    roles: Mapping[str, Role],
+    generator: torch.Generator,
+    journal: Journal,
+) -> None:
+    """The student's update. Where it is skipped, the density ratio's bins stay as they were, too."""
+    student = {"generator": roles["generator"]}
+    bins = run.ratio.bins.clone()
+    logs = backward(run.student_update, arguments, generator, _split(run, "generator", student))
+    place = f"iteration {run.iteration + 1}"
+    if run.stage.critic_steps:  # the conditions are those of the critic's last batch
+        place += f", batch {batches_before(run.stages, run.iteration) + run.stage.critic_steps}"
+    (norm,) = step(logs, student, journal, place)
+    now = run.ratio.bins
+    run.ratio.bins = torch.where(norm.isfinite().to(now.device), now, bins.to(now.device))
+
+
+def _split(run: Distillation, section: str, roles: Mapping[str, Role]) -> Split:
+    count = count_of(run.stage.config, section, rng.world()[1])
+    return Split(count, run.config.precision, [run.role(name) for name in roles])
 
 
 def step(

@@ -1,0 +1,331 @@
+"""Time, operations, memory and waits of the critic's and the student's update of any config; prints JSON.
+
+    python scripts/bench_step.py CONFIG [key=value ...] [--against key=value,key=value] [--repeats 7] [--profile TRACE]
+    python scripts/bench_step.py edm-w32                # an EDM network of width 32 with random weights; or edm-w128
+
+Both updates run as in training, on random samples of the teacher's shape. Everything runs twice before it is timed;
+times are medians. With --against a second run has the further settings, and the two take turns. Operations are those of
+matrix products and convolutions; their share of the peak is of a large matrix product, timed in between.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from fdistill.adapters import wrap
+from fdistill.base.devices import start
+from fdistill.condition import TextCondition
+from fdistill.config.reading import load_config
+from fdistill.config.schema import DistillConfig
+from fdistill.data.loader import Batch
+from fdistill.denoiser import Denoiser
+from fdistill.networks import EDMNetwork
+from fdistill.training.batches import Batches
+from fdistill.training.build import build
+from fdistill.training.distillation import Distillation
+from fdistill.training.journal import Journal
+from fdistill.training.loop import settle, update_critic, update_student
+from fdistill.training.optimise import Role
+
+CRITIC, STUDENT = "critic", "student"
+_WARM_UP = 2
+#: Name -> the config and settings of a teacher with random weights.
+_EDM = [
+    "digits",
+    "batch_size=16",
+    "critic_steps=4",
+    "divergence=forward-kl",
+    "discriminator.source=teacher",
+    "discriminator.features=[enc.32x32_block3,enc.16x16_block3,enc.8x8_block3]",
+    "ema.decays=[0.99,0.999,0.9999]",
+    "log.tracker=none",
+]
+WORK = {f"edm-w{width}": [*_EDM, f"teacher=bench_step:edm_{width}"] for width in (32, 128)}
+
+
+def _edm(width: int) -> Denoiser:
+    torch.manual_seed(0)
+    network: Any = EDMNetwork(
+        model_type="SongUNet",
+        img_resolution=32,
+        label_dim=10,
+        augment_dim=9,
+        model_channels=width,
+        channel_mult=[2, 2, 2],
+        num_blocks=4,
+        attn_resolutions=[16],
+    )
+    with torch.no_grad():  # a new network's last layers are zero, and so are gradients
+        for parameter in network.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return wrap(network.eval(), None)
+
+
+def edm_32() -> Denoiser:
+    """The network of EDM's CIFAR-10 teachers (DDPM++, with classes) with a quarter of their width."""
+    return _edm(32)
+
+
+def edm_128() -> Denoiser:
+    """The network of EDM's CIFAR-10 teachers."""
+    return _edm(128)
+
+
+class Bench:
+    """A run whose two updates can be called by themselves."""
+
+    def __init__(self, config: DistillConfig, device: torch.device):
+        self.run: Distillation = build(config, device)
+        self.device = device
+        self._roles = {name: Role(self.run.role(name), optimizer) for name, optimizer in self.run.optimizers.items()}
+        ratio = self.run.ratio
+        schedule = self.run.networks.teacher.schedule
+        self._journal = Journal(
+            lambda t: ratio.bin_index(ratio.bin_level(schedule, t)), ratio.num_bins, config.max_skipped
+        )
+        self._generator = torch.Generator(device)
+        nothing: Any = SimpleNamespace(pairs=None, text=None)
+        self._batches = Batches(self.run, nothing, self._samples())
+        settle(self.run, self._roles, self._generator)
+
+    def _samples(self) -> Iterator[Batch]:
+        config, teacher = self.run.config, self.run.networks.teacher
+        draws = torch.Generator().manual_seed(0)
+        rows = torch.arange(config.batch_size)
+        images = torch.randn(len(rows), *teacher.sample_shape, generator=draws).clamp(-1, 1)
+        example = teacher.example_condition(len(rows), "cpu")
+        text = example if isinstance(example, TextCondition) else None
+        while True:
+            yield Batch(images, rows % (teacher.num_classes or 1), rows, text)
+
+    def critic(self) -> None:
+        """One update of the critic."""
+        update_critic(self.run, 0, self._batches.critic(0), self._roles, self._generator, self._journal)
+
+    def student(self) -> None:
+        """One update of the student, and of its averages."""
+        update_student(self.run, self._batches.student(), self._roles, self._generator, self._journal)
+        self.run.ema.update(self.run.stage.config.ema.decays)
+
+    @property
+    def updates(self) -> dict[str, Callable[[], None]]:
+        """Update -> how to run it once."""
+        return {CRITIC: self.critic, STUDENT: self.student}
+
+
+def opened(name: str, overrides: list[str]) -> Bench:
+    """The run of a config, or of one of WORK, with further settings."""
+    sys.path.insert(0, str(Path(__file__).parent))  # of the teachers in WORK
+    config, *settings = WORK.get(name, [name])
+    loaded = load_config(config, [*settings, *overrides])
+    return Bench(loaded, start(loaded.device)[1])
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What ran it."""
+    named = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    return {"device": named, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Of one call, until the device is done."""
+    synchronize(device)
+    began = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def matrix_peak(device: torch.device, precision: str) -> float:
+    """Operations per second of the best of several large matrix products in the precision that networks compute in."""
+    size = 8192 if device.type == "cuda" else 2048
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
+
+
+def counted(update: Callable[[], object]) -> int:
+    """Operations of matrix products and convolutions, forward and backward."""
+    with FlopCounterMode(display=False) as counter:
+        update()
+    return int(counter.get_total_flops())
+
+
+def memory_peak(update: Callable[[], None], device: torch.device) -> int:
+    """Bytes at the peak of an update: allocated on a GPU, of the whole process on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        update()
+        return torch.cuda.max_memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak until now
+    except OSError:
+        update()
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    update()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def profiled(update: Callable[[], None], device: torch.device, trace: Path | None) -> dict[str, int]:
+    """What an update starts, and how often the host reads a value of the device."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as found:
+        update()
+        synchronize(device)
+    if trace is not None:
+        found.export_chrome_trace(str(trace))
+    names = Counter(event.name for event in found.events())
+    launches = sum(count for name, count in names.items() if "LaunchKernel" in name)
+    operations = sum(count for name, count in names.items() if name.startswith("aten::"))
+    return {
+        "launches": launches if device.type == "cuda" else operations,
+        "host_reads": names["aten::_local_scalar_dense"],
+    }
+
+
+@contextmanager
+def clocked(bench: Bench, spent: Counter[str]) -> Iterator[None]:
+    """Inside, the forward passes of each role's network are timed."""
+    networks = bench.run.networks
+    roles: dict[str, Any] = {
+        "teacher": networks.teacher,
+        "fake score": networks.fake_score,
+        "student": bench.run.student,
+    }
+    if networks.discriminator is not None:
+        roles["heads"] = networks.discriminator
+    changed: list[tuple[nn.Module, str]] = []
+
+    def timed(role: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any, **options: Any) -> Any:
+            synchronize(bench.device)
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                synchronize(bench.device)
+                spent[f"{role}, forward"] += time.perf_counter() - began  # type: ignore[assignment]
+
+        return called
+
+    for role, module in roles.items():
+        inner = [each for each in module.modules() if isinstance(each, Denoiser)] if role != "heads" else [module]
+        for each in inner[-1:]:
+            name = "forward" if role == "heads" else "run"
+            setattr(each, name, timed(role, getattr(each, name)))
+            changed.append((each, name))
+    backward, step = torch.Tensor.backward, Role.step
+    torch.Tensor.backward = timed("all", backward)  # type: ignore[method-assign]
+    Role.step = timed("optimisers", step)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.backward, Role.step = backward, step  # type: ignore[method-assign]
+        for each, name in changed:
+            delattr(each, name)
+
+
+def breakdown(bench: Bench, update: str, repeats: int) -> dict[str, float]:
+    """Median seconds of forward passes by role, of the backward pass, of optimisers, and of the rest."""
+    found: list[dict[str, float]] = []
+    for _ in range(repeats):
+        spent: Counter[str] = Counter()
+        with clocked(bench, spent):
+            whole = seconds(bench.updates[update], bench.device)
+        parts: dict[str, float] = {name.replace("all, forward", "backward"): each for name, each in spent.items()}
+        if "optimisers, forward" in parts:
+            parts["optimisers"] = parts.pop("optimisers, forward")
+        found.append({**parts, "rest": whole - sum(parts.values())})
+    return {name: median(each[name] for each in found) for name in found[0]}
+
+
+def report(
+    bench: Bench, times: dict[str, list[float]], peak: float, repeats: int, trace: Path | None
+) -> dict[str, Any]:
+    """Everything about one run."""
+    config = bench.run.config
+    found: dict[str, dict[str, Any]] = {}
+    for name, update in bench.updates.items():
+        flops, middle = counted(update), median(times[name])
+        found[name] = {
+            "seconds": middle,
+            "fastest": min(times[name]),
+            "slowest": max(times[name]),
+            "images_per_second": config.batch_size / middle,
+            "gflop": flops / 1e9,
+            "share_of_matrix_peak": flops / middle / peak,
+            "peak_bytes": memory_peak(update, bench.device),
+            **profiled(update, bench.device, trace and trace.with_suffix(f".{name}.json")),
+            "seconds_by_phase": breakdown(bench, name, min(3, repeats)),
+        }
+    cycle = bench.run.stage.critic_steps * found[CRITIC]["seconds"] + found[STUDENT]["seconds"]
+    return {"iteration_seconds": cycle, "matrix_peak_gflops": peak / 1e9, "updates": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="a config, or one of " + ", ".join(WORK))
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--against", help="settings of a second run, with commas between them")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument(
+        "--profile", type=Path, metavar="TRACE", help="a file name for traces of one update of each kind"
+    )
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    benches = {"a": opened(arguments.config, arguments.overrides)}
+    if arguments.against:
+        benches["b"] = opened(arguments.config, [*arguments.overrides, *arguments.against.split(",")])
+    device = benches["a"].device
+    times: dict[str, dict[str, list[float]]] = {key: {CRITIC: [], STUDENT: []} for key in benches}
+    for repeat in range(_WARM_UP + arguments.repeats):
+        for key, bench in benches.items():
+            for update, call in bench.updates.items():
+                spent = seconds(call, device)
+                if repeat >= _WARM_UP:
+                    times[key][update].append(spent)
+    found: dict[str, Any] = {
+        "config": arguments.config,
+        "overrides": arguments.overrides,
+        "against": arguments.against,
+        "repeats": arguments.repeats,
+        **machine(device),
+    }
+    for key, bench in benches.items():
+        peak = matrix_peak(device, bench.run.config.precision)
+        trace = arguments.profile and arguments.profile.with_stem(f"{arguments.profile.stem}-{key}")
+        found[key] = report(bench, times[key], peak, arguments.repeats, trace)
+    if "b" in found:
+        found["b_over_a"] = found["b"]["iteration_seconds"] / found["a"]["iteration_seconds"]
+    text = json.dumps(found, indent=1)
+    print(text)
+    if arguments.output is not None:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The benchmark of updates: what it counts and measures, on a tiny teacher."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
+
+import bench_saving
+import bench_step
+from bench_step import CRITIC, STUDENT
+
+
+@pytest.fixture
+def bench(tiny_teacher: Path) -> bench_step.Bench:
+    return bench_step.opened("digits", [f"teacher={tiny_teacher}", "batch_size=4", "device=cpu"])
+
+
+def test_a_report_adds_up(bench: bench_step.Bench) -> None:
+    times = {CRITIC: [0.1, 0.3, 0.2], STUDENT: [0.4]}
+    found = bench_step.report(bench, times, peak=1e9, repeats=1, trace=None)
+    json.dumps(found)
+    assert found["iteration_seconds"] == pytest.approx(2 * 0.2 + 0.4)
+    for name, update in found["updates"].items():
+        phases = update["seconds_by_phase"]
+        assert {"student, forward", "fake score, forward", "backward", "optimisers", "rest"} <= phases.keys(), name
+        assert all(value >= 0 for value in phases.values()), name
+        assert update["share_of_matrix_peak"] == pytest.approx(update["gflop"] / update["seconds"])
+        assert update["peak_bytes"] > 10**8
+        assert update["launches"] > 100
+    assert "teacher, forward" in found["updates"][STUDENT]["seconds_by_phase"]
+
+
+def test_operations_are_counted_forward_and_backward() -> None:
+    a, b = torch.randn(8, 16, requires_grad=True), torch.randn(16, 4, requires_grad=True)
+
+    def product() -> Tensor:
+        return a @ b
+
+    assert bench_step.counted(product) == 2 * 8 * 16 * 4
+    assert bench_step.counted(lambda: product().sum().backward()) == 3 * 2 * 8 * 16 * 4
+
+
+def test_updates_are_timed_with_checkpoints_and_without(bench: bench_step.Bench, tmp_path: Path) -> None:
+    found = bench_saving.measure(bench, 2, tmp_path)
+    assert found["checkpoint_bytes"] > 10_000
+    assert found["seconds_until_written"] >= found["seconds_with"] > found["seconds_of_copy"] > 0

@@ -57,7 +57,7 @@ def commands(text: str) -> list[list[str]]:
     spans = re.findall(r"`((?:accelerate launch -m )?fdistill [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
     typed = [part for line in lines for part in re.findall(r"do (.*?); done", line) or [line]]
     typed = [line.replace("accelerate launch -m ", "").replace("$steps", "9") for line in (*typed, *spans)]
-    found = [shlex.split(line, comments=True) for line in typed]
+    found = [shlex.split(line, comments=True) for line in typed if "fdistill" in line]
     return [
         words[1:] for words in found if words[0:1] == ["fdistill"] and words[1] not in ("-h", "--help", "--version")
     ]
@@ -67,7 +67,7 @@ def complete(words: list[str]) -> bool:
     """Whether it is a command as one would type it, and not a mention of one."""
     options = {option for parameter in COMMANDS[words[0]].params if parameter.required for option in parameter.opts}
     required = {option for option in options if option.startswith("--")}
-    return len(words) > 2 and required <= set(words) and not re.search(r"\.\.\.|NAME|LEVEL", " ".join(words))
+    return len(words) > 2 and required <= set(words) and not re.search(r"\.\.\.|NAME|LEVEL| N\b", " ".join(words))
 
 
 def check_setting(key: str) -> None:

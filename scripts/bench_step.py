@@ -53,8 +53,9 @@ _EDM = [
     "critic_steps=4",
     "divergence=forward-kl",
     "discriminator.source=teacher",
-    "discriminator.features=[enc.32x32_block3,enc.16x16_block3,enc.8x8_block3]",
+    "discriminator.features=[enc32,enc16,enc8]",
     "ema.decays=[0.99,0.999,0.9999]",
+    "ema.export=0.999",
     "log.tracker=none",
 ]
 WORK = {f"edm-w{width}": [*_EDM, f"teacher=bench_step:edm_{width}"] for width in (32, 128)}

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from fdistill.base import rng
@@ -30,6 +31,7 @@ from fdistill.base.files import read_json_object, replaced_folder, writing
 from fdistill.base.hashes import check_files, noted_files
 from fdistill.base.state_dicts import unshared
 from fdistill.training import adamw_8bit
+from fdistill.training.sharding import is_sharded
 
 # What torch says of a run by one process.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -83,8 +85,8 @@ def save_checkpoint(
 
 def _write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup | None) -> None:
     """Writes what this process holds; returns when every process has written."""
-    if rng.world()[1] == 1:
-        _write_alone(tensors, folder)
+    if not any(isinstance(value, DTensor) and is_sharded(value.device_mesh) for value in tensors.values()):
+        from_main_process(lambda: _write_whole(tensors, folder), group)
         return
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -96,9 +98,9 @@ def _write(tensors: Mapping[str, Tensor], folder: Path, group: dist.ProcessGroup
         save(dict(tensors), storage_writer=writer, process_group=group)
 
 
-def _write_alone(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """Files that are read like those of several processes. torch's writer takes a quarter of a millisecond for each
-    tensor, in which training waits for the interpreter.
+def _write_whole(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Files of tensors that are whole in this process; they are read like those of several. torch's writer takes a
+    quarter of a millisecond for each tensor, in which training waits for the interpreter.
     """
     own = unshared({name: part(value).contiguous() for name, value in tensors.items()})
     numbers = _files_of(tensors)

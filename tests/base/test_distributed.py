@@ -49,6 +49,7 @@ save_file({
     "noise": gather_rows(noise), "level": gather_rows(level), "weights": weights.contiguous(), "bins": ratio.bins,
     "sum": sum_over_processes(torch.tensor([float(rank + 1)])),
 }, Path(sys.argv[1]) / f"{rank}.safetensors")
+dist.barrier()  # a process that leaves early can abort the other
 dist.destroy_process_group()
 """
 

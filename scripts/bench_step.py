@@ -31,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fdistill.adapters import wrap
 from fdistill.base.devices import start
+from fdistill.base.files import atomic_file
 from fdistill.condition import TextCondition
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
@@ -221,7 +222,7 @@ def clocked(bench: Bench, spent: Counter[str]) -> Iterator[None]:
         roles["heads"] = networks.discriminator
     changed: list[tuple[nn.Module, str]] = []
 
-    def timed(role: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any, **options: Any) -> Any:
             synchronize(bench.device)
             began = time.perf_counter()
@@ -229,7 +230,7 @@ def clocked(bench: Bench, spent: Counter[str]) -> Iterator[None]:
                 return function(*arguments, **options)
             finally:
                 synchronize(bench.device)
-                spent[f"{role}, forward"] += time.perf_counter() - began  # type: ignore[assignment]
+                spent[phase] += time.perf_counter() - began  # type: ignore[assignment]
 
         return called
 
@@ -237,10 +238,10 @@ def clocked(bench: Bench, spent: Counter[str]) -> Iterator[None]:
         inner = [each for each in module.modules() if isinstance(each, Denoiser)] if role != "heads" else [module]
         for each in inner[-1:]:
             name = "forward" if role == "heads" else "run"
-            setattr(each, name, timed(role, getattr(each, name)))
+            setattr(each, name, timed(f"{role}, forward", getattr(each, name)))
             changed.append((each, name))
     backward, step = torch.Tensor.backward, Role.step
-    torch.Tensor.backward = timed("all", backward)  # type: ignore[method-assign]
+    torch.Tensor.backward = timed("backward", backward)  # type: ignore[method-assign]
     Role.step = timed("optimisers", step)  # type: ignore[method-assign]
     try:
         yield
@@ -257,10 +258,7 @@ def breakdown(bench: Bench, update: str, repeats: int) -> dict[str, float]:
         spent: Counter[str] = Counter()
         with clocked(bench, spent):
             whole = seconds(bench.updates[update], bench.device)
-        parts: dict[str, float] = {name.replace("all, forward", "backward"): each for name, each in spent.items()}
-        if "optimisers, forward" in parts:
-            parts["optimisers"] = parts.pop("optimisers, forward")
-        found.append({**parts, "rest": whole - sum(parts.values())})
+        found.append({**spent, "rest": whole - sum(spent.values())})
     return {name: median(each[name] for each in found) for name in found[0]}
 
 
@@ -325,7 +323,8 @@ def main() -> None:
     text = json.dumps(found, indent=1)
     print(text)
     if arguments.output is not None:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        with atomic_file(arguments.output) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -308,26 +308,16 @@ def encoding_facts(folder: Path, resolution: int, precision: str) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def prompt_batches(encoders: PromptEncoder, prompts: Sequence[str]) -> Iterator[tuple[Sequence[str], TextCondition]]:
-    """Yields prompts and their embeddings, with a progress bar; first prints which prompts are cut."""
-    cut = describe_cut(encoders.cut(prompts), prompts)
-    if cut:
-        tqdm.write(cut)
-    with tqdm(total=len(prompts), desc="prompts", unit="prompt", mininterval=0.5) as bar:
-        for first in range(0, len(prompts), _SHOWN):
-            part = prompts[first : first + _SHOWN]
-            yield part, encoders.encode(part)
-            bar.update(len(part))
-
-
-def shared_prompt_batches(
-    encoders: PromptEncoder, prompts: Sequence[str]
+def prompt_batches(
+    encoders: PromptEncoder, prompts: Sequence[str], *, shared: bool = False
 ) -> Iterator[tuple[Sequence[str], TextCondition]]:
-    """`prompt_batches` of all processes together: each encodes its part of every batch, and all have the whole batch.
+    """Yields prompts and their embeddings, with a progress bar; first prints which prompts are cut.
 
-    Every process must iterate to the end. The main process shows the progress, and which prompts are cut.
+    Args:
+        shared: whether all processes iterate, to the end: each encodes its part of every batch, and all have the whole
+            batch. The main process shows the progress.
     """
-    rank, processes = world()
+    rank, processes = world() if shared else (0, 1)
     cut = describe_cut(encoders.cut(prompts), prompts) if rank == 0 else ""
     if cut:
         tqdm.write(cut)
@@ -337,6 +327,9 @@ def shared_prompt_batches(
             size = -(-len(part) // processes)
             # Each process gives as many rows; the last ones may have to repeat a prompt for that.
             mine = [part[min(row, len(part) - 1)] for row in range(rank * size, (rank + 1) * size)]
-            gathered = {name: gather_rows(value) for name, value in encoders.encode(mine).tensors.items()}
-            yield part, TextCondition(gathered).rows(slice(len(part)))
+            condition = encoders.encode(mine)
+            if shared:
+                gathered = {name: gather_rows(value) for name, value in condition.tensors.items()}
+                condition = TextCondition(gathered).rows(slice(len(part)))
+            yield part, condition
             bar.update(len(part))

@@ -24,7 +24,7 @@ from fdistill.data.embeddings import write_embeddings
 from fdistill.data.latents import SAMPLING, Moments, write_latents
 from fdistill.teachers.autoencoder import LatentSpace, image_shape
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
-from fdistill.teachers.text_encoders import encoding_facts, open_prompt_encoder, prompt_batches, shared_prompt_batches
+from fdistill.teachers.text_encoders import encoding_facts, open_prompt_encoder, prompt_batches
 
 _SEED = 0
 
@@ -180,19 +180,18 @@ def text_facts(teacher: Teacher, encoding: Encoding) -> dict[str, Any]:
     return {"encoder": encoder, "null_prompt": encoding.negative_prompt}
 
 
-def write_prompts(folder: Path, prompts: Sequence[str], teacher: Teacher, encoding: Encoding) -> None:
-    """Encodes prompts into a folder for `EmbeddingSource`; loads the teacher's text encoders, and frees them again."""
+def write_prompts(
+    folder: Path | None, prompts: Sequence[str], teacher: Teacher, encoding: Encoding, *, shared: bool = False
+) -> None:
+    """Encodes prompts into a folder for `EmbeddingSource`; loads the teacher's text encoders, and frees them again.
+
+    Args:
+        folder: None in a process that encodes its part and writes nothing.
+        shared: whether all processes call it and encode together.
+    """
     encoders = open_prompt_encoder(teacher.checkpoint, teacher.image_size, encoding.precision)
     with encoders.on(encoding.device):
-        null = encoders.null(encoding.negative_prompt)
-        write_embeddings(folder, prompt_batches(encoders, prompts), null=null, meta=text_facts(teacher, encoding))
-
-
-def share_prompts(folder: Path | None, prompts: Sequence[str], teacher: Teacher, encoding: Encoding) -> None:
-    """`write_prompts` of all processes together; those without a folder encode and write nothing."""
-    encoders = open_prompt_encoder(teacher.checkpoint, teacher.image_size, encoding.precision)
-    with encoders.on(encoding.device):
-        batches = shared_prompt_batches(encoders, prompts)
+        batches = prompt_batches(encoders, prompts, shared=shared)
         if folder is None:
             deque(batches, maxlen=0)
         else:

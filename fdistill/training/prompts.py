@@ -31,7 +31,7 @@ from fdistill.data.latents import META_FILE, LatentSource
 from fdistill.data.prompts import read_prompts
 from fdistill.teachers.teacher import Teacher
 from fdistill.training import checks
-from fdistill.training.cache import Encoding, distinct_captions, encode_data, share_prompts, text_facts, write_prompts
+from fdistill.training.cache import Encoding, distinct_captions, encode_data, text_facts, write_prompts
 
 #: Prompts for each process from which on all of them encode: fewer take less time than loading the encoders.
 _WORTH_SHARING = 256
@@ -69,13 +69,21 @@ def encode(job: EncodingJob) -> Path:
     """The folder of what a job encodes. The first process of each machine writes it, and the others find it; each of
     them encodes a part if the job can be shared.
     """
-    if job.share is None or everywhere(job.is_done):
+    share = job.share
+    if share is None or everywhere(job.is_done):
         with first_process_of_machine_first():
             return made_once(job.kind, job.key, job.write)
-    if is_first_of_machine() and not job.is_done:
-        made_once(job.kind, job.key, job.share)
-    else:
-        job.share(None)
+    shared = False
+
+    def take_part(folder: Path | None) -> None:
+        nonlocal shared
+        shared = True
+        share(folder)
+
+    if is_first_of_machine():
+        made_once(job.kind, job.key, take_part)
+    if not shared:  # also the first one, if its machine has the folder already
+        take_part(None)
     wait_for_everyone()
     return cached_folder(job.kind, job.key)
 
@@ -166,7 +174,7 @@ def open_prompts(
         {**text_facts(teacher, encoding), "prompts": list(prompts)},
         partial(write_prompts, prompts=prompts, teacher=teacher, encoding=encoding),
         (f"{len(prompts):,} {name}",),
-        partial(share_prompts, prompts=prompts, teacher=teacher, encoding=encoding) if shared else None,
+        partial(write_prompts, prompts=prompts, teacher=teacher, encoding=encoding, shared=True) if shared else None,
     )
     folder = obtain(job)
     return PlannedPrompts(prompts, teacher) if folder is None else EmbeddingSource(folder)

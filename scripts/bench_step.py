@@ -30,6 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from fdistill.adapters import wrap
+from fdistill.base import rng
 from fdistill.base.devices import start
 from fdistill.base.files import atomic_file
 from fdistill.condition import TextCondition
@@ -110,7 +111,7 @@ class Bench:
     def _samples(self) -> Iterator[Batch]:
         config, teacher = self.run.config, self.run.networks.teacher
         draws = torch.Generator().manual_seed(0)
-        rows = torch.arange(config.batch_size)
+        rows = torch.arange(config.batch_size // rng.world()[1])
         images = torch.randn(len(rows), *teacher.sample_shape, generator=draws).clamp(-1, 1)
         example = teacher.example_condition(len(rows), "cpu")
         text = example if isinstance(example, TextCondition) else None

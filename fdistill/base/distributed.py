@@ -143,8 +143,12 @@ def from_main_process(make: Callable[[], T], group: dist.ProcessGroup | None = N
     return result
 
 
-def together(make: Callable[[], T]) -> T:
-    """What `make` returns in each process; if it raises in some, the first one's error on all."""
+def together(make: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """What `make` returns in each process; if it raises in some, the first one's error on all.
+
+    Args:
+        group: of all processes; None for the default one.
+    """
     if not _active():
         return make()
     result: Any = None
@@ -155,7 +159,7 @@ def together(make: Callable[[], T]) -> T:
         error = caught
     errors: list[Any] = [None] * dist.get_world_size()
     with exchanging():
-        dist.all_gather_object(errors, error)
+        dist.all_gather_object(errors, error, group=group)
     for raised in errors:
         if raised is not None:
             raise raised

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fdistill.base import rng
+from fdistill.training.checkpoint import own_chunks
 
 
 class Saver:
@@ -22,7 +23,7 @@ class Saver:
         self._group: Any = dist.new_group(backend="gloo") if rng.world()[1] > 1 else None
 
     def save(self, tensors: Mapping[str, Tensor], write: Callable[..., object]) -> None:
-        """Copies the tensors to the CPU's memory, and starts write(tensors=copies, group=...) in a thread.
+        """Copies what this process holds of the tensors, and starts write(chunks=copies, group=...) in a thread.
 
         Waits first for an earlier one to end.
 
@@ -32,14 +33,12 @@ class Saver:
         Raises:
             OutputError: the earlier one could not be written.
         """
-        from torch.distributed.checkpoint.staging import BlockingAsyncStager
-
         self.wait()
-        copies = BlockingAsyncStager().stage(dict(tensors))
+        copies = {name: chunk.copy() for name, chunk in own_chunks(tensors).items()}
 
         def run() -> None:
             try:
-                write(tensors=copies, group=self._group)
+                write(chunks=copies, group=self._group)
             except BaseException as error:  # also what torch raises, which is no Exception
                 self._error = error
 

@@ -117,9 +117,9 @@ def shard(
         fully_shard(block, **policy, mp_policy=of_blocks)
     fully_shard(module, **policy, mp_policy=MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False))
     if mesh.device_type == "cpu":  # gloo's reduce_scatter of torch 2.8 adds up where it is asked for a mean
-        for each in module.modules():
-            if isinstance(each, FSDPModule):
-                each.set_force_sum_reduction_for_comms(True)
+        for part_of_it in module.modules():
+            if isinstance(part_of_it, FSDPModule):
+                part_of_it.set_force_sum_reduction_for_comms(True)
     if narrow:
         module.to(torch.bfloat16)
     for name in _entrances(module):

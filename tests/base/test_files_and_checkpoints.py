@@ -27,6 +27,7 @@ from fdistill.training.checkpoint import (
     checkpoints,
     load_checkpoint,
     optimizer_tensors,
+    own_chunks,
     prepare_optimizer,
     save_checkpoint,
 )
@@ -171,13 +172,13 @@ def test_unwritable_paths_are_an_output_error(tmp_path: Path) -> None:
 FULL_DISK = """
 import resource, sys, torch
 from pathlib import Path
-from fdistill.training.checkpoint import checkpoints, save_checkpoint
+from fdistill.training.checkpoint import checkpoints, own_chunks, save_checkpoint
 from fdistill.base.errors import OutputError
 folder = Path(sys.argv[1])
-save_checkpoint(folder, 1, {"w": torch.zeros(10)}, {}, keep=2)
+save_checkpoint(folder, 1, own_chunks({"w": torch.zeros(10)}), {}, keep=2)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # the kernel refuses larger files
 try:
-    save_checkpoint(folder, 2, {"w": torch.zeros(1_000_000)}, {}, keep=2)
+    save_checkpoint(folder, 2, own_chunks({"w": torch.zeros(1_000_000)}), {}, keep=2)
 except OutputError as error:
     print("refused:", error)
 print([path.name for path in checkpoints(folder)], sorted(path.name for path in folder.iterdir()))
@@ -196,7 +197,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_last_one(tmp_path: Path) -> N
 def test_checkpoints_come_back_and_old_ones_go(tmp_path: Path) -> None:
     tensors = {"a.weight": torch.randn(3), "b": torch.tensor(2.5)}
     for iteration in (5, 10, 1_000_000):
-        save_checkpoint(tmp_path, iteration, tensors, {"x": 1}, keep=2)
+        save_checkpoint(tmp_path, iteration, own_chunks(tensors), {"x": 1}, keep=2)
     assert [path.name for path in checkpoints(tmp_path)] == ["000010", "1000000"]
     loaded, meta = load_checkpoint(checkpoints(tmp_path)[-1])
     assert meta == {"iteration": 1_000_000, "x": 1}
@@ -206,12 +207,12 @@ def test_checkpoints_come_back_and_old_ones_go(tmp_path: Path) -> None:
 
 def test_the_best_checkpoint_stays(tmp_path: Path) -> None:
     for iteration in (1, 2, 3, 4):
-        save_checkpoint(tmp_path, iteration, {"a": torch.zeros(1)}, {}, keep=1, spared={min(iteration, 2)})
+        save_checkpoint(tmp_path, iteration, own_chunks({"a": torch.zeros(1)}), {}, keep=1, spared={min(iteration, 2)})
     assert [path.name for path in checkpoints(tmp_path)] == ["000002", "000004"]
 
 
 def test_truncated_checkpoints_are_refused(tmp_path: Path) -> None:
-    path = save_checkpoint(tmp_path, 1, {"w": torch.randn(100)}, {}, keep=1)
+    path = save_checkpoint(tmp_path, 1, own_chunks({"w": torch.randn(100)}), {}, keep=1)
     whole = (path / "state.safetensors").read_bytes()
     (path / "state.safetensors").write_bytes(whole[:-20])
     with pytest.raises(CheckpointError, match="cannot be used"):

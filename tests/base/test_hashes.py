@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from fdistill import load_student
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser
 from fdistill.base.errors import CheckpointError, DataError
-from fdistill.base.hashes import hashed_tensors, save_hashed
+from fdistill.base.hashes import hashed_tensors, noted_files, save_hashed, write_tensors
 from fdistill.commands.cli import app
 from fdistill.condition import TextCondition
 from fdistill.data.embeddings import EmbeddingSource, write_embeddings
@@ -183,3 +184,27 @@ def test_the_hash_counts_names_types_and_shapes(tmp_path: Path) -> None:
             dict(hashed_tensors(file))
         file.write_bytes(whole)
     assert dict(hashed_tensors(file))["a"].shape == (2, 3)
+
+
+def test_what_is_written_by_hand_is_read_by_the_library(tmp_path: Path) -> None:
+    tensors = {
+        **{
+            f"{dtype}": torch.arange(6).reshape(2, 3).to(dtype)
+            for dtype in (torch.float64, torch.float32, torch.float16)
+        },
+        **{f"{dtype}": torch.arange(4).to(dtype) for dtype in (torch.bfloat16, torch.int64, torch.int32, torch.uint8)},
+        'a "name" \u00e9': torch.tensor([True, False]),
+        "scalar": torch.tensor(3.5),
+        "nothing": torch.empty(0, 4),
+        "columns": torch.arange(6.0).reshape(2, 3).t(),
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    }
+    noted = write_tensors(tmp_path / "file.safetensors", tensors, {"format": "pt"})
+    assert {"file.safetensors": noted} == noted_files(tmp_path, ["file.safetensors"])
+    read = load_file(tmp_path / "file.safetensors")
+    assert read.keys() == tensors.keys()
+    with safe_open(tmp_path / "file.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    for name, value in tensors.items():
+        assert read[name].dtype == value.dtype
+        assert torch.equal(read[name], value)

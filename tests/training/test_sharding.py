@@ -15,7 +15,7 @@ from fdistill.base.distributed import part
 from fdistill.denoiser import Denoiser
 from fdistill.students.lora import lora_copy
 from fdistill.training import sharding
-from fdistill.training.checkpoint import load_checkpoint, read_tensors, save_checkpoint
+from fdistill.training.checkpoint import load_checkpoint, own_chunks, read_tensors, save_checkpoint
 from fdistill.training.sharding import (
     aliased,
     blank,
@@ -129,7 +129,7 @@ def test_what_one_process_offloads_is_saved_and_read(mesh: DeviceMesh, tmp_path:
     module = nn.Linear(3, 2)
     expected = {name: value.clone() for name, value in module.state_dict().items()}
     shard(module, mesh, offload=True)
-    path = save_checkpoint(tmp_path, 1, module.state_dict(), {}, 1)
+    path = save_checkpoint(tmp_path, 1, own_chunks(module.state_dict()), {}, 1)
     whole, _ = load_checkpoint(path)
     torch.testing.assert_close(whole, expected, rtol=0, atol=0)
     with torch.no_grad():

@@ -26,6 +26,7 @@ from fdistill.commands.options import (
     Steps,
     config_and_settings,
     is_main_process,
+    number_or_auto,
     whole_numbers,
 )
 from fdistill.commands.plan import plan
@@ -122,7 +123,9 @@ def generate(
         Path, typer.Option(help="Folder for 000000.png, 000001.png, ... and manifest.json; must be empty or not exist.")
     ],
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) and its class or prompt alone.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Images in one network evaluation of each process.")] = 256,
+    batch_size: Annotated[
+        str, typer.Option(help="Images in one network evaluation of each process; auto tries which is fastest.")
+    ] = "256",
     class_labels: Annotated[
         str | None, typer.Option(help="Classes to draw in turn, as in 0,1,2; by default all classes.")
     ] = None,
@@ -140,6 +143,7 @@ def generate(
     resolution: Resolution = None,
     network: Network = None,
     sampler: Sampler = "heun",
+    precision: Annotated[str, typer.Option(help="fp32, or bf16: networks compute in bfloat16.")] = "fp32",
     device: Device = "auto",
 ) -> None:
     """Generate images from a student (in one network evaluation or a few), a teacher or a diffusers pipeline.
@@ -150,6 +154,7 @@ def generate(
     Example: fdistill generate stabilityai/sd-turbo --sampler pipeline --steps 1 --num-images 9 --prompt a --output out
     """
     labels = None if class_labels is None else whole_numbers("class-labels", class_labels)
+    size = number_or_auto("batch-size", batch_size)
 
     from fdistill.data.prompts import read_prompts
     from fdistill.generation.generate import generate as run
@@ -160,7 +165,7 @@ def generate(
         num_images=num_images,
         output=output,
         seed=seed,
-        batch_size=batch_size,
+        batch_size=size,
         class_labels=labels,
         prompts=listed or None,
         num_steps=steps,
@@ -170,6 +175,7 @@ def generate(
         resolution=resolution,
         network=network,
         sampler=sampler,
+        precision=precision,
         device=device,
     )
     if is_main_process():

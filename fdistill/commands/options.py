@@ -94,6 +94,16 @@ def whole_numbers(name: str, text: str) -> list[int]:
         raise ArgumentError(f"{name}: got {text!r}, expected whole numbers and commas, as in 0,1,2") from error
 
 
+def number_or_auto(name: str, text: str) -> int | None:
+    """Reads "8" as 8 and "auto" as None. Raises ArgumentError that names the option."""
+    if text == "auto":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ArgumentError(f"{name}: got {text!r}, expected a whole number, or auto") from error
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that prints; with torchrun or accelerate there are several."""
     return os.environ.get("RANK", "0") == "0"

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from fdistill import __version__
 from fdistill.adapters.checkpoint import Checkpoint
-from fdistill.base.devices import start
+from fdistill.base.devices import autocast, start
 from fdistill.base.distributed import from_main_process, wait_for_everyone
-from fdistill.base.errors import ArgumentError, CheckpointError
+from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.base.files import atomic_folder, claimed_folder, weights_sha256, writing
-from fdistill.base.images import to_pil
 from fdistill.denoiser import Denoiser
+from fdistill.generation.batch_size import fastest
 from fdistill.generation.diffusers_pipeline import only_diffusers_runs
+from fdistill.generation.image_files import image_files
 from fdistill.generation.maker import Evaluations, LabelsOrPrompts, Maker, describe_maker
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.generation.pipeline_maker import open_pipeline
@@ -36,6 +37,7 @@ from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import PromptEncoder, open_prompt_encoder
 
 _DEFAULTS = Sampling()
+_MOST_AT_ONCE = 256
 
 
 def open_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling = _DEFAULTS) -> Maker:
@@ -169,7 +171,7 @@ def generate(
     num_images: int,
     output: str | Path,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int | None = 256,
     class_labels: Sequence[int] | None = None,
     prompts: Sequence[str] | None = None,
     num_steps: int | None = None,
@@ -179,6 +181,7 @@ def generate(
     resolution: int | None = None,
     network: str | None = None,
     sampler: str = "heun",
+    precision: str = "fp32",
     device: str = "auto",
 ) -> Path:
     """Writes output/000000.png, output/000001.png, ... and output/manifest.json: either all of them or nothing.
@@ -191,7 +194,8 @@ def generate(
         num_images: at least 1.
         output: a folder that is empty or does not exist.
         seed: in [0, 2^64).
-        batch_size: images in one evaluation of each process.
+        batch_size: images in one evaluation of each process; None means that those sizes are tried first which fit the
+            memory, up to 256, and the one that makes most images a second is taken.
         class_labels: classes to draw, in turn; all classes by default.
         prompts: prompts for a text-to-image model, in turn.
         num_steps: steps of a teacher (Heun's method: 2 num_steps - 1 evaluations for each image) or of a pipeline's own
@@ -208,6 +212,7 @@ def generate(
         sampler: "heun" runs fdistill's samplers. "pipeline" runs the checkpoint as the diffusers pipeline that it is,
             with its own scheduler: teachers, other people's fast models (LCM, SD-Turbo, ...), or a student of fdistill
             as other programs run it.
+        precision: "fp32", or "bf16" for networks that compute in bfloat16 under float32 samplers.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
@@ -218,7 +223,9 @@ def generate(
             on, which leaves nothing behind.
         NonFiniteError: an image is not finite; nothing is left behind either.
     """
-    check_counts(num_images, batch_size, seed)
+    check_counts(num_images, 1 if batch_size is None else batch_size, seed)
+    if precision not in ("fp32", "bf16"):
+        raise ArgumentError(f"precision: got {precision!r}; {did_you_mean(precision, ('fp32', 'bf16'))}")
     sampling = Sampling(
         num_steps=num_steps,
         guidance_scale=guidance_scale,
@@ -231,7 +238,9 @@ def generate(
     state, chosen_device = start(device)
     maker = open_maker(checkpoint, chosen_device, sampling)
     condition = labels_or_prompts(maker, num_images, class_labels, prompts)
-    order = _Order(maker, condition, num_images, seed, batch_size, chosen_device)
+    order = _Order(maker, condition, num_images, seed, batch_size or 0, precision, chosen_device)
+    if batch_size is None:
+        order = replace(order, batch_size=from_main_process(lambda: _fastest_batch(order)))
     main, processes = state.is_main_process, state.num_processes
     if main:
         tqdm.write(f"checkpoint {maker.name}: {describe_maker(maker)}", file=sys.stderr)
@@ -275,33 +284,44 @@ class _Order:
     num_images: int
     seed: int
     batch_size: int
+    precision: str
     device: torch.device
+
+    def make(self, part: range) -> Tensor:
+        """The images of these indices, uint8 [N, C, H, W] on the CPU; inside `maker.on`."""
+        conditions = None if self.condition is None else self.condition[part.start : part.stop]
+        with autocast(self.device, self.precision):
+            return self.maker.sample(self.seed, part, conditions, self.device)
+
+
+def _fastest_batch(order: _Order) -> int:
+    with order.maker.on(order.device):
+        return fastest(lambda size: order.make(range(size)), min(_MOST_AT_ONCE, order.num_images))
 
 
 def _save_images(order: _Order, indices: range, folder: Path, counted: Evaluations, *, progress: bool) -> float:
-    """Writes these images, and returns the seconds that it took to make them, without those for writing."""
+    """Writes these images, and returns the seconds that it took to make them, while threads wrote those before."""
     seconds = 0.0
-    before = time.perf_counter()
-    for part, images in _batches(order, indices, progress=progress):
-        seconds += time.perf_counter() - before
-        counted.images += len(part)
-        for index, image in zip(part, images, strict=True):
-            to_pil(image).save(folder / f"{index:06d}.png")
+    with image_files(folder) as files:
         before = time.perf_counter()
+        for part, images in _batches(order, indices, progress=progress):
+            seconds += time.perf_counter() - before
+            counted.images += len(part)
+            files.write(part, images)
+            before = time.perf_counter()
     return seconds
 
 
 def _batches(order: _Order, indices: range, *, progress: bool) -> Iterator[tuple[range, Tensor]]:
     """Yields (indices, images) of one batch after another, under a progress bar."""
-    maker, condition, size = order.maker, order.condition, order.batch_size
+    size = order.batch_size
     with (
-        maker.on(order.device),
+        order.maker.on(order.device),
         tqdm(total=len(indices), desc="generate", unit="img", disable=not progress, mininterval=0.5) as bar,
     ):
         for first in range(0, len(indices), size):
             part = indices[first : first + size]
-            conditions = None if condition is None else condition[part.start : part.stop]
-            yield part, maker.sample(order.seed, part, conditions, order.device)
+            yield part, order.make(part)
             bar.update(len(part))
 
 
@@ -324,6 +344,7 @@ def _manifest(
         "guidance": maker.guidance_scale,
         **({} if sampling.guidance_teacher is None else {"guidance_teacher": sampling.guidance_teacher}),
         "batch_size": order.batch_size,
+        "precision": order.precision,
         "processes": processes,
         "device": str(order.device),
         "images_per_second": order.num_images / max(seconds, 1e-9),

@@ -12,6 +12,8 @@ from fdistill import distill, generate
 from fdistill.base.errors import ArgumentError, CheckpointError, OutputError
 from fdistill.base.files import claimed_folder
 from fdistill.base.rng import indexed_normal
+from fdistill.generation import batch_size
+from fdistill.generation.image_files import image_files
 from fdistill.students.folder import load_student
 
 
@@ -101,3 +103,42 @@ def test_a_second_job_with_the_same_output_is_refused_at_once(student: Path, tmp
     with claimed_folder(tmp_path / "images"), pytest.raises(OutputError, match=r"images: process \d+ on .* is writing"):
         generate(student, num_images=1, output=tmp_path / "images")
     assert not any(tmp_path.iterdir())
+
+
+def test_bfloat16_is_close_and_noted(student: Path, tmp_path: Path) -> None:
+    plain = read(generate(student, num_images=8, output=tmp_path / "plain"))
+    folder = generate(student, num_images=8, output=tmp_path / "bf16", precision="bf16")
+    assert json.loads((folder / "manifest.json").read_text())["precision"] == "bf16"
+    assert 0 < np.abs(plain - read(folder)).max() <= 12  # of 255
+    with pytest.raises(ArgumentError, match="precision: got 'fp16'"):
+        generate(student, num_images=1, output=tmp_path / "half", precision="fp16")
+
+
+def test_a_batch_size_that_is_tried_makes_the_same_images(student: Path, tmp_path: Path) -> None:
+    plain = read(generate(student, num_images=20, output=tmp_path / "plain"))
+    folder = generate(student, num_images=20, output=tmp_path / "tried", batch_size=None)
+    assert 1 <= json.loads((folder / "manifest.json").read_text())["batch_size"] <= 20
+    assert np.abs(plain - read(folder)).max() <= 1
+
+
+def test_doubling_ends_where_it_brings_nothing_or_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(batch_size.time, "perf_counter", lambda: clock[0])
+
+    def make(size: int) -> None:
+        if size > limit:
+            raise torch.OutOfMemoryError
+        clock[0] += 1.0 + max(size, full) / full  # a second for each start
+
+    full, limit = 16, 10**6
+    assert 32 <= batch_size.fastest(make, 10**6) < 10**4
+    assert batch_size.fastest(make, 8) == 8
+    limit = 5
+    assert batch_size.fastest(make, 256) == 4
+
+
+def test_an_image_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "000001.png").mkdir()
+    images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    with pytest.raises(IsADirectoryError, match=r"000001\.png"), image_files(tmp_path) as files:
+        files.write(range(3), images)

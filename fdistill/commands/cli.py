@@ -11,7 +11,8 @@ import typer
 
 from fdistill import __version__
 from fdistill.base.files import nothing_cached
-from fdistill.base.process import set_up
+from fdistill.base.process import importing, set_up
+from fdistill.commands.cache import cache
 from fdistill.commands.ending import one_message, quiet_libraries
 from fdistill.commands.evaluation import compare, evaluate, reference
 from fdistill.commands.options import (
@@ -105,7 +106,8 @@ def distill(
         check_output(output, config, resume)
         typer.echo(describe(config))
         return
-    from fdistill.training.loop import distill as run
+    with importing():
+        from fdistill.training.loop import distill as run
 
     student = run(config, output=output, resume=resume)
     if is_main_process():
@@ -156,8 +158,9 @@ def generate(
     labels = None if class_labels is None else whole_numbers("class-labels", class_labels)
     size = number_or_auto("batch-size", batch_size)
 
-    from fdistill.data.prompts import read_prompts
-    from fdistill.generation.generate import generate as run
+    with importing():
+        from fdistill.data.prompts import read_prompts
+        from fdistill.generation.generate import generate as run
 
     listed = [*(prompt or []), *(read_prompts(prompts) if prompts is not None else [])]
     folder = run(
@@ -186,6 +189,7 @@ app.command()(plan)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(reference)
+app.command()(cache)
 
 
 @app.command()
@@ -289,71 +293,11 @@ def inspect(
     \b
     Example: fdistill inspect digits --data digits
     """
-    from fdistill.commands.inspect import describe
-    from fdistill.commands.inspect import inspect as run
+    with importing():
+        from fdistill.commands.inspect import describe
+        from fdistill.commands.inspect import inspect as run
 
     typer.echo(describe(*run(checkpoint, data=data, recipe=recipe, vae=vae, device=device)))
-
-
-@app.command()
-def cache(
-    data: Annotated[str, typer.Argument(help="Images: a folder, an archive, or hf:owner/name.")],
-    teacher: Annotated[str, typer.Option(help="The latent teacher that will be distilled.")],
-    output: Annotated[Path, typer.Option(help="A folder for the latents; must not exist, or be empty.")],
-    teacher_base: Annotated[
-        str | None, typer.Option(help="The pipeline of a single-file teacher, as teacher_base of the runs.")
-    ] = None,
-    teacher_lora: Annotated[str | None, typer.Option(help="LoRA file, as teacher_lora of the runs.")] = None,
-    teacher_lora_scale: Annotated[float, typer.Option(help="Its scale, as teacher_lora_scale of the runs.")] = 1.0,
-    vae: Annotated[str | None, typer.Option(help="The autoencoder, if the teacher's folder has none.")] = None,
-    recipe: Recipe = "center-box",
-    flip: Annotated[bool, typer.Option("--flip", help="Encode every image's mirror image as well.")] = False,
-    sampling: Annotated[
-        str,
-        typer.Option(help="sample: training draws a latent from its distribution each time; mean: it uses the mean."),
-    ] = "sample",
-    batch_size: Annotated[int, typer.Option(help="Images per batch.")] = 64,
-    workers: Annotated[int, typer.Option(help="Processes that decode image files.")] = 2,
-    resolution: Resolution = None,
-    negative_prompt: Annotated[
-        str, typer.Option(help="Negative prompt for guidance. Must equal negative_prompt of the runs.")
-    ] = "",
-    precision: Annotated[
-        str,
-        typer.Option(
-            help="Precision of the text encoders: fp32 for runs with frozen_precision=fp32, bf16 for all others."
-        ),
-    ] = "fp32",
-    device: Device = "auto",
-) -> None:
-    """Encode the images of a data set to a teacher's latents once. For a text-to-image teacher, encode captions too.
-
-    `fdistill distill data=FOLDER` reads the result.
-
-    \b
-    Example: fdistill cache photos --teacher teachers/dit --recipe adm --flip --output latents
-    """
-    from fdistill.training.cache import cache as run
-
-    folder = run(
-        data,
-        teacher=teacher,
-        output=output,
-        teacher_base=teacher_base,
-        teacher_lora=teacher_lora,
-        teacher_lora_scale=teacher_lora_scale,
-        vae=vae,
-        recipe=recipe,
-        flip=flip,
-        sampling=sampling,
-        batch_size=batch_size,
-        workers=workers,
-        resolution=resolution,
-        negative_prompt=negative_prompt,
-        precision=precision,
-        device=device,
-    )
-    typer.echo(f"latents: {folder}")
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fdistill.base.process import importing
 from fdistill.commands.options import (
     AllowSkipped,
     BatchSize,
@@ -146,9 +147,10 @@ def evaluate(
     Example: fdistill evaluate runs/cifar10 --protocol cifar10-fid50k --reference cifar10-32x32.npz --seeds 0,1,2
     Example: fdistill evaluate lcm --sampler pipeline --steps 4 --protocol folder --reference photos --num-images 5000
     """
-    from evaluation.evaluate import describe
-    from evaluation.evaluate import evaluate as run
-    from evaluation.weights import parse_weights
+    with importing():
+        from evaluation.evaluate import describe
+        from evaluation.evaluate import evaluate as run
+        from evaluation.weights import parse_weights
 
     run(
         samples,
@@ -199,9 +201,10 @@ def compare(
     \b
     Example: fdistill compare student.json teacher.json runs/digits --output comparison
     """
-    from evaluation.compare import compare as run
-    from evaluation.comparison.table import text_table
-    from evaluation.weights import parse_weights
+    with importing():
+        from evaluation.compare import compare as run
+        from evaluation.comparison.table import text_table
+        from evaluation.weights import parse_weights
 
     options: dict[str, Any] = {
         "reference": reference,

@@ -35,6 +35,7 @@ from fdistill.config.sections import (
     Scale,
     Section,
     Side,
+    SpeedConfig,
     Steps,
     StudentConfig,
     TeacherSamplesConfig,
@@ -152,6 +153,7 @@ class DistillConfig(Section):
     critic_levels: LevelsConfig = LevelsConfig()
     ratio: RatioConfig = RatioConfig()
     ema: EMAConfig = EMAConfig()
+    speed: SpeedConfig = SpeedConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 

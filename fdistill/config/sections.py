@@ -294,6 +294,17 @@ class EMAConfig(Section):
         return self
 
 
+class SpeedConfig(Section):
+    """How networks are run. Each setting changes results by rounding alone; all off is torch as it comes."""
+
+    channels_last: bool = Field(
+        default=False, description="the weights and activations of convolutions have their channels last in memory"
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile for each block of the networks; the first iterations take minutes"
+    )
+
+
 class LogConfig(Section):
     """What a run writes, and how many iterations apart. 0 turns sample grids or intermediate checkpoints off."""
 

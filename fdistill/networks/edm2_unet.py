@@ -74,7 +74,8 @@ class MPBlock(nn.Module):
     def _attention(self, x: Tensor) -> Tensor:
         # A head's channels hold (q, k, v) side by side for every one of its dimensions.
         qkv = self.attn_qkv(x).reshape(len(x), self.heads, x.shape[1] // self.heads, 3, -1)
-        q, k, v = (part.transpose(-1, -2) for part in unit_rms(qkv, (2,)).unbind(3))
+        # Fused attention wants the dimensions of a head side by side; otherwise torch multiplies whole matrices.
+        q, k, v = unit_rms(qkv, (2,)).permute(3, 0, 1, 4, 2).contiguous().unbind()
         return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
 
 

@@ -215,7 +215,8 @@ class UNetBlock(nn.Module):
     def _attention(self, x: Tensor) -> Tensor:
         # A head's channels hold (q, k, v) side by side for every one of its dimensions.
         qkv = self.qkv(self.norm2(x)).reshape(len(x), self.heads, x.shape[1] // self.heads, 3, -1)
-        q, k, v = (part.transpose(-1, -2) for part in qkv.unbind(3))
+        # Fused attention wants the dimensions of a head side by side; otherwise torch multiplies whole matrices.
+        q, k, v = qkv.permute(3, 0, 1, 4, 2).contiguous().unbind()
         return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(x.shape)
 
 

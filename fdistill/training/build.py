@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
 from fdistill.adapters.quantised_layers import place
 from fdistill.adapters.resize import Resized, resized
+from fdistill.base import rng
 from fdistill.base.devices import autocast
 from fdistill.base.distributed import first_process_of_machine_first
 from fdistill.base.errors import ArgumentError, ConfigError
@@ -41,6 +42,7 @@ from fdistill.training.activation_checkpointing import checkpoint_activations
 from fdistill.training.distillation import Distillation
 from fdistill.training.optimise import make_optimizers
 from fdistill.training.prompts import Obtain, encode, open_inputs
+from fdistill.training.speed import check_speed, quicken
 from fdistill.training.stages import make_stages, trained_roles
 from fdistill.training.starts import open_start, start_roles
 
@@ -92,6 +94,7 @@ def build(config: DistillConfig, device: torch.device, obtain: Obtain = encode) 
         CheckpointError: the teacher, or what the student starts from, cannot be read.
     """
     divergences = [checks.read_divergence(stage) for stage in config.stage_configs()]
+    check_speed(config, rng.world()[1])
     mesh = sharding.make_mesh(config.parallel, device, offload=config.offload_frozen or config.offload_optimizers)
     loaded = _load(config, device, obtain, memory_of_files=sharding.distributes_frozen(config, mesh))
     torch.manual_seed(config.seed)
@@ -148,6 +151,7 @@ def assemble(
         with autocast(next(trained.fake_score.parameters()).device, config.precision):
             _freeze_beyond(trained.fake_score, config.discriminator.features)
     start_roles(config, networks, denoiser)
+    quicken(config, (denoiser, guide, trained.fake_score, trained.student, networks.discriminator))
     empty_student = None if mesh is None else sharding.blank(student)
     if mesh is not None:
         sharding.distribute(config, mesh, denoiser, guide, trained.fake_score, student, networks.discriminator)

@@ -168,14 +168,19 @@ def _entrances(module: nn.Module) -> tuple[str, ...]:
     return ("run",) if isinstance(module, Denoiser) else ()
 
 
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The parts of a module that are gathered one at a time, inner ones before those that they lie in."""
+def blocks(module: nn.Module, smallest: int | None = None) -> list[nn.Module]:
+    """The blocks of which a network consists, inner ones before those that they lie in.
+
+    Args:
+        smallest: a block's number of parameters; None means that of what is gathered by itself.
+    """
+    smallest = SMALLEST_BLOCK if smallest is None else smallest
     names = _BLOCKS.union(*(getattr(each, "_no_split_modules", None) or () for each in module.modules())) - _TOO_LARGE
     found: list[nn.Module] = []
     inside: set[nn.Module] = set()
     for each in module.modules():
         name = type(each).__name__
-        if name in _ALONE or (name in names and each not in inside and _parameters(each) >= SMALLEST_BLOCK):
+        if name in _ALONE or (name in names and each not in inside and _parameters(each) >= smallest):
             found.append(each)
             inside.update(each.modules())
     return found[::-1]

@@ -1,0 +1,47 @@
+"""How a run's networks are run faster: by the order of their memory, and by compiled blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from fdistill.base.errors import ConfigError
+from fdistill.config.schema import DistillConfig
+from fdistill.training.sharding import blocks
+
+#: Variants of a block's code: blocks differ in channels and resolution, and roles in what is differentiated.
+_VARIANTS = 1024
+
+
+def check_speed(config: DistillConfig, processes: int) -> None:
+    """Raises ConfigError where a setting of `speed` does not go with the others."""
+    if config.speed.channels_last and processes > 1:
+        raise ConfigError(
+            f"speed.channels_last: got true with {processes} processes, but torch's FSDP2 takes no such weights; "
+            "expected false"
+        )
+    for stage in config.stage_configs():
+        heads = stage.discriminator
+        if config.speed.compile and heads.r1_weight and heads.r1 == "exact":
+            raise ConfigError(
+                "speed.compile: got true, but discriminator.r1=exact differentiates twice, which torch.compile cannot; "
+                "expected false, or discriminator.r1=approximate"
+            )
+
+
+def quicken(config: DistillConfig, modules: Iterable[nn.Module | None]) -> None:
+    """Applies the settings of `speed` to modules on their device, before they are sharded."""
+    for module in modules:
+        if module is None:
+            continue
+        if config.speed.channels_last:
+            module.to(memory_format=torch.channels_last)
+        if config.speed.compile:
+            for block in blocks(module, smallest=0):
+                block.compile(dynamic=False)
+    if config.speed.compile:
+        settings: dict[str, int] = {"cache_size_limit": _VARIANTS, "accumulated_cache_size_limit": _VARIANTS}
+        for name, value in settings.items():
+            setattr(torch._dynamo.config, name, value)

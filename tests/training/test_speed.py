@@ -1,0 +1,95 @@
+"""`speed` changes how networks are run, and results by rounding alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from fdistill import distill
+from fdistill.base.errors import ConfigError
+from fdistill.config.reading import load_config
+from fdistill.training.build import build
+from fdistill.training.checkpoint import checkpoints, load_checkpoint
+from fdistill.training.speed import check_speed
+
+QUICK = {"batch_size": 8, "iterations": 4, "log.samples_every": 0, "log.tracker": "none", "ratio.warmup": 0}
+#: Adam divides a gradient by its own size, and with a large eps only where it is more than rounding.
+EPS = {f"{role}.eps": 1e-4 for role in ("generator", "fake_score", "discriminator")}
+
+
+def trained(output: Path, teacher: Path, **settings: Any) -> dict[str, torch.Tensor]:
+    distill("digits", output=output, teacher=str(teacher), **{**QUICK, **EPS, **settings})
+    return load_checkpoint(checkpoints(output / "checkpoints")[-1])[0]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return trained(tmp_path_factory.mktemp("speed") / "plain", tiny_teacher)
+
+
+def compile_without_inductor(self: nn.Module, **options: Any) -> None:
+    """Traces forward and backward as torch.compile does, and runs them without making code, which takes minutes."""
+    self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager", **options)
+
+
+@pytest.mark.parametrize("setting", ["speed.channels_last", "speed.compile"])
+def test_after_twelve_updates_weights_are_the_same(
+    plain: dict[str, torch.Tensor],
+    tiny_teacher: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+) -> None:
+    monkeypatch.setattr(nn.Module, "compile", compile_without_inductor)
+    counters.clear()
+    quick = trained(tmp_path / "quick", tiny_teacher, **{setting: True})
+    assert (counters["stats"]["unique_graphs"] > 0) == (setting == "speed.compile")
+    assert not counters["graph_break"]
+    assert quick.keys() == plain.keys()
+    for name, value in plain.items():
+        if name.startswith(("generator.", "fake_score.", "discriminator.", "ema.")):
+            torch.testing.assert_close(
+                quick[name], value, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
+
+
+def test_a_run_with_channels_last_goes_on_as_if_it_had_not_stopped(tiny_teacher: Path, tmp_path: Path) -> None:
+    settings = {"speed.channels_last": True, "log.checkpoint_every": 2}
+    whole = trained(tmp_path / "whole", tiny_teacher, **settings, iterations=4)
+    trained(tmp_path / "parts", tiny_teacher, **settings, iterations=2)
+    distill(
+        "digits",
+        output=tmp_path / "parts",
+        resume=True,
+        teacher=str(tiny_teacher),
+        **{**QUICK, **EPS, **settings, "iterations": 4},
+    )
+    parts = load_checkpoint(checkpoints(tmp_path / "parts" / "checkpoints")[-1])[0]
+    for name, value in whole.items():
+        assert torch.equal(parts[name], value), name
+
+
+def test_all_networks_have_their_channels_last(tiny_teacher: Path) -> None:
+    config = load_config("digits", [f"teacher={tiny_teacher}", "speed.channels_last=true"])
+    run = build(config, torch.device("cpu"))
+    for module in (run.networks.teacher, run.networks.fake_score, run.student, run.networks.discriminator):
+        assert module is not None
+        kernels = [value for value in module.parameters() if value.ndim == 4]
+        assert all(value.is_contiguous(memory_format=torch.channels_last) for value in kernels)
+
+
+@pytest.mark.parametrize(
+    ("settings", "processes", "message"),
+    [
+        (["speed.channels_last=true"], 2, "speed.channels_last: got true with 2 processes"),
+        (["speed.compile=true", "discriminator.r1_weight=1"], 1, "speed.compile: got true, but discriminator.r1=exact"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(settings: list[str], processes: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_speed(load_config("digits", settings), processes)

@@ -1,7 +1,7 @@
 """Time, operations, memory and waits of the critic's and the student's update of any config; prints JSON.
 
     python scripts/bench_step.py CONFIG [key=value ...] [--against key=value,key=value] [--repeats 7] [--profile TRACE]
-    python scripts/bench_step.py edm-w32                # an EDM network of width 32 with random weights; or edm-w128
+    python scripts/bench_step.py edm-w32       # random weights: EDM's CIFAR-10 network of width 32; or edm-w128, sd15
 
 Both updates run as in training, on random samples of the teacher's shape. Everything runs twice before it is timed;
 times are medians. With --against a second run has the further settings, and the two take turns. Operations are those of
@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -61,6 +61,15 @@ _EDM = [
     "log.tracker=none",
 ]
 WORK = {f"edm-w{width}": [*_EDM, f"teacher=bench_step:edm_{width}"] for width in (32, 128)}
+WORK["sd15"] = [
+    "sd15",
+    "teacher=bench_step:sd15",
+    "data=teacher-samples",
+    "guidance_scale=1",
+    "batch_size=8",
+    "gradient_checkpointing=false",
+    "log.tracker=none",
+]
 
 
 def _edm(width: int) -> Denoiser:
@@ -89,6 +98,35 @@ def edm_32() -> Denoiser:
 def edm_128() -> Denoiser:
     """The network of EDM's CIFAR-10 teachers."""
     return _edm(128)
+
+
+def sd15() -> Denoiser:
+    """The network of Stable Diffusion 1.5 on 64 x 64; with three channels, as four would want an autoencoder."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    network: Any = UNet2DConditionModel(
+        sample_size=64, in_channels=3, out_channels=3, cross_attention_dim=768, attention_head_dim=8
+    )
+    scheduler = {"_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+    denoiser = wrap(network.eval(), {**scheduler, "beta_schedule": "scaled_linear", "prediction_type": "epsilon"})
+
+    class Unprompted(type(denoiser)):  # type: ignore[misc]
+        """Its prompts are zeros, so that no text encoder is needed."""
+
+        text_shapes = None
+
+        def run(self, network_input: Tensor, t: Tensor, condition: None, *arguments: Any, **options: Any) -> Any:
+            zeros = TextCondition({"prompt_embeds": torch.zeros(len(t), 77, 768, device=t.device)})
+            return super().run(network_input, t, zeros, *arguments, **options)
+
+        def _call(self, network_input: Tensor, timestep: Tensor, condition: TextCondition) -> Any:
+            states = condition["prompt_embeds"]
+            return self.network(network_input, timestep, encoder_hidden_states=states, return_dict=False)[0]
+
+    denoiser.__class__ = Unprompted
+    del denoiser.text_shapes
+    return denoiser
 
 
 class Bench:
@@ -193,8 +231,8 @@ def memory_peak(update: Callable[[], None], device: torch.device) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def profiled(update: Callable[[], None], device: torch.device, trace: Path | None) -> dict[str, int]:
-    """What an update starts, and how often the host reads a value of the device."""
+def profiled(update: Callable[[], None], device: torch.device, trace: Path | None) -> dict[str, float]:
+    """What an update starts, how often the host reads a value of the device, and how long a GPU works for it."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities) as found:
         update()
@@ -203,10 +241,12 @@ def profiled(update: Callable[[], None], device: torch.device, trace: Path | Non
         found.export_chrome_trace(str(trace))
     names = Counter(event.name for event in found.events())
     launches = sum(count for name, count in names.items() if "LaunchKernel" in name)
+    busy = sum(event.self_device_time_total for event in found.key_averages()) / 1e6
     operations = sum(count for name, count in names.items() if name.startswith("aten::"))
     return {
         "launches": launches if device.type == "cuda" else operations,
         "host_reads": names["aten::_local_scalar_dense"],
+        **({"gpu_seconds": busy} if device.type == "cuda" else {}),
     }
 
 
@@ -282,6 +322,8 @@ def report(
             **profiled(update, bench.device, trace and trace.with_suffix(f".{name}.json")),
             "seconds_by_phase": breakdown(bench, name, min(3, repeats)),
         }
+        if "gpu_seconds" in found[name]:
+            found[name]["gpu_idle"] = 1 - found[name]["gpu_seconds"] / middle
     cycle = bench.run.stage.critic_steps * found[CRITIC]["seconds"] + found[STUDENT]["seconds"]
     return {"iteration_seconds": cycle, "matrix_peak_gflops": peak / 1e9, "updates": found}
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A teacher and three one-step students of a copy of CIFAR-10, trained and measured on one GPU in 25 minutes, unattended and
+# A teacher and three one-step students of a copy of CIFAR-10, trained and measured on one GPU in ten minutes, unattended and
 # without a network. What it does and what its numbers are: docs/cifar10.md.
 #   bash scripts/gpu_cifar10.sh OUTPUT_DIR [STAGE ...] [--quick]
 # CIFAR10 names the JPEG copy's training file (the test file lies beside it), WORK the folder for what is made on the way:
-# where a call may not last 25 minutes, call `data features teacher`, `students` and `report` one after another, with the same
+# where a call may not last ten minutes, call `data features teacher`, `students` and `report` one after another, with the same
 # WORK. Uses the python3 on PATH (PYTHON=... picks another) with torch; WHEELS=DIR installs other dependencies from wheels in
 # DIR into a temporary folder, as for scripts/gpu_check.sh.
 set -euo pipefail

@@ -19,6 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -72,11 +73,11 @@ WORK["sd15"] = [
 ]
 
 
-def _edm(width: int) -> Denoiser:
+def _edm(width: int, size: int = 32) -> Denoiser:
     torch.manual_seed(0)
     network: Any = EDMNetwork(
         model_type="SongUNet",
-        img_resolution=32,
+        img_resolution=size,
         label_dim=10,
         augment_dim=9,
         model_channels=width,
@@ -98,6 +99,10 @@ def edm_32() -> Denoiser:
 def edm_128() -> Denoiser:
     """The network of EDM's CIFAR-10 teachers."""
     return _edm(128)
+
+
+for _size in (8, 16, 32, 64, 128):  # teachers of bench_growth.py
+    globals()[f"edm_32_at_{_size}"] = partial(_edm, 32, _size)
 
 
 def sd15() -> Denoiser:

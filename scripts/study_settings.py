@@ -21,8 +21,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-os.environ["OMP_NUM_THREADS"] = "1"
-
 import torch
 import train_edm_teacher
 
@@ -127,7 +125,8 @@ def distil(output: Path, row: str, seed: int) -> Path:
     command = [sys.executable, "-m", "fdistill", "distill", *teacher.config, *setting.overrides(teacher), *QUIET]
     command += [f"eval.every={-(-setting.iterations(teacher) // 5)}", "eval.metrics=[fd_digits]", f"seed={seed}"]
     command = [part.replace("EDM", str(output / "edm-teacher")) for part in command]
-    subprocess.run([*command, "--output", str(folder)], check=True, capture_output=True, text=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, "--output", str(folder)], check=True, capture_output=True, text=True, env=one_thread)
     print(f"done: {folder.name}", flush=True)
     return folder
 

@@ -10,7 +10,14 @@ from fdistill.config.reading import changed_keys, config_path, dump_config, load
 
 def test_numbers_are_numbers() -> None:
     config = load_config(
-        "digits", ["generator.lr=1e-5", "fake_score.lr=2.5E-4", "ema.decays=[0.9, 0.98]", "student_level=80", "seed=3"]
+        "digits",
+        [
+            "generator.lr=1e-5",
+            "fake_score.lr=2.5E-4",
+            "ema={decays: [0.9, 0.98], export: 0.9}",
+            "student_level=80",
+            "seed=3",
+        ],
     )
     assert config.generator.lr == 1e-5
     assert config.fake_score.lr == 2.5e-4

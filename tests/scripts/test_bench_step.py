@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 
+import bench_growth
 import bench_saving
 import bench_step
+import study_settings
 from bench_step import CRITIC, STUDENT
+
+from fdistill.config.reading import load_config
 
 
 @pytest.fixture
@@ -51,3 +56,18 @@ def test_updates_are_timed_with_checkpoints_and_without(bench: bench_step.Bench,
     found = bench_saving.measure(bench, 2, tmp_path)
     assert found["checkpoint_bytes"] > 10_000
     assert found["seconds_until_written"] >= found["seconds_with"] > found["seconds_of_copy"] > 0
+
+
+def test_growth_is_drawn(tmp_path: Path) -> None:
+    points = {str(x): {"seconds": 0.1 * x, "peak_bytes": 1e8 * x} for x in (1, 2, 4)}
+    bench_growth.draw({"config": "digits", "batches": points, "sizes": points}, tmp_path / "growth.png")
+    assert Image.open(tmp_path / "growth.png").size > (900, 600)
+
+
+def test_settings_are_compared_at_equal_arithmetic() -> None:
+    teacher = study_settings.Teacher(["digits"], iterations=100, batch=64, rate=1e-4)
+    for setting in study_settings.SETTINGS.values():
+        given = dict(text.split("=", 1) for text in setting.overrides(teacher))
+        samples = int(given["iterations"]) * int(given["batch_size"]) * (1 + int(given["critic_steps"]))
+        assert samples == 100 * 64 * 3
+        load_config(teacher.config[0], setting.overrides(teacher))

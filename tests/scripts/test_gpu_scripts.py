@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,6 +84,13 @@ def test_the_gpu_check_says_that_there_is_no_gpu(tmp_path: Path) -> None:
     done = run("env", f"PYTHON={sys.executable}", "bash", str(SCRIPTS / "gpu_check.sh"), str(tmp_path / "out"))
     assert done.returncode != 0
     assert "no CUDA GPU is visible" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["gpu_check", "gpu_scaling", "gpu_speed"])
+def test_a_script_for_a_gpu_ends_within_ten_minutes(name: str) -> None:
+    text = (SCRIPTS / f"{name}.sh").read_text(encoding="utf-8")
+    assert 0 < sum(int(seconds) for seconds in re.findall(r"^part \S+ (\d+) ", text, re.MULTILINE)) <= 600
+    assert run("bash", "-n", str(SCRIPTS / f"{name}.sh")).returncode == 0
 
 
 def test_whole_iterations_run_with_either_backend(tmp_path: Path) -> None:

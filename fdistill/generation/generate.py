@@ -300,9 +300,9 @@ def _fastest_batch(order: _Order) -> int:
 
 
 def _save_images(order: _Order, indices: range, folder: Path, counted: Evaluations, *, progress: bool) -> float:
-    """Writes these images, and returns the seconds that it took to make them, while threads wrote those before."""
+    """Writes these images, and returns the seconds that it took to make them."""
     seconds = 0.0
-    with image_files(folder) as files:
+    with image_files(folder, order.device) as files:
         before = time.perf_counter()
         for part, images in _batches(order, indices, progress=progress):
             seconds += time.perf_counter() - before

@@ -1,4 +1,4 @@
-"""PNG files written by threads while the next images are made."""
+"""PNG files, written by threads while a GPU makes the next images."""
 
 from __future__ import annotations
 
@@ -9,29 +9,37 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fdistill.base.images import to_pil
 
 #: Batches that wait to be written; making images stops until there are no more.
 _WAITING = 2
+#: Images that a thread writes one after another.
+_TOGETHER = 16
+_MOST_THREADS = 8
 
 
 class ImageFiles:
     """Writes images into a folder; see `image_files`."""
 
-    def __init__(self, folder: Path, pool: ThreadPoolExecutor):
+    def __init__(self, folder: Path, pool: ThreadPoolExecutor | None):
         self._folder, self._pool = folder, pool
         self._batches: deque[list[Future[None]]] = deque()
 
     def write(self, indices: Sequence[int], images: Tensor) -> None:
-        """Starts to write images uint8 [N, C, H, W] as <index>.png, and waits while too many are not written yet.
+        """Writes images uint8 [N, C, H, W] on the CPU as <index>.png, or lets threads do it; waits while too many are
+        not written yet.
 
         Raises:
-            OSError: an earlier image could not be written.
+            OSError: an image, or an earlier one, could not be written.
         """
-        pairs = zip(indices, images.cpu(), strict=True)
-        self._batches.append([self._pool.submit(self._save, index, image) for index, image in pairs])
+        if self._pool is None:
+            self._save(indices, images)
+            return
+        parts = [slice(first, first + _TOGETHER) for first in range(0, len(images), _TOGETHER)]
+        self._batches.append([self._pool.submit(self._save, indices[part], images[part]) for part in parts])
         self.wait(_WAITING)
 
     def wait(self, waiting: int = 0) -> None:
@@ -40,14 +48,22 @@ class ImageFiles:
             for each in self._batches.popleft():
                 each.result()
 
-    def _save(self, index: int, image: Tensor) -> None:
-        to_pil(image).save(self._folder / f"{index:06d}.png")
+    def _save(self, indices: Sequence[int], images: Tensor) -> None:
+        for index, image in zip(indices, images, strict=True):
+            to_pil(image).save(self._folder / f"{index:06d}.png")
 
 
 @contextmanager
-def image_files(folder: Path) -> Iterator[ImageFiles]:
-    """At the end of the block all images are written; raises OSError where one could not be."""
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="png")
+def image_files(folder: Path, device: torch.device) -> Iterator[ImageFiles]:
+    """At the end of the block all images are written; raises OSError where one could not be.
+
+    Args:
+        device: what makes the images. Where that is the CPU, threads would only be in its way (docs/speed.md).
+    """
+    if device.type == "cpu":
+        yield ImageFiles(folder, None)
+        return
+    pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="png")
     try:
         files = ImageFiles(folder, pool)
         yield files

@@ -137,8 +137,22 @@ def test_doubling_ends_where_it_brings_nothing_or_memory_ends(monkeypatch: pytes
     assert batch_size.fastest(make, 256) == 4
 
 
-def test_an_image_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+#: Of a GPU nothing is needed here but its name.
+DEVICES = [torch.device("cpu"), torch.device("cuda")]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_image_that_cannot_be_written_is_named(tmp_path: Path, device: torch.device) -> None:
     (tmp_path / "000001.png").mkdir()
     images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
-    with pytest.raises(IsADirectoryError, match=r"000001\.png"), image_files(tmp_path) as files:
+    with pytest.raises(IsADirectoryError, match=r"000001\.png"), image_files(tmp_path, device) as files:
         files.write(range(3), images)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_image_is_written_under_its_number(tmp_path: Path, device: torch.device) -> None:
+    images = torch.arange(100, dtype=torch.uint8)[:, None, None, None].expand(100, 1, 2, 2)
+    with image_files(tmp_path, device) as files:
+        for first in range(0, 100, 40):
+            files.write(range(100)[first : first + 40], images[first : first + 40])
+    assert read(tmp_path)[:, 0, 0].tolist() == list(range(100))

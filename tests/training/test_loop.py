@@ -321,5 +321,5 @@ def test_dry_run_says_what_would_be_done(tiny_teacher: Path) -> None:
     text = describe(load_config("digits", [f"teacher={tiny_teacher}", "divergence=js"]))
     assert "divergence     jensen-shannon" in text
     assert "discriminator  convolutional heads on fake features mid" in text
-    assert "500, each 2 critic updates and then 1 student update of 64 samples" in text
+    assert "350, each 2 critic updates and then 1 student update of 128 samples" in text
     assert "one evaluation from level 2.5" in text

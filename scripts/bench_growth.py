@@ -55,6 +55,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex="col", layout="constrained")
     columns = [("batches", f"samples in a batch ({found['config']})"), ("sizes", "height and width (EDM, width 32)")]
@@ -64,12 +65,16 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axis = axes[row][column]
             xs = sorted(points)
             ys = [points[x][value] * scale for x in xs]
-            axis.loglog(xs, ys, "o-", base=2)
+            axis.loglog(xs, ys, "o-")
             power = 1 if key == "batches" else 2
-            axis.loglog(xs, [ys[-1] * (x / xs[-1]) ** power for x in xs], "--", color="grey", base=2)
+            axis.loglog(xs, [ys[-1] * (x / xs[-1]) ** power for x in xs], "--", color="grey")
             axis.set_ylabel(unit)
+            axis.set_ylim(0.7 * min(ys), 1.4 * max(ys))
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
-            axis.set_xticks(xs, [str(x) for x in xs])
+            axis.yaxis.set_minor_locator(NullLocator())
+            axis.set_xticks(xs, [str(x) for x in xs], minor=False, fontsize=8)
+            axis.xaxis.set_minor_locator(NullLocator())
             axis.grid(alpha=0.3)
         axes[1][column].set_xlabel(label)
         axes[0][column].set_title(

@@ -13,13 +13,14 @@ from torch._dynamo.utils import counters
 from fdistill import distill
 from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
+from fdistill.training import speed
 from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints, load_checkpoint
-from fdistill.training.speed import check_speed
+from fdistill.training.speed import COMPILES, check_speed
 
 QUICK = {"batch_size": 8, "iterations": 4, "log.samples_every": 0, "log.tracker": "none", "ratio.warmup": 0}
 #: Adam divides a gradient by its own size, and with a large eps only where it is more than rounding.
-EPS = {f"{role}.eps": 1e-4 for role in ("generator", "fake_score", "discriminator")}
+EPS = {f"{role}.eps": 1e-3 for role in ("generator", "fake_score", "discriminator")}
 
 
 def trained(output: Path, teacher: Path, **settings: Any) -> dict[str, torch.Tensor]:
@@ -37,7 +38,10 @@ def compile_without_inductor(self: nn.Module, **options: Any) -> None:
     self._compiled_call_impl = torch.compile(self._call_impl, backend="aot_eager", **options)
 
 
-@pytest.mark.parametrize("setting", ["speed.channels_last", "speed.compile"])
+compiles = pytest.mark.skipif(not COMPILES, reason="this torch's compiled blocks are refused")
+
+
+@pytest.mark.parametrize("setting", ["speed.channels_last", pytest.param("speed.compile", marks=compiles)])
 def test_after_twelve_updates_weights_are_the_same(
     plain: dict[str, torch.Tensor],
     tiny_teacher: Path,
@@ -90,6 +94,15 @@ def test_all_networks_have_their_channels_last(tiny_teacher: Path) -> None:
         (["speed.compile=true", "discriminator.r1_weight=1"], 1, "speed.compile: got true, but discriminator.r1=exact"),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings: list[str], processes: int, message: str) -> None:
+def test_what_does_not_go_together_is_refused(
+    settings: list[str], processes: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "COMPILES", True)
     with pytest.raises(ConfigError, match=message):
         check_speed(load_config("digits", settings), processes)
+
+
+def test_compiled_blocks_of_an_old_torch_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "COMPILES", False)
+    with pytest.raises(ConfigError, match=r"speed\.compile: got true with torch"):
+        check_speed(load_config("digits", ["speed.compile=true"]), 1)

@@ -20,10 +20,10 @@ COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 
 
 def check_speed(config: DistillConfig, processes: int) -> None:
     """Raises ConfigError where a setting of `speed` does not go with the others."""
-    if config.speed.channels_last and processes > 1:
+    if config.speed.channels_last and (processes > 1 or config.offload_frozen or config.offload_optimizers):
         raise ConfigError(
-            f"speed.channels_last: got true with {processes} processes, but torch's FSDP2 takes no such weights; "
-            "expected false"
+            "speed.channels_last: got true with several processes or offloaded weights, which torch's FSDP2 holds in "
+            "torch's own order only; expected false"
         )
     if config.speed.compile and not COMPILES:
         raise ConfigError(

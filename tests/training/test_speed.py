@@ -90,7 +90,13 @@ def test_all_networks_have_their_channels_last(tiny_teacher: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "processes", "message"),
     [
-        (["speed.channels_last=true"], 2, "speed.channels_last: got true with 2 processes"),
+        (["speed.channels_last=true"], 2, "speed.channels_last: got true with several processes"),
+        (
+            ["speed.channels_last=true", "offload_frozen=true"],
+            1,
+            "speed.channels_last: got true with several processes",
+        ),
+        (["speed.channels_last=true", "offload_optimizers=true"], 1, "or offloaded weights"),
         (["speed.compile=true", "discriminator.r1_weight=1"], 1, "speed.compile: got true, but discriminator.r1=exact"),
     ],
 )

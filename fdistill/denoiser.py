@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -171,12 +172,13 @@ class Denoiser(nn.Module, ABC):
         plain = type(self).preconditioning is Denoiser.preconditioning
         kind = id(self) if self.kind is None and not plain else self.kind
         # Of the first layer. Later ones may be adapters in float32, or have kernels that are stored in few bits.
-        kernels = [value for value in self.parameters() if value.ndim == 4]
-        if not kernels:
+        kernels = (value for value in self.parameters() if value.ndim == 4)  # usually the first of them is enough
+        stem = next(kernels, None)
+        if stem is None:
             return kind, None, False
-        device = kernels[0].device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else kernels[0].dtype
-        for kernel in kernels:
+        device = stem.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else stem.dtype
+        for kernel in chain([stem], kernels):
             first, last = kernel.is_contiguous(), kernel.is_contiguous(memory_format=torch.channels_last)
             if first != last:  # a kernel of one channel or one pixel is contiguous in both formats
                 return kind, dtype, last

@@ -75,7 +75,8 @@ class GuidedDenoiser(Denoiser):
         self.kind = denoiser.kind if denoiser.kind is not None else id(denoiser)
 
     @property
-    def _none(self) -> TextCondition | int:
+    def null(self) -> TextCondition | int:
+        """What guidance leads away from: one prompt, or the label for `no class`."""
         if self.text_shapes is None:
             assert self.null_class is not None
             return self.null_class
@@ -133,7 +134,7 @@ class GuidedDenoiser(Denoiser):
             own = None if self.guide.num_classes is None and self.guide.text_shapes is None else condition
             return self._apart(self.guide, own, network_input, t, condition, features, output_grad)
         assert condition is not None
-        none = none_like(condition, self._none)
+        none = none_like(condition, self.null)
         needed = network_input.requires_grad or any(each.requires_grad for each in self.parameters())
         if features and not output_grad and needed and torch.is_grad_enabled():
             return self._apart(self, none, network_input, t, condition, features, output_grad)

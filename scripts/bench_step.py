@@ -39,6 +39,7 @@ from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.data.loader import Batch
 from fdistill.denoiser import Denoiser
+from fdistill.guidance import GuidedDenoiser
 from fdistill.networks import EDMNetwork
 from fdistill.training.batches import Batches
 from fdistill.training.build import build
@@ -156,7 +157,9 @@ class Bench:
         draws = torch.Generator().manual_seed(0)
         rows = torch.arange(config.batch_size // rng.world()[1])
         images = torch.randn(len(rows), *teacher.sample_shape, generator=draws).clamp(-1, 1)
-        example = teacher.example_condition(len(rows), "cpu")
+        example: Any = teacher.example_condition(len(rows), "cpu")
+        if isinstance(teacher, GuidedDenoiser) and isinstance(teacher.null, TextCondition):
+            example = teacher.null.to("cpu").repeated(len(rows))  # as long as the text encoder makes them
         text = example if isinstance(example, TextCondition) else None
         while True:
             yield Batch(images, rows % (teacher.num_classes or 1), rows, text)

@@ -50,13 +50,21 @@ def build(size: int, classes: int, channels: int) -> EDMDenoiser:
 
 
 def train(
-    denoiser: EDMDenoiser, images: Tensor, labels: Tensor, *, seconds: float, batch_size: int, compiled: bool = False
+    denoiser: EDMDenoiser,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    seconds: float = 0.0,
+    iterations: int | None = None,
+    batch_size: int,
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Trains for about `seconds` and leaves the averaged weights in the denoiser.
+    """Trains for about `seconds`, or so many iterations, and leaves the averaged weights in the denoiser.
 
     Args:
         denoiser: on the device to train on.
         images, labels: uint8 [N, C, H, W] and int64 [N], on the same device.
+        iterations: None finds out how many there is time for; a number makes the same teacher on every machine.
         compiled: run the network through torch.compile.
 
     Returns:
@@ -85,8 +93,9 @@ def train(
         return loss.detach()
 
     began = time.perf_counter()
-    each = _seconds_each(lambda: step(1e-6), device)  # a rate at which nothing moves
-    iterations = max(10, int((seconds - (time.perf_counter() - began)) / each))
+    if iterations is None:
+        each = _seconds_each(lambda: step(1e-6), device)  # a rate at which nothing moves
+        iterations = max(10, int((seconds - (time.perf_counter() - began)) / each))
     ema = EMA(denoiser, [max(0.5, 1 - 1 / max(2.0, EMA_OF_RUN * iterations))])
     warm_up, losses, kept = max(1, WARM_UP_IMAGES // batch_size), [], []
     for i in trange(iterations, desc="teacher", unit="it", mininterval=5):

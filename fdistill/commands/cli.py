@@ -146,6 +146,9 @@ def generate(
     network: Network = None,
     sampler: Sampler = "heun",
     precision: Annotated[str, typer.Option(help="fp32, or bf16: networks compute in bfloat16.")] = "fp32",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the networks: a minute or more at first, for many images.")
+    ] = False,
     device: Device = "auto",
 ) -> None:
     """Generate images from a student (in one network evaluation or a few), a teacher or a diffusers pipeline.
@@ -179,6 +182,7 @@ def generate(
         network=network,
         sampler=sampler,
         precision=precision,
+        compiled=compiled,
         device=device,
     )
     if is_main_process():

@@ -186,7 +186,7 @@ def check_scores(name: str, condition_dropout: float, fake_score: FakeScoreConfi
 def check_rates(iterations: int, roles: Mapping[str, OptimizerConfig]) -> None:
     """Checks that a learning rate which falls has iterations left to fall in after its warm-up."""
     for role, section in roles.items():
-        if section.lr_schedule != "constant" and section.lr_warmup >= iterations:
+        if section.needs_the_end and section.lr_warmup >= iterations:
             raise ValueError(
                 f"{role}.lr_warmup: got {section.lr_warmup} of {iterations} iterations, which leaves none for "
                 f"{role}.lr_schedule={section.lr_schedule}; expected fewer, or lr_schedule=constant"

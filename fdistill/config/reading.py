@@ -131,9 +131,9 @@ def dump_config(config: DistillConfig) -> str:
 def changed_keys(old: DistillConfig, new: DistillConfig) -> list[str]:
     """The dotted keys, with both values, that make two configs describe different runs.
 
-    A longer run is the same run, except where a learning rate falls until the end.
+    A longer run is the same run, except where a learning rate falls to the end.
     """
-    falls = any(section.lr_schedule != "constant" for section in old.roles.values())
+    falls = any(section.needs_the_end for section in old.roles.values())
     return [
         f"{key}: {before!r} -> {after!r}"
         for key, (before, after) in changes(old, new).items()

@@ -52,15 +52,22 @@ class OptimizerConfig(Section):
         description="adamw-8bit stores both moments in 8 bits, 2 bytes per parameter instead of 8, by bitsandbytes",
     )
     lr: Positive = 1e-4
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="what lr does after its warm-up; linear and cosine fall to 0 at the end"
+    lr_schedule: Literal["constant", "linear", "cosine", "inverse-sqrt"] = Field(
+        default="constant",
+        description="what lr does after its warm-up; linear and cosine fall to 0 at the end, inverse-sqrt never ends",
     )
+    lr_hold: Count = Field(default=100, description="iterations for which inverse-sqrt keeps lr before it falls")
     lr_warmup: CountOrZero = Field(default=0, description="iterations in which lr rises to its value, in equal steps")
     beta1: Decay = 0.0
     beta2: Decay = 0.999
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
     grad_clip: Positive = 10.0
+
+    @property
+    def needs_the_end(self) -> bool:
+        """Whether the rate of an iteration depends on how many there are."""
+        return self.lr_schedule in ("linear", "cosine")
 
 
 class MicroBatchConfig(Section):

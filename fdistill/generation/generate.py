@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fdistill import __version__
+from fdistill.adapters.blocks import compile_blocks
 from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.base.devices import autocast, start
 from fdistill.base.distributed import from_main_process, wait_for_everyone
@@ -182,6 +183,7 @@ def generate(
     network: str | None = None,
     sampler: str = "heun",
     precision: str = "fp32",
+    compiled: bool = False,
     device: str = "auto",
 ) -> Path:
     """Writes output/000000.png, output/000001.png, ... and output/manifest.json: either all of them or nothing.
@@ -213,6 +215,8 @@ def generate(
             with its own scheduler: teachers, other people's fast models (LCM, SD-Turbo, ...), or a student of fdistill
             as other programs run it.
         precision: "fp32", or "bf16" for networks that compute in bfloat16 under float32 samplers.
+        compiled: run each block of the networks through torch.compile, which takes a minute or more before the first
+            images, and again for a last batch that is smaller; for many images. It changes images by rounding alone.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
@@ -238,6 +242,9 @@ def generate(
     state, chosen_device = start(device)
     maker = open_maker(checkpoint, chosen_device, sampling)
     condition = labels_or_prompts(maker, num_images, class_labels, prompts)
+    if compiled:
+        for evaluated in maker.networks:
+            compile_blocks(evaluated)
     order = _Order(maker, condition, num_images, seed, batch_size or 0, precision, chosen_device)
     if batch_size is None:
         order = replace(order, batch_size=from_main_process(lambda: _fastest_batch(order)))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fdistill.base.errors import NonFiniteError
 from fdistill.base.images import to_uint8
@@ -64,6 +64,10 @@ class Maker(Protocol):
     @property
     def num_classes(self) -> int | None:
         """Class labels are in [0, num_classes); None if it takes no labels."""
+
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """What is evaluated in sampling steps."""
 
     def on(self, device: torch.device) -> AbstractContextManager[None]:
         """Inside the block everything that `sample` needs is on the device."""

@@ -69,6 +69,11 @@ class NetworkMaker:
         """Class labels are in [0, num_classes); None if it takes no labels."""
         return self.model.num_classes
 
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """What is evaluated in sampling steps."""
+        return [self.model]
+
     def on(self, device: torch.device) -> AbstractContextManager[None]:
         """Inside the block the text encoders, if there are any, are on the device, as `sample` expects them."""
         return nullcontext() if self.text is None else self.text.on(device)

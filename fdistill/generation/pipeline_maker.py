@@ -94,6 +94,11 @@ class PipelineMaker:
         scheduler = getattr(self._pipeline, "scheduler", None)
         return type(self._pipeline).__name__ + ("" if scheduler is None else f", {type(scheduler).__name__}")
 
+    @property
+    def networks(self) -> Sequence[nn.Module]:
+        """What is evaluated in sampling steps."""
+        return evaluated_networks(self._pipeline)
+
     def on(self, device: torch.device) -> AbstractContextManager[None]:
         """Does nothing: the whole pipeline is on its device already."""
         return nullcontext()

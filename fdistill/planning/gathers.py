@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fdistill.students.lora import has_adapters
-from fdistill.training.sharding import blocks
+from fdistill.training.sharding import gathered_blocks
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _blocks(module: nn.Module, counts: Callable[[nn.Parameter], bool]) -> Blocks
 def _owned(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Parameter]]]:
     """Each block with its parameters, apart from those of a block inside of it."""
     seen: set[nn.Parameter] = set()
-    for block in blocks(module):
+    for block in gathered_blocks(module):
         own = [each for each in block.parameters() if each not in seen]
         seen.update(own)
         yield block, own

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
+from fdistill.adapters.blocks import blocks
 from fdistill.base import rng
 from fdistill.base.distributed import exchanging, part, sum_over_processes
 from fdistill.base.errors import ConfigError
@@ -38,13 +39,6 @@ from fdistill.students.lora import has_adapters
 
 M = TypeVar("M", bound=nn.Module)
 
-#: Modules of diffusers' networks and fdistill's own that are gathered one at a time, beside those that a network of
-#: diffusers names in `_no_split_modules`. What is in none of them is gathered for the whole of a pass.
-_BLOCKS = {"ResnetBlock2D", "BasicTransformerBlock", "Attention", "UNetBlock", "MPBlock"}
-#: Named by diffusers as they must not be split, but too large to be gathered at once.
-_TOO_LARGE = {"CrossAttnUpBlock2D", "UpBlock2D"}
-#: A part of DiT's first block that the network also calls by itself.
-_ALONE = {"CombinedTimestepLabelEmbeddings"}
 #: Parameters that a block must have: smaller ones are gathered with what they lie in, because a collective of their own
 #: would take longer to start than to run.
 SMALLEST_BLOCK = 100_000
@@ -113,7 +107,7 @@ def shard(
     }
     gathered = torch.bfloat16 if precision == "bf16" and not whole else None
     of_blocks = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
-    for block in blocks(module):
+    for block in gathered_blocks(module):
         fully_shard(block, **policy, mp_policy=of_blocks)
     fully_shard(module, **policy, mp_policy=MixedPrecisionPolicy(None, torch.float32, cast_forward_inputs=False))
     if mesh.device_type == "cpu":  # gloo's reduce_scatter of torch 2.8 adds up where it is asked for a mean
@@ -168,26 +162,9 @@ def _entrances(module: nn.Module) -> tuple[str, ...]:
     return ("run",) if isinstance(module, Denoiser) else ()
 
 
-def blocks(module: nn.Module, smallest: int | None = None) -> list[nn.Module]:
-    """The blocks of which a network consists, inner ones before those that they lie in.
-
-    Args:
-        smallest: a block's number of parameters; None means that of what is gathered by itself.
-    """
-    smallest = SMALLEST_BLOCK if smallest is None else smallest
-    names = _BLOCKS.union(*(getattr(each, "_no_split_modules", None) or () for each in module.modules())) - _TOO_LARGE
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for each in module.modules():
-        name = type(each).__name__
-        if name in _ALONE or (name in names and each not in inside and _parameters(each) >= smallest):
-            found.append(each)
-            inside.update(each.modules())
-    return found[::-1]
-
-
-def _parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def gathered_blocks(module: nn.Module) -> list[nn.Module]:
+    """The blocks of a network whose weights are gathered by themselves."""
+    return blocks(module, SMALLEST_BLOCK)
 
 
 def aliased(module: M) -> M:

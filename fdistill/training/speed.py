@@ -7,12 +7,10 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
+from fdistill.adapters.blocks import compile_blocks
 from fdistill.base.errors import ConfigError
 from fdistill.config.schema import DistillConfig
-from fdistill.training.sharding import blocks
 
-#: Variants of a block's code: blocks differ in channels and resolution, and roles in what is differentiated.
-_VARIANTS = 1024
 #: Whether torch is new enough: tests/training/test_speed.py fails with 2.8 (a group norm's weight in attention), and
 #: nothing between 2.8 and 2.14 was tried.
 COMPILES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 14)
@@ -47,9 +45,4 @@ def quicken(config: DistillConfig, modules: Iterable[nn.Module | None]) -> None:
         if config.speed.channels_last:
             module.to(memory_format=torch.channels_last)
         if config.speed.compile:
-            for block in blocks(module, smallest=0):
-                block.compile(dynamic=False)
-    if config.speed.compile:
-        settings: dict[str, int] = {"cache_size_limit": _VARIANTS, "accumulated_cache_size_limit": _VARIANTS}
-        for name, value in settings.items():
-            setattr(torch._dynamo.config, name, value)
+            compile_blocks(module)

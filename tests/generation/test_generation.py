@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -112,6 +114,26 @@ def test_bfloat16_is_close_and_noted(student: Path, tmp_path: Path) -> None:
     assert 0 < np.abs(plain - read(folder)).max() <= 12  # of 255
     with pytest.raises(ArgumentError, match="precision: got 'fp16'"):
         generate(student, num_images=1, output=tmp_path / "half", precision="fp16")
+
+
+def test_compiled_networks_make_the_same_images(
+    student: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[int] = []
+
+    def counting(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(torch.nn.Module.compile, backend=counting))
+    for each in (student, tiny_teacher):
+        torch._dynamo.reset()
+        plain = read(generate(each, num_images=9, output=tmp_path / f"{each.name}-plain", batch_size=8))
+        assert not compiled
+        folder = generate(each, num_images=9, output=tmp_path / f"{each.name}-compiled", batch_size=8, compiled=True)
+        assert compiled
+        assert np.abs(plain - read(folder)).max() <= 1
+        compiled.clear()
 
 
 def test_a_batch_size_that_is_tried_makes_the_same_images(student: Path, tmp_path: Path) -> None:

@@ -28,6 +28,9 @@ QUICK: dict[str, Any] = {
 }
 
 
+HOLD = 4
+
+
 def torchs(schedule: str, warmup: int, iterations: int) -> list[float]:
     """The rates of torch's schedulers, one after the other; lr is 3e-4."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=3e-4)
@@ -36,6 +39,7 @@ def torchs(schedule: str, warmup: int, iterations: int) -> list[float]:
         "constant": lambda: LambdaLR(optimizer, lambda _: 1.0),
         "linear": lambda: LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=left),
         "cosine": lambda: CosineAnnealingLR(optimizer, T_max=left),
+        "inverse-sqrt": lambda: LambdaLR(optimizer, lambda i: 1.0 if i < HOLD else (i / HOLD) ** -0.5),
     }[schedule]()
     scheduler = after
     if warmup:
@@ -50,9 +54,9 @@ def torchs(schedule: str, warmup: int, iterations: int) -> list[float]:
 
 
 @pytest.mark.parametrize("warmup", [0, 1, 5])
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "inverse-sqrt"])
 def test_rates_are_those_of_torchs_schedulers(schedule: Any, warmup: int) -> None:
-    section = OptimizerConfig(lr=3e-4, lr_schedule=schedule, lr_warmup=warmup)
+    section = OptimizerConfig(lr=3e-4, lr_schedule=schedule, lr_warmup=warmup, lr_hold=HOLD)
     found = [learning_rate(section, i, 20) for i in range(20)]
     assert found == pytest.approx(torchs(schedule, warmup, 20), rel=1e-9)
     assert max(found) == found[warmup] == 3e-4
@@ -96,6 +100,14 @@ def test_a_resumed_run_goes_on_at_its_rate(tiny_teacher: Path, tmp_path: Path) -
 
     with pytest.raises(ConfigError, match="iterations: 4 -> 6"):
         run(tiny_teacher, folder, resume=True, **{**settings, "iterations": 6})
+
+
+def test_a_rate_that_needs_no_end_lets_a_run_be_longer(tiny_teacher: Path, tmp_path: Path) -> None:
+    settings = {"generator.lr_schedule": "inverse-sqrt", "generator.lr_hold": 2, "iterations": 6}
+    straight = run(tiny_teacher, tmp_path / "straight", **settings)
+    run(tiny_teacher, tmp_path / "longer", **{**settings, "iterations": 3})
+    longer = run(tiny_teacher, tmp_path / "longer", resume=True, **settings)
+    assert all(torch.equal(straight[name], longer[name]) for name in straight)
 
 
 def test_a_rate_needs_iterations_to_fall_in() -> None:

@@ -19,9 +19,9 @@ from fdistill.training.checkpoint import load_checkpoint, own_chunks, read_tenso
 from fdistill.training.sharding import (
     aliased,
     blank,
-    blocks,
     filled,
     gathered,
+    gathered_blocks,
     shard,
     share_frozen,
     total_norm,
@@ -76,7 +76,7 @@ def test_a_sharded_network_computes_the_same(name: str, mesh: DeviceMesh, tmp_pa
     plain = loaded(name, tmp_path)
     sharded = aliased(plain)
     shard(sharded, mesh)
-    assert len(blocks(plain)) > 1
+    assert len(gathered_blocks(plain)) > 1
     assert all(isinstance(each, DTensor) for each in sharded.parameters() if each.ndim)
     expected, found = passed(plain), passed(sharded)
     assert torch.equal(found[0], expected[0])
@@ -147,9 +147,9 @@ def test_the_norm_is_that_of_all_values() -> None:
 
 def test_small_blocks_are_gathered_with_what_they_lie_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = loaded("UNet2DModel", tmp_path)
-    sizes = sorted(sum(value.numel() for value in block.parameters()) for block in blocks(network))
+    sizes = sorted(sum(value.numel() for value in block.parameters()) for block in gathered_blocks(network))
     monkeypatch.setattr(sharding, "SMALLEST_BLOCK", sizes[1] + 1)
-    assert len(blocks(network)) == sum(size > sizes[1] for size in sizes) > 0
+    assert len(gathered_blocks(network)) == sum(size > sizes[1] for size in sizes) > 0
 
 
 def test_shards_of_frozen_weights_become_bfloat16(mesh: DeviceMesh, tmp_path: Path) -> None:

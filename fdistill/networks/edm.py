@@ -36,6 +36,8 @@ class EDMNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]
         ArgumentError: model_type or decoder_type is unknown, or the network does not have a setting that is given.
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,

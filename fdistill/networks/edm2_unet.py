@@ -184,6 +184,8 @@ class EDM2Network(ModelMixin, ConfigMixin):  # type: ignore[misc]
             latent_scale and latent_bias is given; or their length is not img_channels.
     """
 
+    _supports_gradient_checkpointing = True
+
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,

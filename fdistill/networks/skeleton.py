@@ -108,6 +108,9 @@ class UNet(nn.Module, ABC):
 
     enc: nn.ModuleDict
     dec: nn.ModuleDict
+    # diffusers' enable_gradient_checkpointing sets both on every module that has the first
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, levels: Levels):
         super().__init__()
@@ -146,7 +149,7 @@ class UNet(nn.Module, ABC):
                 hidden = image = (hidden + module(image)) / math.sqrt(2)
                 skips[-1] = hidden
                 continue
-            hidden = module(hidden) if name.endswith("_conv") else module(hidden, embedding)
+            hidden = module(hidden) if name.endswith("_conv") else self._run(module, hidden, embedding)
             skips.append(hidden)
             feature = self._feature_of.get(name)
             if feature in features:
@@ -157,7 +160,7 @@ class UNet(nn.Module, ABC):
         """The two blocks at the lowest resolution that take no skip connection; their output is the feature "mid"."""
         for name, module in self.dec.items():
             if "_in" in name:
-                hidden = module(hidden, embedding)
+                hidden = self._run(module, hidden, embedding)
         return hidden
 
     def decode(self, hidden: Tensor, skips: Sequence[Tensor], embedding: Tensor) -> Tensor:
@@ -165,10 +168,16 @@ class UNet(nn.Module, ABC):
         remaining = list(skips)
         for name, module in self.dec.items():
             if "_block" in name:
-                hidden = module(self.join(hidden, remaining.pop()), embedding)
+                hidden = self._run(module, self.join(hidden, remaining.pop()), embedding)
             elif name.endswith("_up"):
-                hidden = module(hidden, embedding)
+                hidden = self._run(module, hidden, embedding)
         return self.head(hidden)
+
+    def _run(self, block: nn.Module, hidden: Tensor, embedding: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return self._gradient_checkpointing_func(block, hidden, embedding)
+        output: Tensor = block(hidden, embedding)
+        return output
 
     def forward(
         self, x: Tensor, c_noise: Tensor, class_labels: Tensor | None = None, augment_labels: Tensor | None = None

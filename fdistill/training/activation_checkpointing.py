@@ -16,7 +16,7 @@ from fdistill.denoiser import Denoiser
 
 
 def checkpoint_activations(denoiser: Denoiser) -> None:
-    """Makes a network of diffusers keep only the activations between its blocks.
+    """Makes a network keep only the activations between its blocks.
 
     Raises:
         ConfigError: the network does not support activation checkpointing.
@@ -25,7 +25,7 @@ def checkpoint_activations(denoiser: Denoiser) -> None:
     if not getattr(network, "_supports_gradient_checkpointing", False):
         raise ConfigError(
             f"gradient_checkpointing: {type(denoiser if network is None else network).__name__} does not support it; "
-            "expected false, or a network of diffusers that does"
+            "expected false, or a network of diffusers or of fdistill"
         )
 
     def recomputed(block: Callable[..., Any], *arguments: Any) -> Any:

@@ -4,7 +4,8 @@
     python scripts/bench_step.py edm-w32       # random weights: EDM's CIFAR-10 network of width 32; or edm-w128, sd15
 
 Both updates run as in training, on random samples of the teacher's shape. Everything runs twice before it is timed;
-times are medians. With --against a second run has the further settings, and the two take turns. Operations are those of
+times are medians. With --against a second run has the further settings, and the two take turns; the difference of their
+gradients, from the same weights and random numbers, is divided by the norm of the first one's. Operations are those of
 matrix products and convolutions; their share of the peak is of a large matrix product, timed in between.
 """
 
@@ -173,6 +174,32 @@ class Bench:
         update_student(self.run, self._batches.student(), self._roles, self._generator, self._journal)
         self.run.ema.update(self.run.stage.config.ema.decays)
 
+    def gradient(self, update: str) -> Tensor:
+        """All gradients of an update in one vector, always from the same random numbers; weights stay as they are."""
+        kept: list[Tensor] = []
+
+        def keep(role: Role) -> Tensor:
+            for parameter in role.parameters:
+                if parameter.grad is not None:
+                    kept.append(parameter.grad.flatten().double())
+                    parameter.grad = None
+            return torch.zeros((), device=self.device)
+
+        self._generator.manual_seed(0)
+        step = Role.step
+        Role.step = keep  # type: ignore[method-assign, assignment]
+        try:
+            self.updates[update]()
+        finally:
+            Role.step = step  # type: ignore[method-assign]
+        return torch.cat(kept)
+
+    def take_weights(self, other: Bench) -> None:
+        """Takes those of another run of the same networks, and its density ratio."""
+        for name in self._roles:
+            self.run.role(name).load_state_dict(other.run.role(name).state_dict())
+        self.run.ratio.bins = other.run.ratio.bins.clone()
+
     @property
     def updates(self) -> dict[str, Callable[[], None]]:
         """Update -> how to run it once."""
@@ -336,6 +363,16 @@ def report(
     return {"iteration_seconds": cycle, "matrix_peak_gflops": peak / 1e9, "updates": found}
 
 
+def gradient_difference(a: Bench, b: Bench) -> dict[str, float]:
+    """Of each update, from the weights of `a`: the norm of the difference, divided by that of the gradient of `a`."""
+    b.take_weights(a)
+    found = {}
+    for update in a.updates:
+        plain, other = a.gradient(update), b.gradient(update)
+        found[update] = float((other - plain).norm() / plain.norm())
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a config, or one of " + ", ".join(WORK))
@@ -370,6 +407,7 @@ def main() -> None:
         trace = arguments.profile and arguments.profile.with_stem(f"{arguments.profile.stem}-{key}")
         found[key] = report(bench, times[key], peak, arguments.repeats, trace)
     if "b" in found:
+        found["gradient_difference"] = gradient_difference(benches["a"], benches["b"])
         found["b_over_a"] = found["b"]["iteration_seconds"] / found["a"]["iteration_seconds"]
     text = json.dumps(found, indent=1)
     print(text)

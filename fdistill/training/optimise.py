@@ -22,11 +22,12 @@ class Role:
     """A trained module with its AdamW optimiser. Call `settle` before the first `step`.
 
     Attributes:
+        parameters: those that are trained.
         weights: norms of the trained parameters before and after the last step, [2].
     """
 
     def __init__(self, module: nn.Module, optimizer: Optimizer):
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._denoisers = [part for part in module.modules() if isinstance(part, Denoiser)]
         self._optimizer: Any = optimizer
         self._grad_clip = float("inf")
@@ -45,16 +46,16 @@ class Role:
 
         If that is NaN or infinite, the same on every process, neither weights nor the optimiser's state change.
         """
-        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         average_scalars(gradients)
         norm = total_norm(gradients)
         torch._foreach_mul_([part(gradient) for gradient in gradients], (self._grad_clip / (norm + 1e-6)).clamp(max=1))
         if adamw_8bit.is_8bit(self._optimizer):
-            adamw_8bit.step(self._optimizer, [parameter.grad for parameter in self._parameters], norm.isfinite())
+            adamw_8bit.step(self._optimizer, [parameter.grad for parameter in self.parameters], norm.isfinite())
         else:
             self._optimizer.found_inf = (~norm.isfinite()).float()  # read on the device, as torch's GradScaler has it
             self._optimizer.step()
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             parameter.grad = None
         for denoiser in self._denoisers:
             denoiser.after_update()
@@ -64,7 +65,7 @@ class Role:
 
     @torch.no_grad()
     def _weight_norm(self) -> Tensor:
-        return total_norm(self._parameters).float()
+        return total_norm(self.parameters).float()
 
 
 def make_optimizers(config: DistillConfig, networks: Networks, roles: Set[str]) -> dict[str, Optimizer]:

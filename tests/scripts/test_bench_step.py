@@ -42,6 +42,20 @@ def test_a_report_adds_up(bench: bench_step.Bench) -> None:
     assert "teacher, forward" in found["updates"][STUDENT]["seconds_by_phase"]
 
 
+def test_gradients_of_two_settings_are_compared_from_the_same_weights(tiny_teacher: Path) -> None:
+    settings = [f"teacher={tiny_teacher}", "batch_size=4", "device=cpu"]
+    plain, half = (bench_step.opened("digits", [*settings, f"precision={name}"]) for name in ("fp32", "bf16"))
+    for _ in range(2):
+        plain.critic()
+        plain.student()
+    assert bench_step.gradient_difference(plain, plain) == {CRITIC: 0, STUDENT: 0}
+    weights = [value.clone() for value in plain.run.role("generator").state_dict().values()]
+    found = bench_step.gradient_difference(plain, half)
+    assert all(1e-4 < value < 0.5 for value in found.values()), found
+    for mine, before in zip(half.run.role("generator").state_dict().values(), weights, strict=True):
+        assert torch.equal(mine, before)
+
+
 def test_operations_are_counted_forward_and_backward() -> None:
     a, b = torch.randn(8, 16, requires_grad=True), torch.randn(16, 4, requires_grad=True)
 

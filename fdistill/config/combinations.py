@@ -6,7 +6,7 @@ ValueError, whose text becomes one line of a ConfigError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fdistill.base.errors import did_you_mean, shown
@@ -64,6 +64,18 @@ def _checked_option(name: str, key: str, value: Any) -> Any:
     return float(value)
 
 
+def method_settings(name: str, generator: Any) -> Mapping[str, Any]:
+    """The settings of a method's row, without a ratio of gradients where the generator's section, a mapping or a
+    `GeneratorConfig`, has a weight for the GAN term.
+    """
+    settings = METHODS[name].settings
+    given = generator.model_fields_set if isinstance(generator, GeneratorConfig) else generator or ()
+    if not isinstance(given, Collection) or "gan_weight" not in given or "generator" not in settings:
+        return settings
+    own = {key: value for key, value in settings["generator"].items() if key != "gan_gradient_ratio"}
+    return {**settings, "generator": own}
+
+
 def check_objective(
     name: str, divergence: str | None, generator: GeneratorConfig, regression: RegressionConfig
 ) -> None:
@@ -90,10 +102,16 @@ def check_objective(
             f"divergence: method={name} has a fixed divergence; expected null, or method="
             f"{', '.join(methods_with('divergence'))}"
         )
-    if generator.gan_gradient_ratio and not (method.extra_terms and generator.gan_weight):
+    if generator.gan_gradient_ratio and not method.extra_terms:
         raise ValueError(
-            f"generator.gan_gradient_ratio: got {generator.gan_gradient_ratio}, but method={name} with "
-            f"generator.gan_weight={generator.gan_weight} has no GAN term beside matching; expected 0"
+            f"generator.gan_gradient_ratio: got {generator.gan_gradient_ratio}, but method={name} has no GAN term beside "
+            "matching; expected 0"
+        )
+    if generator.gan_gradient_ratio and generator.gan_weight not in (0, GeneratorConfig().gan_weight):
+        raise ValueError(
+            f"generator.gan_weight: got {generator.gan_weight}, but generator.gan_gradient_ratio="
+            f"{generator.gan_gradient_ratio} sets that weight in every update; expected one of them: add "
+            "generator.gan_gradient_ratio=0, or leave gan_weight out"
         )
 
 

@@ -165,7 +165,8 @@ class DistillConfig(Section):
         name = values.get("method", cls.model_fields["method"].default)
         if not isinstance(name, str) or name not in METHODS:
             raise ValueError(f"method: got {name!r}; {did_you_mean(str(name), METHODS)}")
-        given = merged({"divergence": METHODS[name].divergence, **METHODS[name].settings}, values)
+        settings = combinations.method_settings(name, values.get("generator"))
+        given = merged({"divergence": METHODS[name].divergence, **settings}, values)
         if given["divergence"] is None:
             given["divergence"] = METHODS[name].divergence
         objective = given.get("objective", {})

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fdistill.base.errors import shown
+from fdistill.config.combinations import method_settings
 from fdistill.config.limits import MAX_COUNT, MAX_STAGES
 from fdistill.config.nested import leaves, merged
 from fdistill.config.plain_yaml import MAX_DEPTH
@@ -91,6 +92,9 @@ def stage_values(base: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str,
     name = stage.get("method", base["method"])
     if name in METHODS and name != base["method"]:
         values = _with_method(values, name)
+    generator = stage.get("generator")
+    if isinstance(generator, Mapping) and "gan_weight" in generator:  # a weight that is given is not balanced
+        values = merged(values, {"generator": {"gan_gradient_ratio": 0.0}})
     values = merged(values, stage)
     return {**values, "ema": _averages(base["ema"], values["ema"])}
 
@@ -158,7 +162,8 @@ def _with_method(values: Mapping[str, Any], name: str) -> dict[str, Any]:
         kept = {key: value for key, value in values["discriminator"].items() if key in OptimizerConfig.model_fields}
         values = {**values, "discriminator": {**DiscriminatorConfig().model_dump(), **kept}}
     values = merged({**values, "objective": {}}, _turned_off(before, method))
-    return merged({**values, "method": name, "divergence": method.divergence}, method.settings)
+    fixed = values["generator"] if values["generator"]["gan_weight"] != GeneratorConfig().gan_weight else {}
+    return merged({**values, "method": name, "divergence": method.divergence}, method_settings(name, fixed))
 
 
 def _turned_off(before: Method, method: Method) -> dict[str, Any]:

@@ -41,9 +41,14 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
         [{"divergence": None}, {"method": "f-distill"}],
     ),
     (
-        {"generator.gan_gradient_ratio": 1.0, "generator.gan_weight": 0},
+        {"generator.gan_gradient_ratio": 1.0, "generator.gan_weight": 0.1},
+        "expected one of them",
+        [{"generator.gan_gradient_ratio": 0}, {"generator.gan_weight": LEFT_OUT}],
+    ),
+    (
+        {"method": "sida", "generator.gan_gradient_ratio": 1.0},
         "has no GAN term beside matching; expected 0",
-        [{"generator.gan_gradient_ratio": 0}, {"generator.gan_weight": 0.1}],
+        [{"generator.gan_gradient_ratio": 0}, {"method": "f-distill"}],
     ),
     (
         {"discriminator.r1": "approximate"},

@@ -47,6 +47,25 @@ def test_a_section_given_as_a_mapping_changes_what_it_names_alone() -> None:
     assert load_config("digits", {"teacher": Path("some") / "folder"}).teacher == "some/folder"
 
 
+def test_a_gan_weight_that_is_given_is_not_balanced(tmp_path: Path) -> None:
+    def settings(*given: str, name: str = "digits") -> tuple[float, float]:
+        generator = load_config(name, list(given)).generator
+        return generator.gan_weight, generator.gan_gradient_ratio
+
+    assert settings() == (1e-3, 0.3)
+    assert settings("generator.gan_weight=0.001") == (1e-3, 0)
+    assert settings("generator.gan_weight=0", "discriminator.gan_weight=0", "divergence=reverse-kl") == (0, 0)
+    assert settings("method=dmd2") == (1e-3, 0)  # as published
+    assert settings(name="sd15") == (1e-3, 0)
+    file = tmp_path / "mine.yaml"
+    file.write_text("generator: {gan_gradient_ratio: 1.0}")
+    assert settings(name=str(file)) == (1e-3, 1.0)
+    with pytest.raises(ConfigError, match="gan_weight: got 0.1, but generator.gan_gradient_ratio=1.0 sets that weight"):
+        settings("generator.gan_weight=0.1", name=str(file))
+    staged = load_config("digits", {"stages": [{"iterations": 1}, {"iterations": 1, "generator.gan_weight": 0.1}]})
+    assert [stage.generator.gan_gradient_ratio for stage in staged.stage_configs()] == [0.3, 0]
+
+
 def test_every_config_loads_and_survives_a_round_trip(tmp_path: Path) -> None:
     for path in sorted((Path(__file__).parent.parent.parent / "configs").glob("*.yaml")):
         config = load_config(str(path))

@@ -143,7 +143,7 @@ def test_long_and_short_guidance_and_regression(teacher: Path, prompts: Path, tm
         ({"frozen_precision": "bf16"}, r"expected precision=bf16 as well"),
         ({"student.lora_rank": 4, "student.network": {"layers_per_block": 1}}, r"student\.lora_rank: got 4"),
         ({"student.noise_kl_weight": 0.1}, r"expected 0, or generator=tiue"),
-        ({"generator.gan_gradient_ratio": 1.0, "generator.gan_weight": 0.0}, r"gan_gradient_ratio: got 1\.0"),
+        ({"generator.gan_gradient_ratio": 1.0, "generator.gan_weight": 0.1}, r"gan_weight: got 0\.1"),
         ({"student.lora_rank": 4, "student.lora_targets": ["to_nothing"]}, r"no layer's name ends in one of them"),
         ({"student.generator": "tiue", "regression.weight": 0.1, "method": "dmd"}, r"regression\.weight"),
     ],

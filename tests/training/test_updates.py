@@ -136,7 +136,10 @@ def test_settings_of_diffratios_classifier_reach_its_step(
 NOISE, X0 = torch.randn(2, 6, 1, 8, 8, generator=torch.Generator().manual_seed(4))
 PAIRS = {"pairs": Pairs(NOISE, X0, LABELS)}
 BY_HAND: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "f-distill": (generator_step, {"levels": MATCHING, "weighting": "normalised", "gan_weight": 1e-3}),
+    "f-distill": (
+        generator_step,
+        {"levels": MATCHING, "weighting": "normalised", "gan_weight": 1e-3, "gan_gradient_ratio": 0.3},
+    ),
     "dmd": (generator_step, {"levels": MATCHING, "gan_weight": 0.0, "regression_weight": 0.25, **PAIRS}),
     "vsd": (generator_step, {"levels": MATCHING, "gan_weight": 0.0, "weighting": "vsd"}),
     "sid": (sid_step, {"levels": MATCHING, "alpha": 1.2, "weighting": "normalised"}),
@@ -151,7 +154,7 @@ BY_HAND: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 #: A method, the config's settings over it, what they are to the step, and what they would be if they were lost.
 STUDENT_SETTINGS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("f-distill", {"generator.weighting": "uniform"}, {"weighting": "uniform"}),
-    ("f-distill", {"generator.gan_weight": 0.3}, {"gan_weight": 0.3}),
+    ("f-distill", {"generator.gan_weight": 0.3}, {"gan_weight": 0.3, "gan_gradient_ratio": 0.0}),
     ("f-distill", {"generator.gan_gradient_ratio": 0.5}, {"gan_gradient_ratio": 0.5}),
     ("f-distill", {"divergence": "kl"}, {"divergence": "kl"}),
     ("f-distill", {"ratio.upper": 1.0}, {"ratio": {"upper": 1.0}}),

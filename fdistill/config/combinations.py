@@ -104,8 +104,8 @@ def check_objective(
         )
     if generator.gan_gradient_ratio and not method.extra_terms:
         raise ValueError(
-            f"generator.gan_gradient_ratio: got {generator.gan_gradient_ratio}, but method={name} has no GAN term beside "
-            "matching; expected 0"
+            f"generator.gan_gradient_ratio: got {generator.gan_gradient_ratio}, but method={name} has no GAN term "
+            "beside matching; expected 0"
         )
     if generator.gan_gradient_ratio and generator.gan_weight not in (0, GeneratorConfig().gan_weight):
         raise ValueError(

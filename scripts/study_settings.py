@@ -118,7 +118,7 @@ def make_edm_teacher(folder: Path) -> None:
     _train_teacher(folder, images, labels, num_blocks=4, sigma_data=0.75, iterations=4000)
 
 
-def make_colour_teacher(folder: Path, archive: Path) -> None:
+def make_colour_teacher(folder: Path, archive: Path, iterations: int = 2000) -> None:
     """An EDM network of CIFAR-10 at 16 x 16, and beside it the images and a classifier whose features give the distance
     to them: a quarter of an hour on one core.
     """
@@ -131,7 +131,7 @@ def make_colour_teacher(folder: Path, archive: Path) -> None:
     (folder / "large.npz").unlink()
     gpu_cifar10.train_features(folder, _FEATURES, torch.device("cpu"))
     data = open_npz(folder / "train.npz")
-    _train_teacher(folder / "teacher", data.images, data.labels, num_blocks=2, sigma_data=0.5, iterations=2000)
+    _train_teacher(folder / "teacher", data.images, data.labels, num_blocks=2, sigma_data=0.5, iterations=iterations)
 
 
 def _train_teacher(
@@ -189,8 +189,8 @@ def colour_distance(folder: Path, sample: Any) -> float:
     network = gpu_cifar10.Features(_FEATURES.feature_width, 10)
     network.load_state_dict(load_file(folder / "features.safetensors"))
     network.eval()
-    images, _ = gpu_cifar10.draw(sample, (3, 16, 16), SAMPLES, device)
     references = open_npz(folder / "train.npz").images
+    images, _ = gpu_cifar10.draw(sample, tuple(references.shape[1:]), SAMPLES, device)
     own, real = (Moments.of(gpu_cifar10.extract(network, each, device)[0]) for each in (images, references))
     return frechet_distance(own, real)
 

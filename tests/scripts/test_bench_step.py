@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,10 +18,13 @@ sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 import bench_growth
 import bench_saving
 import bench_step
+import gpu_cifar10
 import study_settings
 from bench_step import CRITIC, STUDENT
 
+from fdistill import load_teacher
 from fdistill.config.reading import load_config
+from fdistill.data.npz import open_npz
 
 
 @pytest.fixture
@@ -76,6 +81,28 @@ def test_growth_is_drawn(tmp_path: Path) -> None:
     points = {str(x): {"seconds": 0.1 * x, "peak_bytes": 1e8 * x} for x in (1, 2, 4)}
     bench_growth.draw({"config": "digits", "batches": points, "sizes": points}, tmp_path / "growth.png")
     assert Image.open(tmp_path / "growth.png").size > (900, 600)
+
+
+def test_a_colour_teacher_is_made_of_an_archive_and_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed, part in enumerate(("train", "test")):
+        gpu_cifar10.made_up_jpeg(tmp_path / f"{part}.npz", 200, seed)
+    monkeypatch.setattr(study_settings, "SAMPLES", 150)
+    folder = tmp_path / "colour"
+    study_settings.make_colour_teacher(folder, tmp_path / "train.npz", iterations=2)
+    images = open_npz(folder / "train.npz").images
+    large = Image.open(io.BytesIO(np.load(tmp_path / "train.npz")["jpeg"].tobytes()))  # the first of them
+    first = np.asarray(large).reshape(8, 2, 8, 2, 3).mean((1, 3)).transpose(2, 0, 1)
+    assert np.abs(images[0].numpy() - first).max() <= 0.5
+    teacher = load_teacher(folder / "teacher")
+
+    def sample(noise: Tensor, classes: Tensor) -> Tensor:
+        return teacher(noise * 80, torch.full((len(noise),), 80.0), classes)
+
+    def itself(noise: Tensor, classes: Tensor) -> Tensor:
+        return images[: len(noise)] / 127.5 - 1
+
+    distance, least = (study_settings.colour_distance(folder, each) for each in (sample, itself))
+    assert 0 <= least < distance
 
 
 def test_settings_are_compared_at_equal_arithmetic() -> None:

@@ -43,7 +43,7 @@ def test_file_then_overrides(tmp_path: Path) -> None:
 def test_a_section_given_as_a_mapping_changes_what_it_names_alone() -> None:
     config = load_config("digits", ["generator={gan_weight: 2e-3}"])
     assert config.generator.gan_weight == 2e-3
-    assert config.generator.lr == load_config("digits").generator.lr == 2e-4
+    assert config.generator.lr == load_config("digits").generator.lr == 4e-4
     assert load_config("digits", {"teacher": Path("some") / "folder"}).teacher == "some/folder"
 
 

@@ -237,7 +237,7 @@ def test_a_run_that_breaks_keeps_the_last_good_checkpoint_and_says_how_to_go_on(
     changed = [json.loads(line) for line in (folder / "changes.jsonl").read_text().splitlines()]
     assert [record["iteration"] for record in changed] == [1, 1]
     first, second = (record["changed"]["generator.lr"] for record in changed)
-    assert first == {"from": 2e-4, "to": 1e6}
+    assert first == {"from": 4e-4, "to": 1e6}
     assert second == {"from": 1e6, "to": setting["generator.lr"]}
 
 
@@ -321,5 +321,5 @@ def test_dry_run_says_what_would_be_done(tiny_teacher: Path) -> None:
     text = describe(load_config("digits", [f"teacher={tiny_teacher}", "divergence=js"]))
     assert "divergence     jensen-shannon" in text
     assert "discriminator  convolutional heads on fake features mid" in text
-    assert "350, each 2 critic updates and then 1 student update of 128 samples" in text
+    assert "420, each 2 critic updates and then 1 student update of 64 samples" in text
     assert "one evaluation from level 2.5" in text

@@ -5,8 +5,8 @@
 A row is TEACHER/SETTINGS. Teachers differ in family, size, data and start: the embedded digits; an EDM network (DDPM++
 with four blocks a level, sigma_data 0.75) that is trained here on the same digits, started at sigma 2.5 and at 80; the
 embedded text-to-image teacher; and, with --cifar10, an EDM network of CIFAR-10 at 16 x 16. What is made already is
-kept. The table has the Frechet distance of the last averages as a multiple of the teacher's, both means over five draws of
-noise: between two draws it differs by a tenth. Several --seeds are runs of their own.
+kept. The table has the Frechet distance of the last averages as a multiple of the teacher's, both means over five draws
+of noise: between two draws it differs by a tenth. Several --seeds are runs of their own.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ METHODS: dict[str, Method] = {
         divergence="jensen-shannon",
         discriminator=True,
         few_step=True,
-        settings={"generator": {"gan_gradient_ratio": 0.3}},  # this project's (docs/speed.md), where the paper has 1e-3
+        settings={"generator": {"gan_gradient_ratio": 0.3}},  # this project's (docs/speed.md); the paper fixes a weight
     ),
     "dmd2": _matching(
         "reverse KL with a GAN head on the fake score's bottleneck, critic updated more often",

@@ -99,7 +99,7 @@ def main() -> None:
     batches = {size: measured(arguments.config, f"batch_size={size}") for size in arguments.batches.split(",")}
     sizes = {
         size: measured(
-            "edm-w32", "batch_size=4", f"teacher=bench_step:edm_32_at_{size}", "discriminator.features=[mid]"
+            "edm-w32", "batch_size=4", f"teacher=bench_teachers:edm_32_at_{size}", "discriminator.features=[mid]"
         )
         for size in arguments.sizes.split(",")
     }

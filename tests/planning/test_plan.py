@@ -134,7 +134,7 @@ def test_a_teacher_that_is_not_there(teacher: str, error: type[Exception], said:
 
 
 def test_what_does_not_divide() -> None:
-    with pytest.raises(ConfigError, match="batch_size: 128 does not divide among 3 GPUs"):
+    with pytest.raises(ConfigError, match="batch_size: 64 does not divide among 3 GPUs"):
         planned(load_config("digits"), gpus=3)
     with pytest.raises(ConfigError, match="hybrid needs whole machines of 8 GPUs, got 12"):
         planned(load_config("digits", {"parallel": "hybrid", "batch_size": 24}), gpus=12)

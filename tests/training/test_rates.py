@@ -94,7 +94,7 @@ def test_a_resumed_run_goes_on_at_its_rate(tiny_teacher: Path, tmp_path: Path) -
     records = read_records(folder / "metrics.jsonl")
     config = load_config(str(folder / "config.yaml"))
     rates = {name: [record[f"{name}/lr"] for record in records] for name in ("generator", "fake_score")}
-    assert rates["generator"] == pytest.approx([2e-4 * f for f in (1, 0.853553, 0.5, 0.146447)], rel=1e-5)
+    assert rates["generator"] == pytest.approx([4e-4 * f for f in (1, 0.853553, 0.5, 0.146447)], rel=1e-5)
     assert rates["fake_score"] == pytest.approx([config.fake_score.lr * k / 3 for k in (1, 2, 3, 3)])
     assert not any("discriminator/lr" in record for record in records)  # it does not change
 

@@ -90,11 +90,10 @@ class Setting:
 
 
 _EDM = ["digits", "teacher=OUT/edm-teacher"]
-_WIDE = ["matching_levels.high=0.98", "critic_levels.high=1.0"]
 TEACHERS = {
     "digits": Teacher(["digits"], 250),
     "edm": Teacher(_EDM, 490),
-    "edm-80": Teacher([*_EDM, "student_level=80", *_WIDE], 490),
+    "edm-80": Teacher([*_EDM, "student_level=80", "matching_levels.high=0.98", "critic_levels.high=1.0"], 490),
     "t2i": Teacher(["digits-t2i"], 250, batch=64, rate=1e-4),
     "colour": Teacher(
         ["digits", "teacher=OUT/colour/teacher", "data=OUT/colour/train.npz", "matching_levels.high=0.8"], 300, batch=64
@@ -189,8 +188,10 @@ def colour_distance(folder: Path, sample: Any) -> float:
 def distances(output: Path, name: str, folder: Path | None) -> list[float]:
     """Of the student in a folder, or of the teacher with 35 evaluations: one for each draw; of colour images one."""
     if name == "colour":
-        teacher = partial(heun_sample, fdistill.load_teacher(output / "colour" / "teacher"), num_steps=18)
-        return [colour_distance(output / "colour", teacher if folder is None else fdistill.load_student(folder))]
+        sample: Any = None if folder is None else fdistill.load_student(folder)
+        if sample is None:
+            sample = partial(heun_sample, fdistill.load_teacher(output / "colour" / "teacher"), num_steps=18)
+        return [colour_distance(output / "colour", sample)]
     own = {"digits": "digits", "t2i": "digits-t2i"}.get(name, str(output / "edm-teacher"))
     options: dict[str, Any] = {"samples": own if folder is None else str(folder)}
     if name == "t2i":

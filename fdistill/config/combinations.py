@@ -102,12 +102,12 @@ def check_objective(
             f"divergence: method={name} has a fixed divergence; expected null, or method="
             f"{', '.join(methods_with('divergence'))}"
         )
-    if generator.gan_gradient_ratio and not method.extra_terms:
+    if generator.gan_gradient_ratio and not (method.extra_terms and generator.gan_weight):
         raise ValueError(
-            f"generator.gan_gradient_ratio: got {generator.gan_gradient_ratio}, but method={name} has no GAN term "
-            "beside matching; expected 0"
+            f"generator.gan_gradient_ratio: got {generator.gan_gradient_ratio}, but method={name} with "
+            f"generator.gan_weight={generator.gan_weight} has no GAN term beside matching; expected 0"
         )
-    if generator.gan_gradient_ratio and generator.gan_weight not in (0, GeneratorConfig().gan_weight):
+    if generator.gan_gradient_ratio and generator.gan_weight != GeneratorConfig().gan_weight:
         raise ValueError(
             f"generator.gan_weight: got {generator.gan_weight}, but generator.gan_gradient_ratio="
             f"{generator.gan_gradient_ratio} sets that weight in every update; expected one of them: add "

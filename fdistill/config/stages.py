@@ -171,7 +171,7 @@ def _turned_off(before: Method, method: Method) -> dict[str, Any]:
     generator, discriminator = GeneratorConfig(), DiscriminatorConfig()
     found: dict[str, Any] = {"generator": {}}
     if not method.discriminator:
-        found["generator"] |= {"gan_weight": 0.0}
+        found["generator"] |= {"gan_weight": 0.0, "gan_gradient_ratio": 0.0}
         found["discriminator"] = {"gan_weight": 0.0}
     elif not before.discriminator:
         found["generator"] |= {"gan_weight": generator.gan_weight}

@@ -62,6 +62,12 @@ def test_a_gan_weight_that_is_given_is_not_balanced(tmp_path: Path) -> None:
     assert settings(name=str(file)) == (1e-3, 1.0)
     with pytest.raises(ConfigError, match=r"gan_weight: got 0\.1, but generator\.gan_gradient_ratio=1\.0"):
         settings("generator.gan_weight=0.1", name=str(file))
+    with pytest.raises(
+        ConfigError, match=r"gan_gradient_ratio: got 1\.0, but method=f-distill with generator\.gan_weight=0"
+    ):
+        settings("generator.gan_weight=0", name=str(file))
+    without = load_config("digits", {"stages": [{"iterations": 1, "method": "diff-instruct"}, {"iterations": 1}]})
+    assert [stage.generator.gan_gradient_ratio for stage in without.stage_configs()] == [0, 0.3]
     staged = load_config("digits", {"stages": [{"iterations": 1}, {"iterations": 1, "generator.gan_weight": 0.1}]})
     assert [stage.generator.gan_gradient_ratio for stage in staged.stage_configs()] == [0.3, 0]
 

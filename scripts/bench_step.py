@@ -44,10 +44,10 @@ from fdistill.training.batches import Batches
 from fdistill.training.build import build
 from fdistill.training.distillation import Distillation
 from fdistill.training.journal import Journal
-from fdistill.training.loop import settle, update_critic, update_student
+from fdistill.training.loop import draw_critic_samples, settle, update_critic, update_student
 from fdistill.training.optimise import Role
 
-CRITIC, STUDENT = "critic", "student"
+SAMPLES, CRITIC, STUDENT = "samples", "critic", "student"
 _WARM_UP = 2
 
 
@@ -66,6 +66,7 @@ class Bench:
         self._generator = torch.Generator(device)
         nothing: Any = SimpleNamespace(pairs=None, text=None)
         self._batches = Batches(self.run, nothing, self._samples())
+        self._drawn: dict[str, Tensor] = {}
         settle(self.run, self._roles, self._generator)
 
     def _samples(self) -> Iterator[Batch]:
@@ -80,9 +81,16 @@ class Bench:
         while True:
             yield Batch(images, rows % (teacher.num_classes or 1), rows, text)
 
+    def samples(self) -> None:
+        """Draws the samples that the critic's updates of an iteration share."""
+        self._drawn = {"fake_x0": draw_critic_samples(self.run, self._batches.critic(0), self._generator)}
+
     def critic(self) -> None:
-        """One update of the critic."""
-        update_critic(self.run, 0, self._batches.critic(0), self._roles, self._generator, self._journal)
+        """One update of the critic; with reuse_samples without the student's samples, which `samples` draws."""
+        if self.run.stage.config.reuse_samples and not self._drawn:
+            self.samples()
+        arguments = {**self._batches.critic(0), **self._drawn}
+        update_critic(self.run, 0, arguments, self._roles, self._generator, self._journal)
 
     def student(self) -> None:
         """One update of the student, and of its averages."""
@@ -103,6 +111,7 @@ class Bench:
         self._generator.manual_seed(0)
         step = Role.step
         Role.step = keep  # type: ignore[method-assign, assignment]
+        self._drawn = {}
         try:
             self.updates[update]()
         finally:
@@ -118,7 +127,8 @@ class Bench:
     @property
     def updates(self) -> dict[str, Callable[[], None]]:
         """Update -> how to run it once."""
-        return {CRITIC: self.critic, STUDENT: self.student}
+        shared = {SAMPLES: self.samples} if self.run.stage.config.reuse_samples else {}
+        return {**shared, CRITIC: self.critic, STUDENT: self.student}
 
 
 def opened(name: str, overrides: list[str]) -> Bench:
@@ -274,7 +284,8 @@ def report(
         }
         if "gpu_seconds" in found[name]:
             found[name]["gpu_idle"] = 1 - found[name]["gpu_seconds"] / middle
-    cycle = bench.run.stage.critic_steps * found[CRITIC]["seconds"] + found[STUDENT]["seconds"]
+    times_an_iteration = {SAMPLES: 1, CRITIC: bench.run.stage.critic_steps, STUDENT: 1}
+    cycle = sum(times_an_iteration[name] * found[name]["seconds"] for name in found)
     return {"iteration_seconds": cycle, "matrix_peak_gflops": peak / 1e9, "updates": found}
 
 
@@ -282,7 +293,7 @@ def gradient_difference(a: Bench, b: Bench) -> dict[str, float]:
     """Of each update, from the weights of `a`: the norm of the difference, divided by that of the gradient of `a`."""
     b.take_weights(a)
     found = {}
-    for update in a.updates:
+    for update in (CRITIC, STUDENT):
         plain, other = a.gradient(update), b.gradient(update)
         found[update] = float((other - plain).norm() / plain.norm())
     return found
@@ -303,7 +314,9 @@ def main() -> None:
     if arguments.against:
         benches["b"] = opened(arguments.config, [*arguments.overrides, *arguments.against.split(",")])
     device = benches["a"].device
-    times: dict[str, dict[str, list[float]]] = {key: {CRITIC: [], STUDENT: []} for key in benches}
+    times: dict[str, dict[str, list[float]]] = {
+        key: {update: [] for update in bench.updates} for key, bench in benches.items()
+    }
     for repeat in range(_WARM_UP + arguments.repeats):
         for key, bench in benches.items():
             for update, call in bench.updates.items():

@@ -201,6 +201,12 @@ def check_scores(name: str, condition_dropout: float, fake_score: FakeScoreConfi
         raise ValueError(f"fake_score.guidance_scale: method={name} evaluates no fake score; expected 1")
 
 
+def check_reuse(name: str, reuse_samples: bool) -> None:
+    """Checks that a method without a critic has no samples to use again."""
+    if reuse_samples and METHODS[name].critic is None:
+        raise ValueError(f"reuse_samples: got true, but method={name} trains no critic; expected false")
+
+
 def check_rates(iterations: int, roles: Mapping[str, OptimizerConfig]) -> None:
     """Checks that a learning rate which falls has iterations left to fall in after its warm-up."""
     for role, section in roles.items():

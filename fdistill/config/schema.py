@@ -115,6 +115,11 @@ class DistillConfig(Section):
     )
     batch_size: Batch = Field(default=128, description="samples per update, over all processes")
     critic_steps: Steps = 2
+    reuse_samples: bool = Field(
+        default=False,
+        description="whether the critic's updates of an iteration share one batch and the student's samples, at new "
+        "noise levels: faster, most of all with a student of several steps",
+    )
     max_skipped: Count = Field(
         default=10,
         description="updates of a role in a row that may be skipped for a loss or gradient that is not finite",
@@ -190,6 +195,7 @@ class DistillConfig(Section):
         combinations.check_objective(name, self.divergence, self.generator, self.regression)
         combinations.check_discriminator(name, self.data, self.generator, self.discriminator)
         combinations.check_scores(name, self.condition_dropout, self.fake_score)
+        combinations.check_reuse(name, self.reuse_samples)
         combinations.check_rates(self.iterations, self.roles)
         combinations.check_keep_best(self.log, self.eval)
         combinations.check_precision(self.precision, self.frozen_precision)

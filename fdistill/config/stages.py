@@ -30,6 +30,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "method": None,
     "divergence": None,
     "critic_steps": None,
+    "reuse_samples": None,
     "objective": None,
     "generator": set(GeneratorConfig.model_fields) - {"optimizer"},
     "fake_score": _OPTIMIZER | {"micro_batch", "weighting", "min_snr_gamma"},

@@ -18,10 +18,12 @@ from fdistill.training.parts import Split, backward, count_of
 from fdistill.training.updates import Update
 
 CRITIC, STUDENT = "critic", "student"
+#: A critic's update with the samples of the one before, see `reuse_samples`.
+REUSING = "repeated critic"
 #: Update -> the roles that learn from it.
-LEARN = {CRITIC: ("fake score", "heads"), STUDENT: ("student",)}
+LEARN = {CRITIC: ("fake score", "heads"), REUSING: ("fake score", "heads"), STUDENT: ("student",)}
 #: Update -> the section of its micro_batch.
-_SECTIONS = {CRITIC: "fake_score", STUDENT: "generator"}
+SECTIONS = {CRITIC: "fake_score", REUSING: "fake_score", STUDENT: "generator"}
 _CPU = torch.device("cpu")
 
 
@@ -79,11 +81,13 @@ def count_updates(run: Distillation, processes: int) -> Iterator[tuple[str, Coun
     """
     stage = run.stage
     updates: dict[str, tuple[Update, int]] = {}
-    if stage.critic_steps:
-        updates[CRITIC] = (run.critic_update, stage.critic_steps)
+    if stage.batches:
+        updates[CRITIC] = (run.critic_update, stage.batches)
+    if stage.critic_steps > stage.batches:
+        updates[REUSING] = (run.critic_update, stage.critic_steps - stage.batches)
     updates[STUDENT] = (run.student_update, 1)
     for name, (update, times) in updates.items():
-        parts = count_of(stage.config, _SECTIONS[name], processes)
+        parts = count_of(stage.config, SECTIONS[name], processes)
         samples = run.config.batch_size // processes // parts
         live, inputs = _counted(run, name, update, samples, min(parts, 2))
         flops = live.flops * parts // min(parts, 2)
@@ -112,8 +116,9 @@ def _arguments(run: Distillation, name: str, batch: int) -> dict[str, Any]:
     teacher, stage = run.networks.teacher, run.stage
     samples = torch.zeros(batch, *teacher.sample_shape)
     condition = teacher.example_condition(batch, _CPU)
-    if name == CRITIC:
-        return {"real_x0": samples, "condition": condition}
+    if name in (CRITIC, REUSING):
+        drawn = {"fake_x0": torch.zeros_like(samples)} if name == REUSING else {}
+        return {"real_x0": samples, "condition": condition, **drawn}
     given: dict[str, Any] = {"condition": condition if stage.critic_steps else None, "batch_size": batch}
     if stage.config.regression.weight:
         given["pairs"] = Pairs(torch.zeros_like(samples), samples, condition)

@@ -10,7 +10,7 @@ from typing import Any
 from fdistill.base.errors import FDistillError
 from fdistill.config.reading import validate
 from fdistill.config.schema import DistillConfig
-from fdistill.planning.counting import CRITIC, STUDENT
+from fdistill.planning.counting import SECTIONS
 from fdistill.planning.held import NAMES
 from fdistill.planning.placement import STORED, Footprint, Placement, on_a_device
 
@@ -142,8 +142,8 @@ def _parts(found: Footprint) -> Iterator[tuple[list[str], dict[str, float]]]:
     while size:
         scales = {name: min(1.0, size / update.samples) for name, update in found.updates.items()}
         if not any(update.samples % min(size, update.samples) for update in found.updates.values()):
-            sections = {CRITIC: "fake_score", STUDENT: "generator"}
-            yield [f"{sections[name]}.micro_batch={size}" for name in found.updates], scales
+            sections = dict.fromkeys(SECTIONS[name] for name in found.updates)
+            yield [f"{section}.micro_batch={size}" for section in sections], scales
         size //= 2
 
 

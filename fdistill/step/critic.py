@@ -28,6 +28,7 @@ def critic_step(
     condition: Condition | None,
     generator: torch.Generator,
     *,
+    fake_x0: Tensor | None = None,
     levels: LevelDraw = karras_levels,
     weighting: str = "edm",
     min_snr_gamma: float = 5.0,
@@ -56,6 +57,7 @@ def critic_step(
         real_x0: [B, C, H, W] data in [-1, 1]; without a GAN term only its shape is used.
         condition: [B] class labels or prompts of the data, given to the student as well; None if unconditional.
         generator: source of all randomness; its device is where the networks live.
+        fake_x0: [B, C, H, W] samples of the student with `condition`, drawn before; None draws them here.
         levels: (schedule, uniform draws [B]) -> t [B].
         weighting, min_snr_gamma: see `denoising_weight`.
         gan_weight, r1_weight: 0 leaves the term out.
@@ -74,8 +76,9 @@ def critic_step(
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         return denoising_weight(name, alpha, sigma, sigma_data=networks.teacher.sigma_data, min_snr_gamma=min_snr_gamma)
 
-    with torch.no_grad():
-        fake_x0 = networks.draw_samples(generator, batch, condition, student_steps)
+    if fake_x0 is None:
+        with torch.no_grad():
+            fake_x0 = networks.draw_samples(generator, batch, condition, student_steps)
     condition = condition if critic_condition is None else critic_condition
     fake_score = networks.learning or networks.fake_score
     real_draws = generator.clone_state() if shared_noise else generator

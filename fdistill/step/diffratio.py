@@ -22,6 +22,7 @@ def ratio_critic_step(
     condition: Condition | None,
     generator: torch.Generator,
     *,
+    fake_x0: Tensor | None = None,
     levels: LevelDraw = karras_levels,
     r1_weight: float = 0.0,
     r1_sigma: float | None = None,
@@ -41,13 +42,14 @@ def ratio_critic_step(
         condition: [B] class labels of the data, given to the student as well; None if unconditional.
         generator: source of all randomness.
         levels: (schedule, uniform draws [B]) -> t [B].
-        r1_weight, r1_sigma: as in `critic_step`.
+        fake_x0, r1_weight, r1_sigma: as in `critic_step`.
         backend: "auto", "triton" or "reference", for noise, weights and losses.
     """
     batch, schedule = len(real_x0), networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
-    with torch.no_grad():
-        fake_x0 = networks.draw_samples(generator, batch, condition, None)
+    if fake_x0 is None:
+        with torch.no_grad():
+            fake_x0 = networks.draw_samples(generator, batch, condition, None)
     t = levels(schedule, rng.uniform(generator, batch))
     _, (network_input,), _ = renoise([tapped], fake_x0, t, generator, backend=backend)
     logits = discriminator(tapped.features(network_input, t, condition, discriminator.features))

@@ -50,12 +50,17 @@ class Batches:
         self._last: _Read | None = None
 
     def critic(self, number: int) -> dict[str, Any]:
-        """Arguments of critic update `number` (from 0) of this iteration, except the random generator."""
-        self._last = read = self._next()
+        """Arguments of critic update `number` (from 0) of this iteration, except the random generator and the samples
+        that are used again.
+        """
+        batch = number if self._run.stage.batches > 1 else 0
+        if self._last is None or batch == number:
+            self._last = self._next()
+        read = self._last
         return {
             "real_x0": read.real_x0,
             "condition": read.condition,
-            **self._student_steps(number),
+            **self._student_steps(batch),
             **self._without_some_conditions(read.condition, number),
         }
 

@@ -34,7 +34,7 @@ from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal
 from fdistill.training.logbook import Logbook
 from fdistill.training.optimise import Role
-from fdistill.training.parts import Split, backward, check_parts, count_of
+from fdistill.training.parts import Split, backward, check_parts, count_of, draw_samples
 from fdistill.training.prompts import Obtain, encode, open_prompts
 from fdistill.training.run_folder import check_output, export_student, held_folder, prepare_folder, resume_from
 from fdistill.training.stages import batches_before, settle_ratio
@@ -174,8 +174,12 @@ def iterate(
 ) -> None:
     """One iteration: the critic's updates, then the student's update, then the update of its averaged weights."""
     settle(run, roles, generator)
+    samples: dict[str, Tensor] = {}
     for number in range(run.stage.critic_steps):
-        update_critic(run, number, batches.critic(number), roles, generator, journal)
+        arguments = batches.critic(number)
+        if run.stage.config.reuse_samples and not samples:
+            samples = {"fake_x0": draw_critic_samples(run, arguments, generator)}
+        update_critic(run, number, {**arguments, **samples}, roles, generator, journal)
     update_student(run, batches.student(), roles, generator, journal)
     run.ema.update(run.stage.config.ema.decays)
     run.iteration += 1
@@ -192,6 +196,11 @@ def settle(run: Distillation, roles: Mapping[str, Role], generator: torch.Genera
     torch.manual_seed(rng.derived_seed(run.config.seed, rng.Stream.DROPOUT, run.iteration, rng.world()[0]))
 
 
+def draw_critic_samples(run: Distillation, arguments: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+    """The student's samples [B, C, H, W] for a critic's update with these arguments."""
+    return draw_samples(run.networks, arguments, generator, _split(run, "fake_score", {}))
+
+
 def update_critic(
     run: Distillation,
     number: int,
@@ -203,7 +212,7 @@ def update_critic(
     """The critic's update `number`, from 0, of this iteration: fake score and discriminator, where they are trained."""
     critic = {name: role for name, role in roles.items() if name in run.stage.roles and name != "generator"}
     logs = backward(run.critic_update, arguments, generator, _split(run, "fake_score", critic))
-    batch = batches_before(run.stages, run.iteration) + number + 1
+    batch = batches_before(run.stages, run.iteration) + min(number + 1, run.stage.batches)
     step(logs, critic, journal, f"iteration {run.iteration + 1}, batch {batch}")
 
 
@@ -219,8 +228,8 @@ def update_student(
     bins = run.ratio.bins.clone()
     logs = backward(run.student_update, arguments, generator, _split(run, "generator", student))
     place = f"iteration {run.iteration + 1}"
-    if run.stage.critic_steps:  # the conditions are those of the critic's last batch
-        place += f", batch {batches_before(run.stages, run.iteration) + run.stage.critic_steps}"
+    if run.stage.batches:  # the conditions are those of the critic's last batch
+        place += f", batch {batches_before(run.stages, run.iteration) + run.stage.batches}"
     (norm,) = step(logs, student, journal, place)
     now = run.ratio.bins
     run.ratio.bins = torch.where(norm.isfinite().to(now.device), now, bins.to(now.device))

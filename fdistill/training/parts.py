@@ -19,7 +19,7 @@ from fdistill.base.devices import autocast
 from fdistill.base.errors import ConfigError
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
-from fdistill.step import Pairs, PerSample
+from fdistill.step import Networks, Pairs, PerSample
 from fdistill.training.sharding import average_gradients_next
 from fdistill.training.updates import Update
 
@@ -112,6 +112,19 @@ def backward(
         loss.backward(0 * loss.detach() + 1)  # NaN if the loss is not finite, so that no gradient is
         logs.append(result.logs)
     return logs
+
+
+@torch.no_grad()
+def draw_samples(networks: Networks, arguments: Mapping[str, Any], generator: torch.Generator, split: Split) -> Tensor:
+    """The student's samples [B, C, H, W] that a critic's update with these arguments would draw, in as many parts."""
+    state, parts = generator.get_state(), []
+    for number in range(split.count):
+        generator.set_state(state)
+        own = part_of(arguments, number, split.count)
+        with rng.part(number, split.count), autocast(generator.device, split.precision):
+            drawn = networks.draw_samples(generator, len(own["real_x0"]), own["condition"], own.get("student_steps"))
+        parts.append(drawn)
+    return parts[0] if split.count == 1 else torch.cat(parts)
 
 
 def part_of(arguments: Mapping[str, Any], number: int, count: int) -> dict[str, Any]:

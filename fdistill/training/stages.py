@@ -48,6 +48,11 @@ class Stage:
         return 0 if self.critic_update is None else self.config.critic_steps
 
     @property
+    def batches(self) -> int:
+        """The batches of data that an iteration reads: one for each of the critic's updates, or one for them all."""
+        return min(self.critic_steps, 1) if self.config.reuse_samples else self.critic_steps
+
+    @property
     def roles(self) -> tuple[str, ...]:
         """The names of the roles that it trains."""
         return trained_roles(self.config)
@@ -98,7 +103,7 @@ def stage_at(stages: Sequence[Stage], iteration: int) -> Stage:
 
 def batches_before(stages: Sequence[Stage], iteration: int) -> int:
     """How many batches of data the critic's updates read in the iterations before this one."""
-    return sum(done * stage.critic_steps for stage, done in _done(stages, iteration))
+    return sum(done * stage.batches for stage, done in _done(stages, iteration))
 
 
 def age_of(role: str, stages: Sequence[Stage], iteration: int) -> int:

@@ -97,6 +97,8 @@ def _critic_arguments(config: DistillConfig, networks: Networks) -> dict[str, st
         "generator": "the source of random numbers",
         **_student_steps(networks),
     }
+    if config.reuse_samples:
+        arguments["fake_x0"] = "the student's samples, drawn before; without it, reuse_samples must be false"
     if config.condition_dropout:
         arguments["critic_condition"] = "the condition after condition_dropout; without it, condition_dropout must be 0"
     return arguments

@@ -108,7 +108,7 @@ METHODS: dict[str, tuple[int, list[str]]] = {
     "dmd": (4, ["method=dmd", *SAMPLES]),
     "regression": (4, ["method=regression", *SAMPLES]),
     "dmd2": (4, ["method=dmd2"]),
-    "dmd2-two-steps": (4, ["method=dmd2", "student_level=[2.5,0.5]"]),
+    "dmd2-two-steps": (4, ["method=dmd2", "student_level=[2.5,0.5]", "reuse_samples=true"]),
     "text-to-image-lora": (2, TEXT),
 }
 FSDP = ["parallel=fsdp"]

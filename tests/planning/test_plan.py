@@ -24,7 +24,7 @@ from fdistill.commands.cli import app
 from fdistill.commands.plan_text import as_text
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
-from fdistill.planning.counting import STUDENT
+from fdistill.planning.counting import CRITIC, STUDENT
 from fdistill.planning.fake_tensors import Live, fake, few_bits_by_size
 from fdistill.planning.gathers import measure
 from fdistill.planning.placement import Footprint, Placement, on_a_device
@@ -32,6 +32,7 @@ from fdistill.planning.plan import Hardware, Plan, make_plan
 from fdistill.planning.rates import Rates, seconds, traffic
 from fdistill.planning.weightless import open_without_weights
 from fdistill.students.lora import lora_copy
+from fdistill.training.build import build
 from support.extras import needs_bitsandbytes
 from support.planned import digits as counted_digits
 from support.planned import digits_run
@@ -211,6 +212,22 @@ def test_traffic_is_what_the_formulas_say() -> None:
         pytest.approx(2 * 7 / 8 * size["student"] * share(digits, "student", 8)),
     )
     assert sent(4, "fsdp", "heads")[0] > 3 / 4 * 2 * size["heads"]  # gathered at least once, and reduced
+
+
+def test_samples_that_are_used_again_are_drawn_once() -> None:
+    settings = ["critic_steps=3", "batch_size=32"]
+    plain, reusing = (planned(load_config("digits", [*settings, *more])) for more in ([], ["reuse_samples=true"]))
+    made = build(load_config("digits", settings), torch.device("cpu"))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        made.student(torch.randn(32, *made.image_shape), torch.arange(32) % 10)
+    assert plain.flops - reusing.flops == pytest.approx(2 * counter.get_total_flops(), rel=5e-3)
+    assert [update.times for update in reusing.found.updates.values()] == [1, 2, 1]
+
+    def gathered(found: Footprint) -> float:
+        return sum(found.gathers[name]["student"] * update.times for name, update in found.updates.items())
+
+    assert gathered(plain.found) - gathered(reusing.found) == 2 * plain.found.gathers[CRITIC]["student"] > 0
+    assert reusing.device.total == plain.device.total
 
 
 def test_seconds() -> None:

@@ -20,7 +20,7 @@ import bench_saving
 import bench_step
 import gpu_cifar10
 import study_settings
-from bench_step import CRITIC, STUDENT
+from bench_step import CRITIC, SAMPLES, STUDENT
 
 from fdistill import load_teacher
 from fdistill.config.reading import load_config
@@ -45,6 +45,17 @@ def test_a_report_adds_up(bench: bench_step.Bench) -> None:
         assert update["peak_bytes"] > 10**8
         assert update["launches"] > 100
     assert "teacher, forward" in found["updates"][STUDENT]["seconds_by_phase"]
+
+
+def test_reused_samples_are_timed_apart(tiny_teacher: Path) -> None:
+    settings = [f"teacher={tiny_teacher}", "batch_size=4", "device=cpu", "critic_steps=3"]
+    plain, reusing = (bench_step.opened("digits", [*settings, *more]) for more in ([], ["reuse_samples=true"]))
+    times = {SAMPLES: [0.5], CRITIC: [0.2], STUDENT: [0.4]}
+    found = bench_step.report(reusing, times, peak=1e9, repeats=1, trace=None)
+    assert found["iteration_seconds"] == pytest.approx(0.5 + 3 * 0.2 + 0.4)
+    flops = {name: update["gflop"] for name, update in found["updates"].items()}
+    assert flops[SAMPLES] + flops[CRITIC] == pytest.approx(bench_step.counted(plain.critic) / 1e9)
+    assert bench_step.gradient_difference(plain, reusing)[CRITIC] == 0  # the same samples, drawn before
 
 
 def test_gradients_of_two_settings_are_compared_from_the_same_weights(tiny_teacher: Path) -> None:

@@ -16,7 +16,8 @@ from fdistill.kernels.checks import wide
 from fdistill.kernels.layout import expand
 from fdistill.kernels.renoise import renoise
 from fdistill.noise import NoiseSchedule
-from fdistill.student_kinds import fall
+from fdistill.rollout import Rollout
+from fdistill.student_kinds import Sampler, fall
 
 
 class Student(nn.Module, ABC):
@@ -58,11 +59,11 @@ class Student(nn.Module, ABC):
         """The levels at which the network, or a part of it, runs. With the network, they define the student."""
         return self.levels
 
-    def noise_shape(self, steps: int | None = None) -> tuple[int, ...]:
-        """Shape of one sample's noise: (C, H, W), or (steps, C, H, W) for a student of a few steps.
+    def noise_shape(self, rollout: Rollout | None = None) -> tuple[int, ...]:
+        """Shape of one sample's noise: (C, H, W), or (steps, C, H, W) for a student that draws noise at every step.
 
         Args:
-            steps: number of steps to take; all by default. One-step students ignore it.
+            rollout: of a `FewStepGenerator`; None takes all of its steps. Other students ignore it.
         """
         return self.sample_shape
 
@@ -113,44 +114,72 @@ class OneStepGenerator(Student):
 
 
 class FewStepGenerator(Student):
-    """A denoiser used at a few falling levels; each x0-prediction is noised again to the next level (consistency
-    models' multistep sampling, arXiv 2303.01469, algorithm 1; DMD2, arXiv 2405.14867, section 4.4).
+    """A denoiser used at a few falling levels, between which each x0-prediction is noised again.
 
     Args:
         denoiser: the student network, usually a copy of the teacher.
         levels: falling, all in (t_min, t_max].
+        sampler: "stochastic" noises x0 with new noise (consistency models, arXiv 2303.01469, algorithm 1; DMD2, arXiv
+            2405.14867, section 4.4); "deterministic" with the noise that x0 and x_t imply, (x_t - alpha x0) / sigma,
+            which is an Euler step of the probability-flow ODE (DDIM, arXiv 2010.02502).
     """
 
-    def __init__(self, denoiser: Denoiser, levels: Sequence[float]):
+    def __init__(self, denoiser: Denoiser, levels: Sequence[float], sampler: Sampler = "stochastic"):
         super().__init__()
         self.denoiser = denoiser
         self.levels = falling_levels("levels", levels, denoiser.schedule)
+        self.sampler = sampler
 
-    def noise_shape(self, steps: int | None = None) -> tuple[int, ...]:
-        return (steps or len(self.levels), *self.sample_shape)
+    def noise_shape(self, rollout: Rollout | None = None) -> tuple[int, ...]:
+        if self.sampler == "deterministic":
+            return self.sample_shape
+        return (len(self.levels if rollout is None else rollout.levels), *self.sample_shape)
 
-    def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
-        """Standard normal noise [B, k, C, H, W] -> x0 [B, C, H, W] after the first k of the steps, k >= 1.
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "sampler": self.sampler}
 
-        Only the last of these evaluations has a gradient: a training step trains one of the steps on the output of the
-        earlier ones, as at inference (DMD2's backward simulation).
+    @property
+    def between(self) -> str:
+        """A phrase that says what happens between two steps."""
+        with_what = "new noise" if self.sampler == "stochastic" else "the noise that the step implies (Euler)"
+        return f"the image is noised again, with {with_what}"
+
+    def describe(self) -> str:
+        return f"{super().describe()}; between two of them {self.between}"
+
+    def forward(self, noise: Tensor, condition: Condition | None = None, rollout: Rollout | None = None) -> Tensor:
+        """Standard normal noise [B, *noise_shape(rollout)] and a condition -> x0 [B, C, H, W], at least float32.
+
+        Only the last evaluation has a gradient: a training step trains one of the steps on the output of the earlier
+        ones, as at inference, or on data.
+
+        Args:
+            rollout: the levels to pass, and data to begin with; None passes all of the student's levels.
         """
-        schedule = self.denoiser.schedule
-        if noise.ndim != 5 or noise.shape[2:] != self.sample_shape or not 1 <= noise.shape[1] <= len(self.levels):
-            wanted = ", ".join(str(size) for size in self.sample_shape)
-            raise ArgumentError(f"noise: expected [B, 1 to {len(self.levels)}, {wanted}], got {tuple(noise.shape)}")
-        last = noise.shape[1] - 1
-        x0 = noise[:, 0]
-        for k in range(last + 1):
-            t = noise.new_full((len(noise),), self.levels[k], dtype=wide(noise.dtype))
-            # Before the first level there is no sample: x0 is a placeholder there, and its coefficient is 0.
-            signal, scale = (schedule.alpha(t), schedule.sigma(t)) if k else (torch.zeros_like(t), schedule.start(t))
-            x_t, _ = renoise(x0, noise[:, k], signal, scale)
+        rollout, schedule = rollout or Rollout(self.levels), self.denoiser.schedule
+        expected = self.noise_shape(rollout)
+        if noise.shape[1:] != expected:
+            wanted = ", ".join(str(size) for size in ("B", *expected))
+            raise ArgumentError(f"noise: expected [{wanted}], got {tuple(noise.shape)}")
+        stochastic, last = self.sampler == "stochastic", len(rollout.levels) - 1
+        draws = noise.unbind(1) if stochastic else (noise,)
+        x0, eps = rollout.x0, draws[0]
+        for k, level in enumerate(rollout.levels):
+            t = noise.new_full((len(noise),), level, dtype=wide(noise.dtype))
+            eps = draws[k] if stochastic else eps
+            if x0 is None:  # there is only noise: the first argument is a placeholder, whose coefficient is 0
+                x_t, _ = renoise(eps, eps, torch.zeros_like(t), schedule.start(t))
+            else:
+                x_t, _ = renoise(x0, eps, schedule.alpha(t), schedule.sigma(t))
             with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
                 x0 = self.denoiser(x_t, t, condition)
-        return x0
+            if not stochastic and k < last:
+                eps = (x_t - expand(schedule.alpha(t), x0) * x0) / expand(schedule.sigma(t), x0)
+        return cast(Tensor, x0)
 
 
-def student_generator(denoiser: Denoiser, levels: Sequence[float]) -> OneStepGenerator | FewStepGenerator:
-    """Builds the student that takes one step at each level."""
-    return OneStepGenerator(denoiser, levels[0]) if len(levels) == 1 else FewStepGenerator(denoiser, levels)
+def student_generator(
+    denoiser: Denoiser, levels: Sequence[float], sampler: Sampler = "stochastic"
+) -> OneStepGenerator | FewStepGenerator:
+    """Builds the student that takes one step at each level; `sampler` is for more than one, see `FewStepGenerator`."""
+    return OneStepGenerator(denoiser, levels[0]) if len(levels) == 1 else FewStepGenerator(denoiser, levels, sampler)

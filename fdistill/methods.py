@@ -47,7 +47,6 @@ class Method:
         pairs: whether it regresses on pairs of noise and the sample that the teacher's ODE makes from it.
         extra_terms: whether its update adds the terms of clip_loss, student.noise_kl_weight and
             generator.gan_gradient_ratio.
-        few_step: whether students of two or four steps are supported.
         options: the settings of its objective.
         settings: values that override the defaults of `DistillConfig`, nested as in a config file.
     """
@@ -62,7 +61,6 @@ class Method:
     weighting: bool = True
     pairs: bool = False
     extra_terms: bool = False
-    few_step: bool = False
     options: Mapping[str, Option] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -78,13 +76,11 @@ METHODS: dict[str, Method] = {
         "score difference weighted by h(r) of any f-divergence, with a GAN term",
         divergence="jensen-shannon",
         discriminator=True,
-        few_step=True,
         settings={"generator": {"gan_gradient_ratio": 0.3}},  # this project's (docs/speed.md); the paper fixes a weight
     ),
     "dmd2": _matching(
         "reverse KL with a GAN head on the fake score's bottleneck, critic updated more often",
         discriminator=True,
-        few_step=True,
         settings={"critic_steps": 5, "discriminator": {"source": "fake", "features": ["mid"]}},
     ),
     "dmd": _matching(

@@ -16,6 +16,11 @@ STUDENT_FILE = "fdistill_student.json"
 #: Values of the setting student.generator.
 KindName = Literal["denoiser", "tiue"]
 
+#: Values of the setting student.sampler, see `FewStepGenerator`.
+Sampler = Literal["stochastic", "deterministic"]
+
+MAX_STUDENT_STEPS = 8
+
 
 @dataclass(frozen=True)
 class StudentKind:

@@ -1,9 +1,10 @@
-"""Students of two and four steps: what they compute, what gets a gradient, and that plain diffusers draws the same."""
+"""Students of several steps: what they compute, what gets a gradient, and that plain diffusers draws the same."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.base.errors import ArgumentError
 from fdistill.generator import FewStepGenerator, student_generator
 from fdistill.noise import EDMSchedule, FlowSchedule
+from fdistill.rollout import Rollout, levels_for
+from fdistill.student_kinds import fall
 from support.denoisers import tiny_unet
 
 
@@ -30,7 +33,7 @@ def test_each_step_denoises_the_noised_result_of_the_one_before() -> None:
     noise = torch.randn(3, 2, 1, 8, 8)
     student = FewStepGenerator(network, [2.5, 0.5])
     first = network(2.5 * noise[:, 0], torch.full((3,), 2.5), labels)
-    torch.testing.assert_close(student(noise[:, :1], labels), first)
+    torch.testing.assert_close(student(noise[:, :1], labels, Rollout((2.5,))), first)
     second = network(first + 0.5 * noise[:, 1], torch.full((3,), 0.5), labels)
     torch.testing.assert_close(student(noise, labels), second)
     assert student.noise_shape() == (2, 1, 8, 8)
@@ -51,7 +54,7 @@ def test_only_the_last_step_has_a_gradient() -> None:
     got = [p.grad.clone() for p in student.parameters() if p.grad is not None]
     student.zero_grad()
     with torch.no_grad():
-        first = student(noise[:, :1], labels)
+        first = student(noise[:, :1], labels, Rollout((2.5,)))
     student.denoiser(first + 0.5 * noise[:, 1], torch.full((3,), 0.5), labels).square().sum().backward()
     for gradient, parameter in zip(got, (p for p in student.parameters() if p.grad is not None), strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
@@ -63,14 +66,83 @@ def test_levels_that_do_not_fall_within_the_schedule_are_refused(levels: list[fl
         FewStepGenerator(denoiser(), levels)
 
 
-def test_more_noise_than_steps_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="noise: expected"):
-        FewStepGenerator(denoiser(), [2.5, 0.5])(torch.randn(3, 3, 1, 8, 8), torch.arange(3))
-    with pytest.raises(ArgumentError, match=r"noise: expected \[B, 1 to 2, 1, 8, 8\], got \(3, 1, 8, 8\)"):
-        FewStepGenerator(denoiser(), [2.5, 0.5])(torch.randn(3, 1, 8, 8), torch.arange(3))
+def test_noise_that_is_not_the_steps_is_refused() -> None:
+    student = FewStepGenerator(denoiser(), [2.5, 0.5])
+    for shape in ((3, 3, 1, 8, 8), (3, 1, 8, 8)):
+        with pytest.raises(ArgumentError, match=r"noise: expected \[B, 2, 1, 8, 8\], got"):
+            student(torch.randn(shape), torch.arange(3))
+    with pytest.raises(ArgumentError, match=r"noise: expected \[B, 1, 1, 8, 8\], got"):
+        student(torch.randn(3, 2, 1, 8, 8), torch.arange(3), Rollout((2.5,)))
+    with pytest.raises(ArgumentError, match=r"noise: expected \[B, 1, 8, 8\], got"):
+        FewStepGenerator(denoiser(), [2.5, 0.5], "deterministic")(torch.randn(3, 2, 1, 8, 8), torch.arange(3))
 
 
-@pytest.mark.parametrize("levels", [[2.5, 0.5], [80.0, 5.0, 1.0, 0.3]])
+def test_a_rollout_begins_with_data_that_is_noised_to_its_level() -> None:
+    network, labels = denoiser(), torch.arange(3)
+    data, noise = torch.rand(3, 1, 8, 8) * 2 - 1, torch.randn(3, 1, 1, 8, 8)
+    student = FewStepGenerator(network, [2.5, 1.0, 0.5])
+    expected = network(data + 0.5 * noise[:, 0], torch.full((3,), 0.5), labels)
+    torch.testing.assert_close(student(noise, labels, Rollout((0.5,), data)), expected)
+
+
+@pytest.mark.parametrize("kind", ["edm", "flow"])
+def test_deterministic_steps_are_eulers(kind: str) -> None:
+    """dx / d sigma = (x - x0) / sigma for EDM; for a flow the network's own velocity."""
+    noise = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    if kind == "edm":
+        network, levels, x = denoiser().double(), [2.5, 1.0, 0.4], 2.5 * noise
+    else:
+        form = DirectPrediction(FlowSchedule(), "flow", 1000.0)
+        network, levels, x = UNet2DDenoiser(tiny_unet(num_class_embeds=None), form).double(), [1.0, 0.7, 0.2], noise
+    labels = torch.arange(3) if kind == "edm" else None
+    for level, following in zip(levels, [*levels[1:], 0.0], strict=True):
+        t = torch.full((3,), level, dtype=torch.float64)
+        velocity = (x - network(x, t, labels)) / level if kind == "edm" else network.network(x, 1000 * t).sample
+        x = x + (following - level) * velocity
+    student = FewStepGenerator(network, levels, "deterministic")
+    assert student.noise_shape() == (1, 8, 8)
+    torch.testing.assert_close(student(noise, labels), x, rtol=1e-6, atol=1e-6)
+
+
+def test_a_deterministic_student_is_exported_and_loaded(tiny_teacher: Path, tmp_path: Path) -> None:
+    """No pipeline of diffusers runs it: it comes with fdistill's own."""
+    settings: dict[str, Any] = {"student.steps": 3, "student.sampler": "deterministic", "student_level": 2.5}
+    folder = distill(
+        "digits",
+        output=tmp_path / "run",
+        teacher=str(tiny_teacher),
+        batch_size=8,
+        iterations=1,
+        method="sid",
+        **settings,
+        **{"log.samples_every": 0, "log.tracker": "none"},
+    )
+    student = load_student(folder)
+    assert isinstance(student, FewStepGenerator)
+    assert (student.sampler, len(student.levels)) == ("deterministic", 3)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    images = pipeline(class_labels=[0, 3, 5, 9], generator=torch.Generator().manual_seed(4), output_type="pt").images
+    noise = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+    expected = (student(noise, torch.tensor([0, 3, 5, 9])).clamp(-1, 1) / 2 + 0.5).numpy()
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+    assert (
+        "| between two steps | the image is noised again, with the noise that the step implies (Euler) |"
+        in (folder / "README.md").read_text()
+    )
+
+
+def test_levels_for_other_numbers_of_steps() -> None:
+    levels = (1.0, 0.9, 0.75, 0.5)
+    assert levels_for(levels, 4) == levels
+    assert levels_for(levels, 2) == (1.0, 0.75)
+    assert levels_for(levels, 3) == (1.0, 0.9, 0.75)
+    assert levels_for(levels, 1) == (1.0,)
+    assert levels_for(levels, 8) == pytest.approx((1.0, 0.95, 0.9, 0.825, 0.75, 0.625, 0.5, 0.25))
+    for steps in range(1, 9):
+        assert fall(levels_for(levels, steps))
+
+
+@pytest.mark.parametrize("levels", [[2.5, 0.5], [80.0, 24.0, 8.0, 2.5, 1.2, 0.6, 0.3, 0.1]])
 def test_plain_diffusers_draws_the_trainers_sample(tiny_teacher: Path, tmp_path: Path, levels: list[float]) -> None:
     settings = {"log.samples_every": 0, "log.tracker": "none"}
     folder = distill(

@@ -24,6 +24,7 @@ from fdistill.generator import FewStepGenerator
 from fdistill.methods import METHODS
 from fdistill.noise import EDMSchedule, karras_levels
 from fdistill.ratio import DensityRatio
+from fdistill.rollout import Rollout
 from fdistill.step import Networks, Pairs, diffratio_step, generator_step, uni_instruct_step
 from fdistill.training.build import build
 from fdistill.training.journal import read_records
@@ -331,7 +332,7 @@ def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Pat
             "discriminator.r1_weight: got 1.0, but method=sid has no discriminator",
         ),
         ({"method": "regression", "condition_dropout": 0.1}, "condition_dropout: .*method=regression trains no fake"),
-        ({"method": "regression", "student_level": [2.5, 0.5]}, "method=regression trains one-step students"),
+        ({"method": "regression", "student_level": [2.5, 0.5]}, "got 2 steps, but method=regression learns from"),
         ({"method": "regression", "regression.weight": 0.0}, "regression.weight: method=regression needs it"),
         (
             {"method": "sid", "discriminator.r1": "approximate"},
@@ -355,10 +356,30 @@ def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Pat
         ({"method": "sim", "generator.weighting": "vsd"}, "generator.weighting: got 'vsd', which method=sim does not"),
         ({"method": "diffratio", "generator.weighting": "normalised"}, "expected weighting=vsd or uniform"),
         ({"method": "diffratio", "generator.gan_weight": 1e-3}, "expected weighting=vsd or uniform, and gan_weight=0"),
-        ({"method": "sid", "student_level": [2.5, 0.5]}, "expected one level, or method=f-distill or dmd2"),
-        ({"student_level": [2.5, 0.5, 0.1]}, "expected 1, 2 or 4 falling levels"),
-        ({"student_level": [0.5, 2.5]}, "expected 1, 2 or 4 falling levels"),
-        ({"student_level": []}, "expected 1, 2 or 4 falling levels"),
+        (
+            {"method": "dmd", "student_level": [2.5, 0.5]},
+            "student_level: got 2 steps, but method=dmd learns from pairs",
+        ),
+        ({"method": "dmd", "student.steps": 4}, "student.steps: got 4 steps, but method=dmd learns from pairs"),
+        ({"student_level": [9.0 - step for step in range(9)]}, "expected 1 to 8 falling levels"),
+        ({"student.steps": 4, "student_level": [2.5, 0.5]}, "student.steps: got 4, but student_level lists 2 levels"),
+        ({"student.steps": 4, "student.shift": 3.0}, "student.shift: got 3, but the teacher is no flow"),
+        ({"student.shift": 3.0}, "student.shift: got 3, but student.steps is null"),
+        ({"student.steps": 1, "student.any_step": True}, "student.any_step: got True, but the student takes one step"),
+        ({"student.sampler": "deterministic"}, "student.sampler: got deterministic, but the student takes one step"),
+        ({"student.simulated": 0.5}, "student.simulated: got 0.5, but the student takes one step"),
+        (
+            {
+                "method": "diff-instruct",
+                "data": None,
+                "student.steps": 2,
+                "student.simulated": 0.5,
+            },
+            "student.simulated: got 0.5, but data is null",
+        ),
+        ({"student.generator": "tiue", "student.steps": 2}, "student.steps: got 2, but generator=tiue takes one step"),
+        ({"student_level": [0.5, 2.5]}, "expected 1 to 8 falling levels"),
+        ({"student_level": []}, "expected 1 to 8 falling levels"),
         ({"student_level": [90.0, 2.5]}, r"levels: expected falling numbers in \(0.002, 80\]"),
         ({"discriminator.head": "channel-mean", "discriminator.source": "teacher"}, "expected fake"),
         ({"discriminator.head": "channel-mean", "discriminator.features": ["mid", "down0"]}, "expected one of"),
@@ -493,19 +514,37 @@ def test_few_step_students_take_all_their_steps_unless_told(tiny_teacher: Path) 
     made = built(tiny_teacher, student_level=[2.5, 0.5])
     with recorded(made.student.denoiser) as seen:
         made.student_update(torch.arange(8), torch.Generator().manual_seed(0), batch_size=8)
-        made.student_update(torch.arange(8), torch.Generator().manual_seed(0), batch_size=8, student_steps=1)
+        made.student_update(torch.arange(8), torch.Generator().manual_seed(0), batch_size=8, rollout=Rollout((2.5,)))
     assert [with_gradient for _, _, with_gradient in seen.calls] == [False, True, True]
 
 
 def test_every_step_of_a_few_step_student_is_trained(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, seen = FewStepGenerator.forward, {"student": set(), "critic": set()}
+    """By itself, from data, and on the way to fewer steps; where steps begin with data, it is a batch of the run's."""
+    forward, a, b, c = FewStepGenerator.forward, 80.0, 5.0, 1.0
+    seen: dict[str, set[tuple[tuple[float, ...], bool]]] = {}
 
-    def recording(self: FewStepGenerator, noise: Tensor, condition: Tensor | None = None) -> Tensor:
-        seen["student" if torch.is_grad_enabled() else "critic"].add(noise.shape[1])
-        return forward(self, noise, condition)
+    def recording(
+        self: FewStepGenerator, noise: Tensor, condition: Tensor | None = None, rollout: Rollout | None = None
+    ) -> Tensor:
+        if rollout is None:  # the picture of samples at the end
+            return forward(self, noise, condition)
+        data = rollout.x0 is not None
+        seen.setdefault("student" if torch.is_grad_enabled() else "critic", set()).add((rollout.levels, data))
+        if rollout.x0 is not None:
+            assert rollout.x0.shape == (8, 1, 8, 8)
+            assert rollout.x0.std() > 0.5
+        return forward(self, noise, condition, rollout)
 
     monkeypatch.setattr(FewStepGenerator, "forward", recording)
-    run(tiny_teacher, tmp_path / "run", student_level=[80.0, 5.0, 1.0, 0.3], iterations=24)
-    assert seen == {"student": {1, 2, 3, 4}, "critic": {1, 2, 3, 4}}
+    simulated = {((a,), False), ((a, b), False), ((a, b, c), False)}
+    for name, settings, expected in (
+        ("simulated", {}, simulated),
+        ("data", {"student.simulated": 0.0}, {((a,), False), ((b,), True), ((c,), True)}),
+        ("both", {"student.simulated": 0.5}, simulated | {((b,), True), ((c,), True)}),
+        ("any", {"student.any_step": True}, simulated),  # of one, two and three steps; of two it passes the first two
+    ):
+        seen.clear()
+        run(tiny_teacher, tmp_path / name, student_level=[a, b, c], iterations=32, critic_steps=1, **settings)
+        assert seen == {"student": expected, "critic": expected}, name

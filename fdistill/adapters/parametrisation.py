@@ -10,6 +10,7 @@ import diffusers
 import torch
 from diffusers import (
     DDIMScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchLCMScheduler,
     LCMScheduler,
@@ -23,6 +24,7 @@ from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object
 from fdistill.noise import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule, vp_schedule_from_config
 from fdistill.prediction import Preconditioning, PredictionKind, x0_coefficients
+from fdistill.student_kinds import Sampler
 
 
 class Parametrisation(Protocol):
@@ -290,11 +292,17 @@ def one_step_scheduler(form: DirectPrediction, level: float) -> DDIMScheduler | 
     )
 
 
-def student_scheduler(form: Parametrisation, levels: Sequence[float]) -> tuple[SchedulerMixin, dict[str, Any]] | None:
+def student_scheduler(
+    form: Parametrisation, levels: Sequence[float], sampler: Sampler = "stochastic"
+) -> tuple[SchedulerMixin, dict[str, Any]] | None:
     """The scheduler with which a text-to-image pipeline of diffusers runs a student at these levels.
 
-    A one-step student gets DDIM or Euler. A few-step student gets the scheduler of latent consistency models (arXiv
-    2310.04378), which renoises x0 to the next level; a large `timestep_scaling` makes its boundary condition vanish.
+    A one-step student gets DDIM or Euler. A deterministic few-step student gets Euler. A stochastic one gets the
+    scheduler of latent consistency models (arXiv 2310.04378), which renoises x0 to the next level; a large
+    `timestep_scaling` makes its boundary condition vanish.
+
+    Args:
+        sampler: of a student of several steps, see `FewStepGenerator`.
 
     Returns:
         The scheduler, and the arguments to call the pipeline with; None if no scheduler does this.
@@ -306,6 +314,8 @@ def student_scheduler(form: Parametrisation, levels: Sequence[float]) -> tuple[S
         count = _TIMESTEPS if form.time_scale == 1 else int(form.time_scale)
         if list(levels) == [1.0]:
             return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count), {"num_inference_steps": 1}
+        if sampler == "deterministic":
+            return FlowMatchEulerDiscreteScheduler(num_train_timesteps=count), {"sigmas": list(levels)}
         return FlowMatchLCMScheduler(num_train_timesteps=count), {"sigmas": list(levels)}
     if len(levels) == 1:
         scheduler = one_step_scheduler(form, levels[0])
@@ -315,12 +325,16 @@ def student_scheduler(form: Parametrisation, levels: Sequence[float]) -> tuple[S
         return None
     alphas_cumprod = form.schedule.alphas_cumprod
     betas = 1 - alphas_cumprod / torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-    few_steps = LCMScheduler(
-        num_train_timesteps=len(betas),
-        trained_betas=betas.tolist(),
-        prediction_type=kinds[form.prediction],
-        steps_offset=1,
-        timestep_scaling=1e6,
-        clip_sample=False,
-    )
-    return few_steps, {"timesteps": [int(level) for level in levels]}
+    common: dict[str, Any] = {
+        "num_train_timesteps": len(betas),
+        "trained_betas": betas.tolist(),
+        "prediction_type": kinds[form.prediction],
+        "steps_offset": 1,
+    }
+    call = {"timesteps": [int(level) for level in levels]}
+    if sampler == "stochastic":
+        return LCMScheduler(**common, timestep_scaling=1e6, clip_sample=False), call
+    if form.prediction == "x0" or alphas_cumprod[int(levels[0])] == 0:
+        return None  # Euler's scheduler reads eps and v alone, and divides by alpha
+    # With this spacing it begins with noise as large as x_t is at the first level, whatever that is.
+    return EulerDiscreteScheduler(**common, timestep_spacing="leading"), call

@@ -199,9 +199,10 @@ def _table(plan: Plan) -> str:
 
 def _notes(plan: Plan) -> str:
     notes = [f"note: {note}" for note in plan.notes]
-    levels = plan.config.student_level
-    if isinstance(levels, list) and len(levels) > 1:
-        notes.append(f"note: the student takes all of its {len(levels)} steps; on average a run takes fewer")
+    levels = plan.config.student_levels
+    steps = plan.config.student.steps or len(levels or ()) or 1
+    if steps > 1:
+        notes.append(f"note: the student takes all of its {steps} steps; on average a run takes fewer")
     notes.append(
         "Not counted: CUDA's context and the allocator's unused blocks (1 to 2 GB), workspaces of convolutions,\n"
         "latencies of links, and the time to start kernels, for which small networks mostly wait."

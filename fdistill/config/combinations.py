@@ -23,7 +23,7 @@ from fdistill.config.sections import (
     StudentConfig,
 )
 from fdistill.methods import METHODS, methods_with
-from fdistill.student_kinds import STUDENT_KINDS, fall, kinds_with
+from fdistill.student_kinds import MAX_STUDENT_STEPS, STUDENT_KINDS, fall, kinds_with
 
 
 def objective_settings(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,12 +287,56 @@ def check_student(
         )
 
 
-def check_levels(name: str, levels: Sequence[float]) -> None:
-    """Checks the list of levels of a student that takes one step per level."""
-    if len(levels) not in (1, 2, 4) or not fall(levels):
-        raise ValueError(f"student_level: got {list(levels)}; expected 1, 2 or 4 falling levels, as in [80.0, 2.5]")
-    if len(levels) > 1 and not METHODS[name].few_step:
+def check_steps(
+    name: str,
+    level: float | Sequence[float] | None,
+    student: StudentConfig,
+    regression: RegressionConfig,
+    *,
+    data: bool,
+) -> None:
+    """Checks how many steps the student takes, and the settings of students of several steps.
+
+    Args:
+        data: whether the run reads images.
+    """
+    if not STUDENT_KINDS[student.generator].steps:
+        if student.steps is not None:
+            raise ValueError(
+                f"student.steps: got {student.steps}, but generator={student.generator} takes one step; expected null"
+            )
+        return
+    levels = list(level) if isinstance(level, Sequence) else [0.0 if level is None else level]
+    if not 1 <= len(levels) <= MAX_STUDENT_STEPS or not fall(levels):
         raise ValueError(
-            f"student_level: method={name} trains one-step students; expected one level, or method="
-            f"{' or '.join(methods_with('few_step'))}"
+            f"student_level: got {levels}; expected 1 to {MAX_STUDENT_STEPS} falling levels, as in [80.0, 2.5]"
+        )
+    if student.steps is not None and len(levels) > 1:
+        raise ValueError(
+            f"student.steps: got {student.steps}, but student_level lists {len(levels)} levels; expected null, or one "
+            "student_level to begin with"
+        )
+    if student.shift is not None and student.steps is None:
+        raise ValueError(f"student.shift: got {student.shift:g}, but student.steps is null, whose levels it shifts")
+    key, steps = ("student_level", len(levels)) if student.steps is None else ("student.steps", student.steps)
+    if steps > 1 and regression.weight:
+        raise ValueError(
+            f"{key}: got {steps} steps, but method={name} learns from pairs, which have one; expected one step, or "
+            "regression.weight=0 with a method that has no pairs"
+        )
+    if steps == 1:
+        for setting, value, unset in (
+            ("sampler", student.sampler, "stochastic"),
+            ("simulated", student.simulated, 1.0),
+            ("any_step", student.any_step, False),
+        ):
+            if value != unset:
+                raise ValueError(
+                    f"student.{setting}: got {value}, but the student takes one step; expected {unset}, or "
+                    "student.steps above 1"
+                )
+    if student.simulated < 1 and not data:
+        raise ValueError(
+            f"student.simulated: got {student.simulated:g}, but data is null, and steps would begin with noised data; "
+            "expected 1, or a data set"
         )

@@ -42,7 +42,6 @@ from fdistill.config.sections import (
 )
 from fdistill.config.stages import check_alike, read_stages, stage_values
 from fdistill.methods import METHODS
-from fdistill.student_kinds import STUDENT_KINDS
 
 
 class DistillConfig(Section):
@@ -105,7 +104,7 @@ class DistillConfig(Section):
     )
     student_level: float | list[float] | None = Field(
         default=None,
-        description="noise level the student starts from, or a list of 1, 2 or 4 falling levels; null is t_max",
+        description="noise level the student starts from, or a list of up to 8 falling levels; null is t_max",
     )
     student: StudentConfig = StudentConfig()
     iterations: Count = 400
@@ -201,8 +200,7 @@ class DistillConfig(Section):
         combinations.check_precision(self.precision, self.frozen_precision)
         combinations.check_parallel(self.parallel, self.frozen_precision, self.roles)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
-        if isinstance(self.student_level, list) and STUDENT_KINDS[student.generator].steps:
-            combinations.check_levels(name, self.student_level)
+        combinations.check_steps(name, self.student_level, student, self.regression, data=self.data is not None)
         return self
 
     @model_validator(mode="after")
@@ -246,6 +244,6 @@ class DistillConfig(Section):
 
     @property
     def student_levels(self) -> tuple[float, ...] | None:
-        """`student_level` as a tuple; None means the teacher's t_max."""
+        """`student_level` as a tuple; None means the teacher's t_max. With `student.steps` it is the first of them."""
         level = self.student_level
         return tuple(level) if isinstance(level, list) else None if level is None else (level,)

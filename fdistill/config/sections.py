@@ -20,7 +20,7 @@ from fdistill.config.limits import (
     distinct,
 )
 from fdistill.ema_profiles import MAX_SIGMA_REL, MIN_SIGMA_REL, profile_name
-from fdistill.student_kinds import STUDENT_KINDS, KindName, kinds_with
+from fdistill.student_kinds import MAX_STUDENT_STEPS, STUDENT_KINDS, KindName, Sampler, kinds_with
 
 Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER, allow_inf_nan=False)]
@@ -32,6 +32,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+StudentSteps = Annotated[int, Field(ge=1, le=MAX_STUDENT_STEPS)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Names = Annotated[list[str], AfterValidator(distinct)]
 NetworkSettings = Annotated[dict[str, Any], AfterValidator(check_sizes)]
@@ -164,6 +165,27 @@ class StudentConfig(LoRAConfig):
     generator: KindName = Field(
         default="denoiser",
         description="; ".join(f"{name} evaluates {kind.evaluates}" for name, kind in STUDENT_KINDS.items()),
+    )
+    steps: StudentSteps | None = Field(
+        default=None,
+        description="number of steps, at levels along the teacher's own schedule; null takes one step at every "
+        "student_level",
+    )
+    shift: Positive | None = Field(
+        default=None, description="how far student.steps are shifted towards noise, for flows; null is the teacher's"
+    )
+    sampler: Sampler = Field(
+        default="stochastic",
+        description="between two steps x0 is noised again: stochastic with new noise, deterministic with the noise "
+        "that the step implies (Euler, DDIM)",
+    )
+    simulated: Fraction = Field(
+        default=1.0,
+        description="share of the iterations in which a middle step gets what the student's own earlier steps made; "
+        "in the others it gets noised data",
+    )
+    any_step: bool = Field(
+        default=False, description="whether a student of several steps is trained to take fewer of them as well"
     )
     noise_kl_weight: NonNegative = Field(
         default=0.0,

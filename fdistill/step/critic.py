@@ -19,6 +19,7 @@ from fdistill.losses import (
     r1_penalty,
 )
 from fdistill.noise import karras_levels
+from fdistill.rollout import Rollout
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen, renoise
 
 
@@ -37,7 +38,7 @@ def critic_step(
     shared_noise: bool = False,
     r1_weight: float = 0.0,
     r1_sigma: float | None = None,
-    student_steps: int | None = None,
+    rollout: Rollout | None = None,
     critic_condition: Condition | None = None,
     backend: str = "auto",
 ) -> StepResult:
@@ -65,7 +66,7 @@ def critic_step(
         gan_weighting: weight of the GAN losses over noise levels, a name for `denoising_weight`; SiDA uses "edm".
         shared_noise: whether sample i of the data gets the level and the noise of student sample i, so that the two
             differ by the image alone (FastGen's Flux and Qwen-Image); by default both are drawn separately.
-        student_steps: number of steps that a `FewStepGenerator` takes; None means all.
+        rollout: of a `FewStepGenerator`; None passes all of its levels.
         critic_condition: the condition for the critic, such as `condition` with some rows replaced by the null class or
             the null prompt; None means `condition` itself.
         backend: "auto", "triton" or "reference", for noise, weights and losses.
@@ -78,7 +79,7 @@ def critic_step(
 
     if fake_x0 is None:
         with torch.no_grad():
-            fake_x0 = networks.draw_samples(generator, batch, condition, student_steps)
+            fake_x0 = networks.draw_samples(generator, batch, condition, rollout)
     condition = condition if critic_condition is None else critic_condition
     fake_score = networks.learning or networks.fake_score
     real_draws = generator.clone_state() if shared_noise else generator

@@ -12,6 +12,7 @@ from fdistill.base import rng
 from fdistill.condition import Condition
 from fdistill.losses import score_difference_loss, score_difference_weight
 from fdistill.noise import karras_levels
+from fdistill.rollout import Rollout
 from fdistill.step.critic import R1, discriminator_losses
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, frozen, renoise
 
@@ -26,6 +27,7 @@ def ratio_critic_step(
     levels: LevelDraw = karras_levels,
     r1_weight: float = 0.0,
     r1_sigma: float | None = None,
+    rollout: Rollout | None = None,
     backend: str = "auto",
 ) -> StepResult:
     """One update of the classifier: logistic regression of noised data against noised student samples.
@@ -42,14 +44,14 @@ def ratio_critic_step(
         condition: [B] class labels of the data, given to the student as well; None if unconditional.
         generator: source of all randomness.
         levels: (schedule, uniform draws [B]) -> t [B].
-        fake_x0, r1_weight, r1_sigma: as in `critic_step`.
+        fake_x0, rollout, r1_weight, r1_sigma: as in `critic_step`.
         backend: "auto", "triton" or "reference", for noise, weights and losses.
     """
     batch, schedule = len(real_x0), networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
     if fake_x0 is None:
         with torch.no_grad():
-            fake_x0 = networks.draw_samples(generator, batch, condition, None)
+            fake_x0 = networks.draw_samples(generator, batch, condition, rollout)
     t = levels(schedule, rng.uniform(generator, batch))
     _, (network_input,), _ = renoise([tapped], fake_x0, t, generator, backend=backend)
     logits = discriminator(tapped.features(network_input, t, condition, discriminator.features))
@@ -67,6 +69,7 @@ def diffratio_step(
     batch_size: int,
     levels: LevelDraw = karras_levels,
     weighting: str = "vsd",
+    rollout: Rollout | None = None,
     backend: str = "auto",
 ) -> StepResult:
     """One update of the student along the gradient of the classifier's logit, which replaces s_teacher - s_fake.
@@ -81,7 +84,7 @@ def diffratio_step(
     """
     schedule = networks.teacher.schedule
     discriminator, tapped = networks.tapped_discriminator()
-    x0 = networks.draw_samples(generator, batch_size, condition, None)
+    x0 = networks.draw_samples(generator, batch_size, condition, rollout)
     t = levels(schedule, rng.uniform(generator, batch_size))
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     with frozen(tapped, discriminator):

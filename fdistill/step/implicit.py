@@ -27,6 +27,7 @@ from fdistill.losses import (
 )
 from fdistill.noise import karras_levels
 from fdistill.ratio import DensityRatio
+from fdistill.rollout import Rollout
 from fdistill.step.evaluated import evaluate
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence
 
@@ -44,10 +45,11 @@ def _compare(
     batch_size: int,
     levels: LevelDraw,
     *,
+    rollout: Rollout | None,
     read_logits: bool,
     backend: str,
 ) -> _Compared:
-    x0 = networks.draw_samples(generator, batch_size, condition, None)
+    x0 = networks.draw_samples(generator, batch_size, condition, rollout)
     t = levels(networks.teacher.schedule, rng.uniform(generator, batch_size))
     x_t, teacher, fake, logits = evaluate(
         networks, x0, t, condition, generator, read_logits=read_logits, output_grad=True, backend=backend
@@ -85,6 +87,7 @@ def sid_step(
     alpha: float = 1.0,
     weighting: str = "normalised",
     gan_weight: float = 0.0,
+    rollout: Rollout | None = None,
     backend: str = "auto",
 ) -> StepResult:
     """One update of the student by score identity distillation.
@@ -105,9 +108,13 @@ def sid_step(
             implicit gradient does not hold exactly: the update is useful, but not the gradient of a divergence. With
             "uniform" and "vsd" (`score_difference_weight`), which depend only on the level, it is.
         gan_weight: 0 leaves the term out.
+        rollout: of a `FewStepGenerator`; None passes all of its levels. The last evaluation is trained, as in few-step
+            SiD (arXiv 2505.12674).
         backend: "auto", "triton" or "reference", for noise, weights and losses.
     """
-    compared = _compare(networks, condition, generator, batch_size, levels, read_logits=gan_weight > 0, backend=backend)
+    compared = _compare(
+        networks, condition, generator, batch_size, levels, rollout=rollout, read_logits=gan_weight > 0, backend=backend
+    )
     objective = sid_loss(compared.means, alpha=alpha)
     return _result(compared, objective, _scale(networks, compared, weighting), gan_weight, {})
 
@@ -120,12 +127,15 @@ def sim_step(
     batch_size: int,
     levels: LevelDraw = karras_levels,
     huber_c: float = 0.03,
+    rollout: Rollout | None = None,
     backend: str = "auto",
 ) -> StepResult:
     """One update of the student by score implicit matching (arXiv 2410.16794): loss = mean(`sim_loss`), which trains
     only the student. Arguments are as in `sid_step`.
     """
-    compared = _compare(networks, condition, generator, batch_size, levels, read_logits=False, backend=backend)
+    compared = _compare(
+        networks, condition, generator, batch_size, levels, rollout=rollout, read_logits=False, backend=backend
+    )
     objective = sim_loss(compared.means, huber_c=huber_c)
     return _result(compared, objective, torch.ones_like(compared.t), 0.0, {})
 
@@ -143,6 +153,7 @@ def uni_instruct_step(
     weighting: str = "normalised",
     gan_weight: float = 0.0,
     detach_weight: bool = False,
+    rollout: Rollout | None = None,
     backend: str = "auto",
 ) -> StepResult:
     """One update of the student by the expanded f-divergence (Uni-Instruct, arXiv 2505.20755).
@@ -165,7 +176,9 @@ def uni_instruct_step(
     """
     divergence = checked_divergence(divergence, ratio)
     read = gan_weight > 0 or divergence.needs_ratio
-    compared = _compare(networks, condition, generator, batch_size, levels, read_logits=read, backend=backend)
+    compared = _compare(
+        networks, condition, generator, batch_size, levels, rollout=rollout, read_logits=read, backend=backend
+    )
     t, means, logits = compared
     h, slope = torch.ones_like(t), torch.zeros_like(t)
     logs = {}

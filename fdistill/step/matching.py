@@ -24,6 +24,7 @@ from fdistill.losses import (
 )
 from fdistill.noise import NoiseSchedule, karras_levels
 from fdistill.ratio import DensityRatio
+from fdistill.rollout import Rollout
 from fdistill.step.evaluated import Evaluated, evaluate
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence
 
@@ -54,7 +55,7 @@ def generator_step(
     image_weight: float = 0.0,
     pairs: Pairs | None = None,
     regression_weight: float = 0.25,
-    student_steps: int | None = None,
+    rollout: Rollout | None = None,
     backend: str = "auto",
 ) -> StepResult:
     """One update of the student along h(r) (score_teacher - score_fake), plus the other terms.
@@ -88,7 +89,7 @@ def generator_step(
         image_weight: weight of that term.
         pairs: for the regression term (DMD, arXiv 2311.18828); None leaves it out.
         regression_weight: weight of that term.
-        student_steps: number of steps that a `FewStepGenerator` takes; None means all.
+        rollout: of a `FewStepGenerator`; None passes all of its levels.
         backend: "auto", "triton" or "reference", for noise, weights and losses.
 
     Raises:
@@ -99,7 +100,7 @@ def generator_step(
     if noise_kl_weight:
         x0, predicted_noise = networks.draw_samples_with_noise(generator, batch_size, condition)
     else:
-        x0 = networks.draw_samples(generator, batch_size, condition, student_steps)
+        x0 = networks.draw_samples(generator, batch_size, condition, rollout)
     t = levels(schedule, rng.uniform(generator, batch_size))
     evaluated = evaluate(
         networks,

@@ -21,6 +21,7 @@ from fdistill.kernels import renoise as kernels
 from fdistill.noise import NoiseSchedule
 from fdistill.prediction import Preconditioning
 from fdistill.ratio import DensityRatio
+from fdistill.rollout import Rollout
 
 #: The roles that are trained: attributes of `Networks`, sections of a config, and the first part of what steps log.
 ROLES = ("generator", "fake_score", "discriminator")
@@ -70,13 +71,13 @@ class Networks:
         return self.discriminator, self.tapped
 
     def draw_samples(
-        self, generator: torch.Generator, batch: int, condition: Condition | None, student_steps: int | None
+        self, generator: torch.Generator, batch: int, condition: Condition | None, rollout: Rollout | None = None
     ) -> Tensor:
-        """Student samples [batch, C, H, W]; a few-step student takes `student_steps` steps; None means all."""
+        """Student samples [batch, C, H, W]; the rollout is for a `FewStepGenerator`, whose default it is."""
         student: Any = self.generator
-        shape = student.noise_shape(student_steps) if isinstance(student, Student) else student.sample_shape
+        shape = student.noise_shape(rollout) if isinstance(student, Student) else student.sample_shape
         noise = rng.normal(generator, batch, shape)
-        x0: Tensor = self.generator(noise, condition)
+        x0: Tensor = student(noise, condition) if rollout is None else student(noise, condition, rollout)
         return x0
 
     def draw_samples_with_noise(

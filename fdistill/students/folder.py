@@ -168,7 +168,7 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
             denoiser.resize(int(facts["size"]))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise _unreadable(folder, error) from error
-    generator = kind_in(facts).make(denoiser, levels)
+    generator = kind_in(facts).make(denoiser, levels, facts.get("sampler", "stochastic"))
     return generator.eval().requires_grad_(False).to(device)
 
 

@@ -11,8 +11,8 @@ from fdistill.adapters import family_of
 from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import load_scheduler, read_scheduler_config
 from fdistill.denoiser import Denoiser
-from fdistill.generator import Student, student_generator
-from fdistill.student_kinds import STUDENT_KINDS, KindName
+from fdistill.generator import FewStepGenerator, Student, student_generator
+from fdistill.student_kinds import STUDENT_KINDS, KindName, Sampler
 from fdistill.students.one_step_pipeline import OneStepPipeline
 from fdistill.students.student_pipeline import pipeline_settings
 from fdistill.students.text_to_image import check_exportable, save_text_pipeline
@@ -29,14 +29,15 @@ class Kind:
     Attributes:
         levels_key: see `StudentKind`.
         make: builds the student from a network and levels (None for the kind's default levels). Raises ConfigError for
-            levels at which the student could not be exported.
+            levels at which the student could not be exported. The third argument is the sampler of a student of
+            several steps, see `FewStepGenerator`.
         save_pipeline: fills a folder with a pipeline that runs the student; returns the name of the pipeline's class
             and the arguments to call it with. Takes the folder, the student, the student's network with adapters
             merged, the checkpoint that the network comes from, and the autoencoder.
     """
 
     levels_key: str
-    make: Callable[[Denoiser, Sequence[float] | None], Student]
+    make: Callable[[Denoiser, Sequence[float] | None, Sampler], Student]
     save_pipeline: Callable[[Path, Student, Denoiser, Checkpoint, LatentSpace | None], tuple[str, dict[str, Any]]]
 
     def levels_in(self, facts: Mapping[str, Any]) -> list[float]:
@@ -44,10 +45,10 @@ class Kind:
         return [float(level) for level in facts[self.levels_key]]
 
 
-def _make_steps(denoiser: Denoiser, levels: Sequence[float] | None) -> Student:
-    student = student_generator(denoiser, levels or (denoiser.schedule.t_max,))
+def _make_steps(denoiser: Denoiser, levels: Sequence[float] | None, sampler: Sampler) -> Student:
+    student = student_generator(denoiser, levels or (denoiser.schedule.t_max,), sampler)
     if denoiser.text_shapes is not None:
-        check_exportable(denoiser, student.levels)
+        check_exportable(denoiser, student.levels, sampler)
     return student
 
 
@@ -58,9 +59,11 @@ def _save_steps(
     assert origin.folder is not None
     if denoiser.text_shapes is not None:
         assert latents is not None
-        return save_text_pipeline(denoiser, student.levels, origin.folder, folder, latents)
+        return save_text_pipeline(denoiser, student.levels, _sampler_of(student), origin.folder, folder, latents)
     vae = None if latents is None else latents.vae
-    native = family_of(denoiser.network).native_pipeline(denoiser, student.levels, origin.index, vae)
+    native = None
+    if _sampler_of(student) == "stochastic":
+        native = family_of(denoiser.network).native_pipeline(denoiser, student.levels, origin.index, vae)
     if native is not None:
         pipeline, call = native
     else:
@@ -71,7 +74,11 @@ def _save_steps(
     return type(pipeline).__name__, call
 
 
-def _make_tiue(denoiser: Denoiser, levels: Sequence[float] | None) -> Student:
+def _sampler_of(student: Student) -> Sampler:
+    return student.sampler if isinstance(student, FewStepGenerator) else "stochastic"
+
+
+def _make_tiue(denoiser: Denoiser, levels: Sequence[float] | None, _sampler: Sampler) -> Student:
     return TiUEGenerator(denoiser, levels or leading_levels(denoiser.schedule))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 
 from fdistill.formats.pipeline_folder import components
-from fdistill.generator import Student
+from fdistill.generator import FewStepGenerator, Student
 from fdistill.students.student_pipeline import StudentPipeline
 
 OWN_USAGE = """```python
@@ -66,7 +66,8 @@ def model_card(
     generator: Student, usage: str, card: dict[str, Any], config: str | None, has_samples: bool = True
 ) -> str:
     """The text of README.md in a student's folder; see `save_student` for `card` and `config`."""
-    rows = _rows({key: value for key, value in card.items() if key != "metrics"})
+    between = {"between two steps": generator.between} if isinstance(generator, FewStepGenerator) else {}
+    rows = _rows({**between, **{key: value for key, value in card.items() if key != "metrics"}})
     steps = len(generator.levels)
     samples = "![Samples](samples.png)\n\n" if has_samples else ""
     return f"""---

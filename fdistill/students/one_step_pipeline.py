@@ -27,9 +27,9 @@ class OneStepPipeline(StudentPipeline):
         scheduler: its config says what the network predicts; None for networks whose own config says it.
         vae: the autoencoder of a latent student.
         student: the student's settings. They are one mapping because diffusers takes a list in a pipeline's config for
-            a component. "levels" are the noise levels of the steps, falling; a one-step student has one. "null_class"
-            is the label for "no class", where the network's config does not say it. "latent_scale", "latent_bias" and
-            "pixel_range" are those of the `LatentScaling`.
+            a component. "levels" are the noise levels of the steps, falling; a one-step student has one. "sampler" is
+            that of a `FewStepGenerator`. "null_class" is the label for "no class", where the network's config does not
+            say it. "latent_scale", "latent_bias" and "pixel_range" are those of the `LatentScaling`.
     """
 
     _optional_components: ClassVar[list[str]] = ["scheduler", "vae"]
@@ -50,7 +50,7 @@ class OneStepPipeline(StudentPipeline):
         denoiser = wrap(self.network, None if self.scheduler is None else scheduler_config(self.scheduler))
         settings = self.config.student
         set_null_class(denoiser, settings.get("null_class"))
-        return student_generator(denoiser, settings.get("levels", ())).eval()
+        return student_generator(denoiser, settings.get("levels", ()), settings.get("sampler", "stochastic")).eval()
 
     @torch.no_grad()
     def __call__(

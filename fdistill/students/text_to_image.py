@@ -14,22 +14,23 @@ from fdistill.base.errors import CheckpointError, ConfigError
 from fdistill.base.files import read_json_object
 from fdistill.denoiser import Denoiser
 from fdistill.formats.pipeline_folder import share_files
+from fdistill.student_kinds import Sampler
 from fdistill.teachers.autoencoder import LatentSpace, image_size
 
 
-def check_exportable(denoiser: Denoiser, levels: Sequence[float]) -> None:
+def check_exportable(denoiser: Denoiser, levels: Sequence[float], sampler: Sampler = "stochastic") -> None:
     """Raises ConfigError if no scheduler of diffusers can run a student at these levels."""
     if denoiser.parametrisation is None:  # a network of the user's own, whose weights alone are exported
         return
-    if student_scheduler(denoiser.parametrisation, levels) is None:
+    if student_scheduler(denoiser.parametrisation, levels, sampler) is None:
         raise ConfigError(
-            f"student_level: got {list(levels)}, but no scheduler of diffusers runs a text-to-image student there; "
-            "expected whole timesteps, and a teacher that predicts eps, v, x0 or a flow"
+            f"student_level: got {list(levels)}, {sampler}, but no scheduler of diffusers runs a text-to-image student "
+            "there; expected whole timesteps, and a teacher that predicts eps, v, x0 or a flow"
         )
 
 
 def save_text_pipeline(
-    denoiser: Denoiser, levels: Sequence[float], origin: Path, folder: Path, latents: LatentSpace
+    denoiser: Denoiser, levels: Sequence[float], sampler: Sampler, origin: Path, folder: Path, latents: LatentSpace
 ) -> tuple[str, dict[str, Any]]:
     """Fills a folder with the origin's pipeline, with the student's network and a scheduler that takes its steps.
 
@@ -39,6 +40,7 @@ def save_text_pipeline(
     Args:
         denoiser: the student's network without adapters, holding the weights to export.
         levels: noise levels of the student's steps.
+        sampler: of a student of several steps, see `FewStepGenerator`.
         origin: the pipeline folder that the student's network comes from.
         latents: the student's autoencoder.
 
@@ -48,7 +50,7 @@ def save_text_pipeline(
     Raises:
         CheckpointError: the origin's model_index.json cannot be read.
     """
-    exported = student_scheduler(denoiser.parametrisation, levels)
+    exported = student_scheduler(denoiser.parametrisation, levels, sampler)
     assert exported is not None
     scheduler, call = exported
     family, _ = find_network(origin)

@@ -14,6 +14,7 @@ from fdistill.base.devices import upload
 from fdistill.base.images import to_unit
 from fdistill.condition import Condition, none_like, upload_condition, where
 from fdistill.data import Batch, EpochOrder
+from fdistill.rollout import Rollout, levels_for
 from fdistill.step import Pairs
 from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import TrainingData
@@ -60,7 +61,7 @@ class Batches:
         return {
             "real_x0": read.real_x0,
             "condition": read.condition,
-            **self._student_steps(batch),
+            **self._rollout(batch, read.real_x0),
             **self._without_some_conditions(read.condition, number),
         }
 
@@ -76,7 +77,7 @@ class Batches:
             "batch_size": self._local,
             **self._ratio_ramp(),
             **self._pairs(),
-            **self._student_steps(stage.critic_steps),
+            **self._rollout(stage.critic_steps, None if last is None else last.real_x0),
             **({} if last is None else self._image_loss(last.rows)),
         }
 
@@ -91,15 +92,21 @@ class Batches:
             batch.rows,
         )
 
-    def _seed(self, stream: rng.Stream, number: int) -> int:
-        return rng.derived_seed(self._run.config.seed, stream, self._run.iteration, number)
+    def _seed(self, stream: rng.Stream, *number: int) -> int:
+        return rng.derived_seed(self._run.config.seed, stream, self._run.iteration, *number)
 
-    def _student_steps(self, number: int) -> dict[str, int]:
-        """The number of steps that a few-step student's samples take, the same for a whole batch; drawn on the CPU."""
-        levels = self._run.student.levels
+    def _rollout(self, number: int, real_x0: Tensor | None) -> dict[str, Rollout]:
+        """How a few-step student's samples are made, the same for a whole batch; drawn on the CPU."""
+        levels, settings = self._run.student.levels, self._run.config.student
         if len(levels) == 1:
             return {}
-        return {"student_steps": 1 + self._seed(rng.Stream.STUDENT_STEP, number) % len(levels)}
+        trained, steps, begins = (self._seed(rng.Stream.STUDENT_STEP, number, *draw) for draw in ((), (1,), (2,)))
+        if settings.any_step:
+            levels = levels_for(levels, 1 + steps % len(levels))
+        last = trained % len(levels)
+        if last and real_x0 is not None and begins % 10**6 >= settings.simulated * 10**6:
+            return {"rollout": Rollout(levels[last : last + 1], real_x0)}
+        return {"rollout": Rollout(levels[: last + 1])}
 
     def _without_some_conditions(self, condition: Condition | None, number: int) -> dict[str, Condition]:
         """Condition dropout for the critic: replaces a share of the rows by "no class" or the null prompt."""

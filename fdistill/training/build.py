@@ -12,8 +12,10 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
+from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.quantised_layers import place
 from fdistill.adapters.resize import Resized, resized
+from fdistill.adapters.step_levels import step_levels
 from fdistill.base import rng
 from fdistill.base.devices import autocast
 from fdistill.base.distributed import first_process_of_machine_first
@@ -142,7 +144,9 @@ def assemble(
     frozen_device = torch.device("cpu") if sharding.distributes_frozen(config, mesh) else device
     precision = "fp32" if sharding.narrows_frozen(config, mesh) else config.frozen_precision
     trained = _trained_networks(config, loaded.teacher, frozen_device, mesh, precision)
-    student = KINDS[config.student.generator].make(trained.student, config.student_levels)
+    student = KINDS[config.student.generator].make(
+        trained.student, _student_levels(config, loaded.teacher), config.student.sampler
+    )
     roles = {role for stage in stages for role in trained_roles(stage)}
     guide = _placed(loaded.guide, config, frozen_device, precision)
     has_heads = "discriminator" in roles
@@ -215,6 +219,21 @@ def _trained_networks(
         for denoiser in (frozen, student, fake_score):
             checkpoint_activations(denoiser)
     return _Trained(student, fake_score, origin, changed)
+
+
+def _student_levels(config: DistillConfig, teacher: Teacher) -> tuple[float, ...] | None:
+    """The levels of the student's steps; None for those of its kind."""
+    levels, student = config.student_levels, config.student
+    if student.steps is None:
+        return levels
+    folder = teacher.checkpoint.folder
+    return step_levels(
+        teacher.denoiser,
+        student.steps,
+        scheduler=None if folder is None else read_scheduler_config(folder),
+        start=None if levels is None else levels[0],
+        shift=student.shift,
+    )
 
 
 def _copied(frozen: Denoiser, shared: bool) -> Denoiser:

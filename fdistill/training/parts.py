@@ -19,6 +19,7 @@ from fdistill.base.devices import autocast
 from fdistill.base.errors import ConfigError
 from fdistill.condition import TextCondition
 from fdistill.config.schema import DistillConfig
+from fdistill.rollout import Rollout
 from fdistill.step import Networks, Pairs, PerSample
 from fdistill.training.sharding import average_gradients_next
 from fdistill.training.updates import Update
@@ -122,7 +123,7 @@ def draw_samples(networks: Networks, arguments: Mapping[str, Any], generator: to
         generator.set_state(state)
         own = part_of(arguments, number, split.count)
         with rng.part(number, split.count), autocast(generator.device, split.precision):
-            drawn = networks.draw_samples(generator, len(own["real_x0"]), own["condition"], own.get("student_steps"))
+            drawn = networks.draw_samples(generator, len(own["real_x0"]), own["condition"], own.get("rollout"))
         parts.append(drawn)
     return parts[0] if split.count == 1 else torch.cat(parts)
 
@@ -140,6 +141,8 @@ def part_of(arguments: Mapping[str, Any], number: int, count: int) -> dict[str, 
 def _rows(value: Any, number: int, count: int) -> Any:
     if isinstance(value, Pairs):
         return Pairs(*(_rows(each, number, count) for each in value))
+    if isinstance(value, Rollout):
+        return value if value.x0 is None else Rollout(value.levels, _rows(value.x0, number, count))
     if isinstance(value, Tensor | TextCondition | ImageLoss):
         size = len(value) // count
         rows = slice(number * size, (number + 1) * size)

@@ -95,7 +95,7 @@ def _critic_arguments(config: DistillConfig, networks: Networks) -> dict[str, st
         "real_x0": "the batch of data",
         "condition": "the labels or prompts of the batch",
         "generator": "the source of random numbers",
-        **_student_steps(networks),
+        **_rollout(networks),
     }
     if config.reuse_samples:
         arguments["fake_x0"] = "the student's samples, drawn before; without it, reuse_samples must be false"
@@ -109,7 +109,7 @@ def _student_arguments(config: DistillConfig, networks: Networks, divergence: Di
         "condition": "the labels or prompts of the batch",
         "generator": "the source of random numbers",
         "batch_size": "the number of samples to draw",
-        **_student_steps(networks),
+        **_rollout(networks),
     }
     if divergence.needs_ratio and config.ratio.warmup:
         arguments["ratio_ramp"] = "the factor of the ratio's warmup; without it, ratio.warmup must be 0"
@@ -121,11 +121,11 @@ def _student_arguments(config: DistillConfig, networks: Networks, divergence: Di
     return arguments
 
 
-def _student_steps(networks: Networks) -> dict[str, str]:
+def _rollout(networks: Networks) -> dict[str, str]:
     student: Any = networks.generator
     if len(student.levels) == 1:
         return {}
-    return {"student_steps": "the number of levels that a few-step student passes; without it, it must have one level"}
+    return {"rollout": "the levels that a few-step student passes; without it, it must have one level"}
 
 
 def level_draw(config: LevelsConfig) -> LevelDraw:

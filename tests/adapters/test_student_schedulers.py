@@ -16,6 +16,7 @@ from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import student_scheduler
 from fdistill.generator import student_generator
 from fdistill.noise import FlowSchedule
+from fdistill.student_kinds import Sampler
 from fdistill.teachers.autoencoder import attach_latent_space
 from support.text_families import RESOLUTION, TEXT_FAMILIES
 from support.text_families_dit import TEXT_FAMILIES_DIT
@@ -42,10 +43,12 @@ def qwen_latents(tokens: Tensor) -> Tensor:
     return latents[:, :, 0]
 
 
-LEVELS_OF_STEPS: dict[str, tuple[list[float], list[float]]] = {
-    "one": ([999], [1.0]),
-    "one-earlier": ([749], [0.75]),
-    "four": ([999, 749, 499, 249], [1.0, 0.75, 0.5, 0.25]),
+LEVELS_OF_STEPS: dict[str, tuple[list[float], list[float], Sampler]] = {
+    "one": ([999], [1.0], "stochastic"),
+    "one-earlier": ([749], [0.75], "stochastic"),
+    "four": ([999, 749, 499, 249], [1.0, 0.9, 0.75, 0.5], "stochastic"),
+    "three-deterministic": ([999, 600, 149], [1.0, 0.9, 0.3], "deterministic"),
+    "two-deterministic-earlier": ([749, 499], [0.75, 0.5], "deterministic"),
 }
 
 
@@ -57,8 +60,8 @@ def test_the_students_scheduler_makes_its_pipeline_the_student(
     pipeline = load_pipeline(folders[name])
     denoiser, condition = denoiser_of(pipeline), condition_of(pipeline, PROMPTS, RESOLUTION)
     is_flow = isinstance(denoiser.schedule, FlowSchedule)
-    levels = LEVELS_OF_STEPS[steps][is_flow]
-    found = student_scheduler(denoiser.parametrisation, levels)
+    levels, sampler = LEVELS_OF_STEPS[steps][is_flow], LEVELS_OF_STEPS[steps][2]
+    found = student_scheduler(denoiser.parametrisation, levels, sampler)
     assert found is not None
     pipeline.scheduler, call = found
     pipeline.save_pretrained(tmp_path)
@@ -75,9 +78,8 @@ def test_the_students_scheduler_makes_its_pipeline_the_student(
         later = [flux_latents(one.reshape(2, 16, 64)) for one in noise[1:]]
         noise = torch.stack([noise[0], *later])
     with torch.no_grad():
-        expected = student_generator(denoiser, levels)(
-            noise[0] if len(levels) == 1 else noise.transpose(0, 1), condition
-        )
+        one = len(levels) == 1 or sampler == "deterministic"
+        expected = student_generator(denoiser, levels, sampler)(noise[0] if one else noise.transpose(0, 1), condition)
     assert expected.std() > 0.1
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 

@@ -174,13 +174,18 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
     ),
     (
         {"student_level": [1.0, 2.0]},
-        "expected 1, 2 or 4 falling levels, as in [80.0, 2.5]",
-        [{"student_level": levels} for levels in ([80.0, 2.5], [3.0], [4.0, 3.0, 2.0, 1.0])],
+        "expected 1 to 8 falling levels, as in [80.0, 2.5]",
+        [{"student_level": levels} for levels in ([80.0, 2.5], [3.0], [4.0, 3.0, 2.0])],
     ),
     (
-        {"method": "sid", "student_level": [80.0, 2.5]},
-        "expected one level, or method=f-distill or dmd2",
-        [{"student_level": [80.0]}, {"student_level": 80.0}, {"method": "f-distill"}, {"method": "dmd2"}],
+        {"method": "dmd", "student_level": [80.0, 2.5]},
+        "expected one step, or regression.weight=0 with a method that has no pairs",
+        [{"student_level": [80.0]}, {"student_level": 80.0}, {"method": "f-distill"}, {"method": "sid"}],
+    ),
+    (
+        {"student.any_step": True},
+        "expected False, or student.steps above 1",
+        [{"student.steps": 2}, {"student.steps": 8}, {"student.any_step": False}],
     ),
     ({"student_level": -1}, "expected a level above 0", [{"student_level": value} for value in (1.0, [2.0], None)]),
     (

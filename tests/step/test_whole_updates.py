@@ -28,6 +28,7 @@ from fdistill.noise import (
     vp_schedule_from_config,
 )
 from fdistill.ratio import DensityRatio
+from fdistill.rollout import Rollout
 from fdistill.step import Networks, Pairs, critic_step, diffratio_step, generator_step, ratio_critic_step
 from fdistill.students.tiue import TiUEGenerator
 from support.denoisers import GaussianDenoiser, tiny_unet
@@ -348,11 +349,12 @@ def test_a_few_step_student_takes_the_steps_it_is_told_to(step: str) -> None:
         "student": lambda random, **k: generator_step(networks, LABELS, random, batch_size=6, **k),
     }
     name = {"critic": "fake_score/denoising", "student": "generator/matching"}[step]
-    for steps, taken in ((1, 1), (2, 2), (None, 2)):
-        found = updates[step](torch.Generator().manual_seed(3), student_steps=steps, gan_weight=0.0).logs[name].value
+    data = torch.rand(6, 1, 8, 8) * 2 - 1
+    for rollout in (Rollout((2.5,)), Rollout((2.5, 0.5)), None, Rollout((0.5,), data)):
+        found = updates[step](torch.Generator().manual_seed(3), rollout=rollout, gan_weight=0.0).logs[name].value
         random = torch.Generator().manual_seed(3)
         with torch.no_grad():
-            x0 = student(rng.normal(random, 6, (taken, 1, 8, 8)), LABELS)
+            x0 = student(rng.normal(random, 6, student.noise_shape(rollout)), LABELS, rollout)
             x_t, t = noised(random, x0, karras_levels, networks.teacher.schedule)
             fake_x0, teacher_x0 = (clean(n, x_t, t, LABELS) for n in (networks.fake_score, networks.teacher))
             weight = 1 / t**2 + 1 / networks.teacher.sigma_data**2

@@ -18,6 +18,7 @@ from fdistill.base import rng
 from fdistill.base.rng import Stream
 from fdistill.config.reading import load_config
 from fdistill.ratio import DensityRatio
+from fdistill.rollout import Rollout
 from fdistill.step import StepResult, critic_step, generator_step
 from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints
@@ -127,7 +128,7 @@ def test_a_run_is_its_iterations_written_out(teacher: Path, tmp_path: Path) -> N
                     levels=critic,
                     gan_weight=0.5,
                     critic_condition=torch.where(none, NONE, labels),
-                    student_steps=1 + seed(Stream.STUDENT_STEP, iteration, k) % 2,
+                    rollout=Rollout((2.5, 0.5)[: 1 + seed(Stream.STUDENT_STEP, iteration, k) % 2]),
                 )
                 update(result, "fake_score", "discriminator")
             result = generator_step(
@@ -140,7 +141,7 @@ def test_a_run_is_its_iterations_written_out(teacher: Path, tmp_path: Path) -> N
                 ratio_ramp=min(1.0, iteration / 3),
                 levels=matching,
                 gan_weight=0.2,
-                student_steps=1 + seed(Stream.STUDENT_STEP, iteration, 2) % 2,
+                rollout=Rollout((2.5, 0.5)[: 1 + seed(Stream.STUDENT_STEP, iteration, 2) % 2]),
             )
             update(result, "generator")
             for decay, average in averages.items():

@@ -21,6 +21,7 @@ from fdistill.config.reading import load_config
 from fdistill.kernels.reference.renoise import counter_normal
 from fdistill.methods import METHODS
 from fdistill.noise import EDMSchedule
+from fdistill.rollout import Rollout
 from fdistill.step import Pairs
 from fdistill.step.roles import renoise
 from fdistill.training.build import build
@@ -76,7 +77,7 @@ def test_parts_have_the_gradients_of_the_whole_batch(tiny_teacher: Path, name: s
     if METHODS[made.config.method].pairs:
         student["pairs"] = Pairs(noise, x0, LABELS)
     if len(made.student.levels) > 1:
-        student["student_steps"] = 2
+        student["rollout"] = Rollout(made.student.levels)
     updates = [(made.student_update, student)]
     if made.stage.critic_update is not None:
         critic: dict[str, Any] = {"real_x0": real, "condition": LABELS}
@@ -143,7 +144,7 @@ def test_everything_with_a_row_for_each_sample_is_divided() -> None:
         "image_loss": image_loss,
         "image_weight": 0.5,
         "ratio_ramp": 0.3,
-        "student_steps": 2,
+        "rollout": Rollout((2.5, 0.5), torch.arange(6)),
         "batch_size": 6,
     }
     found = part_of(values, 1, 3)
@@ -152,7 +153,8 @@ def test_everything_with_a_row_for_each_sample_is_divided() -> None:
     assert found["pairs"].x0.tolist() == [12, 13]
     assert found["pairs"].condition["prompt_embeds"].flatten().tolist() == [2, 3]
     assert found["image_loss"](torch.zeros(2, 1)).tolist() == [2, 3]
-    assert (found["image_weight"], found["ratio_ramp"], found["student_steps"], found["batch_size"]) == (0.5, 0.3, 2, 2)
+    assert (found["image_weight"], found["ratio_ramp"], found["batch_size"]) == (0.5, 0.3, 2)
+    assert (found["rollout"].levels, found["rollout"].x0.tolist()) == ((2.5, 0.5), [2, 3])
     assert part_of({"pairs": Pairs(torch.arange(2.0), torch.arange(2.0), None)}, 0, 2)["pairs"].condition is None
 
 

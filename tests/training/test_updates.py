@@ -250,7 +250,6 @@ OWN = {
     "summary": "reads a ratio",
     "divergence": "kl",
     "discriminator": True,
-    "few_step": True,
 }
 
 
@@ -263,7 +262,7 @@ OWN = {
             {"regression.weight": 0.5},
             "own_step takes no pairs, .*; without it, regression.weight must be 0",
         ),
-        ({}, {"student_level": [2.5, 0.5]}, "takes no student_steps, .* it must have one level"),
+        ({}, {"student_level": [2.5, 0.5]}, "takes no rollout, .* it must have one level"),
         ({}, {"condition_dropout": 0.1, "null_class": 9}, "own_critic takes no critic_condition, .* must be 0"),
         ({"student": f"{__name__}:incomplete_step"}, {}, "incomplete_step takes no batch_size, which is the number of"),
         ({"critic": f"{__name__}:incomplete_step"}, {}, "incomplete_step takes no real_x0, which is the batch of data"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 
 from fdistill import distill, generate, load_student
 from fdistill.adapters.parametrisation import DirectPrediction, EDMPreconditioning
 from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.base.errors import ArgumentError
-from fdistill.generator import FewStepGenerator, student_generator
+from fdistill.base.images import to_uint8
+from fdistill.base.rng import indexed_normal
+from fdistill.generator import FewStepGenerator, OneStepGenerator, student_generator
 from fdistill.noise import EDMSchedule, FlowSchedule
 from fdistill.rollout import Rollout, levels_for
 from fdistill.student_kinds import fall
@@ -129,6 +133,32 @@ def test_a_deterministic_student_is_exported_and_loaded(tiny_teacher: Path, tmp_
         "| between two steps | the image is noised again, with the noise that the step implies (Euler) |"
         in (folder / "README.md").read_text()
     )
+
+
+def test_a_student_takes_other_numbers_of_steps(tiny_teacher: Path, tmp_path: Path) -> None:
+    """As many as it learnt: silently. Others: with a warning."""
+    common: dict[str, Any] = {"teacher": str(tiny_teacher), "batch_size": 8, "iterations": 1, "method": "diff-instruct"}
+    common |= {"student_level": [2.5, 1.2, 0.6, 0.3], "log.samples_every": 0, "log.tracker": "none"}
+    learnt = distill("digits", output=tmp_path / "any", **common, **{"student.any_step": True})
+    four = distill("digits", output=tmp_path / "four", **common)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_student(learnt, steps=2).levels == (2.5, 0.6)
+        assert load_student(four, steps=4).levels == (2.5, 1.2, 0.6, 0.3)
+        assert isinstance(load_student(learnt, steps=1), OneStepGenerator)
+    with pytest.warns(UserWarning, match="takes 2 steps, but has learnt to take 4$"):
+        student = load_student(four, steps=2)
+    with pytest.warns(UserWarning, match="takes 5 steps, but has learnt to take 1 to 4$"):
+        assert len(load_student(learnt, steps=5).levels) == 5
+    with pytest.warns(UserWarning, match="takes 2 steps"):
+        images = generate(four, num_images=3, output=tmp_path / "images", num_steps=2, seed=1)
+    manifest = json.loads((images / "manifest.json").read_text())
+    assert manifest["evaluations_per_image"] == 2
+    noise = indexed_normal(1, range(3), (2, 1, 8, 8))
+    expected = to_uint8(student(noise, torch.arange(3)))
+    for index in range(3):
+        image = torch.from_numpy(np.asarray(Image.open(images / f"{index:06d}.png")).copy())
+        assert torch.equal(image, expected[index, 0])
 
 
 def test_levels_for_other_numbers_of_steps() -> None:

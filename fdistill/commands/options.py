@@ -14,7 +14,7 @@ Steps = Annotated[
     typer.Option(
         "--steps",
         help="Sampler steps of a teacher or pipeline, 18 by default. Heun's method takes 2 x steps - 1 network "
-        "evaluations for each image. Students have their own number of steps.",
+        "evaluations for each image. A student takes the steps it was trained for, or so many.",
     ),
 ]
 Guidance = Annotated[

@@ -55,18 +55,23 @@ def open_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling 
     if folder is not None:
         check_unread(
             f"{checkpoint} is a student; these were fixed in its training",
-            sampling.given("steps", "guidance_scale", "guidance_teacher", "negative_prompt", "resolution"),
+            sampling.given("guidance_scale", "guidance_teacher", "negative_prompt", "resolution"),
         )
     if sampling.sampler == "pipeline":
+        if folder is not None:
+            check_unread(
+                f"{checkpoint} is a student, whose pipeline is called with its own steps; sampler heun takes others",
+                sampling.given("steps"),
+            )
         return open_pipeline(checkpoint, device, sampling)
     if folder is not None:
-        return _student_maker(checkpoint, folder, device, sampling.network)
+        return _student_maker(checkpoint, folder, device, sampling)
     check_unread("applies only to students of your own network", sampling.given("network"))
     return _teacher_maker(checkpoint, device, sampling)
 
 
-def _student_maker(checkpoint: str | Path, folder: Path, device: torch.device, network: str | None) -> NetworkMaker:
-    student = load_student(folder, device, network=network)
+def _student_maker(checkpoint: str | Path, folder: Path, device: torch.device, sampling: Sampling) -> NetworkMaker:
+    student = load_student(folder, device, network=sampling.network, steps=sampling.num_steps)
     found = Checkpoint(str(checkpoint), folder)
     latents = attach_latent_space(student.denoiser, found, None)
     text = _prompt_encoder(found, student.denoiser, latents)
@@ -201,7 +206,7 @@ def generate(
         class_labels: classes to draw, in turn; all classes by default.
         prompts: prompts for a text-to-image model, in turn.
         num_steps: steps of a teacher (Heun's method: 2 num_steps - 1 evaluations for each image) or of a pipeline's own
-            scheduler; 18 by default. It cannot be given for a student, which has its own number of steps.
+            scheduler; 18 by default. A student takes its own number of steps unless it is given, see `load_student`.
         guidance_scale: guidance of a teacher that is conditional on prompts, or that has a label for "no class"; 1, the
             default, is no guidance. It cannot be given for a student, which has learnt its teacher's guidance. A
             pipeline is called with this number: for most classes 0 and 1 both mean no guidance, but networks that take

@@ -19,7 +19,7 @@ class Sampling:
     """How images are drawn from a checkpoint. Options that are None (or "") have their defaults.
 
     Attributes:
-        num_steps: sampler steps of a teacher or pipeline, at least 1; 18 by default.
+        num_steps: sampler steps, at least 1; by default 18 of a teacher or pipeline, and those that a student learnt.
         guidance_scale: guidance of a teacher or pipeline; 1, which is no guidance, by default.
         guidance_teacher: a second network that a teacher's guidance leads away from; by default the teacher without its
             condition.

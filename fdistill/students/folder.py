@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,17 @@ from safetensors.torch import load_file, save_file
 
 from fdistill.adapters import family_of, set_null_class
 from fdistill.adapters.checkpoint import Checkpoint, load_denoiser, resolve_checkpoint
-from fdistill.base.errors import CheckpointError
+from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import KEPT_SUFFIXES, read_json_object, replaced_folder
 from fdistill.base.hashes import check_files, noted_files
 from fdistill.base.reading import not_here
 from fdistill.base.state_dicts import load_exactly, unshared
 from fdistill.denoiser import Denoiser
 from fdistill.formats.lora_file import LORA_FILE, save_lora
-from fdistill.generator import Student
+from fdistill.generator import Student, student_generator
+from fdistill.rollout import levels_for
 from fdistill.student_kinds import STUDENT_FILE
-from fdistill.students.kinds import kind_in, kind_of
+from fdistill.students.kinds import KINDS, kind_in, kind_of
 from fdistill.students.lora import has_adapters, merged
 from fdistill.students.model_card import OWN_USAGE, model_card, usage
 from fdistill.teachers.autoencoder import LatentSpace
@@ -136,7 +138,9 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{folder / STUDENT_FILE}: cannot be read ({error!r}); copy the student's folder again")
 
 
-def load_student(path: str | Path, device: torch.device | str = "cpu", *, network: str | None = None) -> Student:
+def load_student(
+    path: str | Path, device: torch.device | str = "cpu", *, network: str | None = None, steps: int | None = None
+) -> Student:
     """Loads an exported student: a function (noise, condition) -> x0, frozen, in eval mode, in float32.
 
     It is a `OneStepGenerator`, a `FewStepGenerator` if it was trained for several steps, or a `TiUEGenerator`. The x0
@@ -146,9 +150,13 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
         path: a student folder, or a run folder that has one.
         network: "module:function" that returns the network, for students of a user's own network. It is not read from
             the folder, so that no folder can choose which code runs.
+        steps: how many steps the student takes, at least 1; None for those it was trained for. Fewer pass some of its
+            levels, more pass levels in between (`rollout.levels_for`). A warning says so if it has not learnt that
+            (`student.any_step`).
 
     Raises:
         CheckpointError: the folder does not exist, holds no student, or a file of it is damaged.
+        ArgumentError: a number of steps for a kind of student that takes one.
     """
     folder = student_folder(path)
     facts = checked_facts(folder)
@@ -168,8 +176,21 @@ def load_student(path: str | Path, device: torch.device | str = "cpu", *, networ
             denoiser.resize(int(facts["size"]))
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise _unreadable(folder, error) from error
-    generator = kind_in(facts).make(denoiser, levels, facts.get("sampler", "stochastic"))
+    sampler = facts.get("sampler", "stochastic")
+    if steps is None or steps == len(levels):
+        generator = kind_in(facts).make(denoiser, levels, sampler)
+    else:
+        generator = student_generator(denoiser, _other_levels(path, facts, levels, steps), sampler)
     return generator.eval().requires_grad_(False).to(device)
+
+
+def _other_levels(path: str | Path, facts: dict[str, Any], levels: list[float], steps: int) -> tuple[float, ...]:
+    if kind_in(facts) is not KINDS["denoiser"]:
+        raise ArgumentError(f"steps: got {steps}, but {path} is a student that takes one step; leave it out")
+    if steps > len(levels) or not facts.get("any_step"):
+        learnt = f"1 to {len(levels)}" if facts.get("any_step") else f"{len(levels)}"
+        warnings.warn(f"{path}: takes {steps} steps, but has learnt to take {learnt}", stacklevel=3)
+    return levels_for(levels, steps)
 
 
 def _own_network(folder: Path, facts: dict[str, Any], network: str | None) -> Denoiser:

@@ -209,6 +209,7 @@ def _card(run: Distillation, folder: Path) -> dict[str, Any]:
         "iterations": run.iteration,
         "batch_size": config.batch_size,
         "critic_steps": config.critic_steps,
+        **({"any_step": True} if config.student.any_step else {}),
         "ema": config.ema.export,
         "seed": config.seed,
         "num_classes": run.student.num_classes,

@@ -177,7 +177,7 @@ ADVICE: list[tuple[Words, str, list[Words]]] = [
         [["generate", "MADE/tiny", "--num-images", "1", "--steps", "1"]],
     ),
     (
-        ["generate", str(STUDENT), "--num-images", "1", "--steps", "4"],
+        ["generate", str(STUDENT), "--num-images", "1", "--guidance-scale", "4"],
         "these were fixed in its training; leave it out",
         [["generate", str(STUDENT), "--num-images", "1"]],
     ),

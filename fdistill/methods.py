@@ -45,7 +45,7 @@ class Method:
             of the fake-score network.
         weighting: whether the student's loss is weighted as `generator.weighting` says.
         pairs: whether it regresses on pairs of noise and the sample that the teacher's ODE makes from it.
-        extra_terms: whether its update adds the terms of clip_loss, student.noise_kl_weight and
+        extra_terms: whether its update adds the terms of augmentation, clip_loss, student.noise_kl_weight and
             generator.gan_gradient_ratio.
         options: the settings of its objective.
         settings: values that override the defaults of `DistillConfig`, nested as in a config file.
@@ -82,6 +82,15 @@ METHODS: dict[str, Method] = {
         "reverse KL with a GAN head on the fake score's bottleneck, critic updated more often",
         discriminator=True,
         settings={"critic_steps": 5, "discriminator": {"source": "fake", "features": ["mid"]}},
+    ),
+    "decoupled-dmd": _matching(
+        "DMD2 with guidance as a term of its own, at levels cleaner than the student's input",
+        discriminator=True,
+        settings={
+            "critic_steps": 5,
+            "discriminator": {"source": "fake", "features": ["mid"]},
+            "augmentation": {"weight": 1.0},
+        },
     ),
     "dmd": _matching(
         "reverse KL with regression on the teacher's own ODE pairs",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,12 @@ from support.networks import ExactLogRatio, LinearGenerator
 
 QUICK = {"batch_size": 8, "iterations": 2, "log.every": 1, "log.samples_every": 0, "log.tracker": "none"}
 SMALL = {"regression.pairs": 16, "teacher_samples.count": 16, "teacher_samples.num_steps": 3}
+GUIDED: dict[str, object] = {"guidance_scale": 2.0, "guidance_teacher": "digits"}
 
 ROLES = {
     "f-distill": {"generator", "fake_score", "discriminator"},
     "dmd2": {"generator", "fake_score", "discriminator"},
+    "decoupled-dmd": {"generator", "fake_score", "discriminator"},
     "dmd": {"generator", "fake_score"},
     "diff-instruct": {"generator", "fake_score"},
     "vsd": {"generator", "fake_score"},
@@ -50,13 +52,18 @@ ROLES = {
 
 
 def run(teacher: Path, output: Path, **settings: object) -> Path:
-    overrides: dict[str, Any] = {"teacher": str(teacher), **QUICK, **SMALL, **settings}
+    overrides: dict[str, Any] = {"teacher": str(teacher), **QUICK, **SMALL, **needed(settings), **settings}
     return distill("digits", output=output, **overrides)
 
 
 def built(teacher: Path, **settings: object) -> Any:
-    config = load_config("digits", {"teacher": str(teacher), **QUICK, **SMALL, **settings})
+    config = load_config("digits", {"teacher": str(teacher), **QUICK, **SMALL, **needed(settings), **settings})
     return build(config, torch.device("cpu"))
+
+
+def needed(settings: Mapping[str, object]) -> dict[str, object]:
+    """What a method needs beside its name: guidance, where it is a term of its own."""
+    return GUIDED if settings.get("method") == "decoupled-dmd" else {}
 
 
 def weights(student: Path) -> dict[str, Tensor]:
@@ -81,7 +88,7 @@ def test_a_method_trains_from_its_name_alone(tiny_teacher: Path, tmp_path: Path,
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_resolved_config_reads_back(method: str, tmp_path: Path) -> None:
-    config = load_config("digits", {"method": method})
+    config = load_config("digits", {"method": method, **needed({"method": method})})
     (tmp_path / "config.yaml").write_text(dump_config(config))
     assert load_config(str(tmp_path / "config.yaml")) == config
 
@@ -131,6 +138,7 @@ def recorded(*networks: Denoiser) -> Iterator[_Seen]:
 EVALUATIONS = {  # (critic, student): student itself, teacher, fake score on fakes, tapped network on reals
     "f-distill": (3, 3),
     "dmd2": (3, 3),
+    "decoupled-dmd": (3, 4),
     "dmd": (2, 4),
     "diff-instruct": (2, 3),
     "vsd": (2, 3),
@@ -151,7 +159,7 @@ def test_no_network_is_evaluated_twice_on_one_input_and_no_frozen_weight_gets_a_
     networks, labels = made.networks, torch.arange(8) % 10
     real = torch.rand(8, 1, 8, 8) * 2 - 1
     pairs = {"pairs": Pairs(torch.randn(8, 1, 8, 8), real, labels)} if METHODS[method].pairs else {}
-    denoisers = (networks.teacher, networks.fake_score, made.student.denoiser)
+    denoisers = (networks.unguided.teacher, networks.fake_score, made.student.denoiser)
     updates = (
         (lambda: made.critic_update(real, labels, torch.Generator().manual_seed(0)), ("fake_score", "discriminator")),
         (

@@ -12,6 +12,7 @@ from typing import Any
 from fdistill.base.errors import did_you_mean, shown
 from fdistill.config.limits import MAX_NUMBER
 from fdistill.config.sections import (
+    AugmentationConfig,
     CLIPLossConfig,
     DiscriminatorConfig,
     EvalConfig,
@@ -284,6 +285,27 @@ def check_student(
     if regression.weight and not kind.pairs:
         raise ValueError(
             f"regression.weight: teacher pairs are for students of one level; expected 0 with {student.generator}"
+        )
+
+
+def check_augmentation(name: str, augmentation: AugmentationConfig, scale: float, rescale: float) -> None:
+    """Checks that there is guidance to make a term of, and a method that adds it."""
+    if not augmentation.weight:
+        return
+    if not METHODS[name].extra_terms:
+        raise ValueError(
+            f"augmentation.weight: got {augmentation.weight}, but method={name} does not add this term; expected 0, or "
+            "method=decoupled-dmd or f-distill"
+        )
+    if scale == 1:
+        raise ValueError(
+            "guidance_scale: got 1, which is no guidance, but augmentation.weight makes guidance a term of its own; "
+            "expected a guidance_scale above 1, or augmentation.weight=0"
+        )
+    if rescale:
+        raise ValueError(
+            f"guidance_rescale: got {rescale}, which augmentation.weight does not read; expected 0, or "
+            "augmentation.weight=0"
         )
 
 

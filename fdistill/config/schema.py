@@ -13,6 +13,7 @@ from fdistill.config.limits import MAX_NUMBER
 from fdistill.config.nested import merged
 from fdistill.config.problems import explain
 from fdistill.config.sections import (
+    AugmentationConfig,
     Batch,
     CLIPLossConfig,
     Count,
@@ -151,6 +152,7 @@ class DistillConfig(Section):
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     regression: RegressionConfig = RegressionConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
     clip_loss: CLIPLossConfig = CLIPLossConfig()
     teacher_samples: TeacherSamplesConfig = TeacherSamplesConfig()
     matching_levels: MatchingLevelsConfig = MatchingLevelsConfig()
@@ -200,6 +202,7 @@ class DistillConfig(Section):
         combinations.check_precision(self.precision, self.frozen_precision)
         combinations.check_parallel(self.parallel, self.frozen_precision, self.roles)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
+        combinations.check_augmentation(name, self.augmentation, self.guidance_scale, self.guidance_rescale)
         combinations.check_steps(name, self.student_level, student, self.regression, data=self.data is not None)
         return self
 

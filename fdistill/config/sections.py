@@ -32,6 +32,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 CountOrZero = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
 Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+ScoreWeighting = Literal["normalised", "uniform", "vsd"]
 StudentSteps = Annotated[int, Field(ge=1, le=MAX_STUDENT_STEPS)]
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
 Names = Annotated[list[str], AfterValidator(distinct)]
@@ -154,7 +155,7 @@ class GeneratorConfig(OptimizerConfig, MicroBatchConfig):
         description="above 0, each update sets gan_weight so that the norm of the GAN term's gradient on the image is "
         "this many times the matching term's; 0 keeps gan_weight fixed",
     )
-    weighting: Literal["normalised", "uniform", "vsd"] = Field(
+    weighting: ScoreWeighting = Field(
         default="normalised", description="how the score difference is weighted over samples and noise levels"
     )
 
@@ -267,6 +268,17 @@ class MatchingLevelsConfig(LevelsConfig):
 
     low: Fraction = 0.02
     high: Fraction = 0.98
+
+
+class AugmentationConfig(LevelsConfig):
+    """Guidance as a term of its own (Decoupled DMD, arXiv 2511.22677), at those of these levels that are cleaner than
+    the student's input; matching is then without guidance."""
+
+    weight: NonNegative = Field(default=0.0, description="weight of the term; 0 turns it off")
+    weighting: ScoreWeighting = Field(
+        default="normalised",
+        description="weight over noise levels; normalised divides by the term's own mean|x0 - x0'|",
+    )
 
 
 class RatioConfig(Section):

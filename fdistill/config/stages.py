@@ -14,6 +14,7 @@ from fdistill.config.limits import MAX_COUNT, MAX_STAGES
 from fdistill.config.nested import leaves, merged
 from fdistill.config.plain_yaml import MAX_DEPTH
 from fdistill.config.sections import (
+    AugmentationConfig,
     DiscriminatorConfig,
     GeneratorConfig,
     LevelsConfig,
@@ -36,6 +37,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "fake_score": _OPTIMIZER | {"micro_batch", "weighting", "min_snr_gamma"},
     "discriminator": _OPTIMIZER | {"gan_weight", "gan_weighting", "r1_weight", "r1", "r1_sigma"},
     "regression": {"weight"},
+    "augmentation": set(AugmentationConfig.model_fields),
     "clip_loss": {"weight"},
     "student": {"noise_kl_weight"},
     "matching_levels": set(LevelsConfig.model_fields),
@@ -183,7 +185,7 @@ def _turned_off(before: Method, method: Method) -> dict[str, Any]:
         found["regression"] = {"weight": 0.0}
     if not method.extra_terms:
         found["generator"] |= {"gan_gradient_ratio": 0.0}
-        found |= {"student": {"noise_kl_weight": 0.0}, "clip_loss": {"weight": 0.0}}
+        found |= {"student": {"noise_kl_weight": 0.0}, "clip_loss": {"weight": 0.0}, "augmentation": {"weight": 0.0}}
     if method.critic is None:
         found["condition_dropout"] = 0.0
     return found

@@ -4,6 +4,7 @@ Devices, optimisers, logging and files belong to the caller. Each loss has gradi
 role: the other networks are frozen while the step's graph is built, so a plain `loss.backward()` is enough.
 """
 
+from fdistill.step.augmentation import Augmentation
 from fdistill.step.critic import critic_step
 from fdistill.step.diffratio import diffratio_step, ratio_critic_step
 from fdistill.step.implicit import sid_step, sim_step, uni_instruct_step
@@ -13,6 +14,7 @@ from fdistill.step.roles import ROLES, LevelDraw, Networks, PerSample, StepResul
 
 __all__ = [
     "ROLES",
+    "Augmentation",
     "LevelDraw",
     "Networks",
     "Pairs",

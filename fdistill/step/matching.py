@@ -5,7 +5,7 @@ Diff-Instruct, VSD.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from fdistill.losses import (
 from fdistill.noise import NoiseSchedule, karras_levels
 from fdistill.ratio import DensityRatio
 from fdistill.rollout import Rollout
+from fdistill.step.augmentation import Augmentation, augmentation_loss
 from fdistill.step.evaluated import Evaluated, evaluate
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence
 
@@ -50,6 +51,7 @@ def generator_step(
     ratio_ramp: float = 1.0,
     gan_weight: float = 1e-3,
     gan_gradient_ratio: float = 0.0,
+    augmentation: Augmentation | None = None,
     noise_kl_weight: float = 0.0,
     image_loss: Callable[[Tensor], Tensor] | None = None,
     image_weight: float = 0.0,
@@ -60,9 +62,9 @@ def generator_step(
 ) -> StepResult:
     """One update of the student along h(r) (score_teacher - score_fake), plus the other terms.
 
-    loss = mean(matching_loss(x0, teacher_x0, fake_x0, weight=h)) + gan_weight mean softplus(-l_fake)
-           + noise_kl_weight mean KL(predicted noise || normal) + image_weight mean image_loss(x0)
-           + regression_weight mean |student(z) - teacher's ODE(z)|^2
+    loss = mean(matching_loss(x0, teacher_x0, fake_x0, weight=h)) + augmentation.weight mean augmentation_loss
+           + gan_weight mean softplus(-l_fake) + noise_kl_weight mean KL(predicted noise || normal)
+           + image_weight mean image_loss(x0) + regression_weight mean |student(z) - teacher's ODE(z)|^2
 
     The loss trains only the student. Logits are computed at the same (x_t, t) as the score difference; heads on a
     network that is evaluated there anyway need no evaluation of their own.
@@ -83,6 +85,8 @@ def generator_step(
         gan_gradient_ratio: above 0, gan_weight is chosen anew in every update, so that the norm of the GAN term's
             gradient on x0 is this many times that of the matching loss's, over the global batch; the weight is logged.
             0 keeps gan_weight as it is.
+        augmentation: if it is given, matching is without the teacher's guidance, which becomes a term of its own at
+            levels of its own (`augmentation_loss`); the GAN term's balance counts it with matching.
         noise_kl_weight: weight of the KL term on the noise that `Student.sample_with_predictions` predicts
             (One-Way Ticket, arXiv 2505.21960); 0 leaves the term out.
         image_loss: x0 [B, C, H, W] -> [B], such as a `ClipHinge`; None leaves the term out.
@@ -103,7 +107,7 @@ def generator_step(
         x0 = networks.draw_samples(generator, batch_size, condition, rollout)
     t = levels(schedule, rng.uniform(generator, batch_size))
     evaluated = evaluate(
-        networks,
+        networks if augmentation is None else networks.unguided,
         x0 if gan_weight else x0.detach(),  # without a GAN term nothing needs a gradient in x_t
         t,
         condition,
@@ -118,6 +122,11 @@ def generator_step(
         weighted = ratio.evaluate(evaluated.logits, level, divergence, ramp=ratio_ramp, backend=backend)
         weight, logs = weighted.weight, _logs(t, h=weighted.h, weight=weighted.weight, clamped_ratios=weighted.clamped)
     total = _Total(_matching(x0, evaluated, weight, weighting, schedule, t, backend), t, logs)
+    if augmentation is not None:
+        student: Any = networks.generator
+        entered = (student.levels if rollout is None else rollout.levels)[-1]
+        added = augmentation_loss(networks, x0, condition, generator, augmentation, entered, backend=backend)
+        total.add("augmentation", augmentation.weight, *added)
     if gan_weight and evaluated.logits is not None:
         total.add_gan(gan_weight, gan_gradient_ratio, gan_generator_loss(evaluated.logits), x0, t)
     if noise_kl_weight:

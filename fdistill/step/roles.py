@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, Function, get_divergence
 from fdistill.generator import Student
+from fdistill.guidance import GuidedDenoiser
 from fdistill.kernels import renoise as kernels
 from fdistill.noise import NoiseSchedule
 from fdistill.prediction import Preconditioning
@@ -54,6 +55,14 @@ class Networks:
     def pair(self) -> tuple[Denoiser, Denoiser]:
         """Teacher and fake score, whose difference the student follows."""
         return self.teacher, self.compared or self.fake_score
+
+    @property
+    def unguided(self) -> Networks:
+        """The same with the teacher's conditional prediction alone."""
+        if not isinstance(self.teacher, GuidedDenoiser):
+            return self
+        plain = self.teacher.denoiser
+        return replace(self, teacher=plain, tapped=plain if self.tapped is self.teacher else self.tapped)
 
     def taps(self, network: Denoiser) -> tuple[str, ...]:
         """The names of the features of `network` that the discriminator reads; () if it reads none."""

@@ -77,6 +77,11 @@ def _check_guidance(config: DistillConfig, embedded: bool) -> None:
     """`embedded` says that the guidance scale is an input of the network, and of its copies."""
     fake = config.fake_score
     of_fake = {"guidance_scale": fake.guidance_scale, "training_guidance_scale": fake.training_guidance_scale}
+    if embedded and config.augmentation.weight:
+        raise ConfigError(
+            f"augmentation.weight: got {config.augmentation.weight:g}, but the teacher takes guidance_scale as an "
+            "input, so that its guidance cannot be told apart; expected 0"
+        )
     if embedded:
         for name, scale in of_fake.items():
             if scale != 1:

@@ -15,7 +15,7 @@ from fdistill.divergence import Divergence
 from fdistill.methods import METHODS
 from fdistill.noise import LEVEL_SAMPLERS
 from fdistill.ratio import DensityRatio
-from fdistill.step import LevelDraw, Networks, StepResult
+from fdistill.step import Augmentation, LevelDraw, Networks, StepResult
 
 Update = Callable[..., StepResult]
 
@@ -64,11 +64,17 @@ def student_update(config: DistillConfig, networks: Networks, divergence: Diverg
             "ratio": ratio,
             "gan_weight": config.generator.gan_weight,
             "gan_gradient_ratio": config.generator.gan_gradient_ratio,
+            "augmentation": _augmentation(config),
             "noise_kl_weight": config.student.noise_kl_weight,
             "regression_weight": config.regression.weight,
             **config.objective.model_dump(),
         },
     )
+
+
+def _augmentation(config: DistillConfig) -> Augmentation | None:
+    term = config.augmentation
+    return Augmentation(term.weight, level_draw(term), term.weighting) if term.weight else None
 
 
 def _bound(name: str, networks: Networks, arguments: Mapping[str, str], settings: Mapping[str, Any]) -> Update:

@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{name: {"method": name} for name in METHODS if name not in ("f-distill", "uni-instruct", "vsd")},
     "f-distill": {"divergence": "reverse-kl", "generator.gan_weight": 1e-3},  # a fixed one: see stages.md
     "uni-instruct": {"method": "uni-instruct", "divergence": "reverse-kl"},
+    "decoupled-dmd": {"method": "decoupled-dmd", "null_class": 9, "guidance_scale": 2.0},
     "two steps": {"method": "dmd2", "student_level": [2.5, 0.5]},
     "exact r1": {"method": "dmd2", "discriminator.r1_weight": 3.0},
     "approximate r1": {"method": "dmd2", "discriminator": {"r1_weight": 300.0, "r1": "approximate"}},

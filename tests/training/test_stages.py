@@ -159,9 +159,10 @@ def test_a_stage_of_another_method_has_that_methods_settings(base: str, method: 
         with pytest.raises(ConfigError, match=rf"{shaped[method]} and the run has .*cannot change during a run"):
             stage_of({"method": method}, method=base)
         return
-    found = stage_of({"method": method}, method=base)
-    alone = load_config("digits", {"method": method, "iterations": 2})
-    for key in ("method", "divergence", "objective", "regression", "clip_loss"):
+    guided = {"guidance_scale": 2.0} if method == "decoupled-dmd" else {}
+    found = stage_of({"method": method}, method=base, **guided)
+    alone = load_config("digits", {"method": method, "iterations": 2, **guided})
+    for key in ("method", "divergence", "objective", "regression", "clip_loss", "augmentation"):
         assert getattr(found, key) == getattr(alone, key), key
     assert (found.generator.gan_weight, found.discriminator.gan_weight, found.generator.weighting) == (
         alone.generator.gan_weight,

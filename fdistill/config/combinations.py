@@ -198,6 +198,10 @@ def check_scores(name: str, condition_dropout: float, fake_score: FakeScoreConfi
         raise ValueError(
             f"condition_dropout: got {condition_dropout}, but method={name} trains no fake score; expected 0"
         )
+    if fake_score.alignment and (method.critic is None or not method.scores):
+        raise ValueError(
+            f"fake_score.alignment: got {fake_score.alignment}, but method={name} trains no fake score; expected 0"
+        )
     if not method.scores and {fake_score.guidance_scale, fake_score.training_guidance_scale} != {1.0}:
         raise ValueError(f"fake_score.guidance_scale: method={name} evaluates no fake score; expected 1")
 

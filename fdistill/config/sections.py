@@ -113,6 +113,11 @@ class FakeScoreConfig(OptimizerConfig, MicroBatchConfig, LoRAConfig):
         default=1.0,
         description="guidance scale of the fake score in its own training (SiD-LSG's long guidance); 1 turns it off",
     )
+    alignment: Fraction = Field(
+        default=0.0,
+        description="share of the student's weights that the fake score takes over after each of the student's updates "
+        "(SenseFlow's implicit distribution alignment: 0.02 or 0.03); 0 turns it off",
+    )
 
 
 class DiscriminatorConfig(OptimizerConfig):

@@ -34,7 +34,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "reuse_samples": None,
     "objective": None,
     "generator": set(GeneratorConfig.model_fields) - {"optimizer"},
-    "fake_score": _OPTIMIZER | {"micro_batch", "weighting", "min_snr_gamma"},
+    "fake_score": _OPTIMIZER | {"micro_batch", "weighting", "min_snr_gamma", "alignment"},
     "discriminator": _OPTIMIZER | {"gan_weight", "gan_weighting", "r1_weight", "r1", "r1_sigma"},
     "regression": {"weight"},
     "augmentation": set(AugmentationConfig.model_fields),
@@ -186,6 +186,6 @@ def _turned_off(before: Method, method: Method) -> dict[str, Any]:
     if not method.extra_terms:
         found["generator"] |= {"gan_gradient_ratio": 0.0}
         found |= {"student": {"noise_kl_weight": 0.0}, "clip_loss": {"weight": 0.0}, "augmentation": {"weight": 0.0}}
-    if method.critic is None:
-        found["condition_dropout"] = 0.0
+    if method.critic is None or not method.scores:
+        found |= {"condition_dropout": 0.0, "fake_score": {"alignment": 0.0}}
     return found

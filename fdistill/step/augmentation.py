@@ -50,8 +50,8 @@ def augmentation_loss(
 ) -> PerSample:
     """The loss [B] whose gradient moves x0 along (s - 1) (T_c - T_0), and the levels t [B] at which it is taken.
 
-    Levels are those of `augmentation.levels` below the level at which the student's last step got its input (section
-    4 of the paper: drawing both terms' levels separately changes nothing, drawing these below it does).
+    Levels are those of `augmentation.levels` below the level at which the student's last step got its input. The paper
+    finds that drawing both terms' levels separately changes nothing, and that drawing these below it does.
 
     Args:
         networks: the roles; the teacher must be guided.

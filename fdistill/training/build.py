@@ -41,6 +41,7 @@ from fdistill.teachers.guide import Guide, open_guide
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.training import checks, sharding
 from fdistill.training.activation_checkpointing import checkpoint_activations
+from fdistill.training.alignment import check_alignment
 from fdistill.training.distillation import Distillation
 from fdistill.training.optimise import make_optimizers
 from fdistill.training.prompts import Obtain, encode, open_inputs
@@ -155,6 +156,8 @@ def assemble(
         with autocast(next(trained.fake_score.parameters()).device, config.precision):
             _freeze_beyond(trained.fake_score, config.discriminator.features)
     start_roles(config, networks, denoiser)
+    for stage in stages:
+        check_alignment(stage, networks)
     quicken(config, (denoiser, guide, trained.fake_score, trained.student, networks.discriminator))
     empty_student = None if mesh is None else sharding.blank(student)
     if mesh is not None:

@@ -26,6 +26,7 @@ from fdistill.generation.network_maker import NetworkMaker
 from fdistill.step import PerSample
 from fdistill.teachers.teacher import Teacher
 from fdistill.training import read_data
+from fdistill.training.alignment import align
 from fdistill.training.batches import Batches
 from fdistill.training.build import build
 from fdistill.training.cache import Encoding
@@ -181,6 +182,7 @@ def iterate(
             samples = {"fake_x0": draw_critic_samples(run, arguments, generator)}
         update_critic(run, number, {**arguments, **samples}, roles, generator, journal)
     update_student(run, batches.student(), roles, generator, journal)
+    align(run.networks, run.stage.config.fake_score.alignment)
     run.ema.update(run.stage.config.ema.decays)
     run.iteration += 1
 

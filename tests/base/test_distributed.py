@@ -107,7 +107,7 @@ METHODS: dict[str, tuple[int, list[str]]] = {
     "uni-instruct-data-free": (4, ["method=uni-instruct", "data=teacher-samples", *SAMPLES]),
     "dmd": (4, ["method=dmd", *SAMPLES]),
     "regression": (4, ["method=regression", *SAMPLES]),
-    "dmd2": (4, ["method=dmd2"]),
+    "dmd2": (4, ["method=dmd2", "fake_score.alignment=0.1"]),
     "dmd2-two-steps": (4, ["method=dmd2", "student_level=[2.5,0.5]", "reuse_samples=true"]),
     "text-to-image-lora": (2, TEXT),
 }

@@ -15,7 +15,7 @@ from fdistill.denoiser import Denoiser
 from fdistill.kernels.checks import wide
 from fdistill.kernels.layout import expand
 from fdistill.kernels.renoise import renoise
-from fdistill.noise import NoiseSchedule
+from fdistill.noise import NoiseSchedule, add_noise
 from fdistill.rollout import Rollout
 from fdistill.student_kinds import Sampler, fall
 
@@ -147,11 +147,18 @@ class FewStepGenerator(Student):
     def describe(self) -> str:
         return f"{super().describe()}; between two of them {self.between}"
 
+    def implied_noise(self, first_x0: Tensor, noise: Tensor) -> Tensor:
+        """The noise that the first step, from `noise` to an x0, implies; both [B, C, H, W]."""
+        schedule = self.denoiser.schedule
+        t = noise.new_full((len(noise),), self.levels[0], dtype=wide(noise.dtype))
+        x_t = expand(schedule.start(t), noise) * noise
+        return (x_t - expand(schedule.alpha(t), noise) * first_x0) / expand(schedule.sigma(t), noise)
+
     def forward(self, noise: Tensor, condition: Condition | None = None, rollout: Rollout | None = None) -> Tensor:
         """Standard normal noise [B, *noise_shape(rollout)] and a condition -> x0 [B, C, H, W], at least float32.
 
-        Only the last evaluation has a gradient: a training step trains one of the steps on the output of the earlier
-        ones, as at inference, or on data.
+        Only the last evaluation has a gradient unless the rollout says otherwise: a training step trains one of the
+        steps on the output of the earlier ones, as at inference, or on data.
 
         Args:
             rollout: the levels to pass, and data to begin with; None passes all of the student's levels.
@@ -169,9 +176,11 @@ class FewStepGenerator(Student):
             eps = draws[k] if stochastic else eps
             if x0 is None:  # there is only noise: the first argument is a placeholder, whose coefficient is 0
                 x_t, _ = renoise(eps, eps, torch.zeros_like(t), schedule.start(t))
-            else:
+            elif stochastic:
                 x_t, _ = renoise(x0, eps, schedule.alpha(t), schedule.sigma(t))
-            with torch.set_grad_enabled(torch.is_grad_enabled() and k == last):
+            else:  # the operator has no gradient in the noise, which depends on the step before
+                x_t = add_noise(schedule, x0, eps, t)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and (k == last or rollout.trained == "all")):
                 x0 = self.denoiser(x_t, t, condition)
             if not stochastic and k < last:
                 eps = (x_t - expand(schedule.alpha(t), x0) * x0) / expand(schedule.sigma(t), x0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -12,17 +13,19 @@ from torch import Tensor
 class Rollout:
     """How samples of a few-step student are made.
 
-    In training, the last level is the one that is trained. What it gets as input is made by the student itself, from
-    noise ("backward simulation", DMD2, arXiv 2405.14867, section 4.5), or is data that is noised to that level.
+    In training, the last level alone is trained, unless all are. What it gets as input is made by the student itself,
+    from noise ("backward simulation", DMD2, arXiv 2405.14867, section 4.5), or is data that is noised to that level.
 
     Attributes:
         levels: that are passed, falling; not empty.
         x0: [B, C, H, W] data in [-1, 1] to noise to the first of these levels; None starts from noise alone, which is
             right only where the first level is the student's own first.
+        trained: whether the "last" evaluation alone has a gradient, or "all" have one.
     """
 
     levels: tuple[float, ...]
     x0: Tensor | None = None
+    trained: Literal["last", "all"] = "last"
 
 
 def levels_for(levels: Sequence[float], steps: int) -> tuple[float, ...]:

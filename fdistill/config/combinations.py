@@ -313,6 +313,26 @@ def check_augmentation(name: str, augmentation: AugmentationConfig, scale: float
         )
 
 
+def check_diversity(name: str, weight: float, student: StudentConfig, level: float | Sequence[float] | None) -> None:
+    """Checks that there is a first step among several, and a method that adds its loss."""
+    if not weight:
+        return
+    if not METHODS[name].extra_terms:
+        raise ValueError(
+            f"diversity.weight: got {weight}, but method={name} does not add this term; expected 0, or method=f-distill"
+        )
+    if (student.steps or (len(level) if isinstance(level, Sequence) else 1)) == 1:
+        raise ValueError(
+            f"diversity.weight: got {weight}, but the student takes one step; expected 0, or student.steps above 1"
+        )
+    for setting, value, unset in (("any_step", student.any_step, False), ("simulated", student.simulated, 1.0)):
+        if value != unset:
+            raise ValueError(
+                f"student.{setting}: got {value}, but with diversity.weight the student's updates take all steps, from "
+                f"noise; expected {unset}, or diversity.weight=0"
+            )
+
+
 def check_steps(
     name: str,
     level: float | Sequence[float] | None,

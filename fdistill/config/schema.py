@@ -19,6 +19,7 @@ from fdistill.config.sections import (
     Count,
     CountOrZero,
     DiscriminatorConfig,
+    DiversityConfig,
     EMAConfig,
     EvalConfig,
     FakeScoreConfig,
@@ -153,6 +154,7 @@ class DistillConfig(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     regression: RegressionConfig = RegressionConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
+    diversity: DiversityConfig = DiversityConfig()
     clip_loss: CLIPLossConfig = CLIPLossConfig()
     teacher_samples: TeacherSamplesConfig = TeacherSamplesConfig()
     matching_levels: MatchingLevelsConfig = MatchingLevelsConfig()
@@ -203,6 +205,7 @@ class DistillConfig(Section):
         combinations.check_parallel(self.parallel, self.frozen_precision, self.roles)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
         combinations.check_augmentation(name, self.augmentation, self.guidance_scale, self.guidance_rescale)
+        combinations.check_diversity(name, self.diversity.weight, student, self.student_level)
         combinations.check_steps(name, self.student_level, student, self.regression, data=self.data is not None)
         return self
 

@@ -286,6 +286,20 @@ class AugmentationConfig(LevelsConfig):
     )
 
 
+class DiversityConfig(Section):
+    """The first step of a few-step student learns from the teacher's own trajectory (DP-DMD, arXiv 2602.03139)."""
+
+    weight: NonNegative = Field(default=0.0, description="weight of the term (DP-DMD: 0.05); 0 turns it off")
+    steps: Steps = Field(default=5, description="Euler steps of the teacher's trajectory")
+    of: Steps = Field(default=30, description="steps that the teacher would take for an image")
+
+    @model_validator(mode="after")
+    def _ends_before_the_image(self) -> DiversityConfig:
+        if self.steps >= self.of:
+            raise ValueError(f"expected steps < of, got {self.steps} and {self.of}")
+        return self
+
+
 class RatioConfig(Section):
     """The density ratio and its two-stage normalisation."""
 

@@ -38,6 +38,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "discriminator": _OPTIMIZER | {"gan_weight", "gan_weighting", "r1_weight", "r1", "r1_sigma"},
     "regression": {"weight"},
     "augmentation": set(AugmentationConfig.model_fields),
+    "diversity": {"weight"},
     "clip_loss": {"weight"},
     "student": {"noise_kl_weight"},
     "matching_levels": set(LevelsConfig.model_fields),
@@ -186,6 +187,7 @@ def _turned_off(before: Method, method: Method) -> dict[str, Any]:
     if not method.extra_terms:
         found["generator"] |= {"gan_gradient_ratio": 0.0}
         found |= {"student": {"noise_kl_weight": 0.0}, "clip_loss": {"weight": 0.0}, "augmentation": {"weight": 0.0}}
+        found["diversity"] = {"weight": 0.0}
     if method.critic is None or not method.scores:
         found |= {"condition_dropout": 0.0, "fake_score": {"alignment": 0.0}}
     return found

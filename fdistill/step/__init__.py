@@ -7,6 +7,7 @@ role: the other networks are frozen while the step's graph is built, so a plain 
 from fdistill.step.augmentation import Augmentation
 from fdistill.step.critic import critic_step
 from fdistill.step.diffratio import diffratio_step, ratio_critic_step
+from fdistill.step.diversity import Diversity
 from fdistill.step.implicit import sid_step, sim_step, uni_instruct_step
 from fdistill.step.matching import Pairs, generator_step
 from fdistill.step.regression import regression_step
@@ -15,6 +16,7 @@ from fdistill.step.roles import ROLES, LevelDraw, Networks, PerSample, StepResul
 __all__ = [
     "ROLES",
     "Augmentation",
+    "Diversity",
     "LevelDraw",
     "Networks",
     "Pairs",

@@ -26,6 +26,7 @@ from fdistill.noise import NoiseSchedule, karras_levels
 from fdistill.ratio import DensityRatio
 from fdistill.rollout import Rollout
 from fdistill.step.augmentation import Augmentation, augmentation_loss
+from fdistill.step.diversity import Diversity, draw_supervised
 from fdistill.step.evaluated import Evaluated, evaluate
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence
 
@@ -52,6 +53,7 @@ def generator_step(
     gan_weight: float = 1e-3,
     gan_gradient_ratio: float = 0.0,
     augmentation: Augmentation | None = None,
+    diversity: Diversity | None = None,
     noise_kl_weight: float = 0.0,
     image_loss: Callable[[Tensor], Tensor] | None = None,
     image_weight: float = 0.0,
@@ -63,6 +65,7 @@ def generator_step(
     """One update of the student along h(r) (score_teacher - score_fake), plus the other terms.
 
     loss = mean(matching_loss(x0, teacher_x0, fake_x0, weight=h)) + augmentation.weight mean augmentation_loss
+           + diversity.weight mean |first x0 - teacher's|^2
            + gan_weight mean softplus(-l_fake) + noise_kl_weight mean KL(predicted noise || normal)
            + image_weight mean image_loss(x0) + regression_weight mean |student(z) - teacher's ODE(z)|^2
 
@@ -87,6 +90,8 @@ def generator_step(
             0 keeps gan_weight as it is.
         augmentation: if it is given, matching is without the teacher's guidance, which becomes a term of its own at
             levels of its own (`augmentation_loss`); the GAN term's balance counts it with matching.
+        diversity: if it is given, the student's first step learns from the teacher's trajectory and the other terms
+            train the steps after it, all at once (`draw_supervised`); `rollout` is not read.
         noise_kl_weight: weight of the KL term on the noise that `Student.sample_with_predictions` predicts
             (One-Way Ticket, arXiv 2505.21960); 0 leaves the term out.
         image_loss: x0 [B, C, H, W] -> [B], such as a `ClipHinge`; None leaves the term out.
@@ -101,7 +106,9 @@ def generator_step(
     """
     divergence = checked_divergence(divergence, ratio)
     schedule = networks.teacher.schedule
-    if noise_kl_weight:
+    if diversity is not None:
+        x0, first_step = draw_supervised(networks, generator, batch_size, condition, diversity)
+    elif noise_kl_weight:
         x0, predicted_noise = networks.draw_samples_with_noise(generator, batch_size, condition)
     else:
         x0 = networks.draw_samples(generator, batch_size, condition, rollout)
@@ -129,6 +136,8 @@ def generator_step(
         total.add("augmentation", augmentation.weight, *added)
     if gan_weight and evaluated.logits is not None:
         total.add_gan(gan_weight, gan_gradient_ratio, gan_generator_loss(evaluated.logits), x0, t)
+    if diversity is not None:
+        total.add("diversity", diversity.weight, first_step, torch.full_like(first_step, diversity.levels[0]))
     if noise_kl_weight:
         total.add("noise_kl", noise_kl_weight, noise_kl_loss(predicted_noise), t)
     if image_loss is not None:

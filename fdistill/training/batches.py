@@ -98,8 +98,8 @@ class Batches:
     def _rollout(self, number: int, real_x0: Tensor | None) -> dict[str, Rollout]:
         """How a few-step student's samples are made, the same for a whole batch; drawn on the CPU."""
         levels, settings = self._run.student.levels, self._run.config.student
-        if len(levels) == 1:
-            return {}
+        if len(levels) == 1 or self._run.stage.config.diversity.weight:
+            return {}  # all steps, which is what the diversity term is for
         trained, steps, begins = (self._seed(rng.Stream.STUDENT_STEP, number, *draw) for draw in ((), (1,), (2,)))
         if settings.any_step:
             levels = levels_for(levels, 1 + steps % len(levels))

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -184,7 +184,7 @@ def assemble(
         optimizers=make_optimizers(config, networks, roles),
         ema=EMA(student, config.ema.decays, config.ema.sigma_rel),
         ratio=ratio,
-        stages=make_stages(config, networks, divergences, ratio),
+        stages=make_stages(config, networks, divergences, ratio, _trajectory(config, loaded.teacher, student)),
     )
 
 
@@ -229,14 +229,22 @@ def _student_levels(config: DistillConfig, teacher: Teacher) -> tuple[float, ...
     levels, student = config.student_levels, config.student
     if student.steps is None:
         return levels
+    start = None if levels is None else levels[0]
+    return step_levels(teacher.denoiser, student.steps, scheduler=_scheduler(teacher), start=start, shift=student.shift)
+
+
+def _trajectory(config: DistillConfig, teacher: Teacher, student: Student) -> tuple[float, ...]:
+    """The levels that the teacher passes from the student's first, for the diversity term; () without it."""
+    if not any(stage.diversity.weight for stage in config.stage_configs()):
+        return ()
+    count, start = config.diversity, student.levels[0]
+    levels = step_levels(teacher.denoiser, count.of, scheduler=_scheduler(teacher), start=start)
+    return levels[: count.steps + 1]
+
+
+def _scheduler(teacher: Teacher) -> dict[str, Any] | None:
     folder = teacher.checkpoint.folder
-    return step_levels(
-        teacher.denoiser,
-        student.steps,
-        scheduler=None if folder is None else read_scheduler_config(folder),
-        start=None if levels is None else levels[0],
-        shift=student.shift,
-    )
+    return None if folder is None else read_scheduler_config(folder)
 
 
 def _copied(frozen: Denoiser, shared: bool) -> Denoiser:

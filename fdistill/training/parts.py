@@ -8,7 +8,7 @@ samples of a batch: the density ratio's bins and mean, and generator.gan_gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ def _rows(value: Any, number: int, count: int) -> Any:
     if isinstance(value, Pairs):
         return Pairs(*(_rows(each, number, count) for each in value))
     if isinstance(value, Rollout):
-        return value if value.x0 is None else Rollout(value.levels, _rows(value.x0, number, count))
+        return value if value.x0 is None else replace(value, x0=_rows(value.x0, number, count))
     if isinstance(value, Tensor | TextCondition | ImageLoss):
         size = len(value) // count
         rows = slice(number * size, (number + 1) * size)

@@ -68,9 +68,17 @@ class Stage:
 
 
 def make_stages(
-    config: DistillConfig, networks: Networks, divergences: Sequence[Divergence], ratio: DensityRatio
+    config: DistillConfig,
+    networks: Networks,
+    divergences: Sequence[Divergence],
+    ratio: DensityRatio,
+    trajectory: tuple[float, ...] = (),
 ) -> tuple[Stage, ...]:
-    """The stages of a config; `divergences` are theirs. Raises ConfigError where an update lacks an argument."""
+    """The stages of a config; `divergences` are theirs, `trajectory` is that of `student_update`.
+
+    Raises:
+        ConfigError: an update lacks an argument.
+    """
     configs = config.stage_configs()
     firsts = accumulate((each.iterations for each in configs), initial=0)
     return tuple(
@@ -81,7 +89,7 @@ def make_stages(
             {key: value for key, value in changes.items() if key != "iterations"},
             divergence,
             critic_update(each, networks),
-            student_update(each, networks, divergence, ratio),
+            student_update(each, networks, divergence, ratio, trajectory),
         )
         for number, (each, first, changes, divergence) in enumerate(
             zip(configs, firsts, config.stages or [{}], divergences, strict=False), 1

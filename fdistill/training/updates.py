@@ -15,7 +15,7 @@ from fdistill.divergence import Divergence
 from fdistill.methods import METHODS
 from fdistill.noise import LEVEL_SAMPLERS
 from fdistill.ratio import DensityRatio
-from fdistill.step import Augmentation, LevelDraw, Networks, StepResult
+from fdistill.step import Augmentation, Diversity, LevelDraw, Networks, StepResult
 
 Update = Callable[..., StepResult]
 
@@ -51,8 +51,16 @@ def denoising_weighting(config: DistillConfig, networks: Networks) -> str:
     return config.fake_score.weighting or networks.fake_score.loss_weighting
 
 
-def student_update(config: DistillConfig, networks: Networks, divergence: Divergence, ratio: DensityRatio) -> Update:
-    """The student's update as a function (condition, generator, batch_size, ...) -> StepResult."""
+def student_update(
+    config: DistillConfig,
+    networks: Networks,
+    divergence: Divergence,
+    ratio: DensityRatio,
+    trajectory: tuple[float, ...] = (),
+) -> Update:
+    """The student's update as a function (condition, generator, batch_size, ...) -> StepResult; `trajectory` has the
+    levels of `Diversity`.
+    """
     return _bound(
         METHODS[config.method].student,
         networks,
@@ -65,6 +73,7 @@ def student_update(config: DistillConfig, networks: Networks, divergence: Diverg
             "gan_weight": config.generator.gan_weight,
             "gan_gradient_ratio": config.generator.gan_gradient_ratio,
             "augmentation": _augmentation(config),
+            "diversity": Diversity(config.diversity.weight, trajectory) if config.diversity.weight else None,
             "noise_kl_weight": config.student.noise_kl_weight,
             "regression_weight": config.regression.weight,
             **config.objective.model_dump(),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import atomic_file, check_file
 from fdistill.formats.comfy import single_file
 from fdistill.formats.lora_file import LORA_FILE, kohya_names
 from fdistill.formats.pipeline_folder import read_tensors
+from fdistill.noise import FlowSchedule, noise_to_signal
 from fdistill.student_kinds import STUDENT_FILE
 from fdistill.students.folder import checked_facts
 
@@ -47,8 +51,7 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
     if output.suffix != ".safetensors":
         raise ArgumentError(f"output {output}: expected a file name that ends in .safetensors")
     check_file(output)
-    if (student / STUDENT_FILE).is_file():
-        checked_facts(student)
+    facts = checked_facts(student) if (student / STUDENT_FILE).is_file() else {}
     if format == "comfy":
         tensors, notes = single_file(student)
     else:
@@ -57,7 +60,30 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
             tensors = _comfy_lora(tensors)
     with atomic_file(output) as temporary:
         save_file(_written(tensors, dtype), temporary, metadata={"format": "pt"})
-    return notes
+    return [*notes, *_how_to_sample(student, facts, comfy=format != "lora")]
+
+
+def _how_to_sample(student: Path, facts: Mapping[str, Any], *, comfy: bool) -> list[str]:
+    """A sentence with the scheduler and the levels that the student was trained with; other programs know neither."""
+    config, call = read_scheduler_config(student), facts.get("call")
+    if config is None or not call:
+        return []
+    if not comfy:
+        arguments = ", ".join(f"{key}={value}" for key, value in call.items())
+        return [
+            f"sample with {config['_class_name']}, whose config is in {student / 'scheduler'}, and call the pipeline "
+            f"with {arguments}"
+        ]
+    levels, schedule = (
+        torch.tensor(facts["levels"], dtype=torch.float64),
+        parametrisation_from_scheduler(config).schedule,
+    )
+    flow = isinstance(schedule, FlowSchedule)
+    if not flow and levels[0] < schedule.t_max:
+        return []  # such a student begins with noise of variance 1, which no sigma says
+    sigmas = [f"{sigma:.6g}" for sigma in (levels if flow else noise_to_signal(schedule, levels)).tolist()]
+    sampler = "euler" if len(levels) == 1 or facts.get("sampler") == "deterministic" else "lcm"
+    return [f"sample with cfg 1, sampler {sampler} and the sigmas {', '.join([*sigmas, '0'])}"]
 
 
 def _adapters(student: Path) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ def _how_to_sample(student: Path, facts: Mapping[str, Any], *, comfy: bool) -> l
         parametrisation_from_scheduler(config).schedule,
     )
     flow = isinstance(schedule, FlowSchedule)
-    if not flow and levels[0] < schedule.t_max:
+    if not flow and schedule.sigma(levels[0]) < 0.99:
         return []  # such a student begins with noise of variance 1, which no sigma says
     sigmas = [f"{sigma:.6g}" for sigma in (levels if flow else noise_to_signal(schedule, levels)).tolist()]
     sampler = "euler" if len(levels) == 1 or facts.get("sampler") == "deterministic" else "lcm"

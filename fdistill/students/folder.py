@@ -24,7 +24,7 @@ from fdistill.formats.lora_file import LORA_FILE, save_lora
 from fdistill.generator import Student, student_generator
 from fdistill.rollout import levels_for
 from fdistill.student_kinds import STUDENT_FILE
-from fdistill.students.kinds import KINDS, kind_in, kind_of
+from fdistill.students.kinds import kind_in, kind_of
 from fdistill.students.lora import has_adapters, merged
 from fdistill.students.model_card import OWN_USAGE, model_card, usage
 from fdistill.teachers.autoencoder import LatentSpace
@@ -177,6 +177,8 @@ def load_student(
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise _unreadable(folder, error) from error
     sampler = facts.get("sampler", "stochastic")
+    if steps is not None and not kind_in(facts).steps:
+        raise ArgumentError(f"steps: got {steps}, but {path} is a student that takes one step; leave it out")
     if steps is None or steps == len(levels):
         generator = kind_in(facts).make(denoiser, levels, sampler)
     else:
@@ -185,8 +187,6 @@ def load_student(
 
 
 def _other_levels(path: str | Path, facts: dict[str, Any], levels: list[float], steps: int) -> tuple[float, ...]:
-    if kind_in(facts) is not KINDS["denoiser"]:
-        raise ArgumentError(f"steps: got {steps}, but {path} is a student that takes one step; leave it out")
     if steps > len(levels) or not facts.get("any_step"):
         learnt = f"1 to {len(levels)}" if facts.get("any_step") else f"{len(levels)}"
         warnings.warn(f"{path}: takes {steps} steps, but has learnt to take {learnt}", stacklevel=3)

@@ -27,7 +27,7 @@ class Kind:
     """One row of `KINDS`.
 
     Attributes:
-        levels_key: see `StudentKind`.
+        levels_key, steps: see `StudentKind`.
         make: builds the student from a network and levels (None for the kind's default levels). Raises ConfigError for
             levels at which the student could not be exported. The third argument is the sampler of a student of
             several steps, see `FewStepGenerator`.
@@ -37,6 +37,7 @@ class Kind:
     """
 
     levels_key: str
+    steps: bool
     make: Callable[[Denoiser, Sequence[float] | None, Sampler], Student]
     save_pipeline: Callable[[Path, Student, Denoiser, Checkpoint, LatentSpace | None], tuple[str, dict[str, Any]]]
 
@@ -94,10 +95,15 @@ def _save_tiue(
     return type(pipeline).__name__, {"num_inference_steps": 1, "guidance_scale": 0.0}
 
 
+def _kind(name: KindName, *functions: Any) -> Kind:
+    row = STUDENT_KINDS[name]
+    return Kind(row.levels_key, row.steps, *functions)
+
+
 #: Value of the setting student.generator -> the kind.
 KINDS: dict[KindName, Kind] = {
-    "denoiser": Kind(STUDENT_KINDS["denoiser"].levels_key, _make_steps, _save_steps),
-    "tiue": Kind(STUDENT_KINDS["tiue"].levels_key, _make_tiue, _save_tiue),
+    "denoiser": _kind("denoiser", _make_steps, _save_steps),
+    "tiue": _kind("tiue", _make_tiue, _save_tiue),
 }
 
 

@@ -502,3 +502,6 @@ class TestStudents:
         )
         x0 = load_student(folder)(noise, torch.arange(3))
         assert ((x0.clamp(-1, 1) * 127.5 + 127.5).round() - images).abs().max() <= 1
+        for steps in (2, 3):
+            with pytest.raises(ArgumentError, match=rf"steps: got {steps}, but .* is a student that takes one step"):
+                load_student(folder, steps=steps)

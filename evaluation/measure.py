@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from PIL.Image import Image as PILImage
 
-from evaluation.extractors import Extractor, open_extractor
-from evaluation.extractors.clip import ClipModel, open_clip_model
+from evaluation.extractors import Extractor, open_extractor, open_text_image_model
+from evaluation.extractors.clip import ClipModel
 from evaluation.features import Extraction, Reading, Rows, cached_rows, extract_texts
 from evaluation.generated import GeneratedImages
 from evaluation.images import Images
@@ -171,7 +171,7 @@ def _computed(
 def _open_networks(metrics: Sequence[Metric], setting: Setting) -> _Networks:
     prefixes = {metric.clip[0]: metric.clip[1] for metric in metrics if metric.clip is not None}
     labels = dict.fromkeys(key.split(".")[0] for metric in metrics for key in metric.features)
-    clips = {label: open_clip_model(_extractor_of(label), setting.device, setting.weights) for label in prefixes}
+    clips = {label: open_text_image_model(_extractor_of(label), setting.device, setting.weights) for label in prefixes}
     extractors = {label: clips[label].extractor if label in clips else _open(label, setting) for label in labels}
     return _Networks(extractors, clips, prefixes)
 

@@ -42,8 +42,7 @@ class PublishedFile:
     repository: str = ""
 
 
-def _in_repository(repository: str, sha256: str) -> PublishedFile:
-    file = "open_clip_model.safetensors"
+def _in_repository(repository: str, sha256: str, file: str = "open_clip_model.safetensors") -> PublishedFile:
     name = f"{repository.split('/')[1]}/{file}"
     return PublishedFile(name, f"https://huggingface.co/{repository}/resolve/main/{file}", sha256, repository)
 
@@ -78,6 +77,8 @@ PUBLISHED: dict[str, PublishedFile] = {
         "timm/vit_large_patch14_clip_224.openai", "9ce2e8a8ebfff3793d7d375ad6d3c35cb9aebf3de7ace0fc7308accab7cd207e"
     ),
     "clip-g14": _in_repository("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", ""),
+    "hps21": _in_repository("xswu/HPSv2", "", "HPS_v2.1_compressed.pt"),
+    "pickscore": _in_repository("yuvalkirstain/PickScore_v1", "", "model.safetensors"),
 }
 
 
@@ -193,10 +194,13 @@ def brief(error: Exception) -> str:
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
-def read_state_dict(path: Path) -> dict[str, Tensor]:
+def read_state_dict(path: Path, within: str | None = None) -> dict[str, Tensor]:
     """The tensors of a weights file by name, on the CPU: of .safetensors, or of a dict of tensors by torch.save.
 
     Nothing in the file is executed.
+
+    Args:
+        within: the key of the tensors in a file of torch.save that holds more beside them, if it has that key.
 
     Raises:
         CheckpointError: the file is unreadable, is a TorchScript archive, or holds more than tensors.
@@ -223,6 +227,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
             f"{path}: cannot be read as weights ({brief(error)}); expected .safetensors or a state dict written by "
             "torch.save, so download it again"
         ) from error
+    if within is not None and isinstance(state, Mapping) and within in state:
+        state = state[within]
     if not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: expected tensors by name, got {type(state).__name__}; pass a state dict")
     for name, value in state.items():

@@ -11,6 +11,7 @@ from evaluation.protocols.coco10k_sdxl import COCO10K_SDXL
 from evaluation.protocols.coco30k_dmd2 import COCO30K_DMD2
 from evaluation.protocols.digits import DIGITS
 from evaluation.protocols.digits_t2i import DIGITS_T2I
+from evaluation.protocols.few_step_t2i import FEW_STEP_T2I
 from evaluation.protocols.folder import FOLDER
 from evaluation.protocols.imagenet64_edm2 import IMAGENET64_EDM2
 from evaluation.protocols.imagenet64_fid50k import IMAGENET64_FID50K
@@ -31,6 +32,7 @@ PROTOCOLS: dict[str, Protocol] = {
         IMAGENET512_EDM2,
         COCO30K_DMD2,
         COCO10K_SDXL,
+        FEW_STEP_T2I,
         FOLDER,
     )
 }

@@ -109,6 +109,11 @@ FACTS: dict[str, tuple[Any, ...]] = {
         {"patch": ("center-patch", 299), "256": ("torchvision-lanczos", 256)},
         *(False, None),
     ),
+    "few-step-t2i": (
+        *(None, None, 3, "exact", "exact", None, set()),
+        {"hpsv2.1": "hps21.image", "pickscore": "pickscore.image", "clip_x100": "clip-l14.image"},
+        *(("clip-l14", ""), {"patch": ("center-patch", 299)}, False, None),
+    ),
     "digits": (
         *(1797, 8, 1, "exact", "exact", 1797, set()),
         {
@@ -149,17 +154,19 @@ def test_protocols_are_those_of_the_papers(name: str) -> None:
     assert {key: protocol.names()[key].features for key in protocol.default} == {
         key: (features,) for key, features in default.items()
     }
-    own_clip = {("clip", "")} if name == "folder" else set()
+    others = {"folder": {("clip", "")}, "few-step-t2i": {("hps21", ""), ("pickscore", "")}}
+    own_clip = others.get(name, set())
     assert {metric.clip for metric in protocol.metrics} - {None} == ({clip} if clip else set()) | own_clip
     assert (dict(protocol.views), protocol.random_labels) == (views, random_labels)
     classes = 10 if name in ("digits", "cifar10-fid50k") else 1000 if name.startswith("imagenet") else None
     assert protocol.num_classes == classes
-    assert protocol.asks_prompts == name.startswith("coco")
+    assert protocol.asks_prompts == (name.startswith("coco") or name == "few-step-t2i")
     assert [metric.name for metric in protocol.metrics if "@patch" in str(metric.features)] == (
-        ["patch_fid"] if "patch" in views else []
+        [] if "patch" not in views else ["patch_fid_t"] if name == "few-step-t2i" else ["patch_fid"]
     )
     fids = {metric.features for metric in protocol.metrics if metric.name in ("fid", "fid_infinity", "kid")}
-    assert len(fids) == (0 if own else 1)  # nothing of the digit network is called FID
+    # Nothing of the digit network is called FID, nor is a distance to the teacher's images.
+    assert len(fids) == (0 if own or name == "few-step-t2i" else 1)
 
 
 def test_the_help_names_every_protocol() -> None:

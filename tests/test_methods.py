@@ -386,6 +386,10 @@ def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Pat
             "student.simulated: got 0.5, but data is null",
         ),
         ({"student.generator": "tiue", "student.steps": 2}, "student.steps: got 2, but generator=tiue takes one step"),
+        (
+            {"student.generator": "tiue", "student.any_step": True},
+            "student.any_step: got True, but generator=tiue takes",
+        ),
         ({"student_level": [0.5, 2.5]}, "expected 1 to 8 falling levels"),
         ({"student_level": []}, "expected 1 to 8 falling levels"),
         ({"student_level": [90.0, 2.5]}, r"levels: expected falling numbers in \(0.002, 80\]"),

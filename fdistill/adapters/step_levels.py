@@ -62,8 +62,10 @@ def _shift(scheduler: Mapping[str, Any], denoiser: Denoiser) -> float:
     """How much a scheduler of diffusers shifts sigmas."""
     if not scheduler.get("use_dynamic_shifting"):
         return float(scheduler.get("shift") or scheduler.get("flow_shift") or 1.0)
-    few, many = (float(scheduler[f"{bound}_image_seq_len"]) for bound in ("base", "max"))
-    low, high = float(scheduler["base_shift"]), float(scheduler["max_shift"])
+    few, many = (
+        float(scheduler.get(f"{name}_image_seq_len") or count) for name, count in (("base", 256), ("max", 4096))
+    )
+    low, high = (float(scheduler.get(f"{name}_shift") or shift) for name, shift in (("base", 0.5), ("max", 1.15)))
     tokens = math.prod(denoiser.sample_shape[1:]) / _PATCH**2
     mu = low + (tokens - few) / (many - few) * (high - low)
     return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)

@@ -11,6 +11,7 @@ from typing import Any
 from fdistill.base.files import atomic_file
 from fdistill.planning.plan import Plan, Scaled
 from fdistill.planning.rates import Seconds
+from fdistill.student_kinds import STUDENT_KINDS
 
 _SHOWN = 8  # remedies
 
@@ -199,9 +200,9 @@ def _table(plan: Plan) -> str:
 
 def _notes(plan: Plan) -> str:
     notes = [f"note: {note}" for note in plan.notes]
-    levels = plan.config.student_levels
-    steps = plan.config.student.steps or len(levels or ()) or 1
-    if steps > 1:
+    config = plan.config
+    steps = config.student.steps or len(config.student_levels or ()) or 1
+    if steps > 1 and STUDENT_KINDS[config.student.generator].steps and not config.diversity.weight:
         notes.append(f"note: the student takes all of its {steps} steps; on average a run takes fewer")
     notes.append(
         "Not counted: CUDA's context and the allocator's unused blocks (1 to 2 GB), workspaces of convolutions,\n"

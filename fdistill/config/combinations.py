@@ -321,7 +321,8 @@ def check_diversity(name: str, weight: float, student: StudentConfig, level: flo
         raise ValueError(
             f"diversity.weight: got {weight}, but method={name} does not add this term; expected 0, or method=f-distill"
         )
-    if (student.steps or (len(level) if isinstance(level, Sequence) else 1)) == 1:
+    steps = student.steps or (len(level) if isinstance(level, Sequence) else 1)
+    if steps == 1 or not STUDENT_KINDS[student.generator].steps:
         raise ValueError(
             f"diversity.weight: got {weight}, but the student takes one step; expected 0, or student.steps above 1"
         )
@@ -331,6 +332,15 @@ def check_diversity(name: str, weight: float, student: StudentConfig, level: flo
                 f"student.{setting}: got {value}, but with diversity.weight the student's updates take all steps, from "
                 f"noise; expected {unset}, or diversity.weight=0"
             )
+
+
+def _of_steps(student: StudentConfig) -> list[tuple[str, Any, Any]]:
+    """(setting, value, value that leaves it out), of the settings that only students of several steps read."""
+    return [
+        ("sampler", student.sampler, "stochastic"),
+        ("simulated", student.simulated, 1.0),
+        ("any_step", student.any_step, False),
+    ]
 
 
 def check_steps(
@@ -347,10 +357,16 @@ def check_steps(
         data: whether the run reads images.
     """
     if not STUDENT_KINDS[student.generator].steps:
-        if student.steps is not None:
-            raise ValueError(
-                f"student.steps: got {student.steps}, but generator={student.generator} takes one step; expected null"
-            )
+        for setting, value, unset in (
+            ("steps", student.steps, None),
+            ("shift", student.shift, None),
+            *_of_steps(student),
+        ):
+            if value != unset:
+                raise ValueError(
+                    f"student.{setting}: got {value}, but generator={student.generator} takes one step; expected "
+                    f"{'null' if unset is None else unset}"
+                )
         return
     levels = list(level) if isinstance(level, Sequence) else [0.0 if level is None else level]
     if not 1 <= len(levels) <= MAX_STUDENT_STEPS or not fall(levels):
@@ -371,11 +387,7 @@ def check_steps(
             "regression.weight=0 with a method that has no pairs"
         )
     if steps == 1:
-        for setting, value, unset in (
-            ("sampler", student.sampler, "stochastic"),
-            ("simulated", student.simulated, 1.0),
-            ("any_step", student.any_step, False),
-        ):
+        for setting, value, unset in _of_steps(student):
             if value != unset:
                 raise ValueError(
                     f"student.{setting}: got {value}, but the student takes one step; expected {unset}, or "

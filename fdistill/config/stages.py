@@ -188,6 +188,10 @@ def _turned_off(before: Method, method: Method) -> dict[str, Any]:
         found["generator"] |= {"gan_gradient_ratio": 0.0}
         found |= {"student": {"noise_kl_weight": 0.0}, "clip_loss": {"weight": 0.0}, "augmentation": {"weight": 0.0}}
         found["diversity"] = {"weight": 0.0}
+    if "augmentation" in before.settings and "augmentation" not in method.settings:
+        found["augmentation"] = {"weight": 0.0}
+    if method.critic is None:
+        found["reuse_samples"] = False
     if method.critic is None or not method.scores:
         found |= {"condition_dropout": 0.0, "fake_score": {"alignment": 0.0}}
     return found

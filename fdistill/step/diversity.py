@@ -47,8 +47,8 @@ def draw_supervised(
 ) -> Supervised:
     """Draws the samples of a student update, and the loss of their first step: mean |x0 - `trajectory_x0`|^2.
 
-    For a flow, whose first level is 1, it is the squared error of the first step's velocity eps - x0 against that of
-    the line from the noise to the end of the trajectory, (eps - z) / (1 - sigma_K), which is the paper's.
+    For a flow whose first level is 1 it is the squared error of the first step's velocity eps - x0 against that of the
+    line from the noise to the end of the trajectory, (eps - z) / (1 - sigma_K), which is the paper's.
 
     Raises:
         ArgumentError: the student takes one step.
@@ -69,10 +69,10 @@ def draw_supervised(
 
 @torch.no_grad()
 def trajectory_x0(teacher: Denoiser, noise: Tensor, condition: Condition | None, levels: tuple[float, ...]) -> Tensor:
-    """The x0 [B, C, H, W] that a straight line from the noise through the end of the teacher's trajectory leads to.
+    """The x0 [B, C, H, W] that a straight line from the start through the end of the teacher's trajectory leads to.
 
-    The trajectory takes deterministic Euler steps from schedule.start(levels[0]) noise to z at levels[-1]; the line
-    gives (z - sigma noise) / alpha there.
+    The trajectory takes deterministic Euler steps from x = schedule.start(levels[0]) noise to z at levels[-1]. The line
+    is the path x_t = alpha x0 + sigma eps of one x0 and one eps that passes both.
     """
     schedule = teacher.schedule
 
@@ -81,10 +81,11 @@ def trajectory_x0(teacher: Denoiser, noise: Tensor, condition: Condition | None,
         return t, expand(schedule.alpha(t), noise), expand(schedule.sigma(t), noise)
 
     t, alpha, sigma = at(levels[0])
-    x = expand(schedule.start(t), noise) * noise
+    x = start = expand(schedule.start(t), noise) * noise
+    first_alpha, first_sigma = alpha, sigma
     for level in levels[1:]:
         x0 = teacher(x, t, condition)
         eps = (x - alpha * x0) / sigma
         t, alpha, sigma = at(level)
         x = alpha * x0 + sigma * eps
-    return (x - sigma * noise) / alpha
+    return (first_sigma * x - sigma * start) / (alpha * first_sigma - sigma * first_alpha)

@@ -5,7 +5,7 @@ Diff-Instruct, VSD.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -130,8 +130,9 @@ def generator_step(
         weight, logs = weighted.weight, _logs(t, h=weighted.h, weight=weighted.weight, clamped_ratios=weighted.clamped)
     total = _Total(_matching(x0, evaluated, weight, weighting, schedule, t, backend), t, logs)
     if augmentation is not None:
-        student: Any = networks.generator
-        entered = (student.levels if rollout is None else rollout.levels)[-1]
+        student = networks.generator
+        levels_passed = rollout.levels if rollout is not None else getattr(student, "levels", (schedule.t_max,))
+        entered = levels_passed[-1]
         added = augmentation_loss(networks, x0, condition, generator, augmentation, entered, backend=backend)
         total.add("augmentation", augmentation.weight, *added)
     if gan_weight and evaluated.logits is not None:

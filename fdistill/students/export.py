@@ -60,15 +60,21 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
             tensors = _comfy_lora(tensors)
     with atomic_file(output) as temporary:
         save_file(_written(tensors, dtype), temporary, metadata={"format": "pt"})
-    return [*notes, *_how_to_sample(student, facts, comfy=format != "lora")]
+    return [*notes, *_how_to_sample(student, facts, format)]
 
 
-def _how_to_sample(student: Path, facts: Mapping[str, Any], *, comfy: bool) -> list[str]:
-    """A sentence with the scheduler and the levels that the student was trained with; other programs know neither."""
+def _how_to_sample(student: Path, facts: Mapping[str, Any], format: str) -> list[str]:
+    """A sentence with the scheduler and the levels that the student was trained with; other programs know neither.
+
+    Where the teacher takes its guidance scale as an input, adapters work at the one that they were trained with. Whole
+    weights have it in them.
+    """
+    guidance = facts.get("embedded_guidance") if format.endswith("lora") else None
     config, call = read_scheduler_config(student), facts.get("call")
     if config is None or not call:
         return []
-    if not comfy:
+    if format == "lora":
+        call = {**call, **({} if guidance is None else {"guidance_scale": guidance})}
         arguments = ", ".join(f"{key}={value}" for key, value in call.items())
         return [
             f"sample with {config['_class_name']}, whose config is in {student / 'scheduler'}, and call the pipeline "
@@ -83,7 +89,8 @@ def _how_to_sample(student: Path, facts: Mapping[str, Any], *, comfy: bool) -> l
         return []  # such a student begins with noise of variance 1, which no sigma says
     sigmas = [f"{sigma:.6g}" for sigma in (levels if flow else noise_to_signal(schedule, levels)).tolist()]
     sampler = "euler" if len(levels) == 1 or facts.get("sampler") == "deterministic" else "lcm"
-    return [f"sample with cfg 1, sampler {sampler} and the sigmas {', '.join([*sigmas, '0'])}"]
+    scale = "" if guidance is None else f", guidance {guidance:g}"
+    return [f"sample with cfg 1{scale}, sampler {sampler} and the sigmas {', '.join([*sigmas, '0'])}"]
 
 
 def _adapters(student: Path) -> dict[str, Tensor]:

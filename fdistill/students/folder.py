@@ -63,6 +63,8 @@ def save_student(
         facts: dict[str, Any] = {**generator.settings(), "null_class": denoiser.null_class, **card}
         if denoiser.text_shapes is not None:
             facts["size"] = denoiser.sample_shape[-1]
+        if denoiser.embedded_guidance is not None:
+            facts["embedded_guidance"] = denoiser.embedded_guidance
         if has_adapters(denoiser):
             if origin.factory is None:
                 component = family_of(denoiser.network).component

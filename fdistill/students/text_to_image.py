@@ -23,6 +23,11 @@ def check_exportable(denoiser: Denoiser, levels: Sequence[float], sampler: Sampl
     if denoiser.parametrisation is None:  # a network of the user's own, whose weights alone are exported
         return
     if student_scheduler(denoiser.parametrisation, levels, sampler) is None:
+        if sampler == "deterministic" and student_scheduler(denoiser.parametrisation, levels) is not None:
+            raise ConfigError(
+                "student.sampler: got deterministic, but Euler's scheduler of diffusers takes no prediction of x0, and "
+                f"cannot start at level {levels[0]:g} where nothing of the image is left; expected stochastic"
+            )
         raise ConfigError(
             f"student_level: got {list(levels)}, {sampler}, but no scheduler of diffusers runs a text-to-image student "
             "there; expected whole timesteps, and a teacher that predicts eps, v, x0 or a flow"

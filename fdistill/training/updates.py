@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+
 from fdistill.base.errors import ConfigError
 from fdistill.base.functions import import_function
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LevelsConfig
 from fdistill.divergence import Divergence
+from fdistill.generator import Student
 from fdistill.methods import METHODS
 from fdistill.noise import LEVEL_SAMPLERS
 from fdistill.ratio import DensityRatio
@@ -72,7 +75,7 @@ def student_update(
             "ratio": ratio,
             "gan_weight": config.generator.gan_weight,
             "gan_gradient_ratio": config.generator.gan_gradient_ratio,
-            "augmentation": _augmentation(config),
+            "augmentation": _augmentation(config, networks),
             "diversity": Diversity(config.diversity.weight, trajectory) if config.diversity.weight else None,
             "noise_kl_weight": config.student.noise_kl_weight,
             "regression_weight": config.regression.weight,
@@ -81,9 +84,18 @@ def student_update(
     )
 
 
-def _augmentation(config: DistillConfig) -> Augmentation | None:
-    term = config.augmentation
-    return Augmentation(term.weight, level_draw(term), term.weighting) if term.weight else None
+def _augmentation(config: DistillConfig, networks: Networks) -> Augmentation | None:
+    term, student = config.augmentation, networks.generator
+    if not term.weight:
+        return None
+    levels = level_draw(term)
+    least = float(levels(networks.teacher.schedule, torch.zeros(1, dtype=torch.float64)))
+    if isinstance(student, Student) and least >= student.levels[-1]:
+        raise ConfigError(
+            f"augmentation.low: its levels begin at {least:g}, and the student's last step gets its input at "
+            f"{student.levels[-1]:g}; expected levels that begin below it"
+        )
+    return Augmentation(term.weight, levels, term.weighting)
 
 
 def _bound(name: str, networks: Networks, arguments: Mapping[str, str], settings: Mapping[str, Any]) -> Update:

@@ -202,6 +202,11 @@ def test_a_teacher_without_guidance_is_refused() -> None:
 def test_settings_without_use_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config("digits-decoupled-dmd", settings)
+    late = load_config("digits-decoupled-dmd", {"augmentation.low": 0.5})
+    with pytest.raises(
+        ConfigError, match=r"augmentation.low: its levels begin at 499.5, and the student's last .* 249;"
+    ):
+        build(late, torch.device("cpu"))
     with pytest.raises(ConfigError, match="method=sid does not add this term"):
         load_config("digits", {"method": "sid", "augmentation.weight": 1.0})
 

@@ -16,7 +16,7 @@ from fdistill.base import rng
 from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
 from fdistill.generator import FewStepGenerator, OneStepGenerator
-from fdistill.noise import EDMSchedule, FlowSchedule
+from fdistill.noise import EDMSchedule, FlowSchedule, vp_schedule_from_config
 from fdistill.rollout import Rollout
 from fdistill.step import Diversity, Networks, generator_step
 from fdistill.step.diversity import draw_supervised, trajectory_x0
@@ -43,8 +43,22 @@ def test_the_trajectory_of_a_normal_teacher_is_its_ode(kind: str) -> None:
     start = noise * (80.0 if kind == "edm" else 1.0)
     (m0, s0), (m1, s1) = moments(top), moments(end)
     z = m1 + s1 * (start - m0) / s0
-    expected = z - end * noise if kind == "edm" else (z - end * noise) / (1 - end)
+    expected = (top * z - end * start) / ((1.0 if kind == "edm" else 1 - end) * top - end * (kind == "edm"))
     torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    "levels", [(80.0, 30.0, 10.0), (2.5, 1.0), (1.0, 0.8), (0.75, 0.6, 0.4), (999.0, 900.0, 832.0)]
+)
+def test_a_teacher_that_knows_the_image_leads_to_it(levels: tuple[float, ...]) -> None:
+    """Whatever the schedule, the first level and the number of steps."""
+    schedule: Any = EDMSchedule() if levels[0] in (80.0, 2.5) else FlowSchedule()
+    if levels[0] == 999:
+        schedule = vp_schedule_from_config({"_class_name": "DDPMScheduler"})
+    teacher = GaussianDenoiser(0.7, 0.0, schedule)
+    noise = torch.randn(5, 1, 1, 1, dtype=torch.float64)
+    found = trajectory_x0(teacher, noise, None, levels)
+    torch.testing.assert_close(found, torch.full_like(found, 0.7), rtol=1e-4, atol=1e-4)
 
 
 def unet(seed: int) -> UNet2DDenoiser:
@@ -134,6 +148,7 @@ def test_a_run_learns_the_first_step(tiny_teacher: Path, tmp_path: Path) -> None
         ({"student.steps": 4, "student.any_step": True}, "student.any_step: got True, but with diversity.weight"),
         ({"student.steps": 4, "student.simulated": 0.5}, "student.simulated: got 0.5, but with diversity.weight"),
         ({"student.steps": 4, "diversity.steps": 30}, "expected steps < of, got 30 and 30"),
+        ({"student.generator": "tiue", "student_level": [60.0, 20.0]}, "diversity.weight: got 0.05, but the student"),
     ],
 )
 def test_settings_without_use_are_refused(settings: dict[str, Any], message: str) -> None:

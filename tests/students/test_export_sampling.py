@@ -49,6 +49,17 @@ def test_a_flows_sigmas_are_its_levels(tmp_path: Path, sampler: Sampler) -> None
     assert told.endswith("with sigmas=[1.0, 0.9, 0.75, 0.5], guidance_scale=0.0")
 
 
+def test_adapters_of_a_network_that_takes_guidance_need_it(tmp_path: Path) -> None:
+    """FLUX.1-dev's: the student's folder has the scale in its weights, the network that adapters go on has not."""
+    folder = student(tmp_path / "student", FLOW, [1.0, 0.5], "stochastic")
+    facts = json.loads((folder / STUDENT_FILE).read_text())
+    (folder / STUDENT_FILE).write_text(json.dumps({**facts, "embedded_guidance": 3.5}))
+    (told,) = export_student(folder, "lora", tmp_path / "lora.safetensors")
+    assert told.endswith("with sigmas=[1.0, 0.5], guidance_scale=3.5")
+    (told,) = export_student(folder, "comfy-lora", tmp_path / "lora.safetensors")
+    assert told.startswith("sample with cfg 1, guidance 3.5, sampler lcm")
+
+
 @pytest.mark.parametrize("sampler", ["stochastic", "deterministic"])
 def test_sigmas_of_timesteps_are_eulers(tmp_path: Path, sampler: Sampler) -> None:
     timesteps = [999, 749, 499, 249]

@@ -171,6 +171,16 @@ def test_a_stage_of_another_method_has_that_methods_settings(base: str, method: 
     )
 
 
+def test_a_stage_of_another_method_leaves_out_what_the_method_before_had_of_its_own() -> None:
+    base = {"method": "decoupled-dmd", "guidance_scale": 2.0}
+    assert stage_of({}, **base).augmentation.weight == 1
+    assert stage_of({"method": "dmd2"}, **base).augmentation.weight == 0
+    own = {"method": "f-distill", "guidance_scale": 2.0, "augmentation.weight": 0.5}
+    assert stage_of({"method": "dmd2"}, **own).augmentation.weight == 0.5  # the run's
+    warmed = stage_of({"method": "regression"}, method="dmd2", reuse_samples=True)
+    assert not warmed.reuse_samples
+
+
 def test_a_stage_changes_what_it_names_alone() -> None:
     base = load_config("digits", {"generator.lr": 5e-4, "ratio.warmup": 7, "stages": [{"iterations": 2}]})
     plain = base.model_copy(update={"stages": []})

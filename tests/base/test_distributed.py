@@ -90,6 +90,9 @@ TEXT = [
     "student.lora_rank=4",
     "fake_score.lora_rank=4",
     "generator.gan_gradient_ratio=0.5",
+    "student.steps=2",
+    "augmentation.weight=1.0",
+    "diversity.weight=0.5",
 ]
 SAMPLES = ["teacher_samples.count=37", "teacher_samples.num_steps=3", "regression.pairs=37"]
 

@@ -23,6 +23,7 @@ ENTRY_POINTS = {
     "fdistill/generation/generate.py:generate",
     "fdistill/kernels/renoise.py:renoise_seeded",
     "fdistill/step/critic.py:critic_step",
+    "fdistill/step/diffratio.py:ratio_critic_step",
     "fdistill/step/implicit.py:sid_step",
     "fdistill/step/implicit.py:uni_instruct_step",
     "fdistill/step/matching.py:generator_step",

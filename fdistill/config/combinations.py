@@ -12,17 +12,15 @@ from typing import Any
 from fdistill.base.errors import did_you_mean, shown
 from fdistill.config.limits import MAX_NUMBER
 from fdistill.config.sections import (
-    AugmentationConfig,
-    CLIPLossConfig,
     DiscriminatorConfig,
     EvalConfig,
     FakeScoreConfig,
     GeneratorConfig,
     LogConfig,
     OptimizerConfig,
-    RegressionConfig,
     StudentConfig,
 )
+from fdistill.config.terms import AugmentationConfig, CLIPLossConfig, RegressionConfig
 from fdistill.methods import METHODS, methods_with
 from fdistill.student_kinds import MAX_STUDENT_STEPS, STUDENT_KINDS, fall, kinds_with
 

@@ -13,13 +13,10 @@ from fdistill.config.limits import MAX_NUMBER
 from fdistill.config.nested import merged
 from fdistill.config.problems import explain
 from fdistill.config.sections import (
-    AugmentationConfig,
     Batch,
-    CLIPLossConfig,
     Count,
     CountOrZero,
     DiscriminatorConfig,
-    DiversityConfig,
     EMAConfig,
     EvalConfig,
     FakeScoreConfig,
@@ -33,7 +30,6 @@ from fdistill.config.sections import (
     OptimizerConfig,
     Positive,
     RatioConfig,
-    RegressionConfig,
     Scale,
     Section,
     Side,
@@ -43,6 +39,7 @@ from fdistill.config.sections import (
     TeacherSamplesConfig,
 )
 from fdistill.config.stages import check_alike, read_stages, stage_values
+from fdistill.config.terms import AugmentationConfig, CLIPLossConfig, DiversityConfig, RegressionConfig
 from fdistill.methods import METHODS
 
 

@@ -212,13 +212,6 @@ class ObjectiveConfig(Section):
     model_config = ConfigDict(extra="allow")
 
 
-class RegressionConfig(Section):
-    """DMD's regression on pairs: noise at the student's level, and the sample that the teacher's ODE makes of it."""
-
-    weight: NonNegative = 0.0
-    pairs: CountOrZero = 2000
-
-
 class ImagesConfig(Section):
     """How image files are converted to the format that the teacher was trained on."""
 
@@ -227,16 +220,6 @@ class ImagesConfig(Section):
     workers: Annotated[int, Field(ge=1, le=MAX_WORKERS)] = Field(
         default=2, description="decoding processes per training process"
     )
-
-
-class CLIPLossConfig(Section):
-    """A hinge on the CLIP similarity of the student's images and their prompts; a latent student's samples are decoded
-    in every step."""
-
-    weight: NonNegative = Field(default=0.0, description="weight of the loss; 0 turns it off")
-    margin: Fraction = Field(default=0.35, description="cosine similarity above which the loss is 0")
-    model: str = Field(default="ViT-B-32", description="name of a model in open_clip")
-    weights: str | None = Field(default=None, description="safetensors file of the model's weights")
 
 
 class TeacherSamplesConfig(Section):
@@ -273,31 +256,6 @@ class MatchingLevelsConfig(LevelsConfig):
 
     low: Fraction = 0.02
     high: Fraction = 0.98
-
-
-class AugmentationConfig(LevelsConfig):
-    """Guidance as a term of its own (Decoupled DMD, arXiv 2511.22677), at those of these levels that are cleaner than
-    the student's input; matching is then without guidance."""
-
-    weight: NonNegative = Field(default=0.0, description="weight of the term; 0 turns it off")
-    weighting: ScoreWeighting = Field(
-        default="normalised",
-        description="weight over noise levels; normalised divides by the term's own mean|x0 - x0'|",
-    )
-
-
-class DiversityConfig(Section):
-    """The first step of a few-step student learns from the teacher's own trajectory (DP-DMD, arXiv 2602.03139)."""
-
-    weight: NonNegative = Field(default=0.0, description="weight of the term (DP-DMD: 0.05); 0 turns it off")
-    steps: Steps = Field(default=5, description="Euler steps of the teacher's trajectory")
-    of: Steps = Field(default=30, description="steps that the teacher would take for an image")
-
-    @model_validator(mode="after")
-    def _ends_before_the_image(self) -> DiversityConfig:
-        if self.steps >= self.of:
-            raise ValueError(f"expected steps < of, got {self.steps} and {self.of}")
-        return self
 
 
 class RatioConfig(Section):

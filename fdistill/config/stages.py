@@ -14,13 +14,13 @@ from fdistill.config.limits import MAX_COUNT, MAX_STAGES
 from fdistill.config.nested import leaves, merged
 from fdistill.config.plain_yaml import MAX_DEPTH
 from fdistill.config.sections import (
-    AugmentationConfig,
     DiscriminatorConfig,
     GeneratorConfig,
     LevelsConfig,
     OptimizerConfig,
     RatioConfig,
 )
+from fdistill.config.terms import AugmentationConfig
 from fdistill.methods import METHODS, Method
 
 _OPTIMIZER = set(OptimizerConfig.model_fields) - {"optimizer"}

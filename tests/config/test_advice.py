@@ -187,6 +187,21 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
         "expected False, or student.steps above 1",
         [{"student.steps": 2}, {"student.steps": 8}, {"student.any_step": False}],
     ),
+    (
+        {"method": "decoupled-dmd"},
+        "expected a guidance_scale above 1, or augmentation.weight=0",
+        [{"guidance_scale": 2.0}, {"augmentation.weight": 0.0}],
+    ),
+    (
+        {"method": "decoupled-dmd", "guidance_scale": 2.0, "guidance_rescale": 0.5},
+        "expected 0, or augmentation.weight=0",
+        [{"guidance_rescale": 0.0}, {"augmentation.weight": 0.0}],
+    ),
+    (
+        {"student.steps": 4, "diversity.weight": 0.05, "student.any_step": True},
+        "updates take all steps, from noise; expected False, or diversity.weight=0",
+        [{"student.any_step": False}, {"diversity.weight": 0.0}],
+    ),
     ({"student_level": -1}, "expected a level above 0", [{"student_level": value} for value in (1.0, [2.0], None)]),
     (
         {"matching_levels.low": 0.9, "matching_levels.high": 0.5},

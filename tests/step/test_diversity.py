@@ -126,10 +126,10 @@ def test_a_run_learns_the_first_step(tiny_teacher: Path, tmp_path: Path) -> None
         "critic_steps": 1,
         "student.steps": 2,
         "diversity": {"weight": 1.0, "steps": 3, "of": 10},
-        "batch_size": 32,
-        "generator.lr": 1e-3,
+        "batch_size": 16,
+        "generator.lr": 2e-3,
         "log": {"samples_every": 0, "tracker": "none", "every": 1},
-        "iterations": 30,
+        "iterations": 18,
     }
     made = build(load_config("digits", settings), torch.device("cpu"))
     keywords: Any = made.stages[0].student_update

@@ -178,7 +178,7 @@ def test_pairs_are_samples_of_diffusers_own_ode(text_run: tuple[Distillation, Tr
 
 def test_what_has_no_pairs_is_said(tiny_teacher: Path) -> None:
     warm = [{"iterations": 1, "method": "regression"}, {"iterations": 1}]
-    with pytest.raises(ConfigError, match="stage 1: student_level: method=regression trains one-step students"):
+    with pytest.raises(ConfigError, match="stage 1: student_level: got 2 steps, but method=regression learns"):
         load_config("digits", {"stages": warm, "student_level": [2.5, 0.5]})
     with pytest.raises(ConfigError, match=r"stage 1: regression\.weight: teacher pairs are for students of one level"):
         load_config("digits", {"stages": warm, "student.generator": "tiue", "student_level": [2.5, 0.5]})

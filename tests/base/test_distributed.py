@@ -93,6 +93,7 @@ TEXT = [
     "student.steps=2",
     "augmentation.weight=1.0",
     "diversity.weight=0.5",
+    "diversity.steps=1",
 ]
 SAMPLES = ["teacher_samples.count=37", "teacher_samples.num_steps=3", "regression.pairs=37"]
 

@@ -15,7 +15,7 @@ from fdistill.denoiser import Denoiser
 from fdistill.kernels.checks import wide
 from fdistill.kernels.layout import expand
 from fdistill.kernels.renoise import renoise
-from fdistill.noise import NoiseSchedule, add_noise
+from fdistill.noise import NoiseSchedule, add_noise, implied_noise
 from fdistill.rollout import Rollout
 from fdistill.student_kinds import Sampler, fall
 
@@ -152,7 +152,7 @@ class FewStepGenerator(Student):
         schedule = self.denoiser.schedule
         t = noise.new_full((len(noise),), self.levels[0], dtype=wide(noise.dtype))
         x_t = expand(schedule.start(t), noise) * noise
-        return (x_t - expand(schedule.alpha(t), noise) * first_x0) / expand(schedule.sigma(t), noise)
+        return implied_noise(schedule, first_x0, x_t, t)
 
     def forward(self, noise: Tensor, condition: Condition | None = None, rollout: Rollout | None = None) -> Tensor:
         """Standard normal noise [B, *noise_shape(rollout)] and a condition -> x0 [B, C, H, W], at least float32.
@@ -183,7 +183,7 @@ class FewStepGenerator(Student):
             with torch.set_grad_enabled(torch.is_grad_enabled() and (k == last or rollout.trained == "all")):
                 x0 = self.denoiser(x_t, t, condition)
             if not stochastic and k < last:
-                eps = (x_t - expand(schedule.alpha(t), x0) * x0) / expand(schedule.sigma(t), x0)
+                eps = implied_noise(schedule, x0, x_t, t)
         return cast(Tensor, x0)
 
 

@@ -200,6 +200,11 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> 
     return expand(schedule.alpha(t), x0) * x0 + expand(schedule.sigma(t), x0) * noise
 
 
+def implied_noise(schedule: NoiseSchedule, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """The noise that makes x_t of x0, as `add_noise` does. x0, x_t [B, ...], t [B] -> [B, ...]."""
+    return (x_t - expand(schedule.alpha(t), x0) * x0) / expand(schedule.sigma(t), x0)
+
+
 # Level samplers: a uniform draw u in (0, 1) -> level. Being functions of u, they need no random state of their own.
 
 

@@ -74,7 +74,7 @@ def open_hps(name: str, device: torch.device, weights: Weights) -> ClipModel:
 
 
 def open_pickscore(name: str, device: torch.device, weights: Weights) -> ClipModel:
-    """PickScore v1 ("pickscore"). The features' product is exp(logit_scale) times the cosine, 18 to 24 for most images.
+    """PickScore v1 ("pickscore"). The features' product is exp(logit_scale) times the cosine, about 20 to 23.
 
     An image is resized as CLIP does it: its shorter side fits, bicubic, and the centre is cut out.
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from evaluation.metrics.metric import Measured, Metric
-from evaluation.metrics.rows import check_pair
+from evaluation.metrics.rows import check_prompts
 from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import mean_score
 from fdistill.base.errors import ArgumentError
@@ -28,12 +28,7 @@ def clip_scores(image_features: Tensor, text_features: Tensor) -> dict[str, Scor
     Raises:
         ArgumentError: shapes differ, there are no images, or a row is zero or not finite.
     """
-    check_pair(image_features, text_features, ("image_features", "text_features"))
-    if len(image_features) != len(text_features):
-        raise ArgumentError(
-            f"image_features, text_features: expected one prompt for each image, got {len(image_features)} images and "
-            f"{len(text_features)} prompts"
-        )
+    check_prompts(image_features, text_features)
     image, text = image_features.detach().double().cpu(), text_features.detach().double().cpu()
     norms = image.norm(dim=1) * text.norm(dim=1)
     if not norms.all():

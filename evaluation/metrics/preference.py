@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from evaluation.metrics.metric import Measured, Metric
-from evaluation.metrics.rows import check_pair
+from evaluation.metrics.rows import check_prompts
 from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import mean_score
-from fdistill.base.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,12 +23,7 @@ def preference_score(image_features: Tensor, text_features: Tensor) -> Score:
     Raises:
         ArgumentError: shapes differ, there are no images, or a row is not finite.
     """
-    check_pair(image_features, text_features, ("image_features", "text_features"))
-    if len(image_features) != len(text_features):
-        raise ArgumentError(
-            f"image_features, text_features: expected one prompt for each image, got {len(image_features)} images and "
-            f"{len(text_features)} prompts"
-        )
+    check_prompts(image_features, text_features)
     return mean_score((image_features.double() * text_features.double()).sum(dim=1))
 
 

@@ -58,3 +58,13 @@ def check_pair(
             f"{names[0]}, {names[1]}: expected the same number of features, got {rows.shape[1]} and "
             f"{others.shape[1]}; extract both with the same network"
         )
+
+
+def check_prompts(image_features: Tensor, text_features: Tensor) -> None:
+    """Raises ArgumentError unless both are finite rows [N, D] of equal length and width, one prompt for each image."""
+    check_pair(image_features, text_features, ("image_features", "text_features"))
+    if len(image_features) != len(text_features):
+        raise ArgumentError(
+            f"image_features, text_features: expected one prompt for each image, got {len(image_features)} images and "
+            f"{len(text_features)} prompts"
+        )

@@ -17,6 +17,7 @@ from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.generator import FewStepGenerator
 from fdistill.kernels.layout import expand
+from fdistill.noise import add_noise, implied_noise
 from fdistill.rollout import Rollout
 from fdistill.step.roles import Networks
 
@@ -76,16 +77,11 @@ def trajectory_x0(teacher: Denoiser, noise: Tensor, condition: Condition | None,
     """
     schedule = teacher.schedule
 
-    def at(level: float) -> tuple[Tensor, Tensor, Tensor]:
-        t = torch.full((len(noise),), level, device=noise.device)
-        return t, expand(schedule.alpha(t), noise), expand(schedule.sigma(t), noise)
-
-    t, alpha, sigma = at(levels[0])
-    x = start = expand(schedule.start(t), noise) * noise
-    first_alpha, first_sigma = alpha, sigma
-    for level in levels[1:]:
+    first, *others = (torch.full((len(noise),), level, device=noise.device) for level in levels)
+    t, x = first, expand(schedule.start(first), noise) * noise
+    start = x
+    for following in others:
         x0 = teacher(x, t, condition)
-        eps = (x - alpha * x0) / sigma
-        t, alpha, sigma = at(level)
-        x = alpha * x0 + sigma * eps
-    return (first_sigma * x - sigma * start) / (alpha * first_sigma - sigma * first_alpha)
+        x, t = add_noise(schedule, x0, implied_noise(schedule, x0, x, t), following), following
+    alphas, sigmas = ([expand(of(each), x) for each in (first, t)] for of in (schedule.alpha, schedule.sigma))
+    return (sigmas[0] * x - sigmas[1] * start) / (alphas[1] * sigmas[0] - alphas[0] * sigmas[1])

@@ -303,6 +303,25 @@ def test_weights_keep_their_type_unless_asked(tmp_path: Path) -> None:
         assert {value.dtype for value in load_file(tmp_path / "a.safetensors").values()} == {expected}
 
 
+def test_eight_bits_are_for_the_networks_matrices(tmp_path: Path) -> None:
+    folder = tiny_pipeline("sd1", tmp_path / "student")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight[0, 0, 0, 0] = 1000.0  # beyond what eight bits hold
+    pipeline.unet.save_pretrained(folder / "unet")
+    for dtype in ("fp32", "fp8"):
+        export_student(folder, "comfy", tmp_path / f"{dtype}.safetensors", dtype)
+    whole, small = (load_file(tmp_path / f"{dtype}.safetensors") for dtype in ("fp32", "fp8"))
+    eight = {name for name, value in small.items() if value.dtype == torch.float8_e4m3fn}
+    assert eight == {n for n, v in whole.items() if n.startswith("model.diffusion_model.") and v.ndim > 1}
+    others = [value for name, value in small.items() if name not in eight and value.is_floating_point()]
+    assert {value.dtype for value in others} == {torch.bfloat16}
+    for name in eight:  # three bits of mantissa, and 2**-9 where numbers are smallest
+        torch.testing.assert_close(small[name].float(), whole[name].clamp(-448, 448), rtol=2**-4, atol=2**-10)
+    with pytest.raises(ArgumentError, match=r"'fp8' for format lora.*or format comfy"):
+        export_student(folder, "lora", tmp_path / "x.safetensors", "fp8")
+
+
 @pytest.mark.parametrize("kind", ["sd1", "xl"])
 @pytest.mark.parametrize("naming", ["lora", "comfy-lora"])
 def test_diffusers_loads_a_students_lora(kind: str, naming: str, tmp_path: Path) -> None:

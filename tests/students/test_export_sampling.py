@@ -11,7 +11,9 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from safetensors.torch import save_file
 
+from fdistill.adapters import supported_pipelines
 from fdistill.adapters.parametrisation import DirectPrediction, student_scheduler
+from fdistill.formats.comfy.workflow import ComfySampling, workflow
 from fdistill.formats.lora_file import LORA_FILE
 from fdistill.noise import FlowSchedule, vp_schedule_from_config
 from fdistill.student_kinds import STUDENT_FILE, Sampler
@@ -77,6 +79,78 @@ def test_one_step_is_eulers(tmp_path: Path) -> None:
     (told,) = export_student(folder, "comfy-lora", tmp_path / "lora.safetensors")
     assert told == "sample with cfg 1, sampler euler and the sigmas 14.6146, 0"
     earlier = student(tmp_path / "earlier", VP, [399.0], "stochastic")  # from noise of variance 1, as DMD2's for SDXL
-    assert export_student(earlier, "comfy-lora", tmp_path / "lora.safetensors") == []
+    (told,) = export_student(earlier, "comfy-lora", tmp_path / "lora.safetensors")
+    assert told.startswith("no workflow is written: this student begins at t = 399")
     (told,) = export_student(earlier, "lora", tmp_path / "lora.safetensors")
     assert told.startswith("sample with DDIMScheduler")
+
+
+#: ComfyUI's nodes and the inputs without which they do not run, as its API answers under /object_info.
+INPUTS = {
+    "CheckpointLoaderSimple": {"ckpt_name"},
+    "UNETLoader": {"unet_name", "weight_dtype"},
+    "CLIPLoader": {"clip_name", "type"},
+    "DualCLIPLoader": {"clip_name1", "clip_name2", "type"},
+    "TripleCLIPLoader": {"clip_name1", "clip_name2", "clip_name3"},
+    "VAELoader": {"vae_name"},
+    "LoraLoaderModelOnly": {"model", "lora_name", "strength_model"},
+    "CLIPTextEncode": {"clip", "text"},
+    "CLIPTextEncodePixArtAlpha": {"clip", "text", "width", "height"},
+    "CLIPTextEncodeSDXL": {
+        *("clip", "text_g", "text_l", "width", "height", "crop_w", "crop_h", "target_width", "target_height")
+    },
+    "FluxGuidance": {"conditioning", "guidance"},
+    "EmptyLatentImage": {"width", "height", "batch_size"},
+    "EmptySD3LatentImage": {"width", "height", "batch_size"},
+    "KSamplerSelect": {"sampler_name"},
+    "ManualSigmas": {"sigmas"},
+    "SamplerCustom": {
+        *("model", "add_noise", "noise_seed", "cfg", "positive", "negative", "sampler", "sigmas", "latent_image")
+    },
+    "VAEDecode": {"samples", "vae"},
+    "SaveImage": {"images", "filename_prefix"},
+}
+#: Which of a node's outputs is what.
+OUTPUTS = {"CheckpointLoaderSimple": ("MODEL", "CLIP", "VAE")}
+#: What an input that is the output of another node has to be.
+KINDS = {"clip": "CLIP", "model": "MODEL", "vae": "VAE"}
+
+
+@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize("pipeline", supported_pipelines())
+def test_a_workflow_is_a_graph_that_comfyui_runs(pipeline: str, adapters: bool) -> None:
+    sampling = ComfySampling("lcm", [1.0, 0.9, 0.75, 0.5], 3.5 if adapters and pipeline == "FluxPipeline" else None)
+    made = workflow(pipeline, "four.safetensors", adapters=adapters, sampling=sampling, size=512, prompt="a cat")
+    if made is None:
+        assert pipeline in ("SanaPipeline",), "ComfyUI itself has no nodes for it"
+        return
+    for number, node in made.items():
+        assert node["inputs"].keys() == INPUTS[node["class_type"]]
+        for name, value in node["inputs"].items():
+            if isinstance(value, tuple):
+                source = made[value[0]]["class_type"]
+                assert int(value[0]) < int(number)
+                kinds = OUTPUTS.get(source, ("CLIP" if "CLIPLoader" in source else "MODEL" if "Lo" in source else "",))
+                if name in KINDS and source != "VAELoader":
+                    assert kinds[value[1]] == KINDS[name]
+    used = {str(value[0]) for node in made.values() for value in node["inputs"].values() if isinstance(value, tuple)}
+    assert made.keys() - used == {str(len(made))}, "every node but the last is read"
+    values = [value for node in made.values() for value in node["inputs"].values()]
+    assert "four.safetensors" in values
+    assert "1, 0.9, 0.75, 0.5, 0" in values
+    assert ("LoraLoaderModelOnly" in {node["class_type"] for node in made.values()}) == adapters
+
+
+def test_a_workflow_lies_beside_the_file(tmp_path: Path) -> None:
+    folder = student(tmp_path / "student", FLOW, [1.0, 0.75], "deterministic")
+    facts = json.loads((folder / STUDENT_FILE).read_text())
+    more = {"pipeline": "StableDiffusion3Pipeline", "image_size": 1024, "prompts": ["a red fox"]}
+    (folder / STUDENT_FILE).write_text(json.dumps({**facts, **more}))
+    (told,) = export_student(folder, "comfy-lora", tmp_path / "two.safetensors")
+    assert f"as the workflow {tmp_path / 'two.json'} does" in told
+    nodes = {node["class_type"]: node["inputs"] for node in json.loads((tmp_path / "two.json").read_text()).values()}
+    assert nodes["LoraLoaderModelOnly"]["lora_name"] == "two.safetensors"
+    assert nodes["ManualSigmas"] == {"sigmas": "1, 0.75, 0"}
+    assert nodes["KSamplerSelect"] == {"sampler_name": "euler"}
+    assert nodes["EmptySD3LatentImage"] == {"width": 1024, "height": 1024, "batch_size": 1}
+    assert nodes["CLIPTextEncode"]["text"] == "a red fox"

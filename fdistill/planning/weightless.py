@@ -73,8 +73,9 @@ def run_without_weights(config: DistillConfig, teacher: Teacher) -> Distillation
     if denoiser.text_shapes is not None:
         null = SimpleNamespace(embeddings=SimpleNamespace(null=denoiser.example_condition(1, CPU)))
     guide = None if config.guidance_teacher is None else _guide(config.guidance_teacher, denoiser)
-    # The check of the student's export computes with values, of which there are none.
-    with fake(), mock.patch("fdistill.students.kinds.check_exportable"):
+    # The checks of the student's export and of levels compute with values, of which there are none.
+    levels = mock.patch("fdistill.training.updates.check_augmentation_levels")
+    with fake(), mock.patch("fdistill.students.kinds.check_exportable"), levels:
         run = assemble(_readable(config), CPU, divergences, Loaded(teacher, guide, None, null))
     run.iteration = run.stages[-1].first
     return run

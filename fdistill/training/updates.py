@@ -85,17 +85,23 @@ def student_update(
 
 
 def _augmentation(config: DistillConfig, networks: Networks) -> Augmentation | None:
-    term, student = config.augmentation, networks.generator
+    term = config.augmentation
     if not term.weight:
         return None
     levels = level_draw(term)
+    check_augmentation_levels(levels, networks)
+    return Augmentation(term.weight, levels, term.weighting)
+
+
+def check_augmentation_levels(levels: LevelDraw, networks: Networks) -> None:
+    """Raises ConfigError unless levels of guidance as a term of its own begin below the input of the last step."""
+    student = networks.generator
     least = float(levels(networks.teacher.schedule, torch.zeros(1, dtype=torch.float64)))
     if isinstance(student, Student) and least >= student.levels[-1]:
         raise ConfigError(
             f"augmentation.low: its levels begin at {least:g}, and the student's last step gets its input at "
             f"{student.levels[-1]:g}; expected levels that begin below it"
         )
-    return Augmentation(term.weight, levels, term.weighting)
 
 
 def _bound(name: str, networks: Networks, arguments: Mapping[str, str], settings: Mapping[str, Any]) -> Update:

@@ -30,7 +30,7 @@ from fdistill.planning.gathers import measure
 from fdistill.planning.placement import Footprint, Placement, on_a_device
 from fdistill.planning.plan import Hardware, Plan, make_plan
 from fdistill.planning.rates import Rates, seconds, traffic
-from fdistill.planning.weightless import open_without_weights
+from fdistill.planning.weightless import open_without_weights, run_without_weights
 from fdistill.students.lora import lora_copy
 from fdistill.training.build import build
 from support.extras import needs_bitsandbytes
@@ -294,3 +294,11 @@ def test_weights_in_few_bits_are_as_large_as_real_ones(kind: Any, shape: tuple[i
     with few_bits_by_size():
         counted = quantised_layers.encode(weight, kind)
     assert [(each.numel(), each.dtype) for each in counted] == [(each.numel(), each.dtype) for each in real]
+
+
+def test_guidance_as_a_term_of_its_own_is_planned() -> None:
+    """Its levels are checked by their values, which a plan does not have."""
+    config = load_config("digits-decoupled-dmd")
+    run = run_without_weights(config, open_without_weights(config))
+    update: Any = run.stages[-1].student_update
+    assert update.keywords["augmentation"].weight == config.augmentation.weight > 0

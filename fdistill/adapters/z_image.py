@@ -204,13 +204,13 @@ def original_layout(names: Collection[str], config: Mapping[str, Any]) -> Layout
 def tiny_transformer(**changes: Any) -> ZImageTransformer2DModel:
     """A tiny transformer for captions of full length; its embedding of timesteps alone has 0.3 M parameters."""
     settings: dict[str, Any] = {
-        "dim": 32,
+        "dim": 24,
         "n_layers": 4,
         "n_refiner_layers": 1,
         "n_heads": 2,
         "n_kv_heads": 2,
         "cap_feat_dim": 24,
-        "axes_dims": (4, 6, 6),
+        "axes_dims": (4, 4, 4),
         "axes_lens": (_TOKENS + 2, 64, 64),
     }
     return tiny.untrained(lambda: ZImageTransformer2DModel(**(settings | changes)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fdistill.adapters import guidance_offset, wrap
 from fdistill.adapters.parametrisation import scheduler_config
+from fdistill.adapters.quantised_layers import quantised_names
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.commands.tiny_pipelines import tiny_pipeline
 from fdistill.condition import TextCondition
@@ -160,6 +161,22 @@ def test_a_pipeline_that_makes_images_is_told_one_less(folder: Path) -> None:
             counted.images = 1
         assert (counted.per_image, maker.guidance_scale) == (evaluations, scale)
         assert maker._pipeline.guidance_scale == scale - 1
+
+
+def test_no_value_is_read_from_the_device() -> None:
+    """Tensors on the meta device have none, and refuse."""
+    denoiser = wrap(z_image.tiny_transformer().to("meta"), FLOW)
+    condition = denoiser.example_condition(2, "meta")
+    x0 = denoiser(torch.empty(2, *denoiser.sample_shape, device="meta"), torch.empty(2, device="meta"), condition)
+    assert x0.shape == (2, *denoiser.sample_shape)
+
+
+def test_the_linear_layers_of_all_blocks_are_stored_in_few_bits() -> None:
+    network = z_image.tiny_transformer()
+    linear = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)]
+    outside = ("all_x_embedder.", "all_final_layer.", "t_embedder.", "cap_embedder.")
+    assert quantised_names(network) == [name for name in linear if not name.startswith(outside)]
+    assert len(quantised_names(network)) == 6 * 7 + 5  # attention and feed-forward of six, modulation of five
 
 
 def test_variants_are_refused() -> None:

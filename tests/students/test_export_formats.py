@@ -272,7 +272,7 @@ def test_diffusers_own_converter_takes_a_z_image_transformer_back() -> None:
     model = tiny_transformer()
     state = model.state_dict()
     made = {NETWORK + name: value for name, value in original(model, state).items()}
-    assert made[f"{NETWORK}layers.0.attention.qkv.weight"].shape == (96, 32)
+    assert made[f"{NETWORK}layers.0.attention.qkv.weight"].shape == (72, 24)
     assert made.keys() >= {f"{NETWORK}x_embedder.weight", f"{NETWORK}final_layer.adaLN_modulation.1.bias"}
     same(published.convert_z_image_transformer_checkpoint_to_diffusers(made), state)
 

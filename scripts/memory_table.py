@@ -104,6 +104,12 @@ def _pixart_sigma() -> Any:
     )
 
 
+def _z_image() -> Any:
+    from diffusers import ZImageTransformer2DModel  # since 0.36
+
+    return ZImageTransformer2DModel()
+
+
 #: Recipe -> (its network, the scheduler beside it, its published size in millions, positions of image patches apart).
 NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {
     "sd15": (_sd15, _BETAS, 859.5),
@@ -111,6 +117,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {
     "sd35-medium": (_sd35_medium, _FLOW, 2243.2),
     "flux-dev": (_flux_dev, _FLOW, 11901.4),
     "pixart-sigma": (_pixart_sigma, _LINEAR, 610.9),
+    "z-image": (_z_image, _FLOW, 6154.9),
 }
 
 

@@ -221,6 +221,19 @@ NETWORK_FIELDS: dict[str, Fields] = {
             **_QUANTIZED,
         },
     ),
+    "ZImageTransformer2DModel": Fields(
+        names(
+            "all_patch_size all_f_patch_size in_channels dim n_layers n_refiner_layers n_heads n_kv_heads norm_eps "
+            "qk_norm cap_feat_dim rope_theta t_scale axes_dims axes_lens"
+        ),
+        refused={
+            **refusals(
+                "siglip_feat_dim",
+                "of Z-Image's networks the text-to-image one is supported; the one that also takes images is not",
+            ),
+            **_QUANTIZED,
+        },
+    ),
     "EDMNetwork": Fields(
         names(
             "model_type img_resolution img_channels label_dim sigma_min sigma_max sigma_data augment_dim "
@@ -359,6 +372,7 @@ TEXT_ENCODER_FIELDS: dict[str, Fields] = {
         _ANY_ENCODER | names("final_logit_softcapping hidden_act sliding_window_size"),
         _ANY_REFUSED,
     ),
+    "Qwen3Model": Fields(names(_QWEN_TEXT, "head_dim attention_bias"), _ANY_ENCODER, _ANY_REFUSED),
     "Qwen2_5_VLForConditionalGeneration": Fields(
         names(_QWEN_TEXT, "text_config"), _ANY_ENCODER | _QWEN_TOKENS | {"vision_config"}, _ANY_REFUSED
     ),

@@ -52,6 +52,8 @@ class TextToImage:
             encode the negative prompt differently from prompts; otherwise None. Callers use `encode_null`.
         unguided: arguments with which the pipelines sample without guidance and at exactly the requested size, as a
             student does.
+        guidance_offset: what the pipelines' `guidance_scale` is beside the usual one, which means u + s (c - u): -1 for
+            pipelines that mean c + g (c - u).
         fold_guidance: `(network, scale)`, changes a network that takes a guidance scale into one that takes none and
             behaves as under this scale. Required if denoisers have an `embedded_guidance`.
         encoding_pipeline: `model_index.json -> name` of the class in `pipelines` that loads the text encoders and
@@ -66,6 +68,7 @@ class TextToImage:
     encode_prompts: Callable[[Any, Sequence[str], int], TextCondition]
     encode_negative: Callable[[Any, str, int], TextCondition] | None = None
     unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 0.0})
+    guidance_offset: float = 0.0
     fold_guidance: Callable[[Any, float], None] = no_embedded_guidance
     encoding_pipeline: Callable[[Mapping[str, Any]], str] = own_pipeline_class
     tiny: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = field(default_factory=dict)

@@ -21,8 +21,14 @@ RESOLUTION, LATENTS = 16, 8
 CLIP_WIDTH, CLIP_2_WIDTH, T5_WIDTH = 16, 24, 32
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
+_END_OF_TEXT, _END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 _T5_SPECIAL = ("<pad>", "</s>", "<unk>")
 _HEAD = 8  # channels of a text encoder's attention head
+#: A language model's template of what a user says, without instructions and tools.
+_CHAT = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 def untrained(make: Callable[[], nn.Module]) -> Any:
@@ -91,6 +97,31 @@ def t5_tokenizer() -> Any:
         return AutoTokenizer.from_pretrained(folder, extra_ids=0)
 
 
+def chat_tokenizer() -> Any:
+    """A tokenizer of the kind of Qwen3: all 256 bytes, a few words, and a template for what users say."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["user", "assistant", "Ġa", "Ġbold", "Ġthin", "Ġdigit", "Ġseven"]
+    merges = list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
+    vocabulary = [*symbols, *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True) for name in (_END_OF_TEXT, "<|im_start|>", _END_OF_TURN)]
+    )
+    made: Any = PreTrainedTokenizerFast
+    return made(
+        tokenizer_object=tokenizer,
+        pad_token=_END_OF_TEXT,
+        eos_token=_END_OF_TURN,
+        padding_side="right",
+        chat_template=_CHAT,
+    )
+
+
 def clip_encoder(tokenizer: Any, width: int, *, projected: bool) -> Any:
     """A CLIP text encoder; the width must be a multiple of 8, the channels of a head."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -127,6 +158,25 @@ def t5_encoder(tokenizer: Any, width: int) -> Any:
         use_cache=False,
     )
     return untrained(lambda: T5EncoderModel(config))
+
+
+def qwen3_encoder(tokenizer: Any, width: int) -> Any:
+    """A Qwen3 language model of any width."""
+    from transformers import Qwen3Config, Qwen3Model
+
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=_HEAD,
+        initializer_range=0.3,  # embeddings of prompts differ
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return untrained(lambda: Qwen3Model(config))
 
 
 def autoencoder(**changes: Any) -> AutoencoderKL:

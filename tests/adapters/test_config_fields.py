@@ -333,6 +333,11 @@ PUBLISHED: dict[str, tuple[Fields, type[Any] | None, dict[str, Any]]] = {
             "attn_logit_softcapping": 50.0,
         },
     ),
+    "Qwen3": (
+        TEXT_ENCODER_FIELDS["Qwen3Model"],
+        None,
+        {"head_dim": 128, "attention_bias": False, "rope_theta": 1000000, "max_window_layers": 36},
+    ),
     "Qwen2.5-VL": (
         TEXT_ENCODER_FIELDS["Qwen2_5_VLForConditionalGeneration"],
         None,

@@ -19,7 +19,7 @@ from fdistill.noise import FlowSchedule
 from fdistill.student_kinds import Sampler
 from fdistill.teachers.autoencoder import attach_latent_space
 from support.text_families import RESOLUTION, TEXT_FAMILIES
-from support.text_families_dit import TEXT_FAMILIES_DIT
+from support.text_families_dit import HAS_Z_IMAGE, TEXT_FAMILIES_DIT
 from support.text_pipelines import SIZE, condition_of, denoiser_of, load_pipeline
 
 PROMPTS = ["a bold handwritten seven", "a thin digit"]
@@ -53,7 +53,7 @@ LEVELS_OF_STEPS: dict[str, tuple[list[float], list[float], Sampler]] = {
 
 
 @pytest.mark.parametrize("steps", LEVELS_OF_STEPS)
-@pytest.mark.parametrize("name", TEXT_FAMILIES)
+@pytest.mark.parametrize("name", [*TEXT_FAMILIES, *(["z-image"] if HAS_Z_IMAGE else [])])
 def test_the_students_scheduler_makes_its_pipeline_the_student(
     name: str, steps: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -68,10 +68,10 @@ def test_the_students_scheduler_makes_its_pipeline_the_student(
     student = load_pipeline(tmp_path)
     size = {"height": RESOLUTION, "width": RESOLUTION}
     guidance = {"guidance_scale": 3.5 if name == "flux-dev" else 0.0}
-    # The pipelines of SD 3 and Flux give their scheduler no generator.
+    # The pipelines of SD 3, Flux and Z-Image give their scheduler no generator.
     draws: dict[str, Any] = {} if is_flow else {"generator": torch.Generator().manual_seed(4)}
     torch.manual_seed(4)
-    got = student(PROMPTS, **call, **size, **guidance, **draws, output_type="latent").images
+    got = student(list(PROMPTS), **call, **size, **guidance, **draws, output_type="latent").images
     noise = torch.randn(len(levels), 2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(4))
     if isinstance(denoiser, flux.FluxDenoiser):
         got = flux_latents(got)
@@ -106,9 +106,9 @@ def test_a_students_pipeline_draws_what_the_student_does(
     loaded = load_pipeline(tmp_path / "student")
     assert type(loaded).__name__ == TEXT_FAMILIES_DIT[name][1]
     given = noise if name != "qwen-image" else diffusers.QwenImagePipeline._pack_latents(noise, 2, 4, SIZE, SIZE)
-    drawn = loaded(PROMPTS, latents=given, output_type="latent", **TEXT_FAMILIES_DIT[name][2]).images
+    drawn = loaded(list(PROMPTS), latents=given, output_type="latent", **TEXT_FAMILIES_DIT[name][2]).images
     drawn = qwen_latents(drawn) if name == "qwen-image" else drawn
     torch.testing.assert_close(drawn, x0, rtol=1e-4, atol=1e-4)
-    seen = loaded(PROMPTS, latents=given, output_type="pt", **TEXT_FAMILIES_DIT[name][2]).images
+    seen = loaded(list(PROMPTS), latents=given, output_type="pt", **TEXT_FAMILIES_DIT[name][2]).images
     torch.testing.assert_close(seen, image, rtol=1e-4, atol=1e-4)
     assert image.std() > 0.01

@@ -1,4 +1,4 @@
-"""PixArt, Sana and Qwen-Image as their own networks, pipelines, schedulers and autoencoders compute them."""
+"""PixArt, Sana, Qwen-Image and Z-Image as their own networks, pipelines, schedulers and autoencoders compute them."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from fdistill.adapters import pixart, sana, wrap
+from fdistill.adapters import pixart, sana
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.pretrained import load_network
-from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import TextCondition
+from support.text_dits import VP, blocks_of, inputs, own_output, tiny, unpacked
 from support.text_families_dit import (
     HAS_QWEN_IMAGE,
     TEXT_FAMILIES_DIT,
@@ -29,15 +29,11 @@ from support.text_families_dit import (
     qwen_transformer,
     sana_transformer,
 )
-from support.text_pipelines import SIZE, condition_of, denoiser_of, encoders, load_pipeline, text_of
+from support.text_pipelines import condition_of, denoiser_of, encoders, load_pipeline, text_of
 
 if HAS_QWEN_IMAGE:
-    from diffusers import QwenImagePipeline
-
     from fdistill.adapters import qwen_image
-
 FAMILIES = [name for name in TEXT_FAMILIES_DIT if name not in ("pixart-alpha", "sana-timestep-scale")]
-VP = ("pixart", "pixart-alpha")
 PROMPTS = ["A bold handwritten seven", "a thin digit, drawn with a pencil"]
 NEGATIVE = "a blurry digit"
 
@@ -52,67 +48,6 @@ def call_of(name: str) -> dict[str, Any]:
     return TEXT_FAMILIES_DIT[name][2]
 
 
-def tiny(name: str) -> TextDenoiser:
-    """A denoiser of the family without its pipeline."""
-    if name in VP:
-        size = 128 if name == "pixart-alpha" else 8
-        network, scheduler = pixart_transformer(sample_size=size), DPMSolverMultistepScheduler()
-    elif name == "qwen-image":
-        network, scheduler = qwen_transformer(), FlowMatchEulerDiscreteScheduler()
-    else:
-        changes = {"timestep_scale": 0.001} if name == "sana-timestep-scale" else {}
-        network, scheduler = sana_transformer(**changes), FlowMatchEulerDiscreteScheduler()
-    denoiser: Any = wrap(network, scheduler_config(scheduler))
-    denoiser.resize(SIZE)
-    return denoiser
-
-
-def inputs(denoiser: TextDenoiser, count: int = 3) -> tuple[Tensor, Tensor, TextCondition]:
-    torch.manual_seed(3)
-    tensors = {key: torch.randn(count, *shape) for key, shape in denoiser.text_shapes.items()}
-    for key in tensors:
-        if "mask" in key:
-            lengths = torch.tensor([20, 7, 1])[:count, None]
-            tensors[key] = (torch.arange(tensors[key].shape[1]) < lengths).long()
-    t = torch.tensor([1.0, 0.6, 0.02])[:count] * (999.0 if isinstance(denoiser, pixart.PixArtDenoiser) else 1.0)
-    return torch.randn(count, *denoiser.sample_shape), t.round() if t[0] > 1 else t, TextCondition(tensors)
-
-
-def own_output(network: Any, x_t: Tensor, t: Tensor, condition: TextCondition) -> Any:
-    """What the transformer says when it is called as its pipeline calls it, [B, C, H, W]."""
-    if isinstance(network, PixArtTransformer2DModel):
-        sizes = ("resolution", "aspect_ratio")
-        told = {key: condition[key] if network.config.sample_size == 128 else None for key in sizes}
-        return network(
-            x_t,
-            encoder_hidden_states=condition["prompt_embeds"],
-            encoder_attention_mask=condition["prompt_attention_mask"],
-            timestep=t.long(),
-            added_cond_kwargs=told,
-        ).sample
-    if type(network).__name__.startswith("Sana"):
-        return network(
-            x_t,
-            encoder_hidden_states=condition["prompt_embeds"],
-            encoder_attention_mask=condition["prompt_attention_mask"],
-            timestep=(1000 * t) * network.config.timestep_scale,
-        ).sample
-    count, channels, height, width = x_t.shape
-    tokens = network(
-        hidden_states=QwenImagePipeline._pack_latents(x_t, count, channels, height, width),
-        timestep=t,
-        encoder_hidden_states_mask=condition["prompt_embeds_mask"],
-        encoder_hidden_states=condition["prompt_embeds"],
-        img_shapes=[[(1, height // 2, width // 2)]] * count,
-    ).sample
-    return unpacked(tokens)
-
-
-def unpacked(tokens: Tensor) -> Tensor:
-    latents: Tensor = QwenImagePipeline._unpack_latents(tokens, 2 * SIZE, 2 * SIZE, 2)
-    return latents[:, :, 0]
-
-
 @pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> None:
     denoiser = tiny(name)
@@ -123,7 +58,7 @@ def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> N
     def hook(_module: nn.Module, _inputs: Any, result: Any) -> None:
         made.append(result[1] if isinstance(result, tuple) else result)
 
-    handles = [block.register_forward_hook(hook) for block in network.transformer_blocks]
+    handles = [block.register_forward_hook(hook) for block in blocks_of(denoiser)[1]]
     expected = own_output(network, x_t, t, condition)
     for handle in handles:
         handle.remove()
@@ -144,10 +79,10 @@ def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> N
 @pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_nothing_beyond_the_last_feature_is_computed(name: str) -> None:
     denoiser = tiny(name)
-    network: Any = denoiser.network
     x_t, t, condition = inputs(denoiser)
+    _, blocks, last = blocks_of(denoiser)
     ran: list[int] = []
-    for i, module in enumerate([*network.transformer_blocks, network.proj_out]):
+    for i, module in enumerate([*blocks, last]):
         module.register_forward_hook(lambda _module, _inputs, _result, i=i: ran.append(i))
     with torch.no_grad():
         full = denoiser.predict(x_t, t, condition, ("block1", "depth50"))[1]
@@ -170,8 +105,9 @@ def test_gradients_without_those_of_the_output_are_those_of_the_features(name: s
     assert not prediction.output.requires_grad
     features["block1"].sum().backward()
     got = {key: p.grad for key, p in denoiser.named_parameters() if p.grad is not None}
-    assert any("transformer_blocks.1." in key for key in got)
-    assert not any(part in key for key in got for part in ("blocks.2.", "blocks.3.", "proj_out"))
+    listed, last = blocks_of(denoiser)[0], ("proj_out", "all_final_layer")
+    assert any(f"network.{listed}.1." in key for key in got)
+    assert not any(part in key for key in got for part in (f"{listed}.2.", f"{listed}.3.", *last))
     for key, gradient in got.items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-5, atol=1e-6)
     assert {key for key, gradient in expected.items() if gradient.any()} <= got.keys()
@@ -195,7 +131,7 @@ def test_x0_is_what_the_pipelines_own_scheduler_says(name: str, folders: dict[st
             x0 = denoiser(x_t, level.expand(2), condition)
         scheduler.set_begin_index(position)
         following = scheduler.step(raw, timestep, x_t).prev_sample
-        if name == "qwen-image":  # Euler goes on along the line to x0
+        if name in ("qwen-image", "z-image"):  # Euler goes on along the line to x0
             step = scheduler.sigmas[position + 1] / level
             expected = (following - step * x_t) / (1 - step)
         else:  # what the solver keeps of a step is its x0
@@ -220,7 +156,7 @@ def captured(network: nn.Module, call: Any) -> list[tuple[dict[str, Any], Tensor
 
 
 @pytest.mark.parametrize("negative", ["", NEGATIVE])
-@pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
+@pytest.mark.parametrize("name", [name for name in TEXT_FAMILIES_DIT if name != "z-image"])  # which has its own test
 def test_the_network_is_told_what_its_pipeline_tells_it(name: str, negative: str, folders: dict[str, Path]) -> None:
     pipeline = load_pipeline(folders[name])
     qwen = name == "qwen-image"
@@ -294,7 +230,7 @@ def test_a_prompt_is_read_up_to_the_limit_of_its_tokenizer(name: str, folders: d
         taken, other, *cut = (
             text_of(alone).encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
         )
-    assert taken.shape[1] == limit
+    assert taken.shape[1] == (512 if name == "z-image" else limit)  # of which 3 stand before the prompt
     assert not torch.allclose(taken, other, atol=1e-3)
     torch.testing.assert_close(cut[0], cut[1], rtol=1e-5, atol=1e-5)
 

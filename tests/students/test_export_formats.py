@@ -30,7 +30,7 @@ from fdistill.formats.comfy.autoencoder import original_autoencoder
 from fdistill.formats.comfy.text_encoders import original_clip, original_open_clip
 from fdistill.formats.lora_file import LORA_FILE, kohya_names, save_lora
 from fdistill.students.export import export_student
-from support.text_families_dit import HAS_QWEN_IMAGE
+from support.text_families_dit import HAS_QWEN_IMAGE, HAS_Z_IMAGE
 from support.tiny_stable_diffusion import (
     UNETS,
     adapted_unet,
@@ -263,6 +263,18 @@ def test_qwen_image_keeps_its_names() -> None:
         axes_dims_rope=(2, 2, 4),
     )
     same(original(model, model.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.skipif(not HAS_Z_IMAGE, reason="this diffusers has no Z-Image")
+def test_diffusers_own_converter_takes_a_z_image_transformer_back() -> None:
+    from fdistill.adapters.z_image import tiny_transformer
+
+    model = tiny_transformer()
+    state = model.state_dict()
+    made = {NETWORK + name: value for name, value in original(model, state).items()}
+    assert made[f"{NETWORK}layers.0.attention.qkv.weight"].shape == (72, 24)
+    assert made.keys() >= {f"{NETWORK}x_embedder.weight", f"{NETWORK}final_layer.adaLN_modulation.1.bias"}
+    same(published.convert_z_image_transformer_checkpoint_to_diffusers(made), state)
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "xl"])

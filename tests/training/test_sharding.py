@@ -41,6 +41,7 @@ MADE = {
     "pixart": text_families_dit.pixart,
     "sana": text_families_dit.sana,
     **({"qwen-image": text_families_dit.qwen_image} if text_families_dit.HAS_QWEN_IMAGE else {}),
+    **({"z-image": text_families_dit.z_image} if text_families_dit.HAS_Z_IMAGE else {}),
 }
 
 
@@ -52,7 +53,7 @@ def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def loaded(name: str, folder: Path) -> Denoiser:
     denoiser = load_denoiser(resolve_checkpoint(MADE[name](folder)))
-    if name in ("flux", "qwen-image"):
+    if name in ("flux", "qwen-image", "z-image"):
         denoiser.resize(text_families.RESOLUTION)
     return denoiser.requires_grad_(True)
 

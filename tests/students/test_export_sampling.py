@@ -102,6 +102,7 @@ INPUTS = {
     "FluxGuidance": {"conditioning", "guidance"},
     "EmptyLatentImage": {"width", "height", "batch_size"},
     "EmptySD3LatentImage": {"width", "height", "batch_size"},
+    "EmptyFlux2LatentImage": {"width", "height", "batch_size"},
     "KSamplerSelect": {"sampler_name"},
     "ManualSigmas": {"sigmas"},
     "SamplerCustom": {

@@ -60,6 +60,24 @@ _PARTS = {
         _encoder("qwen_2.5_vl_7b.safetensors", "qwen_image"),
         "qwen_image_vae.safetensors",
     ),
+    "ZImagePipeline": _Parts(
+        "z_image_bf16.safetensors", _encoder("qwen_3_4b.safetensors", "lumina2"), "ae.safetensors"
+    ),
+    "Flux2KleinPipeline": _Parts(
+        "flux-2-klein-base-4b.safetensors",
+        _encoder("qwen_3_4b.safetensors", "flux2"),
+        "flux2-vae.safetensors",
+        "EmptyFlux2LatentImage",
+    ),
+    "Flux2Pipeline": _Parts(
+        "flux2-dev.safetensors",
+        _encoder("mistral_3_small_flux2_bf16.safetensors", "flux2"),
+        "flux2-vae.safetensors",
+        "EmptyFlux2LatentImage",
+    ),
+    "Lumina2Pipeline": _Parts(
+        "lumina_2_model_bf16.safetensors", _encoder("gemma_2_2b_fp16.safetensors", "lumina2"), "ae.safetensors"
+    ),
     "PixArtAlphaPipeline": _Parts(
         "PixArt-XL-2-1024-MS.safetensors", _encoder(_T5, "pixart"), "vae-ft-mse.safetensors", "EmptyLatentImage"
     ),

@@ -116,9 +116,8 @@ def main() -> None:
         found[row] = {**scores(str(folder)), "minutes": minutes}
     with atomic_file(output / "few-step.json") as temporary:
         temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    print(
-        "| | prompt accuracy | fd_digits | x teacher | diversity | ms an image | minutes |\n|---|---|---|---|---|---|---|"
-    )
+    head = ["", "prompt accuracy", "fd_digits", "x teacher", "diversity", "ms an image", "minutes"]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for row, each in found.items():
         numbers = [each["prompt_accuracy"], each["fd_digits"], each["fd_digits"] / found["teacher"]["fd_digits"]]
         cells = [f"{numbers[0]:.3f}", *(f"{number:.2f}" for number in numbers[1:]), f"{each['diversity_digits']:.3f}"]

@@ -20,8 +20,6 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
-
 from evaluation.evaluate import evaluate
 from fdistill.base.files import atomic_file
 
@@ -76,7 +74,7 @@ def distil(output: Path, row: str, overrides: list[str]) -> Path:
     if (folder / "minutes.json").is_file():
         return folder
     path = output / f"{row}.yaml"
-    path.write_text(yaml.safe_dump(config(row)), encoding="utf-8")
+    path.write_text(json.dumps(config(row)), encoding="utf-8")
     command = [sys.executable, "-m", "fdistill", "distill", str(path), *overrides, "--output", str(folder)]
     started = time.monotonic()
     subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the environment if there is none, then checks format, lint and types, and runs the tests: offline, without a GPU.
 #   bash scripts/test.sh [PYTEST ARGUMENTS]
-# A nightly run sets FDISTILL_FUZZ=500: tests/commands/test_odd_files.py then throws as many odd files at the commands,
+# A nightly run adds -m "", which runs the thorough tests as well, and sets FDISTILL_FUZZ=500: tests/commands/test_odd_files.py then throws as many odd files at the commands,
 # and test_damaged_files.py damages as many checkpoints, records, configs and data. It also kills 25 runs,
 # scripts/kill_loop.py --count 25.
 # Two test files at a time, one thread each: most of them wait for imports, files and other processes.

@@ -416,6 +416,7 @@ def test_resuming_makes_later_snapshots_again(finished: Path, tiny_teacher: Path
         assert torch.equal(value, load_student(output).state_dict()[name])
 
 
+@pytest.mark.thorough
 def test_killed_and_resumed_has_the_same_snapshots(
     finished: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

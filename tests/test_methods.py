@@ -30,6 +30,7 @@ from fdistill.training.build import build
 from fdistill.training.journal import read_records
 from support.denoisers import GaussianDenoiser
 from support.networks import ExactLogRatio, LinearGenerator
+from support.thorough import at_night
 
 QUICK = {"batch_size": 8, "iterations": 2, "log.every": 1, "log.samples_every": 0, "log.tracker": "none"}
 SMALL = {"regression.pairs": 16, "teacher_samples.count": 16, "teacher_samples.num_steps": 3}
@@ -49,6 +50,11 @@ ROLES = {
     "regression": {"generator"},
     "diffratio": {"generator", "fake_score", "discriminator"},
 }
+
+
+def _often(method: str) -> bool:
+    """Of these methods by day one alone is tried."""
+    return method in ("dmd2", "sida", "vsd", "dmd", "diffratio")
 
 
 def run(teacher: Path, output: Path, **settings: object) -> Path:
@@ -301,7 +307,7 @@ def test_a_divergence_of_ones_own_by_module_and_function(tiny_teacher: Path, tmp
         run(tiny_teacher, tmp_path / "none", divergence="test_methods:nothing")
 
 
-@pytest.mark.parametrize("method", ["f-distill", "dmd2", "sida", "uni-instruct", "diffratio"])
+@pytest.mark.parametrize("method", at_night(["f-distill", "dmd2", "sida", "uni-instruct", "diffratio"], _often))
 def test_data_free(tiny_teacher: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With teacher samples for data, the data set is not even loaded; the samples are made once."""
     monkeypatch.setattr("fdistill.training.inputs.open_source", lambda name: pytest.fail(f"loaded {name}"))
@@ -464,7 +470,7 @@ def test_without_peft_lora_says_what_to_install(tiny_teacher: Path, monkeypatch:
         built(tiny_teacher, method="vsd")
 
 
-@pytest.mark.parametrize("method", ["f-distill", "dmd2"])
+@pytest.mark.parametrize("method", at_night(["f-distill", "dmd2"], _often))
 @pytest.mark.parametrize("levels", [[2.5], [2.5, 0.5], [80.0, 5.0, 1.0, 0.3]])
 def test_students_of_a_few_steps_train_and_load(
     tiny_teacher: Path, tmp_path: Path, method: str, levels: list[float]
@@ -476,7 +482,7 @@ def test_students_of_a_few_steps_train_and_load(
     assert student(noise, torch.arange(3)).shape == (3, 1, 8, 8)
 
 
-@pytest.mark.parametrize("method", ["f-distill", "vsd", "dmd", "diffratio"])
+@pytest.mark.parametrize("method", at_night(["f-distill", "vsd", "dmd", "diffratio"], _often))
 def test_resumed_runs_equal_uninterrupted_ones(tiny_teacher: Path, tmp_path: Path, method: str) -> None:
     settings: dict[str, Any] = {"method": method, "log.checkpoint_every": 2}
     if method == "f-distill":

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from functools import cache
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fdistill.base.errors import ConfigError, ProcessError
 from fdistill.base.heartbeat import watch_processes
@@ -70,15 +76,18 @@ def upload(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
     """With precision "bf16" networks compute in bfloat16 inside the block; weights and losses stay float32.
 
     With "fp32" torch's own settings hold. On CUDA these are TensorFloat-32 in convolutions and float32 in matrix
     products, unless the environment sets TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1.
     """
+    if precision != "bf16":
+        return nullcontext()
     # Without its cache: torch 2.8 hands a weight that was cast under no_grad, as for the first steps of a few-step
     # student, to the pass that is differentiated, and the weight gets no gradient.
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if precision == "bf16" else nullcontext()
+    narrow = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    return narrow if device.type != "cpu" or computes_bfloat16() else _with_wide_products(narrow)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[None]:
@@ -86,3 +95,48 @@ def without_autocast(device: torch.device) -> AbstractContextManager[None]:
     if device.type == "meta":  # tensors without memory, for which torch knows no autocast
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@cache
+def computes_bfloat16() -> bool:
+    """Whether this CPU has instructions for what torch computes in bfloat16 (AVX-512, or AMX)."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@contextmanager
+def _with_wide_products(narrow: torch.autocast) -> Iterator[None]:
+    with narrow, _WideProducts():
+        yield
+
+
+_PRODUCTS = {
+    *(torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d, torch.conv_transpose3d),
+    *(F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
+    *(Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm),
+}
+
+
+class _WideProducts(TorchFunctionMode):
+    """Products of bfloat16 by float32's instructions, for a CPU without its own, on which torch takes twenty times as
+    long for a matrix product and a hundred times for a convolution.
+
+    Inputs are rounded to bfloat16, products summed up in float32 and the sum rounded, as hardware for bfloat16 does.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func not in _PRODUCTS:
+            return func(*args, **kwargs)
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        narrow = torch.is_autocast_enabled("cpu") or any(value.dtype == torch.bfloat16 for value in tensors)
+        if not narrow or any(value.device.type != "cpu" or value.dtype == torch.float64 for value in tensors):
+            return func(*args, **kwargs)
+
+        def rounded(value: Tensor) -> Tensor:
+            return value.bfloat16().float() if value.is_floating_point() else value
+
+        args, kwargs = tree_map_only(Tensor, rounded, (tuple(args), dict(kwargs)))
+        with torch.autocast("cpu", enabled=False):
+            return func(*args, **kwargs).bfloat16()

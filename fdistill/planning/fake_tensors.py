@@ -130,7 +130,9 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Inside autocast norms take and give float32: the CPU's list of such functions lacks them."""
+    """Inside autocast norms take and give float32: the CPU's list of such functions lacks them. Products are computed
+    in bfloat16, whatever this machine's CPU does.
+    """
 
     def wide(value: Any) -> Any:
         return value.float() if isinstance(value, Tensor) else value
@@ -144,7 +146,8 @@ def as_on_a_gpu() -> Iterator[None]:
         return called
 
     norms: dict[str, Any] = {name: widened(getattr(nn.functional, name)) for name in ("group_norm", "layer_norm")}
-    with mock.patch.multiple(nn.functional, **norms):
+    of_a_gpu = mock.patch("fdistill.base.devices.computes_bfloat16", return_value=True)
+    with of_a_gpu, mock.patch.multiple(nn.functional, **norms):
         yield
 
 

@@ -100,14 +100,14 @@ SAMPLES = ["teacher_samples.count=37", "teacher_samples.num_steps=3", "regressio
 
 LORA = ["student.lora_rank=4", "fake_score.lora_rank=4"]
 SID = ["method=sid", "generator.lr=1e-5"]
-SCORES = ["eval.every=10", "eval.num_images=100", "eval.batch_size=50", 'eval.metrics=["fd_digits"]']
+SCORES = ["eval.every=4", "eval.num_images=100", "eval.batch_size=50", 'eval.metrics=["fd_digits"]']
 
 #: Iterations, and settings. The first update of "regression" is the student's.
 METHODS: dict[str, tuple[int, list[str]]] = {
-    "f-distill": (20, SCORES),
-    "f-distill-lora": (20, LORA),
-    "sid": (20, SID),
-    "sid-lora": (20, [*SID, *LORA]),
+    "f-distill": (8, SCORES),
+    "f-distill-lora": (8, LORA),
+    "sid": (8, SID),
+    "sid-lora": (8, [*SID, *LORA]),
     "uni-instruct-data-free": (4, ["method=uni-instruct", "data=teacher-samples", *SAMPLES]),
     "dmd": (4, ["method=dmd", *SAMPLES]),
     "regression": (4, ["method=regression", *SAMPLES]),
@@ -193,7 +193,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     ConsistencyModelPipeline(unet=unet, scheduler=scheduler).save_pretrained(teacher)
     sd15(folder / "sd15")
     # So many that processes share them; the last batch has an odd number.
-    (folder / "prompts.txt").write_text("".join(f"a dog and {number} cats\n" for number in range(600 - 1)))
+    (folder / "prompts.txt").write_text("".join(f"a dog and {number} cats\n" for number in range(300 - 1)))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setattr(logbook, "save_curves", lambda *_: None)
@@ -239,10 +239,10 @@ def test_two_processes_encode_the_same_prompts(runs: Runs) -> None:
     """Each encodes a part of every batch, and one writes them in their order."""
     (one,), (two,) = ((runs.one.parent / cache / "text").iterdir() for cache in ("cache-one", "cache-two"))
     first, second = EmbeddingSource(one), EmbeddingSource(two)
-    assert len(first) == 599
+    assert len(first) == 299
     assert list(first.prompts) == list(second.prompts)
-    for name, value in first.rows(torch.arange(599)).tensors.items():
-        torch.testing.assert_close(second.rows(torch.arange(599))[name], value, rtol=1e-6, atol=1e-6)
+    for name, value in first.rows(torch.arange(299)).tensors.items():
+        torch.testing.assert_close(second.rows(torch.arange(299))[name], value, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -265,7 +265,7 @@ def test_two_processes_export_the_same_student(runs: Runs, variant: str) -> None
 def test_two_processes_score_as_one(runs: Runs) -> None:
     name, folders = "eval/fd_digits@100", (runs.one / "f-distill", runs.two / "f-distill-fsdp")
     one, two = ({r["iteration"]: r[name] for r in read_records(of / "metrics.jsonl") if name in r} for of in folders)
-    assert list(one) == [10, 20]
+    assert list(one) == [4, 8]
     assert two == pytest.approx(one, rel=1e-3)
     chosen = re.search(r"after (\d+) iterations", (runs.two / "f-distill-fsdp" / "best" / "README.md").read_text())
     assert chosen is not None

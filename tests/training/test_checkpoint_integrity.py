@@ -197,7 +197,7 @@ def changed(start: str, value: Callable[[Tensor], Tensor]) -> Callable[[Tensors]
     return change
 
 
-@pytest.mark.parametrize("hashed", [True, False], ids=["hashed", "earlier"])
+@pytest.mark.parametrize("hashed", [True, pytest.param(False, marks=pytest.mark.thorough)], ids=["hashed", "earlier"])
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

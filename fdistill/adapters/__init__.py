@@ -30,6 +30,10 @@ if hasattr(diffusers, "QwenImageTransformer2DModel"):  # since 0.35
     from fdistill.adapters import qwen_image
 
     FAMILIES["QwenImageTransformer2DModel"] = qwen_image.FAMILY
+if hasattr(diffusers, "Flux2KleinPipeline"):  # since 0.37
+    from fdistill.adapters import flux2
+
+    FAMILIES["Flux2Transformer2DModel"] = flux2.FAMILY
 
 #: Names of fdistill's own pipeline classes that run text-to-image students.
 OWN_TEXT_PIPELINES = ("TiUEPipeline",)

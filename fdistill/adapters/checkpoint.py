@@ -38,6 +38,7 @@ _DOWNLOADED = [
     "*/*.safetensors",
     "*/*.txt",  # a tokenizer's merges
     "*/*.model",  # a tokenizer's SentencePiece model
+    "*/*.jinja",  # a tokenizer's chat template
     "diffusion_pytorch_model.safetensors",
 ]
 _NOT_DOWNLOADED = [

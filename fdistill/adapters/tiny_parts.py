@@ -17,8 +17,10 @@ from torch import nn
 
 #: Side of the images in pixels, and of their latents.
 RESOLUTION, LATENTS = 16, 8
-#: Widths of text encoders: CLIP's first and second one, and T5's.
-CLIP_WIDTH, CLIP_2_WIDTH, T5_WIDTH = 16, 24, 32
+#: Widths of text encoders: CLIP's first and second one, T5's, and a language model's.
+CLIP_WIDTH, CLIP_2_WIDTH, T5_WIDTH, QWEN_WIDTH = 16, 24, 32, 8
+#: Channels of the latents of FLUX.2's autoencoder, of which its networks see patches of 2 x 2.
+FLUX2_CHANNELS = 4
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _T5_SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -91,6 +93,37 @@ def t5_tokenizer() -> Any:
         return AutoTokenizer.from_pretrained(folder, extra_ids=0)
 
 
+#: What a Qwen 3 makes of a conversation, as its own tokenizers say it; `enable_thinking` is False or left out.
+_QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+
+
+def qwen_tokenizer() -> Any:
+    """A tokenizer of all 256 bytes and a few words, with the chat template of Qwen 3."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    merges = [(word[:i], word[i]) for word in ("Ġbold", "Ġthin", "Ġseven") for i in range(1, len(word))]
+    merges = list(dict.fromkeys(merges))
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), *specials]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
+    wrapped: Any = PreTrainedTokenizerFast
+    return wrapped(
+        tokenizer_object=tokenizer,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        padding_side="right",
+        chat_template=_QWEN_TEMPLATE,
+    )
+
+
 def clip_encoder(tokenizer: Any, width: int, *, projected: bool) -> Any:
     """A CLIP text encoder; the width must be a multiple of 8, the channels of a head."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -127,6 +160,25 @@ def t5_encoder(tokenizer: Any, width: int) -> Any:
         use_cache=False,
     )
     return untrained(lambda: T5EncoderModel(config))
+
+
+def qwen_encoder(tokenizer: Any, width: int) -> Any:
+    """A language model of Qwen 3 with the 28 layers that klein's pipeline needs; the width must be a multiple of 8."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=28,
+        num_attention_heads=width // _HEAD,
+        num_key_value_heads=1,
+        head_dim=_HEAD,
+        initializer_range=0.3,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    return untrained(lambda: Qwen3ForCausalLM(config))
 
 
 def autoencoder(**changes: Any) -> AutoencoderKL:

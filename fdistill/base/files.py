@@ -25,7 +25,7 @@ from fdistill.base.locks import locked
 from fdistill.base.reading import not_here, parse_json, read_bounded
 
 #: The suffixes of configs, tokenizers, schedulers and weights. Pickles and other formats are left out.
-KEPT_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+KEPT_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 #: Folders of names for what is open already: a rename would replace the name and not reach what is open.
 _OPEN = ("/dev", "/dev/fd", "/proc/self/fd")
 _SAMPLES, _SAMPLE = 256, 2**16  # places in a file, bytes read at each; files up to 16 MB are read whole

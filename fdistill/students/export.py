@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fdistill.adapters.checkpoint import find_network
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import atomic_file, check_file
 from fdistill.formats.comfy import single_file
 from fdistill.formats.lora_file import LORA_FILE, kohya_names
-from fdistill.formats.pipeline_folder import read_tensors
+from fdistill.formats.original_lora import original_lora
+from fdistill.formats.pipeline_folder import read_config, read_tensors
 from fdistill.noise import FlowSchedule, noise_to_signal
 from fdistill.student_kinds import STUDENT_FILE
 from fdistill.students.folder import checked_facts
@@ -57,7 +59,7 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
     else:
         tensors, notes = _adapters(student), []
         if format == "comfy-lora":
-            tensors = _comfy_lora(tensors)
+            tensors = _comfy_lora(student, tensors)
     with atomic_file(output) as temporary:
         save_file(_written(tensors, dtype), temporary, metadata={"format": "pt"})
     return [*notes, *_how_to_sample(student, facts, format)]
@@ -67,12 +69,14 @@ def _how_to_sample(student: Path, facts: Mapping[str, Any], format: str) -> list
     """A sentence with the scheduler and the levels that the student was trained with; other programs know neither.
 
     Where the teacher takes its guidance scale as an input, adapters work at the one that they were trained with. Whole
-    weights have it in them.
+    weights have it in them, unless the student's own pipeline is called with it.
     """
-    guidance = facts.get("embedded_guidance") if format.endswith("lora") else None
     config, call = read_scheduler_config(student), facts.get("call")
     if config is None or not call:
         return []
+    guidance = facts.get("embedded_guidance")
+    if not format.endswith("lora") and guidance != call.get("guidance_scale"):
+        guidance = None
     if format == "lora":
         call = {**call, **({} if guidance is None else {"guidance_scale": guidance})}
         arguments = ", ".join(f"{key}={value}" for key, value in call.items())
@@ -103,9 +107,19 @@ def _adapters(student: Path) -> dict[str, Tensor]:
     return read_tensors(path)
 
 
-def _comfy_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ComfyUI reads diffusers' LoRA names for transformers, but only kohya's names for UNets."""
-    return kohya_names(tensors) if any(name.startswith("unet.") for name in tensors) else tensors
+def _comfy_lora(student: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """ComfyUI reads diffusers' LoRA names for most transformers, but only kohya's names for UNets."""
+    if any(name.startswith("unet.") for name in tensors):
+        return kohya_names(tensors)
+    family, place = find_network(student)
+    if not family.comfy_lora:
+        return tensors
+    config = read_config(place / "config.json")
+    with torch.device("meta"):
+        network: Any = family.network.from_config(config)
+    shapes = network.state_dict()
+    assert family.original_layout is not None
+    return original_lora(tensors, family.component, family.original_layout(shapes, config), shapes)
 
 
 def _written(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:

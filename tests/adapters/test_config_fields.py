@@ -29,11 +29,11 @@ from fdistill.adapters.config_fields import (
     AUTOENCODER_FIELDS,
     NETWORK_FIELDS,
     SCHEDULER_FIELDS,
-    TEXT_ENCODER_FIELDS,
     Fields,
     check_fields,
     constructor_defaults,
 )
+from fdistill.adapters.encoder_fields import TEXT_ENCODER_FIELDS
 from fdistill.adapters.parametrisation import (
     parametrisation_from_scheduler,
     scheduler_config,

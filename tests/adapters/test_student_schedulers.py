@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import FluxPipeline
+from einops import rearrange
 from torch import Tensor
 
 from fdistill.adapters import flux
@@ -20,6 +21,7 @@ from fdistill.student_kinds import Sampler
 from fdistill.teachers.autoencoder import attach_latent_space
 from support.text_families import RESOLUTION, TEXT_FAMILIES
 from support.text_families_dit import TEXT_FAMILIES_DIT
+from support.text_families_flux2 import TEXT_FAMILIES_FLUX2, network_latents
 from support.text_pipelines import SIZE, condition_of, denoiser_of, load_pipeline
 
 PROMPTS = ["a bold handwritten seven", "a thin digit"]
@@ -53,7 +55,7 @@ LEVELS_OF_STEPS: dict[str, tuple[list[float], list[float], Sampler]] = {
 
 
 @pytest.mark.parametrize("steps", LEVELS_OF_STEPS)
-@pytest.mark.parametrize("name", TEXT_FAMILIES)
+@pytest.mark.parametrize("name", [*TEXT_FAMILIES, *TEXT_FAMILIES_FLUX2])
 def test_the_students_scheduler_makes_its_pipeline_the_student(
     name: str, steps: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -67,15 +69,19 @@ def test_the_students_scheduler_makes_its_pipeline_the_student(
     pipeline.save_pretrained(tmp_path)
     student = load_pipeline(tmp_path)
     size = {"height": RESOLUTION, "width": RESOLUTION}
-    guidance = {"guidance_scale": 3.5 if name == "flux-dev" else 0.0}
+    guidance = {"guidance_scale": {"flux-dev": 3.5, "flux2-dev": 4.0}.get(name, 0.0)}
     # The pipelines of SD 3 and Flux give their scheduler no generator.
     draws: dict[str, Any] = {} if is_flow else {"generator": torch.Generator().manual_seed(4)}
     torch.manual_seed(4)
-    got = student(PROMPTS, **call, **size, **guidance, **draws, output_type="latent").images
+    got = student(prompt=PROMPTS, **call, **size, **guidance, **draws, output_type="latent").images
     noise = torch.randn(len(levels), 2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(4))
     if isinstance(denoiser, flux.FluxDenoiser):
         got = flux_latents(got)
         later = [flux_latents(one.reshape(2, 16, 64)) for one in noise[1:]]
+        noise = torch.stack([noise[0], *later])
+    if name in TEXT_FAMILIES_FLUX2:
+        got = network_latents(student, got)
+        later = [rearrange(one.reshape(2, SIZE, SIZE, -1), "b h w c -> b c h w") for one in noise[1:]]
         noise = torch.stack([noise[0], *later])
     with torch.no_grad():
         one = len(levels) == 1 or sampler == "deterministic"
@@ -106,9 +112,10 @@ def test_a_students_pipeline_draws_what_the_student_does(
     loaded = load_pipeline(tmp_path / "student")
     assert type(loaded).__name__ == TEXT_FAMILIES_DIT[name][1]
     given = noise if name != "qwen-image" else diffusers.QwenImagePipeline._pack_latents(noise, 2, 4, SIZE, SIZE)
-    drawn = loaded(PROMPTS, latents=given, output_type="latent", **TEXT_FAMILIES_DIT[name][2]).images
+    drawn = loaded(prompt=PROMPTS, latents=given, output_type="latent", **TEXT_FAMILIES_DIT[name][2]).images
     drawn = qwen_latents(drawn) if name == "qwen-image" else drawn
+    drawn = network_latents(loaded, drawn) if name in TEXT_FAMILIES_FLUX2 else drawn
     torch.testing.assert_close(drawn, x0, rtol=1e-4, atol=1e-4)
-    seen = loaded(PROMPTS, latents=given, output_type="pt", **TEXT_FAMILIES_DIT[name][2]).images
+    seen = loaded(prompt=PROMPTS, latents=given, output_type="pt", **TEXT_FAMILIES_DIT[name][2]).images
     torch.testing.assert_close(seen, image, rtol=1e-4, atol=1e-4)
     assert image.std() > 0.01

@@ -1,4 +1,4 @@
-"""PixArt, Sana and Qwen-Image as their own networks, pipelines, schedulers and autoencoders compute them."""
+"""PixArt, Sana, Qwen-Image and FLUX.2 as their own networks, pipelines, schedulers and autoencoders compute them."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from fdistill.adapters.pretrained import load_network
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import TextCondition
+from fdistill.teachers.text_encoders import PromptEncoder
 from support.text_families_dit import (
     HAS_QWEN_IMAGE,
     TEXT_FAMILIES_DIT,
@@ -29,15 +30,27 @@ from support.text_families_dit import (
     qwen_transformer,
     sana_transformer,
 )
-from support.text_pipelines import SIZE, condition_of, denoiser_of, encoders, load_pipeline, text_of
+from support.text_families_flux2 import HAS_FLUX2
+from support.text_pipelines import (
+    SIZE,
+    blocks_of,
+    condition_of,
+    denoiser_of,
+    encoders,
+    load_pipeline,
+    own_output,
+    text_of,
+    unpacked_qwen,
+)
 
 if HAS_QWEN_IMAGE:
-    from diffusers import QwenImagePipeline
-
     from fdistill.adapters import qwen_image
+if HAS_FLUX2:
+    from fdistill.adapters.flux2 import tiny_transformer as flux2_transformer
 
 FAMILIES = [name for name in TEXT_FAMILIES_DIT if name not in ("pixart-alpha", "sana-timestep-scale")]
 VP = ("pixart", "pixart-alpha")
+FLUX2 = ("flux2-klein", "flux2-dev")  # their networks attend to the padding of prompts
 PROMPTS = ["A bold handwritten seven", "a thin digit, drawn with a pencil"]
 NEGATIVE = "a blurry digit"
 
@@ -59,6 +72,8 @@ def tiny(name: str) -> TextDenoiser:
         network, scheduler = pixart_transformer(sample_size=size), DPMSolverMultistepScheduler()
     elif name == "qwen-image":
         network, scheduler = qwen_transformer(), FlowMatchEulerDiscreteScheduler()
+    elif name in FLUX2:
+        network, scheduler = flux2_transformer(guidance_embeds=name == "flux2-dev"), FlowMatchEulerDiscreteScheduler()
     else:
         changes = {"timestep_scale": 0.001} if name == "sana-timestep-scale" else {}
         network, scheduler = sana_transformer(**changes), FlowMatchEulerDiscreteScheduler()
@@ -78,41 +93,6 @@ def inputs(denoiser: TextDenoiser, count: int = 3) -> tuple[Tensor, Tensor, Text
     return torch.randn(count, *denoiser.sample_shape), t.round() if t[0] > 1 else t, TextCondition(tensors)
 
 
-def own_output(network: Any, x_t: Tensor, t: Tensor, condition: TextCondition) -> Any:
-    """What the transformer says when it is called as its pipeline calls it, [B, C, H, W]."""
-    if isinstance(network, PixArtTransformer2DModel):
-        sizes = ("resolution", "aspect_ratio")
-        told = {key: condition[key] if network.config.sample_size == 128 else None for key in sizes}
-        return network(
-            x_t,
-            encoder_hidden_states=condition["prompt_embeds"],
-            encoder_attention_mask=condition["prompt_attention_mask"],
-            timestep=t.long(),
-            added_cond_kwargs=told,
-        ).sample
-    if type(network).__name__.startswith("Sana"):
-        return network(
-            x_t,
-            encoder_hidden_states=condition["prompt_embeds"],
-            encoder_attention_mask=condition["prompt_attention_mask"],
-            timestep=(1000 * t) * network.config.timestep_scale,
-        ).sample
-    count, channels, height, width = x_t.shape
-    tokens = network(
-        hidden_states=QwenImagePipeline._pack_latents(x_t, count, channels, height, width),
-        timestep=t,
-        encoder_hidden_states_mask=condition["prompt_embeds_mask"],
-        encoder_hidden_states=condition["prompt_embeds"],
-        img_shapes=[[(1, height // 2, width // 2)]] * count,
-    ).sample
-    return unpacked(tokens)
-
-
-def unpacked(tokens: Tensor) -> Tensor:
-    latents: Tensor = QwenImagePipeline._unpack_latents(tokens, 2 * SIZE, 2 * SIZE, 2)
-    return latents[:, :, 0]
-
-
 @pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> None:
     denoiser = tiny(name)
@@ -123,7 +103,7 @@ def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> N
     def hook(_module: nn.Module, _inputs: Any, result: Any) -> None:
         made.append(result[1] if isinstance(result, tuple) else result)
 
-    handles = [block.register_forward_hook(hook) for block in network.transformer_blocks]
+    handles = [block.register_forward_hook(hook) for block in blocks_of(network)]
     expected = own_output(network, x_t, t, condition)
     for handle in handles:
         handle.remove()
@@ -133,9 +113,9 @@ def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> N
     assert torch.equal(prediction.output, expected)
     assert prediction.output.shape == x_t.shape
     assert {key: tuple(value.shape[1:]) for key, value in features.items()} == denoiser.feature_shapes
-    width = denoiser.feature_shapes["block0"][2]
-    for i, tokens in enumerate(made):
-        assert torch.equal(features[f"block{i}"][:, :, 2, 1], tokens[:, width * 2 + 1])
+    height, width = denoiser.feature_shapes["block0"][1:]
+    for i, tokens in enumerate(made):  # of the image, after those of the text in the last blocks of FLUX.2
+        assert torch.equal(features[f"block{i}"][:, :, 2, 1], tokens[:, width * 2 + 1 - height * width])
     for depth, block in {"depth25": 1, "depth50": 2, "depth75": 3, "depth99": 3}.items():
         assert torch.equal(features[depth], features[f"block{block}"])
     assert not torch.allclose(features["block1"], features["block2"], atol=1e-3)
@@ -147,7 +127,7 @@ def test_nothing_beyond_the_last_feature_is_computed(name: str) -> None:
     network: Any = denoiser.network
     x_t, t, condition = inputs(denoiser)
     ran: list[int] = []
-    for i, module in enumerate([*network.transformer_blocks, network.proj_out]):
+    for i, module in enumerate([*blocks_of(network), network.proj_out]):
         module.register_forward_hook(lambda _module, _inputs, _result, i=i: ran.append(i))
     with torch.no_grad():
         full = denoiser.predict(x_t, t, condition, ("block1", "depth50"))[1]
@@ -171,7 +151,7 @@ def test_gradients_without_those_of_the_output_are_those_of_the_features(name: s
     features["block1"].sum().backward()
     got = {key: p.grad for key, p in denoiser.named_parameters() if p.grad is not None}
     assert any("transformer_blocks.1." in key for key in got)
-    assert not any(part in key for key in got for part in ("blocks.2.", "blocks.3.", "proj_out"))
+    assert not any(part in key for key in got for part in ("blocks.2.", "blocks.3.", "single_", "proj_out"))
     for key, gradient in got.items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-5, atol=1e-6)
     assert {key for key, gradient in expected.items() if gradient.any()} <= got.keys()
@@ -184,7 +164,7 @@ def test_x0_is_what_the_pipelines_own_scheduler_says(name: str, folders: dict[st
     x_t = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
     scheduler = pipeline.scheduler
     for position in (8, 15, 19):
-        if name == "qwen-image":
+        if name == "qwen-image" or name in FLUX2:
             scheduler.set_timesteps(sigmas=torch.linspace(1, 0.05, 20).tolist(), mu=0.7)
         else:
             scheduler.set_timesteps(20)
@@ -195,7 +175,7 @@ def test_x0_is_what_the_pipelines_own_scheduler_says(name: str, folders: dict[st
             x0 = denoiser(x_t, level.expand(2), condition)
         scheduler.set_begin_index(position)
         following = scheduler.step(raw, timestep, x_t).prev_sample
-        if name == "qwen-image":  # Euler goes on along the line to x0
+        if name == "qwen-image" or name in FLUX2:  # Euler goes on along the line to x0
             step = scheduler.sigmas[position + 1] / level
             expected = (following - step * x_t) / (1 - step)
         else:  # what the solver keeps of a step is its x0
@@ -220,7 +200,7 @@ def captured(network: nn.Module, call: Any) -> list[tuple[dict[str, Any], Tensor
 
 
 @pytest.mark.parametrize("negative", ["", NEGATIVE])
-@pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
+@pytest.mark.parametrize("name", [name for name in TEXT_FAMILIES_DIT if name not in FLUX2])
 def test_the_network_is_told_what_its_pipeline_tells_it(name: str, negative: str, folders: dict[str, Path]) -> None:
     pipeline = load_pipeline(folders[name])
     qwen = name == "qwen-image"
@@ -241,7 +221,7 @@ def test_the_network_is_told_what_its_pipeline_tells_it(name: str, negative: str
         half, (given_null, output_null) = len(PROMPTS), unconditional
         assert torch.equal(told["prompt_embeds_mask"][half:].bool(), mask_of(given, 512))
         assert torch.equal(told["prompt_embeds_mask"][:half].bool(), mask_of(given_null, 512))
-        x_t, output = unpacked(given["hidden_states"]), unpacked(torch.cat([output_null, output]))
+        x_t, output = unpacked_qwen(given["hidden_states"]), unpacked_qwen(torch.cat([output_null, output]))
         for rows, embeds in ((slice(half), given_null), (slice(half, None), given)):
             length = embeds["encoder_hidden_states"].shape[1]
             torch.testing.assert_close(told["prompt_embeds"][rows, :length], embeds["encoder_hidden_states"])
@@ -283,24 +263,28 @@ def test_sanas_instruction_stands_before_prompts_and_not_before_the_negative_one
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_is_read_up_to_the_limit_of_its_tokenizer(name: str, folders: dict[str, Path]) -> None:
     alone = encoders(load_pipeline(folders[name]))
-    limit = text_of(alone).tokenizers["tokenizer"]
-    words = "a"
-    while len(alone.tokenizer(words).input_ids) < limit:
+    text, tokenizer = text_of(alone), getattr(alone.tokenizer, "tokenizer", alone.tokenizer)
+    before, whole = text.tokens_before(alone), text.tokenizers["tokenizer"]
+    assert whole is not None
+    limit, words = whole - before, "a"
+    while len(tokenizer(words, add_special_tokens=not before).input_ids) < limit:
         words += " bold"
-    assert len(alone.tokenizer(words).input_ids) == limit
+    assert len(tokenizer(words, add_special_tokens=not before).input_ids) == limit
     last = words.removesuffix("bold") + "thin"
     beyond = [words + " seven" * 9, words + " thin" * 9]
     with torch.no_grad():
         taken, other, *cut = (
-            text_of(alone).encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
+            text.encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
         )
-    assert taken.shape[1] == limit
+    assert taken.shape[1] == whole
     assert not torch.allclose(taken, other, atol=1e-3)
     torch.testing.assert_close(cut[0], cut[1], rtol=1e-5, atol=1e-5)
+    listed = PromptEncoder(text, alone, 16).cut([words, *beyond])
+    assert [(entry.index, entry.limit) for entry in listed] == [(1, limit), (2, limit)]
 
 
 def test_padding_changes_nothing(folders: dict[str, Path]) -> None:
-    for name in [*FAMILIES, "pixart-alpha"]:
+    for name in [name for name in (*FAMILIES, "pixart-alpha") if name not in FLUX2]:
         pipeline = load_pipeline(folders[name])
         denoiser, condition = denoiser_of(pipeline), condition_of(pipeline, PROMPTS, call_of(name)["height"])
         mask_name = next(key for key in condition.tensors if "mask" in key)
@@ -379,7 +363,7 @@ def test_variants_that_are_not_supported_are_refused() -> None:
     with pytest.raises(CheckpointError, match="4 input and 6 output channels"):
         pixart.wrap(pixart_transformer(out_channels=6), vp)
     for name in FAMILIES:
-        if name != "sana":
+        if name != "sana" and name not in FLUX2:  # whose patches are of one latent
             with pytest.raises(ArgumentError, match="latents of 7 x 7"):
                 tiny(name).resize(7)
 

@@ -31,6 +31,7 @@ from fdistill.formats.comfy.text_encoders import original_clip, original_open_cl
 from fdistill.formats.lora_file import LORA_FILE, kohya_names, save_lora
 from fdistill.students.export import export_student
 from support.text_families_dit import HAS_QWEN_IMAGE
+from support.text_families_flux2 import HAS_FLUX2, klein, own_flux2_output
 from support.tiny_stable_diffusion import (
     UNETS,
     adapted_unet,
@@ -196,6 +197,46 @@ def test_diffusers_own_converter_takes_a_flux_transformer_back() -> None:
     assert made["single_blocks.1.linear1.weight"].shape == (7 * 3072, 1)
     assert "double_blocks.0.img_attn.norm.key_norm.scale" in made
     same(published.convert_flux_transformer_checkpoint_to_diffusers(made), state)
+
+
+@pytest.mark.skipif(not HAS_FLUX2, reason="this diffusers has no FLUX.2")
+def test_diffusers_own_converter_takes_a_flux_2_transformer_back() -> None:
+    from fdistill.adapters.flux2 import FAMILY, tiny_transformer
+
+    model = tiny_transformer(guidance_embeds=True)
+    state = model.state_dict()
+    made = original(model, state)
+    shapes = {name: tuple(value.shape) for name, value in made.items()}
+    assert [kind for kind, known in FAMILY.single_files.items() if known(shapes)] == ["FLUX.2"]
+    same(published.convert_flux2_transformer_checkpoint_to_diffusers(dict(made)), state)
+
+
+@pytest.mark.skipif(not HAS_FLUX2, reason="this diffusers has no FLUX.2")
+@pytest.mark.parametrize("naming", ["lora", "comfy-lora"])
+def test_diffusers_loads_a_lora_of_flux_2_under_either_naming(naming: str, tmp_path: Path) -> None:
+    """Queries, keys and values have one adapter in the publisher's naming, of which here the keys are left out."""
+    from peft import LoraConfig
+
+    folder = klein(tmp_path / "klein")
+    adapted = DiffusionPipeline.from_pretrained(folder).transformer
+    targets = ["to_q", "to_v", "to_out.0", "add_k_proj", "to_qkv_mlp_proj", "linear_in", "proj_out"]
+    adapted.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False), "student")
+    save_lora(adapted, folder / LORA_FILE, "transformer")
+    assert export_student(folder, naming, tmp_path / "x" / LORA_FILE) == []
+    names = load_file(tmp_path / "x" / LORA_FILE)
+    if naming == "comfy-lora":
+        assert names["diffusion_model.double_blocks.1.img_attn.qkv.lora_A.weight"].shape == (4, 32)
+        assert names["diffusion_model.double_blocks.1.img_attn.qkv.lora_B.weight"].shape == (96, 4)
+        assert "diffusion_model.single_blocks.0.linear1.lora_B.weight" in names
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "x", weight_name=LORA_FILE)
+    x_t, embeds = torch.randn(2, 16, 8, 8), torch.randn(2, 512, 24)
+    with torch.no_grad():
+        found, expected = (
+            own_flux2_output(network.eval(), x_t, torch.tensor([0.5, 1.0]), embeds)
+            for network in (pipeline.transformer, adapted)
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from fdistill.adapters.parametrisation import DirectPrediction, student_schedule
 from fdistill.formats.lora_file import LORA_FILE
 from fdistill.noise import FlowSchedule, vp_schedule_from_config
 from fdistill.student_kinds import STUDENT_FILE, Sampler
-from fdistill.students.export import export_student
+from fdistill.students.export import _how_to_sample, export_student
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 VP = DirectPrediction(vp_schedule_from_config({**DDPMScheduler(**SD).config, "_class_name": "DDPMScheduler"}), "eps")
@@ -28,6 +28,8 @@ def student(folder: Path, form: DirectPrediction, levels: list[float], sampler: 
     prefix = "transformer.blocks.0.proj" if form is FLOW else "unet.mid_block.attentions.0.proj_in"
     tensors = {f"{prefix}.lora_{matrix}.weight": torch.ones(2, 2) for matrix in "AB"}
     save_file(tensors, folder / LORA_FILE)
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
     found = student_scheduler(form, levels, sampler)
     assert found is not None
     scheduler, call = found
@@ -58,6 +60,17 @@ def test_adapters_of_a_network_that_takes_guidance_need_it(tmp_path: Path) -> No
     assert told.endswith("with sigmas=[1.0, 0.5], guidance_scale=3.5")
     (told,) = export_student(folder, "comfy-lora", tmp_path / "lora.safetensors")
     assert told.startswith("sample with cfg 1, guidance 3.5, sampler lcm")
+
+
+def test_weights_that_keep_their_input_of_guidance_need_it(tmp_path: Path) -> None:
+    """FLUX.2-dev's, whose pipeline is called with the scale."""
+    folder = student(tmp_path / "student", FLOW, [1.0, 0.5], "stochastic")
+    facts = json.loads((folder / STUDENT_FILE).read_text())
+    facts |= {"embedded_guidance": 4.0, "call": {**facts["call"], "guidance_scale": 4.0}}
+    (folder / STUDENT_FILE).write_text(json.dumps(facts))
+    assert _how_to_sample(folder, facts, "comfy")[0].startswith("sample with cfg 1, guidance 4, sampler lcm")
+    facts["call"]["guidance_scale"] = 0.0  # folded into the weights, as FLUX.1-dev's
+    assert _how_to_sample(folder, facts, "comfy")[0].startswith("sample with cfg 1, sampler lcm")
 
 
 @pytest.mark.parametrize("sampler", ["stochastic", "deterministic"])

@@ -94,7 +94,7 @@ for job in jobs:
     pipeline.set_progress_bar_config(disable=True)
     assert type(pipeline).__name__ == job["pipeline"], type(pipeline)
     latents = torch.from_numpy(np.load(job["latents"]))
-    images = pipeline(job["prompts"], latents=latents, output_type="np", **job["call"]).images
+    images = pipeline(prompt=job["prompts"], latents=latents, output_type="np", **job["call"]).images
     np.save(job["images"], images)
 assert "fdistill" not in sys.modules
 """
@@ -102,7 +102,7 @@ assert "fdistill" not in sys.modules
 
 def pipeline_latents(name: str, noise: Tensor) -> Tensor:
     """Noise as the family's pipeline wants it."""
-    if name.startswith("flux") or name == "qwen-image":
+    if name.startswith("flux-") or name == "qwen-image":
         packed: Tensor = rearrange(noise, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
         return packed
     return noise

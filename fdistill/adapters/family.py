@@ -66,6 +66,7 @@ class TextToImage:
             the tokenizers' limits, which then hold for prompts without the tokenizers' own special tokens.
         encoding_pipeline: `model_index.json -> name` of the class in `pipelines` that loads the text encoders and
             tokenizers of a folder. Required if a student's folder names a pipeline class of fdistill.
+        student_index: entries that a student's model_index.json gets in place of its teacher's, where that has them.
         tiny: pipeline class -> a function `settings -> arguments` that returns the constructor's arguments for an
             untrained pipeline of a few thousand parameters; `settings` replace those of its tiny network. `--smoke`
             runs recipes on these pipelines.
@@ -80,6 +81,7 @@ class TextToImage:
     guidance_argument: str | None = None
     tokens_before: Callable[[Any], int] = no_template
     encoding_pipeline: Callable[[Mapping[str, Any]], str] = own_pipeline_class
+    student_index: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = field(default_factory=dict)
 
     def encode_null(self, pipeline: Any, negative_prompt: str, resolution: int) -> TextCondition:

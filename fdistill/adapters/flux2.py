@@ -223,6 +223,7 @@ FAMILY = Family(
         unguided={"guidance_scale": 1.0},
         guidance_argument="guidance_scale",  # no embedding has a bias that could hold it
         tokens_before=tokens_before,
+        student_index={"is_distilled": True},  # klein's then leaves guidance out, whatever the scale
         tiny={"Flux2KleinPipeline": tiny_arguments},
     ),
     comfy_lora=True,

@@ -79,6 +79,7 @@ def save_text_pipeline(
     for name, entry in index.items():
         if isinstance(entry, list) and not (folder / name).is_dir():
             index[name] = [None, None]  # such as a safety checker, which was not downloaded
+    index |= {name: value for name, value in text.student_index.items() if name in index}
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     index["vae"] = ["diffusers", type(latents.vae).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -171,11 +171,11 @@ def tiny_transformer(**changes: Any) -> Flux2Transformer2DModel:
         "in_channels": 4 * tiny.FLUX2_CHANNELS,
         "num_layers": 2,
         "num_single_layers": 2,
-        "attention_head_dim": 16,
+        "attention_head_dim": 8,
         "num_attention_heads": 2,
         "joint_attention_dim": 3 * tiny.QWEN_WIDTH,
         "timestep_guidance_channels": 32,
-        "axes_dims_rope": (4, 4, 4, 4),
+        "axes_dims_rope": (2, 2, 2, 2),
         "guidance_embeds": False,
     }
     return tiny.untrained(lambda: Flux2Transformer2DModel(**(settings | changes)))

@@ -225,8 +225,8 @@ def test_diffusers_loads_a_lora_of_flux_2_under_either_naming(naming: str, tmp_p
     assert export_student(folder, naming, tmp_path / "x" / LORA_FILE) == []
     names = load_file(tmp_path / "x" / LORA_FILE)
     if naming == "comfy-lora":
-        assert names["diffusion_model.double_blocks.1.img_attn.qkv.lora_A.weight"].shape == (4, 32)
-        assert names["diffusion_model.double_blocks.1.img_attn.qkv.lora_B.weight"].shape == (96, 4)
+        assert names["diffusion_model.double_blocks.1.img_attn.qkv.lora_A.weight"].shape == (4, 16)
+        assert names["diffusion_model.double_blocks.1.img_attn.qkv.lora_B.weight"].shape == (48, 4)
         assert "diffusion_model.single_blocks.0.linear1.lora_B.weight" in names
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.load_lora_weights(tmp_path / "x", weight_name=LORA_FILE)

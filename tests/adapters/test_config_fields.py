@@ -333,6 +333,30 @@ PUBLISHED: dict[str, tuple[Fields, type[Any] | None, dict[str, Any]]] = {
             "attn_logit_softcapping": 50.0,
         },
     ),
+    "Qwen 3": (
+        TEXT_ENCODER_FIELDS["Qwen3ForCausalLM"],
+        None,
+        {
+            "head_dim": 128,
+            "attention_bias": False,
+            "max_window_layers": 36,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "use_sliding_window": False,
+        },
+    ),
+    "Mistral Small 3.1": (
+        TEXT_ENCODER_FIELDS["Mistral3ForConditionalGeneration"],
+        None,
+        {
+            "image_token_index": 10,
+            "multimodal_projector_bias": False,
+            "projector_hidden_act": "gelu",
+            "spatial_merge_size": 2,
+            "vision_feature_layer": -1,
+            "rope_theta": 1000000000.0,
+        },
+    ),
     "Qwen2.5-VL": (
         TEXT_ENCODER_FIELDS["Qwen2_5_VLForConditionalGeneration"],
         None,

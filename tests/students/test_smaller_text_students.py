@@ -65,6 +65,9 @@ def test_a_smaller_student_is_trained_and_exported(name: str, teachers: dict[str
 
     generator: Any = load_student(student)
     assert generator.denoiser.network.config[next(iter(changes))] == next(iter(changes.values()))
+    if name == "flux2-dev":  # whose student is called with the scale that it was trained with
+        told = json.loads((student / "fdistill_student.json").read_text())["call"]["guidance_scale"]
+        assert told == generator.denoiser.embedded_guidance == SETTINGS["guidance_scale"]
     start, trained = smaller.network.state_dict(), generator.denoiser.network.state_dict()
     # Into FLUX.1-dev's other weights.
     folded = {key for key in start if ".guidance_embedder." in key and name == "flux-dev"}

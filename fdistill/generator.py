@@ -163,6 +163,15 @@ class FewStepGenerator(Student):
         Args:
             rollout: the levels to pass, and data to begin with; None passes all of the student's levels.
         """
+        return self._steps(noise, condition, rollout)[0]
+
+    def last_step(
+        self, noise: Tensor, condition: Condition | None = None, rollout: Rollout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The result of `forward`, and the noisy input x_t [B, C, H, W] of the last evaluation."""
+        return self._steps(noise, condition, rollout)
+
+    def _steps(self, noise: Tensor, condition: Condition | None, rollout: Rollout | None) -> tuple[Tensor, Tensor]:
         rollout, schedule = rollout or Rollout(self.levels), self.denoiser.schedule
         expected = self.noise_shape(rollout)
         if noise.shape[1:] != expected:
@@ -184,7 +193,7 @@ class FewStepGenerator(Student):
                 x0 = self.denoiser(x_t, t, condition)
             if not stochastic and k < last:
                 eps = implied_noise(schedule, x0, x_t, t)
-        return cast(Tensor, x0)
+        return cast(Tensor, x0), x_t
 
 
 def student_generator(

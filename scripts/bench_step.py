@@ -52,11 +52,12 @@ _WARM_UP = 2
 
 
 class Bench:
-    """A run whose two updates can be called by themselves."""
+    """A run whose two updates can be called by themselves; `backend` is that of the fused kernels."""
 
-    def __init__(self, config: DistillConfig, device: torch.device):
+    def __init__(self, config: DistillConfig, device: torch.device, backend: str = "auto"):
         self.run: Distillation = build(config, device)
         self.device = device
+        self._backend = {"backend": backend}
         self._roles = {name: Role(self.run.role(name), optimizer) for name, optimizer in self.run.optimizers.items()}
         ratio = self.run.ratio
         schedule = self.run.networks.teacher.schedule
@@ -89,12 +90,14 @@ class Bench:
         """One update of the critic; with reuse_samples without the student's samples, which `samples` draws."""
         if self.run.stage.config.reuse_samples and not self._drawn:
             self.samples()
-        arguments = {**self._batches.critic(0), **self._drawn}
+        arguments = {**self._batches.critic(0), **self._drawn, **self._backend}
         update_critic(self.run, 0, arguments, self._roles, self._generator, self._journal)
 
     def student(self) -> None:
         """One update of the student, and of its averages."""
-        update_student(self.run, self._batches.student(), self._roles, self._generator, self._journal)
+        update_student(
+            self.run, {**self._batches.student(), **self._backend}, self._roles, self._generator, self._journal
+        )
         self.run.ema.update(self.run.stage.config.ema.decays)
 
     def gradient(self, update: str) -> Tensor:

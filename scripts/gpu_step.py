@@ -16,37 +16,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from bench_step import Bench, machine
 
-from fdistill.base.devices import autocast
 from fdistill.base.files import atomic_file
 from fdistill.config.reading import load_config
-from fdistill.config.schema import DistillConfig
-from fdistill.training.build import build
-from fdistill.training.distillation import Distillation
 
 
-def iteration(
-    run: Distillation, config: DistillConfig, real_x0: Tensor, labels: Tensor, generator: torch.Generator, backend: str
-) -> None:
-    """What `train` does in one iteration, apart from reading data and writing records."""
-
-    def update(loss: Tensor, roles: list[str]) -> None:
-        loss.backward()
-        for role in roles:
-            parameters = [p for p in run.role(role).parameters() if p.requires_grad]
-            torch.nn.utils.clip_grad_norm_(parameters, getattr(config, role).grad_clip)
-            run.optimizers[role].step()
-            run.optimizers[role].zero_grad()
-
-    for _ in range(config.critic_steps):
-        with autocast(real_x0.device, config.precision):
-            result = run.critic_update(real_x0, labels, generator, backend=backend)
-        update(result.loss, [role for role in ("fake_score", "discriminator") if role in run.optimizers])
-    with autocast(real_x0.device, config.precision):
-        result = run.student_update(labels, generator, batch_size=len(real_x0), backend=backend)
-    update(result.loss, ["generator"])
-    run.ema.update()
+def iteration(bench: Bench) -> None:
+    """As in training, apart from reading data and writing records."""
+    for _ in range(bench.run.stage.critic_steps):
+        bench.critic()
+    bench.student()
 
 
 def refusing_waits() -> AbstractContextManager[None]:
@@ -80,13 +60,9 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = load_config("digits", ["precision=bf16", *options.overrides])
-    generator = torch.Generator(device).manual_seed(0)
-    real_x0 = torch.rand(config.batch_size, 1, 8, 8, device=device) * 2 - 1
-    labels = torch.arange(config.batch_size, device=device) % 10
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}
+    report: dict[str, Any] = machine(device)
     for backend in ("auto", "reference"):
-        run = build(config, device)
-        step = partial(iteration, run, config, real_x0, labels, generator, backend)
+        step = partial(iteration, Bench(config, device, backend))
         for _ in range(3):
             step()
         with refusing_waits():

@@ -105,6 +105,12 @@ def _pixart_sigma() -> Any:
     )
 
 
+def _z_image() -> Any:
+    from diffusers import ZImageTransformer2DModel  # since 0.36
+
+    return ZImageTransformer2DModel()
+
+
 def _flux2_klein() -> Any:
     from diffusers import Flux2Transformer2DModel  # since 0.36
 
@@ -120,6 +126,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {
     "sd35-medium": (_sd35_medium, _FLOW, 2243.2),
     "flux-dev": (_flux_dev, _FLOW, 11901.4),
     "pixart-sigma": (_pixart_sigma, _LINEAR, 610.9),
+    "z-image": (_z_image, _FLOW, 6154.9),
 }
 #: The same for networks that only a recipe of adapters is for; FLUX.2's publisher says 4 B.
 ADAPTED: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {"flux2-klein": (_flux2_klein, _FLOW, 3875.5)}

@@ -30,6 +30,10 @@ if hasattr(diffusers, "QwenImageTransformer2DModel"):  # since 0.35
     from fdistill.adapters import qwen_image
 
     FAMILIES["QwenImageTransformer2DModel"] = qwen_image.FAMILY
+if hasattr(diffusers, "ZImageTransformer2DModel"):  # since 0.36
+    from fdistill.adapters import z_image
+
+    FAMILIES["ZImageTransformer2DModel"] = z_image.FAMILY
 if hasattr(diffusers, "Flux2KleinPipeline"):  # since 0.37
     from fdistill.adapters import flux2
 
@@ -59,6 +63,12 @@ def supported_pipelines() -> list[str]:
 def runs_prompts(name: str) -> bool:
     """Whether `name` is a supported pipeline class for text-to-image networks, of diffusers or of fdistill."""
     return name in OWN_TEXT_PIPELINES or name in supported_pipelines()
+
+
+def guidance_offset(pipeline: str) -> float:
+    """The `TextToImage.guidance_offset` of a pipeline class, by its name; 0 for classes of no family."""
+    families = (family.text for family in FAMILIES.values() if family.text is not None)
+    return next((text.guidance_offset for text in families if pipeline in text.pipelines), 0.0)
 
 
 def wrap(network: nn.Module, scheduler: Mapping[str, Any] | None) -> Denoiser:

@@ -38,7 +38,7 @@ _DOWNLOADED = [
     "*/*.safetensors",
     "*/*.txt",  # a tokenizer's merges
     "*/*.model",  # a tokenizer's SentencePiece model
-    "*/*.jinja",  # a tokenizer's chat template
+    "*/*.jinja",  # a tokenizer's template of chats, which transformers runs in a sandbox
     "diffusion_pytorch_model.safetensors",
 ]
 _NOT_DOWNLOADED = [

@@ -229,6 +229,19 @@ NETWORK_FIELDS: dict[str, Fields] = {
             **QUANTIZED,
         },
     ),
+    "ZImageTransformer2DModel": Fields(
+        names(
+            "all_patch_size all_f_patch_size in_channels dim n_layers n_refiner_layers n_heads n_kv_heads norm_eps "
+            "qk_norm cap_feat_dim rope_theta t_scale axes_dims axes_lens"
+        ),
+        refused={
+            **refusals(
+                "siglip_feat_dim",
+                "of Z-Image's networks the text-to-image one is supported; the one that also takes images is not",
+            ),
+            **QUANTIZED,
+        },
+    ),
     "EDMNetwork": Fields(
         names(
             "model_type img_resolution img_channels label_dim sigma_min sigma_max sigma_data augment_dim "

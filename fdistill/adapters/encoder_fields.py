@@ -35,6 +35,7 @@ _QWEN_TEXT = (
     "max_position_embeddings rms_norm_eps use_sliding_window sliding_window max_window_layers layer_types rope_theta "
     "rope_scaling rope_parameters bos_token_id eos_token_id pad_token_id"
 )
+_QWEN3 = Fields(names(_QWEN_TEXT, "head_dim attention_bias"), _ANY_ENCODER, _ANY_REFUSED)
 _QWEN_TOKENS = names("image_token_id video_token_id vision_start_token_id vision_end_token_id vision_token_id")
 
 #: Class of a text encoder -> its fields. The library's own class runs, with the inputs that the pipeline gives it.
@@ -65,7 +66,8 @@ TEXT_ENCODER_FIELDS: dict[str, Fields] = {
     "Qwen2_5_VLForConditionalGeneration": Fields(
         names(_QWEN_TEXT, "text_config"), _ANY_ENCODER | _QWEN_TOKENS | {"vision_config"}, _ANY_REFUSED
     ),
-    "Qwen3ForCausalLM": Fields(names(_QWEN_TEXT, "head_dim attention_bias"), _ANY_ENCODER, _ANY_REFUSED),
+    "Qwen3Model": _QWEN3,
+    "Qwen3ForCausalLM": _QWEN3,
     "Mistral3ForConditionalGeneration": Fields(
         names(
             "text_config vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "

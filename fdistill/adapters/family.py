@@ -36,6 +36,18 @@ def no_template(pipeline: Any) -> int:
     return 0
 
 
+def chat_tokens(pipeline: Any) -> int:
+    """The `TextToImage.tokens_before` of pipelines that put prompts into a chat, some after a system message."""
+    prompt, system = "the prompt itself", getattr(pipeline, "system_message", None)
+    messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+    if system is not None:
+        texts = {"system": system, "user": prompt}
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+    text = pipeline.tokenizer.apply_chat_template(messages, tokenize=False)
+    tokenizer = getattr(pipeline.tokenizer, "tokenizer", pipeline.tokenizer)
+    return len(tokenizer(text[: text.index(prompt)], add_special_tokens=False).input_ids)
+
+
 def own_pipeline_class(index: Mapping[str, Any]) -> str:
     """The `TextToImage.encoding_pipeline` of families whose students keep the class of their teacher's pipeline."""
     return str(index.get("_class_name"))
@@ -57,6 +69,8 @@ class TextToImage:
             encode the negative prompt differently from prompts; otherwise None. Callers use `encode_null`.
         unguided: arguments with which the pipelines sample without guidance and at exactly the requested size, as a
             student does.
+        guidance_offset: what the pipelines' `guidance_scale` is beside the usual one, which means u + s (c - u): -1 for
+            pipelines that mean c + g (c - u).
         fold_guidance: `(network, scale)`, changes a network that takes a guidance scale into one that takes none and
             behaves as under this scale. Required if denoisers have an `embedded_guidance`, unless there is a
             `guidance_argument`.
@@ -77,6 +91,7 @@ class TextToImage:
     encode_prompts: Callable[[Any, Sequence[str], int], TextCondition]
     encode_negative: Callable[[Any, str, int], TextCondition] | None = None
     unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 0.0})
+    guidance_offset: float = 0.0
     fold_guidance: Callable[[Any, float], None] = no_embedded_guidance
     guidance_argument: str | None = None
     tokens_before: Callable[[Any], int] = no_template

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import fdistill.adapters.tiny_parts as tiny
-from fdistill.adapters.family import Family, TextToImage
+from fdistill.adapters.family import Family, TextToImage, chat_tokens
 from fdistill.adapters.original_names import ADDED_ATTENTION, SELF_ATTENTION, Table, fused, transformer_layout
 from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser, TokenDenoiser
@@ -115,18 +115,6 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     return TextCondition({"prompt_embeds": embeds})
 
 
-def tokens_before(pipeline: Any) -> int:
-    """Number of tokens that the chat template puts before a prompt; dev's has a system message there."""
-    prompt, system = "the prompt itself", getattr(pipeline, "system_message", None)
-    messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
-    if system is not None:
-        texts = {"system": system, "user": prompt}
-        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
-    text = pipeline.tokenizer.apply_chat_template(messages, tokenize=False)
-    tokenizer = getattr(pipeline.tokenizer, "tokenizer", pipeline.tokenizer)
-    return len(tokenizer(text[: text.index(prompt)], add_special_tokens=False).input_ids)
-
-
 #: Black Forest Labs' names of the tensors outside of blocks, and of those in a block.
 _NAMES: Table = {
     "x_embedder": "img_in",
@@ -202,10 +190,12 @@ def tiny_autoencoder() -> AutoencoderKLFlux2:
 
 def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor's arguments of an untrained tiny pipeline of klein."""
-    transformer, tokenizer = tiny_transformer(**changes), tiny.qwen_tokenizer()
+    transformer, tokenizer = tiny_transformer(**changes), tiny.chat_tokenizer()
     return {
         "vae": tiny_autoencoder(),
-        "text_encoder": tiny.qwen_encoder(tokenizer, transformer.config.joint_attention_dim // 3),
+        "text_encoder": tiny.qwen3_encoder(
+            tokenizer, transformer.config.joint_attention_dim // 3, layers=28, predicts_words=True
+        ),  # of whose layers the pipeline reads the 9th, the 18th and the 27th
         "tokenizer": tokenizer,
         "transformer": transformer,
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
@@ -222,7 +212,7 @@ FAMILY = Family(
         encode_prompts=encode_prompts,
         unguided={"guidance_scale": 1.0},
         guidance_argument="guidance_scale",  # no embedding has a bias that could hold it
-        tokens_before=tokens_before,
+        tokens_before=chat_tokens,
         student_index={"is_distilled": True},  # klein's then leaves guidance out, whatever the scale
         tiny={"Flux2KleinPipeline": tiny_arguments},
     ),

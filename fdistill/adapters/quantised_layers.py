@@ -40,8 +40,12 @@ def quantised_names(network: nn.Module) -> list[str]:
     return [name for name, module in network.named_modules() if _in_a_block(name) and _is_plain(module)]
 
 
+#: Names of blocks, and of lists of them, that do not end in "blocks".
+_BLOCKS = {"mid_block", "layers", "noise_refiner", "context_refiner"}
+
+
 def _in_a_block(name: str) -> bool:
-    return any(part.endswith("blocks") or part == "mid_block" for part in name.split("."))
+    return any(part.endswith("blocks") or part in _BLOCKS for part in name.split("."))
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fdistill.base.constants import constant
 from fdistill.base.errors import ConfigError
 from fdistill.denoiser import Denoiser
 from fdistill.noise import FlowSchedule, VPSchedule, karras_levels, noise_to_signal_range
@@ -15,6 +16,7 @@ from fdistill.noise import FlowSchedule, VPSchedule, karras_levels, noise_to_sig
 _PATCH = 2  # of the transformers whose schedulers shift by the number of tokens
 
 
+@constant
 def step_levels(
     denoiser: Denoiser,
     steps: int,

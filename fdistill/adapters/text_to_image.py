@@ -135,18 +135,28 @@ class TokenDenoiser(TextDenoiser):
         network: Any = self.network
         return list(network.transformer_blocks)
 
+    def _width(self) -> int:
+        """Number of channels of a token."""
+        config: Any = self.network.config
+        return int(config.num_attention_heads * config.attention_head_dim)
+
+    def _most_tokens(self) -> int | None:
+        """The longest side, in tokens, for which the network has positions; None if there is no limit."""
+        config: Any = self.network.config
+        return getattr(config, "pos_embed_max_size", None)
+
     def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
         config: Any = self.network.config
         patch = self.patch or config.patch_size
         tokens, rest = divmod(size, patch)
-        most = getattr(config, "pos_embed_max_size", None)
+        most = self._most_tokens()
         if rest or tokens < 1 or (most is not None and tokens > most):
             limit = "" if most is None else f" up to {patch * most}, the largest size with position embeddings"
             raise ArgumentError(
                 f"latents of {size} x {size}: expected a multiple of {patch}{limit}; patches of "
                 f"{type(self.network).__name__} have that side"
             )
-        return dict.fromkeys(self._taps(), (config.num_attention_heads * config.attention_head_dim, tokens, tokens))
+        return dict.fromkeys(self._taps(), (self._width(), tokens, tokens))
 
     def _taps(self) -> dict[str, nn.Module]:
         blocks = self._blocks()

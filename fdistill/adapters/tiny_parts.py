@@ -23,8 +23,16 @@ CLIP_WIDTH, CLIP_2_WIDTH, T5_WIDTH, QWEN_WIDTH = 16, 24, 32, 8
 FLUX2_CHANNELS = 4
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
+_END_OF_TEXT, _END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 _T5_SPECIAL = ("<pad>", "</s>", "<unk>")
 _HEAD = 8  # channels of a text encoder's attention head
+#: Qwen3's template of what a user says, without instructions and tools. A model may be told not to think.
+_CHAT = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if not (enable_thinking | default(true)) %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
+)
+_CHAT_SPECIAL = (_END_OF_TEXT, "<|im_start|>", _END_OF_TURN, "<think>", "</think>")
 
 
 def untrained(make: Callable[[], nn.Module]) -> Any:
@@ -93,34 +101,26 @@ def t5_tokenizer() -> Any:
         return AutoTokenizer.from_pretrained(folder, extra_ids=0)
 
 
-#: What a Qwen 3 makes of a conversation, as its own tokenizers say it; `enable_thinking` is False or left out.
-_QWEN_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-
-
-def qwen_tokenizer() -> Any:
-    """A tokenizer of all 256 bytes and a few words, with the chat template of Qwen 3."""
+def chat_tokenizer() -> Any:
+    """A tokenizer of the kind of Qwen3: all 256 bytes, a few words, and a template for what users say."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    merges = [(word[:i], word[i]) for word in ("Ġbold", "Ġthin", "Ġseven") for i in range(1, len(word))]
-    merges = list(dict.fromkeys(merges))
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges), *specials]
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = ["user", "assistant", "Ġa", "Ġbold", "Ġthin", "Ġdigit", "Ġseven"]
+    merges = list(dict.fromkeys((word[:end], word[end]) for word in words for end in range(1, len(word))))
+    vocabulary = [*symbols, *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials])
-    wrapped: Any = PreTrainedTokenizerFast
-    return wrapped(
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in _CHAT_SPECIAL])
+    made: Any = PreTrainedTokenizerFast
+    return made(
         tokenizer_object=tokenizer,
-        pad_token="<|endoftext|>",
-        eos_token="<|im_end|>",
+        pad_token=_END_OF_TEXT,
+        eos_token=_END_OF_TURN,
         padding_side="right",
-        chat_template=_QWEN_TEMPLATE,
+        chat_template=_CHAT,
     )
 
 
@@ -162,23 +162,23 @@ def t5_encoder(tokenizer: Any, width: int) -> Any:
     return untrained(lambda: T5EncoderModel(config))
 
 
-def qwen_encoder(tokenizer: Any, width: int) -> Any:
-    """A language model of Qwen 3 with the 28 layers that klein's pipeline needs; the width must be a multiple of 8."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+def qwen3_encoder(tokenizer: Any, width: int, *, layers: int = 2, predicts_words: bool = False) -> Any:
+    """A Qwen3 language model of any width, with or without the head that predicts words."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=28,
-        num_attention_heads=width // _HEAD,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=_HEAD,
-        initializer_range=0.3,
+        initializer_range=0.3,  # embeddings of prompts differ
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return untrained(lambda: Qwen3ForCausalLM(config))
+    return untrained(lambda: (Qwen3ForCausalLM if predicts_words else Qwen3Model)(config))
 
 
 def autoencoder(**changes: Any) -> AutoencoderKL:

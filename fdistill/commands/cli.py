@@ -257,7 +257,10 @@ def export(
     ],
     output: Annotated[Path, typer.Option(help="The file to write; its name ends in .safetensors.")],
     dtype: Annotated[
-        str | None, typer.Option(help="Data type of the weights: fp16, bf16 or fp32; by default the student's own.")
+        str | None,
+        typer.Option(
+            help="Data type of the weights: fp16, bf16, fp32, or fp8 for comfy; by default the student's own."
+        ),
     ] = None,
 ) -> None:
     """Write a student as one file for other programs: the adapters of a LoRA run, or weights under ComfyUI's names.

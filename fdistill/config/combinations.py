@@ -20,7 +20,7 @@ from fdistill.config.sections import (
     OptimizerConfig,
     StudentConfig,
 )
-from fdistill.config.terms import AugmentationConfig, CLIPLossConfig, RegressionConfig
+from fdistill.config.terms import CLIPLossConfig, RegressionConfig
 from fdistill.methods import METHODS, methods_with
 from fdistill.student_kinds import MAX_STUDENT_STEPS, STUDENT_KINDS, fall, kinds_with
 
@@ -288,48 +288,6 @@ def check_student(
         raise ValueError(
             f"regression.weight: teacher pairs are for students of one level; expected 0 with {student.generator}"
         )
-
-
-def check_augmentation(name: str, augmentation: AugmentationConfig, scale: float, rescale: float) -> None:
-    """Checks that there is guidance to make a term of, and a method that adds it."""
-    if not augmentation.weight:
-        return
-    if not METHODS[name].extra_terms:
-        raise ValueError(
-            f"augmentation.weight: got {augmentation.weight}, but method={name} does not add this term; expected 0, or "
-            "method=decoupled-dmd or f-distill"
-        )
-    if scale == 1:
-        raise ValueError(
-            "guidance_scale: got 1, which is no guidance, but augmentation.weight makes guidance a term of its own; "
-            "expected a guidance_scale above 1, or augmentation.weight=0"
-        )
-    if rescale:
-        raise ValueError(
-            f"guidance_rescale: got {rescale}, which augmentation.weight does not read; expected 0, or "
-            "augmentation.weight=0"
-        )
-
-
-def check_diversity(name: str, weight: float, student: StudentConfig, level: float | Sequence[float] | None) -> None:
-    """Checks that there is a first step among several, and a method that adds its loss."""
-    if not weight:
-        return
-    if not METHODS[name].extra_terms:
-        raise ValueError(
-            f"diversity.weight: got {weight}, but method={name} does not add this term; expected 0, or method=f-distill"
-        )
-    steps = student.steps or (len(level) if isinstance(level, Sequence) else 1)
-    if steps == 1 or not STUDENT_KINDS[student.generator].steps:
-        raise ValueError(
-            f"diversity.weight: got {weight}, but the student takes one step; expected 0, or student.steps above 1"
-        )
-    for setting, value, unset in (("any_step", student.any_step, False), ("simulated", student.simulated, 1.0)):
-        if value != unset:
-            raise ValueError(
-                f"student.{setting}: got {value}, but with diversity.weight the student's updates take all steps, from "
-                f"noise; expected {unset}, or diversity.weight=0"
-            )
 
 
 def _of_steps(student: StudentConfig) -> list[tuple[str, Any, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from fdistill.base.errors import did_you_mean, shown
-from fdistill.config import combinations
+from fdistill.config import combinations, term_checks
 from fdistill.config.limits import MAX_NUMBER
 from fdistill.config.nested import merged
 from fdistill.config.problems import explain
@@ -39,7 +39,7 @@ from fdistill.config.sections import (
     TeacherSamplesConfig,
 )
 from fdistill.config.stages import check_alike, read_stages, stage_values
-from fdistill.config.terms import AugmentationConfig, CLIPLossConfig, DiversityConfig, RegressionConfig
+from fdistill.config.terms import AugmentationConfig, CLIPLossConfig, DiversityConfig, RegressionConfig, SegmentConfig
 from fdistill.methods import METHODS
 
 
@@ -152,6 +152,7 @@ class DistillConfig(Section):
     regression: RegressionConfig = RegressionConfig()
     augmentation: AugmentationConfig = AugmentationConfig()
     diversity: DiversityConfig = DiversityConfig()
+    segment: SegmentConfig = SegmentConfig()
     clip_loss: CLIPLossConfig = CLIPLossConfig()
     teacher_samples: TeacherSamplesConfig = TeacherSamplesConfig()
     matching_levels: MatchingLevelsConfig = MatchingLevelsConfig()
@@ -201,8 +202,10 @@ class DistillConfig(Section):
         combinations.check_precision(self.precision, self.frozen_precision)
         combinations.check_parallel(self.parallel, self.frozen_precision, self.roles)
         combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
-        combinations.check_augmentation(name, self.augmentation, self.guidance_scale, self.guidance_rescale)
-        combinations.check_diversity(name, self.diversity.weight, student, self.student_level)
+        term_checks.check_augmentation(name, self.augmentation, self.guidance_scale, self.guidance_rescale)
+        for term in ("diversity", "segment"):
+            term_checks.check_few_step_term(name, term, getattr(self, term).weight, student, self.student_level)
+        term_checks.check_diversity(self.diversity.weight, self.segment.weight, student)
         combinations.check_steps(name, self.student_level, student, self.regression, data=self.data is not None)
         return self
 

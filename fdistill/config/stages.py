@@ -39,6 +39,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "regression": {"weight"},
     "augmentation": set(AugmentationConfig.model_fields),
     "diversity": {"weight"},
+    "segment": {"weight"},
     "clip_loss": {"weight"},
     "student": {"noise_kl_weight"},
     "matching_levels": set(LevelsConfig.model_fields),
@@ -187,7 +188,7 @@ def _turned_off(before: Method, method: Method) -> dict[str, Any]:
     if not method.extra_terms:
         found["generator"] |= {"gan_gradient_ratio": 0.0}
         found |= {"student": {"noise_kl_weight": 0.0}, "clip_loss": {"weight": 0.0}, "augmentation": {"weight": 0.0}}
-        found["diversity"] = {"weight": 0.0}
+        found |= {"diversity": {"weight": 0.0}, "segment": {"weight": 0.0}}
     if "augmentation" in before.settings and "augmentation" not in method.settings:
         found["augmentation"] = {"weight": 0.0}
     if method.critic is None:

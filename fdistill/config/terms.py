@@ -35,6 +35,18 @@ class AugmentationConfig(LevelsConfig):
     )
 
 
+class SegmentConfig(Section):
+    """A few-step student's step agrees with a detour through the teacher (SenseFlow, arXiv 2506.00523)."""
+
+    weight: NonNegative = Field(default=0.0, description="weight of the term (SenseFlow: 0.5 to 1); 0 turns it off")
+    margin: float = Field(
+        default=0.05,
+        ge=0,
+        lt=0.5,
+        description="share of a segment, at each end, in which the teacher does not hand over",
+    )
+
+
 class DiversityConfig(Section):
     """The first step of a few-step student learns from the teacher's own trajectory (DP-DMD, arXiv 2602.03139)."""
 

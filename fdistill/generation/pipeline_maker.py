@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fdistill.adapters import FAMILIES
+from fdistill.adapters import FAMILIES, guidance_offset
 from fdistill.adapters.checkpoint import Checkpoint, find_network, resolve_checkpoint
 from fdistill.base.errors import ArgumentError, CheckpointError, FDistillError
 from fdistill.base.files import weights_sha256
@@ -58,7 +58,8 @@ class PipelineMaker:
     Attributes:
         kind: "student" for a student of fdistill, else "pipeline".
         num_steps: as the pipeline is called.
-        guidance_scale: as the pipeline is called; None if its class takes none, and for students.
+        guidance_scale: with which the pipeline is called, in the usual sense: 1 is none; None if its class takes none,
+            and for students.
         num_classes: class labels are in [0, num_classes); None if it takes no labels.
         weights_sha256: hash of all weight files.
     """
@@ -81,7 +82,8 @@ class PipelineMaker:
             self.num_classes = student["null_class"]  # the label after the last class
         self.num_steps = _num_steps(pipeline, call)
         scale = call.get("true_cfg_scale", call.get("guidance_scale"))
-        self.guidance_scale: float | None = scale if student is None else None
+        usual = None if scale is None else scale - guidance_offset(type(pipeline).__name__)
+        self.guidance_scale: float | None = usual if student is None else None
         self._folder, self._pipeline, self._call = folder, pipeline, dict(call)
         self._negative = negative_prompt if negative_prompt or call.get("true_cfg_scale", 1) > 1 else None
         self._batched = "batch_size" in call_parameters(type(pipeline)) and not self.takes_prompts
@@ -207,8 +209,8 @@ def open_pipeline(checkpoint: str | Path, device: torch.device, sampling: Sampli
         checkpoint: a pipeline folder or hub id; or a student of fdistill, or a run folder that has one. Students are
             called as their model card says, and read nothing of `sampling`.
         sampling: steps become num_inference_steps. The guidance scale becomes guidance_scale, or true_cfg_scale for
-            classes that have this and whose network does not take the scale as an input. Resolution becomes height and
-            width.
+            classes that have this and whose network does not take the scale as an input; pipelines that count it from
+            0 are given one less. Resolution becomes height and width.
 
     Raises:
         CheckpointError: it is no pipeline, files cannot be read, or diffusers does not have its class.
@@ -235,7 +237,7 @@ def _arguments(name: str, pipeline: Any, sampling: Sampling) -> dict[str, Any]:
     if "true_cfg_scale" in takes and not evaluated_networks(pipeline)[0].config.get("guidance_embeds"):
         call["true_cfg_scale"] = guidance_scale
     elif "guidance_scale" in takes:
-        call["guidance_scale"] = guidance_scale
+        call["guidance_scale"] = guidance_scale + guidance_offset(kind)
     elif guided:
         raise ArgumentError(f"guidance_scale: got {guidance_scale:g}, but {kind} of {name} takes none; leave it out")
     labels = {cls: label for family in FAMILIES.values() for cls, label in family.guidance_labels.items()}

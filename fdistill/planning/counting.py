@@ -12,7 +12,7 @@ from torch import Tensor
 from fdistill.condition import TextCondition
 from fdistill.planning.fake_tensors import Live, as_on_a_gpu, fake
 from fdistill.planning.held import nbytes
-from fdistill.step import Pairs
+from fdistill.step import Pairs, Segment
 from fdistill.training.distillation import Distillation
 from fdistill.training.parts import Split, backward, count_of
 from fdistill.training.updates import Update
@@ -122,6 +122,9 @@ def _arguments(run: Distillation, name: str, batch: int) -> dict[str, Any]:
     given: dict[str, Any] = {"condition": condition if stage.critic_steps else None, "batch_size": batch}
     if stage.config.regression.weight:
         given["pairs"] = Pairs(torch.zeros_like(samples), samples, condition)
+    if stage.config.segment.weight:
+        begin = run.student.levels[-1]
+        given["segment"] = Segment(stage.config.segment.weight, begin, begin / 2, None)
     return given
 
 

@@ -12,6 +12,7 @@ from fdistill.step.implicit import sid_step, sim_step, uni_instruct_step
 from fdistill.step.matching import Pairs, generator_step
 from fdistill.step.regression import regression_step
 from fdistill.step.roles import ROLES, LevelDraw, Networks, PerSample, StepResult, frozen
+from fdistill.step.segment import Segment
 
 __all__ = [
     "ROLES",
@@ -21,6 +22,7 @@ __all__ = [
     "Networks",
     "Pairs",
     "PerSample",
+    "Segment",
     "StepResult",
     "critic_step",
     "diffratio_step",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fdistill.base import rng
+from fdistill.base.constants import constant
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition
 from fdistill.guidance import GuidedDenoiser
@@ -80,6 +81,7 @@ def augmentation_loss(
 
 
 @lru_cache(maxsize=64)
+@constant
 def _share_below(levels: LevelDraw, schedule: NoiseSchedule, top: float) -> float:
     """The largest u for which levels(u) is at most `top`; levels rise with u."""
     low, high = 0.0, 1.0

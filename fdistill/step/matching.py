@@ -29,6 +29,7 @@ from fdistill.step.augmentation import Augmentation, augmentation_loss
 from fdistill.step.diversity import Diversity, draw_supervised
 from fdistill.step.evaluated import Evaluated, evaluate
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence
+from fdistill.step.segment import Segment, segment_loss
 
 
 class Pairs(NamedTuple):
@@ -54,6 +55,7 @@ def generator_step(
     gan_gradient_ratio: float = 0.0,
     augmentation: Augmentation | None = None,
     diversity: Diversity | None = None,
+    segment: Segment | None = None,
     noise_kl_weight: float = 0.0,
     image_loss: Callable[[Tensor], Tensor] | None = None,
     image_weight: float = 0.0,
@@ -65,7 +67,7 @@ def generator_step(
     """One update of the student along h(r) (score_teacher - score_fake), plus the other terms.
 
     loss = mean(matching_loss(x0, teacher_x0, fake_x0, weight=h)) + augmentation.weight mean augmentation_loss
-           + diversity.weight mean |first x0 - teacher's|^2
+           + diversity.weight mean |first x0 - teacher's|^2 + segment.weight mean segment_loss
            + gan_weight mean softplus(-l_fake) + noise_kl_weight mean KL(predicted noise || normal)
            + image_weight mean image_loss(x0) + regression_weight mean |student(z) - teacher's ODE(z)|^2
 
@@ -92,6 +94,8 @@ def generator_step(
             levels of its own (`augmentation_loss`); the GAN term's balance counts it with matching.
         diversity: if it is given, the student's first step learns from the teacher's trajectory and the other terms
             train the steps after it, all at once (`draw_supervised`); `rollout` is not read.
+        segment: if it is given, the step of `rollout` also has to agree with a detour through the teacher
+            (`segment_loss`).
         noise_kl_weight: weight of the KL term on the noise that `Student.sample_with_predictions` predicts
             (One-Way Ticket, arXiv 2505.21960); 0 leaves the term out.
         image_loss: x0 [B, C, H, W] -> [B], such as a `ClipHinge`; None leaves the term out.
@@ -106,12 +110,7 @@ def generator_step(
     """
     divergence = checked_divergence(divergence, ratio)
     schedule = networks.teacher.schedule
-    if diversity is not None:
-        x0, first_step = draw_supervised(networks, generator, batch_size, condition, diversity)
-    elif noise_kl_weight:
-        x0, predicted_noise = networks.draw_samples_with_noise(generator, batch_size, condition)
-    else:
-        x0 = networks.draw_samples(generator, batch_size, condition, rollout)
+    x0, terms = _drawn(networks, condition, generator, batch_size, rollout, (diversity, segment, noise_kl_weight))
     t = levels(schedule, rng.uniform(generator, batch_size))
     evaluated = evaluate(
         networks if augmentation is None else networks.unguided,
@@ -137,16 +136,50 @@ def generator_step(
         total.add("augmentation", augmentation.weight, *added)
     if gan_weight and evaluated.logits is not None:
         total.add_gan(gan_weight, gan_gradient_ratio, gan_generator_loss(evaluated.logits), x0, t)
-    if diversity is not None:
-        total.add("diversity", diversity.weight, first_step, torch.full_like(first_step, diversity.levels[0]))
-    if noise_kl_weight:
-        total.add("noise_kl", noise_kl_weight, noise_kl_loss(predicted_noise), t)
+    for term in terms:
+        total.add(*term)
     if image_loss is not None:
         total.add("image", image_weight, image_loss(x0), t)
     if pairs is not None:
         regression = regression_loss(networks.generator(pairs.noise, pairs.condition), pairs.x0)
         total.add("regression", regression_weight, regression, torch.full_like(regression, schedule.t_max))
     return StepResult(total.loss, total.logs)
+
+
+class _Term(NamedTuple):
+    """A term of the loss by name: its weight, and its losses [B] at levels t [B]."""
+
+    name: str
+    weight: float
+    losses: Tensor
+    t: Tensor
+
+
+def _drawn(
+    networks: Networks,
+    condition: Condition | None,
+    generator: torch.Generator,
+    batch_size: int,
+    rollout: Rollout | None,
+    wanted: tuple[Diversity | None, Segment | None, float],
+) -> tuple[Tensor, list[_Term]]:
+    """The samples of an update, and the terms about how they came to be."""
+    diversity, segment, noise_kl_weight = wanted
+
+    def term(name: str, weight: float, losses: Tensor, level: float) -> list[_Term]:
+        return [_Term(name, weight, losses, torch.full_like(losses, level))]
+
+    if diversity is not None:
+        x0, first_step = draw_supervised(networks, generator, batch_size, condition, diversity)
+        return x0, term("diversity", diversity.weight, first_step, diversity.levels[0])
+    if segment is not None:
+        x0, x_t = networks.draw_last_step(generator, batch_size, condition, rollout)
+        losses = segment_loss(networks, x0, x_t, condition, segment)
+        return x0, term("segment", segment.weight, losses, segment.begin)
+    if noise_kl_weight:
+        x0, predicted = networks.draw_samples_with_noise(generator, batch_size, condition)
+        return x0, term("noise_kl", noise_kl_weight, noise_kl_loss(predicted), networks.teacher.schedule.t_max)
+    return networks.draw_samples(generator, batch_size, condition, rollout), []
 
 
 def _matching(

@@ -16,7 +16,7 @@ from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
 from fdistill.discriminator import ChannelMean, Discriminator
 from fdistill.divergence import Divergence, Function, get_divergence
-from fdistill.generator import Student
+from fdistill.generator import FewStepGenerator, Student
 from fdistill.guidance import GuidedDenoiser
 from fdistill.kernels import renoise as kernels
 from fdistill.noise import NoiseSchedule
@@ -88,6 +88,17 @@ class Networks:
         noise = rng.normal(generator, batch, shape)
         x0: Tensor = student(noise, condition) if rollout is None else student(noise, condition, rollout)
         return x0
+
+    def draw_last_step(
+        self, generator: torch.Generator, batch: int, condition: Condition | None, rollout: Rollout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Samples [batch, C, H, W] of a `FewStepGenerator`, and the noisy input of its last step; ArgumentError for
+        other generators.
+        """
+        student = self.generator
+        if not isinstance(student, FewStepGenerator):
+            raise ArgumentError(f"segment: expected a student of several steps, got {type(student).__name__}")
+        return student.last_step(rng.normal(generator, batch, student.noise_shape(rollout)), condition, rollout)
 
     def draw_samples_with_noise(
         self, generator: torch.Generator, batch: int, condition: Condition | None

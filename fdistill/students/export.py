@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from fdistill.adapters.checkpoint import find_network
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import atomic_file, check_file
-from fdistill.formats.comfy import single_file
+from fdistill.formats.comfy import NETWORK, single_file
+from fdistill.formats.comfy.workflow import ComfySampling, workflow
 from fdistill.formats.lora_file import LORA_FILE, kohya_names
 from fdistill.formats.original_lora import original_lora
 from fdistill.formats.pipeline_folder import read_config, read_tensors
@@ -23,7 +25,7 @@ from fdistill.student_kinds import STUDENT_FILE
 from fdistill.students.folder import checked_facts
 
 FORMATS = ("lora", "comfy", "comfy-lora")
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.float8_e4m3fn}
 
 
 def export_student(student: Path, format: str, output: Path, dtype: str | None = None) -> list[str]:
@@ -35,7 +37,8 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
             adapters under the names that ComfyUI reads; "comfy" writes all weights under ComfyUI's names, with the
             adapters merged.
         output: a .safetensors file.
-        dtype: "fp16", "bf16" or "fp32" for all weights; None leaves them as they are.
+        dtype: "fp16", "bf16" or "fp32" for all weights; "fp8", for format "comfy", for the network's matrices, with
+            bf16 for everything else; None leaves them as they are.
 
     Returns:
         Notes that a user must read before using the file, one sentence each.
@@ -53,6 +56,10 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
     if output.suffix != ".safetensors":
         raise ArgumentError(f"output {output}: expected a file name that ends in .safetensors")
     check_file(output)
+    if dtype == "fp8" and format != "comfy":
+        raise ArgumentError(
+            f"dtype: got 'fp8' for format {format}; adapters are small: expected fp16, bf16 or fp32, or format comfy"
+        )
     facts = checked_facts(student) if (student / STUDENT_FILE).is_file() else {}
     if format == "comfy":
         tensors, notes = single_file(student)
@@ -62,39 +69,67 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
             tensors = _comfy_lora(student, tensors)
     with atomic_file(output) as temporary:
         save_file(_written(tensors, dtype), temporary, metadata={"format": "pt"})
-    return [*notes, *_how_to_sample(student, facts, format)]
+    if format == "lora":
+        return [*notes, *_in_diffusers(student, facts)]
+    return [*notes, *_in_comfyui(student, facts, output, adapters=format == "comfy-lora")]
 
 
-def _how_to_sample(student: Path, facts: Mapping[str, Any], format: str) -> list[str]:
-    """A sentence with the scheduler and the levels that the student was trained with; other programs know neither.
+def _in_diffusers(student: Path, facts: Mapping[str, Any]) -> list[str]:
+    """A sentence with the scheduler that the student was trained with, and how to call the pipeline.
 
-    Where the teacher takes its guidance scale as an input, adapters work at the one that they were trained with. Whole
-    weights have it in them, unless the student's own pipeline is called with it.
+    Where the teacher takes its guidance scale as an input, adapters work at the one that they were trained with.
     """
     config, call = read_scheduler_config(student), facts.get("call")
     if config is None or not call:
         return []
     guidance = facts.get("embedded_guidance")
-    if not format.endswith("lora") and guidance != call.get("guidance_scale"):
+    call = {**call, **({} if guidance is None else {"guidance_scale": guidance})}
+    arguments = ", ".join(f"{key}={value}" for key, value in call.items())
+    return [
+        f"sample with {config['_class_name']}, whose config is in {student / 'scheduler'}, and call the pipeline "
+        f"with {arguments}"
+    ]
+
+
+def _in_comfyui(student: Path, facts: Mapping[str, Any], output: Path, *, adapters: bool) -> list[str]:
+    """Writes a workflow beside the file; returns sentences with what it sets, since other nodes set something else.
+
+    Whole weights have the guidance scale of a teacher that takes it as an input in them, unless the student's own
+    pipeline is called with it.
+    """
+    config, call = read_scheduler_config(student), facts.get("call")
+    if config is None or not call:
+        return []
+    guidance = facts.get("embedded_guidance")
+    if not adapters and guidance != call.get("guidance_scale"):
         guidance = None
-    if format == "lora":
-        call = {**call, **({} if guidance is None else {"guidance_scale": guidance})}
-        arguments = ", ".join(f"{key}={value}" for key, value in call.items())
-        return [
-            f"sample with {config['_class_name']}, whose config is in {student / 'scheduler'}, and call the pipeline "
-            f"with {arguments}"
-        ]
-    levels, schedule = (
-        torch.tensor(facts["levels"], dtype=torch.float64),
-        parametrisation_from_scheduler(config).schedule,
-    )
+    schedule, levels = parametrisation_from_scheduler(config).schedule, [float(each) for each in facts["levels"]]
+    level = torch.tensor(levels, dtype=torch.float64)
     flow = isinstance(schedule, FlowSchedule)
-    if not flow and schedule.sigma(levels[0]) < 0.99:
-        return []  # such a student begins with noise of variance 1, which no sigma says
-    sigmas = [f"{sigma:.6g}" for sigma in (levels if flow else noise_to_signal(schedule, levels)).tolist()]
-    sampler = "euler" if len(levels) == 1 or facts.get("sampler") == "deterministic" else "lcm"
-    scale = "" if guidance is None else f", guidance {guidance:g}"
-    return [f"sample with cfg 1{scale}, sampler {sampler} and the sigmas {', '.join([*sigmas, '0'])}"]
+    if not flow and schedule.sigma(level[0]) < 0.99:
+        return [
+            f"no workflow is written: this student begins at t = {levels[0]:g} with noise of variance 1, which no "
+            "sigma of ComfyUI's samplers says; sample it with diffusers, or train with student_level=null"
+        ]
+    one_way = len(levels) == 1 or facts.get("sampler") == "deterministic"
+    sigmas = (level if flow else noise_to_signal(schedule, level)).tolist()
+    sampling = ComfySampling("euler" if one_way else "lcm", sigmas, guidance)
+    scale = "" if sampling.guidance is None else f", guidance {sampling.guidance:g}"
+    how = f"sample with cfg 1{scale}, sampler {sampling.sampler} and the sigmas {sampling.listed()}"
+    made = workflow(
+        str(facts.get("pipeline")),
+        output.name,
+        adapters=adapters,
+        sampling=sampling,
+        size=int(facts.get("image_size", 8 * facts.get("size", 64))),  # earlier students have their latents' size
+        prompt=next(iter(facts.get("prompts", ())), "a photograph"),
+    )
+    if made is None:
+        return [how]
+    path = output.with_suffix(".json")
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    return [f"{how}, as the workflow {path} does: open it in ComfyUI and choose your own files in its loaders"]
 
 
 def _adapters(student: Path) -> dict[str, Tensor]:
@@ -124,6 +159,15 @@ def _comfy_lora(student: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _written(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:
     return {
-        name: (value if dtype is None or not value.is_floating_point() else value.to(DTYPES[dtype])).contiguous()
+        name: (value if dtype is None or not value.is_floating_point() else _cast(name, value, dtype)).contiguous()
         for name, value in tensors.items()
     }
+
+
+def _cast(name: str, value: Tensor, dtype: str) -> Tensor:
+    if dtype != "fp8":
+        return value.to(DTYPES[dtype])
+    if value.ndim < 2 or not name.startswith(NETWORK):
+        return value.to(torch.bfloat16)
+    limit = torch.finfo(torch.float8_e4m3fn).max  # beyond it lies NaN
+    return value.clamp(-limit, limit).to(torch.float8_e4m3fn)

@@ -27,7 +27,7 @@ from fdistill.student_kinds import STUDENT_FILE
 from fdistill.students.kinds import kind_in, kind_of
 from fdistill.students.lora import has_adapters, merged
 from fdistill.students.model_card import OWN_USAGE, model_card, usage
-from fdistill.teachers.autoencoder import LatentSpace
+from fdistill.teachers.autoencoder import LatentSpace, image_size
 
 _OWN_NETWORK = "network.safetensors"
 _FILES = "files"  # in STUDENT_FILE: sizes and hashes
@@ -63,6 +63,7 @@ def save_student(
         facts: dict[str, Any] = {**generator.settings(), "null_class": denoiser.null_class, **card}
         if denoiser.text_shapes is not None:
             facts["size"] = denoiser.sample_shape[-1]
+            facts["image_size"] = image_size(denoiser, latents)
         if denoiser.embedded_guidance is not None:
             facts["embedded_guidance"] = denoiser.embedded_guidance
         if has_adapters(denoiser):

@@ -157,6 +157,7 @@ _READ: dict[str, tuple[str, ...]] = {
     "StableDiffusionXLPipeline": ("latents_mean", "latents_std"),
     "StableDiffusion3Pipeline": ("shift_factor",),
     "FluxPipeline": ("shift_factor",),
+    "ZImagePipeline": ("shift_factor",),
     "PixArtAlphaPipeline": (),
     "PixArtSigmaPipeline": (),
     "SanaPipeline": (),

@@ -15,7 +15,7 @@ from fdistill.base.images import to_unit
 from fdistill.condition import Condition, none_like, upload_condition, where
 from fdistill.data import Batch, EpochOrder
 from fdistill.rollout import Rollout, levels_for
-from fdistill.step import Pairs
+from fdistill.step import Pairs, Segment
 from fdistill.training.distillation import Distillation
 from fdistill.training.inputs import TrainingData
 from fdistill.training.parts import ImageLoss
@@ -77,7 +77,7 @@ class Batches:
             "batch_size": self._local,
             **self._ratio_ramp(),
             **self._pairs(),
-            **self._rollout(stage.critic_steps, None if last is None else last.real_x0),
+            **self._with_segment(self._rollout(stage.critic_steps, None if last is None else last.real_x0)),
             **({} if last is None else self._image_loss(last.rows)),
         }
 
@@ -107,6 +107,18 @@ class Batches:
         if last and real_x0 is not None and begins % 10**6 >= settings.simulated * 10**6:
             return {"rollout": Rollout(levels[last : last + 1], real_x0)}
         return {"rollout": Rollout(levels[: last + 1])}
+
+    def _with_segment(self, drawn: dict[str, Rollout]) -> dict[str, Any]:
+        """Adds the segment of intra-segment guidance to a rollout: from its last level to the student's next one."""
+        settings = self._run.stage.config.segment
+        if not settings.weight:
+            return dict(drawn)
+        begin = drawn["rollout"].levels[-1]
+        end = next((level for level in self._run.student.levels if level < begin), None)
+        share = self._seed(rng.Stream.STUDENT_STEP, 0, 3) % 10**6 / 10**6
+        share = settings.margin + (1 - 2 * settings.margin) * share
+        middle = begin + share * ((end or 0.0) - begin)
+        return {**drawn, "segment": Segment(settings.weight, begin, middle, end)}
 
     def _without_some_conditions(self, condition: Condition | None, number: int) -> dict[str, Condition]:
         """Condition dropout for the critic: replaces a share of the rows by "no class" or the null prompt."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fdistill.base.files import atomic_file
+from fdistill.training.appearance import LOOK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +37,8 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     panels = [(title, [name for name in names if name in logged]) for title, names in _PANELS]
     panels = [(title, names) for title, names in panels if names]
     panels += [(name.removeprefix("eval/"), [name]) for name in logged if name.startswith("eval/")]
+    look = [name.removeprefix(f"{LOOK}teacher_") for name in logged if name.startswith(f"{LOOK}teacher_")]
+    panels += [("samples, divided by the teacher's", [f"{LOOK}{name}" for name in look])] if look else []
     rows = [record.get("discriminator/accuracy_per_bin") for record in records]
     count = len(panels) + any(rows)
     if not count:
@@ -67,6 +70,9 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         if names[0].startswith("eval/"):
             _plot_scores(axes, {r["iteration"]: r[names[0]] for r in records if names[0] in r})
             continue
+        if names[0].startswith(LOOK):
+            _plot_look(axes, records, look)
+            continue
         for name in names:
             label = name.replace("generator/grad", "student grad").removeprefix("generator/")
             label = label.replace("/", " ").replace("_", " ")
@@ -87,6 +93,16 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         last.set_xlabel("iteration")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
+
+
+def _plot_look(axes: Axes, records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    """Plots how the student's samples look as multiples of the teacher's; only some records have them."""
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    for name in names:
+        pairs = {r["iteration"]: (r[f"{LOOK}{name}"], r[f"{LOOK}teacher_{name}"]) for r in records if LOOK + name in r}
+        ratios = [own / teacher if teacher else np.nan for own, teacher in pairs.values()]
+        axes.plot(list(pairs), ratios, marker="o", markersize=4, label=name)
+    axes.legend(fontsize=8)
 
 
 def _plot_scores(axes: Axes, scores: Mapping[int, float]) -> None:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from torch import Tensor
 
 from fdistill import __version__
 from fdistill.base.errors import NonFiniteError
@@ -19,13 +20,14 @@ from fdistill.base.files import writing
 from fdistill.base.images import save_grid
 from fdistill.ema_profiles import profile_name
 from fdistill.training.alarms import WINDOW, alarms
+from fdistill.training.appearance import LOOK, appearance
 from fdistill.training.breakdown import BrokenRunError, advice
 from fdistill.training.checkpoint import checkpoints, newest_intact, save_checkpoint
 from fdistill.training.curves import save_curves
 from fdistill.training.distillation import Distillation
 from fdistill.training.journal import Journal, append_record, read_records, scalars
 from fdistill.training.run_folder import export_student
-from fdistill.training.sample_grids import student_images, teacher_images
+from fdistill.training.sample_grids import grid_groups, student_images, teacher_images
 from fdistill.training.saving import Saver
 from fdistill.training.sharding import gathered
 from fdistill.training.snapshots import save_snapshot
@@ -69,6 +71,7 @@ class Logbook:
         self._scored: list[dict[str, float]] = []
         self._best = 0  # the iteration with the best scores
         self._trackers: list[GeneralTracker] = []
+        self._teacher_look: dict[str, float] = {}
         self._started, self._first = time.perf_counter(), run.iteration
         self._stack = ExitStack()
         self._saver = Saver()
@@ -89,11 +92,12 @@ class Logbook:
         for record in earlier:
             scores = {key: value for key, value in record.items() if key.startswith("eval/")}
             self._note_scores(scores, record["iteration"])
-        if iteration == 0 and self._config.log.samples_every and self._takes_part:
-            teacher = teacher_images(self._run)
-            if self._main:
-                save_grid(teacher, self._folder / "samples" / "teacher.png")
-            self._save_samples()
+        if self._config.log.samples_every and self._takes_part:
+            self._teacher_look = {k: v for r in earlier for k, v in r.items() if k.startswith(f"{LOOK}teacher_")}
+            if iteration == 0 or not self._teacher_look:
+                self._teacher_look = self._save_teacher_samples()
+            if iteration == 0:
+                self._save_samples()
         return self
 
     def __exit__(self, *error: Any) -> bool | None:
@@ -126,7 +130,8 @@ class Logbook:
         checkpoint = must or self._due(config.log.checkpoint_every) or (self._owed and self._due(config.log.every))
         snapshot = snapshots > 0 and (last or self._due(snapshots))
         measured = self._watch is not None and (last or self._due(config.eval.every))
-        if stage_ends or checkpoint or snapshot or measured or self._due(config.log.every):
+        sampled = config.log.samples_every > 0 and (last or self._due(config.log.samples_every))
+        if stage_ends or checkpoint or snapshot or measured or sampled or self._due(config.log.every):
             try:
                 record = self.journal.record()
                 if checkpoint or snapshot or measured:
@@ -135,13 +140,13 @@ class Logbook:
             except NonFiniteError as error:
                 raise self._stopped(error) from error
             is_best = self._note_scores(scores, self._run.iteration)
+            if sampled and self._takes_part:
+                record |= self._save_samples()
             self._write_record(record, scores, len(skipped), is_best=is_best)
             checkpoint = checkpoint or (is_best and config.log.keep_best)
             # Where a role's losses are not finite any more, the checkpoint before is the better one to go on from.
             self._owed = checkpoint and self.journal.stuck and not must
             checkpoint = checkpoint and not self._owed
-        if config.log.samples_every and (last or self._due(config.log.samples_every)) and self._takes_part:
-            self._save_samples()
         if snapshot and self._takes_part:  # before the checkpoint: a run resumed from it has every snapshot up to it
             for width in config.ema.sigma_rel:
                 average = gathered(self._run.ema.shadows[profile_name(width)], self._main)
@@ -216,10 +221,21 @@ class Logbook:
             if name not in before:
                 warnings.warn(f"iteration {record['iteration']}: {name}: {sentence}", stacklevel=2)
 
-    def _save_samples(self) -> None:
+    def _save_samples(self) -> dict[str, float]:
+        """Saves a grid of the student's samples; returns how they look, and how the teacher's do."""
         images = student_images(self._run)
         if self._main:
             save_grid(images, self._folder / "samples" / f"{self._run.iteration:06d}.png")
+        return self._look(images, "") | self._teacher_look
+
+    def _save_teacher_samples(self) -> dict[str, float]:
+        images = teacher_images(self._run)
+        if self._main:
+            save_grid(images, self._folder / "samples" / "teacher.png")
+        return self._look(images, "teacher_")
+
+    def _look(self, images: Tensor, whose: str) -> dict[str, float]:
+        return {f"{LOOK}{whose}{name}": value for name, value in appearance(images, grid_groups(self._run)).items()}
 
     def _save_checkpoint(self) -> None:
         meta = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
@@ -11,17 +13,19 @@ from fdistill.condition import Condition
 from fdistill.sampler import heun_sample
 from fdistill.training.distillation import Distillation
 
-_GRID, _LARGE_GRID = 80, 16  # samples in a grid; the second for images above 64 pixels
+# Samples in a grid, and of each prompt; the second for images above 64 pixels.
+_GRID, _LARGE_GRID = (80, 5), (16, 4)
 
 
 def _grid_count(run: Distillation) -> int:
-    return _LARGE_GRID if run.image_size > 64 else _GRID
+    return (_LARGE_GRID if run.image_size > 64 else _GRID)[0]
 
 
 def _grid_rows(run: Distillation) -> Tensor:
-    """Rows of the prompts, evenly spaced, one for each sample in a grid."""
+    """Rows of the prompts, evenly spaced, several samples of each after one another."""
     assert run.text is not None
-    return torch.arange(_grid_count(run)) * len(run.text.index) // _grid_count(run)
+    count, each = _LARGE_GRID if run.image_size > 64 else _GRID
+    return torch.arange(count) // each * len(run.text.index) // (count // each)
 
 
 def grid_prompts(run: Distillation) -> list[str]:
@@ -37,6 +41,14 @@ def _grid_inputs(run: Distillation) -> tuple[Tensor, Condition | None]:
     if run.text is not None:
         return noise, run.text.rows(_grid_rows(run)).to(device)
     return noise, torch.arange(count, device=device) % teacher.num_classes if teacher.num_classes else None
+
+
+def grid_groups(run: Distillation) -> list[Hashable]:
+    """The class or prompt of each sample in a grid."""
+    if run.text is not None:
+        return list(run.text.index[_grid_rows(run)].tolist())
+    classes = run.networks.teacher.num_classes or 1
+    return [index % classes for index in range(_grid_count(run))]
 
 
 def _images(run: Distillation, x0: Tensor) -> Tensor:

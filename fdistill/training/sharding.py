@@ -34,7 +34,7 @@ from fdistill.base.distributed import exchanging, part, sum_over_processes
 from fdistill.base.errors import ConfigError
 from fdistill.config.schema import DistillConfig
 from fdistill.denoiser import Denoiser
-from fdistill.generator import Student
+from fdistill.generator import FewStepGenerator, Student
 from fdistill.students.lora import has_adapters
 
 M = TypeVar("M", bound=nn.Module)
@@ -157,6 +157,8 @@ def distribute(
 
 def _entrances(module: nn.Module) -> tuple[str, ...]:
     """The methods beside `forward` through which a module is run."""
+    if isinstance(module, FewStepGenerator):
+        return ("last_step",)
     if isinstance(module, Student):
         return ("sample_with_predictions",)
     return ("run",) if isinstance(module, Denoiser) else ()

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fdistill.base.constants import constant
 from fdistill.base.errors import ConfigError
 from fdistill.base.functions import import_function
 from fdistill.config.schema import DistillConfig
@@ -16,7 +17,7 @@ from fdistill.config.sections import LevelsConfig
 from fdistill.divergence import Divergence
 from fdistill.generator import Student
 from fdistill.methods import METHODS
-from fdistill.noise import LEVEL_SAMPLERS
+from fdistill.noise import LEVEL_SAMPLERS, NoiseSchedule
 from fdistill.ratio import DensityRatio
 from fdistill.step import Augmentation, Diversity, LevelDraw, Networks, StepResult
 
@@ -89,13 +90,18 @@ def _augmentation(config: DistillConfig, networks: Networks) -> Augmentation | N
     if not term.weight:
         return None
     levels = level_draw(term)
-    least = float(levels(networks.teacher.schedule, torch.zeros(1, dtype=torch.float64)))
+    least = _lowest(levels, networks.teacher.schedule)
     if isinstance(student, Student) and least >= student.levels[-1]:
         raise ConfigError(
             f"augmentation.low: its levels begin at {least:g}, and the student's last step gets its input at "
             f"{student.levels[-1]:g}; expected levels that begin below it"
         )
     return Augmentation(term.weight, levels, term.weighting)
+
+
+@constant
+def _lowest(levels: LevelDraw, schedule: NoiseSchedule) -> float:
+    return float(levels(schedule, torch.zeros(1, dtype=torch.float64)))
 
 
 def _bound(name: str, networks: Networks, arguments: Mapping[str, str], settings: Mapping[str, Any]) -> Update:
@@ -138,6 +144,8 @@ def _student_arguments(config: DistillConfig, networks: Networks, divergence: Di
         "batch_size": "the number of samples to draw",
         **_rollout(networks),
     }
+    if config.segment.weight:
+        arguments["segment"] = "the segment of intra-segment guidance; without it, segment.weight must be 0"
     if divergence.needs_ratio and config.ratio.warmup:
         arguments["ratio_ramp"] = "the factor of the ratio's warmup; without it, ratio.warmup must be 0"
     if config.regression.weight:

@@ -333,8 +333,8 @@ PUBLISHED: dict[str, tuple[Fields, type[Any] | None, dict[str, Any]]] = {
             "attn_logit_softcapping": 50.0,
         },
     ),
-    "Qwen 3": (
-        TEXT_ENCODER_FIELDS["Qwen3ForCausalLM"],
+    "Qwen3": (
+        TEXT_ENCODER_FIELDS["Qwen3Model"],
         None,
         {
             "head_dim": 128,

@@ -90,7 +90,7 @@ def test_a_tiny_pipeline_is_of_its_family(name: str, class_name: str) -> None:
     assert type(pipeline).__name__ == class_name
     network = getattr(pipeline, family.component)
     assert type(network) is family.network
-    assert sum(parameter.numel() for parameter in network.parameters()) < 200_000
+    assert sum(parameter.numel() for parameter in network.parameters()) < 400_000  # of which Z-Image's time takes most
     denoiser = wrap(network, scheduler_config(pipeline.scheduler))
     assert isinstance(denoiser, TextDenoiser)
     encoders = type(pipeline)(**{**pipeline.components, family.component: None, "vae": None})

@@ -1,4 +1,4 @@
-"""PixArt, Sana, Qwen-Image and FLUX.2 as their own networks, pipelines, schedulers and autoencoders compute them."""
+"""PixArt, Sana, Qwen-Image, Z-Image and FLUX.2 as their own networks, pipelines and schedulers compute them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from fdistill.adapters import pixart, sana, wrap
+from fdistill.adapters import pixart, sana
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.pretrained import load_network
-from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import TextCondition
 from fdistill.teachers.text_encoders import PromptEncoder
+from support.text_dits import FLUX2, VP, blocks_of, inputs, own_output, tiny, unpacked
 from support.text_families_dit import (
     HAS_QWEN_IMAGE,
     TEXT_FAMILIES_DIT,
@@ -30,27 +30,13 @@ from support.text_families_dit import (
     qwen_transformer,
     sana_transformer,
 )
-from support.text_families_flux2 import HAS_FLUX2
-from support.text_pipelines import (
-    SIZE,
-    blocks_of,
-    condition_of,
-    denoiser_of,
-    encoders,
-    load_pipeline,
-    own_output,
-    text_of,
-    unpacked_qwen,
-)
+from support.text_pipelines import condition_of, denoiser_of, encoders, load_pipeline, text_of
 
 if HAS_QWEN_IMAGE:
     from fdistill.adapters import qwen_image
-if HAS_FLUX2:
-    from fdistill.adapters.flux2 import tiny_transformer as flux2_transformer
-
 FAMILIES = [name for name in TEXT_FAMILIES_DIT if name not in ("pixart-alpha", "sana-timestep-scale")]
-VP = ("pixart", "pixart-alpha")
-FLUX2 = ("flux2-klein", "flux2-dev")  # their networks attend to the padding of prompts
+#: Families whose own test says what their networks are told: their pipelines call them otherwise.
+OWN_TEST = ("z-image", *FLUX2)
 PROMPTS = ["A bold handwritten seven", "a thin digit, drawn with a pencil"]
 NEGATIVE = "a blurry digit"
 
@@ -65,34 +51,6 @@ def call_of(name: str) -> dict[str, Any]:
     return TEXT_FAMILIES_DIT[name][2]
 
 
-def tiny(name: str) -> TextDenoiser:
-    """A denoiser of the family without its pipeline."""
-    if name in VP:
-        size = 128 if name == "pixart-alpha" else 8
-        network, scheduler = pixart_transformer(sample_size=size), DPMSolverMultistepScheduler()
-    elif name == "qwen-image":
-        network, scheduler = qwen_transformer(), FlowMatchEulerDiscreteScheduler()
-    elif name in FLUX2:
-        network, scheduler = flux2_transformer(guidance_embeds=name == "flux2-dev"), FlowMatchEulerDiscreteScheduler()
-    else:
-        changes = {"timestep_scale": 0.001} if name == "sana-timestep-scale" else {}
-        network, scheduler = sana_transformer(**changes), FlowMatchEulerDiscreteScheduler()
-    denoiser: Any = wrap(network, scheduler_config(scheduler))
-    denoiser.resize(SIZE)
-    return denoiser
-
-
-def inputs(denoiser: TextDenoiser, count: int = 3) -> tuple[Tensor, Tensor, TextCondition]:
-    torch.manual_seed(3)
-    tensors = {key: torch.randn(count, *shape) for key, shape in denoiser.text_shapes.items()}
-    for key in tensors:
-        if "mask" in key:
-            lengths = torch.tensor([20, 7, 1])[:count, None]
-            tensors[key] = (torch.arange(tensors[key].shape[1]) < lengths).long()
-    t = torch.tensor([1.0, 0.6, 0.02])[:count] * (999.0 if isinstance(denoiser, pixart.PixArtDenoiser) else 1.0)
-    return torch.randn(count, *denoiser.sample_shape), t.round() if t[0] > 1 else t, TextCondition(tensors)
-
-
 @pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> None:
     denoiser = tiny(name)
@@ -103,7 +61,7 @@ def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> N
     def hook(_module: nn.Module, _inputs: Any, result: Any) -> None:
         made.append(result[1] if isinstance(result, tuple) else result)
 
-    handles = [block.register_forward_hook(hook) for block in blocks_of(network)]
+    handles = [block.register_forward_hook(hook) for block in blocks_of(denoiser)[1]]
     expected = own_output(network, x_t, t, condition)
     for handle in handles:
         handle.remove()
@@ -114,8 +72,9 @@ def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> N
     assert prediction.output.shape == x_t.shape
     assert {key: tuple(value.shape[1:]) for key, value in features.items()} == denoiser.feature_shapes
     height, width = denoiser.feature_shapes["block0"][1:]
-    for i, tokens in enumerate(made):  # of the image, after those of the text in the last blocks of FLUX.2
-        assert torch.equal(features[f"block{i}"][:, :, 2, 1], tokens[:, width * 2 + 1 - height * width])
+    for i, tokens in enumerate(made):  # those of text stand before the image's in FLUX.2, after them in Z-Image
+        first = tokens.shape[1] - height * width if name in FLUX2 else 0
+        assert torch.equal(features[f"block{i}"][:, :, 2, 1], tokens[:, first + width * 2 + 1])
     for depth, block in {"depth25": 1, "depth50": 2, "depth75": 3, "depth99": 3}.items():
         assert torch.equal(features[depth], features[f"block{block}"])
     assert not torch.allclose(features["block1"], features["block2"], atol=1e-3)
@@ -124,10 +83,10 @@ def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> N
 @pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_nothing_beyond_the_last_feature_is_computed(name: str) -> None:
     denoiser = tiny(name)
-    network: Any = denoiser.network
     x_t, t, condition = inputs(denoiser)
+    _, blocks, last = blocks_of(denoiser)
     ran: list[int] = []
-    for i, module in enumerate([*blocks_of(network), network.proj_out]):
+    for i, module in enumerate([*blocks, last]):
         module.register_forward_hook(lambda _module, _inputs, _result, i=i: ran.append(i))
     with torch.no_grad():
         full = denoiser.predict(x_t, t, condition, ("block1", "depth50"))[1]
@@ -150,8 +109,10 @@ def test_gradients_without_those_of_the_output_are_those_of_the_features(name: s
     assert not prediction.output.requires_grad
     features["block1"].sum().backward()
     got = {key: p.grad for key, p in denoiser.named_parameters() if p.grad is not None}
-    assert any("transformer_blocks.1." in key for key in got)
-    assert not any(part in key for key in got for part in ("blocks.2.", "blocks.3.", "single_", "proj_out"))
+    listed = blocks_of(denoiser)[0]
+    assert any(f"network.{listed}.1." in key for key in got)
+    later = (f"{listed}.2.", f"{listed}.3.", "single_", "proj_out", "all_final_layer")
+    assert not any(part in key for key in got for part in later)
     for key, gradient in got.items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-5, atol=1e-6)
     assert {key for key, gradient in expected.items() if gradient.any()} <= got.keys()
@@ -175,7 +136,7 @@ def test_x0_is_what_the_pipelines_own_scheduler_says(name: str, folders: dict[st
             x0 = denoiser(x_t, level.expand(2), condition)
         scheduler.set_begin_index(position)
         following = scheduler.step(raw, timestep, x_t).prev_sample
-        if name == "qwen-image" or name in FLUX2:  # Euler goes on along the line to x0
+        if name in ("qwen-image", "z-image", *FLUX2):  # Euler goes on along the line to x0
             step = scheduler.sigmas[position + 1] / level
             expected = (following - step * x_t) / (1 - step)
         else:  # what the solver keeps of a step is its x0
@@ -200,7 +161,7 @@ def captured(network: nn.Module, call: Any) -> list[tuple[dict[str, Any], Tensor
 
 
 @pytest.mark.parametrize("negative", ["", NEGATIVE])
-@pytest.mark.parametrize("name", [name for name in TEXT_FAMILIES_DIT if name not in FLUX2])
+@pytest.mark.parametrize("name", [name for name in TEXT_FAMILIES_DIT if name not in OWN_TEST])
 def test_the_network_is_told_what_its_pipeline_tells_it(name: str, negative: str, folders: dict[str, Path]) -> None:
     pipeline = load_pipeline(folders[name])
     qwen = name == "qwen-image"
@@ -221,7 +182,7 @@ def test_the_network_is_told_what_its_pipeline_tells_it(name: str, negative: str
         half, (given_null, output_null) = len(PROMPTS), unconditional
         assert torch.equal(told["prompt_embeds_mask"][half:].bool(), mask_of(given, 512))
         assert torch.equal(told["prompt_embeds_mask"][:half].bool(), mask_of(given_null, 512))
-        x_t, output = unpacked_qwen(given["hidden_states"]), unpacked_qwen(torch.cat([output_null, output]))
+        x_t, output = unpacked(given["hidden_states"]), unpacked(torch.cat([output_null, output]))
         for rows, embeds in ((slice(half), given_null), (slice(half, None), given)):
             length = embeds["encoder_hidden_states"].shape[1]
             torch.testing.assert_close(told["prompt_embeds"][rows, :length], embeds["encoder_hidden_states"])
@@ -276,7 +237,7 @@ def test_a_prompt_is_read_up_to_the_limit_of_its_tokenizer(name: str, folders: d
         taken, other, *cut = (
             text.encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
         )
-    assert taken.shape[1] == whole
+    assert taken.shape[1] == (whole if name in (*FLUX2, "z-image") else limit)
     assert not torch.allclose(taken, other, atol=1e-3)
     torch.testing.assert_close(cut[0], cut[1], rtol=1e-5, atol=1e-5)
     listed = PromptEncoder(text, alone, 16).cut([words, *beyond])

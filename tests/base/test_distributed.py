@@ -112,7 +112,7 @@ METHODS: dict[str, tuple[int, list[str]]] = {
     "dmd": (4, ["method=dmd", *SAMPLES]),
     "regression": (4, ["method=regression", *SAMPLES]),
     "dmd2": (4, ["method=dmd2", "fake_score.alignment=0.1"]),
-    "dmd2-two-steps": (4, ["method=dmd2", "student_level=[2.5,0.5]", "reuse_samples=true"]),
+    "dmd2-two-steps": (4, ["method=dmd2", "student_level=[2.5,0.5]", "reuse_samples=true", "segment.weight=0.5"]),
     "text-to-image-lora": (2, TEXT),
 }
 FSDP = ["parallel=fsdp"]

@@ -202,6 +202,16 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
         "updates take all steps, from noise; expected False, or diversity.weight=0",
         [{"student.any_step": False}, {"diversity.weight": 0.0}],
     ),
+    (
+        {"student.steps": 4, "diversity.weight": 0.05, "segment.weight": 0.5},
+        "take all steps, not one; expected 0, or diversity.weight=0",
+        [{"segment.weight": 0.0}, {"diversity.weight": 0.0}],
+    ),
+    (
+        {"segment.weight": 0.5},
+        "but the student takes one step; expected 0, or student.steps above 1",
+        [{"segment.weight": 0.0}, {"student.steps": 2}],
+    ),
     ({"student_level": -1}, "expected a level above 0", [{"student_level": value} for value in (1.0, [2.0], None)]),
     (
         {"matching_levels.low": 0.9, "matching_levels.high": 0.5},

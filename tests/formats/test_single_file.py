@@ -21,6 +21,7 @@ from fdistill.formats.pipeline_folder import read_weights
 from fdistill.formats.single_file import single_file_to_folder
 from fdistill.students.export import export_student
 from fdistill.teachers.convert import convert
+from support.text_families_dit import HAS_Z_IMAGE, z_image
 from support.text_families_flux2 import HAS_FLUX2, klein
 from support.tiny_stable_diffusion import sd3_base, tiny_pipeline
 
@@ -142,6 +143,16 @@ def test_a_transformer_with_or_without_its_autoencoder(prefix: str, tmp_path: Pa
     expected = vae if prefix else read_weights(base / "vae")
     after = read_weights(folder / "vae")
     assert all(torch.equal(expected[name], after[name]) for name in expected)
+
+
+@pytest.mark.skipif(not HAS_Z_IMAGE, reason="this diffusers has no Z-Image")
+def test_a_file_of_z_image_is_read_and_written(tmp_path: Path) -> None:
+    pipeline = z_image(tmp_path / "trained")
+    assert export_student(pipeline, "comfy", tmp_path / "file.safetensors")[0].startswith("the file holds the network")
+    folder = single_file_to_folder(tmp_path / "file.safetensors", base_of(pipeline, tmp_path / "base"))
+    expected, found = read_weights(pipeline / "transformer"), read_weights(folder / "transformer")
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_the_folder_depends_on_file_and_base(tmp_path: Path) -> None:

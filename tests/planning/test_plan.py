@@ -230,6 +230,20 @@ def test_samples_that_are_used_again_are_drawn_once() -> None:
     assert reusing.device.total == plain.device.total
 
 
+def test_the_terms_of_few_steps_are_counted() -> None:
+    """Levels are computed from values, of which a plan's tensors have none. Intra-segment guidance takes one
+    evaluation of the teacher and one of the student without a gradient."""
+    settings = ["critic_steps=1", "batch_size=8", "student.steps=2", "guidance_scale=2.0", "null_class=9"]
+    more = ["segment.weight=0.5"], ["augmentation.weight=1"]
+    plain, segment, augmented = (planned(load_config("digits", [*settings, *each])) for each in ([], *more))
+    made = build(load_config("digits", ["student.steps=1"]), torch.device("cpu"))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        made.student(torch.randn(8, *made.image_shape), torch.arange(8) % 10)
+    one = counter.get_total_flops()
+    assert segment.flops - plain.flops == pytest.approx(3 * one, rel=0.02)  # a guided teacher is evaluated twice
+    assert augmented.flops - plain.flops == pytest.approx(one, rel=0.05)  # guidance moves; its level is new
+
+
 def test_seconds() -> None:
     digits = counted_digits()
     alone, many = Placement(1, MACHINE), Placement(64, MACHINE)

@@ -30,8 +30,8 @@ from fdistill.formats.comfy.autoencoder import original_autoencoder
 from fdistill.formats.comfy.text_encoders import original_clip, original_open_clip
 from fdistill.formats.lora_file import LORA_FILE, kohya_names, save_lora
 from fdistill.students.export import export_student
-from support.text_families_dit import HAS_QWEN_IMAGE
-from support.text_families_flux2 import HAS_FLUX2, klein, own_flux2_output
+from support.text_families_dit import HAS_QWEN_IMAGE, HAS_Z_IMAGE
+from support.text_families_flux2 import HAS_FLUX2
 from support.tiny_stable_diffusion import (
     UNETS,
     adapted_unet,
@@ -211,34 +211,6 @@ def test_diffusers_own_converter_takes_a_flux_2_transformer_back() -> None:
     same(published.convert_flux2_transformer_checkpoint_to_diffusers(dict(made)), state)
 
 
-@pytest.mark.skipif(not HAS_FLUX2, reason="this diffusers has no FLUX.2")
-@pytest.mark.parametrize("naming", ["lora", "comfy-lora"])
-def test_diffusers_loads_a_lora_of_flux_2_under_either_naming(naming: str, tmp_path: Path) -> None:
-    """Queries, keys and values have one adapter in the publisher's naming, of which here the keys are left out."""
-    from peft import LoraConfig
-
-    folder = klein(tmp_path / "klein")
-    adapted = DiffusionPipeline.from_pretrained(folder).transformer
-    targets = ["to_q", "to_v", "to_out.0", "add_k_proj", "to_qkv_mlp_proj", "linear_in", "proj_out"]
-    adapted.add_adapter(LoraConfig(r=2, lora_alpha=6, target_modules=targets, init_lora_weights=False), "student")
-    save_lora(adapted, folder / LORA_FILE, "transformer")
-    assert export_student(folder, naming, tmp_path / "x" / LORA_FILE) == []
-    names = load_file(tmp_path / "x" / LORA_FILE)
-    if naming == "comfy-lora":
-        assert names["diffusion_model.double_blocks.1.img_attn.qkv.lora_A.weight"].shape == (4, 16)
-        assert names["diffusion_model.double_blocks.1.img_attn.qkv.lora_B.weight"].shape == (48, 4)
-        assert "diffusion_model.single_blocks.0.linear1.lora_B.weight" in names
-    pipeline = DiffusionPipeline.from_pretrained(folder)
-    pipeline.load_lora_weights(tmp_path / "x", weight_name=LORA_FILE)
-    x_t, embeds = torch.randn(2, 16, 8, 8), torch.randn(2, 512, 24)
-    with torch.no_grad():
-        found, expected = (
-            own_flux2_output(network.eval(), x_t, torch.tensor([0.5, 1.0]), embeds)
-            for network in (pipeline.transformer, adapted)
-        )
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("cls", "config", "back"),
     [
@@ -306,6 +278,18 @@ def test_qwen_image_keeps_its_names() -> None:
     same(original(model, model.state_dict()), dict(model.state_dict()))
 
 
+@pytest.mark.skipif(not HAS_Z_IMAGE, reason="this diffusers has no Z-Image")
+def test_diffusers_own_converter_takes_a_z_image_transformer_back() -> None:
+    from fdistill.adapters.z_image import tiny_transformer
+
+    model = tiny_transformer()
+    state = model.state_dict()
+    made = {NETWORK + name: value for name, value in original(model, state).items()}
+    assert made[f"{NETWORK}layers.0.attention.qkv.weight"].shape == (72, 24)
+    assert made.keys() >= {f"{NETWORK}x_embedder.weight", f"{NETWORK}final_layer.adaLN_modulation.1.bias"}
+    same(published.convert_z_image_transformer_checkpoint_to_diffusers(made), state)
+
+
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "xl"])
 def test_v_predictions_are_marked_or_spoken_of(kind: str, tmp_path: Path) -> None:
     folder = tiny_pipeline(kind, tmp_path / kind)
@@ -342,6 +326,25 @@ def test_weights_keep_their_type_unless_asked(tmp_path: Path) -> None:
     for dtype, expected in ((None, torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
         export_student(folder, "comfy", tmp_path / "a.safetensors", dtype)
         assert {value.dtype for value in load_file(tmp_path / "a.safetensors").values()} == {expected}
+
+
+def test_eight_bits_are_for_the_networks_matrices(tmp_path: Path) -> None:
+    folder = tiny_pipeline("sd1", tmp_path / "student")
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        pipeline.unet.conv_out.weight[0, 0, 0, 0] = 1000.0  # beyond what eight bits hold
+    pipeline.unet.save_pretrained(folder / "unet")
+    for dtype in ("fp32", "fp8"):
+        export_student(folder, "comfy", tmp_path / f"{dtype}.safetensors", dtype)
+    whole, small = (load_file(tmp_path / f"{dtype}.safetensors") for dtype in ("fp32", "fp8"))
+    eight = {name for name, value in small.items() if value.dtype == torch.float8_e4m3fn}
+    assert eight == {n for n, v in whole.items() if n.startswith("model.diffusion_model.") and v.ndim > 1}
+    others = [value for name, value in small.items() if name not in eight and value.is_floating_point()]
+    assert {value.dtype for value in others} == {torch.bfloat16}
+    for name in eight:  # three bits of mantissa, and 2**-9 where numbers are smallest
+        torch.testing.assert_close(small[name].float(), whole[name].clamp(-448, 448), rtol=2**-4, atol=2**-10)
+    with pytest.raises(ArgumentError, match=r"'fp8' for format lora.*or format comfy"):
+        export_student(folder, "lora", tmp_path / "x.safetensors", "fp8")
 
 
 @pytest.mark.parametrize("kind", ["sd1", "xl"])

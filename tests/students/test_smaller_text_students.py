@@ -26,6 +26,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "sdxl": {"transformer_layers_per_block": [1, 1]},
     "flux-dev": {"num_layers": 1, "num_single_layers": 1},
     "flux-schnell": {"num_layers": 1, "num_single_layers": 0},
+    "z-image": {"n_layers": 2},
     "flux2-klein": {"num_layers": 1, "num_single_layers": 1},
     "flux2-dev": {"num_layers": 1},
 }

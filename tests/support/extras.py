@@ -6,15 +6,17 @@ import importlib.util
 from collections.abc import Iterable
 from typing import Any
 
+import diffusers
 import pytest
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs `pip install 'fdistill[quantised]'`"
 )
-#: Recipes that store weights in few bits, or moments in 8.
-_SMALL = {"flux-dev-lora-24gb"}
+needs_z_image = pytest.mark.skipif(not hasattr(diffusers, "ZImagePipeline"), reason="this diffusers has no Z-Image")
+#: Recipe -> what it needs: of the first, weights are in few bits and moments in 8.
+_NEEDS = {"flux-dev-lora-24gb": needs_bitsandbytes, "z-image": needs_z_image}
 
 
 def recipes(names: Iterable[str]) -> list[Any]:
     """Names of recipes as parameters of a test that runs them."""
-    return [pytest.param(name, marks=needs_bitsandbytes) if name in _SMALL else name for name in names]
+    return [pytest.param(name, marks=_NEEDS[name]) if name in _NEEDS else name for name in names]

@@ -1,4 +1,4 @@
-"""Tiny pipelines of transformers with one large text encoder: PixArt, Sana, Qwen-Image and FLUX.2, from configs."""
+"""Tiny pipelines of transformers with one large text encoder: PixArt, Sana, Qwen-Image, Z-Image and FLUX.2."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from support.text_families_flux2 import TEXT_FAMILIES_FLUX2
 
 __all__ = [
     "HAS_QWEN_IMAGE",
+    "HAS_Z_IMAGE",
     "SANA_RESOLUTION",
     "TEXT_FAMILIES_DIT",
     "pixart_transformer",
@@ -44,6 +45,8 @@ __all__ = [
 HAS_QWEN_IMAGE = tuple(int(part) for part in diffusers.__version__.split(".")[:2]) >= (0, 37)
 if HAS_QWEN_IMAGE:
     from diffusers import AutoencoderKLQwenImage, QwenImagePipeline, QwenImageTransformer2DModel
+
+HAS_Z_IMAGE = hasattr(diffusers, "ZImagePipeline")
 
 #: SanaPipeline takes multiples of 32.
 SANA_RESOLUTION = 32
@@ -259,6 +262,12 @@ def qwen_image(folder: Path) -> Path:
     return folder
 
 
+def z_image(folder: Path) -> Path:
+    """Z-Image: flow whose time runs the other way, prompts of their own length each."""
+    tiny_pipeline("ZImagePipeline").save_pretrained(folder)
+    return folder
+
+
 def _call(resolution: int, **more: Any) -> dict[str, Any]:
     return {"num_inference_steps": 1, "height": resolution, "width": resolution, **more}
 
@@ -275,4 +284,6 @@ TEXT_FAMILIES_DIT: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]]
 }
 if HAS_QWEN_IMAGE:
     TEXT_FAMILIES_DIT["qwen-image"] = (qwen_image, "QwenImagePipeline", _call(RESOLUTION, true_cfg_scale=1.0))
+if HAS_Z_IMAGE:
+    TEXT_FAMILIES_DIT["z-image"] = (z_image, "ZImagePipeline", _call(RESOLUTION, guidance_scale=0.0))
 TEXT_FAMILIES_DIT |= TEXT_FAMILIES_FLUX2

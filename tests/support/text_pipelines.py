@@ -6,17 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline, PixArtTransformer2DModel
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline
 
 from fdistill.adapters import FAMILIES, wrap
 from fdistill.adapters.family import Family, TextToImage
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.condition import TextCondition
-from support.text_families_flux2 import own_flux2_output
 
 #: Side of the latents of tiny pipelines.
 SIZE = 8
@@ -64,46 +61,3 @@ def encoders(pipeline: Any) -> Any:
 def condition_of(pipeline: Any, prompts: Sequence[str], resolution: int) -> TextCondition:
     """Prompts as its family encodes them."""
     return text_of(pipeline).encode_prompts(encoders(pipeline), prompts, resolution)
-
-
-def own_output(network: Any, x_t: Tensor, t: Tensor, condition: TextCondition) -> Any:
-    """What the transformer says when it is called as its pipeline calls it, [B, C, H, W]."""
-    if isinstance(network, PixArtTransformer2DModel):
-        sizes = ("resolution", "aspect_ratio")
-        told = {key: condition[key] if network.config.sample_size == 128 else None for key in sizes}
-        return network(
-            x_t,
-            encoder_hidden_states=condition["prompt_embeds"],
-            encoder_attention_mask=condition["prompt_attention_mask"],
-            timestep=t.long(),
-            added_cond_kwargs=told,
-        ).sample
-    if type(network).__name__.startswith("Sana"):
-        return network(
-            x_t,
-            encoder_hidden_states=condition["prompt_embeds"],
-            encoder_attention_mask=condition["prompt_attention_mask"],
-            timestep=(1000 * t) * network.config.timestep_scale,
-        ).sample
-    if type(network).__name__.startswith("Flux2"):
-        return own_flux2_output(network, x_t, t, condition["prompt_embeds"])
-    count, channels, height, width = x_t.shape
-    tokens = network(
-        hidden_states=diffusers.QwenImagePipeline._pack_latents(x_t, count, channels, height, width),
-        timestep=t,
-        encoder_hidden_states_mask=condition["prompt_embeds_mask"],
-        encoder_hidden_states=condition["prompt_embeds"],
-        img_shapes=[[(1, height // 2, width // 2)]] * count,
-    ).sample
-    return unpacked_qwen(tokens)
-
-
-def blocks_of(network: Any) -> list[nn.Module]:
-    """Its transformer blocks, in the order in which they run."""
-    return [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", [])]
-
-
-def unpacked_qwen(tokens: Tensor) -> Tensor:
-    """Tokens of Qwen-Image as latents."""
-    latents: Tensor = diffusers.QwenImagePipeline._unpack_latents(tokens, 2 * SIZE, 2 * SIZE, 2)
-    return latents[:, :, 0]

@@ -1,4 +1,4 @@
-"""The autoencoders of PixArt, Sana, Qwen-Image and FLUX.2 as their pipelines use them."""
+"""The autoencoders of PixArt, Sana, Qwen-Image, Z-Image and FLUX.2 as their pipelines use them."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_images_and_latents(name: str, folders: dict[str, Path]) -> None:
             mean = posterior.mode()
         else:
             torch.testing.assert_close(mean, vae.encode(images).latent_dist.mode())
-            seen = mean * 0.5
+            seen = (mean - 0.06) * 1.5 if name == "z-image" else mean * 0.5
         again = vae.decode(mean.unsqueeze(2)).sample.squeeze(2) if name == "qwen-image" else vae.decode(mean).sample
     samples = space.scaling.to_samples(space.moments(images).chunk(2, dim=1)[0])
     assert denoiser.latent_scaling == space.scaling

@@ -8,14 +8,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from fdistill import distill, load_student
 from fdistill.base.errors import CheckpointError, ConfigError, DataError, NonFiniteError, OutputError
 from fdistill.commands.dry_run import describe
 from fdistill.config.reading import load_config
+from fdistill.training.appearance import appearance
 from fdistill.training.checkpoint import checkpoints
 
 QUICK = {"batch_size": 8, "iterations": 4, "log.every": 2, "log.samples_every": 2, "log.checkpoint_every": 2}
@@ -33,6 +36,13 @@ def weights(student: Path) -> dict[str, torch.Tensor]:
 def same(first: Path, second: Path) -> bool:
     one, two = weights(first), weights(second)
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def cells(path: Path) -> torch.Tensor:
+    """The images uint8 [80, 1, 8, 8] of a grid with ten columns, each enlarged 8 times and framed by one pixel."""
+    picture = torch.from_numpy(np.array(Image.open(path)))
+    framed = picture.reshape(8, 66, 10, 66).permute(0, 2, 1, 3).reshape(80, 1, 66, 66)
+    return framed[..., 1:-1:8, 1:-1:8]
 
 
 def test_run_folder(tiny_teacher: Path, tmp_path: Path) -> None:
@@ -79,6 +89,10 @@ def test_run_folder(tiny_teacher: Path, tmp_path: Path) -> None:
     ):
         assert isinstance(records[0][name], float), name
     assert len(records[0]["discriminator/accuracy_per_bin"]) == 10
+    for record in records:
+        for whose, name in (("", f"{record['iteration']:06d}"), ("teacher_", "teacher")):
+            look = appearance(cells(folder / "samples" / f"{name}.png"), [index % 10 for index in range(80)])
+            assert {key: record[f"samples/{whose}{key}"] for key in look} == pytest.approx(look, rel=1e-12)
     assert load_student(folder)(torch.randn(3, 1, 8, 8), torch.tensor([0, 1, 9])).shape == (3, 1, 8, 8)
 
 

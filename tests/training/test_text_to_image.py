@@ -75,8 +75,7 @@ class Drawn:
 
         def grid_inputs(run: Any) -> Any:
             noise, condition = inputs(run)
-            rows = torch.arange(len(noise)) * len(run.text.index) // len(noise)
-            self.noise, self.prompts = noise, run.text.prompts(rows)
+            self.noise, self.prompts = noise, sample_grids.grid_prompts(run)
             roles = {"teacher": run.networks.teacher, "fake": run.networks.fake_score, "student": run.student}
             self.weights = {role: {p.data_ptr() for p in module.parameters()} for role, module in roles.items()}
             return noise, condition

@@ -1,0 +1,65 @@
+"""Whether the terms that are added to the student's loss fit the method and the student. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fdistill.config.sections import StudentConfig
+from fdistill.config.terms import AugmentationConfig
+from fdistill.methods import METHODS
+from fdistill.student_kinds import STUDENT_KINDS
+
+
+def check_augmentation(name: str, augmentation: AugmentationConfig, scale: float, rescale: float) -> None:
+    """Checks that there is guidance to make a term of, and a method that adds it."""
+    if not augmentation.weight:
+        return
+    if not METHODS[name].extra_terms:
+        raise ValueError(
+            f"augmentation.weight: got {augmentation.weight}, but method={name} does not add this term; expected 0, or "
+            "method=decoupled-dmd or f-distill"
+        )
+    if scale == 1:
+        raise ValueError(
+            "guidance_scale: got 1, which is no guidance, but augmentation.weight makes guidance a term of its own; "
+            "expected a guidance_scale above 1, or augmentation.weight=0"
+        )
+    if rescale:
+        raise ValueError(
+            f"guidance_rescale: got {rescale}, which augmentation.weight does not read; expected 0, or "
+            "augmentation.weight=0"
+        )
+
+
+def check_few_step_term(
+    name: str, term: str, weight: float, student: StudentConfig, level: float | Sequence[float] | None
+) -> None:
+    """Checks that a term about the steps of a student has several of them, and a method that adds it."""
+    if not weight:
+        return
+    if not METHODS[name].extra_terms:
+        raise ValueError(
+            f"{term}.weight: got {weight}, but method={name} does not add this term; expected 0, or method=f-distill"
+        )
+    steps = student.steps or (len(level) if isinstance(level, Sequence) else 1)
+    if steps == 1 or not STUDENT_KINDS[student.generator].steps:
+        raise ValueError(
+            f"{term}.weight: got {weight}, but the student takes one step; expected 0, or student.steps above 1"
+        )
+
+
+def check_diversity(weight: float, segment: float, student: StudentConfig) -> None:
+    """Checks that nothing is set that would train single steps."""
+    if not weight:
+        return
+    if segment:
+        raise ValueError(
+            f"segment.weight: got {segment}, but with diversity.weight the student's updates take all steps, not one; "
+            "expected 0, or diversity.weight=0"
+        )
+    for setting, value, unset in (("any_step", student.any_step, False), ("simulated", student.simulated, 1.0)):
+        if value != unset:
+            raise ValueError(
+                f"student.{setting}: got {value}, but with diversity.weight the student's updates take all steps, from "
+                f"noise; expected {unset}, or diversity.weight=0"
+            )

@@ -1,0 +1,129 @@
+"""Students of 1, 2, 4 and 8 steps of the embedded text-to-image teacher: four methods, all weights or a LoRA.
+
+    python scripts/study_few_step.py OUTPUT_DIR [--only f-distill-4,dmd2] [--jobs 2] [KEY=VALUE ...]
+
+A row is METHOD-STEPS or METHOD-STEPS-lora. Runs have one thread each, `--jobs` at a time; what is made already is kept.
+The table has prompt accuracy, fd_digits as a multiple of the guided teacher's and the diversity within a prompt, all as
+means over five draws of noise, the milliseconds that an image takes, and the minutes of training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+from evaluation.evaluate import evaluate
+from fdistill.base.files import atomic_file
+
+STEPS, DRAWS, GUIDANCE = (1, 2, 4, 8), (0, 1, 2, 3, 4), 2.0
+METRICS = ("prompt_accuracy", "fd_digits", "diversity_digits")
+
+_COMMON: dict[str, Any] = {
+    "teacher": "digits-t2i",
+    "guidance_scale": GUIDANCE,
+    "data": "digit-captions",
+    "iterations": 300,
+    "batch_size": 32,
+    "critic_steps": 2,
+    "generator": {"lr": 2e-4, "lr_schedule": "cosine"},
+    "fake_score": {"lr": 2e-4, "weighting": "min-snr"},
+    "matching_levels": {"sampler": "uniform", "low": 0.02, "high": 0.98},
+    "critic_levels": {"sampler": "uniform"},
+    "ema": {"decays": [0.95], "export": 0.95},
+    "log": {"every": 10, "samples_every": 100, "checkpoint_every": 0, "tracker": "none"},
+}
+_HEAD = {"source": "fake", "features": ["mid"], "gan_weight": 1e-2}
+_BALANCED = {"generator": {"gan_gradient_ratio": 0.3}, "discriminator": _HEAD}
+METHODS: dict[str, dict[str, Any]] = {
+    "f-distill": {"divergence": "jensen-shannon", **_BALANCED},
+    "dmd2": _BALANCED,
+    "decoupled-dmd": {**_BALANCED, "augmentation": {"weight": 1.0, "sampler": "uniform"}},
+    "sid": {},
+}
+#: Adapters of rank 32 on teacher and fake score, with ten times the rate, as is usual for them.
+_LORA: dict[str, Any] = {
+    "student": {"lora_rank": 32},
+    "generator": {"lr": 2e-3},
+    "fake_score": {"lora_rank": 32, "lr": 2e-3},
+}
+
+
+def config(row: str) -> dict[str, Any]:
+    """The settings of a row."""
+    lora = row.endswith("-lora")
+    method, _, steps = row.removesuffix("-lora").rpartition("-")
+    made: dict[str, Any] = {"method": method}
+    of_steps = {"student": {"steps": int(steps)}} if int(steps) > 1 else {"student_level": 999.0}
+    for part in (_COMMON, METHODS[method], of_steps, _LORA if lora else {}):
+        for key, value in part.items():
+            made[key] = {**made.get(key, {}), **value} if isinstance(value, dict) else value
+    return made
+
+
+def distil(output: Path, row: str, overrides: list[str]) -> Path:
+    """One run; its folder. The minutes it took are in minutes.json."""
+    folder = output / row
+    if (folder / "minutes.json").is_file():
+        return folder
+    path = output / f"{row}.yaml"
+    path.write_text(yaml.safe_dump(config(row)), encoding="utf-8")
+    command = [sys.executable, "-m", "fdistill", "distill", str(path), *overrides, "--output", str(folder)]
+    started = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    (folder / "minutes.json").write_text(json.dumps((time.monotonic() - started) / 60))
+    print(f"done: {row}", flush=True)
+    return folder
+
+
+def scores(samples: str, **options: Any) -> dict[str, Any]:
+    """Means and spreads over draws of noise, and milliseconds an image."""
+    found = evaluate(samples=samples, protocol="digits-t2i", metrics=list(METRICS), seeds=DRAWS, **options)
+    values = {name: [draw[name] for draw in found["seeds"].values()] for name in METRICS}
+    return {
+        **{name: mean(each) for name, each in values.items()},
+        **{f"{name}_spread": stdev(each) for name, each in values.items()},
+        "milliseconds": 1e3 * found["provenance"]["seconds_per_image"],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--only", help="rows whose name contains one of these, with commas between them")
+    parser.add_argument("--jobs", type=int, default=2)
+    arguments = parser.parse_args()
+    output: Path = arguments.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    rows = [f"{method}-{steps}{kind}" for kind in ("", "-lora") for method in METHODS for steps in STEPS]
+    wanted = arguments.only.split(",") if arguments.only else rows
+    rows = [row for row in rows if row in wanted or (arguments.only and any(f"{each}-" in row for each in wanted))]
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        folders = list(pool.map(lambda row: distil(output, row, arguments.overrides), rows))
+    found = {"teacher": scores("digits-t2i", guidance_scale=GUIDANCE)}
+    for row, folder in zip(rows, folders, strict=True):
+        minutes = json.loads((folder / "minutes.json").read_text())
+        found[row] = {**scores(str(folder)), "minutes": minutes}
+    with atomic_file(output / "few-step.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    head = ["", "prompt accuracy", "fd_digits", "x teacher", "diversity", "ms an image", "minutes"]
+    print(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
+    for row, each in found.items():
+        numbers = [each["prompt_accuracy"], each["fd_digits"], each["fd_digits"] / found["teacher"]["fd_digits"]]
+        cells = [f"{numbers[0]:.3f}", *(f"{number:.2f}" for number in numbers[1:]), f"{each['diversity_digits']:.3f}"]
+        cells += [f"{each['milliseconds']:.2f}", f"{each['minutes']:.1f}" if "minutes" in each else ""]
+        print(f"| {row} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

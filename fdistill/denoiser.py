@@ -154,6 +154,12 @@ class Denoiser(nn.Module, ABC):
             )
         return torch.zeros(count, dtype=torch.long, device=device) if self.num_classes else None
 
+    def schedule_shift(self, steps: int) -> float | None:
+        """The mu with which the network's pipeline makes its scheduler shift the sigmas of this many steps; None if mu
+        follows from the scheduler's config.
+        """
+        return None
+
     def guidance_norm(self, output: Tensor) -> Tensor:
         """The norm by which `GuidedDenoiser` rescales, [B, 1, 1, 1] or finer: the standard deviation of each output."""
         return output.std(dim=(1, 2, 3), keepdim=True)

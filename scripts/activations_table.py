@@ -103,6 +103,7 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any] | None, float]] = {
     "imagenet512": (_edm2_s, None, 280.2),
     "sd21-v": (_sd21, _SD21, 865.9),
     **{f"{name}-lora-24gb": memory_table.NETWORKS[name] for name in ("sd15", "sdxl", "sd35-medium", "flux-dev")},
+    "flux2-klein-lora-24gb": memory_table.ADAPTED["flux2-klein"],
     **memory_table.NETWORKS,
 }
 
@@ -123,7 +124,7 @@ def published(recipe: str, config: DistillConfig) -> Denoiser:
         network = make().eval()
     denoiser = wrap(network, scheduler).requires_grad_(False)
     if config.resolution is not None:
-        denoiser.resize(config.resolution // 8)
+        denoiser.resize(config.resolution // memory_table.pixels_per_latent(denoiser))
     size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     if abs(size - millions) > 0.2:
         raise ValueError(f"{recipe}: {size:.1f} M parameters, published with {millions} M")

@@ -31,6 +31,7 @@ from fdistill.base.files import atomic_file
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LoRAConfig
+from fdistill.denoiser import Denoiser
 from fdistill.discriminator import Discriminator
 from fdistill.planning.fake_tensors import few_bits_by_size
 from fdistill.planning.held import Row, frozen_row, nbytes, own_tensors, trained_row
@@ -110,6 +111,14 @@ def _z_image() -> Any:
     return ZImageTransformer2DModel()
 
 
+def _flux2_klein() -> Any:
+    from diffusers import Flux2Transformer2DModel  # since 0.36
+
+    return Flux2Transformer2DModel(
+        num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
+    )
+
+
 #: Recipe -> (its network, the scheduler beside it, its published size in millions, positions of image patches apart).
 NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {
     "sd15": (_sd15, _BETAS, 859.5),
@@ -119,11 +128,13 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {
     "pixart-sigma": (_pixart_sigma, _LINEAR, 610.9),
     "z-image": (_z_image, _FLOW, 6154.9),
 }
+#: The same for networks that only a recipe of adapters is for; FLUX.2's publisher says 4 B.
+ADAPTED: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {"flux2-klein": (_flux2_klein, _FLOW, 3875.5)}
 
 
 def published(network: str, resolution: int | None = None) -> TextDenoiser:
     """A published network on the meta device, frozen, float32, for latents of the resolution: its own, or in pixels."""
-    build, scheduler, millions = NETWORKS[network]
+    build, scheduler, millions = (NETWORKS | ADAPTED)[network]
     with torch.device("meta"):
         built = build()
     size = sum(parameter.numel() for parameter in built.parameters()) / 1e6
@@ -132,8 +143,13 @@ def published(network: str, resolution: int | None = None) -> TextDenoiser:
     denoiser = wrap(built, scheduler).requires_grad_(False)
     assert isinstance(denoiser, TextDenoiser)
     if resolution is not None:
-        denoiser.resize(resolution // 8)
+        denoiser.resize(resolution // pixels_per_latent(denoiser))
     return denoiser
+
+
+def pixels_per_latent(denoiser: Denoiser) -> int:
+    """How many pixels a side of a published network's latents has: 8, and 16 with FLUX.2's patches."""
+    return 16 if type(denoiser).__name__ == "Flux2Denoiser" else 8
 
 
 def in_precision(denoiser: TextDenoiser, config: DistillConfig) -> TextDenoiser:

@@ -34,6 +34,10 @@ if hasattr(diffusers, "ZImageTransformer2DModel"):  # since 0.36
     from fdistill.adapters import z_image
 
     FAMILIES["ZImageTransformer2DModel"] = z_image.FAMILY
+if hasattr(diffusers, "Flux2KleinPipeline"):  # since 0.37
+    from fdistill.adapters import flux2
+
+    FAMILIES["Flux2Transformer2DModel"] = flux2.FAMILY
 
 #: Names of fdistill's own pipeline classes that run text-to-image students.
 OWN_TEXT_PIPELINES = ("TiUEPipeline",)

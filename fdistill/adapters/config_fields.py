@@ -101,7 +101,8 @@ def refusals(text: str, why: str, *harmless: Any) -> dict[str, Refusal]:
     return {name: Refusal(why, harmless or (None,)) for name in text.split()}
 
 
-_QUANTIZED = refusals("quantization_config", "quantized weights are not read")
+#: Of all networks, autoencoders and text encoders.
+QUANTIZED = refusals("quantization_config", "quantized weights are not read")
 #: Fields of the class Transformer2DModel, as which older versions of diffusers saved DiT and PixArt.
 _EARLIER = {
     **refusals("num_vector_embeds", "networks of discrete latents are not supported"),
@@ -127,7 +128,7 @@ NETWORK_FIELDS: dict[str, Fields] = {
         {
             **refusals("time_embedding_type", "it embeds whole timesteps alone", "positional", "fourier"),
             **refusals("class_embed_type", "it takes embeddings instead of labels", None, "timestep"),
-            **_QUANTIZED,
+            **QUANTIZED,
         },
     ),
     "UNet2DConditionModel": Fields(
@@ -154,7 +155,7 @@ NETWORK_FIELDS: dict[str, Fields] = {
             **refusals("encoder_hid_dim encoder_hid_dim_type", "it takes images, or prompts of other encoders"),
             **refusals("dual_cross_attention", "it takes an image beside the prompt", False),
             **refusals("attention_type", "it takes boxes beside the prompt", "default"),
-            **_QUANTIZED,
+            **QUANTIZED,
         },
     ),
     "SD3Transformer2DModel": Fields(
@@ -163,19 +164,26 @@ NETWORK_FIELDS: dict[str, Fields] = {
             "joint_attention_dim caption_projection_dim pooled_projection_dim pos_embed_max_size "
             "dual_attention_layers qk_norm",
         ),
-        refused=_QUANTIZED,
+        refused=QUANTIZED,
     ),
     "FluxTransformer2DModel": Fields(
         names(
             "patch_size in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads "
             "joint_attention_dim pooled_projection_dim guidance_embeds axes_dims_rope"
         ),
-        refused=_QUANTIZED,
+        refused=QUANTIZED,
+    ),
+    "Flux2Transformer2DModel": Fields(
+        names(
+            "patch_size in_channels out_channels num_layers num_single_layers attention_head_dim num_attention_heads "
+            "joint_attention_dim timestep_guidance_channels mlp_ratio axes_dims_rope rope_theta eps guidance_embeds"
+        ),
+        refused=QUANTIZED,
     ),
     "PixArtTransformer2DModel": Fields(
         names(_OLDER_TRANSFORMER, "cross_attention_dim interpolation_scale use_additional_conditions caption_channels"),
         names(_DROPOUT, "norm_num_groups num_embeds_ada_norm"),  # of other networks of the same blocks
-        {**refusals("attention_type", "it takes boxes beside the prompt", "default"), **_EARLIER, **_QUANTIZED},
+        {**refusals("attention_type", "it takes boxes beside the prompt", "default"), **_EARLIER, **QUANTIZED},
     ),
     "SanaTransformer2DModel": Fields(
         names(
@@ -191,7 +199,7 @@ NETWORK_FIELDS: dict[str, Fields] = {
                 "it was distilled from as the teacher",
                 False,
             ),
-            **_QUANTIZED,
+            **QUANTIZED,
         },
     ),
     "DiTTransformer2DModel": Fields(
@@ -202,7 +210,7 @@ NETWORK_FIELDS: dict[str, Fields] = {
             **refusals("attention_type", "it takes boxes beside the label", "default"),
             **refusals("interpolation_scale use_additional_conditions", "it is of PixArt"),
             **_EARLIER,
-            **_QUANTIZED,
+            **QUANTIZED,
         },
     ),
     "QwenImageTransformer2DModel": Fields(
@@ -218,7 +226,7 @@ NETWORK_FIELDS: dict[str, Fields] = {
                 "guidance-distilled ones are not",
                 False,
             ),
-            **_QUANTIZED,
+            **QUANTIZED,
         },
     ),
     "ZImageTransformer2DModel": Fields(
@@ -231,7 +239,7 @@ NETWORK_FIELDS: dict[str, Fields] = {
                 "siglip_feat_dim",
                 "of Z-Image's networks the text-to-image one is supported; the one that also takes images is not",
             ),
-            **_QUANTIZED,
+            **QUANTIZED,
         },
     ),
     "EDMNetwork": Fields(
@@ -261,7 +269,7 @@ AUTOENCODER_FIELDS: dict[str, Fields] = {
             "use_post_quant_conv mid_block_add_attention"
         ),
         names("sample_size force_upcast"),  # the size of tiles; and float32 is what it runs in here
-        _QUANTIZED,
+        QUANTIZED,
     ),
     "AutoencoderDC": Fields(
         names(
@@ -274,7 +282,7 @@ AUTOENCODER_FIELDS: dict[str, Fields] = {
                 for name in ("block_types", "block_out_channels", "layers_per_block", "qkv_multiscales")
             ),
         ),
-        refused=_QUANTIZED,
+        refused=QUANTIZED,
     ),
     "AutoencoderKLQwenImage": Fields(
         names(
@@ -282,9 +290,20 @@ AUTOENCODER_FIELDS: dict[str, Fields] = {
             "input_channels"
         ),
         names(_DROPOUT),
-        _QUANTIZED,
+        QUANTIZED,
     ),
 }
+
+AUTOENCODER_FIELDS["AutoencoderKLFlux2"] = Fields(
+    names(
+        "in_channels out_channels down_block_types up_block_types block_out_channels decoder_block_out_channels "
+        "layers_per_block act_fn latent_channels norm_num_groups use_quant_conv use_post_quant_conv "
+        "mid_block_add_attention batch_norm_eps"
+    ),
+    # The size of tiles, float32, which it runs in here, and how statistics were learned that are only read now.
+    names("sample_size force_upcast batch_norm_momentum"),
+    {**refusals("patch_size", "its pipelines cut patches of 2 x 2", (2, 2)), **QUANTIZED},
+)
 
 #: Of all schedulers, because a config that diffusers makes of another class's config keeps that class's fields.
 SCHEDULER_FIELDS = Fields(
@@ -313,70 +332,6 @@ SCHEDULER_FIELDS = Fields(
         **refusals("timestep_values", "schedules of chosen timesteps are not supported"),
     },
 )
-
-#: What any config of transformers may hold beside its class's fields; nothing of it changes a text encoder's output.
-_ANY_ENCODER = names(
-    "architectures model_type transformers_version torch_dtype dtype name_or_path return_dict output_hidden_states "
-    "output_attentions torchscript use_bfloat16 tf_legacy_loss chunk_size_feed_forward is_encoder_decoder "
-    "tie_encoder_decoder finetuning_task id2label label2id num_labels task_specific_params problem_type "
-    "tokenizer_class prefix sep_token_id decoder_start_token_id gradient_checkpointing attn_implementation "
-    "cache_implementation use_cache initializer_factor initializer_range attention_dropout dropout tie_word_embeddings",
-    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k "
-    "top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size "
-    "bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id "
-    "forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens",
-)
-_ANY_REFUSED = {
-    **_QUANTIZED,
-    **refusals("pruned_heads", "encoders without some of their heads are not supported", None, {}),
-    **refusals("cross_attention_hidden_size", "encoders that attend to other inputs are not supported"),
-    **refusals("add_cross_attention is_decoder", "encoders that attend to other inputs are not supported", False),
-}
-_CLIP = Fields(
-    names(
-        "vocab_size hidden_size intermediate_size projection_dim num_hidden_layers num_attention_heads "
-        "max_position_embeddings hidden_act layer_norm_eps pad_token_id bos_token_id eos_token_id"
-    ),
-    _ANY_ENCODER,
-    _ANY_REFUSED,
-)
-_QWEN_TEXT = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads hidden_act "
-    "max_position_embeddings rms_norm_eps use_sliding_window sliding_window max_window_layers layer_types rope_theta "
-    "rope_scaling rope_parameters bos_token_id eos_token_id pad_token_id"
-)
-_QWEN_TOKENS = names("image_token_id video_token_id vision_start_token_id vision_end_token_id vision_token_id")
-
-#: Class of a text encoder -> its fields. The library's own class runs, with the inputs that the pipeline gives it.
-TEXT_ENCODER_FIELDS: dict[str, Fields] = {
-    "CLIPTextModel": _CLIP,
-    "CLIPTextModelWithProjection": _CLIP,
-    "T5EncoderModel": Fields(
-        names(
-            "vocab_size d_model d_kv d_ff num_layers num_heads relative_attention_num_buckets "
-            "relative_attention_max_distance layer_norm_epsilon feed_forward_proj dense_act_fn is_gated_act "
-            "pad_token_id eos_token_id bos_token_id"
-        ),
-        _ANY_ENCODER
-        | names("num_decoder_layers dropout_rate classifier_dropout scale_decoder_outputs n_positions output_past"),
-        _ANY_REFUSED,
-    ),
-    "Gemma2Model": Fields(
-        names(
-            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-            "head_dim hidden_activation max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters "
-            "attention_bias query_pre_attn_scalar sliding_window layer_types attn_logit_softcapping "
-            "use_bidirectional_attention pad_token_id bos_token_id eos_token_id"
-        ),
-        # Words are not predicted; and two fields of before hidden_activation and sliding_window had these names.
-        _ANY_ENCODER | names("final_logit_softcapping hidden_act sliding_window_size"),
-        _ANY_REFUSED,
-    ),
-    "Qwen3Model": Fields(names(_QWEN_TEXT, "head_dim attention_bias"), _ANY_ENCODER, _ANY_REFUSED),
-    "Qwen2_5_VLForConditionalGeneration": Fields(
-        names(_QWEN_TEXT, "text_config"), _ANY_ENCODER | _QWEN_TOKENS | {"vision_config"}, _ANY_REFUSED
-    ),
-}
 
 
 def check_network(network: Any) -> None:

@@ -31,6 +31,23 @@ def no_embedded_guidance(network: Any, scale: float) -> None:
     raise ArgumentError(f"network: {type(network).__name__} has no guidance embedding to fold into its weights")
 
 
+def no_template(pipeline: Any) -> int:
+    """The `TextToImage.tokens_before` of pipelines whose limits count the prompt alone: always 0."""
+    return 0
+
+
+def chat_tokens(pipeline: Any) -> int:
+    """The `TextToImage.tokens_before` of pipelines that put prompts into a chat, some after a system message."""
+    prompt, system = "the prompt itself", getattr(pipeline, "system_message", None)
+    messages: list[dict[str, Any]] = [{"role": "user", "content": prompt}]
+    if system is not None:
+        texts = {"system": system, "user": prompt}
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in texts.items()]
+    text = pipeline.tokenizer.apply_chat_template(messages, tokenize=False)
+    tokenizer = getattr(pipeline.tokenizer, "tokenizer", pipeline.tokenizer)
+    return len(tokenizer(text[: text.index(prompt)], add_special_tokens=False).input_ids)
+
+
 def own_pipeline_class(index: Mapping[str, Any]) -> str:
     """The `TextToImage.encoding_pipeline` of families whose students keep the class of their teacher's pipeline."""
     return str(index.get("_class_name"))
@@ -55,9 +72,15 @@ class TextToImage:
         guidance_offset: what the pipelines' `guidance_scale` is beside the usual one, which means u + s (c - u): -1 for
             pipelines that mean c + g (c - u).
         fold_guidance: `(network, scale)`, changes a network that takes a guidance scale into one that takes none and
-            behaves as under this scale. Required if denoisers have an `embedded_guidance`.
+            behaves as under this scale. Required if denoisers have an `embedded_guidance`, unless there is a
+            `guidance_argument`.
+        guidance_argument: for networks whose guidance scale cannot be folded into their weights, the pipelines'
+            argument for it, with which students are called; otherwise None.
+        tokens_before: `pipeline -> number` of tokens that its chat template puts before a prompt. They count towards
+            the tokenizers' limits, which then hold for prompts without the tokenizers' own special tokens.
         encoding_pipeline: `model_index.json -> name` of the class in `pipelines` that loads the text encoders and
             tokenizers of a folder. Required if a student's folder names a pipeline class of fdistill.
+        student_index: entries that a student's model_index.json gets in place of its teacher's, where that has them.
         tiny: pipeline class -> a function `settings -> arguments` that returns the constructor's arguments for an
             untrained pipeline of a few thousand parameters; `settings` replace those of its tiny network. `--smoke`
             runs recipes on these pipelines.
@@ -70,7 +93,10 @@ class TextToImage:
     unguided: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 0.0})
     guidance_offset: float = 0.0
     fold_guidance: Callable[[Any, float], None] = no_embedded_guidance
+    guidance_argument: str | None = None
+    tokens_before: Callable[[Any], int] = no_template
     encoding_pipeline: Callable[[Mapping[str, Any]], str] = own_pipeline_class
+    student_index: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = field(default_factory=dict)
 
     def encode_null(self, pipeline: Any, negative_prompt: str, resolution: int) -> TextCondition:
@@ -102,6 +128,7 @@ class Family:
         single_files: what people call the checkpoints of one file that hold such a network, as "Stable Diffusion 3" ->
             a function that recognises one by its tensors, under the publisher's names. These are the files that
             `from_single_file` of the network's class reads.
+        comfy_lora: whether ComfyUI knows the layers of a LoRA by their publisher's names alone, not by diffusers' too.
         original_variances: whether the publisher's network has twice as many output as input channels, all of which
             ComfyUI expects.
         comfy_checkpoint: "module:function", for families that ComfyUI reads as a whole checkpoint. The function takes
@@ -123,6 +150,7 @@ class Family:
     text: TextToImage | None = None
     original_layout: Callable[[Collection[str], Mapping[str, Any]], Layout] | None = None
     single_files: Mapping[str, Callable[[Shapes], bool]] = field(default_factory=dict)
+    comfy_lora: bool = False
     original_variances: bool = False
     comfy_checkpoint: str | None = None
     earlier_config: Callable[[Mapping[str, Any]], bool] | None = None

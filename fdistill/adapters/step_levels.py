@@ -13,7 +13,7 @@ from fdistill.base.errors import ConfigError
 from fdistill.denoiser import Denoiser
 from fdistill.noise import FlowSchedule, VPSchedule, karras_levels, noise_to_signal_range
 
-_PATCH = 2  # of the transformers whose pipelines shift by the number of tokens
+_PATCH = 2  # of the transformers whose schedulers shift by the number of tokens
 
 
 @constant
@@ -37,7 +37,8 @@ def step_levels(
         denoiser: the teacher's network, resized to the images that the student makes.
         scheduler: the config of the teacher's scheduler, which says how much a flow is shifted.
         start: the first level; None is the schedule's last.
-        shift: a, for flows; None is the scheduler's: a number, or one that depends on the number of tokens.
+        shift: a, for flows; None is the scheduler's: a number, or one that depends on the number of tokens, and for
+            FLUX.2 on the number of steps.
 
     Raises:
         ConfigError: a shift is given for a teacher that is no flow.
@@ -46,7 +47,7 @@ def step_levels(
     start = schedule.t_max if start is None else start
     shares = [(steps - index) / steps for index in range(steps)]
     if isinstance(schedule, FlowSchedule):
-        a = _shift(scheduler or {}, denoiser) if shift is None else shift
+        a = _shift(scheduler or {}, denoiser, steps) if shift is None else shift
         return tuple(start * a * share / (1 + (a - 1) * share) for share in shares)
     if shift is not None:
         raise ConfigError(f"student.shift: got {shift:g}, but the teacher is no flow; expected null")
@@ -60,14 +61,21 @@ def step_levels(
     return (float(start), *below.tolist())
 
 
-def _shift(scheduler: Mapping[str, Any], denoiser: Denoiser) -> float:
-    """How much a scheduler of diffusers shifts sigmas."""
+def _shift(scheduler: Mapping[str, Any], denoiser: Denoiser, steps: int) -> float:
+    """How much a scheduler of diffusers shifts the sigmas of this many steps."""
     if not scheduler.get("use_dynamic_shifting"):
         return float(scheduler.get("shift") or scheduler.get("flow_shift") or 1.0)
+    mu = denoiser.schedule_shift(steps)
+    if mu is None:
+        mu = _mu_of_tokens(scheduler, denoiser)
+    return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+
+
+def _mu_of_tokens(scheduler: Mapping[str, Any], denoiser: Denoiser) -> float:
+    """mu, linear in the number of tokens between the two that the scheduler's config names."""
     few, many = (
         float(scheduler.get(f"{name}_image_seq_len") or count) for name, count in (("base", 256), ("max", 4096))
     )
     low, high = (float(scheduler.get(f"{name}_shift") or shift) for name, shift in (("base", 0.5), ("max", 1.15)))
     tokens = math.prod(denoiser.sample_shape[1:]) / _PATCH**2
-    mu = low + (tokens - few) / (many - few) * (high - low)
-    return mu if scheduler.get("time_shift_type") == "linear" else math.exp(mu)
+    return low + (tokens - few) / (many - few) * (high - low)

@@ -17,18 +17,22 @@ from torch import nn
 
 #: Side of the images in pixels, and of their latents.
 RESOLUTION, LATENTS = 16, 8
-#: Widths of text encoders: CLIP's first and second one, and T5's.
-CLIP_WIDTH, CLIP_2_WIDTH, T5_WIDTH = 16, 24, 32
+#: Widths of text encoders: CLIP's first and second one, T5's, and a language model's.
+CLIP_WIDTH, CLIP_2_WIDTH, T5_WIDTH, QWEN_WIDTH = 16, 24, 32, 8
+#: Channels of the latents of FLUX.2's autoencoder, of which its networks see patches of 2 x 2.
+FLUX2_CHANNELS = 4
 
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _END_OF_TEXT, _END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 _T5_SPECIAL = ("<pad>", "</s>", "<unk>")
 _HEAD = 8  # channels of a text encoder's attention head
-#: A language model's template of what a user says, without instructions and tools.
+#: Qwen3's template of what a user says, without instructions and tools. A model may be told not to think.
 _CHAT = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}"
+    "{% if not (enable_thinking | default(true)) %}{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"
 )
+_CHAT_SPECIAL = (_END_OF_TEXT, "<|im_start|>", _END_OF_TURN, "<think>", "</think>")
 
 
 def untrained(make: Callable[[], nn.Module]) -> Any:
@@ -109,9 +113,7 @@ def chat_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocabulary)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(name, special=True) for name in (_END_OF_TEXT, "<|im_start|>", _END_OF_TURN)]
-    )
+    tokenizer.add_special_tokens([AddedToken(name, special=True) for name in _CHAT_SPECIAL])
     made: Any = PreTrainedTokenizerFast
     return made(
         tokenizer_object=tokenizer,
@@ -160,15 +162,15 @@ def t5_encoder(tokenizer: Any, width: int) -> Any:
     return untrained(lambda: T5EncoderModel(config))
 
 
-def qwen3_encoder(tokenizer: Any, width: int) -> Any:
-    """A Qwen3 language model of any width."""
-    from transformers import Qwen3Config, Qwen3Model
+def qwen3_encoder(tokenizer: Any, width: int, *, layers: int = 2, predicts_words: bool = False) -> Any:
+    """A Qwen3 language model of any width, with or without the head that predicts words."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=_HEAD,
@@ -176,7 +178,7 @@ def qwen3_encoder(tokenizer: Any, width: int) -> Any:
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return untrained(lambda: Qwen3Model(config))
+    return untrained(lambda: (Qwen3ForCausalLM if predicts_words else Qwen3Model)(config))
 
 
 def autoencoder(**changes: Any) -> AutoencoderKL:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fdistill.adapters.tiny_parts as tiny
-from fdistill.adapters.family import Family, TextToImage
+from fdistill.adapters.family import Family, TextToImage, chat_tokens
 from fdistill.adapters.original_names import SELF_ATTENTION, Layout, Place, Table, fused, look_up, make_layout
 from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
@@ -22,7 +22,6 @@ from fdistill.base.errors import CheckpointError
 from fdistill.condition import TextCondition
 
 _TOKENS = 512  # max_sequence_length of its pipeline
-_BEFORE = 3  # of these, <|im_start|>user and a line break stand before the prompt
 _PATCH = 2  # side of the patch of latents in a token
 _SIZE = 128  # default height and width of latents, as in ZImagePipeline
 _MULTIPLE = 32  # the network pads captions and images to multiples of this many tokens
@@ -234,9 +233,10 @@ FAMILY = Family(
     component="transformer",
     text=TextToImage(
         pipelines=("ZImagePipeline",),
-        tokenizers={"tokenizer": _TOKENS - _BEFORE},
+        tokenizers={"tokenizer": _TOKENS},
         encode_prompts=encode_prompts,
         guidance_offset=-1.0,
+        tokens_before=chat_tokens,
         tiny={"ZImagePipeline": tiny_arguments},
     ),
     original_layout=original_layout,

@@ -22,7 +22,7 @@ Guidance = Annotated[
     typer.Option(
         help="Guidance scale of a teacher that takes prompts or has a label for `no class`; 1 by default, which is no "
         "guidance. With --sampler pipeline the pipeline is called with this number: for most, 0 and 1 both mean no "
-        "guidance, but LCM and FLUX.1-dev take it as an input of the network."
+        "guidance, but LCM, FLUX.1-dev and FLUX.2-dev take it as an input of the network."
     ),
 ]
 GuidanceTeacher = Annotated[

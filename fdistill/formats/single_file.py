@@ -246,7 +246,11 @@ def _dtype(path: Path, *starts: str) -> torch.dtype:
 
 
 def _network_of(path: Path, shapes: Shapes) -> str | dict[str, Tensor]:
-    """The file; for a UNet alone, its tensors under the names of a whole checkpoint, as diffusers expects them."""
+    """The file; or its tensors under the names that diffusers expects: of a UNet alone those of a whole checkpoint, and
+    of FLUX.2 those of the network alone.
+    """
     if "input_blocks.0.0.weight" in shapes:
         return {NETWORK + name: value for name, value in read_tensors(path).items() if name not in MARKS}
+    if f"{NETWORK}single_stream_modulation.lin.weight" in shapes:
+        return {name.removeprefix(NETWORK): value for name, value in read_tensors(path).items() if name not in MARKS}
     return str(path)

@@ -11,13 +11,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fdistill.adapters.checkpoint import find_network
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import atomic_file, check_file
 from fdistill.formats.comfy import NETWORK, single_file
 from fdistill.formats.comfy.workflow import ComfySampling, workflow
 from fdistill.formats.lora_file import LORA_FILE, kohya_names
-from fdistill.formats.pipeline_folder import read_tensors
+from fdistill.formats.original_lora import original_lora
+from fdistill.formats.pipeline_folder import read_config, read_tensors
 from fdistill.noise import FlowSchedule, noise_to_signal
 from fdistill.student_kinds import STUDENT_FILE
 from fdistill.students.folder import checked_facts
@@ -64,7 +66,7 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
     else:
         tensors, notes = _adapters(student), []
         if format == "comfy-lora":
-            tensors = _comfy_lora(tensors)
+            tensors = _comfy_lora(student, tensors)
     with atomic_file(output) as temporary:
         save_file(_written(tensors, dtype), temporary, metadata={"format": "pt"})
     if format == "lora":
@@ -90,10 +92,17 @@ def _in_diffusers(student: Path, facts: Mapping[str, Any]) -> list[str]:
 
 
 def _in_comfyui(student: Path, facts: Mapping[str, Any], output: Path, *, adapters: bool) -> list[str]:
-    """Writes a workflow beside the file; returns sentences with what it sets, since other nodes set something else."""
-    config = read_scheduler_config(student)
-    if config is None or not facts.get("call"):
+    """Writes a workflow beside the file; returns sentences with what it sets, since other nodes set something else.
+
+    Whole weights have the guidance scale of a teacher that takes it as an input in them, unless the student's own
+    pipeline is called with it.
+    """
+    config, call = read_scheduler_config(student), facts.get("call")
+    if config is None or not call:
         return []
+    guidance = facts.get("embedded_guidance")
+    if not adapters and guidance != call.get("guidance_scale"):
+        guidance = None
     schedule, levels = parametrisation_from_scheduler(config).schedule, [float(each) for each in facts["levels"]]
     level = torch.tensor(levels, dtype=torch.float64)
     flow = isinstance(schedule, FlowSchedule)
@@ -103,11 +112,8 @@ def _in_comfyui(student: Path, facts: Mapping[str, Any], output: Path, *, adapte
             "sigma of ComfyUI's samplers says; sample it with diffusers, or train with student_level=null"
         ]
     one_way = len(levels) == 1 or facts.get("sampler") == "deterministic"
-    sampling = ComfySampling(
-        "euler" if one_way else "lcm",
-        (level if flow else noise_to_signal(schedule, level)).tolist(),
-        facts.get("embedded_guidance") if adapters else None,  # whole weights have it in them
-    )
+    sigmas = (level if flow else noise_to_signal(schedule, level)).tolist()
+    sampling = ComfySampling("euler" if one_way else "lcm", sigmas, guidance)
     scale = "" if sampling.guidance is None else f", guidance {sampling.guidance:g}"
     how = f"sample with cfg 1{scale}, sampler {sampling.sampler} and the sigmas {sampling.listed()}"
     made = workflow(
@@ -136,9 +142,19 @@ def _adapters(student: Path) -> dict[str, Tensor]:
     return read_tensors(path)
 
 
-def _comfy_lora(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ComfyUI reads diffusers' LoRA names for transformers, but only kohya's names for UNets."""
-    return kohya_names(tensors) if any(name.startswith("unet.") for name in tensors) else tensors
+def _comfy_lora(student: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """ComfyUI reads diffusers' LoRA names for most transformers, but only kohya's names for UNets."""
+    if any(name.startswith("unet.") for name in tensors):
+        return kohya_names(tensors)
+    family, place = find_network(student)
+    if not family.comfy_lora:
+        return tensors
+    config = read_config(place / "config.json")
+    with torch.device("meta"):
+        network: Any = family.network.from_config(config)
+    shapes = network.state_dict()
+    assert family.original_layout is not None
+    return original_lora(tensors, family.component, family.original_layout(shapes, config), shapes)
 
 
 def _written(tensors: dict[str, Tensor], dtype: str | None) -> dict[str, Tensor]:

@@ -177,6 +177,8 @@ def load_student(
     if denoiser.text_shapes is not None:
         try:
             denoiser.resize(int(facts["size"]))
+            if denoiser.embedded_guidance is not None:  # the exported network still takes it
+                denoiser.embedded_guidance = float(facts["embedded_guidance"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:
             raise _unreadable(folder, error) from error
     sampler = facts.get("sampler", "stochastic")

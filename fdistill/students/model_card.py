@@ -32,7 +32,7 @@ def usage(generator: Student, folder: Path, pipeline: str, call: dict[str, Any])
     own = issubclass(cls, StudentPipeline)
     header = f"from fdistill import {pipeline}  # registers the class with diffusers\n" if own else ""
     if generator.denoiser.text_shapes is not None:
-        drawn = 'image = pipeline("a prompt"{arguments}).images[0]'
+        drawn = 'image = pipeline(prompt="a prompt"{arguments}).images[0]'
     elif generator.num_classes and not own and "batch_size" in inspect.signature(cls.__call__).parameters:
         drawn = "images = pipeline(batch_size=16, class_labels=[3] * 16{arguments}).images"
     elif generator.num_classes:

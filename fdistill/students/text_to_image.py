@@ -40,7 +40,7 @@ def save_text_pipeline(
     """Fills a folder with the origin's pipeline, with the student's network and a scheduler that takes its steps.
 
     If the network takes a guidance scale as input, the scale is folded into its weights, and the exported network takes
-    none.
+    none. Where that is not possible, the scale is among the arguments of the call.
 
     Args:
         denoiser: the student's network without adapters, holding the weights to export.
@@ -62,7 +62,10 @@ def save_text_pipeline(
     component, text = family.component, family.text
     assert text is not None
     network: Any = denoiser.network
-    if denoiser.embedded_guidance is not None:
+    arguments = dict(text.unguided)
+    if denoiser.embedded_guidance is not None and text.guidance_argument is not None:
+        arguments[text.guidance_argument] = denoiser.embedded_guidance
+    elif denoiser.embedded_guidance is not None:
         network = copy.deepcopy(network).cpu()
         text.fold_guidance(network, denoiser.embedded_guidance)
     share_files(origin, folder, without=[component, "scheduler", "vae"])
@@ -76,8 +79,9 @@ def save_text_pipeline(
     for name, entry in index.items():
         if isinstance(entry, list) and not (folder / name).is_dir():
             index[name] = [None, None]  # such as a safety checker, which was not downloaded
+    index |= {name: value for name, value in text.student_index.items() if name in index}
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     index["vae"] = ["diffusers", type(latents.vae).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     size = image_size(denoiser, latents)
-    return str(index["_class_name"]), {**call, **text.unguided, "height": size, "width": size}
+    return str(index["_class_name"]), {**call, **arguments, "height": size, "width": size}

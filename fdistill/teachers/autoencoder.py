@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import AutoencoderDC, ModelMixin
+from einops import rearrange
 from torch import Tensor
 
 from fdistill.adapters.checkpoint import Checkpoint, resolve_checkpoint
@@ -22,14 +23,18 @@ from fdistill.denoiser import Denoiser, LatentScaling
 _PIXELS = 2**21  # of the images an autoencoder sees at once: its activations are far larger than a denoiser's
 
 _VIDEO = "AutoencoderKLQwenImage"  # from diffusers 0.35 on; takes images as videos of one frame
+_PATCHED = "AutoencoderKLFlux2"  # from diffusers 0.36 on; its pipelines cut its latents into patches
+_PATCH = 2  # side of these patches, whatever the config's patch_size says
 #: Supported classes of autoencoders.
-AUTOENCODERS = tuple(name for name in ("AutoencoderKL", "AutoencoderDC", _VIDEO) if hasattr(diffusers, name))
+AUTOENCODERS = tuple(name for name in ("AutoencoderKL", "AutoencoderDC", _VIDEO, _PATCHED) if hasattr(diffusers, name))
 
 
 class LatentSpace:
     """A frozen autoencoder, between a latent teacher's samples and images.
 
     It stays on the CPU, and is on a device only while it is used there, so that it takes no memory from training.
+    Latents of FLUX.2 are what its networks see: patches of 2 x 2 of what the autoencoder returns, so they have four
+    times as many channels and half the height and width.
 
     Attributes:
         vae: one of `AUTOENCODERS`.
@@ -87,7 +92,8 @@ class LatentSpace:
             posterior = self.vae.encode(images[:, :, None]).latent_dist
             return torch.cat([posterior.mean, posterior.std], dim=1)[:, :, 0]
         posterior = self.vae.encode(images).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1)
+        moments = (posterior.mean, posterior.std)
+        return torch.cat([_patches(part) for part in moments] if _is_patched(self.vae) else moments, dim=1)
 
 
 def decode_samples(vae: Any, scaling: LatentScaling, samples: Tensor) -> Tensor:
@@ -97,8 +103,15 @@ def decode_samples(vae: Any, scaling: LatentScaling, samples: Tensor) -> Tensor:
         vae: of one of the classes of `AUTOENCODERS`.
     """
     z = scaling.to_latents(samples).to(vae.dtype)
+    if _is_patched(vae):
+        z = rearrange(z, "b (c p q) h w -> b c (h p) (w q)", p=_PATCH, q=_PATCH)
     pixels = vae.decode(z[:, :, None]).sample[:, :, 0] if _is_video(vae) else vae.decode(z).sample
     return scaling.to_images(pixels)
+
+
+def _patches(z: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, 4 C, H / 2, W / 2], in the order of the pipelines of FLUX.2."""
+    return rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=_PATCH, q=_PATCH)
 
 
 def pixels_per_latent(vae: Any) -> int:
@@ -107,7 +120,7 @@ def pixels_per_latent(vae: Any) -> int:
     if _is_video(vae):
         return int(2 ** len(config.temperal_downsample))
     levels = config.encoder_block_out_channels if _has_no_posterior(vae) else config.block_out_channels
-    return int(2 ** (len(levels) - 1))
+    return int(2 ** (len(levels) - 1)) * (_PATCH if _is_patched(vae) else 1)
 
 
 def image_size(denoiser: Denoiser, latents: LatentSpace | None) -> int:
@@ -130,6 +143,10 @@ def _is_video(vae: ModelMixin) -> bool:
     return type(vae).__name__ == _VIDEO
 
 
+def _is_patched(vae: ModelMixin) -> bool:
+    return type(vae).__name__ == _PATCHED
+
+
 def _has_no_posterior(vae: ModelMixin) -> bool:
     return isinstance(vae, AutoencoderDC)
 
@@ -140,6 +157,7 @@ _READ: dict[str, tuple[str, ...]] = {
     "StableDiffusionXLPipeline": ("latents_mean", "latents_std"),
     "StableDiffusion3Pipeline": ("shift_factor",),
     "FluxPipeline": ("shift_factor",),
+    "ZImagePipeline": ("shift_factor",),
     "PixArtAlphaPipeline": (),
     "PixArtSigmaPipeline": (),
     "SanaPipeline": (),
@@ -149,9 +167,10 @@ _STATISTICS = ("shift_factor", "latents_mean", "latents_std")
 
 
 def _own_scaling(vae: ModelMixin, pipeline: str | None) -> LatentScaling:
-    """The scaling in the autoencoder's config, with which networks on its latents are trained.
+    """The autoencoder's own scaling, with which networks on its latents are trained.
 
-    It is sample = scaling_factor (z - shift_factor), or scaling_factor (z - latents_mean) / latents_std.
+    It is sample = scaling_factor (z - shift_factor), or scaling_factor (z - latents_mean) / latents_std, with numbers
+    from the config. FLUX.2's autoencoder has mean and variance among its weights, as the statistics of a batch norm.
 
     Args:
         vae: of one of the classes of `AUTOENCODERS`.
@@ -165,6 +184,10 @@ def _own_scaling(vae: ModelMixin, pipeline: str | None) -> LatentScaling:
     name = type(vae).__name__
     if _is_video(vae):
         return _by_statistics(name, 1.0, config.latents_mean, config.latents_std, config.z_dim)
+    if _is_patched(vae):
+        norm: Any = vae.bn
+        scale = (norm.running_var.double() + config.batch_norm_eps).rsqrt()
+        return LatentScaling(tuple(scale.tolist()), tuple((-norm.running_mean * scale).tolist()))
     given = {key: getattr(config, key, None) for key in _STATISTICS}
     given = {key: value for key, value in given.items() if value not in (None, 0)}
     unread = [key for key in given if key not in _READ.get(str(pipeline), _STATISTICS)]

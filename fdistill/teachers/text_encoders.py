@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from fdistill.adapters import runs_prompts, supported_pipelines
 from fdistill.adapters.checkpoint import Checkpoint, check_configs, find_network
-from fdistill.adapters.config_fields import TEXT_ENCODER_FIELDS, check_fields
+from fdistill.adapters.config_fields import check_fields
+from fdistill.adapters.encoder_fields import TEXT_ENCODER_FIELDS
 from fdistill.adapters.family import TextToImage
 from fdistill.adapters.pretrained import LOADING_ERRORS, check_size
 from fdistill.base.distributed import gather_rows
@@ -125,10 +126,13 @@ class PromptEncoder:
             tokenizer: Any = getattr(self._pipeline, name, None)
             if tokenizer is None:
                 continue
-            most = min(limit or tokenizer.model_max_length, read)
-            for index, ids in enumerate(tokenizer(list(prompts), truncation=False, verbose=False).input_ids):
+            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor of prompts and images holds one
+            before = self._family.tokens_before(self._pipeline)
+            most = min(limit or tokenizer.model_max_length, read) - before
+            call = {"truncation": False, "verbose": False, "add_special_tokens": not before}
+            for index, ids in enumerate(tokenizer(list(prompts), **call).input_ids):
                 if len(ids) > most:
-                    ends = len(ids) - most + _closing(tokenizer)
+                    ends = len(ids) - most + (0 if before else _closing(tokenizer))
                     dropped = tokenizer.decode(ids[-ends:], skip_special_tokens=True)
                     found.append(CutPrompt(index, name, len(ids), most, dropped.strip()))
         return found

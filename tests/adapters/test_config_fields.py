@@ -29,11 +29,11 @@ from fdistill.adapters.config_fields import (
     AUTOENCODER_FIELDS,
     NETWORK_FIELDS,
     SCHEDULER_FIELDS,
-    TEXT_ENCODER_FIELDS,
     Fields,
     check_fields,
     constructor_defaults,
 )
+from fdistill.adapters.encoder_fields import TEXT_ENCODER_FIELDS
 from fdistill.adapters.parametrisation import (
     parametrisation_from_scheduler,
     scheduler_config,
@@ -336,7 +336,26 @@ PUBLISHED: dict[str, tuple[Fields, type[Any] | None, dict[str, Any]]] = {
     "Qwen3": (
         TEXT_ENCODER_FIELDS["Qwen3Model"],
         None,
-        {"head_dim": 128, "attention_bias": False, "rope_theta": 1000000, "max_window_layers": 36},
+        {
+            "head_dim": 128,
+            "attention_bias": False,
+            "max_window_layers": 36,
+            "rope_scaling": None,
+            "rope_theta": 1000000,
+            "use_sliding_window": False,
+        },
+    ),
+    "Mistral Small 3.1": (
+        TEXT_ENCODER_FIELDS["Mistral3ForConditionalGeneration"],
+        None,
+        {
+            "image_token_index": 10,
+            "multimodal_projector_bias": False,
+            "projector_hidden_act": "gelu",
+            "spatial_merge_size": 2,
+            "vision_feature_layer": -1,
+            "rope_theta": 1000000000.0,
+        },
     ),
     "Qwen2.5-VL": (
         TEXT_ENCODER_FIELDS["Qwen2_5_VLForConditionalGeneration"],

@@ -74,11 +74,13 @@ def test_what_a_text_family_says_of_its_pipelines_is_so(name: str) -> None:
     assert {family.component, *text.tokenizers} <= constructed
     for cls in classes:
         assert family.component in inspect.signature(cls.__init__).parameters
-        assert text.unguided.keys() <= inspect.signature(cls.__call__).parameters.keys()
+        told = {*text.unguided} | ({text.guidance_argument} - {None})
+        assert told <= inspect.signature(cls.__call__).parameters.keys()
         assert text.encoding_pipeline({"_class_name": cls.__name__}) == cls.__name__
     assert accepts(text.encode_prompts, 3)
     assert accepts(text.encode_null, 3)
     assert accepts(text.fold_guidance, 2)
+    assert accepts(text.tokens_before, 1)
     assert text.tiny.keys() <= set(text.pipelines)
 
 

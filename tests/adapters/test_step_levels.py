@@ -11,7 +11,8 @@ import torch
 from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-from fdistill.adapters.parametrisation import DirectPrediction, EDMPreconditioning
+from fdistill.adapters import wrap
+from fdistill.adapters.parametrisation import DirectPrediction, EDMPreconditioning, scheduler_config
 from fdistill.adapters.step_levels import step_levels
 from fdistill.adapters.unet2d import UNet2DDenoiser
 from fdistill.base.errors import ConfigError
@@ -19,6 +20,7 @@ from fdistill.config.reading import load_config
 from fdistill.noise import EDMSchedule, FlowSchedule, vp_schedule_from_config
 from fdistill.training.build import build
 from support.denoisers import tiny_unet
+from support.text_families_flux2 import HAS_FLUX2
 
 
 def denoiser(form: Any, side: int = 8) -> UNet2DDenoiser:
@@ -59,6 +61,32 @@ def test_a_shift_by_tokens_is_the_schedulers_own(kind: str, side: int) -> None:
     scheduler.set_timesteps(sigmas=np.linspace(1, 1 / 6, 6), mu=calculate_shift(tokens))
     found = step_levels(denoiser(FLOW, side), 6, scheduler=scheduler.config)
     assert (*found, 0.0) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-5)
+
+
+FLUX2_STEPS = [
+    (64, (1, 0.9674, 0.9081, 0.7672)),
+    (64, (1, 0.9854, 0.9666, 0.9415, 0.9062, 0.8528, 0.763, 0.5798)),
+    (32, None),
+    (80, None),  # more tokens than mu depends on steps for
+]
+
+
+@pytest.mark.skipif(not HAS_FLUX2, reason="this diffusers has no FLUX.2")
+@pytest.mark.parametrize(("side", "published"), FLUX2_STEPS)
+def test_flux_2_is_shifted_by_tokens_and_steps(side: int, published: tuple[float, ...] | None) -> None:
+    """Against the pipelines' own mu, and what their scheduler makes of it."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    from fdistill.adapters.flux2 import tiny_transformer
+
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    made = wrap(tiny_transformer(), scheduler_config(scheduler))
+    made.resize(side)
+    for steps in (len(published),) if published else (1, 3, 50):
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=compute_empirical_mu(side**2, steps))
+        found = step_levels(made, steps, scheduler=scheduler.config)
+        assert (*found, 0.0) == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+        assert published is None or found == pytest.approx(published, abs=1e-4)
 
 
 def test_timesteps() -> None:

@@ -9,6 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import FluxPipeline
+from einops import rearrange
 from torch import Tensor
 
 from fdistill.adapters import flux
@@ -20,6 +21,7 @@ from fdistill.student_kinds import Sampler
 from fdistill.teachers.autoencoder import attach_latent_space
 from support.text_families import RESOLUTION, TEXT_FAMILIES
 from support.text_families_dit import HAS_Z_IMAGE, TEXT_FAMILIES_DIT
+from support.text_families_flux2 import TEXT_FAMILIES_FLUX2, network_latents
 from support.text_pipelines import SIZE, condition_of, denoiser_of, load_pipeline
 
 PROMPTS = ["a bold handwritten seven", "a thin digit"]
@@ -43,6 +45,8 @@ def qwen_latents(tokens: Tensor) -> Tensor:
     return latents[:, :, 0]
 
 
+#: Of the transformers with one large text encoder; both pipelines of FLUX.2 sample alike.
+MORE = [*(["z-image"] if HAS_Z_IMAGE else []), *list(TEXT_FAMILIES_FLUX2)[:1]]
 LEVELS_OF_STEPS: dict[str, tuple[list[float], list[float], Sampler]] = {
     "one": ([999], [1.0], "stochastic"),
     "one-earlier": ([749], [0.75], "stochastic"),
@@ -53,7 +57,7 @@ LEVELS_OF_STEPS: dict[str, tuple[list[float], list[float], Sampler]] = {
 
 
 @pytest.mark.parametrize("steps", LEVELS_OF_STEPS)
-@pytest.mark.parametrize("name", [*TEXT_FAMILIES, *(["z-image"] if HAS_Z_IMAGE else [])])
+@pytest.mark.parametrize("name", [*TEXT_FAMILIES, *MORE])
 def test_the_students_scheduler_makes_its_pipeline_the_student(
     name: str, steps: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -68,14 +72,18 @@ def test_the_students_scheduler_makes_its_pipeline_the_student(
     student = load_pipeline(tmp_path)
     size = {"height": RESOLUTION, "width": RESOLUTION}
     guidance = {"guidance_scale": 3.5 if name == "flux-dev" else 0.0}
-    # The pipelines of SD 3, Flux and Z-Image give their scheduler no generator.
+    # The pipelines of SD 3, FLUX and Z-Image give their scheduler no generator.
     draws: dict[str, Any] = {} if is_flow else {"generator": torch.Generator().manual_seed(4)}
     torch.manual_seed(4)
-    got = student(list(PROMPTS), **call, **size, **guidance, **draws, output_type="latent").images
+    got = student(prompt=list(PROMPTS), **call, **size, **guidance, **draws, output_type="latent").images
     noise = torch.randn(len(levels), 2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(4))
     if isinstance(denoiser, flux.FluxDenoiser):
         got = flux_latents(got)
         later = [flux_latents(one.reshape(2, 16, 64)) for one in noise[1:]]
+        noise = torch.stack([noise[0], *later])
+    if name in TEXT_FAMILIES_FLUX2:
+        got = network_latents(student, got)
+        later = [rearrange(one.reshape(2, SIZE, SIZE, -1), "b h w c -> b c h w") for one in noise[1:]]
         noise = torch.stack([noise[0], *later])
     with torch.no_grad():
         one = len(levels) == 1 or sampler == "deterministic"
@@ -106,9 +114,10 @@ def test_a_students_pipeline_draws_what_the_student_does(
     loaded = load_pipeline(tmp_path / "student")
     assert type(loaded).__name__ == TEXT_FAMILIES_DIT[name][1]
     given = noise if name != "qwen-image" else diffusers.QwenImagePipeline._pack_latents(noise, 2, 4, SIZE, SIZE)
-    drawn = loaded(list(PROMPTS), latents=given, output_type="latent", **TEXT_FAMILIES_DIT[name][2]).images
+    drawn = loaded(prompt=list(PROMPTS), latents=given, output_type="latent", **TEXT_FAMILIES_DIT[name][2]).images
     drawn = qwen_latents(drawn) if name == "qwen-image" else drawn
+    drawn = network_latents(loaded, drawn) if name in TEXT_FAMILIES_FLUX2 else drawn
     torch.testing.assert_close(drawn, x0, rtol=1e-4, atol=1e-4)
-    seen = loaded(list(PROMPTS), latents=given, output_type="pt", **TEXT_FAMILIES_DIT[name][2]).images
+    seen = loaded(prompt=list(PROMPTS), latents=given, output_type="pt", **TEXT_FAMILIES_DIT[name][2]).images
     torch.testing.assert_close(seen, image, rtol=1e-4, atol=1e-4)
     assert image.std() > 0.01

@@ -1,4 +1,4 @@
-"""PixArt, Sana, Qwen-Image and Z-Image as their own networks, pipelines, schedulers and autoencoders compute them."""
+"""PixArt, Sana, Qwen-Image, Z-Image and FLUX.2 as their own networks, pipelines and schedulers compute them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.condition import TextCondition
-from support.text_dits import VP, blocks_of, inputs, own_output, tiny, unpacked
+from fdistill.teachers.text_encoders import PromptEncoder
+from support.text_dits import FLUX2, VP, blocks_of, inputs, own_output, tiny, unpacked
 from support.text_families_dit import (
     HAS_QWEN_IMAGE,
     TEXT_FAMILIES_DIT,
@@ -34,6 +35,8 @@ from support.text_pipelines import condition_of, denoiser_of, encoders, load_pip
 if HAS_QWEN_IMAGE:
     from fdistill.adapters import qwen_image
 FAMILIES = [name for name in TEXT_FAMILIES_DIT if name not in ("pixart-alpha", "sana-timestep-scale")]
+#: Families whose own test says what their networks are told: their pipelines call them otherwise.
+OWN_TEST = ("z-image", *FLUX2)
 PROMPTS = ["A bold handwritten seven", "a thin digit, drawn with a pencil"]
 NEGATIVE = "a blurry digit"
 
@@ -68,9 +71,10 @@ def test_the_network_itself_runs_and_its_blocks_are_the_features(name: str) -> N
     assert torch.equal(prediction.output, expected)
     assert prediction.output.shape == x_t.shape
     assert {key: tuple(value.shape[1:]) for key, value in features.items()} == denoiser.feature_shapes
-    width = denoiser.feature_shapes["block0"][2]
-    for i, tokens in enumerate(made):
-        assert torch.equal(features[f"block{i}"][:, :, 2, 1], tokens[:, width * 2 + 1])
+    height, width = denoiser.feature_shapes["block0"][1:]
+    for i, tokens in enumerate(made):  # those of text stand before the image's in FLUX.2, after them in Z-Image
+        first = tokens.shape[1] - height * width if name in FLUX2 else 0
+        assert torch.equal(features[f"block{i}"][:, :, 2, 1], tokens[:, first + width * 2 + 1])
     for depth, block in {"depth25": 1, "depth50": 2, "depth75": 3, "depth99": 3}.items():
         assert torch.equal(features[depth], features[f"block{block}"])
     assert not torch.allclose(features["block1"], features["block2"], atol=1e-3)
@@ -105,9 +109,10 @@ def test_gradients_without_those_of_the_output_are_those_of_the_features(name: s
     assert not prediction.output.requires_grad
     features["block1"].sum().backward()
     got = {key: p.grad for key, p in denoiser.named_parameters() if p.grad is not None}
-    listed, last = blocks_of(denoiser)[0], ("proj_out", "all_final_layer")
+    listed = blocks_of(denoiser)[0]
     assert any(f"network.{listed}.1." in key for key in got)
-    assert not any(part in key for key in got for part in (f"{listed}.2.", f"{listed}.3.", *last))
+    later = (f"{listed}.2.", f"{listed}.3.", "single_", "proj_out", "all_final_layer")
+    assert not any(part in key for key in got for part in later)
     for key, gradient in got.items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-5, atol=1e-6)
     assert {key for key, gradient in expected.items() if gradient.any()} <= got.keys()
@@ -120,7 +125,7 @@ def test_x0_is_what_the_pipelines_own_scheduler_says(name: str, folders: dict[st
     x_t = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(0))
     scheduler = pipeline.scheduler
     for position in (8, 15, 19):
-        if name == "qwen-image":
+        if name == "qwen-image" or name in FLUX2:
             scheduler.set_timesteps(sigmas=torch.linspace(1, 0.05, 20).tolist(), mu=0.7)
         else:
             scheduler.set_timesteps(20)
@@ -131,7 +136,7 @@ def test_x0_is_what_the_pipelines_own_scheduler_says(name: str, folders: dict[st
             x0 = denoiser(x_t, level.expand(2), condition)
         scheduler.set_begin_index(position)
         following = scheduler.step(raw, timestep, x_t).prev_sample
-        if name in ("qwen-image", "z-image"):  # Euler goes on along the line to x0
+        if name in ("qwen-image", "z-image", *FLUX2):  # Euler goes on along the line to x0
             step = scheduler.sigmas[position + 1] / level
             expected = (following - step * x_t) / (1 - step)
         else:  # what the solver keeps of a step is its x0
@@ -156,7 +161,7 @@ def captured(network: nn.Module, call: Any) -> list[tuple[dict[str, Any], Tensor
 
 
 @pytest.mark.parametrize("negative", ["", NEGATIVE])
-@pytest.mark.parametrize("name", [name for name in TEXT_FAMILIES_DIT if name != "z-image"])  # which has its own test
+@pytest.mark.parametrize("name", [name for name in TEXT_FAMILIES_DIT if name not in OWN_TEST])
 def test_the_network_is_told_what_its_pipeline_tells_it(name: str, negative: str, folders: dict[str, Path]) -> None:
     pipeline = load_pipeline(folders[name])
     qwen = name == "qwen-image"
@@ -219,24 +224,28 @@ def test_sanas_instruction_stands_before_prompts_and_not_before_the_negative_one
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_prompt_is_read_up_to_the_limit_of_its_tokenizer(name: str, folders: dict[str, Path]) -> None:
     alone = encoders(load_pipeline(folders[name]))
-    limit = text_of(alone).tokenizers["tokenizer"]
-    words = "a"
-    while len(alone.tokenizer(words).input_ids) < limit:
+    text, tokenizer = text_of(alone), getattr(alone.tokenizer, "tokenizer", alone.tokenizer)
+    before, whole = text.tokens_before(alone), text.tokenizers["tokenizer"]
+    assert whole is not None
+    limit, words = whole - before, "a"
+    while len(tokenizer(words, add_special_tokens=not before).input_ids) < limit:
         words += " bold"
-    assert len(alone.tokenizer(words).input_ids) == limit
+    assert len(tokenizer(words, add_special_tokens=not before).input_ids) == limit
     last = words.removesuffix("bold") + "thin"
     beyond = [words + " seven" * 9, words + " thin" * 9]
     with torch.no_grad():
         taken, other, *cut = (
-            text_of(alone).encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
+            text.encode_prompts(alone, [prompt], 16)["prompt_embeds"] for prompt in (words, last, *beyond)
         )
-    assert taken.shape[1] == (512 if name == "z-image" else limit)  # of which 3 stand before the prompt
+    assert taken.shape[1] == (whole if name in (*FLUX2, "z-image") else limit)
     assert not torch.allclose(taken, other, atol=1e-3)
     torch.testing.assert_close(cut[0], cut[1], rtol=1e-5, atol=1e-5)
+    listed = PromptEncoder(text, alone, 16).cut([words, *beyond])
+    assert [(entry.index, entry.limit) for entry in listed] == [(1, limit), (2, limit)]
 
 
 def test_padding_changes_nothing(folders: dict[str, Path]) -> None:
-    for name in [*FAMILIES, "pixart-alpha"]:
+    for name in [name for name in (*FAMILIES, "pixart-alpha") if name not in FLUX2]:
         pipeline = load_pipeline(folders[name])
         denoiser, condition = denoiser_of(pipeline), condition_of(pipeline, PROMPTS, call_of(name)["height"])
         mask_name = next(key for key in condition.tensors if "mask" in key)
@@ -315,7 +324,7 @@ def test_variants_that_are_not_supported_are_refused() -> None:
     with pytest.raises(CheckpointError, match="4 input and 6 output channels"):
         pixart.wrap(pixart_transformer(out_channels=6), vp)
     for name in FAMILIES:
-        if name != "sana":
+        if name != "sana" and name not in FLUX2:  # whose patches are of one latent
             with pytest.raises(ArgumentError, match="latents of 7 x 7"):
                 tiny(name).resize(7)
 

@@ -115,7 +115,7 @@ def students_update(config: DistillConfig) -> int:
 
 
 def guided(config: DistillConfig) -> int:
-    return 1 + (config.guidance_scale != 1 and "FLUX" not in config.teacher)  # FLUX.1-dev takes its scale as input
+    return 1 + (config.guidance_scale != 1 and "FLUX.1" not in config.teacher)  # FLUX.1-dev takes its scale as input
 
 
 def warm_up(config: DistillConfig) -> WarmUp | None:

@@ -57,6 +57,7 @@ TEXT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd35-medium-lora-24gb": ("StableDiffusion3Pipeline", {"sigmas": [1.0, 0.9, 0.75, 0.5]}),
     "flux-dev": ("FluxPipeline", {"sigmas": [0.999, 0.74925, 0.4995, 0.24975]}),
     "flux-dev-lora-24gb": ("FluxPipeline", {"sigmas": [0.999, 0.74925, 0.4995, 0.24975]}),
+    "flux2-klein-lora-24gb": ("Flux2KleinPipeline", {"sigmas": [1.0, 0.9581, 0.884, 0.7175]}),
     "pixart-sigma": ("PixArtSigmaPipeline", {"use_resolution_binning": False}),
     "z-image": ("ZImagePipeline", {"sigmas": [1.0, 0.9, 0.75, 0.5]}),
 }
@@ -90,7 +91,8 @@ LOSSES = {
     ),
     "pixart-sigma": "inverse-sigma2",
     "sd21-v": "v",
-    **dict.fromkeys(["sd35-medium", "sd35-medium-lora-24gb", "flux-dev", "flux-dev-lora-24gb", "z-image"], "flow"),
+    **dict.fromkeys(["sd35-medium", "sd35-medium-lora-24gb", "flux-dev", "flux-dev-lora-24gb"], "flow"),
+    **dict.fromkeys(["flux2-klein-lora-24gb", "z-image"], "flow"),
 }
 
 
@@ -238,7 +240,7 @@ def test_smoke_run_of_a_text_recipe_end_to_end(name: str, tmp_path: Path) -> Non
     pipeline.set_progress_bar_config(disable=True)
     size = {"height": RESOLUTION, "width": RESOLUTION}
     images = pipeline(
-        ["a bold seven", "a thin digit"],
+        prompt=["a bold seven", "a thin digit"],
         guidance_scale=0.0,
         output_type="np",
         generator=torch.Generator().manual_seed(0),

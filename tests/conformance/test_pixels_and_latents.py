@@ -18,8 +18,12 @@ from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from support.families import dit
 from support.text_families import TEXT_FAMILIES
 from support.text_families_dit import TEXT_FAMILIES_DIT
+from support.text_families_flux2 import HAS_FLUX2
 from support.text_pipelines import load_pipeline
 from support.tolerances import assert_rounded
+
+if HAS_FLUX2:
+    from diffusers import Flux2KleinPipeline
 
 ARRAYS = Path(__file__).parent / "arrays"
 PIPELINES = {name: family[0] for families in (TEXT_FAMILIES, TEXT_FAMILIES_DIT) for name, family in families.items()}
@@ -60,11 +64,14 @@ def encoded(vae: Any, pixels: torch.Tensor) -> torch.Tensor:
             return vae.encode(pixels).latent
         if type(vae).__name__ == "AutoencoderKLQwenImage":
             return vae.encode(pixels[:, :, None]).latent_dist.mode()[:, :, 0]
+        if type(vae).__name__ == "AutoencoderKLFlux2":
+            return Flux2KleinPipeline._patchify_latents(vae.encode(pixels).latent_dist.mode())
         return vae.encode(pixels).latent_dist.mode()
 
 
 def decoded(vae: Any, z: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
+        z = Flux2KleinPipeline._unpatchify_latents(z) if type(vae).__name__ == "AutoencoderKLFlux2" else z
         return vae.decode(z[:, :, None]).sample[:, :, 0] if "Qwen" in type(vae).__name__ else vae.decode(z).sample
 
 

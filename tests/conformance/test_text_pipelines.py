@@ -21,6 +21,7 @@ from fdistill.noise import FlowSchedule
 from fdistill.teachers.autoencoder import attach_latent_space
 from support.text_families import RESOLUTION, TEXT_FAMILIES
 from support.text_families_dit import SANA_RESOLUTION, TEXT_FAMILIES_DIT
+from support.text_families_flux2 import TEXT_FAMILIES_FLUX2, network_latents
 from support.text_pipelines import SIZE, condition_of, denoiser_of, encoders, load_pipeline, text_of
 from support.tolerances import assert_rounded
 
@@ -35,7 +36,9 @@ GUIDANCE: dict[str, dict[str, Any]] = {
     "flux-schnell": {},
     "qwen-image": {"true_cfg_scale": SCALE, "negative_prompt": " "},
     "z-image": {"guidance_scale": SCALE - 1},  # c + g (c - u)
+    "flux2-dev": {"guidance_scale": 4.0},
 }
+EMBEDDED = ("flux-dev", "flux-schnell", "flux2-dev")  # with a guidance scale as an input, or with none
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +50,18 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def packed(name: str, latents: Tensor) -> Tensor:
     """Latents as the pipeline takes them."""
     tokens = latents
-    if name.startswith("flux"):
+    if name.startswith("flux-"):
         tokens = FluxPipeline._pack_latents(latents, *latents.shape)
     if name == "qwen-image":
         tokens = diffusers.QwenImagePipeline._pack_latents(latents, *latents.shape)
     return tokens
 
 
-def unpacked(name: str, latents: Tensor) -> Tensor:
+def unpacked(name: str, latents: Tensor, pipeline: Any) -> Tensor:
     images = latents
-    if name.startswith("flux"):
+    if name in TEXT_FAMILIES_FLUX2:
+        images = network_latents(pipeline, latents)
+    if name.startswith("flux-"):
         images = FluxPipeline._unpack_latents(latents, RESOLUTION, RESOLUTION, RESOLUTION // SIZE)
     if name == "qwen-image":
         images = diffusers.QwenImagePipeline._unpack_latents(latents, 2 * SIZE, 2 * SIZE, 2)[:, :, 0]
@@ -74,7 +79,7 @@ def test_x0_and_pixels_are_the_pipelines(name: str, place: str, folders: dict[st
     level = PLACES[place][isinstance(denoiser.schedule, FlowSchedule)]
     t, x_t = torch.full((2,), level), torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(1))
     guided: Any = denoiser
-    if not name.startswith("flux"):
+    if name not in EMBEDDED:
         null = text_of(pipeline).encode_null(encoders(pipeline), " " if name == "qwen-image" else "", resolution)
         guided = GuidedDenoiser(denoiser, SCALE, null=null, rescale=1.0 if name == "qwen-image" else 0.0)
     with torch.no_grad():
@@ -91,7 +96,7 @@ def test_x0_and_pixels_are_the_pipelines(name: str, place: str, folders: dict[st
     if "sigmas" in call:
         del call["num_inference_steps"]
     # Z-Image's pipeline writes its template into the list.
-    drawn = unpacked(name, pipeline(list(PROMPTS), output_type="latent", **call).images)
+    drawn = unpacked(name, pipeline(prompt=list(PROMPTS), output_type="latent", **call).images, pipeline)
     assert drawn.std() > 0.1
     assert_rounded(x0, drawn)
-    assert_rounded(pixels, pipeline(list(PROMPTS), output_type="pt", **call).images, share=1e-4)
+    assert_rounded(pixels, pipeline(prompt=list(PROMPTS), output_type="pt", **call).images, share=1e-4)

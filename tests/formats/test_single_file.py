@@ -22,6 +22,7 @@ from fdistill.formats.single_file import single_file_to_folder
 from fdistill.students.export import export_student
 from fdistill.teachers.convert import convert
 from support.text_families_dit import HAS_Z_IMAGE, z_image
+from support.text_families_flux2 import HAS_FLUX2, klein
 from support.tiny_stable_diffusion import sd3_base, tiny_pipeline
 
 
@@ -107,6 +108,23 @@ def test_a_network_under_the_names_of_diffusers_is_taken_too(tmp_path: Path) -> 
     save_file(weights | {"conv_more.weight": torch.zeros(1)}, tmp_path / "more.safetensors")
     with pytest.raises(CheckpointError, match=r"conv_more\.weight"):
         single_file_to_folder(tmp_path / "more.safetensors", pipeline)
+
+
+@pytest.mark.skipif(not HAS_FLUX2, reason="this diffusers has no FLUX.2")
+@pytest.mark.parametrize("prefix", [NETWORK, ""])
+def test_flux_2s_transformer_alone(prefix: str, tmp_path: Path) -> None:
+    """As its publisher has it, and as `fdistill export` writes it."""
+    base = klein(tmp_path / "base")
+    export_student(base, "comfy", tmp_path / "exported.safetensors")
+    file = {
+        prefix + name.removeprefix(NETWORK): value + 1
+        for name, value in load_file(tmp_path / "exported.safetensors").items()
+    }
+    save_file(file, tmp_path / "flux2.safetensors")
+    folder = single_file_to_folder(tmp_path / "flux2.safetensors", base)
+    expected, found = read_weights(base / "transformer"), read_weights(folder / "transformer")
+    assert all(torch.equal(value + 1, found[name]) for name, value in expected.items())
+    assert (folder / "tokenizer" / "chat_template.jinja").is_file()
 
 
 @pytest.mark.parametrize("prefix", [NETWORK, ""])

@@ -31,6 +31,7 @@ from fdistill.formats.comfy.text_encoders import original_clip, original_open_cl
 from fdistill.formats.lora_file import LORA_FILE, kohya_names, save_lora
 from fdistill.students.export import export_student
 from support.text_families_dit import HAS_QWEN_IMAGE, HAS_Z_IMAGE
+from support.text_families_flux2 import HAS_FLUX2
 from support.tiny_stable_diffusion import (
     UNETS,
     adapted_unet,
@@ -196,6 +197,18 @@ def test_diffusers_own_converter_takes_a_flux_transformer_back() -> None:
     assert made["single_blocks.1.linear1.weight"].shape == (7 * 3072, 1)
     assert "double_blocks.0.img_attn.norm.key_norm.scale" in made
     same(published.convert_flux_transformer_checkpoint_to_diffusers(made), state)
+
+
+@pytest.mark.skipif(not HAS_FLUX2, reason="this diffusers has no FLUX.2")
+def test_diffusers_own_converter_takes_a_flux_2_transformer_back() -> None:
+    from fdistill.adapters.flux2 import FAMILY, tiny_transformer
+
+    model = tiny_transformer(guidance_embeds=True)
+    state = model.state_dict()
+    made = original(model, state)
+    shapes = {name: tuple(value.shape) for name, value in made.items()}
+    assert [kind for kind, known in FAMILY.single_files.items() if known(shapes)] == ["FLUX.2"]
+    same(published.convert_flux2_transformer_checkpoint_to_diffusers(dict(made)), state)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from fdistill.formats.lora_file import LORA_FILE
 from fdistill.noise import FlowSchedule, vp_schedule_from_config
 from fdistill.student_kinds import STUDENT_FILE, Sampler
 from fdistill.students.export import export_student
+from support.text_families_flux2 import HAS_FLUX2, dev
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 VP = DirectPrediction(vp_schedule_from_config({**DDPMScheduler(**SD).config, "_class_name": "DDPMScheduler"}), "eps")
@@ -25,11 +26,17 @@ FLOW = DirectPrediction(FlowSchedule(), "flow", 1000.0)
 
 
 def student(folder: Path, form: DirectPrediction, levels: list[float], sampler: Sampler) -> Path:
-    """A folder with what `export` reads: adapters of one layer, the scheduler, and the student's file."""
-    folder.mkdir()
+    """A folder with what `export` reads: adapters of one layer, the scheduler, and the student's file.
+
+    A folder that is there already keeps its network.
+    """
+    folder.mkdir(exist_ok=True)
     prefix = "transformer.blocks.0.proj" if form is FLOW else "unet.mid_block.attentions.0.proj_in"
     tensors = {f"{prefix}.lora_{matrix}.weight": torch.ones(2, 2) for matrix in "AB"}
     save_file(tensors, folder / LORA_FILE)
+    if not (folder / "transformer").is_dir():
+        (folder / "transformer").mkdir()
+        (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
     found = student_scheduler(form, levels, sampler)
     assert found is not None
     scheduler, call = found
@@ -60,6 +67,23 @@ def test_adapters_of_a_network_that_takes_guidance_need_it(tmp_path: Path) -> No
     assert told.endswith("with sigmas=[1.0, 0.5], guidance_scale=3.5")
     (told,) = export_student(folder, "comfy-lora", tmp_path / "lora.safetensors")
     assert told.startswith("sample with cfg 1, guidance 3.5, sampler lcm")
+
+
+@pytest.mark.skipif(not HAS_FLUX2, reason="this diffusers has no FLUX.2")
+@pytest.mark.parametrize(("pipeline", "called", "guided"), [("Flux2Pipeline", 4.0, True), ("FluxPipeline", 0.0, False)])
+def test_weights_that_keep_their_input_of_guidance_need_it(
+    pipeline: str, called: float, guided: bool, tmp_path: Path
+) -> None:
+    """FLUX.2-dev's, whose pipeline is called with the scale; FLUX.1-dev's have it folded in."""
+    folder = student(dev(tmp_path / "student"), FLOW, [1.0, 0.5], "stochastic")
+    facts = json.loads((folder / STUDENT_FILE).read_text())
+    facts |= {"embedded_guidance": 4.0, "call": {**facts["call"], "guidance_scale": called}, "pipeline": pipeline}
+    (folder / STUDENT_FILE).write_text(json.dumps(facts))
+    told = export_student(folder, "comfy", tmp_path / "two.safetensors")[-1]
+    assert told.startswith(f"sample with cfg 1{', guidance 4' if guided else ''}, sampler lcm")
+    nodes = {node["class_type"]: node["inputs"] for node in json.loads((tmp_path / "two.json").read_text()).values()}
+    assert nodes.get("FluxGuidance", {}).get("guidance") == (4.0 if guided else None)
+    assert nodes["UNETLoader"]["unet_name"] == "two.safetensors"
 
 
 @pytest.mark.parametrize("sampler", ["stochastic", "deterministic"])
@@ -120,7 +144,8 @@ KINDS = {"clip": "CLIP", "model": "MODEL", "vae": "VAE"}
 @pytest.mark.parametrize("adapters", [True, False])
 @pytest.mark.parametrize("pipeline", supported_pipelines())
 def test_a_workflow_is_a_graph_that_comfyui_runs(pipeline: str, adapters: bool) -> None:
-    sampling = ComfySampling("lcm", [1.0, 0.9, 0.75, 0.5], 3.5 if adapters and pipeline == "FluxPipeline" else None)
+    guided = pipeline == "Flux2Pipeline" or (adapters and pipeline == "FluxPipeline")
+    sampling = ComfySampling("lcm", [1.0, 0.9, 0.75, 0.5], 3.5 if guided else None)
     made = workflow(pipeline, "four.safetensors", adapters=adapters, sampling=sampling, size=512, prompt="a cat")
     if made is None:
         assert pipeline in ("SanaPipeline",), "ComfyUI itself has no nodes for it"
@@ -139,7 +164,9 @@ def test_a_workflow_is_a_graph_that_comfyui_runs(pipeline: str, adapters: bool) 
     values = [value for node in made.values() for value in node["inputs"].values()]
     assert "four.safetensors" in values
     assert "1, 0.9, 0.75, 0.5, 0" in values
-    assert ("LoraLoaderModelOnly" in {node["class_type"] for node in made.values()}) == adapters
+    types = {node["class_type"] for node in made.values()}
+    assert ("LoraLoaderModelOnly" in types) == adapters
+    assert ("FluxGuidance" in types) == guided
 
 
 def test_a_workflow_lies_beside_the_file(tmp_path: Path) -> None:

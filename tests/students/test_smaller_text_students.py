@@ -27,6 +27,8 @@ SMALLER: dict[str, dict[str, Any]] = {
     "flux-dev": {"num_layers": 1, "num_single_layers": 1},
     "flux-schnell": {"num_layers": 1, "num_single_layers": 0},
     "z-image": {"n_layers": 2},
+    "flux2-klein": {"num_layers": 1, "num_single_layers": 1},
+    "flux2-dev": {"num_layers": 1},
 }
 
 
@@ -64,15 +66,20 @@ def test_a_smaller_student_is_trained_and_exported(name: str, teachers: dict[str
 
     generator: Any = load_student(student)
     assert generator.denoiser.network.config[next(iter(changes))] == next(iter(changes.values()))
+    if name == "flux2-dev":  # whose student is called with the scale that it was trained with
+        told = json.loads((student / "fdistill_student.json").read_text())["call"]["guidance_scale"]
+        assert told == generator.denoiser.embedded_guidance == SETTINGS["guidance_scale"]
     start, trained = smaller.network.state_dict(), generator.denoiser.network.state_dict()
-    folded = {key for key in start if ".guidance_embedder." in key}  # into FLUX.1-dev's other weights
+    # Into FLUX.1-dev's other weights.
+    folded = {key for key in start if ".guidance_embedder." in key and name == "flux-dev"}
     assert trained.keys() == start.keys() - folded
     assert any(not torch.equal(trained[key], start[key]) for key in listed["copied"] if key not in folded)
 
     pipeline: Any = DiffusionPipeline.from_pretrained(student)
     assert type(pipeline).__name__ == FAMILIES[name][1]
+    assert pipeline.config.get("is_distilled", True)  # klein's, which then ignores its default guidance scale
     pipeline.set_progress_bar_config(disable=True)
-    image = pipeline(PROMPTS[0], **json.loads((student / "fdistill_student.json").read_text())["call"]).images[0]
+    image = pipeline(prompt=PROMPTS[0], **json.loads((student / "fdistill_student.json").read_text())["call"]).images[0]
     assert image.size == (call.get("height", 16),) * 2
 
 

@@ -58,7 +58,7 @@ def published_network(recipe: str) -> Denoiser:
             network = build()
         return wrap(network, scheduler)
     if name != "sd21-v":
-        return memory_table.published(name, load_config(name).resolution)
+        return memory_table.published(name, load_config(recipe).resolution)
     with torch.device("meta"):
         unet = UNet2DConditionModel(96, cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20))
     return wrap(unet, {**SCALED, "prediction_type": "v_prediction"})

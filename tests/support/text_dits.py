@@ -19,15 +19,20 @@ from support.text_families_dit import (
     qwen_transformer,
     sana_transformer,
 )
+from support.text_families_flux2 import HAS_FLUX2, own_flux2_output
 from support.text_pipelines import SIZE
 
 if HAS_QWEN_IMAGE:
     from diffusers import QwenImagePipeline
 if HAS_Z_IMAGE:
     from fdistill.adapters import z_image
+if HAS_FLUX2:
+    from fdistill.adapters import flux2
 
 #: Families that predict eps at timesteps; the others are flows.
 VP = ("pixart", "pixart-alpha")
+#: Families whose networks attend to the padding of prompts, and whose pixels of latents are tokens.
+FLUX2 = ("flux2-klein", "flux2-dev")
 
 
 def tiny(name: str) -> TextDenoiser:
@@ -39,6 +44,9 @@ def tiny(name: str) -> TextDenoiser:
         network, scheduler = qwen_transformer(), FlowMatchEulerDiscreteScheduler()
     elif name == "z-image":
         network, scheduler = z_image.tiny_transformer(), FlowMatchEulerDiscreteScheduler()
+    elif name in FLUX2:
+        guided = name == "flux2-dev"
+        network, scheduler = flux2.tiny_transformer(guidance_embeds=guided), FlowMatchEulerDiscreteScheduler()
     else:
         changes = {"timestep_scale": 0.001} if name == "sana-timestep-scale" else {}
         network, scheduler = sana_transformer(**changes), FlowMatchEulerDiscreteScheduler()
@@ -59,11 +67,12 @@ def inputs(denoiser: TextDenoiser, count: int = 3) -> tuple[Tensor, Tensor, Text
 
 
 def blocks_of(denoiser: TextDenoiser) -> tuple[str, list[nn.Module], nn.Module]:
-    """The name of the network's list of blocks, these, and its last layer."""
+    """The name of the network's first list of blocks, all its blocks, and its last layer."""
     network: Any = denoiser.network
     if hasattr(network, "all_final_layer"):
         return "layers", list(network.layers), network.all_final_layer["2-1"]
-    return "transformer_blocks", list(network.transformer_blocks), network.proj_out
+    blocks = [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", [])]
+    return "transformer_blocks", blocks, network.proj_out
 
 
 def own_output(network: Any, x_t: Tensor, t: Tensor, condition: TextCondition) -> Any:
@@ -89,6 +98,8 @@ def own_output(network: Any, x_t: Tensor, t: Tensor, condition: TextCondition) -
         lengths = condition["prompt_embeds_mask"].sum(1).tolist()
         captions = [each[:length] for each, length in zip(condition["prompt_embeds"], lengths, strict=True)]
         return -torch.stack(network(list(x_t[:, :, None]), 1 - t, captions, return_dict=False)[0])[:, :, 0]
+    if type(network).__name__.startswith("Flux2"):
+        return own_flux2_output(network, x_t, t, condition["prompt_embeds"])
     count, channels, height, width = x_t.shape
     tokens = network(
         hidden_states=QwenImagePipeline._pack_latents(x_t, count, channels, height, width),

@@ -1,4 +1,4 @@
-"""Tiny pipelines of transformers with one large text encoder: PixArt, Sana, Qwen-Image and Z-Image, from configs."""
+"""Tiny pipelines of transformers with one large text encoder: PixArt, Sana, Qwen-Image, Z-Image and FLUX.2."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from fdistill.adapters.pixart import tiny_transformer as pixart_transformer
 from fdistill.adapters.tiny_parts import RESOLUTION
 from fdistill.commands.tiny_pipelines import tiny_pipeline
 from support.families import randomised
+from support.text_families_flux2 import TEXT_FAMILIES_FLUX2
 
 __all__ = [
     "HAS_QWEN_IMAGE",
@@ -285,3 +286,4 @@ if HAS_QWEN_IMAGE:
     TEXT_FAMILIES_DIT["qwen-image"] = (qwen_image, "QwenImagePipeline", _call(RESOLUTION, true_cfg_scale=1.0))
 if HAS_Z_IMAGE:
     TEXT_FAMILIES_DIT["z-image"] = (z_image, "ZImagePipeline", _call(RESOLUTION, guidance_scale=0.0))
+TEXT_FAMILIES_DIT |= TEXT_FAMILIES_FLUX2

@@ -26,7 +26,7 @@ from fdistill.training.sharding import (
     share_frozen,
     total_norm,
 )
-from support import families, text_families, text_families_dit
+from support import families, text_families, text_families_dit, text_families_flux2
 
 MADE = {
     "UNet2DModel": families.consistency,
@@ -42,6 +42,7 @@ MADE = {
     "sana": text_families_dit.sana,
     **({"qwen-image": text_families_dit.qwen_image} if text_families_dit.HAS_QWEN_IMAGE else {}),
     **({"z-image": text_families_dit.z_image} if text_families_dit.HAS_Z_IMAGE else {}),
+    **({"flux2": text_families_flux2.dev} if text_families_flux2.HAS_FLUX2 else {}),
 }
 
 
@@ -53,7 +54,7 @@ def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def loaded(name: str, folder: Path) -> Denoiser:
     denoiser = load_denoiser(resolve_checkpoint(MADE[name](folder)))
-    if name in ("flux", "qwen-image", "z-image"):
+    if name in ("flux", "qwen-image", "z-image", "flux2"):
         denoiser.resize(text_families.RESOLUTION)
     return denoiser.requires_grad_(True)
 

@@ -129,6 +129,7 @@ def warm_up(config: DistillConfig) -> WarmUp | None:
     return WarmUp(stage.regression.pairs, stage.iterations, pairs + updates)
 
 
+@pytest.mark.thorough  # it counts each published network
 @pytest.mark.parametrize("name", recipes(RECIPES))
 def test_the_hours_are_what_their_numbers_make(name: str) -> None:
     said, config, cost = hours(head(name)), load_config(name), counted(name)

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from fdistill.training.appearance import LOOK
+
 #: How many records `alarms` looks at, and in how many in a row a sign must be: one may be chance.
 WINDOW, _LASTING = 10, 3
 #: At the highest noise levels nobody can tell data from samples, so that an accuracy over all levels near 1 means that
@@ -16,6 +18,8 @@ _CLAMPED = 0.9
 #: The fake score's loss follows the student's samples, and doubles or halves; ten times is another matter. Logits
 #: beyond 10 are cut off before they become ratios, and a mean loss of 10 is a mean logit of 10 on the wrong side.
 _GROWN, _WRONG = 10.0, 10.0
+#: Of how samples look, divided by the teacher's. Below 0.02 of 1 a quantity is the rounding of greyscale images.
+_BURNT, _COLLAPSED, _NOTHING = 1.5, 0.5, 0.02
 
 
 def alarms(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -47,6 +51,37 @@ def alarms(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
             f"{what}; lower {role}.lr, or lower generator.lr so that the critic can follow the student"
         )
     return found
+
+
+def drifts(looks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Like `alarms`, of how a run's samples look beside the teacher's: of all records with samples, oldest first.
+
+    A student begins with images that are alike, so that low diversity means something only after a higher one.
+    """
+    found: dict[str, str] = {}
+    if len(looks) < 2:
+        return found
+    for name in ("saturation", "contrast"):
+        burnt = min(_beside_teacher(look, name) for look in looks[-2:])
+        if burnt >= _BURNT:
+            found["colours burnt"] = (
+                f"the {name} of samples stays above {burnt:.3g} times the teacher's; lower guidance_scale or "
+                "augmentation.weight, or raise critic_steps"
+            )
+    highest = max(_beside_teacher(look, "diversity") for look in looks[:-2] or looks[:1])
+    now = max(_beside_teacher(look, "diversity") for look in looks[-2:])
+    if now < _COLLAPSED * min(highest, 1.0):
+        found["samples alike"] = (
+            f"samples of one class or prompt differ {now:.2g} times as much as the teacher's, after {highest:.2g}; "
+            "lower generator.lr, raise critic_steps, or take a divergence that covers modes, as jensen-shannon or forward-kl"
+        )
+    return found
+
+
+def _beside_teacher(look: Mapping[str, Any], name: str) -> float:
+    """How much a quantity of samples is, divided by the teacher's; 0 where the teacher has next to nothing of it."""
+    teacher = float(look.get(f"{LOOK}teacher_{name}", 0.0))
+    return float(look.get(f"{LOOK}{name}", 0.0)) / teacher if teacher > _NOTHING else 0.0
 
 
 def _least(records: Sequence[Mapping[str, Any]], name: str) -> float:

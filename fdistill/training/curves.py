@@ -33,12 +33,7 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    logged = dict.fromkeys(name for record in records for name in record)
-    panels = [(title, [name for name in names if name in logged]) for title, names in _PANELS]
-    panels = [(title, names) for title, names in panels if names]
-    panels += [(name.removeprefix("eval/"), [name]) for name in logged if name.startswith("eval/")]
-    look = [name.removeprefix(f"{LOOK}teacher_") for name in logged if name.startswith(f"{LOOK}teacher_")]
-    panels += [("samples, divided by the teacher's", [f"{LOOK}{name}" for name in look])] if look else []
+    panels = _panels(records)
     rows = [record.get("discriminator/accuracy_per_bin") for record in records]
     count = len(panels) + any(rows)
     if not count:
@@ -71,7 +66,7 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
             _plot_scores(axes, {r["iteration"]: r[names[0]] for r in records if names[0] in r})
             continue
         if names[0].startswith(LOOK):
-            _plot_look(axes, records, look)
+            _plot_look(axes, records, [name.removeprefix(LOOK) for name in names])
             continue
         for name in names:
             label = name.replace("generator/grad", "student grad").removeprefix("generator/")
@@ -93,6 +88,16 @@ def save_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         last.set_xlabel("iteration")
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90)
+
+
+def _panels(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The title of each panel, and the quantities in it."""
+    logged = dict.fromkeys(name for record in records for name in record)
+    panels = [(title, [name for name in names if name in logged]) for title, names in _PANELS]
+    panels = [(title, names) for title, names in panels if names]
+    panels += [(name.removeprefix("eval/"), [name]) for name in logged if name.startswith("eval/")]
+    look = [name.replace("teacher_", "") for name in logged if name.startswith(f"{LOOK}teacher_")]
+    return panels + ([("samples, divided by the teacher's", look)] if look else [])
 
 
 def _plot_look(axes: Axes, records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:

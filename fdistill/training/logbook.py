@@ -19,7 +19,7 @@ from fdistill.base.errors import NonFiniteError
 from fdistill.base.files import writing
 from fdistill.base.images import save_grid
 from fdistill.ema_profiles import profile_name
-from fdistill.training.alarms import WINDOW, alarms
+from fdistill.training.alarms import WINDOW, alarms, drifts
 from fdistill.training.appearance import LOOK, appearance
 from fdistill.training.breakdown import BrokenRunError, advice
 from fdistill.training.checkpoint import checkpoints, newest_intact, save_checkpoint
@@ -68,6 +68,7 @@ class Logbook:
         )
         self._owed = False  # a checkpoint that was due while a role was stuck
         self._recent: list[dict[str, Any]] = []
+        self._looks: list[dict[str, Any]] = []  # records with samples
         self._scored: list[dict[str, float]] = []
         self._best = 0  # the iteration with the best scores
         self._trackers: list[GeneralTracker] = []
@@ -89,6 +90,7 @@ class Logbook:
             self._stack.callback(started.finish)
         earlier = read_records(self._folder / "metrics.jsonl")
         self._recent = earlier[-WINDOW:]
+        self._looks = [record for record in earlier if f"{LOOK}contrast" in record]
         for record in earlier:
             scores = {key: value for key, value in record.items() if key.startswith("eval/")}
             self._note_scores(scores, record["iteration"])
@@ -215,6 +217,10 @@ class Logbook:
         before = self._recent[-1].get("alarms", ()) if self._recent else ()
         self._recent = [*self._recent, record][-WINDOW:]
         found = alarms(self._recent)
+        if f"{LOOK}contrast" in record:
+            before = [*before, *(self._looks[-1].get("alarms", ()) if self._looks else ())]
+            self._looks.append(record)
+            found |= drifts(self._looks)
         if found:
             record["alarms"] = list(found)
         for name, sentence in found.items():

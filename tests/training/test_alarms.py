@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fdistill.config.reading import load_config
-from fdistill.training.alarms import alarms
+from fdistill.training.alarms import alarms, drifts
 from fdistill.training.build import build
 from fdistill.training.journal import read_records
 from fdistill.training.logbook import Logbook
@@ -33,6 +33,36 @@ def test_what_lasts_raises_an_alarm(changes: dict[str, float], name: str, advise
     assert advised in found[name]
     assert alarms([HEALTHY] * 5 + [odd, HEALTHY, odd]) == {}
     assert alarms([odd] * 2) == {}
+
+
+def look(saturation: float = 0.3, contrast: float = 0.2, diversity: float = 0.25) -> dict[str, float]:
+    own = {"samples/saturation": saturation, "samples/contrast": contrast, "samples/diversity": diversity}
+    return own | {"samples/teacher_saturation": 0.3, "samples/teacher_contrast": 0.2, "samples/teacher_diversity": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("looks", "name", "advised"),
+    [
+        ([look(), look(0.5), look(0.6)], "colours burnt", "saturation of samples stays above 1.67 times"),
+        (
+            [look(), look(contrast=0.31), look(contrast=0.4)],
+            "colours burnt",
+            "the contrast of samples stays above 1.55",
+        ),
+        ([look(diversity=0.2), look(diversity=0.09), look(diversity=0.08)], "samples alike", "0.36 times as much"),
+    ],
+)
+def test_samples_that_drift_raise_an_alarm(looks: list[dict[str, float]], name: str, advised: str) -> None:
+    found = drifts(looks)
+    assert list(found) == [name]
+    assert advised in found[name]
+    assert drifts(looks[:2]) == {}, "once may be chance"
+
+
+def test_samples_that_begin_alike_raise_none() -> None:
+    assert drifts([look(diversity=0.05), look(diversity=0.1), look(diversity=0.15)]) == {}
+    grey = {"samples/saturation": 0.009, "samples/teacher_saturation": 0.003}
+    assert drifts([grey] * 4) == {}
 
 
 def test_records_without_these_quantities_raise_none() -> None:

@@ -73,7 +73,7 @@ def drifts(looks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     if now < _COLLAPSED * min(highest, 1.0):
         found["samples alike"] = (
             f"samples of one class or prompt differ {now:.2g} times as much as the teacher's, after {highest:.2g}; "
-            "lower generator.lr, raise critic_steps, or take a divergence that covers modes, as jensen-shannon or forward-kl"
+            "lower generator.lr, raise critic_steps, or take a divergence that covers modes, such as jensen-shannon"
         )
     return found
 

@@ -26,7 +26,14 @@ from support.text_pipelines import SIZE, condition_of, denoiser_of, load_pipelin
 
 PROMPTS = ["a bold handwritten seven", "a thin digit"]
 VP = ("pixart", "pixart-alpha")
-LEVELS = [(name, level) for name in TEXT_FAMILIES_DIT for level in ((999.0, 400.0) if name in VP else (1.0,))]
+#: Levels of timesteps and of flows.
+STEPS: list[tuple[list[float], list[float], Sampler]] = [
+    ([999], [1.0], "stochastic"),
+    ([999, 749, 249], [1.0, 0.9, 0.5], "stochastic"),
+    ([999, 600, 149], [1.0, 0.9, 0.3], "deterministic"),
+]
+LEVELS = [(name, levels[name not in VP], levels[2]) for name in TEXT_FAMILIES_DIT for levels in STEPS]
+LEVELS += [(name, [400], "stochastic") for name in VP]
 
 
 @pytest.fixture(scope="module")
@@ -92,32 +99,46 @@ def test_the_students_scheduler_makes_its_pipeline_the_student(
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "level"), LEVELS)
+@pytest.mark.parametrize(("name", "levels", "sampler"), LEVELS)
 def test_a_students_pipeline_draws_what_the_student_does(
-    name: str, level: float, folders: dict[str, Path], tmp_path: Path
+    name: str, levels: list[float], sampler: Sampler, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     pipeline = load_pipeline(folders[name])
-    denoiser, condition = denoiser_of(pipeline), condition_of(pipeline, PROMPTS, TEXT_FAMILIES_DIT[name][2]["height"])
+    call = TEXT_FAMILIES_DIT[name][2]
+    denoiser, condition = denoiser_of(pipeline), condition_of(pipeline, PROMPTS, call["height"])
     latents = attach_latent_space(denoiser, Checkpoint(name, folders[name]), None)
     assert latents is not None
-    student = student_generator(denoiser, [level]).eval()
     noise = torch.randn(2, *denoiser.sample_shape, generator=torch.Generator().manual_seed(1))
+    given = noise if name != "qwen-image" else diffusers.QwenImagePipeline._pack_latents(noise, 2, 4, SIZE, SIZE)
+    drawn_later = torch.Generator().manual_seed(4)
+    later = [torch.randn(given.shape, generator=drawn_later) for _ in levels[1:]]
+    if name in TEXT_FAMILIES_FLUX2:
+        later = [rearrange(one.reshape(2, SIZE, SIZE, -1), "b h w c -> b c h w") for one in later]
+    if name == "qwen-image":
+        later = [qwen_latents(one) for one in later]
+    entering = noise if len(levels) == 1 or sampler == "deterministic" else torch.stack([noise, *later], dim=1)
+    student = student_generator(denoiser, levels, sampler).eval()
     with torch.no_grad():
-        x0 = student(noise, condition)
+        x0 = student(entering, condition)
     image = latents.decode(x0).div(2).add(0.5).clamp(0, 1)
-    made = student_scheduler(denoiser.parametrisation, [level])
+    made = student_scheduler(denoiser.parametrisation, levels, sampler)
     assert made is not None
-    scheduler, call = made
-    assert call.items() <= TEXT_FAMILIES_DIT[name][2].items()
+    scheduler, steps = made
+    assert len(levels) > 1 or steps.items() <= call.items()
     pipeline.register_modules(transformer=denoiser.network, scheduler=scheduler)
     pipeline.save_pretrained(tmp_path / "student")
     loaded = load_pipeline(tmp_path / "student")
     assert type(loaded).__name__ == TEXT_FAMILIES_DIT[name][1]
-    given = noise if name != "qwen-image" else diffusers.QwenImagePipeline._pack_latents(noise, 2, 4, SIZE, SIZE)
-    drawn = loaded(prompt=list(PROMPTS), latents=given, output_type="latent", **TEXT_FAMILIES_DIT[name][2]).images
-    drawn = qwen_latents(drawn) if name == "qwen-image" else drawn
-    drawn = network_latents(loaded, drawn) if name in TEXT_FAMILIES_FLUX2 else drawn
-    torch.testing.assert_close(drawn, x0, rtol=1e-4, atol=1e-4)
-    seen = loaded(prompt=list(PROMPTS), latents=given, output_type="pt", **TEXT_FAMILIES_DIT[name][2]).images
-    torch.testing.assert_close(seen, image, rtol=1e-4, atol=1e-4)
+
+    def drawn(output_type: str) -> Tensor:
+        torch.manual_seed(4)  # schedulers of flows are given no generator
+        images: Tensor = loaded(
+            prompt=list(PROMPTS), latents=given, output_type=output_type, **{**call, **steps}
+        ).images
+        return images
+
+    got = qwen_latents(drawn("latent")) if name == "qwen-image" else drawn("latent")
+    got = network_latents(loaded, got) if name in TEXT_FAMILIES_FLUX2 else got
+    torch.testing.assert_close(got, x0, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(drawn("pt"), image, rtol=1e-4, atol=1e-4)
     assert image.std() > 0.01

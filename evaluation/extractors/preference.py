@@ -19,9 +19,10 @@ from torch.nn import functional as F
 
 from evaluation.extractors.clip import ClipModel
 from evaluation.extractors.extractor import Extractor, full_precision, prepare_each, runner
-from evaluation.weights import PUBLISHED, Weights, brief, find_weights, is_published, read_state_dict
-from fdistill.base.errors import CheckpointError
+from evaluation.weights import PUBLISHED, Weights, find_weights, is_published
+from fdistill.base.errors import CheckpointError, brief
 from fdistill.base.files import sha256_of_files
+from fdistill.base.torch_files import read_state_dict
 
 #: open_clip's name of the architecture of both; OpenAI's mean and standard deviation of pixels.
 ARCHITECTURE = "ViT-H-14"

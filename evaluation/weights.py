@@ -14,6 +14,7 @@ import torch
 from fdistill.base.distributed import first_process_of_machine_first
 from fdistill.base.errors import ArgumentError, CheckpointError, brief, did_you_mean
 from fdistill.base.reading import not_here
+from fdistill.preference.models import MODELS
 
 #: Weights that the user gave, {network: file or folder}; "" is a folder of files, or a file, under published names.
 Weights = Mapping[str, Path]
@@ -73,8 +74,7 @@ PUBLISHED: dict[str, PublishedFile] = {
         "timm/vit_large_patch14_clip_224.openai", "9ce2e8a8ebfff3793d7d375ad6d3c35cb9aebf3de7ace0fc7308accab7cd207e"
     ),
     "clip-g14": _in_repository("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", ""),
-    "hps21": _in_repository("xswu/HPSv2", "", "HPS_v2.1_compressed.pt"),
-    "pickscore": _in_repository("yuvalkirstain/PickScore_v1", "", "model.safetensors"),
+    **{name: _in_repository(model.repository, "", model.file) for name, model in MODELS.items()},
 }
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel
 
 from evaluation.evaluate import evaluate
-from evaluation.extractors import open_text_image_model, preference
+from evaluation.extractors import open_text_image_model
 from evaluation.metrics.preference import preference_score
 from fdistill.base.errors import ArgumentError, CheckpointError
+from fdistill.preference import models
 from support.clip import CONFIG
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def hps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
     """Weights as published: tensors under a key, with other things beside them."""
     (tmp_path / "tiny-hps.json").write_text(json.dumps(CONFIG))
     open_clip.add_model_config(tmp_path / "tiny-hps.json")
-    monkeypatch.setattr(preference, "ARCHITECTURE", "tiny-hps")
+    monkeypatch.setattr(models, "ARCHITECTURE", "tiny-hps")
     torch.manual_seed(0)
     model = open_clip.CLIP(**CONFIG).eval()
     path = tmp_path / "HPS_v2.1_compressed.pt"
@@ -46,7 +47,7 @@ def hps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
 
 @pytest.fixture
 def pickscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
-    monkeypatch.setattr(preference, "PICKSCORE", TINY)
+    monkeypatch.setattr(models, "PICKSCORE", TINY)
     torch.manual_seed(0)
     model = CLIPModel(CLIPConfig(**TINY)).eval()
     model.logit_scale.data.fill_(4.4)
@@ -68,7 +69,7 @@ def scores(name: str, path: Path, images: Tensor) -> Tensor:
     return (model.extractor.run(images)["image"] * model.encode_prompts(PROMPTS)).sum(1)
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (48, 80)])
+@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (48, 80), (32, 20)])
 def test_hps_is_open_clips_model_with_its_longest_resizing(shape: tuple[int, int], hps: tuple[Path, Any]) -> None:
     """torchvision resizes the float tensor, and pads it, as HPSv2's ResizeMaxSize does."""
     from torchvision.transforms import InterpolationMode, Normalize

@@ -18,6 +18,7 @@ from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object, weights_sha256
 from fdistill.denoiser import Denoiser, LatentScaling
+from fdistill.kernels.checks import wide
 
 _PIXELS = 2**21  # of the images an autoencoder sees at once: its activations are far larger than a denoiser's
 
@@ -99,6 +100,17 @@ def decode_samples(vae: Any, scaling: LatentScaling, samples: Tensor) -> Tensor:
     z = scaling.to_latents(samples).to(vae.dtype)
     pixels = vae.decode(z[:, :, None]).sample[:, :, 0] if _is_video(vae) else vae.decode(z).sample
     return scaling.to_images(pixels)
+
+
+def unit_images(samples: Tensor, latents: LatentSpace | None) -> Tensor:
+    """Samples [B, C, h, w] -> RGB images [B, 3, H, W] clamped to [0, 1], in float32 at least, differentiable.
+
+    Args:
+        latents: decodes the samples; None if they are images in [-1, 1], of one channel or three.
+    """
+    samples = samples.to(wide(samples.dtype))
+    decoded = samples if latents is None else latents.decode_with_gradient(samples)
+    return (decoded.to(wide(decoded.dtype)) / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
 def pixels_per_latent(vae: Any) -> int:

@@ -75,6 +75,12 @@ PUBLISHED: dict[str, PublishedFile] = {
     ),
     "clip-g14": _in_repository("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", ""),
     **{name: _in_repository(model.repository, "", model.file) for name, model in MODELS.items()},
+    "imagereward": _in_repository("THUDM/ImageReward", "", "ImageReward.pt"),
+    "bert-vocab": _in_repository(
+        "google-bert/bert-base-uncased",
+        "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        "vocab.txt",
+    ),
 }
 
 

@@ -12,6 +12,8 @@ from evaluation.metrics.spreads import mean_score
 if TYPE_CHECKING:
     from torch import Tensor
 
+_AT_ONCE = 32  # images in one pass of ImageReward
+
 
 def preference_score(image_features: Tensor, text_features: Tensor) -> Score:
     """The mean product of an image's features and its prompt's, in float64, with its standard error.
@@ -42,4 +44,28 @@ def preference_metric(name: str, model: str) -> Metric:
         features=(image,),
         needs="prompts",
         clip=(model, ""),
+    )
+
+
+def image_reward_metric() -> Metric:
+    """ImageReward of each image for its prompt, in float64, with the standard error of the mean."""
+
+    def compute(measured: Measured) -> dict[str, Score]:
+        import torch
+
+        from evaluation.extractors.image_reward import open_image_reward
+
+        network, images = open_image_reward(measured.device, measured.weights), measured.images
+        prompts = images.prompts or []
+        parts = (range(len(images))[first : first + _AT_ONCE] for first in range(0, len(images), _AT_ONCE))
+        rewards = [network(images.read(part), [prompts[i] for i in part]) for part in parts]
+        return {"imagereward": mean_score(torch.cat(rewards).double())}
+
+    return Metric(
+        name="imagereward",
+        outputs=("imagereward",),
+        higher_is_better=True,
+        compute=compute,
+        needs="prompts",
+        files=("imagereward", "bert-vocab"),
     )

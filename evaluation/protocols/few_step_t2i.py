@@ -33,6 +33,6 @@ FEW_STEP_T2I = Protocol(
     facts={
         "hpsv2.1": "100 times the cosine",
         "pickscore": "exp(logit_scale) times the cosine",
-        "imagereward": "standardised by its authors' mean",
+        "imagereward": "minus its authors' mean, over their standard deviation",
     },
 )

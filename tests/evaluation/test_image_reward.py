@@ -44,13 +44,10 @@ def published(random: torch.Generator) -> dict[str, Tensor]:
         block = f"{see}blocks.{number}."
         norm(f"{block}norm1", WIDTH)
         norm(f"{block}norm2", WIDTH)
-        for name, before, after in (
-            ("attn.qkv", 16, 48),
-            ("attn.proj", 16, 16),
-            ("mlp.fc1", 16, 32),
-            ("mlp.fc2", 32, 16),
-        ):
-            linear(block + name, before, after)
+        linear(f"{block}attn.qkv", WIDTH, 3 * WIDTH)
+        linear(f"{block}attn.proj", WIDTH, WIDTH)
+        linear(f"{block}mlp.fc1", WIDTH, 32)
+        linear(f"{block}mlp.fc2", 32, WIDTH)
     norm(f"{see}norm", WIDTH)
     shapes |= {f"{read}embeddings.word_embeddings.weight": (VOCABULARY, READER)}
     shapes |= {f"{read}embeddings.position_embeddings.weight": (64, READER)}
@@ -169,7 +166,7 @@ def test_the_sizes_are_those_of_blip_large() -> None:
         text = BlipTextModel(BlipTextConfig(**image_reward.TEXT), add_pooling_layer=False)
     assert sum(parameter.numel() for parameter in vision.parameters()) == 303_301_632  # ViT-L/16 without its classifier
     cross = 12 * (2 * (768 * 768 + 768) + 2 * (1024 * 768 + 768) + 2 * 768)
-    bert = 108_891_648 + 2 * 768  # BERT base without its pooler, and two tokens more
+    bert = 108_891_648 + 2 * 768 - 2 * 768  # BERT base without its pooler; two tokens more, and no types of tokens
     assert sum(parameter.numel() for parameter in text.parameters()) == bert + cross
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from evaluation.metrics.metric import Measured, Metric
+from evaluation.metrics.pairs import pairs_picture
 from evaluation.metrics.rows import check_prompts
 from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import mean_score
 
 if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
     from torch import Tensor
 
 _AT_ONCE = 32  # images in one pass of ImageReward
@@ -26,7 +28,11 @@ def preference_score(image_features: Tensor, text_features: Tensor) -> Score:
         ArgumentError: shapes differ, there are no images, or a row is not finite.
     """
     check_prompts(image_features, text_features)
-    return mean_score((image_features.double() * text_features.double()).sum(dim=1))
+    return mean_score(_scores(image_features, text_features))
+
+
+def _scores(image_features: Tensor, text_features: Tensor) -> Tensor:
+    return (image_features.double() * text_features.double()).sum(dim=1)
 
 
 def preference_metric(name: str, model: str) -> Metric:
@@ -36,6 +42,9 @@ def preference_metric(name: str, model: str) -> Metric:
     def compute(measured: Measured) -> dict[str, Score]:
         return {name: preference_score(measured.samples[image], measured.samples[text])}
 
+    def picture(measured: Measured) -> PILImage | None:
+        return pairs_picture(_scores(measured.samples[image], measured.samples[text]), measured)
+
     return Metric(
         name=name,
         outputs=(name,),
@@ -44,6 +53,7 @@ def preference_metric(name: str, model: str) -> Metric:
         features=(image,),
         needs="prompts",
         clip=(model, ""),
+        picture=picture,
     )
 
 

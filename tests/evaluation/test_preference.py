@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from evaluation.evaluate import evaluate
 from evaluation.extractors import open_text_image_model
+from evaluation.metrics.pairs import pairs_picture
 from evaluation.metrics.preference import preference_score
 from fdistill.base.errors import ArgumentError, CheckpointError
 from support.preference import pictures, tiny_hps, tiny_pickscore
@@ -85,12 +89,15 @@ def test_the_protocol_scores_a_folder(hps: tuple[Path, Any], pickscore: tuple[Pa
     images = pictures(32, 32)
     for number, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:06d}.png")
+    (folder / "manifest.json").write_text(json.dumps({"prompts": [prompt.strip() for prompt in PROMPTS]}))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     weights = {"hps21": hps[0], "pickscore": pickscore[0]}
     result = evaluate(
         folder,
         protocol="few-step-t2i",
         prompts=tmp_path / "prompts.txt",
+        reference=folder,
+        output=tmp_path / "scores.json",
         metrics=["hpsv2.1", "pickscore"],
         weights=weights,
         device="cpu",
@@ -98,6 +105,7 @@ def test_the_protocol_scores_a_folder(hps: tuple[Path, Any], pickscore: tuple[Pa
     for name, model in (("hpsv2.1", "hps21"), ("pickscore", "pickscore")):
         (key,) = (key for key in result["metrics"] if key.startswith(name))
         assert "other weights" in key
+        assert (tmp_path / f"scores.{name}.png").is_file()
         assert result["metrics"][key] == pytest.approx(scores(model, weights[model], images).mean().item(), abs=1e-3)
 
 
@@ -113,3 +121,31 @@ def test_weights_of_another_network_are_refused(hps: tuple[Path, Any], pickscore
     for name, path in (("pickscore", other), ("hps21", pickscore[0])):
         with pytest.raises(CheckpointError, match=r"is of another architecture .*expected the weights as published"):
             open_text_image_model(name, CPU, {name: path})
+
+
+class Shown:
+    """Images of one colour each, and their prompts."""
+
+    def __init__(self, colours: list[int], prompts: list[str] | None):
+        self.colours, self.prompts = colours, prompts
+
+    def read(self, indices: list[int]) -> Tensor:
+        return torch.stack([torch.full((3, 400, 384), self.colours[i], dtype=torch.uint8) for i in indices])
+
+
+def test_the_picture_has_the_best_the_median_and_the_worst_beside_the_teachers() -> None:
+    prompts = ["a cat", "the moon " * 60, "a house", "a dog"]
+    scores = torch.tensor([0.3, -1.0, 2.0, 0.1])
+
+    def drawn(reference: Shown | None) -> Image.Image | None:
+        measured: Any = SimpleNamespace(images=Shown([10, 20, 30, 40], prompts), reference_images=reference)
+        return pairs_picture(scores, measured)
+
+    picture = drawn(Shown([110, 120, 130, 140], list(prompts)))
+    assert picture is not None
+    pixels, height = np.asarray(picture)[..., 0], picture.height // 3
+    rows = [[int(pixels[row * height + 300, x]) for x in (100, 500)] for row in range(3)]
+    assert rows == [[130, 30], [140, 40], [120, 20]]
+    assert all((pixels[row * height : row * height + 50] < 128).any() for row in range(3))
+    for other in (None, Shown([0] * 4, None), Shown([0] * 4, prompts[::-1])):
+        assert drawn(other) is None

@@ -27,7 +27,7 @@ def pairs_picture(scores: Tensor, measured: Measured) -> PILImage | None:
     Returns:
         The picture; None if there is no reference, or if it has not the samples' prompts in their order.
     """
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     from fdistill.base.images import to_pil
 
@@ -47,7 +47,6 @@ def pairs_picture(scores: Tensor, measured: Measured) -> PILImage | None:
         for number, line in enumerate(lines):
             draw.text((0, row * height + number * _LINE), line, fill="black", font=font)
         for column, side in enumerate((teacher, images)):
-            picture = to_pil(side.read([index])[0])
-            picture.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
+            picture = ImageOps.contain(to_pil(side.read([index])[0]), (_SIDE, _SIDE), Image.Resampling.LANCZOS)
             canvas.paste(picture, (column * (_SIDE + _GAP), row * height + text))
     return canvas

@@ -80,8 +80,8 @@ def evaluate(
             reference, if it has one.
         protocol: a key of `evaluation.protocols.PROTOCOLS`.
         metrics: names of metrics of the protocol; by default its default ones, as far as samples and reference allow.
-        output: a JSON file for the result. If authenticity is measured, a picture of the samples nearest to training
-            images is written beside it.
+        output: a JSON file for the result. Pictures of metrics that draw one are written beside it: for authenticity
+            the samples nearest to training images, for preference scores samples beside the teacher's images.
         seeds: of generated samples, each in [0, 2^64). With several, each score is the mean over seeds, and its spread
             their standard deviation.
         num_images: number of samples, if not the protocol's; names of scores then say it.

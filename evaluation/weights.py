@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import pickle
 import urllib.request
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 from fdistill.base.distributed import first_process_of_machine_first
-from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.base.errors import ArgumentError, CheckpointError, brief, did_you_mean
 from fdistill.base.reading import not_here
+from fdistill.preference.models import MODELS
 
 #: Weights that the user gave, {network: file or folder}; "" is a folder of files, or a file, under published names.
 Weights = Mapping[str, Path]
@@ -77,8 +74,13 @@ PUBLISHED: dict[str, PublishedFile] = {
         "timm/vit_large_patch14_clip_224.openai", "9ce2e8a8ebfff3793d7d375ad6d3c35cb9aebf3de7ace0fc7308accab7cd207e"
     ),
     "clip-g14": _in_repository("laion/CLIP-ViT-g-14-laion2B-s12B-b42K", ""),
-    "hps21": _in_repository("xswu/HPSv2", "", "HPS_v2.1_compressed.pt"),
-    "pickscore": _in_repository("yuvalkirstain/PickScore_v1", "", "model.safetensors"),
+    **{name: _in_repository(model.repository, "", model.file) for name, model in MODELS.items()},
+    "imagereward": _in_repository("THUDM/ImageReward", "", "ImageReward.pt"),
+    "bert-vocab": _in_repository(
+        "google-bert/bert-base-uncased",
+        "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+        "vocab.txt",
+    ),
 }
 
 
@@ -187,61 +189,6 @@ def _download(file: PublishedFile) -> str:
     except Exception as error:  # of any of three libraries: the next process must get its turn in any case
         return brief(error)
     return ""
-
-
-def brief(error: Exception) -> str:
-    """The first 160 characters of another library's message, on one line."""
-    return " ".join(str(error).split())[:160] or type(error).__name__
-
-
-def read_state_dict(path: Path, within: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a weights file by name, on the CPU: of .safetensors, or of a dict of tensors by torch.save.
-
-    Nothing in the file is executed.
-
-    Args:
-        within: the key of the tensors in a file of torch.save that holds more beside them, if it has that key.
-
-    Raises:
-        CheckpointError: the file is unreadable, is a TorchScript archive, or holds more than tensors.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        zipped = zipfile.is_zipfile(path)
-        if zipped and _is_torchscript(path):
-            raise CheckpointError(
-                f"{path}: is a TorchScript archive, which is a program and is not run; expected plain tensors (for "
-                "CLIP, open_clip_model.safetensors from the model's Hugging Face repository)"
-            )
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except CheckpointError:
-        raise
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds more than tensors, or is damaged, and is not executed ({brief(error)}); expected a state "
-            "dict as published, or .safetensors"
-        ) from error
-    except Exception as error:  # torch's reader raises nearly any exception on damaged bytes
-        raise CheckpointError(
-            f"{path}: cannot be read as weights ({brief(error)}); expected .safetensors or a state dict written by "
-            "torch.save, so download it again"
-        ) from error
-    if within is not None and isinstance(state, Mapping) and within in state:
-        state = state[within]
-    if not isinstance(state, Mapping):
-        raise CheckpointError(f"{path}: expected tensors by name, got {type(state).__name__}; pass a state dict")
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            raise CheckpointError(
-                f"{path}: expected tensors by name, got {type(value).__name__} for {name!r}; pass the state dict alone"
-            )
-    return dict(state)
-
-
-def _is_torchscript(path: Path) -> bool:
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") or "/code/" in name for name in archive.namelist())
 
 
 def is_published(path: Path, sha256: str, file: PublishedFile) -> bool:

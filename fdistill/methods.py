@@ -45,7 +45,7 @@ class Method:
             of the fake-score network.
         weighting: whether the student's loss is weighted as `generator.weighting` says.
         pairs: whether it regresses on pairs of noise and the sample that the teacher's ODE makes from it.
-        extra_terms: whether its update adds the terms of augmentation, diversity, segment, clip_loss,
+        extra_terms: whether its update adds the terms of augmentation, diversity, segment, clip_loss, reward,
             student.noise_kl_weight and generator.gan_gradient_ratio.
         options: the settings of its objective.
         settings: values that override the defaults of `DistillConfig`, nested as in a config file.

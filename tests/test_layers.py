@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "kernels": {"base"},
     METHOD: {"base", "kernels"},
     "networks": {"base"},
+    "preference": {"base"},
     "config": {"base", METHOD},
     "step": {"base", "kernels", METHOD},
     "data": {"base", "assets", "kernels", METHOD},
@@ -30,11 +31,12 @@ MAY_IMPORT = {
     "teachers": BELOW_TEACHERS,
     "students": BELOW_TEACHERS | {"teachers"},
     "generation": BELOW_TEACHERS | {"teachers", "students"},
-    "training": BELOW_TEACHERS | {"teachers", "students", "generation", "config", "data", "step"},
+    "training": BELOW_TEACHERS | {"preference", "teachers", "students", "generation", "config", "data", "step"},
     "planning": BELOW_TEACHERS | {"teachers", "students", "generation", "config", "data", "step", "training"},
     "commands": BELOW_TEACHERS
     | {"teachers", "students", "generation", "config", "data", "step", "training", "planning"},
-    "evaluation": {"base", "assets", METHOD, "data", "adapters", "formats", "teachers", "students", "generation"},
+    "evaluation": {"base", "assets", METHOD, "data", "adapters", "formats", "preference"}
+    | {"teachers", "students", "generation"},
 }
 
 

@@ -13,10 +13,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from evaluation.extractors.extractor import Extractor, full_precision, prepare_each, runner
-from evaluation.weights import PUBLISHED, Weights, brief, find_weights, is_published, read_state_dict
+from evaluation.weights import PUBLISHED, Weights, find_weights, is_published
 from fdistill.assets import CLIP_DIGITS
-from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
+from fdistill.base.errors import ArgumentError, CheckpointError, brief, did_you_mean
 from fdistill.base.files import read_json_object, sha256_of_files
+from fdistill.base.torch_files import read_state_dict
 
 #: (architecture, tag) in open_clip of the networks in `PUBLISHED`. OpenAI's were trained with QuickGELU.
 ARCHITECTURES = {

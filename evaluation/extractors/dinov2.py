@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from evaluation.extractors.extractor import Extractor, runner
-from evaluation.weights import PUBLISHED, Weights, brief, find_weights, is_published, read_state_dict
-from fdistill.base.errors import CheckpointError
+from evaluation.weights import PUBLISHED, Weights, find_weights, is_published
+from fdistill.base.errors import CheckpointError, brief
 from fdistill.base.files import sha256_of_files
+from fdistill.base.torch_files import read_state_dict
 
 _SIZE, _PATCH, _HEAD = 224, 14, 64
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

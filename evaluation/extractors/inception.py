@@ -12,9 +12,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from evaluation.extractors.extractor import Extractor, prepare_each, runner
-from evaluation.weights import PUBLISHED, Weights, brief, find_weights, is_published, read_state_dict
-from fdistill.base.errors import CheckpointError
+from evaluation.weights import PUBLISHED, Weights, find_weights, is_published
+from fdistill.base.errors import CheckpointError, brief
 from fdistill.base.files import sha256_of_files
+from fdistill.base.torch_files import read_state_dict
 
 _OUTPUTS = {"pool": 2048, "logits": 1008}
 _SIZE = 299

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from evaluation.extractors.extractor import check_images, full_precision
-from evaluation.weights import PUBLISHED, Weights, brief, find_weights, is_published, read_state_dict
-from fdistill.base.errors import ArgumentError, CheckpointError
+from evaluation.weights import PUBLISHED, Weights, find_weights, is_published
+from fdistill.base.errors import ArgumentError, CheckpointError, brief
 from fdistill.base.files import sha256_of_files
+from fdistill.base.torch_files import read_state_dict
 
 _BLOCKS: tuple[tuple[int, ...], ...] = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 _SHIFT, _SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)

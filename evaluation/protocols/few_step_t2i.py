@@ -10,7 +10,7 @@ from __future__ import annotations
 from evaluation.metrics.clip_score import clip_metric
 from evaluation.metrics.diversity import feature_diversity_metric, lpips_diversity_metric
 from evaluation.metrics.frechet import frechet_metric
-from evaluation.metrics.preference import preference_metric
+from evaluation.metrics.preference import image_reward_metric, preference_metric
 from evaluation.protocols.protocol import Protocol
 
 FEW_STEP_T2I = Protocol(
@@ -18,6 +18,7 @@ FEW_STEP_T2I = Protocol(
     metrics=(
         preference_metric("hpsv2.1", "hps21"),
         preference_metric("pickscore", "pickscore"),
+        image_reward_metric(),
         clip_metric("clip-l14"),
         frechet_metric("fid_t", "inception-clean.pool"),
         frechet_metric("patch_fid_t", "inception-clean@patch.pool"),
@@ -29,5 +30,9 @@ FEW_STEP_T2I = Protocol(
     views={"patch": ("center-patch", 299)},
     reference="the teacher's images of the same prompts",
     asks_prompts=True,
-    facts={"hpsv2.1": "100 times the cosine", "pickscore": "exp(logit_scale) times the cosine"},
+    facts={
+        "hpsv2.1": "100 times the cosine",
+        "pickscore": "exp(logit_scale) times the cosine",
+        "imagereward": "minus its authors' mean, over their standard deviation",
+    },
 )

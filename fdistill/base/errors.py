@@ -66,3 +66,8 @@ def shown(value: object, most: int = 200) -> str:
     """A value as `repr` writes it, cut to a length that a message can hold."""
     text = repr(value)
     return text if len(text) <= most else f"{text[:most]} ... ({len(text):,} characters)"
+
+
+def brief(error: Exception) -> str:
+    """The first 160 characters of another library's message, on one line."""
+    return " ".join(str(error).split())[:160] or type(error).__name__

@@ -39,7 +39,14 @@ from fdistill.config.sections import (
     TeacherSamplesConfig,
 )
 from fdistill.config.stages import check_alike, read_stages, stage_values
-from fdistill.config.terms import AugmentationConfig, CLIPLossConfig, DiversityConfig, RegressionConfig, SegmentConfig
+from fdistill.config.terms import (
+    AugmentationConfig,
+    CLIPLossConfig,
+    DiversityConfig,
+    RegressionConfig,
+    RewardConfig,
+    SegmentConfig,
+)
 from fdistill.methods import METHODS
 
 
@@ -154,6 +161,7 @@ class DistillConfig(Section):
     diversity: DiversityConfig = DiversityConfig()
     segment: SegmentConfig = SegmentConfig()
     clip_loss: CLIPLossConfig = CLIPLossConfig()
+    reward: RewardConfig = RewardConfig()
     teacher_samples: TeacherSamplesConfig = TeacherSamplesConfig()
     matching_levels: MatchingLevelsConfig = MatchingLevelsConfig()
     critic_levels: LevelsConfig = LevelsConfig()
@@ -205,6 +213,7 @@ class DistillConfig(Section):
         term_checks.check_augmentation(name, self.augmentation, self.guidance_scale, self.guidance_rescale)
         for term in ("diversity", "segment"):
             term_checks.check_few_step_term(name, term, getattr(self, term).weight, student, self.student_level)
+        term_checks.check_reward(name, self.reward)
         term_checks.check_diversity(self.diversity.weight, self.segment.weight, student)
         combinations.check_steps(name, self.student_level, student, self.regression, data=self.data is not None)
         return self

@@ -41,6 +41,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "diversity": {"weight"},
     "segment": {"weight"},
     "clip_loss": {"weight"},
+    "reward": {"weight", "gradient_ratio"},
     "student": {"noise_kl_weight"},
     "matching_levels": set(LevelsConfig.model_fields),
     "critic_levels": set(LevelsConfig.model_fields),
@@ -189,6 +190,7 @@ def _turned_off(before: Method, method: Method) -> dict[str, Any]:
         found["generator"] |= {"gan_gradient_ratio": 0.0}
         found |= {"student": {"noise_kl_weight": 0.0}, "clip_loss": {"weight": 0.0}, "augmentation": {"weight": 0.0}}
         found |= {"diversity": {"weight": 0.0}, "segment": {"weight": 0.0}}
+        found["reward"] = {"weight": 0.0, "gradient_ratio": 0.0}
     if "augmentation" in before.settings and "augmentation" not in method.settings:
         found["augmentation"] = {"weight": 0.0}
     if method.critic is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fdistill.config.sections import StudentConfig
-from fdistill.config.terms import AugmentationConfig
+from fdistill.config.terms import AugmentationConfig, RewardConfig
 from fdistill.methods import METHODS
 from fdistill.student_kinds import STUDENT_KINDS
 
@@ -28,6 +28,27 @@ def check_augmentation(name: str, augmentation: AugmentationConfig, scale: float
         raise ValueError(
             f"guidance_rescale: got {rescale}, which augmentation.weight does not read; expected 0, or "
             "augmentation.weight=0"
+        )
+
+
+def check_reward(name: str, reward: RewardConfig) -> None:
+    """Checks that one setting says the weight, that there is a model, and a method that adds the term."""
+    if not reward.used:
+        return
+    key, value = ("weight", reward.weight) if reward.weight else ("gradient_ratio", reward.gradient_ratio)
+    if not METHODS[name].extra_terms:
+        raise ValueError(
+            f"reward.{key}: got {value}, but method={name} does not add this term; expected 0, or method=f-distill"
+        )
+    if reward.weight and reward.gradient_ratio:
+        raise ValueError(
+            f"reward.weight: got {reward.weight}, but reward.gradient_ratio={reward.gradient_ratio} sets that weight "
+            "in every update; expected one of them: set reward.weight=0 or reward.gradient_ratio=0"
+        )
+    if reward.weights is None:
+        raise ValueError(
+            f"reward.{key}: got {value}, but reward.weights is null; expected 0, or the file of the weights of "
+            f"reward.model={reward.model}"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from fdistill.config.sections import CountOrZero, Fraction, LevelsConfig, NonNegative, ScoreWeighting, Section, Steps
@@ -22,6 +24,25 @@ class CLIPLossConfig(Section):
     margin: Fraction = Field(default=0.35, description="cosine similarity above which the loss is 0")
     model: str = Field(default="ViT-B-32", description="name of a model in open_clip")
     weights: str | None = Field(default=None, description="safetensors file of the model's weights")
+
+
+class RewardConfig(Section):
+    """Minus a preference model's score of the student's images for their prompts; a latent student's samples are
+    decoded in every step. That score is then no independent measure of the student."""
+
+    model: Literal["hps21", "pickscore"] = "hps21"
+    weights: str | None = Field(default=None, description="file of the model's weights, as published or as safetensors")
+    weight: NonNegative = Field(default=0.0, description="weight of minus the score; 0 turns it off")
+    gradient_ratio: NonNegative = Field(
+        default=0.0,
+        description="if above 0, weight is set in every update: the norm of the term's gradient on the student's "
+        "samples is then this many times matching's",
+    )
+
+    @property
+    def used(self) -> bool:
+        """Whether the student's loss has this term."""
+        return self.weight > 0 or self.gradient_ratio > 0
 
 
 class AugmentationConfig(LevelsConfig):

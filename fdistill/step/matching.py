@@ -4,7 +4,7 @@ Diff-Instruct, VSD.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -59,6 +59,9 @@ def generator_step(
     noise_kl_weight: float = 0.0,
     image_loss: Callable[[Tensor], Tensor] | None = None,
     image_weight: float = 0.0,
+    reward_loss: Callable[[Tensor], Tensor] | None = None,
+    reward_weight: float = 0.0,
+    reward_gradient_ratio: float = 0.0,
     pairs: Pairs | None = None,
     regression_weight: float = 0.25,
     rollout: Rollout | None = None,
@@ -69,7 +72,8 @@ def generator_step(
     loss = mean(matching_loss(x0, teacher_x0, fake_x0, weight=h)) + augmentation.weight mean augmentation_loss
            + diversity.weight mean |first x0 - teacher's|^2 + segment.weight mean segment_loss
            + gan_weight mean softplus(-l_fake) + noise_kl_weight mean KL(predicted noise || normal)
-           + image_weight mean image_loss(x0) + regression_weight mean |student(z) - teacher's ODE(z)|^2
+           + image_weight mean image_loss(x0) + reward_weight mean reward_loss(x0)
+           + regression_weight mean |student(z) - teacher's ODE(z)|^2
 
     The loss trains only the student. Logits are computed at the same (x_t, t) as the score difference; heads on a
     network that is evaluated there anyway need no evaluation of their own.
@@ -91,7 +95,7 @@ def generator_step(
             gradient on x0 is this many times that of the matching loss's, over the global batch; the weight is logged.
             0 keeps gan_weight as it is.
         augmentation: if it is given, matching is without the teacher's guidance, which becomes a term of its own at
-            levels of its own (`augmentation_loss`); the GAN term's balance counts it with matching.
+            levels of its own (`augmentation_loss`); the balance of other terms counts it with matching.
         diversity: if it is given, the student's first step learns from the teacher's trajectory and the other terms
             train the steps after it, all at once (`draw_supervised`); `rollout` is not read.
         segment: if it is given, the step of `rollout` also has to agree with a detour through the teacher
@@ -100,6 +104,8 @@ def generator_step(
             (One-Way Ticket, arXiv 2505.21960); 0 leaves the term out.
         image_loss: x0 [B, C, H, W] -> [B], such as a `ClipHinge`; None leaves the term out.
         image_weight: weight of that term.
+        reward_loss: x0 [B, C, H, W] -> [B], such as a `RewardLoss`; None leaves the term out.
+        reward_weight, reward_gradient_ratio: as those of the GAN term.
         pairs: for the regression term (DMD, arXiv 2311.18828); None leaves it out.
         regression_weight: weight of that term.
         rollout: of a `FewStepGenerator`; None passes all of its levels.
@@ -134,8 +140,13 @@ def generator_step(
         entered = levels_passed[-1]
         added = augmentation_loss(networks, x0, condition, generator, augmentation, entered, backend=backend)
         total.add("augmentation", augmentation.weight, *added)
+    beside = []
     if gan_weight and evaluated.logits is not None:
-        total.add_gan(gan_weight, gan_gradient_ratio, gan_generator_loss(evaluated.logits), x0, t)
+        gan = _Term("gan", gan_weight, gan_generator_loss(evaluated.logits), t)
+        beside.append((gan, gan_gradient_ratio))
+    if reward_loss is not None:
+        beside.append((_Term("reward_loss", reward_weight, reward_loss(x0), t), reward_gradient_ratio))
+    total.add_beside(beside, x0)
     for term in terms:
         total.add(*term)
     if image_loss is not None:
@@ -216,30 +227,39 @@ class _Total:
         self.loss = self.loss + weight * losses.mean()
         self.logs |= _logs(t, **{name: losses})
 
-    def add_gan(self, weight: float, gradient_ratio: float, losses: Tensor, x0: Tensor, t: Tensor) -> None:
-        """Adds weight mean(losses); a gradient ratio above 0 decides about the weight instead, see `balanced`."""
-        if not gradient_ratio:
-            self.add("gan", weight, losses, t)
-            return
-        self.loss, chosen = balanced(self.loss, losses.mean(), x0, gradient_ratio)
-        self.logs |= _logs(t, gan=losses, gan_weight=chosen.expand(len(losses)))
+    def add_beside(self, terms: Sequence[tuple[_Term, float]], x0: Tensor) -> None:
+        """Adds terms that are balanced with what is here so far: a gradient ratio above 0 beside a term decides about
+        its weight, see `balanced`.
+        """
+        first = None
+        if any(ratio for _, ratio in terms):
+            # Matching and the GAN term both go through the noised x0.
+            (first,) = torch.autograd.grad(self.loss, x0, retain_graph=True)
+            self.loss = (x0 * first).sum()
+        for term, ratio in terms:
+            if first is None or not ratio:
+                self.add(*term)
+                continue
+            balanced_term, chosen = balanced(first, term.losses.mean(), x0, ratio)
+            self.loss = self.loss + balanced_term
+            self.logs |= _logs(term.t, **{term.name: term.losses, f"{term.name}_weight": chosen.expand(len(x0))})
 
 
 def _logs(t: Tensor, **values: Tensor) -> dict[str, PerSample]:
     return {f"generator/{name}": PerSample(value.detach(), t) for name, value in values.items()}
 
 
-def balanced(loss: Tensor, other: Tensor, x0: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
-    """loss + w other, with w such that |w d other / d x0| = ratio |d loss / d x0| over all processes; and w (0-d).
+def balanced(first: Tensor, other: Tensor, x0: Tensor, ratio: float) -> tuple[Tensor, Tensor]:
+    """w other, with w such that |w d other / d x0| = ratio |first| over all processes; and w (0-d).
 
     Only the gradient of the result on x0 is meaningful, and flows on to the student; the value is not.
 
     Args:
-        loss, other: 0-d, functions of x0 alone.
+        first: gradient on x0 of the loss that the other is balanced with.
+        other: 0-d, a function of x0 alone.
         x0: any shape, part of a graph.
     """
-    (first,) = torch.autograd.grad(loss, x0, retain_graph=True)  # both go through the noised x0
     (second,) = torch.autograd.grad(other, x0)
     norms = sum_over_processes(torch.stack([first.square().sum(), second.square().sum()])).sqrt()
     weight = ratio * norms[0] / torch.maximum(norms[1], 1e-6 * norms[0]).clamp(min=torch.finfo(norms.dtype).tiny)
-    return (x0 * (first + weight * second)).sum(), weight
+    return (x0 * (weight * second)).sum(), weight

@@ -19,6 +19,7 @@ from fdistill.adapters.pretrained import load_network
 from fdistill.base.errors import CheckpointError, did_you_mean
 from fdistill.base.files import read_json_object, weights_sha256
 from fdistill.denoiser import Denoiser, LatentScaling
+from fdistill.kernels.checks import wide
 
 _PIXELS = 2**21  # of the images an autoencoder sees at once: its activations are far larger than a denoiser's
 
@@ -112,6 +113,17 @@ def decode_samples(vae: Any, scaling: LatentScaling, samples: Tensor) -> Tensor:
 def _patches(z: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, 4 C, H / 2, W / 2], in the order of the pipelines of FLUX.2."""
     return rearrange(z, "b c (h p) (w q) -> b (c p q) h w", p=_PATCH, q=_PATCH)
+
+
+def unit_images(samples: Tensor, latents: LatentSpace | None) -> Tensor:
+    """Samples [B, C, h, w] -> RGB images [B, 3, H, W] clamped to [0, 1], in float32 at least, differentiable.
+
+    Args:
+        latents: decodes the samples; None if they are images in [-1, 1], of one channel or three.
+    """
+    samples = samples.to(wide(samples.dtype))
+    decoded = samples if latents is None else latents.decode_with_gradient(samples)
+    return (decoded.to(wide(decoded.dtype)) / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
 
 
 def pixels_per_latent(vae: Any) -> int:

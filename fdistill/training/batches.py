@@ -78,7 +78,7 @@ class Batches:
             **self._ratio_ramp(),
             **self._pairs(),
             **self._with_segment(self._rollout(stage.critic_steps, None if last is None else last.real_x0)),
-            **({} if last is None else self._image_loss(last.rows)),
+            **({} if last is None else {**self._image_loss(last.rows), **self._reward_loss(last.rows)}),
         }
 
     def _next(self) -> _Read:
@@ -158,3 +158,10 @@ class Batches:
             return {}
         features = clip.encode_prompts(text.prompts(rows))
         return {"image_loss": ImageLoss(clip, features), "image_weight": weight}
+
+    def _reward_loss(self, rows: Tensor) -> dict[str, ImageLoss]:
+        """Minus the preference score of the student's images for the prompts of these rows."""
+        reward, text = self._run.reward, self._data.text
+        if reward is None or text is None or not self._run.stage.config.reward.used:
+            return {}
+        return {"reward_loss": ImageLoss(reward, reward.model.encode_prompts(text.prompts(rows)))}

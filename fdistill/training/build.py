@@ -51,6 +51,7 @@ from fdistill.training.starts import open_start, start_roles
 
 if TYPE_CHECKING:
     from fdistill.training.clip_loss import ClipHinge
+    from fdistill.training.reward import RewardLoss
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,7 @@ def assemble(
         text=text,
         none=denoiser.null_class if text is None else null,
         clip=_clip_hinge(config, latents, device) if any(stage.clip_loss.weight for stage in stages) else None,
+        reward=_reward_loss(config, latents, device) if any(stage.reward.used for stage in stages) else None,
         networks=networks,
         student=student,
         sharded=sharding.is_sharded(mesh),
@@ -355,3 +357,9 @@ def _clip_hinge(config: DistillConfig, latents: LatentSpace | None, device: torc
     from fdistill.training.clip_loss import ClipHinge, load_clip
 
     return ClipHinge(*load_clip(loss.model, loss.weights), latents, margin=loss.margin).to(device)
+
+
+def _reward_loss(config: DistillConfig, latents: LatentSpace | None, device: torch.device) -> RewardLoss:
+    from fdistill.training.reward import RewardLoss, load_preference_model
+
+    return RewardLoss(load_preference_model(config.reward), latents).to(device)

@@ -66,11 +66,16 @@ def check_teacher(config: DistillConfig, teacher: Denoiser) -> None:
             f"condition_dropout: got {config.condition_dropout}, but the teacher has no label for 'no class'; "
             "expected 0, or null_class set to that label"
         )
-    if config.clip_loss.weight and teacher.text_shapes is None:
-        raise ConfigError(
-            f"clip_loss.weight: got {config.clip_loss.weight}, but the teacher takes no prompts; expected 0, or a "
-            "text-to-image teacher"
-        )
+    reward = config.reward
+    for term, value in (
+        ("clip_loss.weight", config.clip_loss.weight),
+        ("reward.weight", reward.weight),
+        ("reward.gradient_ratio", reward.gradient_ratio),
+    ):
+        if value and teacher.text_shapes is None:
+            raise ConfigError(
+                f"{term}: got {value}, but the teacher takes no prompts; expected 0, or a text-to-image teacher"
+            )
 
 
 def _check_guidance(config: DistillConfig, embedded: bool) -> None:

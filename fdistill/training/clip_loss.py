@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError, did_you_mean
 from fdistill.base.reading import not_here
 from fdistill.kernels.checks import wide
-from fdistill.teachers.autoencoder import LatentSpace
+from fdistill.teachers.autoencoder import LatentSpace, unit_images
 
 
 class ClipHinge(nn.Module):
@@ -58,10 +58,7 @@ class ClipHinge(nn.Module):
         """
         if len(text) != len(x0):
             raise ArgumentError(f"text: expected features of {len(x0)} prompts, one for each sample, got {len(text)}")
-        x0 = x0.to(wide(x0.dtype))
-        decoded = x0 if self._latents is None else self._latents.decode_with_gradient(x0)
-        images = (decoded / 2 + 0.5).clamp(0, 1).expand(-1, 3, -1, -1)
-        images = F.interpolate(images, self.size, mode="bicubic", antialias=True)
+        images = F.interpolate(unit_images(x0, self._latents), self.size, mode="bicubic", antialias=True)
         features = self.clip.encode_image((images - self.mean) / self.std, normalize=True)
         similarity: Tensor = (features * text).sum(1, dtype=wide(features.dtype))
         return similarity

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("student", ("generator/matching", "generator/implicit", "generator/regression", "generator/gan")),
     ("critic", ("fake_score/denoising", "discriminator/gan_real", "discriminator/gan_fake")),
+    ("minus the preference score", ("generator/reward_loss",)),
     ("gradient norms before clipping", ("generator/grad_norm", "fake_score/grad_norm", "discriminator/grad_norm")),
     ("h(r)", ("generator/h_min", "generator/h", "generator/h_max")),
     ("discriminator accuracy, clamped ratios", ("discriminator/accuracy", "generator/clamped_ratios")),

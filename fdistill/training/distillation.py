@@ -37,6 +37,7 @@ from fdistill.training.updates import Update
 
 if TYPE_CHECKING:
     from fdistill.training.clip_loss import ClipHinge
+    from fdistill.training.reward import RewardLoss
 
 
 @dataclass
@@ -54,6 +55,7 @@ class Distillation:
         text: the encoded prompts of a text-to-image teacher.
         none: the "no class" label or the null prompt; None for a teacher that has neither.
         clip: the CLIP loss on decoded samples, if the config has one.
+        reward: the preference model's loss on decoded samples, if the config has one.
         sharded: whether a process holds parts of the weights only, so that every process must take part in whatever
             runs or gathers a network.
         empty_student: with several processes, the student without memory for weights, to be exported.
@@ -70,6 +72,7 @@ class Distillation:
     text: Captions | None
     none: TextCondition | int | None
     clip: ClipHinge | None
+    reward: RewardLoss | None
     networks: Networks
     student: Student
     sharded: bool

@@ -194,6 +194,9 @@ def _whole(run: Distillation, main: bool) -> Student:
     return filled(run.empty_student, tensors) if main else run.student
 
 
+_NO_JUDGE = ": its score is in this student's loss, and is no independent measure of its images"
+
+
 def _card(run: Distillation, folder: Path) -> dict[str, Any]:
     """The values for the model card's tables, with the last record of training as "metrics"."""
     config, records = run.config, read_records(folder / "metrics.jsonl")
@@ -210,6 +213,7 @@ def _card(run: Distillation, folder: Path) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "critic_steps": config.critic_steps,
         **({"any_step": True} if config.student.any_step else {}),
+        **({} if run.reward is None else {"preference_model": f"{config.reward.model}{_NO_JUDGE}"}),
         "ema": config.ema.export,
         "seed": config.seed,
         "num_classes": run.student.num_classes,

@@ -76,6 +76,8 @@ def student_update(
             "ratio": ratio,
             "gan_weight": config.generator.gan_weight,
             "gan_gradient_ratio": config.generator.gan_gradient_ratio,
+            "reward_weight": config.reward.weight,
+            "reward_gradient_ratio": config.reward.gradient_ratio,
             "augmentation": _augmentation(config, networks),
             "diversity": Diversity(config.diversity.weight, trajectory) if config.diversity.weight else None,
             "noise_kl_weight": config.student.noise_kl_weight,
@@ -153,6 +155,8 @@ def _student_arguments(config: DistillConfig, networks: Networks, divergence: Di
     if config.clip_loss.weight:
         arguments["image_loss"] = "the CLIP loss; without it, clip_loss.weight must be 0"
         arguments["image_weight"] = "the weight of the CLIP loss; without it, clip_loss.weight must be 0"
+    if config.reward.used:
+        arguments["reward_loss"] = "minus the preference score; without it, reward must have no weight and no ratio"
     return arguments
 
 

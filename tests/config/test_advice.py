@@ -168,6 +168,21 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
         [{"clip_loss.weight": 0}, {"clip_loss.weights": "a.safetensors"}],
     ),
     (
+        {"method": "sid", "reward": {"gradient_ratio": 0.1, "weights": "a.pt"}},
+        "expected 0, or method=f-distill",
+        [{"reward.gradient_ratio": 0}, {"method": "f-distill"}],
+    ),
+    (
+        {"reward.weight": 0.1},
+        "expected 0, or the file of the weights of reward.model=hps21",
+        [{"reward.weight": 0}, {"reward.weights": "a.pt"}],
+    ),
+    (
+        {"reward": {"weight": 0.1, "gradient_ratio": 0.2, "weights": "a.pt"}},
+        "expected one of them: set reward.weight=0 or reward.gradient_ratio=0",
+        [{"reward.weight": 0}, {"reward.gradient_ratio": 0}],
+    ),
+    (
         {"method": "regression", "student.generator": "tiue"},
         "teacher pairs are for students of one level",
         [{"student.generator": "denoiser"}],

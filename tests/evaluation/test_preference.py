@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,54 +14,26 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
 
 from evaluation.evaluate import evaluate
-from evaluation.extractors import open_text_image_model, preference
+from evaluation.extractors import open_text_image_model
+from evaluation.metrics.pairs import pairs_picture
 from evaluation.metrics.preference import preference_score
 from fdistill.base.errors import ArgumentError, CheckpointError
-from support.clip import CONFIG
+from support.preference import pictures, tiny_hps, tiny_pickscore
 
 CPU = torch.device("cpu")
 PROMPTS = ["a bold handwritten seven", "two cats on a mat, " * 40]
-SIDES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-TINY: dict[str, Any] = {
-    "projection_dim": 16,
-    "text_config": {**SIDES, "hidden_act": "gelu", "projection_dim": 16, "eos_token_id": 49407},
-    "vision_config": {**SIDES, "hidden_act": "gelu", "patch_size": 8, "image_size": 32, "projection_dim": 16},
-}
 
 
 @pytest.fixture
 def hps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
-    """Weights as published: tensors under a key, with other things beside them."""
-    (tmp_path / "tiny-hps.json").write_text(json.dumps(CONFIG))
-    open_clip.add_model_config(tmp_path / "tiny-hps.json")
-    monkeypatch.setattr(preference, "ARCHITECTURE", "tiny-hps")
-    torch.manual_seed(0)
-    model = open_clip.CLIP(**CONFIG).eval()
-    path = tmp_path / "HPS_v2.1_compressed.pt"
-    torch.save({"epoch": 3, "name": "hps", "state_dict": model.state_dict()}, path)
-    return path, model
+    return tiny_hps(tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def pickscore(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Any]:
-    monkeypatch.setattr(preference, "PICKSCORE", TINY)
-    torch.manual_seed(0)
-    model = CLIPModel(CLIPConfig(**TINY)).eval()
-    model.logit_scale.data.fill_(4.4)
-    path = tmp_path / "model.safetensors"
-    state = {**model.state_dict(), "text_model.embeddings.position_ids": torch.arange(77)[None]}  # of older versions
-    save_file({name: value.contiguous() for name, value in state.items()}, path)
-    return path, model
-
-
-def pictures(height: int, width: int) -> Tensor:
-    random = np.random.default_rng(0)
-    small = random.integers(0, 256, (2, height // 4, width // 4, 3), dtype=np.uint8)
-    large = [np.asarray(Image.fromarray(each).resize((width, height), Image.Resampling.BICUBIC)) for each in small]
-    return torch.from_numpy(np.stack(large)).permute(0, 3, 1, 2).contiguous()
+    return tiny_pickscore(tmp_path, monkeypatch)
 
 
 def scores(name: str, path: Path, images: Tensor) -> Tensor:
@@ -68,7 +41,7 @@ def scores(name: str, path: Path, images: Tensor) -> Tensor:
     return (model.extractor.run(images)["image"] * model.encode_prompts(PROMPTS)).sum(1)
 
 
-@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (48, 80)])
+@pytest.mark.parametrize("shape", [(32, 32), (64, 64), (48, 80), (32, 20)])
 def test_hps_is_open_clips_model_with_its_longest_resizing(shape: tuple[int, int], hps: tuple[Path, Any]) -> None:
     """torchvision resizes the float tensor, and pads it, as HPSv2's ResizeMaxSize does."""
     from torchvision.transforms import InterpolationMode, Normalize
@@ -116,12 +89,15 @@ def test_the_protocol_scores_a_folder(hps: tuple[Path, Any], pickscore: tuple[Pa
     images = pictures(32, 32)
     for number, image in enumerate(images):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / f"{number:06d}.png")
+    (folder / "manifest.json").write_text(json.dumps({"prompts": [prompt.strip() for prompt in PROMPTS]}))
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     weights = {"hps21": hps[0], "pickscore": pickscore[0]}
     result = evaluate(
         folder,
         protocol="few-step-t2i",
         prompts=tmp_path / "prompts.txt",
+        reference=folder,
+        output=tmp_path / "scores.json",
         metrics=["hpsv2.1", "pickscore"],
         weights=weights,
         device="cpu",
@@ -129,6 +105,7 @@ def test_the_protocol_scores_a_folder(hps: tuple[Path, Any], pickscore: tuple[Pa
     for name, model in (("hpsv2.1", "hps21"), ("pickscore", "pickscore")):
         (key,) = (key for key in result["metrics"] if key.startswith(name))
         assert "other weights" in key
+        assert (tmp_path / f"scores.{name}.png").is_file()
         assert result["metrics"][key] == pytest.approx(scores(model, weights[model], images).mean().item(), abs=1e-3)
 
 
@@ -144,3 +121,31 @@ def test_weights_of_another_network_are_refused(hps: tuple[Path, Any], pickscore
     for name, path in (("pickscore", other), ("hps21", pickscore[0])):
         with pytest.raises(CheckpointError, match=r"is of another architecture .*expected the weights as published"):
             open_text_image_model(name, CPU, {name: path})
+
+
+class Shown:
+    """Images of one colour each, and their prompts."""
+
+    def __init__(self, colours: list[int], prompts: list[str] | None):
+        self.colours, self.prompts = colours, prompts
+
+    def read(self, indices: list[int]) -> Tensor:
+        return torch.stack([torch.full((3, 400, 384), self.colours[i], dtype=torch.uint8) for i in indices])
+
+
+def test_the_picture_has_the_best_the_median_and_the_worst_beside_the_teachers() -> None:
+    prompts = ["a cat", "the moon " * 60, "a house", "a dog"]
+    scores = torch.tensor([0.3, -1.0, 2.0, 0.1])
+
+    def drawn(reference: Shown | None) -> Image.Image | None:
+        measured: Any = SimpleNamespace(images=Shown([10, 20, 30, 40], prompts), reference_images=reference)
+        return pairs_picture(scores, measured)
+
+    picture = drawn(Shown([110, 120, 130, 140], list(prompts)))
+    assert picture is not None
+    pixels, height = np.asarray(picture)[..., 0], picture.height // 3
+    rows = [[int(pixels[row * height + 300, x]) for x in (100, 500)] for row in range(3)]
+    assert rows == [[130, 30], [140, 40], [120, 20]]
+    assert all((pixels[row * height : row * height + 50] < 128).any() for row in range(3))
+    for other in (None, Shown([0] * 4, None), Shown([0] * 4, prompts[::-1])):
+        assert drawn(other) is None

@@ -20,10 +20,10 @@ from evaluation.weights import (
     find_weights,
     is_published,
     parse_weights,
-    read_state_dict,
 )
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import sha256_of_files
+from fdistill.base.torch_files import read_state_dict
 
 TWO_PROCESSES = """
 import os, sys

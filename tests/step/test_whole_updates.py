@@ -175,6 +175,10 @@ def test_terms_of_the_student_are_weighted_and_reach_it() -> None:
             0.3 * drawn.pow(3).mean(),
         ),
         (
+            {"reward_loss": lambda images: -images.sin().mean((1, 2, 3)), "reward_weight": 0.2},
+            -0.2 * drawn.sin().mean(),
+        ),
+        (
             {"pairs": Pairs(noise, x0, None), "regression_weight": 0.7},
             0.7 * (student(noise, None) - x0).square().mean(),
         ),
@@ -183,6 +187,31 @@ def test_terms_of_the_student_are_weighted_and_reach_it() -> None:
         difference = loss(**options) - loss()
         torch.testing.assert_close(difference, expected, rtol=1e-4, atol=1e-6)
         assert_gradients(difference, expected, student)
+
+
+@pytest.mark.parametrize("gan", [{"gan_weight": 0.0}, {"gan_weight": 0.3}, {"gan_gradient_ratio": 0.4}])
+def test_a_balanced_reward_is_weighed_against_matching_alone(gan: dict[str, float]) -> None:
+    """Whatever weight the GAN term beside it has, fixed or balanced too."""
+    networks, x0, ratio = gaussian_networks(), [], 0.5
+
+    def reward_loss(images: Tensor) -> Tensor:
+        x0.append(images)
+        return -images.sin().mean((1, 2, 3))
+
+    def gradient(**terms: Any) -> Tensor:
+        options: dict[str, Any] = {"batch_size": 16, "gan_weight": 0.0, "image_loss": reward_loss}
+        result = generator_step(networks, None, torch.Generator().manual_seed(3), **{**options, **terms})
+        found.append(result)
+        return torch.autograd.grad(result.loss, x0[-1])[0]
+
+    found: list[Any] = []
+    matching = gradient()
+    reward = gradient(image_weight=1.0) - matching
+    given = {"gan_weight": 1.0, **gan} if gan else gan
+    added = gradient(**given, reward_loss=reward_loss, reward_gradient_ratio=ratio) - gradient(**given)
+    torch.testing.assert_close(added, ratio * matching.norm() / reward.norm() * reward, rtol=1e-4, atol=1e-7)
+    weight = found[2].logs["generator/reward_loss_weight"].value[0]
+    torch.testing.assert_close(weight, ratio * matching.norm() / reward.norm(), rtol=1e-4, atol=0)
 
 
 def test_the_kl_of_predicted_noise_is_weighted_and_reaches_the_student() -> None:

@@ -139,6 +139,11 @@ ADVICE: list[tuple[Words, str, list[Words]]] = [
         "expected 0, or a text-to-image teacher",
         [dry("clip_loss.weight=0")],
     ),
+    (
+        dry("reward.gradient_ratio=0.1", "reward.weights=a.pt"),
+        "expected 0, or a text-to-image teacher",
+        [dry("reward.gradient_ratio=0")],
+    ),
     (dry("prompts=MADE/prompts.txt"), "expected null", [dry("prompts=null")]),
     (dry("resolution=16"), "expected null", [dry("resolution=null")]),
     (dry("teacher_base=MADE/text"), "expected null", [dry("teacher_base=null")]),

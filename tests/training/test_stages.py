@@ -162,7 +162,7 @@ def test_a_stage_of_another_method_has_that_methods_settings(base: str, method: 
     guided = {"guidance_scale": 2.0} if method == "decoupled-dmd" else {}
     found = stage_of({"method": method}, method=base, **guided)
     alone = load_config("digits", {"method": method, "iterations": 2, **guided})
-    for key in ("method", "divergence", "objective", "regression", "clip_loss", "augmentation"):
+    for key in ("method", "divergence", "objective", "regression", "clip_loss", "reward", "augmentation"):
         assert getattr(found, key) == getattr(alone, key), key
     assert (found.generator.gan_weight, found.discriminator.gan_weight, found.generator.weighting) == (
         alone.generator.gan_weight,
@@ -179,6 +179,8 @@ def test_a_stage_of_another_method_leaves_out_what_the_method_before_had_of_its_
     assert stage_of({"method": "dmd2"}, **own).augmentation.weight == 0.5  # the run's
     warmed = stage_of({"method": "regression"}, method="dmd2", reuse_samples=True)
     assert not warmed.reuse_samples
+    rewarded = stage_of({"method": "sid"}, **{"reward.weights": "a.pt", "reward.gradient_ratio": 0.1})
+    assert not rewarded.reward.used
 
 
 def test_a_stage_changes_what_it_names_alone() -> None:

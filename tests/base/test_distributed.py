@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from fdistill.training.journal import read_records
 from support.denoisers import tiny_unet
 from support.processes import launch, launch_commands
 from support.text_families import sd15
+from support.thorough import at_night
 
 WORKER = """
 import sys
@@ -132,6 +134,11 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
     "text-to-image-lora-fsdp": ("text-to-image-lora", [*FSDP, "gradient_checkpointing=true"]),
     "text-to-image-lora-offloaded": ("text-to-image-lora", ["offload_frozen=true", "offload_optimizers=true"]),
 }
+#: What repeats another variant with other losses, or with other networks; these run at night.
+AT_NIGHT = {
+    *("f-distill-lora", "f-distill-lora-fsdp", "sid", "sid-fsdp", "sid-lora", "uni-instruct-data-free", "dmd"),
+    *("dmd2-in-parts", "regression-fsdp", "text-to-image-lora", "chain-fsdp"),
+}
 #: Runs that go on after 2 iterations on one process: to 4 on two, and to 6 on one.
 CHAINS = {"chain": [], "chain-fsdp": FSDP, "chain-lora-fsdp": [*LORA, *FSDP]}
 NUM_IMAGES = 7
@@ -170,10 +177,10 @@ def images(teacher: Path, output: str) -> list[str]:
     return ["generate", str(teacher), *counted, "--output", output]
 
 
-def chained(teacher: Path, iterations: int) -> list[list[str]]:
-    """The chains up to an iteration."""
+def chained(teacher: Path, iterations: int, names: Collection[str]) -> list[list[str]]:
+    """The chains of these names up to an iteration."""
     more = [] if iterations == 2 else ["--resume"]
-    return [[*run(teacher, iterations, own, f"chains/{name}"), "log.every=2", *more] for name, own in CHAINS.items()]
+    return [[*run(teacher, iterations, CHAINS[name], f"chains/{name}"), "log.every=2", *more] for name in names]
 
 
 class Runs(NamedTuple):
@@ -184,7 +191,10 @@ class Runs(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runs:
+    left_out = AT_NIGHT if request.config.getoption("markexpr") == "not thorough" else set()
+    variants = {name: variant for name, variant in VARIANTS.items() if name not in left_out}
+    methods, chains = {method for method, _ in variants.values()}, CHAINS.keys() - left_out
     folder = tmp_path_factory.mktemp("processes")
     teacher = folder / "teacher"  # of few blocks: each is gathered and freed in every pass
     torch.manual_seed(0)
@@ -198,17 +208,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         patch.chdir(folder)
         patch.setattr(logbook, "save_curves", lambda *_: None)
         patch.setenv("FDISTILL_CACHE", str(folder / "cache-one"))
-        alone = [run(teacher, n, own, f"one/{name}") for name, (n, own) in METHODS.items()]
-        whole = [run(teacher, 6, LORA if "lora" in name else [], f"one/{name}") for name in CHAINS]
-        for arguments in [*alone, *whole, images(teacher, "one/images"), *chained(teacher, 2)]:
+        alone = [run(teacher, n, own, f"one/{name}") for name, (n, own) in METHODS.items() if name in methods]
+        whole = [run(teacher, 6, LORA if "lora" in name else [], f"one/{name}") for name in chains]
+        for arguments in [*alone, *whole, images(teacher, "one/images"), *chained(teacher, 2, chains)]:
             cli.app(arguments, standalone_mode=False)
         patch.setenv("FDISTILL_CACHE", str(folder / "cache-two"))
         together = [
             run(teacher, METHODS[method][0], [*METHODS[method][1], *own], f"two/{name}")
-            for name, (method, own) in VARIANTS.items()
+            for name, (method, own) in variants.items()
         ]
-        launch_commands([*together, images(teacher, "two/images"), *chained(teacher, 4)], folder, SMALL)
-        for arguments in chained(teacher, 6):
+        launch_commands([*together, images(teacher, "two/images"), *chained(teacher, 4, chains)], folder, SMALL)
+        for arguments in chained(teacher, 6, chains):
             cli.app(arguments, standalone_mode=False)
     return Runs(folder / "one", folder / "two")
 
@@ -224,7 +234,7 @@ def assert_equal_runs(one: Path, two: Path) -> None:
             )
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", at_night(VARIANTS, AT_NIGHT.__contains__))
 def test_two_processes_train_as_one(runs: Runs, variant: str) -> None:
     one, two = runs.one / VARIANTS[variant][0], runs.two / variant
     assert_equal_runs(one, two)
@@ -245,7 +255,7 @@ def test_two_processes_encode_the_same_prompts(runs: Runs) -> None:
         torch.testing.assert_close(second.rows(torch.arange(299))[name], value, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", at_night(CHAINS, AT_NIGHT.__contains__))
 def test_a_run_goes_on_with_more_and_fewer_processes(runs: Runs, chain: str) -> None:
     assert_equal_runs(runs.one / chain, runs.one.parent / "chains" / chain)
 

@@ -30,7 +30,7 @@ from fdistill.planning.gathers import measure
 from fdistill.planning.placement import Footprint, Placement, on_a_device
 from fdistill.planning.plan import Hardware, Plan, make_plan
 from fdistill.planning.rates import Rates, seconds, traffic
-from fdistill.planning.weightless import open_without_weights
+from fdistill.planning.weightless import open_without_weights, run_without_weights
 from fdistill.students.lora import lora_copy
 from fdistill.training.build import build
 from support.extras import needs_bitsandbytes
@@ -234,14 +234,19 @@ def test_the_terms_of_few_steps_are_counted() -> None:
     """Levels are computed from values, of which a plan's tensors have none. Intra-segment guidance takes one
     evaluation of the teacher and one of the student without a gradient."""
     settings = ["critic_steps=1", "batch_size=8", "student.steps=2", "guidance_scale=2.0", "null_class=9"]
-    more = ["segment.weight=0.5"], ["augmentation.weight=1"]
-    plain, segment, augmented = (planned(load_config("digits", [*settings, *each])) for each in ([], *more))
+    plain, segment = (planned(load_config("digits", [*settings, *more])) for more in ([], ["segment.weight=0.5"]))
     made = build(load_config("digits", ["student.steps=1"]), torch.device("cpu"))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         made.student(torch.randn(8, *made.image_shape), torch.arange(8) % 10)
     one = counter.get_total_flops()
     assert segment.flops - plain.flops == pytest.approx(3 * one, rel=0.02)  # a guided teacher is evaluated twice
-    assert augmented.flops - plain.flops == pytest.approx(one, rel=0.05)  # guidance moves; its level is new
+
+
+def test_guidance_as_a_term_of_its_own_is_planned() -> None:
+    config = load_config("digits-decoupled-dmd")
+    run = run_without_weights(config, open_without_weights(config))
+    update: Any = run.stages[-1].student_update
+    assert update.keywords["augmentation"].weight == config.augmentation.weight > 0
 
 
 def test_seconds() -> None:

@@ -104,6 +104,7 @@ def test_what_is_counted_is_what_a_run_holds(name: str, monkeypatch: pytest.Monk
     assert sum(row.total for row in memory_table.rows(name, config)) == held(run)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", recipes(RECIPES))
 def test_a_recipes_head_says_what_it_takes(name: str) -> None:
     text = (ROOT / "configs" / f"{name}.yaml").read_text()

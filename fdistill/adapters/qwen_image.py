@@ -17,8 +17,8 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
+import fdistill.adapters.tiny_language as tiny_language
 import fdistill.adapters.tiny_parts as tiny
-from fdistill.adapters import tiny_language
 from fdistill.adapters.family import Family, TextToImage
 from fdistill.adapters.original_names import make_layout
 from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler

@@ -15,8 +15,8 @@ from diffusers import (
 )
 from torch import Tensor
 
+import fdistill.adapters.tiny_language as tiny_language
 import fdistill.adapters.tiny_parts as tiny
-from fdistill.adapters import tiny_language
 from fdistill.adapters.family import Family, TextToImage
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser

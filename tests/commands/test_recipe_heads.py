@@ -107,7 +107,7 @@ def passes(config: DistillConfig, share: float) -> float:
     steps = len(config.student_levels or (0.0,))
     simulated, fake = (steps - 1) / 2, 2 + again + (not config.fake_score.lora_rank)
     critic = 1 + simulated + fake * (1 + (config.fake_score.training_guidance_scale != 1)) + 2 * share
-    compared = guided(config) + 1 + (config.fake_score.guidance_scale != 1)
+    compared: float = guided(config) + 1 + (config.fake_score.guidance_scale != 1)
     compared *= 2 + again if "implicit" in METHODS[config.method].student else 1  # the gradient passes through both
     beyond = bool(config.augmentation.weight)  # guidance at a level of its own
     return config.critic_steps * critic + simulated + students_update(config) + compared + beyond + share * (1 + again)

@@ -241,7 +241,7 @@ def test_smoke_run_of_a_text_recipe_end_to_end(name: str, tmp_path: Path) -> Non
     pipeline = DiffusionPipeline.from_pretrained(student)
     assert type(pipeline).__name__ == pipeline_class
     pipeline.set_progress_bar_config(disable=True)
-    asked = {"guidance_scale": 0.0, "height": RESOLUTION, "width": RESOLUTION, **more}
+    asked: dict[str, Any] = {"guidance_scale": 0.0, "height": RESOLUTION, "width": RESOLUTION, **more}
     images = pipeline(
         prompt=["a bold seven", "a thin digit"],
         output_type="np",

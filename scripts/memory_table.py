@@ -18,6 +18,7 @@ import torch
 from diffusers import (
     FluxTransformer2DModel,
     PixArtTransformer2DModel,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -48,6 +49,12 @@ _BETAS = {
 }
 _LINEAR = {"_class_name": "DDIMScheduler", "beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+_SANA = {
+    "_class_name": "DPMSolverMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}
 
 
 def _sd15() -> Any:
@@ -111,6 +118,16 @@ def _z_image() -> Any:
     return ZImageTransformer2DModel()
 
 
+def _qwen_image() -> Any:
+    from diffusers import QwenImageTransformer2DModel  # since 0.35
+
+    return QwenImageTransformer2DModel()
+
+
+def _sana() -> Any:
+    return SanaTransformer2DModel(qk_norm="rms_norm_across_heads")
+
+
 def _flux2_klein() -> Any:
     from diffusers import Flux2Transformer2DModel  # since 0.36
 
@@ -127,6 +144,8 @@ NETWORKS: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {
     "flux-dev": (_flux_dev, _FLOW, 11901.4),
     "pixart-sigma": (_pixart_sigma, _LINEAR, 610.9),
     "z-image": (_z_image, _FLOW, 6154.9),
+    "qwen-image": (_qwen_image, _FLOW, 20430.4),
+    "sana": (_sana, _SANA, 1604.6),
 }
 #: The same for networks that only a recipe of adapters is for; FLUX.2's publisher says 4 B.
 ADAPTED: dict[str, tuple[Callable[[], Any], dict[str, Any], float]] = {"flux2-klein": (_flux2_klein, _FLOW, 3875.5)}
@@ -148,8 +167,8 @@ def published(network: str, resolution: int | None = None) -> TextDenoiser:
 
 
 def pixels_per_latent(denoiser: Denoiser) -> int:
-    """How many pixels a side of a published network's latents has: 8, and 16 with FLUX.2's patches."""
-    return 16 if type(denoiser).__name__ == "Flux2Denoiser" else 8
+    """How many pixels a side of a published network's latents has: 8, 16 with FLUX.2's patches, 32 for Sana."""
+    return {"Flux2Denoiser": 16, "SanaDenoiser": 32}.get(type(denoiser).__name__, 8)
 
 
 def in_precision(denoiser: TextDenoiser, config: DistillConfig) -> TextDenoiser:

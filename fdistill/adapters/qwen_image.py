@@ -7,11 +7,18 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
+from diffusers import (
+    AutoencoderKLQwenImage,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageTransformer2DModel,
+)
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 from torch.nn import functional as F
 
+import fdistill.adapters.tiny_language as tiny_language
+import fdistill.adapters.tiny_parts as tiny
 from fdistill.adapters.family import Family, TextToImage
 from fdistill.adapters.original_names import make_layout
 from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler
@@ -22,6 +29,11 @@ from fdistill.condition import TextCondition
 _TOKENS = 512  # max_sequence_length of its pipeline
 _PATCH = 2  # side of the patch of latents in a token
 _SIZE = 128  # default height and width of latents, as in QwenImagePipeline
+#: What QwenImagePipeline puts around a prompt; it drops the first 34 tokens.
+_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
 
 
 class QwenImageDenoiser(TokenDenoiser):
@@ -88,6 +100,48 @@ def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], resoluti
     )
 
 
+def tiny_transformer(**changes: Any) -> QwenImageTransformer2DModel:
+    """A tiny transformer for the latents of `tiny_autoencoder`."""
+    settings: dict[str, Any] = {
+        "patch_size": _PATCH,
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 4,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return tiny.untrained(lambda: QwenImageTransformer2DModel(**(settings | changes)))
+
+
+def tiny_autoencoder() -> AutoencoderKLQwenImage:
+    """2 pixels a latent, 4 channels, each with its own mean and standard deviation."""
+    return tiny.untrained(
+        lambda: AutoencoderKLQwenImage(
+            base_dim=8,
+            z_dim=4,
+            dim_mult=[1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False],
+            latents_mean=[-0.7, 0.1, 0.4, -0.2],
+            latents_std=[2.8, 1.4, 2.1, 1.7],
+        )
+    )
+
+
+def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments of an untrained tiny pipeline."""
+    transformer, tokenizer = tiny_transformer(**changes), tiny_language.qwen_tokenizer([_TEMPLATE])
+    return {
+        "tokenizer": tokenizer,
+        "text_encoder": tiny_language.qwen25_vl_encoder(tokenizer, transformer.config.joint_attention_dim),
+        "vae": tiny_autoencoder(),
+        "transformer": transformer,
+        "scheduler": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02),
+    }
+
+
 FAMILY = Family(
     QwenImageTransformer2DModel,
     wrap,
@@ -97,6 +151,7 @@ FAMILY = Family(
         tokenizers={"tokenizer": _TOKENS},
         encode_prompts=encode_prompts,
         unguided={"true_cfg_scale": 1.0},
+        tiny={"QwenImagePipeline": tiny_arguments},
     ),
     # The publisher's names are those of diffusers.
     original_layout=lambda names, config: make_layout(names, lambda name: (name, 0)),

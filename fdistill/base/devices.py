@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
@@ -109,6 +109,11 @@ def _with_wide_products(narrow: torch.autocast) -> Iterator[None]:
         yield
 
 
+def products_as_now() -> Callable[[], AbstractContextManager[Any]]:
+    """Makes contexts in which products are computed as they are now, for what runs again outside `autocast`."""
+    return _WideProducts if _WideProducts.open else nullcontext
+
+
 _PRODUCTS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
@@ -122,6 +127,16 @@ class _WideProducts(TorchFunctionMode):
 
     Inputs are rounded to bfloat16, products summed up in float32 and the sum rounded, as hardware for bfloat16 does.
     """
+
+    open = 0  # how many are entered
+
+    def __enter__(self) -> Any:
+        _WideProducts.open += 1
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        _WideProducts.open -= 1
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from fdistill.base.devices import products_as_now
 from fdistill.base.errors import ConfigError
 from fdistill.denoiser import Denoiser
 
@@ -45,7 +46,8 @@ def _contexts(module: nn.Module) -> tuple[AbstractContextManager[None], Abstract
 
 
 class _AsItWas(AbstractContextManager[None]):
-    """Restores which parameters require gradients and which attention backends are enabled, as at construction.
+    """Restores which parameters require gradients, which attention backends are enabled and how products are computed,
+    as at construction.
 
     It can be entered several times, as a second backward through the same block does.
     """
@@ -54,12 +56,14 @@ class _AsItWas(AbstractContextManager[None]):
         self._module = module  # and not its parameters: others take their place while a sharded block is gathered
         self._flags = [parameter.requires_grad for parameter in module.parameters()]
         self._attention = [backend for backend, enabled in _BACKENDS.items() if enabled()]
+        self._products = products_as_now()
         self._open: list[ExitStack] = []
 
     def __enter__(self) -> None:
         stack = ExitStack()
         self._open.append(stack)
         stack.enter_context(sdpa_kernel(self._attention))
+        stack.enter_context(self._products())
         stack.callback(self._set, [parameter.requires_grad for parameter in self._module.parameters()])
         self._set(self._flags)
 

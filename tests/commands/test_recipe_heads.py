@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
+from fdistill.methods import METHODS
 from support.extras import recipes
 from support.published import published_network
 from support.recipe_heads import CONFIGS, WarmUp, hours, paragraphs, problems, table_rows
@@ -105,9 +106,11 @@ def passes(config: DistillConfig, share: float) -> float:
     again = float(config.gradient_checkpointing)
     steps = len(config.student_levels or (0.0,))
     simulated, fake = (steps - 1) / 2, 2 + again + (not config.fake_score.lora_rank)
-    critic = 1 + simulated + fake + 2 * share
-    beyond = guided(config) + bool(config.augmentation.weight)  # which is at a level of its own
-    return config.critic_steps * critic + simulated + students_update(config) + beyond + 1 + share * (1 + again)
+    critic = 1 + simulated + fake * (1 + (config.fake_score.training_guidance_scale != 1)) + 2 * share
+    compared: float = guided(config) + 1 + (config.fake_score.guidance_scale != 1)
+    compared *= 2 + again if "implicit" in METHODS[config.method].student else 1  # the gradient passes through both
+    beyond = bool(config.augmentation.weight)  # guidance at a level of its own
+    return config.critic_steps * critic + simulated + students_update(config) + compared + beyond + share * (1 + again)
 
 
 def students_update(config: DistillConfig) -> int:
@@ -167,7 +170,7 @@ def test_the_rates_are_assumed_or_implied_by_published_runs() -> None:
     for name in RECIPES:
         said, card = hours(head(name)), "RTX 4090" in head(name)
         assert said.assumed_rate == (60 if card else 150 if load_config(name).precision == "bf16" else 75), name
-        large = any(large in name for large in ("sdxl", "sd35", "flux", "pixart", "z-image"))
+        large = any(large in name for large in ("sdxl", "sd35", "flux", "pixart", "z-image", "qwen", "sana"))
         implied = rates["sdxl"] if large else min(rates["imagenet64"], rates["sd15"])
         assert said.implied_rate == pytest.approx(implied * said.assumed_rate / 150, rel=0.05), name
 

@@ -46,6 +46,7 @@ RECIPES: dict[str, tuple[list[tuple[int, int, int]], str, int]] = {
     # The hub folder says DDPMPipeline in its model_index.json, and so will its student.
     "ddpm-cifar10": ([(128, 32, 32), (256, 16, 16), (256, 8, 8)], "DDIMPipeline", 32),
 }
+_SANA_SIZE = {"height": 32, "width": 32}  # the smallest that its pipeline takes
 #: Text-to-image recipe -> (pipeline of teacher and student, what that wants beside a size).
 TEXT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd15": ("StableDiffusionPipeline", {}),
@@ -60,6 +61,8 @@ TEXT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "flux2-klein-lora-24gb": ("Flux2KleinPipeline", {"sigmas": [1.0, 0.9581, 0.884, 0.7175]}),
     "pixart-sigma": ("PixArtSigmaPipeline", {"use_resolution_binning": False}),
     "z-image": ("ZImagePipeline", {"sigmas": [1.0, 0.9, 0.75, 0.5]}),
+    "qwen-image": ("QwenImagePipeline", {"sigmas": [0.999, 0.74925, 0.4995, 0.24975], "true_cfg_scale": 1.0}),
+    "sana": ("SanaPipeline", {"sigmas": [1.0, 0.75, 0.5, 0.25], "use_resolution_binning": False, **_SANA_SIZE}),
 }
 SMOKE_RECIPES = [path.stem for path in sorted(CONFIGS.glob("*.yaml")) if "\nsmoke:" in path.read_text()]
 
@@ -92,7 +95,7 @@ LOSSES = {
     "pixart-sigma": "inverse-sigma2",
     "sd21-v": "v",
     **dict.fromkeys(["sd35-medium", "sd35-medium-lora-24gb", "flux-dev", "flux-dev-lora-24gb"], "flow"),
-    **dict.fromkeys(["flux2-klein-lora-24gb", "z-image"], "flow"),
+    **dict.fromkeys(["flux2-klein-lora-24gb", "z-image", "qwen-image", "sana"], "flow"),
 }
 
 
@@ -238,16 +241,14 @@ def test_smoke_run_of_a_text_recipe_end_to_end(name: str, tmp_path: Path) -> Non
     pipeline = DiffusionPipeline.from_pretrained(student)
     assert type(pipeline).__name__ == pipeline_class
     pipeline.set_progress_bar_config(disable=True)
-    size = {"height": RESOLUTION, "width": RESOLUTION}
+    asked: dict[str, Any] = {"guidance_scale": 0.0, "height": RESOLUTION, "width": RESOLUTION, **more}
     images = pipeline(
         prompt=["a bold seven", "a thin digit"],
-        guidance_scale=0.0,
         output_type="np",
         generator=torch.Generator().manual_seed(0),
-        **size,
-        **more,
+        **asked,
     ).images
-    assert images.shape == (2, RESOLUTION, RESOLUTION, 3)
+    assert images.shape == (2, asked["height"], asked["width"], 3)
     assert np.isfinite(images).all()
     assert images.std() > 0
     component = "unet" if hasattr(pipeline, "unet") else "transformer"

@@ -29,6 +29,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 #: Parameters in millions, as papers and cards say, some of them rounded: FLUX.1-dev's card has 12 billion.
 PUBLISHED = {"sd15": 860, "sdxl": 2570, "sd35-medium": 2240, "flux-dev": 11900, "pixart-sigma": 610, "z-image": 6150}
+PUBLISHED |= {"qwen-image": 20430, "sana": 1605}
 RECIPES = {name: name for name in PUBLISHED} | {
     f"{name}-lora-24gb": name for name in ("sd15", "sdxl", "sd35-medium", "flux-dev", "flux2-klein")
 }

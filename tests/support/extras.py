@@ -12,9 +12,13 @@ import pytest
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="needs `pip install 'fdistill[quantised]'`"
 )
+needs_qwen_image = pytest.mark.skipif(
+    tuple(int(part) for part in diffusers.__version__.split(".")[:2]) < (0, 37),
+    reason="this diffusers lets Qwen-Image see the padding of prompts",
+)
 needs_z_image = pytest.mark.skipif(not hasattr(diffusers, "ZImagePipeline"), reason="this diffusers has no Z-Image")
 #: Recipe -> what it needs: of the first, weights are in few bits and moments in 8.
-_NEEDS = {"flux-dev-lora-24gb": needs_bitsandbytes, "z-image": needs_z_image}
+_NEEDS = {"flux-dev-lora-24gb": needs_bitsandbytes, "z-image": needs_z_image, "qwen-image": needs_qwen_image}
 
 
 def recipes(names: Iterable[str]) -> list[Any]:

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fdistill import load_teacher
+from fdistill.base import devices
 from fdistill.base.errors import ConfigError
 from fdistill.condition import Condition, TextCondition
 from fdistill.denoiser import Denoiser
-from fdistill.training.activation_checkpointing import checkpoint_activations
+from fdistill.training.activation_checkpointing import _contexts, checkpoint_activations
 from support.activations import kept_bytes
 from support.families import FAMILIES
 from support.text_families import TEXT_FAMILIES
@@ -66,6 +68,26 @@ def test_fewer_bytes_are_kept_and_gradients_are_the_same(name: str, tmp_path: Pa
         assert any(gradient.any() for gradient in gradients.values()), what
         for key, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[key], rtol=1e-5, atol=1e-6, msg=f"{what}: {key}")
+
+
+def test_products_are_recomputed_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU without instructions for bfloat16, where they are float32's inside autocast, which backward is not."""
+    monkeypatch.setattr(devices, "computes_bfloat16", lambda: False)
+    torch.manual_seed(0)
+    block, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+
+    def recomputed() -> Any:
+        return _contexts(block)
+
+    gradients = []
+    for kept in (True, False):
+        block.zero_grad()
+        with devices.autocast(torch.device("cpu"), "bf16"):
+            output = block(x) if kept else checkpoint(block, x, use_reentrant=False, context_fn=recomputed)
+        output.square().sum().backward()
+        assert block.weight.grad is not None
+        gradients.append(block.weight.grad.clone())
+    assert torch.equal(*gradients)
 
 
 def test_networks_that_cannot_say_so(tiny_teacher: Path) -> None:

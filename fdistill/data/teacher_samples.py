@@ -72,43 +72,49 @@ class TeacherSamples:
         return indexed_normal(_SEED, rows.tolist(), self.x0.shape[1:])
 
 
-def teacher_samples(
+def draw_samples(
     teacher: Denoiser,
     wanted: SampleSet,
     conditions: Callable[[range], Condition | None],
     *,
     device: torch.device,
     progress: bool = True,
-) -> TeacherSamples:
-    """Draws samples number 0 to `wanted.count` - 1, or reads them from the cache if they are there.
+) -> Tensor:
+    """x0 float32 [N, C, H, W] on the CPU, of samples number 0 to N - 1 = `wanted.count` - 1.
 
     Args:
         teacher: on `device`.
         conditions: numbers of samples -> their labels or prompts, on the CPU, or None for an unconditional teacher.
         device: where to compute.
         progress: show a bar.
+    """
+    parts = []
+    with tqdm(total=wanted.count, desc="teacher samples", unit="img", disable=not progress, mininterval=0.5) as bar:
+        for first in range(0, wanted.count, _BATCH):
+            rows = range(first, min(first + _BATCH, wanted.count))
+            noise, asked = indexed_normal(_SEED, rows, teacher.sample_shape).to(device), conditions(rows)
+            condition = None if asked is None else asked.to(device)
+            x0 = heun_sample(teacher, noise, condition, wanted.num_steps, start_level=wanted.start_level)
+            parts.append(x0.float().cpu())
+            bar.update(len(rows))
+    return torch.cat(parts)
+
+
+def teacher_samples(wanted: SampleSet, num_classes: int | None, draw: Callable[[], Tensor]) -> TeacherSamples:
+    """Reads samples from the cache, or puts into it what `draw` returns, as `draw_samples` does.
 
     Raises:
         OutputError: the cache folder cannot be written.
     """
 
-    def draw(folder: Path) -> None:
-        parts = []
-        with tqdm(total=wanted.count, desc="teacher samples", unit="img", disable=not progress, mininterval=0.5) as bar:
-            for first in range(0, wanted.count, _BATCH):
-                rows = range(first, min(first + _BATCH, wanted.count))
-                noise, asked = indexed_normal(_SEED, rows, teacher.sample_shape).to(device), conditions(rows)
-                condition = None if asked is None else asked.to(device)
-                x0 = heun_sample(teacher, noise, condition, wanted.num_steps, start_level=wanted.start_level)
-                parts.append(x0.float().cpu())
-                bar.update(len(rows))
-        save_hashed({"x0": torch.cat(parts)}, folder / _FILE)
+    def fill(folder: Path) -> None:
+        save_hashed({"x0": draw()}, folder / _FILE)
 
-    labels = torch.arange(wanted.count) % (teacher.num_classes or 1)
-    folder = made_once(TEACHER_SAMPLES, wanted.key, draw)
+    labels = torch.arange(wanted.count) % (num_classes or 1)
+    folder = made_once(TEACHER_SAMPLES, wanted.key, fill)
     try:
         return TeacherSamples(dict(hashed_tensors(folder / _FILE))["x0"], labels)
     except (OSError, SafetensorError, KeyError, ValueError):
         shutil.rmtree(folder, ignore_errors=True)  # cut short by a full disk, or damaged: drawn anew
-        folder = made_once(TEACHER_SAMPLES, wanted.key, draw)
+        folder = made_once(TEACHER_SAMPLES, wanted.key, fill)
         return TeacherSamples(dict(hashed_tensors(folder / _FILE))["x0"], labels)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 
 from fdistill.base import rng
-from fdistill.base.distributed import first_process_of_machine_first
+from fdistill.base.distributed import everywhere, first_process_of_machine_first
 from fdistill.base.images import to_uint8
 from fdistill.condition import Condition
 from fdistill.config.schema import DistillConfig
@@ -20,7 +21,7 @@ from fdistill.data.embeddings import Captions
 from fdistill.data.latents import META_FILE, LatentSource, check_latents
 from fdistill.data.sample_loader import FixedSamples, SampleLoader, SampleSource, ScaledLatents, prompts_alone
 from fdistill.data.source import ArraySource
-from fdistill.data.teacher_samples import SampleSet, TeacherSamples, teacher_samples
+from fdistill.data.teacher_samples import SampleSet, TeacherSamples, draw_samples, teacher_samples
 from fdistill.denoiser import Denoiser
 from fdistill.training import checks
 from fdistill.training.distillation import Distillation
@@ -123,9 +124,13 @@ def training_data(run: Distillation) -> TrainingData:
         return index % teacher.num_classes if teacher.num_classes else None
 
     def drawn(wanted: SampleSet) -> TeacherSamples:
+        progress = PartialState().is_main_process
+        draw = partial(draw_samples, teacher, wanted, conditions, device=run.device, progress=progress)
+        if run.sharded and not everywhere(wanted.is_cached):
+            x0 = draw()  # every process has a part of the teacher, so that none can sample alone
+            draw = partial(torch.clone, x0)
         with first_process_of_machine_first():  # it draws them; the others find them in the cache
-            progress = PartialState().is_main_process
-            return teacher_samples(teacher, wanted, conditions, device=run.device, progress=progress)
+            return teacher_samples(wanted, teacher.num_classes, draw)
 
     samples = data_samples(run)
     source = stored_data(run) if samples is None else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from fdistill.adapters.checkpoint import load_teacher, resolve_checkpoint
 from fdistill.base.errors import OutputError
 from fdistill.base.files import cache_folder
-from fdistill.data.teacher_samples import SampleSet, TeacherSamples, teacher_samples
+from fdistill.data.teacher_samples import SampleSet, TeacherSamples, draw_samples, teacher_samples
 from fdistill.sampler import heun_sample, sampling_levels
 
 
@@ -25,7 +25,8 @@ def make(folder: Path, start_level: float = 80.0) -> TeacherSamples:
     def labels(rows: range) -> torch.Tensor:
         return torch.tensor(rows) % 10
 
-    return teacher_samples(teacher, wanted(folder, start_level), labels, device=device, progress=False)
+    asked = wanted(folder, start_level)
+    return teacher_samples(asked, 10, lambda: draw_samples(teacher, asked, labels, device=device, progress=False))
 
 
 def test_pairs_are_the_noise_and_what_the_sampler_makes_of_it(tiny_teacher: Path) -> None:

@@ -23,6 +23,7 @@ from support.text_families import RESOLUTION, TEXT_FAMILIES
 from support.text_families_dit import HAS_Z_IMAGE, TEXT_FAMILIES_DIT
 from support.text_families_flux2 import TEXT_FAMILIES_FLUX2, network_latents
 from support.text_pipelines import SIZE, condition_of, denoiser_of, load_pipeline
+from support.thorough import at_night
 
 PROMPTS = ["a bold handwritten seven", "a thin digit"]
 VP = ("pixart", "pixart-alpha")
@@ -63,7 +64,7 @@ LEVELS_OF_STEPS: dict[str, tuple[list[float], list[float], Sampler]] = {
 }
 
 
-@pytest.mark.parametrize("steps", LEVELS_OF_STEPS)
+@pytest.mark.parametrize("steps", at_night(LEVELS_OF_STEPS, lambda name: "earlier" in name))
 @pytest.mark.parametrize("name", [*TEXT_FAMILIES, *MORE])
 def test_the_students_scheduler_makes_its_pipeline_the_student(
     name: str, steps: str, folders: dict[str, Path], tmp_path: Path

@@ -23,7 +23,7 @@ from fdistill.commands.predictions import LevelCheck, LinearDenoiser, check_pred
 from fdistill.commands.readings import Subject, judge
 from fdistill.noise import EDMSchedule, FlowSchedule
 from support.denoisers import GaussianDenoiser
-from support.families import ALIKE, FAMILIES
+from support.families import FAMILIES
 from support.thorough import at_night
 
 
@@ -75,7 +75,7 @@ DATA = {"digits": "digits", "digits-t2i": "digit-captions"}
 
 
 @pytest.mark.parametrize(
-    ("name", "place", "change", "kind", "words"), at_night(WRONG, lambda wrong: WRONG.index(wrong) in (1, 3, 5, 6, 8))
+    ("name", "place", "change", "kind", "words"), at_night(WRONG, lambda wrong: WRONG.index(wrong) not in (0, 4, 7))
 )
 def test_a_wrong_reading_is_noticed_and_named(
     name: str, place: str, change: dict[str, object], kind: str, words: str, tmp_path: Path
@@ -170,7 +170,7 @@ def test_the_best_linear_denoiser_is_that_of_gaussian_data(schedule: EDMSchedule
     assert not all(check.makes_sense for check in check_predictions(GaussianDenoiser(-0.3, 2.0, schedule, 4), x0, None))
 
 
-@pytest.mark.parametrize("name", at_night(FAMILIES, lambda name: name in ALIKE))
+@pytest.mark.parametrize("name", at_night(FAMILIES, lambda name: name not in ("ddpm", "edm-ddpmpp", "dit")))
 def test_every_family_is_recognised(name: str, tmp_path: Path) -> None:
     write, exported = FAMILIES[name]
     result = CliRunner().invoke(app, ["inspect", str(write(tmp_path / "teacher"))])

@@ -34,6 +34,7 @@ from fdistill.teachers.teacher import TeacherSettings, open_teacher
 from fdistill.training.build import build
 from support.extras import recipes
 from support.published import published_network
+from support.thorough import at_night
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 #: Recipe -> (shapes of the features it taps, class of its student, pixels of a smoke student's image).
@@ -65,6 +66,9 @@ TEXT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "sana": ("SanaPipeline", {"sigmas": [1.0, 0.75, 0.5, 0.25], "use_resolution_binning": False, **_SANA_SIZE}),
 }
 SMOKE_RECIPES = [path.stem for path in sorted(CONFIGS.glob("*.yaml")) if "\nsmoke:" in path.read_text()]
+
+#: Recipes whose smoke runs are tried by day; those of all are tried at night.
+SMOKED = ("imagenet64", "cifar10-cond", "ddpm-cifar10", "sd15-lora-24gb", "flux-dev", "z-image", "sana")
 
 
 def test_every_recipe_with_a_smoke_section_is_tested_here() -> None:
@@ -156,7 +160,7 @@ def test_dit_is_guided_as_published() -> None:
     torch.testing.assert_close(guided, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", at_night(RECIPES, lambda name: name not in SMOKED))
 def test_smoke_run_end_to_end(name: str, tmp_path: Path) -> None:
     _, pipeline_class, pixels = RECIPES[name]
     began = time.process_time()
@@ -220,7 +224,7 @@ def test_published_and_tiny_network_have_what_a_text_recipe_names(name: str) -> 
     assert output.std() > 1e-3
 
 
-@pytest.mark.parametrize("name", recipes(TEXT_RECIPES))
+@pytest.mark.parametrize("name", at_night(recipes(TEXT_RECIPES), lambda name: name not in SMOKED))
 def test_smoke_run_of_a_text_recipe_end_to_end(name: str, tmp_path: Path) -> None:
     pipeline_class, more = TEXT_RECIPES[name]
     more = {"num_inference_steps": 1, **more} if "sigmas" not in more else more

@@ -67,6 +67,7 @@ def noise(count: int, size: int, seed: int = 0, channels: int = 3) -> Tensor:
 
 
 @SMALL
+@pytest.mark.thorough
 def test_two_processes_score_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd counts, a last batch that is not full, fewer batches than processes, prompts, LPIPS, which only
     the main process runs, and references; then everything again from the cache."""

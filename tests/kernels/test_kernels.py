@@ -51,7 +51,7 @@ interpreter._convert_float = _rounded_to_nearest
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 F64 = torch.float64
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.thorough)]
 OPERATIONS = ["denoising", "ema", "implicit", "matching", "ratio", "renoise", "scale_rows", "to_x0"]
 #: Odd sizes; a batch of one; one pixel; what one block finishes, one element more; without channels.
 SHAPES = [

@@ -261,6 +261,7 @@ def test_seconds() -> None:
     assert measured.apart == measured.overlapped + measured.communication
 
 
+@pytest.mark.thorough
 def test_parts_and_more_gpus() -> None:
     """Parts of 8 need what a batch of 8 needs, beside the gradients; the table says it of a GPU among four."""
     parts, table = warm_up("generator.micro_batch=8"), tight().table

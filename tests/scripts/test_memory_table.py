@@ -120,6 +120,7 @@ def test_the_page_has_the_bytes_of_weights_in_few_bits() -> None:
     assert f"\n{memory_table.stored(['sd15'])}\n" in page
 
 
+@pytest.mark.thorough
 def test_the_page_has_the_scripts_numbers() -> None:
     page = (ROOT / "docs" / "memory.md").read_text().splitlines()
     networks = ["sd15", "sd35-medium"]

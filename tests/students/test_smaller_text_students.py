@@ -16,6 +16,7 @@ from fdistill.base.errors import ConfigError
 from support.text_families import TEXT_FAMILIES
 from support.text_families_dit import TEXT_FAMILIES_DIT
 from support.text_runs import PROMPTS, SETTINGS
+from support.thorough import at_night
 
 FAMILIES = {**TEXT_FAMILIES, **TEXT_FAMILIES_DIT}
 TWO_BLOCKS: dict[str, Any] = {"num_layers": 2}
@@ -38,7 +39,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write(folder / name) for name, (write, _, _) in FAMILIES.items()}
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", at_night(FAMILIES, lambda name: name not in ("sd15", "flux-dev", "z-image")))
 def test_a_smaller_student_is_trained_and_exported(name: str, teachers: dict[str, Path], tmp_path: Path) -> None:
     changes = SMALLER.get(name, TWO_BLOCKS)
     teacher: Any = load_teacher(teachers[name])

@@ -15,6 +15,8 @@ from support.planned import digits as counted_digits
 sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 import measure_memory
 
+pytestmark = pytest.mark.thorough  # what is tried here takes a minute
+
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory as Linux counts it")
 
 #: Config -> settings with which activations are far more than what a process takes for other reasons.

@@ -16,6 +16,8 @@ import activations_table
 from fdistill.config.reading import load_config
 from fdistill.planning.fake_tensors import Live, as_on_a_gpu, fake
 
+pytestmark = pytest.mark.thorough  # what is tried here takes a minute
+
 ROOT = Path(__file__).parent.parent.parent
 
 

@@ -18,6 +18,8 @@ from fdistill.base.images import to_unit
 from fdistill.data import open_source
 from fdistill.data.npz import open_npz
 
+pytestmark = pytest.mark.thorough  # what is tried here takes a minute
+
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "gpu_cifar10.sh"
 
 

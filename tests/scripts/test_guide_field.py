@@ -19,6 +19,8 @@ sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 
 import guide_field
 
+pytestmark = pytest.mark.thorough  # what is tried here takes a minute
+
 # Through the normal distribution function these values of the noise are a shift or angle at its bound.
 LEAST, MOST = -10.0, 10.0
 

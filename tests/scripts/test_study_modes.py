@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+pytestmark = pytest.mark.thorough  # what is tried here takes a minute
+
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "study_modes.py"
 
 

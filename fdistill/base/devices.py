@@ -114,6 +114,7 @@ def products_as_now() -> Callable[[], AbstractContextManager[Any]]:
     return _WideProducts if _WideProducts.open else nullcontext
 
 
+_NARROWED = (torch.float32, torch.bfloat16, torch.float16)  # what autocast makes bfloat16 of
 _PRODUCTS = {
     *(torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d, torch.conv_transpose3d),
     *(F.linear, torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum),
@@ -146,12 +147,8 @@ class _WideProducts(TorchFunctionMode):
             return func(*args, **kwargs)
         tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
         narrow = torch.is_autocast_enabled("cpu") or any(value.dtype == torch.bfloat16 for value in tensors)
-        if not narrow or any(value.device.type != "cpu" or value.dtype == torch.float64 for value in tensors):
+        if not narrow or any(value.device.type != "cpu" or value.dtype not in _NARROWED for value in tensors):
             return func(*args, **kwargs)
-
-        def rounded(value: Tensor) -> Tensor:
-            return value.bfloat16().float() if value.is_floating_point() else value
-
-        args, kwargs = tree_map_only(Tensor, rounded, (tuple(args), dict(kwargs)))
+        args, kwargs = tree_map_only(Tensor, lambda value: value.bfloat16().float(), (tuple(args), dict(kwargs)))
         with torch.autocast("cpu", enabled=False):
             return func(*args, **kwargs).bfloat16()

@@ -55,7 +55,8 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
         raise ArgumentError(f"dtype: got {dtype!r}; expected {', '.join(DTYPES)}, or none for the student's own")
     if output.suffix != ".safetensors":
         raise ArgumentError(f"output {output}: expected a file name that ends in .safetensors")
-    check_file(output)
+    for written in (output, output.with_suffix(".json")):
+        check_file(written)
     if dtype == "fp8" and format != "comfy":
         raise ArgumentError(
             f"dtype: got 'fp8' for format {format}; adapters are small: expected fp16, bf16 or fp32, or format comfy"

@@ -59,7 +59,7 @@ def drifts(looks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     A student begins with images that are alike, so that low diversity means something only after a higher one.
     """
     found: dict[str, str] = {}
-    if len(looks) < 2:
+    if len(looks) < 3:
         return found
     for name in ("saturation", "contrast"):
         burnt = min(_beside_teacher(look, name) for look in looks[-2:])
@@ -68,7 +68,7 @@ def drifts(looks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
                 f"the {name} of samples stays above {burnt:.3g} times the teacher's; lower guidance_scale or "
                 "augmentation.weight, or raise critic_steps"
             )
-    highest = max(_beside_teacher(look, "diversity") for look in looks[:-2] or looks[:1])
+    highest = max(_beside_teacher(look, "diversity") for look in looks[:-2])
     now = max(_beside_teacher(look, "diversity") for look in looks[-2:])
     if now < _COLLAPSED * min(highest, 1.0):
         found["samples alike"] = (

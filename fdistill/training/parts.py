@@ -2,8 +2,8 @@
 
 A part is drawn as if another process had it (`rng.part`), its loss is divided by the number of parts, and gradients add
 up until the optimiser's step. The update is that of the whole batch, up to rounding, except where a step compares the
-samples of a batch: the density ratio's bins and mean, generator.gan_gradient_ratio
-and reward.gradient_ratio are those of a part.
+samples of a batch: the density ratio's bins and mean, generator.gan_gradient_ratio and reward.gradient_ratio are those
+of a part.
 """
 
 from __future__ import annotations

@@ -85,6 +85,7 @@ def test_products_of_other_types_stay_as_they_are(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(devices, "computes_bfloat16", lambda: False)
     with autocast(torch.device("cpu"), "bf16"):
         assert F.linear(_A.double(), _B.double()).dtype == torch.float64
+        assert torch.equal(torch.tensor([[257]]) @ torch.tensor([[1]]), torch.tensor([[257]]))
         with devices.without_autocast(torch.device("cpu")):
             assert torch.equal(F.linear(_A, _B), torch.nn.Linear.forward(_layer(), _A))
     with autocast(torch.device("cpu"), "fp32"):

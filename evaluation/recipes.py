@@ -30,8 +30,12 @@ def center_patch(image: PILImage, size: int) -> PILImage:
     return _rounded_crop(image, size)
 
 
+def _square(recipe: Callable[[PILImage, int, int], PILImage]) -> Callable[[PILImage, int], PILImage]:
+    return lambda image, size: recipe(image, size, size)
+
+
 RECIPES: dict[str, Callable[[PILImage, int], PILImage]] = {
-    **TRAINING_RECIPES,
+    **{name: _square(recipe) for name, recipe in TRAINING_RECIPES.items()},
     "torchvision-lanczos": torchvision_lanczos,
     "center-patch": center_patch,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +44,15 @@ class TextCondition:
             {name: value.to(device, non_blocking=non_blocking) for name, value in self.tensors.items()}
         )
 
+    def at_size(self, height: int, width: int) -> TextCondition:
+        """The same prompts for images of so many pixels: the tensors of `SIZES` are replaced, where there are any."""
+        return TextCondition(
+            {
+                name: value.new_tensor(SIZES[name](height, width)).expand_as(value) if name in SIZES else value
+                for name, value in self.tensors.items()
+            }
+        )
+
     def repeated(self, count: int) -> TextCondition:
         """Repeats one prompt [1, ...] `count` times, without copying its tensors."""
         return TextCondition({name: value.expand(count, *value.shape[1:]) for name, value in self.tensors.items()})
@@ -62,6 +71,13 @@ class TextCondition:
                 "all of them with the encoders of one teacher"
             ) from error
 
+
+#: What a prompt's tensors say about its image, by name: functions of height and width in pixels, as pipelines set them.
+SIZES: dict[str, Callable[[int, int], tuple[float, ...]]] = {
+    "time_ids": lambda height, width: (height, width, 0, 0, height, width),  # SDXL: original size, crop, target size
+    "resolution": lambda height, width: (height, width),  # PixArt-alpha, and the next
+    "aspect_ratio": lambda height, width: (height / width,),
+}
 
 #: Labels int64 [B], or prompts.
 Condition = Tensor | TextCondition
@@ -91,10 +107,11 @@ def where(mask: Tensor, first: Condition, second: Condition) -> Condition:
 
 
 def none_like(condition: Condition, none: TextCondition | int) -> Condition:
-    """Repeats `none`, the null label or the one null prompt, once for each row of `condition`."""
+    """Repeats `none`, the null label or the one null prompt, once for each row of `condition`, whose sizes it takes."""
     if isinstance(condition, TextCondition):
         assert isinstance(none, TextCondition)
-        return none.repeated(len(condition))
+        sizes = {name: value for name, value in condition.tensors.items() if name in SIZES}
+        return TextCondition({**none.repeated(len(condition)).tensors, **sizes})
     assert isinstance(none, int)
     return torch.full_like(condition, none)
 

@@ -139,11 +139,12 @@ class Denoiser(nn.Module, ABC):
         """A denoiser of another network of this class, as for a smaller student; raises ArgumentError by default."""
         raise ArgumentError(f"network: a {type(self).__name__} takes no other network; it has no with_network")
 
-    def resize(self, size: int) -> None:
-        """Sets the height and width of samples; by default raises ArgumentError for any but the present one."""
-        if size != self.sample_shape[-1]:
+    def resize(self, height: int, width: int) -> None:
+        """Sets the height and width of samples; by default raises ArgumentError for any but the present ones."""
+        if (height, width) != self.sample_shape[1:]:
             raise ArgumentError(
-                f"size: got {size}, but a {type(self).__name__} has one size; expected {self.sample_shape[-1]}"
+                f"size: got {height} x {width}, but a {type(self).__name__} has one size; expected "
+                f"{self.sample_shape[1]} x {self.sample_shape[2]}"
             )
 
     def example_condition(self, count: int, device: torch.device | str) -> Condition | None:

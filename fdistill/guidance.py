@@ -82,6 +82,12 @@ class GuidedDenoiser(Denoiser):
             return self.null_class
         return TextCondition({name: self.get_buffer(f"null_{name}") for name in self.text_shapes})
 
+    def resize(self, height: int, width: int) -> None:
+        for network in (self.denoiser, self.guide):
+            if network is not None:
+                network.resize(height, width)
+        self.sample_shape, self.feature_shapes = self.denoiser.sample_shape, self.denoiser.feature_shapes
+
     def preconditioning(self, t: Tensor) -> Preconditioning:
         return self.denoiser.preconditioning(t)
 

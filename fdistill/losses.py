@@ -4,7 +4,7 @@ Where a loss takes `Tensor | Prediction`, a tensor is an x0-prediction. A `Predi
 becomes an x0-prediction inside the loss, in the one pass that the loss makes over the data anyway, and needs the noised
 samples x_t for that. The formulas, where T, F and x0 are one sample of n numbers, and h and other weights constants:
 
-    matching_loss           gradient in x0:  h (F - T) / (mean|x0 - T| + eps) / n
+    matching_loss           gradient in x0:  h (F - T) / max(mean|x0 - T|, floor) / n
     score_difference_loss   gradient in x0:  w (F - T) / n
     denoising_loss          w mean((D - x0)^2)
     regression_loss         mean((D - x0)^2)
@@ -35,6 +35,9 @@ from fdistill.kernels.implicit import implicit
 from fdistill.kernels.matching import matching
 from fdistill.prediction import Prediction, as_prediction
 
+#: The normaliser of a sample, mean|x0 - T|, is at least this, so that a sample at the prediction has a finite push.
+NORMALISER_FLOOR = 1e-6
+
 
 def matching_loss(
     x0: Tensor,
@@ -42,13 +45,13 @@ def matching_loss(
     fake_x0: Tensor | Prediction,
     *,
     weight: Tensor | None = None,
-    eps: float = 1e-6,
+    floor: float = NORMALISER_FLOOR,
     x_t: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Distribution matching: moves the student's x0 along weight * (teacher_x0 - fake_x0).
 
-    d/dx0 of loss.sum() = weight * (fake_x0 - teacher_x0) / (mean|x0 - teacher_x0| + eps) / numel_per_sample
+    d/dx0 of loss.sum() = weight * (fake_x0 - teacher_x0) / max(mean|x0 - teacher_x0|, floor) / numel_per_sample
 
     The difference of x0-predictions is sigma^2 / alpha times that of the scores. The normaliser is DMD's (arXiv
     2311.18828, eq. 8), the weight h(r) is f-distill's (arXiv 2502.15681, theorem 1). The value is
@@ -59,7 +62,7 @@ def matching_loss(
         teacher_x0, fake_x0: [B, ...] x0-predictions at the student's noised samples, or networks' outputs there. A
             teacher's `Prediction` with `unconditional` and `guidance_scale` is guided in the same pass.
         weight: [B] h(r); ones by default.
-        eps: keeps the normaliser from zero.
+        floor: above 0; the least that is divided by. CDM (arXiv 2605.06376) has 0.1.
         x_t: [B, ...] the noised samples, needed if networks' outputs are given.
         backend: "auto", "triton" or "reference".
 
@@ -72,7 +75,7 @@ def matching_loss(
     if weight is None:
         weight = torch.ones(len(x0), device=x0.device)
     teacher, fake = as_prediction(teacher_x0), as_prediction(fake_x0)
-    return matching(x0, teacher, fake, weight, eps=eps, x_t=x_t, backend=backend)
+    return matching(x0, teacher, fake, weight, floor=floor, x_t=x_t, backend=backend)
 
 
 def score_difference_loss(
@@ -99,7 +102,7 @@ def score_difference_loss(
     Other arguments, the result and the errors are as in `matching_loss`.
     """
     teacher, fake = as_prediction(teacher_x0), as_prediction(fake_x0)
-    return matching(x0, teacher, fake, weight, eps=None, x_t=x_t, backend=backend)
+    return matching(x0, teacher, fake, weight, floor=None, x_t=x_t, backend=backend)
 
 
 #: Weights of the difference of x0-predictions over noise levels; "normalised" is that of `matching_loss`.
@@ -126,9 +129,9 @@ class ImplicitMeans(NamedTuple):
     square: Tensor  #: (T - F)^2
     distance: Tensor  #: |x0 - T|, without gradient
 
-    def normaliser(self, eps: float = 1e-6) -> Tensor:
-        """mean|x0 - T| + eps: DMD's and SiD's scale of a loss."""
-        return self.distance + eps
+    def normaliser(self, floor: float = NORMALISER_FLOOR) -> Tensor:
+        """max(mean|x0 - T|, floor): DMD's and SiD's scale of a loss."""
+        return self.distance.clamp(min=floor)
 
 
 def implicit_means(

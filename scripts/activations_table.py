@@ -124,7 +124,7 @@ def published(recipe: str, config: DistillConfig) -> Denoiser:
         network = make().eval()
     denoiser = wrap(network, scheduler).requires_grad_(False)
     if config.resolution is not None:
-        denoiser.resize(config.resolution // memory_table.pixels_per_latent(denoiser))
+        denoiser.resize(*2 * (config.resolution // memory_table.pixels_per_latent(denoiser),))
     size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
     if abs(size - millions) > 0.2:
         raise ValueError(f"{recipe}: {size:.1f} M parameters, published with {millions} M")

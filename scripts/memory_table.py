@@ -162,7 +162,7 @@ def published(network: str, resolution: int | None = None) -> TextDenoiser:
     denoiser = wrap(built, scheduler).requires_grad_(False)
     assert isinstance(denoiser, TextDenoiser)
     if resolution is not None:
-        denoiser.resize(resolution // pixels_per_latent(denoiser))
+        denoiser.resize(*2 * (resolution // pixels_per_latent(denoiser),))
     return denoiser
 
 

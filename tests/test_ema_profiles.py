@@ -398,6 +398,7 @@ def test_what_cannot_be_made(finished: Path, tmp_path: Path) -> None:
         reconstruct_student(run, sigma_rel=0.1, output=tmp_path / "other")
 
 
+@pytest.mark.thorough
 def test_resuming_makes_later_snapshots_again(finished: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     """Of a run that broke off after snapshots that no checkpoint knows; the others are not touched."""
     settings = [*SETTINGS, f"teacher={tiny_teacher}", "iterations=3", "log.keep_checkpoints=1"]

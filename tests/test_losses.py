@@ -31,11 +31,11 @@ def samples(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple
 
 
 def expected_gradient(
-    x0: torch.Tensor, teacher: torch.Tensor, fake: torch.Tensor, weight: torch.Tensor
+    x0: torch.Tensor, teacher: torch.Tensor, fake: torch.Tensor, weight: torch.Tensor, floor: float = 0.0
 ) -> torch.Tensor:
     """The contract's formula, one sample at a time in float64."""
     rows = [
-        w * (f - t) / ((x - t).abs().mean() + 1e-6) / x.numel()
+        w * (f - t) / max((x - t).abs().mean(), floor) / x.numel()
         for x, t, f, w in zip(x0.double(), teacher.double(), fake.double(), weight.double(), strict=True)
     ]
     return torch.stack(rows)

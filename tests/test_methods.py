@@ -536,6 +536,7 @@ def test_few_step_students_take_all_their_steps_unless_told(tiny_teacher: Path) 
     assert [with_gradient for _, _, with_gradient in seen.calls] == [False, True, True]
 
 
+@pytest.mark.thorough
 def test_every_step_of_a_few_step_student_is_trained(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,22 +63,22 @@ class TextDenoiser(Denoiser):
         self.num_classes = None
         self.text_shapes = text_shapes
         self.sample_shape = (channels, size, size)
-        self.feature_shapes = self._feature_shapes(size)
+        self.feature_shapes = self._feature_shapes(size, size)
 
     def with_network(self, network: nn.Module) -> TextDenoiser:
         """A denoiser of another network of this class, with the same parametrisation and size of latents."""
         # The constructors of subclasses take a network and its parametrisation.
         other = type(self)(network, self.parametrisation)  # type: ignore[call-arg]
-        other.resize(self.sample_shape[-1])
+        other.resize(*self.sample_shape[1:])
         return other
 
-    def resize(self, size: int) -> None:
+    def resize(self, height: int, width: int) -> None:
         """Sets the height and width of latents."""
-        self.sample_shape = (self.sample_shape[0], size, size)
-        self.feature_shapes = self._feature_shapes(size)
+        self.feature_shapes = self._feature_shapes(height, width)
+        self.sample_shape = (self.sample_shape[0], height, width)
 
     @abstractmethod
-    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
+    def _feature_shapes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
         """Name of a feature -> its shape (C, H, W), for latents of this size."""
 
     @abstractmethod
@@ -145,18 +145,17 @@ class TokenDenoiser(TextDenoiser):
         config: Any = self.network.config
         return getattr(config, "pos_embed_max_size", None)
 
-    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
+    def _feature_shapes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
         config: Any = self.network.config
         patch = self.patch or config.patch_size
-        tokens, rest = divmod(size, patch)
         most = self._most_tokens()
-        if rest or tokens < 1 or (most is not None and tokens > most):
+        if any(side % patch or side < patch or (most is not None and side > patch * most) for side in (height, width)):
             limit = "" if most is None else f" up to {patch * most}, the largest size with position embeddings"
             raise ArgumentError(
-                f"latents of {size} x {size}: expected a multiple of {patch}{limit}; patches of "
+                f"latents of {height} x {width}: expected multiples of {patch}{limit}; patches of "
                 f"{type(self.network).__name__} have that side"
             )
-        return dict.fromkeys(self._taps(), (self._width(), tokens, tokens))
+        return dict.fromkeys(self._taps(), (self._width(), height // patch, width // patch))
 
     def _taps(self) -> dict[str, nn.Module]:
         blocks = self._blocks()

@@ -22,7 +22,7 @@ from fdistill.adapters.ldm_names import unet_layout
 from fdistill.adapters.parametrisation import Parametrisation, parametrisation_from_scheduler
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.base.errors import CheckpointError
-from fdistill.condition import TextCondition
+from fdistill.condition import SIZES, TextCondition
 
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 #: Limit of most CLIP tokenizers; the network takes any number.
@@ -54,14 +54,14 @@ class UNet2DConditionDenoiser(TextDenoiser):
         amplified_output_in_float32(network, "conv_out", parametrisation)
         super().__init__(network, parametrisation, channels=config.in_channels, size=size, text_shapes=text)
 
-    def _feature_shapes(self, size: int) -> dict[str, tuple[int, int, int]]:
+    def _feature_shapes(self, height: int, width: int) -> dict[str, tuple[int, int, int]]:
         config: Any = self.network.config
-        channels = config.block_out_channels
-        sides = [-(-size >> i) for i in range(len(channels))]  # strided convolutions round up
-        shapes = {f"down{i}": (width, sides[i], sides[i]) for i, width in enumerate(channels)}
-        if self.network.mid_block is not None:
-            shapes["mid"] = (channels[-1], sides[-1], sides[-1])
-        return shapes
+        names = [f"down{i}" for i in range(len(config.block_out_channels))]
+        shapes = {
+            name: (channels, -(-height >> i), -(-width >> i))  # strided convolutions round up
+            for i, (name, channels) in enumerate(zip(names, config.block_out_channels, strict=True))
+        }
+        return shapes if self.network.mid_block is None else {**shapes, "mid": shapes[names[-1]]}
 
     def _taps(self) -> dict[str, nn.Module]:
         network: Any = self.network
@@ -117,8 +117,7 @@ def encode_negative(pipeline: DiffusionPipeline, negative_prompt: str, resolutio
 
 
 def _with_size(embeds: Tensor, pooled: Tensor, resolution: int) -> TextCondition:
-    size = torch.tensor([resolution, resolution, 0, 0, resolution, resolution], dtype=embeds.dtype)
-    time_ids = size.to(embeds.device).expand(len(embeds), -1)
+    time_ids = embeds.new_tensor(SIZES["time_ids"](resolution, resolution)).expand(len(embeds), -1)
     return TextCondition({"prompt_embeds": embeds, "text_embeds": pooled, "time_ids": time_ids})
 
 

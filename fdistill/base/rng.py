@@ -28,6 +28,8 @@ class Stream(IntEnum):
     LATENT = 6  #: latents drawn from their moments
     NO_CONDITION = 7  #: which samples the critic sees without their condition
     EVALUATED_LABELS = 11  #: classes of generated images, where a protocol draws them
+    GROUP = 12  #: which aspect-ratio bucket a batch is of
+    GROUP_ORDER = 13  #: the order within a bucket
 
 
 def world() -> tuple[int, int]:

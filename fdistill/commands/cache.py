@@ -39,6 +39,16 @@ def cache(
             help="Precision of the text encoders: fp32 for runs with frozen_precision=fp32, bf16 for all others."
         ),
     ] = "fp32",
+    buckets: Annotated[
+        int,
+        typer.Option(
+            help="Keep images near their aspect ratio, in shapes whose sides are multiples of so many pixels, such as "
+            "64; 0 crops all to squares."
+        ),
+    ] = 0,
+    bucket_images: Annotated[
+        int, typer.Option(help="The least number of images of a shape; those of a rarer one get the next shape.")
+    ] = 1,
     device: Device = "auto",
 ) -> None:
     """Encode the images of a data set to a teacher's latents once. For a text-to-image teacher, encode captions too.
@@ -67,6 +77,8 @@ def cache(
         resolution=resolution,
         negative_prompt=negative_prompt,
         precision=precision,
+        buckets=buckets,
+        bucket_images=bucket_images,
         device=device,
     )
     typer.echo(f"latents: {folder}")

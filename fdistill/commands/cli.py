@@ -29,6 +29,7 @@ from fdistill.commands.options import (
     is_main_process,
     number_or_auto,
     whole_numbers,
+    width_and_height,
 )
 from fdistill.commands.plan import plan
 
@@ -143,6 +144,10 @@ def generate(
     guidance_teacher: GuidanceTeacher = None,
     negative_prompt: NegativePrompt = "",
     resolution: Resolution = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Width x height of a text-to-image model's images in pixels, as in 1344x768."),
+    ] = None,
     network: Network = None,
     sampler: Sampler = "heun",
     precision: Annotated[str, typer.Option(help="fp32, or bf16: networks compute in bfloat16.")] = "fp32",
@@ -159,7 +164,8 @@ def generate(
     Example: fdistill generate stabilityai/sd-turbo --sampler pipeline --steps 1 --num-images 9 --prompt a --output out
     """
     labels = None if class_labels is None else whole_numbers("class-labels", class_labels)
-    size = number_or_auto("batch-size", batch_size)
+    batch = number_or_auto("batch-size", batch_size)
+    sides = None if size is None else width_and_height("size", size)
 
     with importing():
         from fdistill.data.prompts import read_prompts
@@ -171,7 +177,7 @@ def generate(
         num_images=num_images,
         output=output,
         seed=seed,
-        batch_size=size,
+        batch_size=batch,
         class_labels=labels,
         prompts=listed or None,
         num_steps=steps,
@@ -179,6 +185,7 @@ def generate(
         guidance_teacher=guidance_teacher,
         negative_prompt=negative_prompt,
         resolution=resolution,
+        size=None if sides is None else (sides[1], sides[0]),
         network=network,
         sampler=sampler,
         precision=precision,

@@ -105,6 +105,15 @@ def number_or_auto(name: str, text: str) -> int | None:
         raise ArgumentError(f"{name}: got {text!r}, expected a whole number, or auto") from error
 
 
+def width_and_height(name: str, text: str) -> tuple[int, int]:
+    """Reads "1344x768" as (1344, 768). Raises ArgumentError that names the option."""
+    try:
+        width, height = (int(side) for side in text.lower().split("x"))
+    except ValueError as error:
+        raise ArgumentError(f"{name}: got {text!r}, expected width x height in pixels, as in 1344x768") from error
+    return width, height
+
+
 def is_main_process() -> bool:
     """Whether this process is the one that prints; with torchrun or accelerate there are several."""
     return os.environ.get("RANK", "0") == "0"

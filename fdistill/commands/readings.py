@@ -198,7 +198,7 @@ def _wrapped(
     except FDistillError:
         return None
     if denoiser.sample_shape != own.sample_shape:
-        denoiser.resize(own.sample_shape[-1])
+        denoiser.resize(*own.sample_shape[1:])
     denoiser.latent_scaling = own.latent_scaling
     return denoiser.eval().to(next(own.parameters()).device)
 

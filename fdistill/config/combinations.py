@@ -85,6 +85,13 @@ def check_objective(
             f"generator.weighting: got {generator.weighting!r}, which method={name} does not read; it is for "
             f"{', '.join(methods_with('weighting'))}"
         )
+    if generator.normaliser_floor != GeneratorConfig().normaliser_floor and not (
+        method.extra_terms and generator.weighting == "normalised"
+    ):
+        raise ValueError(
+            f"generator.normaliser_floor: got {generator.normaliser_floor:g}, which method={name} with "
+            f"generator.weighting={generator.weighting} does not read; expected {GeneratorConfig().normaliser_floor:g}"
+        )
     if not method.pairs and regression.weight:
         raise ValueError(
             f"regression.weight: got {regression.weight!r}, which method={name} does not read; it is for "

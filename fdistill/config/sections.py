@@ -163,6 +163,9 @@ class GeneratorConfig(OptimizerConfig, MicroBatchConfig):
     weighting: ScoreWeighting = Field(
         default="normalised", description="how the score difference is weighted over samples and noise levels"
     )
+    normaliser_floor: Positive = Field(
+        default=1e-6, description="the least that weighting=normalised divides by: max(mean|x0 - x0'|, this)"
+    )
 
 
 class StudentConfig(LoRAConfig):

@@ -187,7 +187,7 @@ def _turned_off(before: Method, method: Method) -> dict[str, Any]:
     if not method.pairs:
         found["regression"] = {"weight": 0.0}
     if not method.extra_terms:
-        found["generator"] |= {"gan_gradient_ratio": 0.0}
+        found["generator"] |= {"gan_gradient_ratio": 0.0, "normaliser_floor": generator.normaliser_floor}
         found |= {"student": {"noise_kl_weight": 0.0}, "clip_loss": {"weight": 0.0}, "augmentation": {"weight": 0.0}}
         found |= {"diversity": {"weight": 0.0}, "segment": {"weight": 0.0}}
         found["reward"] = {"weight": 0.0, "gradient_ratio": 0.0}

@@ -6,7 +6,16 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from fdistill.config.sections import CountOrZero, Fraction, LevelsConfig, NonNegative, ScoreWeighting, Section, Steps
+from fdistill.config.sections import (
+    CountOrZero,
+    Fraction,
+    LevelsConfig,
+    NonNegative,
+    Positive,
+    ScoreWeighting,
+    Section,
+    Steps,
+)
 
 
 class RegressionConfig(Section):
@@ -54,6 +63,7 @@ class AugmentationConfig(LevelsConfig):
         default="normalised",
         description="weight over noise levels; normalised divides by the term's own mean|x0 - x0'|",
     )
+    normaliser_floor: Positive = Field(default=1e-6, description="the least that weighting=normalised divides by")
 
 
 class SegmentConfig(Section):

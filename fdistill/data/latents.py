@@ -2,8 +2,10 @@
 
 They are a folder of latents-00000.safetensors, ... and latents.json, which says how they were made. Each file holds
 moments [n, 2 C, h, w], float16 or float32 (the mean and then the standard deviation of the autoencoder's own latents,
-before any scaling), and labels int64 [n]. If the images have captions, the folder text/ holds each distinct caption in
-encoded form (see data/embeddings.py), and the files above hold the number of each image's caption, captions int64 [n].
+before any scaling), and labels int64 [n]. Latents in aspect-ratio buckets have several shapes, each in files of its
+own; latents.json says how many of which shape follow one another. If the images have captions, the folder text/ holds
+each distinct caption in encoded form (see data/embeddings.py), and the files above hold the number of each image's
+caption, captions int64 [n].
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ from __future__ import annotations
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,7 +46,8 @@ class LatentSource:
         meta: the content of latents.json.
         labels: int64 [N], zeros if the data set had none.
         num_classes: None if the data set had no labels.
-        shape: (C, h, w) of a latent.
+        shape: (C, h, w) of a latent; None where they have several.
+        buckets: of latents in several shapes, each shape and how many have it, in the order of the rows; else None.
         text: the encoded captions of the N images; None if the data set had none.
 
     Args:
@@ -75,7 +78,8 @@ class LatentSource:
             )
         self._shards = [PerProcess(partial(_open, folder / file)) for file in files]
         self._ends = list(accumulate(counts))
-        shapes, labels, captions = set(), [], []
+        shapes: list[tuple[int, ...]] = []
+        labels, captions = [], []
         for file, shard, count in zip(files, self._shards, counts, strict=True):
             try:
                 shape = shard.get().get_slice("moments").get_shape()
@@ -86,11 +90,10 @@ class LatentSource:
                 raise DataError(f"latents {folder}: {file} is damaged ({error}); make them again") from error
             if len(shape) != 4 or shape[0] != count or shape[1] % 2 or labels[-1].shape != (count,):
                 raise DataError(f"latents {folder}: {file} has moments {shape}; expected [{count}, 2 C, h, w]")
-            shapes.add(tuple(shape[1:]))
-        if len(shapes) != 1:
-            raise DataError(f"latents {folder}: files hold latents of shapes {sorted(shapes)}; make them again")
-        channels, *size = shapes.pop()
-        self.shape = (channels // 2, *size)
+            shapes.append((shape[1] // 2, *shape[2:]))
+        self.buckets = _buckets(folder, self.meta, shapes, counts)
+        self.shape = shapes[0] if self.buckets is None else None
+        self._shapes = shapes
         self.labels = torch.cat(labels)
         self.text = _captions(folder, captions, len(self.labels))
         _check_written(folder, self.meta, total == sum(counts))
@@ -98,8 +101,12 @@ class LatentSource:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def shape_of(self, row: int) -> tuple[int, ...]:
+        """(C, h, w) of a latent."""
+        return self._shapes[bisect_right(self._ends, row)]
+
     def moments(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, standard deviation), float32 [len(rows), C, h, w]."""
+        """(mean, standard deviation), float32 [len(rows), C, h, w], of rows that have one shape."""
         parts = []
         for row in rows.tolist():
             shard = bisect_right(self._ends, row)
@@ -118,7 +125,17 @@ class LatentSource:
         mean, std = self.moments(rows)
         if self.meta["sampling"] == "mean":
             return mean
-        return mean + std * indexed_normal(derived_seed(self._seed, Stream.LATENT, draw), rows.tolist(), self.shape)
+        seed = derived_seed(self._seed, Stream.LATENT, draw)
+        return mean + std * indexed_normal(seed, rows.tolist(), self.shape_of(int(rows[0])))
+
+
+class LatentBucket(NamedTuple):
+    """So many latents of one shape, of images of height x width pixels."""
+
+    height: int
+    width: int
+    images: int
+    shape: tuple[int, ...]  #: (C, h, w)
 
 
 #: (moments [B, 2 C, h, w], labels int64 [B]), with captions also which of the prompts each image has, int64 [B].
@@ -138,7 +155,8 @@ def write_latents(
         folder: to be made, or replaced.
         batches: (moments float16 or float32 [B, 2 C, h, w], labels int64 [B]), on any device; with `write_text` also
             the number of each image's prompt, int64 [B].
-        meta: the META_KEYS. "latent_scale" and "latent_bias" are noted here, and applied when latents are read.
+        meta: the META_KEYS, and "buckets", (height, width, count) of each, where batches of different shapes follow one
+            another. "latent_scale" and "latent_bias" are noted here, and applied when latents are read.
         num_classes: None for a data set without labels.
         write_text: writes the folder of the prompts' embeddings, as `partial(write_embeddings, batches=..., ...)` does.
             It is called before the first batch is asked for.
@@ -192,6 +210,33 @@ def _check_written(folder: Path, meta: Mapping[str, Any], counts_agree: bool) ->
         raise DataError(f"latents {folder}: {error}; make them again with fdistill cache") from error
 
 
+def _buckets(
+    folder: Path, meta: Mapping[str, Any], shapes: Sequence[tuple[int, ...]], counts: Sequence[int]
+) -> list[LatentBucket] | None:
+    """The buckets that latents.json names, whose files have these shapes and counts; DataError if they do not fit."""
+    listed = meta.get("buckets")
+    if listed is None:
+        if len(set(shapes)) != 1:
+            raise DataError(f"latents {folder}: files hold latents of shapes {sorted(set(shapes))}; make them again")
+        return None
+    found: dict[tuple[int, ...], int] = {}
+    for shape, count in zip(shapes, counts, strict=True):
+        found[shape] = found.get(shape, 0) + count
+    try:
+        buckets = [
+            LatentBucket(int(height), int(width), int(count), shape)
+            for (height, width, count), shape in zip(listed, found, strict=True)
+        ]
+    except (TypeError, ValueError):
+        buckets = []
+    if [each.images for each in buckets] != list(found.values()):
+        raise DataError(
+            f"latents {folder}: {META_FILE} lists buckets {listed}, but the files hold {list(found.items())}; make "
+            "them again with fdistill cache"
+        )
+    return buckets
+
+
 def _open(path: Path) -> Any:
     return safe_open(path, framework="pt")
 
@@ -213,7 +258,9 @@ def _in_range(index: Tensor, count: int) -> bool:
 
 
 def _shards(batches: Iterable[Moments], prompts: int | None) -> Iterator[dict[str, Tensor]]:
-    """Checks batches and joins them to about _SHARD_BYTES each; `prompts` is the number of encoded captions."""
+    """Checks batches and joins them to about _SHARD_BYTES each, those of another shape apart; `prompts` is the number
+    of encoded captions.
+    """
     held: list[dict[str, Tensor]] = []
     for moments, labels, *captions in batches:
         if moments.ndim != 4 or moments.shape[1] % 2 or moments.dtype not in (torch.float16, torch.float32):
@@ -223,6 +270,9 @@ def _shards(batches: Iterable[Moments], prompts: int | None) -> Iterator[dict[st
             )
         if not bool(torch.isfinite(moments).all()):
             raise DataError("latents: the autoencoder's moments are not finite; encode in float32")
+        if held and held[-1]["moments"].shape[1:] != moments.shape[1:]:
+            yield _joined(held)
+            held = []
         held.append({"moments": moments.cpu(), "labels": class_labels(labels, len(moments), "latents")[0]})
         if len(captions) != (prompts is not None):
             raise DataError(

@@ -39,12 +39,14 @@ class Batch:
         labels: int64 [B].
         rows: int64 [B], their places in the data set.
         text: their encoded prompts, if the data set has prompts.
+        pixels: height and width of their images, if the data set has images of several shapes.
     """
 
     images: Tensor
     labels: Tensor
     rows: Tensor
     text: TextCondition | None = None
+    pixels: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,12 @@ class _Plan:
 
     source: Source
     channels: int
-    size: int
+    height: int
+    width: int
     recipe: str
     flip: bool
     batching: Batching
+    whole: int | None
 
     def rows(self, order: EpochOrder, number: int) -> tuple[Tensor, Tensor]:
         """This process's (rows int64 [B], flipped bool [B]) of the global batch."""
@@ -71,7 +75,7 @@ class _Plan:
 
     @property
     def allowed(self) -> float:
-        return _CORRUPT * len(self.source)
+        return min(_CORRUPT * (self.whole or len(self.source)), len(self.source) - 1)
 
 
 # What a worker sends: images uint8 [B, C, H, W], the rows they are, and (row, name, reason) of the unreadable.
@@ -88,11 +92,12 @@ class ImageLoader:
 
     Args:
         source: the data set.
-        sample_shape: (C, H, W) of the batches, C = 1 or 3 and H = W.
+        sample_shape: (C, H, W) of the batches, C = 1 or 3.
         batching: size and order of the batches, the first of them, and this process's part of each.
         recipe: a name in `RECIPES`.
         flip: mirror half of the images, drawn from (seed, batch number, row in the batch).
         workers: processes that decode, at least 1. Batches do not depend on how many.
+        whole: number of items of the data set of which the source is a part: 1 % of it may be unreadable.
 
     Raises:
         DataError: the recipe is unknown, or no recipe makes images of this shape. While iterating: the recipe refuses
@@ -108,16 +113,17 @@ class ImageLoader:
         recipe: str = "exact",
         flip: bool = False,
         workers: int = 1,
+        whole: int | None = None,
     ):
         if recipe not in RECIPES:
             raise DataError(f"data {source.name}: recipe {recipe!r}; {did_you_mean(recipe, RECIPES)}")
         channels, height, width = sample_shape
-        if height != width or channels not in (1, 3):
+        if channels not in (1, 3):
             raise DataError(
                 f"data {source.name}: the teacher's samples are {channels}x{height}x{width}; images can be made grey "
-                "or RGB, and square"
+                "or RGB"
             )
-        self._plan, first = _Plan(source, channels, height, recipe, flip, batching), batching.first
+        self._plan, first = _Plan(source, channels, height, width, recipe, flip, batching, whole), batching.first
         self._skipped: dict[int, tuple[str, str]] = {}
         self._in_memory: Tensor | None = None
         self._workers: Any = None
@@ -225,7 +231,7 @@ class _BatchDecoder(Dataset[_Decoded | DataError]):
     def _decode(self, number: int) -> _Decoded:
         plan = self._plan
         wanted, flipped = plan.rows(self._order, number)
-        images = np.empty((len(wanted), plan.channels, plan.size, plan.size), np.uint8)
+        images = np.empty((len(wanted), plan.channels, plan.height, plan.width), np.uint8)
         rows: list[int] = []
         skipped: dict[int, tuple[int, str, str]] = {}
         for place, (row, mirror) in enumerate(zip(wanted.tolist(), flipped.tolist(), strict=True)):
@@ -251,6 +257,6 @@ class _BatchDecoder(Dataset[_Decoded | DataError]):
             skipped[row] = (row, source.item_name(row), reason)
             return None
         try:
-            return pixels(RECIPES[self._plan.recipe](image, self._plan.size))
+            return pixels(RECIPES[self._plan.recipe](image, self._plan.height, self._plan.width))
         except (DataError, ValueError) as error:
             raise DataError(f"data {source.name}: {source.item_name(row)} {error}") from error

@@ -19,48 +19,51 @@ from fdistill.data.source import Encoded
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 #: The most pixels of an image: at this number Pillow warns of files that are small and take gigabytes to decode.
 _MOST_PIXELS = 89_478_485
+_ORIENTATION, _ON_ITS_SIDE = 0x0112, (5, 6, 7, 8)  # EXIF's tag, and those of its values that swap height and width
 
 
-def exact(image: PILImage, size: int) -> PILImage:
+def exact(image: PILImage, height: int, width: int) -> PILImage:
     """No resampling; raises DataError for an image of another size."""
-    if image.size != (size, size):
+    if image.size != (width, height):
         others = ", ".join(name for name in RECIPES if name != "exact")
         raise DataError(
-            f"is {image.width}x{image.height}, but the teacher's images are {size}x{size}; choose a recipe that "
+            f"is {image.width}x{image.height}, but the teacher's images are {width}x{height}; choose a recipe that "
             f"resamples: {others}"
         )
     return image
 
 
-def center_box(image: PILImage, size: int) -> PILImage:
-    """The largest central square, averaged over areas (PIL's BOX): StyleGAN's data set tool with its box filter
-    (Karras et al. 2020)."""
-    return _central_square(image).resize((size, size), Resampling.BOX)
+def center_box(image: PILImage, height: int, width: int) -> PILImage:
+    """The largest central part of the wanted shape, averaged over areas (PIL's BOX): for squares StyleGAN's data set
+    tool with its box filter (Karras et al. 2020)."""
+    return _central(image, height, width).resize((width, height), Resampling.BOX)
 
 
-def center_lanczos(image: PILImage, size: int) -> PILImage:
-    """The largest central square, resized with LANCZOS: EDM's data set tool, "center-crop" (Karras et al. 2022)."""
-    return _central_square(image).resize((size, size), Resampling.LANCZOS)
+def center_lanczos(image: PILImage, height: int, width: int) -> PILImage:
+    """The largest central part of the wanted shape, resized with LANCZOS: for squares EDM's data set tool,
+    "center-crop" (Karras et al. 2022)."""
+    return _central(image, height, width).resize((width, height), Resampling.LANCZOS)
 
 
-def adm(image: PILImage, size: int) -> PILImage:
-    """BOX-halved while the short side is at least 2 size, then BICUBIC to a short side of `size`, then the central
-    square: the ImageNet of guided-diffusion (Dhariwal and Nichol 2021, image_datasets.py), of EDM and EDM2
-    ("center-crop-dhariwal"), DiT and SiT."""
-    while min(image.size) >= 2 * size:
+def adm(image: PILImage, height: int, width: int) -> PILImage:
+    """BOX-halved while it is at least twice as large as wanted, then BICUBIC to the wanted size on one side and at
+    least that on the other, then the central part: for squares the ImageNet of guided-diffusion (Dhariwal and Nichol
+    2021, image_datasets.py), of EDM and EDM2 ("center-crop-dhariwal"), DiT and SiT."""
+    while image.width >= 2 * width and image.height >= 2 * height:
         image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
-    scale = size / min(image.size)
-    _check_pixels(round(image.width * scale), round(image.height * scale))
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
-    return _central_square(image)
+    scale = max(width / image.width, height / image.height)
+    size = round(image.width * scale), round(image.height * scale)
+    _check_pixels(*size)
+    return _cropped(image.resize(size, Resampling.BICUBIC), height, width)
 
 
-def squash(image: PILImage, size: int) -> PILImage:
-    """The whole image, stretched to a square with LANCZOS."""
-    return image.resize((size, size), Resampling.LANCZOS)
+def squash(image: PILImage, height: int, width: int) -> PILImage:
+    """The whole image, stretched to the wanted shape with LANCZOS."""
+    return image.resize((width, height), Resampling.LANCZOS)
 
 
-RECIPES: dict[str, Callable[[PILImage, int], PILImage]] = {
+#: Functions (image, height, width) -> image of that size.
+RECIPES: dict[str, Callable[[PILImage, int, int], PILImage]] = {
     "exact": exact,
     "center-box": center_box,
     "center-lanczos": center_lanczos,
@@ -69,11 +72,17 @@ RECIPES: dict[str, Callable[[PILImage, int], PILImage]] = {
 }
 
 
-def _central_square(image: PILImage) -> PILImage:
+def _central(image: PILImage, height: int, width: int) -> PILImage:
+    """The largest central part with the aspect ratio of height and width."""
+    if image.width * height >= image.height * width:
+        return _cropped(image, image.height, max(1, image.height * width // height))
+    return _cropped(image, max(1, image.width * height // width), image.width)
+
+
+def _cropped(image: PILImage, height: int, width: int) -> PILImage:
     """Where a margin is odd, the larger part is at the right or the bottom."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def to_channels(image: PILImage, channels: int) -> PILImage:
@@ -118,6 +127,12 @@ def open_header(encoded: bytes) -> PILImage:
         raise ValueError(f"has more than {_MOST_PIXELS:,} pixels; make it smaller, or remove it") from error
     _check_pixels(*image.size)
     return image
+
+
+def upright_size(image: PILImage) -> tuple[int, int]:
+    """(height, width) that an image has once it is turned upright; reads no more than its header."""
+    turned = image.getexif().get(_ORIENTATION, 1) in _ON_ITS_SIDE
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
 def _check_pixels(width: int, height: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -9,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fdistill.data.embeddings import Captions, Embeddings
-from fdistill.data.latents import LatentSource
+from fdistill.data.latents import LatentBucket, LatentSource
 from fdistill.data.loader import Batch
-from fdistill.data.order import Batching
+from fdistill.data.order import Batching, EpochOrder, GroupOrder
 from fdistill.denoiser import LatentScaling
 
 
@@ -27,8 +28,14 @@ class SampleSource(Protocol):
     def text(self) -> Captions | None:
         """The prompts of the N samples; None if there are none."""
 
+    @property
+    def buckets(self) -> Sequence[LatentBucket] | None:
+        """The shapes of rows that follow one another; None if all have one."""
+
     def samples(self, rows: Tensor, draw: int) -> Tensor:
-        """float32 [len(rows), C, h, w]; `draw` is the batch's number, for samples that are drawn anew each time."""
+        """float32 [len(rows), C, h, w] of rows that have one shape; `draw` is the batch's number, for samples that are
+        drawn anew each time.
+        """
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,11 @@ class ScaledLatents:
         """The prompts of the N rows; None if none were cached with the latents."""
         return self.source.text
 
+    @property
+    def buckets(self) -> Sequence[LatentBucket] | None:
+        """The shapes of the cached latents; None if all have one."""
+        return self.source.buckets
+
     def samples(self, rows: Tensor, draw: int) -> Tensor:
         """float32 [len(rows), C, h, w]; `draw` numbers the draws from a latent's moments, and is the batch's number."""
         return self.scaling.to_samples(self.source.latent(rows, draw))
@@ -60,6 +72,7 @@ class FixedSamples:
     x0: Tensor
     labels: Tensor
     text: Captions | None = None
+    buckets: None = None
 
     def samples(self, rows: Tensor, draw: int) -> Tensor:
         """float32 [len(rows), C, h, w]."""
@@ -77,12 +90,16 @@ class SampleLoader:
     """Iterates over batches without end, as `ImageLoader` does, from number `batching.first` on.
 
     The `images` of a batch are float32 samples [B, C, h, w], and its `text` holds their prompts if the source has them.
+    A source of several shapes is visited in batches of one shape each (`GroupOrder`).
     """
 
     def __init__(self, source: SampleSource, batching: Batching):
         self.skipped: list[tuple[str, str]] = []
         self._source, self._batching, self._next = source, batching, batching.first
-        self._order = batching.order(len(source.labels))
+        buckets = source.buckets
+        self._order: EpochOrder | GroupOrder = batching.order(len(source.labels))
+        if buckets is not None:
+            self._order = batching.order_in_groups([bucket.images for bucket in buckets])
 
     def __iter__(self) -> SampleLoader:
         return self
@@ -90,7 +107,13 @@ class SampleLoader:
     def __next__(self) -> Batch:
         rows = self._batching.mine(self._order.rows(self._next))
         text = self._source.text.rows(rows) if self._source.text is not None else None
-        batch = Batch(self._source.samples(rows, self._next), self._source.labels[rows], rows, text)
+        pixels = None
+        if isinstance(self._order, GroupOrder):
+            assert self._source.buckets is not None
+            bucket = self._source.buckets[self._order.group(self._next)]
+            pixels = bucket.height, bucket.width
+            text = None if text is None else text.at_size(*pixels)
+        batch = Batch(self._source.samples(rows, self._next), self._source.labels[rows], rows, text, pixels)
         self._next += 1
         return batch
 

@@ -185,6 +185,7 @@ def generate(
     guidance_teacher: str | None = None,
     negative_prompt: str = "",
     resolution: int | None = None,
+    size: tuple[int, int] | None = None,
     network: str | None = None,
     sampler: str = "heun",
     precision: str = "fp32",
@@ -215,6 +216,8 @@ def generate(
             folder, a hub id or "module:function". By default guidance leads away from no condition.
         negative_prompt: what the guidance of a text-to-image teacher steers away from.
         resolution: side of a text-to-image teacher's images in pixels; the teacher's own by default.
+        size: height and width in pixels of a text-to-image model's images, for one that is not square or a student that
+            is asked for another size than it was trained at; its own by default.
         network: "module:function" for a student whose network is your own code.
         sampler: "heun" runs fdistill's samplers. "pipeline" runs the checkpoint as the diffusers pipeline that it is,
             with its own scheduler: teachers, other people's fast models (LCM, SD-Turbo, ...), or a student of fdistill
@@ -246,6 +249,10 @@ def generate(
     )
     state, chosen_device = start(device)
     maker = open_maker(checkpoint, chosen_device, sampling)
+    if size is not None:
+        if not isinstance(maker, NetworkMaker):
+            raise ArgumentError("size: a diffusers pipeline draws at its own size; leave it out, or use sampler=heun")
+        maker = maker.at_size(*size)
     condition = labels_or_prompts(maker, num_images, class_labels, prompts)
     if compiled:
         for evaluated in maker.networks:
@@ -270,6 +277,7 @@ def generate(
         if main:
             manifest = _manifest(order, sampling, counted, seconds, processes)
             manifest |= {} if prompts is None else {"prompts_given": len(prompts)}
+            manifest |= {} if size is None else {"size": size}
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     return Path(output)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fdistill.base.errors import ArgumentError
 from fdistill.base.rng import indexed_normal
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
@@ -34,6 +35,7 @@ class NetworkMaker:
         latents: decodes the network's samples to images; None for a network that works on pixels.
         text: encodes prompts; None for a network without prompts.
         guidance_scale: the scale that `model` is guided with, for the record; None for a student.
+        pixels: height and width of images of another size than the network's own.
     """
 
     name: str
@@ -43,6 +45,7 @@ class NetworkMaker:
     latents: LatentSpace | None = None
     text: EncodesPrompts | None = None
     guidance_scale: float | None = None
+    pixels: tuple[int, int] | None = None
 
     @property
     def denoiser(self) -> Denoiser:
@@ -73,6 +76,22 @@ class NetworkMaker:
     def networks(self) -> Sequence[nn.Module]:
         """What is evaluated in sampling steps."""
         return [self.model]
+
+    def at_size(self, height: int, width: int) -> NetworkMaker:
+        """The same for images of so many pixels; sets the size of the network.
+
+        Raises:
+            ArgumentError: the network makes images of its own size alone, or none of this one.
+        """
+        if self.text is None or self.latents is None:
+            raise ArgumentError(
+                f"size: {self.name} makes images of one size; leave it out, or use a text-to-image model"
+            )
+        factor = self.latents.factor
+        if height < factor or width < factor or height % factor or width % factor:
+            raise ArgumentError(f"size: got {width}x{height}; expected multiples of {factor}, the autoencoder's factor")
+        self.denoiser.resize(height // factor, width // factor)
+        return replace(self, pixels=(height, width))
 
     def on(self, device: torch.device) -> AbstractContextManager[None]:
         """Inside the block the text encoders, if there are any, are on the device, as `sample` expects them."""
@@ -117,7 +136,8 @@ class NetworkMaker:
         if condition is None or isinstance(condition, Tensor):
             return None if condition is None else condition.to(device)
         assert self.text is not None
-        return self.text.encode(condition).to(device)
+        encoded = self.text.encode(condition)
+        return (encoded if self.pixels is None else encoded.at_size(*self.pixels)).to(device)
 
 
 @contextmanager

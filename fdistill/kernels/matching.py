@@ -26,7 +26,7 @@ def _matching(
     fake_skip: Tensor | None,
     fake_out: Tensor | None,
     weight: Tensor,
-    eps: float | None,
+    floor: float | None,
     guidance_scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,7 +42,7 @@ def _matching(
         fake_skip,
         fake_out,
         weight,
-        eps,
+        floor,
         guidance_scale,
     )
     return results
@@ -76,12 +76,12 @@ def matching(
     fake_x0: NetworkOutput,
     weight: Tensor,
     *,
-    eps: float | None,
+    floor: float | None,
     x_t: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """Loss [B] whose gradient in x0 is weight (F - T) / numel, over the normaliser mean|x0 - T| + eps unless eps is
-    None; T and F are the x0-predictions of teacher and fake score. `reference.matching` writes it out.
+    """Loss [B] whose gradient in x0 is weight (F - T) / numel, over the normaliser max(mean|x0 - T|, floor) unless
+    floor is None; T and F are the x0-predictions of teacher and fake score. `reference.matching` writes it out.
     """
     x_t = check_predictions(x0, x_t, teacher_x0=teacher_x0, fake_x0=fake_x0)
     check_rows("weight", weight, x0)
@@ -95,7 +95,7 @@ def matching(
         *coefficients(teacher_x0, x_t),
         *coefficients(fake_x0, x_t),
         weight,
-        eps,
+        floor,
         teacher_x0.guidance_scale,
         backend,
     )

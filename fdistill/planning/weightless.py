@@ -56,7 +56,7 @@ def open_without_weights(config: DistillConfig) -> Teacher:
                 f"resolution: got {config.resolution}; expected null, or for a text-to-image teacher a multiple of "
                 f"its autoencoder's factor, {factor or 'which it has not'}"
             )
-        denoiser.resize(config.resolution // factor)
+        denoiser.resize(config.resolution // factor, config.resolution // factor)
     return Teacher(checkpoint, denoiser, None)
 
 

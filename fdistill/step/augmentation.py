@@ -18,7 +18,7 @@ from fdistill.base.constants import constant
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition
 from fdistill.guidance import GuidedDenoiser
-from fdistill.losses import matching_loss, score_difference_loss, score_difference_weight
+from fdistill.losses import NORMALISER_FLOOR, matching_loss, score_difference_loss, score_difference_weight
 from fdistill.noise import NoiseSchedule
 from fdistill.prediction import Prediction
 from fdistill.step.roles import LevelDraw, Networks, PerSample, frozen, renoise
@@ -32,11 +32,13 @@ class Augmentation(NamedTuple):
         levels: (schedule, uniform draws [B]) -> t [B]; of these levels the cleaner ones are drawn, see
             `augmentation_loss`.
         weighting: as of `generator_step`: "normalised" divides by mean|x0 - T_c| of this term's own level.
+        normaliser_floor: the least that "normalised" divides by.
     """
 
     weight: float
     levels: LevelDraw
     weighting: str = "normalised"
+    normaliser_floor: float = NORMALISER_FLOOR
 
 
 def augmentation_loss(
@@ -75,7 +77,9 @@ def augmentation_loss(
     none = Prediction(both.unconditional, both.skip, both.out)
     scale = torch.full_like(t, teacher.guidance_scale - 1)
     if augmentation.weighting == "normalised":
-        return PerSample(matching_loss(x0, conditional, none, weight=scale, x_t=x_t, backend=backend), t)
+        floor = augmentation.normaliser_floor
+        loss = matching_loss(x0, conditional, none, weight=scale, floor=floor, x_t=x_t, backend=backend)
+        return PerSample(loss, t)
     weight = scale * score_difference_weight(augmentation.weighting, schedule.alpha(t), schedule.sigma(t))
     return PerSample(score_difference_loss(x0, conditional, none, weight, x_t=x_t, backend=backend), t)
 

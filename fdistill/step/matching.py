@@ -15,6 +15,7 @@ from fdistill.base.distributed import sum_over_processes
 from fdistill.condition import Condition
 from fdistill.divergence import Divergence, Function
 from fdistill.losses import (
+    NORMALISER_FLOOR,
     gan_generator_loss,
     matching_loss,
     noise_kl_loss,
@@ -50,6 +51,7 @@ def generator_step(
     ratio: DensityRatio | None = None,
     levels: LevelDraw = karras_levels,
     weighting: str = "normalised",
+    normaliser_floor: float = NORMALISER_FLOOR,
     ratio_ramp: float = 1.0,
     gan_weight: float = 1e-3,
     gan_gradient_ratio: float = 0.0,
@@ -88,6 +90,7 @@ def generator_step(
         levels: (schedule, uniform draws [B]) -> t [B].
         weighting: "normalised" divides by mean|x0 - teacher_x0|, as DMD does (`matching_loss`); other names are
             those of `score_difference_weight`.
+        normaliser_floor: the least that "normalised" divides by.
         ratio_ramp: in [0, 1]: the weight is 1 + ratio_ramp (h - 1). Values below 1 are for the first iterations, while
             the discriminator is untrained.
         gan_weight: 0 leaves the term out.
@@ -133,7 +136,7 @@ def generator_step(
         level = ratio.bin_level(schedule, t)
         weighted = ratio.evaluate(evaluated.logits, level, divergence, ramp=ratio_ramp, backend=backend)
         weight, logs = weighted.weight, _logs(t, h=weighted.h, weight=weighted.weight, clamped_ratios=weighted.clamped)
-    total = _Total(_matching(x0, evaluated, weight, weighting, schedule, t, backend), t, logs)
+    total = _Total(_matching(x0, evaluated, weight, (weighting, normaliser_floor), schedule, t, backend), t, logs)
     if augmentation is not None:
         student = networks.generator
         levels_passed = rollout.levels if rollout is not None else getattr(student, "levels", (schedule.t_max,))
@@ -197,15 +200,16 @@ def _matching(
     x0: Tensor,
     evaluated: Evaluated,
     weight: Tensor | None,
-    weighting: str,
+    weighted: tuple[str, float],
     schedule: NoiseSchedule,
     t: Tensor,
     backend: str,
 ) -> Tensor:
-    """The matching loss [B], weighted by `weight` [B] (None for 1) and over noise levels."""
+    """The matching loss [B], weighted by `weight` [B] (None for 1) and over noise levels as weighting and floor say."""
+    weighting, floor = weighted
     x_t, teacher, fake, _ = evaluated
     if weighting == "normalised":
-        return matching_loss(x0, teacher, fake, weight=weight, x_t=x_t, backend=backend)
+        return matching_loss(x0, teacher, fake, weight=weight, floor=floor, x_t=x_t, backend=backend)
     level_weight = score_difference_weight(weighting, schedule.alpha(t), schedule.sigma(t))
     weight = level_weight if weight is None else weight * level_weight
     return score_difference_loss(x0, teacher, fake, weight, x_t=x_t, backend=backend)

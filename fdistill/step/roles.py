@@ -64,6 +64,13 @@ class Networks:
         plain = self.teacher.denoiser
         return replace(self, teacher=plain, tapped=plain if self.tapped is self.teacher else self.tapped)
 
+    def resize(self, height: int, width: int) -> None:
+        """Sets the height and width of all networks' samples, as `Denoiser.resize`; raises what it does."""
+        student = self.generator.denoiser if isinstance(self.generator, Student) else None
+        for network in (self.teacher, self.fake_score, self.compared, self.learning, student):
+            if network is not None:
+                network.resize(height, width)
+
     def taps(self, network: Denoiser) -> tuple[str, ...]:
         """The names of the features of `network` that the discriminator reads; () if it reads none."""
         if self.discriminator is None:

@@ -176,7 +176,7 @@ def load_student(
     set_null_class(denoiser, facts.get("null_class"))
     if denoiser.text_shapes is not None:
         try:
-            denoiser.resize(int(facts["size"]))
+            denoiser.resize(int(facts["size"]), int(facts["size"]))
             if denoiser.embedded_guidance is not None:  # the exported network still takes it
                 denoiser.embedded_guidance = float(facts["embedded_guidance"])
         except (ValueError, KeyError, TypeError, OverflowError) as error:

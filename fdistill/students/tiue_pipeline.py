@@ -88,7 +88,7 @@ class TiUEPipeline(StudentPipeline):
         denoiser = wrap(self.unet, scheduler_config(self.scheduler))
         settings = self.config.student
         if denoiser.text_shapes is not None and "size" in settings:
-            denoiser.resize(settings["size"])
+            denoiser.resize(settings["size"], settings["size"])
         set_null_class(denoiser, settings.get("null_class"))
         return TiUEGenerator(denoiser, settings.get("decoder_levels", ())).eval()
 

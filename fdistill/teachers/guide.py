@@ -48,7 +48,7 @@ def as_guide(checkpoint: Checkpoint, denoiser: Denoiser, teacher: Denoiser) -> G
     """A denoiser as the guide of an opened teacher, frozen; raises CheckpointError as `open_guide` does."""
     denoiser.requires_grad_(False)
     if denoiser.text_shapes is not None and teacher.text_shapes is not None:
-        denoiser.resize(teacher.sample_shape[-1])
+        denoiser.resize(*teacher.sample_shape[1:])
     if denoiser.num_classes is not None and teacher.null_class == denoiser.num_classes - 1:
         set_null_class(denoiser, teacher.null_class)
     _check(f"guidance_teacher {checkpoint.name!r}", denoiser, teacher)

@@ -93,7 +93,7 @@ def _resize(denoiser: Denoiser, latents: LatentSpace | None, resolution: int) ->
         raise ConfigError(
             f"resolution: got {resolution}; expected a multiple of {latents.factor}, the autoencoder's factor"
         )
-    denoiser.resize(size)
+    denoiser.resize(size, size)
 
 
 def _resolve(name: str, base: str | None) -> Checkpoint:

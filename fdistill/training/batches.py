@@ -49,6 +49,7 @@ class Batches:
         self._local, self._mine = local, slice(rank * local, (rank + 1) * local)
         self._pair_order = EpochOrder(len(data.pairs.x0), config.batch_size, config.seed) if data.pairs else None
         self._last: _Read | None = None
+        self._shape = run.networks.teacher.sample_shape
 
     def critic(self, number: int) -> dict[str, Any]:
         """Arguments of critic update `number` (from 0) of this iteration, except the random generator and the samples
@@ -81,8 +82,15 @@ class Batches:
             **({} if last is None else {**self._image_loss(last.rows), **self._reward_loss(last.rows)}),
         }
 
+    def finish(self) -> None:
+        """Gives the networks their own size back after an iteration with batches of other shapes."""
+        if self._run.networks.teacher.sample_shape != self._shape:
+            self._run.networks.resize(*self._shape[1:])
+
     def _next(self) -> _Read:
         batch = next(self._loader)
+        if batch.pixels is not None:
+            self._run.networks.resize(*batch.images.shape[2:])
         images = upload(batch.images, self._device)
         labels = batch.labels if self._run.networks.teacher.num_classes else None
         condition = batch.text if batch.text is not None else labels

@@ -19,10 +19,11 @@ from fdistill.base.files import claimed_folder
 from fdistill.base.images import to_unit
 from fdistill.data import Batching, ImageLoader, Source, open_source
 from fdistill.data.account import account_of, say
+from fdistill.data.buckets import Bucket, Rows, sort_into_buckets
 from fdistill.data.captions import distinct
 from fdistill.data.embeddings import write_embeddings
 from fdistill.data.latents import SAMPLING, Moments, write_latents
-from fdistill.teachers.autoencoder import LatentSpace, image_shape
+from fdistill.teachers.autoencoder import LatentSpace
 from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import encoding_facts, open_prompt_encoder, prompt_batches
 
@@ -42,6 +43,9 @@ class Encoding:
         precision: of the text encoders: "fp32" for runs with frozen_precision=fp32, "bf16" for all others.
         batch_size: images per batch.
         workers: processes that decode image files.
+        buckets: above 0, images keep about their aspect ratio, in buckets whose sides are multiples of so many pixels
+            (`fdistill.data.buckets`); 0 makes all of them squares.
+        bucket_images: the least number of images of a bucket.
     """
 
     device: torch.device
@@ -52,6 +56,8 @@ class Encoding:
     precision: str = "fp32"
     batch_size: int = 64
     workers: int = 2
+    buckets: int = 0
+    bucket_images: int = 1
 
 
 def cache(
@@ -71,6 +77,8 @@ def cache(
     resolution: int | None = None,
     negative_prompt: str = "",
     precision: str = "fp32",
+    buckets: int = 0,
+    bucket_images: int = 1,
     device: str = "auto",
 ) -> Path:
     """Encodes every image of a data set to moments: mean and standard deviation of its latents. For a text-to-image
@@ -90,6 +98,9 @@ def cache(
         resolution: pixels of a side of a text-to-image teacher's images; its own by default.
         negative_prompt: what guidance leads away from.
         precision: of the text encoders: "fp32" for runs with frozen_precision=fp32, "bf16" for all others.
+        buckets: for text-to-image teachers: above 0, images keep about their aspect ratio, in buckets whose sides are
+            multiples of so many pixels and whose areas are those of squares of `resolution`; 0 crops all to squares.
+        bucket_images: images of a bucket with fewer go to the next one.
         device: "auto", "cpu", "cuda" or "mps".
 
     Returns:
@@ -114,7 +125,9 @@ def cache(
     source = open_source(str(data))
     with claimed_folder(Path(output)) as folder:
         _, chosen = start(device)
-        encoding = Encoding(chosen, recipe, flip, sampling, negative_prompt, precision, batch_size, workers)
+        encoding = Encoding(
+            chosen, recipe, flip, sampling, negative_prompt, precision, batch_size, workers, buckets, bucket_images
+        )
         encode_data(source, opened, folder, encoding)
     return Path(output)
 
@@ -126,6 +139,7 @@ def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encodi
         raise ArgumentError(
             f"teacher {teacher.checkpoint.name!r}: makes pixels; pass the images to distill as they are"
         )
+    shaped = _buckets(source, teacher, encoding)
     index, write_text = None, None
     unreadable: list[str] = []
     account = account_of(source, captioned=teacher.denoiser.text_shapes is not None)
@@ -143,15 +157,75 @@ def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encodi
         "read": account.facts(),
         "unreadable": unreadable,
     }
-    batching = Batching(encoding.batch_size, _SEED)
-    with ImageLoader(
-        source, image_shape(teacher.denoiser, latents), batching, recipe=encoding.recipe, workers=encoding.workers
-    ) as loader:
-        batches = _moments(loader, batching, len(source), latents, index, encoding)
-        # The file that says what latents are of is written after the last batch, so it has the names noted until then.
-        write_latents(folder, _noting(batches, loader, unreadable), meta, source.num_classes, write_text)
-        for name, reason in loader.skipped:
-            tqdm.write(f"skipped {name}: {reason}")
+    if encoding.buckets:
+        # A list that is filled as they are encoded: the file that says what latents are of is written after the last.
+        meta["buckets"] = []
+    batches = _in_buckets(shaped, source, latents, index, encoding, unreadable, meta.get("buckets", []))
+    write_latents(folder, batches, meta, source.num_classes, write_text)
+    for line in unreadable:
+        tqdm.write(f"skipped {line}")
+
+
+def _buckets(source: Source, teacher: Teacher, encoding: Encoding) -> list[Bucket]:
+    """Which images get which shape; one bucket of squares if the encoding asks for none.
+
+    Raises:
+        ArgumentError: the teacher cannot make images of these shapes.
+    """
+    size = teacher.image_size
+    if not encoding.buckets:
+        return [Bucket(size, size, list(range(len(source))))]
+    denoiser, latents = teacher.denoiser, teacher.latents
+    assert latents is not None
+    if denoiser.text_shapes is None:
+        raise ArgumentError(
+            f"buckets: got {encoding.buckets}, but teacher {teacher.checkpoint.name!r} makes squares alone; expected "
+            "0, or a text-to-image teacher"
+        )
+    if encoding.buckets % latents.factor:
+        raise ArgumentError(
+            f"buckets: got {encoding.buckets}; expected a multiple of {latents.factor}, the autoencoder's factor"
+        )
+    found = sort_into_buckets(source, size, encoding.buckets, encoding.bucket_images)
+    own = denoiser.sample_shape[1:]
+    try:
+        for bucket in found:
+            denoiser.resize(bucket.height // latents.factor, bucket.width // latents.factor)
+    finally:
+        denoiser.resize(*own)
+    counted = (f"{bucket.width}x{bucket.height}: {len(bucket.rows):,}" for bucket in found)
+    say("buckets", f"{len(found)} (width x height: images), {', '.join(counted)}")
+    return found
+
+
+def _in_buckets(
+    buckets: Sequence[Bucket],
+    source: Source,
+    latents: LatentSpace,
+    captions: Tensor | None,
+    encoding: Encoding,
+    unreadable: list[str],
+    made: list[tuple[int, int, int]],
+) -> Iterator[Moments]:
+    """The moments of every image, one bucket after another.
+
+    Args:
+        unreadable: gets a line for each image that is left out.
+        made: gets (height, width, images) of each bucket that has any.
+    """
+    for bucket in buckets:
+        own, batching = Rows(source, bucket.rows), Batching(encoding.batch_size, _SEED)
+        index = None if captions is None else captions[torch.tensor(bucket.rows)]
+        shape, count = (3, bucket.height, bucket.width), 0
+        with ImageLoader(
+            own, shape, batching, recipe=encoding.recipe, workers=encoding.workers, whole=len(source)
+        ) as loader:
+            for batch in _moments(loader, batching, len(own), latents, index, encoding):
+                count += len(batch[0])
+                yield batch
+            unreadable += [f"{name}: {reason}" for name, reason in loader.skipped]
+        if count:
+            made.append((bucket.height, bucket.width, count))
 
 
 def distinct_captions(source: Source, teacher: Teacher) -> tuple[list[str], Tensor]:
@@ -197,12 +271,6 @@ def write_prompts(
         else:
             null = encoders.null(encoding.negative_prompt)
             write_embeddings(folder, batches, null=null, meta=text_facts(teacher, encoding))
-
-
-def _noting(batches: Iterator[Moments], loader: ImageLoader, unreadable: list[str]) -> Iterator[Moments]:
-    """The batches; at their end the images that could not be decoded are added to the list."""
-    yield from batches
-    unreadable += [f"{name}: {reason}" for name, reason in loader.skipped]
 
 
 def _moments(

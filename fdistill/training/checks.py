@@ -6,7 +6,7 @@ Checks that need nothing but the values of settings are in `config/combinations.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,13 +14,14 @@ import torch
 from fdistill.base.errors import ArgumentError, ConfigError, DataError
 from fdistill.config.schema import DistillConfig
 from fdistill.data import TEACHER_SAMPLES, Source
-from fdistill.data.account import account_of
+from fdistill.data.account import account_of, say
 from fdistill.data.embeddings import Captions, EmbeddingSource
-from fdistill.data.latents import LatentSource
+from fdistill.data.latents import LatentBucket, LatentSource
 from fdistill.denoiser import Denoiser
 from fdistill.divergence import Divergence, get_divergence
 from fdistill.generator import Student
 from fdistill.kernels.checks import check_positive
+from fdistill.step import Networks
 
 
 def read_divergence(config: DistillConfig) -> Divergence:
@@ -248,6 +249,50 @@ def check_data(
             "class folders, or a dataset.json, labels or cls entry for each image, and these are "
             f"{_described(source)}"
         )
+
+
+def check_buckets(config: DistillConfig, networks: Networks, buckets: Sequence[LatentBucket] | None) -> None:
+    """Checks that the networks and the run's settings can do with samples of several shapes, if the data have them.
+
+    Raises:
+        ConfigError: they cannot.
+    """
+    if buckets is None:
+        return
+    several = f"data {config.data!r}: has latents of {len(buckets)} shapes, but"
+    channels, *own = networks.teacher.sample_shape
+    try:
+        for bucket in buckets:
+            if bucket.shape[0] != channels:
+                raise ArgumentError(f"latents of {bucket.shape[0]} channels; expected {channels}")
+            networks.resize(*bucket.shape[1:])
+    except ArgumentError as error:
+        raise ConfigError(f"data {config.data!r}: images of {bucket.width}x{bucket.height} pixels: {error}") from error
+    finally:
+        networks.resize(*own)
+    if config.discriminator.head == "convolutional" and networks.discriminator is not None:
+        raise ConfigError(
+            f"{several} discriminator.head=convolutional is made for one; expected discriminator.head=pooled, or "
+            "latents made without --buckets"
+        )
+    if config.reuse_samples:
+        raise ConfigError(
+            f"{several} reuse_samples would show the critic samples of another shape than its data; expected "
+            "reuse_samples=false"
+        )
+    if any(stage.regression.weight for stage in config.stage_configs()):
+        raise ConfigError(
+            f"{several} the teacher's pairs have one; expected regression.weight=0 with another method, or latents "
+            "made without --buckets"
+        )
+    for bucket in buckets:
+        if bucket.images < config.batch_size:
+            say(
+                f"data {config.data}",
+                f"only {bucket.images:,} of {bucket.width}x{bucket.height} pixels for a batch of {config.batch_size}, "
+                "in which some come twice; a smaller batch_size, or fdistill cache with --bucket-images "
+                f"{config.batch_size}, avoids it",
+            )
 
 
 def _described(source: Source | LatentSource) -> str:

@@ -79,6 +79,7 @@ def stored_data(run: Distillation) -> Data:
         assert latents is not None
         check_latents(cached.meta, latents.facts())
         checks.check_data(config, teacher, cached, cached.shape)
+        checks.check_buckets(config, run.networks, cached.buckets)
         return ScaledLatents(cached, latents.scaling)
     source = open_source(config.data)
     checks.check_encoding(config, encoded=False, latent_teacher=latents is not None)

@@ -182,6 +182,7 @@ def iterate(
             samples = {"fake_x0": draw_critic_samples(run, arguments, generator)}
         update_critic(run, number, {**arguments, **samples}, roles, generator, journal)
     update_student(run, batches.student(), roles, generator, journal)
+    batches.finish()
     align(run.networks, run.stage.config.fake_score.alignment)
     run.ema.update(run.stage.config.ema.decays)
     run.iteration += 1

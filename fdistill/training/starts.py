@@ -31,7 +31,7 @@ def open_start(
     """
     start = load_denoiser(origin, null_class=config.null_class, memory_of_files=memory_of_files)
     if start.text_shapes is not None:
-        start.resize(teacher.sample_shape[-1])
+        start.resize(*teacher.sample_shape[1:])
     if start.embedded_guidance is not None:
         start.embedded_guidance = config.guidance_scale
     checks.check_alike(setting, origin.name, start, teacher)

@@ -72,6 +72,7 @@ def student_update(
         {
             "levels": level_draw(config.matching_levels),
             "weighting": config.generator.weighting,
+            "normaliser_floor": config.generator.normaliser_floor,
             "divergence": divergence,
             "ratio": ratio,
             "gan_weight": config.generator.gan_weight,
@@ -98,7 +99,7 @@ def _augmentation(config: DistillConfig, networks: Networks) -> Augmentation | N
             f"augmentation.low: its levels begin at {least:g}, and the student's last step gets its input at "
             f"{student.levels[-1]:g}; expected levels that begin below it"
         )
-    return Augmentation(term.weight, levels, term.weighting)
+    return Augmentation(term.weight, levels, term.weighting, term.normaliser_floor)
 
 
 @constant

@@ -59,7 +59,7 @@ def random_condition(denoiser: TextDenoiser, count: int) -> TextCondition:
 def mmdit(name: str) -> TextDenoiser:
     network = sd3_transformer() if name == "sd3" else flux_transformer(guidance_embeds=name == "flux-dev")
     denoiser: Any = wrap(network, scheduler_config(FlowMatchEulerDiscreteScheduler()))
-    denoiser.resize(SIZE)
+    denoiser.resize(SIZE, SIZE)
     return denoiser
 
 
@@ -308,7 +308,7 @@ def test_guidance_is_folded_into_half_precision_as_the_network_computes_it() -> 
 @pytest.mark.parametrize("name", MMDIT)
 def test_another_network_is_read_alike_at_the_same_size(name: str) -> None:
     denoiser = mmdit(name)
-    denoiser.resize(12)
+    denoiser.resize(12, 12)
     if isinstance(denoiser, flux.FluxDenoiser) and denoiser.embedded_guidance is not None:
         denoiser.embedded_guidance = 1.5
     other = denoiser.with_network(copy.deepcopy(denoiser.network))  # type: ignore[operator]
@@ -352,7 +352,7 @@ def test_schedulers_and_sizes_that_do_not_fit_are_refused() -> None:
             adapter.wrap(network, scheduler_config(DDPMScheduler()))
     for name, size, message in (("sd3", 7, "multiple of 2 up to 16"), ("sd3", 18, "up to 16"), ("flux-dev", 7, "of 2")):
         with pytest.raises(ArgumentError, match=message):
-            mmdit(name).resize(size)
+            mmdit(name).resize(size, size)
     with pytest.raises(ArgumentError, match="guidance_embeds"):
         flux.fold_guidance(flux_transformer(guidance_embeds=False), 3.5)
     with pytest.raises(ArgumentError, match="TextCondition"):

@@ -79,6 +79,7 @@ def test_functions_that_are_none(module: str, name: str, message: str) -> None:
         load_teacher(name)
 
 
+@pytest.mark.thorough
 def test_it_works_from_the_command_line(module: str, tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -81,7 +81,7 @@ def test_flux_2_is_shifted_by_tokens_and_steps(side: int, published: tuple[float
 
     scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     made = wrap(tiny_transformer(), scheduler_config(scheduler))
-    made.resize(side)
+    made.resize(side, side)
     for steps in (len(published),) if published else (1, 3, 50):
         scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=compute_empirical_mu(side**2, steps))
         found = step_levels(made, steps, scheduler=scheduler.config)

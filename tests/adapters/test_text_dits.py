@@ -291,7 +291,7 @@ def test_pixart_as_it_was_first_published_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", TEXT_FAMILIES_DIT)
 def test_other_weights_are_read_alike(name: str) -> None:
     denoiser: Any = tiny(name)
-    denoiser.resize(16)
+    denoiser.resize(16, 16)
     other = denoiser.with_network(tiny(name).network)
     assert (other.sample_shape, other.feature_shapes) == (denoiser.sample_shape, denoiser.feature_shapes)
     assert other.kind == denoiser.kind
@@ -326,7 +326,7 @@ def test_variants_that_are_not_supported_are_refused() -> None:
     for name in FAMILIES:
         if name != "sana" and name not in FLUX2:  # whose patches are of one latent
             with pytest.raises(ArgumentError, match="latents of 7 x 7"):
-                tiny(name).resize(7)
+                tiny(name).resize(7, 8)
 
 
 @pytest.mark.skipif(not HAS_QWEN_IMAGE, reason="this version of diffusers has no Qwen-Image")

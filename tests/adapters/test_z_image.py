@@ -189,4 +189,4 @@ def test_variants_are_refused() -> None:
     with pytest.raises(CheckpointError, match=r"all_patch_size \[4\]"):
         wrap(z_image.tiny_transformer(all_patch_size=(4,)), FLOW)
     with pytest.raises(ArgumentError, match=r"latents of 130 x 130: expected a multiple of 2 up to 128"):
-        wrap(z_image.tiny_transformer(), FLOW).resize(130)  # type: ignore[attr-defined]
+        wrap(z_image.tiny_transformer(), FLOW).resize(130, 130)  # type: ignore[attr-defined]

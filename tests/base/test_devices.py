@@ -25,6 +25,7 @@ with autocast(device, "fp32"):
 
 
 @pytest.mark.parametrize(("override", "products"), [(None, "False"), ("1", "True")])
+@pytest.mark.thorough
 def test_float32_multiplies_by_tensor_float_32_in_convolutions_alone(override: str | None, products: str) -> None:
     variables = {key: value for key, value in os.environ.items() if key != "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"}
     if override is not None:

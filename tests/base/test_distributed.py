@@ -137,7 +137,8 @@ VARIANTS: dict[str, tuple[str, list[str]]] = {
 #: What repeats another variant with other losses, or with other networks; these run at night.
 AT_NIGHT = {
     *("f-distill-lora", "f-distill-lora-fsdp", "sid", "sid-fsdp", "sid-lora", "uni-instruct-data-free", "dmd"),
-    *("dmd2-in-parts", "regression-fsdp", "text-to-image-lora", "chain-fsdp"),
+    *("dmd2-in-parts", "regression", "regression-fsdp", "text-to-image-lora", "text-to-image-lora-offloaded"),
+    *("dmd2-two-steps", "sid-lora-fsdp", "chain", "chain-fsdp"),
 }
 #: Runs that go on after 2 iterations on one process: to 4 on two, and to 6 on one.
 CHAINS = {"chain": [], "chain-fsdp": FSDP, "chain-lora-fsdp": [*LORA, *FSDP]}

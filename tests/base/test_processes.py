@@ -197,6 +197,7 @@ def test_a_collective_that_breaks_is_one_message() -> None:
         raise RuntimeError("Connection closed\n by peer [127.0.0.1]:1234")
 
 
+@pytest.mark.thorough
 def test_two_processes_of_which_one_stops(tmp_path: Path) -> None:
     """Until then they agree: on a signal that one of them has received, on skipping an update whose loss is infinite in
     one of them, and on an error of the main one.

@@ -104,6 +104,7 @@ def test_errors_are_one_message_and_status_one(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.thorough
 def test_a_divergence_of_ones_own_works_or_ends_the_process_without_a_traceback(
     tiny_teacher: Path, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def written(folder: Path) -> dict[str, bytes]:
 @seed(SEED)
 @tried
 @given(name=st.sampled_from(["state.safetensors", "state.json"]), damage=damages)
+@pytest.mark.thorough
 def test_a_damaged_checkpoint(made: Path, run: Distillation, tmp_path: Path, name: str, damage: Damage) -> None:
     """The one before it is taken exactly; or itself, where the damage changes nothing that counts."""
     folder = tmp_path / "run"

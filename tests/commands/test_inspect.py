@@ -198,6 +198,7 @@ def test_data_of_other_classes_are_refused(tiny_teacher: Path, tmp_path: Path) -
         inspect(tiny_teacher, data=str(tmp_path / "b.npz"))
 
 
+@pytest.mark.thorough
 def test_a_text_to_image_teacher_is_told_captions() -> None:
     facts, checks, verdict = inspect("digits-t2i", data="digit-captions", num_images=32)
     assert facts["condition"].startswith("prompts, as prompt_embeds")

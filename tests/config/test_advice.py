@@ -104,6 +104,14 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
         )
         for wrong in ({"generator.weighting": "normalised"}, {"generator.gan_weight": 0.1})
     ),
+    *(
+        (
+            {"generator.normaliser_floor": 0.1, **wrong},
+            "does not read; expected 1e-06",
+            [{"generator.normaliser_floor": 1e-6}, {"generator.normaliser_floor": LEFT_OUT}],
+        )
+        for wrong in ({"method": "sid"}, {"generator.weighting": "uniform"})
+    ),
     (
         {"method": "diffratio", "discriminator.gan_weight": 0},
         "expected discriminator.gan_weight > 0",

@@ -583,6 +583,7 @@ def test_a_data_set_of_the_hub_is_read_from_its_cache(tmp_path: Path, monkeypatc
         open_source("hf:nobody/nothing:validation")
 
 
+@pytest.mark.thorough
 def test_the_datasets_library_is_imported_only_when_needed_and_missed_with_advice(tmp_path: Path) -> None:
     parquet(tmp_path)
     code = (

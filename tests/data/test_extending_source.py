@@ -68,6 +68,7 @@ def test_a_new_kind_is_opened_and_distilled_from(table: Path, tmp_path: Path) ->
 
 @pytest.mark.usefixtures("_added")
 @pytest.mark.filterwarnings("ignore:.*names show the count")
+@pytest.mark.thorough
 def test_a_new_kind_is_evaluated_inspected_and_cached(table: Path, tmp_path: Path) -> None:
     images, labels = load_digits()
     np.savez(tmp_path / "digits.npz", images=images[:64, 0].numpy(), labels=labels[:64].numpy())

@@ -86,6 +86,7 @@ def test_a_checkpoint_is_sampled_as_the_protocol_wants(tiny_teacher: Path) -> No
     assert result["metrics"]["class_accuracy"] < 0.5
 
 
+@pytest.mark.thorough
 def test_a_run_folder_is_sampled_though_it_holds_pictures(tiny_teacher: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     distill("digits", output=run, teacher=str(tiny_teacher), batch_size=8, iterations=1)

@@ -100,6 +100,7 @@ def test_clean_resizing_is_bicubic_antialiased_and_not_rounded(height: int, widt
     assert expected.min() < 0  # so that clipping was seen
 
 
+@pytest.mark.thorough
 def test_clean_inception_differs_in_its_resizing_alone(inception_file: Path, inception: Extractor) -> None:
     clean = open_extractor("inception-clean", CPU, {"": inception_file.parent})
     batch = images(2, 299)

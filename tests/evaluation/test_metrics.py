@@ -367,6 +367,7 @@ def test_density_and_coverage_against_brute_force(offset: float) -> None:
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.thorough
 def test_density_and_coverage_of_equal_distributions() -> None:
     density, coverage = density_coverage(normal(0, 2000, 3), normal(1, 1000, 3))
     assert density.value == pytest.approx(1, abs=4 * (density.spread or 0) + 0.03)

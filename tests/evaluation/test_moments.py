@@ -162,6 +162,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.thorough
 def test_two_processes_with_unequal_shares(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 

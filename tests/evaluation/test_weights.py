@@ -173,6 +173,7 @@ def test_a_download_is_kept_and_one_with_another_hash_is_not(
     assert path.read_text() == "weights"
 
 
+@pytest.mark.thorough
 def test_the_first_process_downloads_and_all_get_the_file_or_the_error(tmp_path: Path) -> None:
     """Two real processes: none may wait for one that has failed."""
     script = written(tmp_path / "script.py", TWO_PROCESSES)

@@ -237,6 +237,7 @@ def marked(file: Path, *marks: str, **metadata: str) -> Path:
     return file
 
 
+@pytest.mark.thorough
 def test_a_file_that_says_that_it_predicts_v_is_taken_at_its_word(tmp_path: Path) -> None:
     pipeline, file = checkpoint("xl", tmp_path)
     assert scheduler_of(single_file_to_folder(file, pipeline))["prediction_type"] == "epsilon"

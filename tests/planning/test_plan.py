@@ -153,6 +153,7 @@ def test_the_first_process_has_the_most_rows() -> None:
     assert sizes.share(16) == pytest.approx((3 + 10 + 1) / 63)
 
 
+@pytest.mark.thorough
 def test_shards_and_the_cpus_memory() -> None:
     digits = counted_digits()
     whole, halves = (on_a_device(digits, Placement(2, MACHINE, parallel)) for parallel in ("ddp", "fsdp"))
@@ -214,6 +215,7 @@ def test_traffic_is_what_the_formulas_say() -> None:
     assert sent(4, "fsdp", "heads")[0] > 3 / 4 * 2 * size["heads"]  # gathered at least once, and reduced
 
 
+@pytest.mark.thorough
 def test_samples_that_are_used_again_are_drawn_once() -> None:
     settings = ["critic_steps=3", "batch_size=32"]
     plain, reusing = (planned(load_config("digits", [*settings, *more])) for more in ([], ["reuse_samples=true"]))
@@ -230,6 +232,7 @@ def test_samples_that_are_used_again_are_drawn_once() -> None:
     assert reusing.device.total == plain.device.total
 
 
+@pytest.mark.thorough
 def test_the_terms_of_few_steps_are_counted() -> None:
     """Levels are computed from values, of which a plan's tensors have none. Intra-segment guidance takes one
     evaluation of the teacher and one of the student without a gradient."""

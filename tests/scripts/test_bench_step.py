@@ -47,6 +47,7 @@ def test_a_report_adds_up(bench: bench_step.Bench) -> None:
     assert "teacher, forward" in found["updates"][STUDENT]["seconds_by_phase"]
 
 
+@pytest.mark.thorough
 def test_reused_samples_are_timed_apart(tiny_teacher: Path) -> None:
     settings = [f"teacher={tiny_teacher}", "batch_size=4", "device=cpu", "critic_steps=3"]
     plain, reusing = (bench_step.opened("digits", [*settings, *more]) for more in ([], ["reuse_samples=true"]))

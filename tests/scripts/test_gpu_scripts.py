@@ -93,6 +93,7 @@ def test_a_script_for_a_gpu_ends_within_ten_minutes(name: str) -> None:
     assert run("bash", "-n", str(SCRIPTS / f"{name}.sh")).returncode == 0
 
 
+@pytest.mark.thorough
 def test_whole_iterations_run_with_either_backend(tmp_path: Path) -> None:
     settings = ["batch_size=8", "precision=fp32"]
     output = tmp_path / "step.json"

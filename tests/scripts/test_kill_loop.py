@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parent.parent.parent / "scripts" / "kill_loop.py"
 
 
+@pytest.mark.thorough
 def test_three_kills(tiny_teacher: Path, tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("kill_loop", SCRIPT)
     assert spec is not None

@@ -113,7 +113,8 @@ def test_it_is_the_score_of_the_condition(name: str, weighting: str) -> None:
         return predict(network_input, *others, **options)
 
     roles.teacher.predict = recorded  # type: ignore[method-assign]
-    term = Augmentation(1.0, uniform_levels, weighting)
+    floor = 0.5  # between the least and the largest distance here
+    term = Augmentation(1.0, uniform_levels, weighting, floor)
     loss, t = augmentation_loss(roles, x0, labels, torch.Generator().manual_seed(0), term, top)
     (got,) = torch.autograd.grad(loss.sum(), x0)
     assert schedule.t_min <= float(t.min())
@@ -125,7 +126,7 @@ def test_it_is_the_score_of_the_condition(name: str, weighting: str) -> None:
     difference = (SCALE - 1) * sigma**2 / alpha * slope
     if weighting == "normalised":
         clean = roles.teacher.denoiser(x_t.detach().reshape(-1, 1, 1, 1), t, labels).flatten()  # type: ignore[operator]
-        weight = 1 / ((x0.detach().flatten() - clean).abs() + 1e-6)
+        weight = 1 / (x0.detach().flatten() - clean).abs().clamp(min=floor)
     else:
         weight = score_difference_weight(weighting, alpha, sigma)
     expected = -weight * difference

@@ -118,6 +118,7 @@ def test_the_term_is_added_with_its_weight() -> None:
         draw_supervised(one_step, torch.Generator(), 1, None, Diversity(1.0, levels))
 
 
+@pytest.mark.thorough
 def test_a_run_learns_the_first_step(tiny_teacher: Path, tmp_path: Path) -> None:
     """The term falls, and it alone trains the first step: the student's updates take all steps."""
     settings: dict[str, Any] = {

@@ -93,7 +93,9 @@ def step(name: str, device: torch.device, precision: str) -> tuple[StepResult, t
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
 @pytest.mark.parametrize("precision", at_night(["fp32", "bf16"], lambda precision: precision == "fp32"))
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize(
+    "name", at_night(STEPS, lambda name: name not in ("f-distill", "sid", "critic", "ratio critic"))
+)
 def test_an_update_reads_nothing_back(name: str, precision: str, device: torch.device) -> None:
     result, module = step(name, device, precision)
     backward(lambda **_: result, {}, torch.Generator(), Split(1, "fp32"))

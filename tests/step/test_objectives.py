@@ -72,7 +72,7 @@ def test_weighted_score_difference_is_the_gradient_of_the_divergence(where: str,
         return score_difference_loss(x0, teacher_x0, fake_x0, scale * divergence.weight(r))
 
     def normalised(x0: Tensor, teacher_x0: Tensor, fake_x0: Tensor, r: Tensor) -> Tensor:
-        undo = (x0 - teacher_x0).abs().mean(1).detach() + 1e-6
+        undo = (x0 - teacher_x0).abs().mean(1).detach()
         return matching_loss(x0, teacher_x0, fake_x0, weight=(scale * divergence.weight(r) * undo).detach())
 
     for loss in (plain, normalised):

@@ -32,6 +32,7 @@ def student(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return distill("digits", output=output, teacher=str(tiny_teacher), batch_size=8, iterations=2)
 
 
+@pytest.mark.thorough
 def test_plain_diffusers_draws_the_trainers_sample(student: Path, tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", OUTSIDE, str(student), str(tmp_path / "out.npy")], check=True, cwd=tmp_path)
     images = np.load(tmp_path / "out.npy")  # [5, 8, 8, 1] in [0, 1]

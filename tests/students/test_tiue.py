@@ -381,7 +381,7 @@ def test_resized_text_students_keep_their_size(tmp_path: Path) -> None:
     teacher: Any = DiffusionPipeline.from_pretrained(sd15(tmp_path / "teacher"))
     denoiser: Any = wrapped(teacher.unet, teacher.scheduler)
     denoiser.latent_scaling = LatentScaling((0.5,) * 4, (0.0,) * 4)
-    denoiser.resize(12)
+    denoiser.resize(12, 12)
     exported = tiue_pipeline(TiUEGenerator(denoiser, LEVELS), teacher.scheduler, teacher.vae, _text_components(teacher))
     exported.save_pretrained(tmp_path / "student")
     loaded: Any = DiffusionPipeline.from_pretrained(tmp_path / "student")

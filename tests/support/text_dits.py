@@ -51,7 +51,7 @@ def tiny(name: str) -> TextDenoiser:
         changes = {"timestep_scale": 0.001} if name == "sana-timestep-scale" else {}
         network, scheduler = sana_transformer(**changes), FlowMatchEulerDiscreteScheduler()
     denoiser: Any = wrap(network, scheduler_config(scheduler))
-    denoiser.resize(SIZE)
+    denoiser.resize(SIZE, SIZE)
     return denoiser
 
 

@@ -122,10 +122,10 @@ def own_flux2_output(network: Any, x_t: Tensor, t: Tensor, embeds: Tensor, guida
 def network_latents(pipeline: Any, latents: Tensor) -> Tensor:
     """What the network sees of what a pipeline returns for output_type="latent": patches of 2 x 2, normalised.
 
-    klein returns latents as its autoencoder decodes them, and dev the network's tokens.
+    klein returns latents as its autoencoder decodes them, and dev the network's tokens, of images `RESOLUTION` high.
     """
     if latents.ndim == 3:
-        return rearrange(latents, "b (h w) c -> b c h w", h=round(latents.shape[1] ** 0.5))
+        return rearrange(latents, "b (h w) c -> b c h w", h=RESOLUTION // 2)
     patches = Flux2KleinPipeline._patchify_latents(latents)
     norm = pipeline.vae.bn
     found: Tensor = torch.nn.functional.batch_norm(patches, norm.running_mean, norm.running_var, eps=norm.eps)

@@ -48,7 +48,7 @@ def denoiser_of(pipeline: Any) -> TextDenoiser:
     """Its denoiser, for latents of the tiny pipelines' size."""
     denoiser = wrap(network_of(pipeline), scheduler_config(pipeline.scheduler))
     assert isinstance(denoiser, TextDenoiser)
-    denoiser.resize(SIZE)
+    denoiser.resize(SIZE, SIZE)
     return denoiser
 
 

@@ -71,6 +71,7 @@ def test_the_folder_is_small_and_holds_no_pickle() -> None:
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in files)
 
 
+@pytest.mark.thorough
 def test_open_clip_alone_loads_it_without_a_connection() -> None:
     code = (
         "import sys\n"
@@ -127,6 +128,7 @@ def test_no_held_out_image_was_trained_on() -> None:
     assert torch.cdist(x[mask], x[~mask], compute_mode="donot_use_mm_for_euclid_dist").min() > 50
 
 
+@pytest.mark.thorough
 def test_it_reads_digit_and_weight_of_held_out_images(clip: tuple[Any, Any, Any], held_out: tuple[Any, ...]) -> None:
     images, labels, bold, _ = held_out
     rows = torch.arange(len(images))

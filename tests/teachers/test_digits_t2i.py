@@ -144,6 +144,7 @@ def test_the_card_has_the_measured_scores() -> None:
     assert scores["training_cpu_minutes"] < 30
 
 
+@pytest.mark.thorough
 def test_plain_diffusers_loads_it_without_a_word() -> None:
     code = (
         "from diffusers import DiffusionPipeline\n"
@@ -212,6 +213,7 @@ def test_schedule_is_that_of_stable_diffusion(pipeline: Any) -> None:
     assert config.prediction_type == "v_prediction"
 
 
+@pytest.mark.thorough
 def test_it_draws_the_digit_asked_for_in_the_weight_asked_for(pipeline: Any) -> None:
     prompts = evaluation_prompts(12)
     samples = draw(pipeline, [p.text for p in prompts], guidance=2)

@@ -50,7 +50,7 @@ def kept_and_gradient(denoiser: Denoiser, evaluate: Callable[[Tensor, Tensor, Co
 def test_fewer_bytes_are_kept_and_gradients_are_the_same(name: str, tmp_path: Path) -> None:
     denoiser = load_teacher(WRITERS[name](tmp_path / "teacher")).requires_grad_(True).train()
     if denoiser.text_shapes is not None:
-        denoiser.resize(8)
+        denoiser.resize(8, 8)
     last = list(denoiser.feature_shapes)[-1]
     evaluations: dict[str, Callable[[Tensor, Tensor, Condition | None], Tensor]] = {
         "output": lambda x_t, t, condition: denoiser.predict(x_t, t, condition)[0].output,

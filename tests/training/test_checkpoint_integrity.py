@@ -124,6 +124,7 @@ def test_bytes_that_were_not_written(
     assert newest_intact(checkpoints(newest.parent)) == newest.parent / "000002"
 
 
+@pytest.mark.thorough
 def test_resuming_takes_the_newest_that_is_intact_and_keeps_the_others(
     folder: Path, newest: Path, tiny_teacher: Path
 ) -> None:

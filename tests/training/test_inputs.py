@@ -52,6 +52,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.thorough
 def test_a_folder_and_an_archive_of_the_same_images_train_alike(
     digits: Path, tiny_teacher: Path, tmp_path: Path
 ) -> None:
@@ -73,6 +74,7 @@ def test_a_folder_and_an_archive_of_the_same_images_train_alike(
     assert any(not torch.equal(first[key], unflipped[key]) for key in first)
 
 
+@pytest.mark.thorough
 def test_resumed_equals_uninterrupted(digits: Path, tiny_teacher: Path, tmp_path: Path) -> None:
     flipped = {"images.flip": True, "images.workers": 1}
     whole = weights(run(tiny_teacher, tmp_path / "whole", digits, **flipped))
@@ -81,6 +83,7 @@ def test_resumed_equals_uninterrupted(digits: Path, tiny_teacher: Path, tmp_path
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
+@pytest.mark.thorough
 def test_corrupt_images_are_counted_and_too_many_stop_the_run(tiny_teacher: Path, tmp_path: Path) -> None:
     data = load_data("digits")
     for i in range(210):

@@ -255,6 +255,7 @@ def test_a_run_that_breaks_keeps_the_last_good_checkpoint_and_says_how_to_go_on(
     assert second == {"from": 1e6, "to": setting["generator.lr"]}
 
 
+@pytest.mark.thorough
 def test_the_role_that_broke_the_others_is_named(tiny_teacher: Path, tmp_path: Path) -> None:
     """Not the fake score, whose loss on the student's samples is NaN by the time of the record."""
     quiet = {"log.every": 4, "log.checkpoint_every": 0, "log.samples_every": 0}

@@ -82,6 +82,7 @@ def test_the_first_of_two_warm_up_iterations_has_half_the_rate(tiny_teacher: Pat
     assert any(not torch.equal(warm[name], whole[name]) for name in whole)
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_goes_on_at_its_rate(tiny_teacher: Path, tmp_path: Path) -> None:
     settings = {"generator.lr_schedule": "cosine", "fake_score.lr_warmup": 3, "log.checkpoint_every": 2}
     straight = run(tiny_teacher, tmp_path / "straight", **settings)
@@ -102,6 +103,7 @@ def test_a_resumed_run_goes_on_at_its_rate(tiny_teacher: Path, tmp_path: Path) -
         run(tiny_teacher, folder, resume=True, **{**settings, "iterations": 6})
 
 
+@pytest.mark.thorough
 def test_a_rate_that_needs_no_end_lets_a_run_be_longer(tiny_teacher: Path, tmp_path: Path) -> None:
     settings = {"generator.lr_schedule": "inverse-sqrt", "generator.lr_hold": 2, "iterations": 6}
     straight = run(tiny_teacher, tmp_path / "straight", **settings)

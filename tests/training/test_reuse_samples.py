@@ -81,6 +81,7 @@ def test_updates_share_samples_and_data_at_new_levels(
     assert not torch.equal(first[0]["real_x0"], second[0]["real_x0"])
 
 
+@pytest.mark.thorough
 def test_with_one_update_nothing_changes(tiny_teacher: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"critic_steps": 1, "student_level": [2.5, 0.5]}
     plain = trained(tiny_teacher, tmp_path / "plain", **settings)
@@ -98,6 +99,7 @@ def test_parts_are_the_whole(tiny_teacher: Path, tmp_path: Path) -> None:
             torch.testing.assert_close(parts[name], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_resumed_in_a_stage_that_reuses_equals_uninterrupted(
     tiny_teacher: Path, tmp_path: Path, updates: list[dict[str, Any]]
 ) -> None:

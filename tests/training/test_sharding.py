@@ -55,7 +55,7 @@ def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
 def loaded(name: str, folder: Path) -> Denoiser:
     denoiser = load_denoiser(resolve_checkpoint(MADE[name](folder)))
     if name in ("flux", "qwen-image", "z-image", "flux2"):
-        denoiser.resize(text_families.RESOLUTION)
+        denoiser.resize(text_families.RESOLUTION, text_families.RESOLUTION)
     return denoiser.requires_grad_(True)
 
 

@@ -101,6 +101,7 @@ def test_an_update_that_is_not_finite_is_skipped_and_counted(
     assert not torch.equal(one["optimizer.fake_score.0.exp_avg_sq"], two["optimizer.fake_score.0.exp_avg_sq"])
 
 
+@pytest.mark.thorough
 def test_too_many_skipped_updates_end_a_run(
     tiny_teacher: Path, tmp_path: Path, poisoned: Callable[[range], None]
 ) -> None:

@@ -42,6 +42,7 @@ compiles = pytest.mark.skipif(not COMPILES, reason="this torch's compiled blocks
 
 
 @pytest.mark.parametrize("setting", ["speed.channels_last", pytest.param("speed.compile", marks=compiles)])
+@pytest.mark.thorough
 def test_after_twelve_updates_weights_are_the_same(
     plain: dict[str, torch.Tensor],
     tiny_teacher: Path,
@@ -62,6 +63,7 @@ def test_after_twelve_updates_weights_are_the_same(
             )
 
 
+@pytest.mark.thorough
 def test_a_run_with_channels_last_goes_on_as_if_it_had_not_stopped(tiny_teacher: Path, tmp_path: Path) -> None:
     settings = {"speed.channels_last": True, "log.checkpoint_every": 2}
     whole = trained(tmp_path / "whole", tiny_teacher, **settings, iterations=4)

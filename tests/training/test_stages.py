@@ -80,6 +80,7 @@ STAGES = [
 ]
 
 
+@pytest.mark.thorough
 def test_a_run_resumed_within_a_stage_equals_an_uninterrupted_one(tiny_teacher: Path, tmp_path: Path) -> None:
     """Methods, batches read for an update of the student, schedules and the ratio's warm-up all change on the way."""
     straight = run(tiny_teacher, tmp_path / "straight", stages=STAGES)

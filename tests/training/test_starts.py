@@ -42,6 +42,7 @@ def first(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", ["f-distill", "diffratio"])
+@pytest.mark.thorough
 def test_roles_start_from_a_runs_last_checkpoint(tiny_teacher: Path, tmp_path: Path, method: str) -> None:
     folder = run(tiny_teacher, tmp_path / "run", method=method)
     starts = {f"{role}.checkpoint": str(folder) for role in ("fake_score", "discriminator")}
@@ -87,6 +88,7 @@ def test_the_fake_score_starts_from_a_folder_of_weights(tiny_teacher: Path, firs
     torch.testing.assert_close(made.networks.fake_score(x_t, t, labels), by_hand(x_t, t, labels))
 
 
+@pytest.mark.thorough
 def test_adapters_start_from_a_runs_adapters(tiny_teacher: Path, tmp_path: Path) -> None:
     adapters = {"method": "vsd", "fake_score.lora_rank": 2}
     folder = run(tiny_teacher, tmp_path / "run", **adapters)

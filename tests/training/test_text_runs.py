@@ -100,6 +100,7 @@ def test_a_run_without_images_needs_no_discriminator(teacher: Path, prompts: Pat
         run(tmp_path / "other", teacher, prompts=str(prompts), data=None)
 
 
+@pytest.mark.thorough
 def test_long_and_short_guidance_and_regression(teacher: Path, prompts: Path, tmp_path: Path) -> None:
     sid: dict[str, Any] = {"prompts": str(prompts), "data": None, "method": "sid"}
     guided: dict[str, float] = {
@@ -155,6 +156,7 @@ def test_settings_that_nothing_reads_are_refused(
         run(tmp_path / "run", teacher, prompts=str(prompts), **changes)
 
 
+@pytest.mark.thorough
 def test_a_resumed_run_of_adapters_is_the_uninterrupted_one(teacher: Path, prompts: Path, tmp_path: Path) -> None:
     settings = {**LORA, "prompts": str(prompts), "log.checkpoint_every": 2}
     whole = run(tmp_path / "whole", teacher, **{**settings, "iterations": 4})
@@ -181,6 +183,7 @@ np.save(sys.argv[3], pipeline(["a cat", "the moon"], latents=latents, output_typ
 """
 
 
+@pytest.mark.thorough
 def test_tiue_trains_against_a_lora_critic_and_loads_again(prompts: Path, tmp_path: Path) -> None:
     """ "One-Way Ticket": VSD, both scores guided, KL of the predicted noise, four decoders."""
     teacher = sd21v(tmp_path / "sd21v")
@@ -301,7 +304,7 @@ def test_rescaled_guidance_of_qwen_image_is_its_pipelines(tmp_path: Path) -> Non
     from einops import rearrange
 
     denoiser = load_teacher(qwen_image(tmp_path / "qwen"))
-    denoiser.resize(RESOLUTION // 2)  # type: ignore[operator]
+    denoiser.resize(RESOLUTION // 2, RESOLUTION // 2)  # type: ignore[operator]
     torch.manual_seed(0)
     conditional, guided = torch.randn(2, 2, *denoiser.sample_shape)
 
@@ -419,7 +422,7 @@ def test_what_encoders_make_of_prompts(teacher: Path, captioned: Path, tmp_path:
     by_image = {}
     for i in range(8):
         image = Image.open(captioned / f"{i}.png")
-        pixels = RECIPES["center-box"](image, 16)
+        pixels = RECIPES["center-box"](image, 16, 16)
         x = torch.from_numpy(np.asarray(pixels)).permute(2, 0, 1)[None].float() / 127.5 - 1
         by_image[i] = latents.moments(x)[0]
     for row in range(8):

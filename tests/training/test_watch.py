@@ -92,6 +92,7 @@ def watched(tiny_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run(tiny_teacher, tmp_path_factory.mktemp("watched") / "run", **AVERAGED, **changes)
 
 
+@pytest.mark.thorough
 def test_scores_are_recorded_when_due_and_at_last(watched: Path) -> None:
     measured = {
         r["iteration"]: [name for name in r if name.startswith("eval/")]

@@ -19,15 +19,15 @@ def matching(
     fake_skip: Tensor | None,
     fake_out: Tensor | None,
     weight: Tensor,
-    eps: float | None,
+    floor: float | None,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss [B], direction d = F - T like x0, and scale [B]: d loss / d x0 = scale d. Statistics are float32.
 
     T = teacher_skip x_t + teacher_out (unconditional + guidance_scale (teacher - unconditional)), F = fake_skip x_t +
-    fake_out fake; if x_t is None, the outputs are x0-predictions. With n = numel of a sample and s = weight / (mean|x0
-    - T| + eps): scale = s / n and loss = mean((s d)^2) / 2, the value of the pseudo-target regression mean((x0 - sg(x0
-    - s d))^2) / 2 whose gradient that is. If eps is None, there is no normaliser: s = weight.
+    fake_out fake; if x_t is None, the outputs are x0-predictions. With n = numel of a sample and s = weight /
+    max(mean|x0 - T|, floor): scale = s / n and loss = mean((s d)^2) / 2, the value of the pseudo-target regression
+    mean((x0 - sg(x0 - s d))^2) / 2 whose gradient that is. If floor is None, there is no normaliser: s = weight.
     """
     dtype = wide(x0.dtype)
     x0_, teacher, fake = (value.to(dtype) for value in (x0, teacher, fake))
@@ -45,7 +45,7 @@ def matching(
         skip = expand(fake_skip.to(dtype) - teacher_skip.to(dtype), x_t)
         d = skip * x_t + (expand(fake_out.to(dtype), x_t) * fake - teacher)
     s = weight.to(dtype)
-    if eps is not None:
-        s = s / ((x0_ - target).abs().flatten(1).mean(1) + eps)
+    if floor is not None:
+        s = s / (x0_ - target).abs().flatten(1).mean(1).clamp(min=floor)
     loss = s.square() * d.square().flatten(1).mean(1) / 2
     return loss, as_results(d, x0, x0.dtype), s / x0.shape[1:].numel()

@@ -17,10 +17,10 @@ from fdistill.kernels.triton.rows import BLOCK, WARPS, on_device, plan, rows, ve
 
 
 @triton.jit
-def _finish(distance, square, weight, eps, size, loss_ptr, scale_ptr, sample, NORMALISED: tl.constexpr):
+def _finish(distance, square, weight, floor, size, loss_ptr, scale_ptr, sample, NORMALISED: tl.constexpr):
     s = weight
     if NORMALISED:
-        s = weight / (distance / size + eps)
+        s = weight / tl.maximum(distance / size, floor)
     tl.store(loss_ptr + sample, s * s * (square / size) * 0.5)
     tl.store(scale_ptr + sample, s / size)
 
@@ -49,7 +49,7 @@ def _matching(
     unconditional_step,
     fake_step,
     direction_step,
-    eps,
+    floor,
     guidance_scale,
     RAW: tl.constexpr,
     GUIDED: tl.constexpr,
@@ -97,7 +97,7 @@ def _matching(
         tl.store(sums_ptr + 2 * program + 1, square)
     else:
         weight = tl.load(weight_ptr + sample).to(tl.float32)
-        _finish(distance, square, weight, eps, size, loss_ptr, scale_ptr, sample, NORMALISED)
+        _finish(distance, square, weight, floor, size, loss_ptr, scale_ptr, sample, NORMALISED)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _matching_sums(
     scale_ptr,
     size,
     splits,
-    eps,
+    floor,
     NORMALISED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -118,7 +118,7 @@ def _matching_sums(
     distance = tl.sum(tl.load(at, mask=part < splits, other=0.0))
     square = tl.sum(tl.load(at + 1, mask=part < splits, other=0.0))
     weight = tl.load(weight_ptr + sample).to(tl.float32)
-    _finish(distance, square, weight, eps, size, loss_ptr, scale_ptr, sample, NORMALISED)
+    _finish(distance, square, weight, floor, size, loss_ptr, scale_ptr, sample, NORMALISED)
 
 
 def matching(
@@ -132,7 +132,7 @@ def matching(
     fake_skip: Tensor | None,
     fake_out: Tensor | None,
     weight: Tensor,
-    eps: float | None,
+    floor: float | None,
     guidance_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `reference.matching`."""
@@ -158,11 +158,11 @@ def matching(
             splits,
             *(value.stride(0) for value in tensors),
             direction.stride(0),
-            eps or 0.0,
+            floor or 0.0,
             guidance_scale,
             RAW=x_t is not None,
             GUIDED=unconditional is not None,
-            NORMALISED=eps is not None,
+            NORMALISED=floor is not None,
             SPLIT=splits > 1,
             CHUNK=chunk,
             BLOCK=BLOCK,
@@ -177,8 +177,8 @@ def matching(
                 scale,
                 size,
                 splits,
-                eps or 0.0,
-                NORMALISED=eps is not None,
+                floor or 0.0,
+                NORMALISED=floor is not None,
                 BLOCK=block,
                 num_warps=4,
             )

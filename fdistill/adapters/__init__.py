@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 from torch import nn
 
-from fdistill.adapters import dit, edm, edm2, flux, pixart, sana, sd3, unet2d, unet2d_condition
+from fdistill.adapters import dit, edm, edm2, flux, lumina2, pixart, sana, sd3, unet2d, unet2d_condition
 from fdistill.adapters.family import Family
 from fdistill.adapters.original_names import Layout
 from fdistill.base.errors import CheckpointError
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": flux.FAMILY,
     "PixArtTransformer2DModel": pixart.FAMILY,
     "SanaTransformer2DModel": sana.FAMILY,
+    "Lumina2Transformer2DModel": lumina2.FAMILY,
     "DiTTransformer2DModel": dit.FAMILY,
     "EDMNetwork": edm.FAMILY,
     "EDM2Network": edm2.FAMILY,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 #: Modules of diffusers' networks and fdistill's own, beside those that a network of diffusers names in
 #: `_no_split_modules`.
@@ -43,3 +45,10 @@ def compile_blocks(module: nn.Module) -> None:
         block.compile(dynamic=False)
     for name in ("cache_size_limit", "accumulated_cache_size_limit"):
         setattr(torch._dynamo.config, name, max(_VARIANTS, getattr(torch._dynamo.config, name)))
+
+
+def run_block(network: Any, block: nn.Module, *inputs: Any) -> Tensor:
+    """Calls a block of a network of diffusers, which with gradient checkpointing keeps its inputs alone."""
+    checkpointed = network.gradient_checkpointing and torch.is_grad_enabled()
+    result: Tensor = network._gradient_checkpointing_func(block, *inputs) if checkpointed else block(*inputs)
+    return result

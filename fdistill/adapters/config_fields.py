@@ -242,6 +242,15 @@ NETWORK_FIELDS: dict[str, Fields] = {
             **QUANTIZED,
         },
     ),
+    "Lumina2Transformer2DModel": Fields(
+        names(
+            "sample_size patch_size in_channels out_channels hidden_size num_layers num_refiner_layers "
+            "num_attention_heads num_kv_heads multiple_of ffn_dim_multiplier norm_eps axes_dim_rope axes_lens "
+            "cap_feat_dim"
+        ),
+        names("scaling_factor"),  # which the network does not read
+        refused=QUANTIZED,
+    ),
     "EDMNetwork": Fields(
         names(
             "model_type img_resolution img_channels label_dim sigma_min sigma_max sigma_data augment_dim "

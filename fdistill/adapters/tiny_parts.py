@@ -181,12 +181,15 @@ def qwen3_encoder(tokenizer: Any, width: int, *, layers: int = 2, predicts_words
     return untrained(lambda: (Qwen3ForCausalLM if predicts_words else Qwen3Model)(config))
 
 
-def autoencoder(**changes: Any) -> AutoencoderKL:
-    """An autoencoder that halves height and width; it has 4 latent channels unless `changes` say otherwise."""
+def autoencoder(factor: int = RESOLUTION // LATENTS, **changes: Any) -> AutoencoderKL:
+    """An autoencoder that divides height and width by a power of 2; it has 4 latent channels unless `changes` say
+    otherwise.
+    """
+    levels = factor.bit_length()
     settings: dict[str, Any] = {
-        "block_out_channels": (8, 8),
-        "down_block_types": ("DownEncoderBlock2D",) * 2,
-        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8,) * levels,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
         "latent_channels": 4,
         "norm_num_groups": 4,
         "sample_size": RESOLUTION,
@@ -195,8 +198,13 @@ def autoencoder(**changes: Any) -> AutoencoderKL:
     return untrained(lambda: AutoencoderKL(**(settings | changes)))
 
 
-def wide_autoencoder() -> AutoencoderKL:
+def wide_autoencoder(factor: int = RESOLUTION // LATENTS) -> AutoencoderKL:
     """An autoencoder of the kind of Stable Diffusion 3 and Flux: 16 latent channels, and a shift."""
     return autoencoder(
-        latent_channels=16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False
+        factor,
+        latent_channels=16,
+        scaling_factor=1.5,
+        shift_factor=0.06,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fdistill.adapters.tiny_parts as tiny
+from fdistill.adapters.blocks import run_block
 from fdistill.adapters.family import Family, TextToImage, chat_tokens
 from fdistill.adapters.original_names import SELF_ATTENTION, Layout, Place, Table, fused, look_up, make_layout
 from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler
@@ -107,7 +108,7 @@ def _batched(network: Any, x: Tensor, t: Tensor, embeds: Tensor, mask: Tensor) -
     image = torch.cat([image, network.x_pad_token.type_as(image).expand(count, more, -1)], dim=1)
     image_rotary = _rotary(network, _image_positions(padded, height, width, more))
     for block in network.noise_refiner:
-        image = _run(network, block, image, None, image_rotary, adaln)
+        image = run_block(network, block, image, None, image_rotary, adaln)
 
     embeds = F.pad(embeds, (0, 0, 0, -embeds.shape[1] % _MULTIPLE))
     places = torch.arange(embeds.shape[1], device=x.device)
@@ -116,21 +117,14 @@ def _batched(network: Any, x: Tensor, t: Tensor, embeds: Tensor, mask: Tensor) -
     seen = places < padded[:, None]
     caption_rotary = _rotary(network, F.pad((places + 1)[:, None], (0, 2)).expand(count, -1, -1))
     for block in network.context_refiner:
-        caption = _run(network, block, caption, seen, caption_rotary)
+        caption = run_block(network, block, caption, seen, caption_rotary)
 
     tokens, rotary = torch.cat([image, caption], dim=1), torch.cat([image_rotary, caption_rotary], dim=1)
     seen = F.pad(seen, (image.shape[1], 0), value=True)
     for block in network.layers:
-        tokens = _run(network, block, tokens, seen, rotary, adaln)
+        tokens = run_block(network, block, tokens, seen, rotary, adaln)
     made: Tensor = network.all_final_layer[f"{_PATCH}-1"](tokens, adaln)[:, : height * width]
     return rearrange(made, "b (h w) (p q c) -> b c (h p) (w q)", h=height, p=_PATCH, q=_PATCH)
-
-
-def _run(network: Any, block: nn.Module, *inputs: Any) -> Tensor:
-    """Calls a block, which with gradient checkpointing keeps its inputs alone."""
-    checkpointed = network.gradient_checkpointing and torch.is_grad_enabled()
-    result: Tensor = network._gradient_checkpointing_func(block, *inputs) if checkpointed else block(*inputs)
-    return result
 
 
 def _image_positions(after: Tensor, height: int, width: int, more: int) -> Tensor:

@@ -170,6 +170,7 @@ _READ: dict[str, tuple[str, ...]] = {
     "StableDiffusion3Pipeline": ("shift_factor",),
     "FluxPipeline": ("shift_factor",),
     "ZImagePipeline": ("shift_factor",),
+    "Lumina2Pipeline": ("shift_factor",),
     "PixArtAlphaPipeline": (),
     "PixArtSigmaPipeline": (),
     "SanaPipeline": (),

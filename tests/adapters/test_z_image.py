@@ -188,5 +188,5 @@ def test_variants_are_refused() -> None:
         wrap(z_image.tiny_transformer(axes_lens=(300, 64, 64)), FLOW)
     with pytest.raises(CheckpointError, match=r"all_patch_size \[4\]"):
         wrap(z_image.tiny_transformer(all_patch_size=(4,)), FLOW)
-    with pytest.raises(ArgumentError, match=r"latents of 130 x 130: expected a multiple of 2 up to 128"):
+    with pytest.raises(ArgumentError, match=r"latents of 130 x 130: expected multiples of 2 up to 128"):
         wrap(z_image.tiny_transformer(), FLOW).resize(130, 130)  # type: ignore[attr-defined]

@@ -20,7 +20,7 @@ from fdistill.guidance import GuidedDenoiser
 from fdistill.noise import FlowSchedule
 from fdistill.teachers.autoencoder import attach_latent_space
 from support.text_families import RESOLUTION, TEXT_FAMILIES
-from support.text_families_dit import SANA_RESOLUTION, TEXT_FAMILIES_DIT
+from support.text_families_dit import TEXT_FAMILIES_DIT
 from support.text_families_flux2 import TEXT_FAMILIES_FLUX2, network_latents
 from support.text_pipelines import SIZE, condition_of, denoiser_of, encoders, load_pipeline, text_of
 from support.tolerances import assert_rounded
@@ -38,6 +38,8 @@ GUIDANCE: dict[str, dict[str, Any]] = {
     "z-image": {"guidance_scale": SCALE - 1},  # c + g (c - u)
     "flux2-dev": {"guidance_scale": 4.0},
 }
+#: Those whose pipelines give a guided prediction the norm of the one with the prompt.
+NORMALISED = ("qwen-image", "lumina2")
 EMBEDDED = ("flux-dev", "flux-schnell", "flux2-dev")  # with a guidance scale as an input, or with none
 
 
@@ -72,7 +74,7 @@ def unpacked(name: str, latents: Tensor, pipeline: Any) -> Tensor:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_x0_and_pixels_are_the_pipelines(name: str, place: str, folders: dict[str, Path]) -> None:
     pipeline = load_pipeline(folders[name])
-    resolution = SANA_RESOLUTION if name.startswith("sana") else RESOLUTION
+    resolution = PIPELINES[name][2]["height"] if name in TEXT_FAMILIES_DIT else RESOLUTION
     denoiser, condition = denoiser_of(pipeline), condition_of(pipeline, PROMPTS, resolution)
     space = attach_latent_space(denoiser, Checkpoint(name, folders[name]), None)
     assert space is not None
@@ -81,7 +83,7 @@ def test_x0_and_pixels_are_the_pipelines(name: str, place: str, folders: dict[st
     guided: Any = denoiser
     if name not in EMBEDDED:
         null = text_of(pipeline).encode_null(encoders(pipeline), " " if name == "qwen-image" else "", resolution)
-        guided = GuidedDenoiser(denoiser, SCALE, null=null, rescale=1.0 if name == "qwen-image" else 0.0)
+        guided = GuidedDenoiser(denoiser, SCALE, null=null, rescale=1.0 if name in NORMALISED else 0.0)
     with torch.no_grad():
         x0 = guided(x_t, t, condition)
         pixels = space.decode(x0).div(2).add(0.5).clamp(0, 1)

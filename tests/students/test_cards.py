@@ -26,7 +26,7 @@ from fdistill.teachers.teacher import Teacher, TeacherSettings, open_teacher
 from fdistill.teachers.text_encoders import open_prompt_encoder
 from support.families import FAMILIES
 from support.text_families import RESOLUTION, TEXT_FAMILIES, sd3, sd3_without_t5, sd15
-from support.text_families_dit import SANA_RESOLUTION, TEXT_FAMILIES_DIT
+from support.text_families_dit import TEXT_FAMILIES_DIT
 
 TEXT = {**TEXT_FAMILIES, **TEXT_FAMILIES_DIT}
 WRITERS = {
@@ -64,7 +64,8 @@ for job in json.load(open(sys.argv[1])):
 def exported(name: str, base: Path) -> tuple[Path, Teacher]:
     """An untrained student of a family in a folder."""
     folder = WRITERS[name](base / "teachers" / name)
-    resolution = (SANA_RESOLUTION if name.startswith("sana") else RESOLUTION) if name not in FAMILIES else None
+    size = TEXT[name][2].get("height", RESOLUTION) if name in TEXT else RESOLUTION
+    resolution = None if name in FAMILIES else size
     teacher = open_teacher(TeacherSettings(str(folder), resolution=resolution))
     denoiser = teacher.denoiser
     student: Student

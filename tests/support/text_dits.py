@@ -5,10 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, PixArtTransformer2DModel
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
+)
 from torch import Tensor, nn
 
-from fdistill.adapters import pixart, wrap
+from fdistill.adapters import lumina2, pixart, wrap
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.condition import TextCondition
@@ -42,6 +47,8 @@ def tiny(name: str) -> TextDenoiser:
         network, scheduler = pixart_transformer(sample_size=size), DPMSolverMultistepScheduler()
     elif name == "qwen-image":
         network, scheduler = qwen_transformer(), FlowMatchEulerDiscreteScheduler()
+    elif name == "lumina2":
+        network, scheduler = lumina2.tiny_transformer(), FlowMatchEulerDiscreteScheduler()
     elif name == "z-image":
         network, scheduler = z_image.tiny_transformer(), FlowMatchEulerDiscreteScheduler()
     elif name in FLUX2:
@@ -69,6 +76,8 @@ def inputs(denoiser: TextDenoiser, count: int = 3) -> tuple[Tensor, Tensor, Text
 def blocks_of(denoiser: TextDenoiser) -> tuple[str, list[nn.Module], nn.Module]:
     """The name of the network's first list of blocks, all its blocks, and its last layer."""
     network: Any = denoiser.network
+    if isinstance(network, Lumina2Transformer2DModel):
+        return "layers", list(network.layers), network.norm_out
     if hasattr(network, "all_final_layer"):
         return "layers", list(network.layers), network.all_final_layer["2-1"]
     blocks = [*network.transformer_blocks, *getattr(network, "single_transformer_blocks", [])]
@@ -94,6 +103,9 @@ def own_output(network: Any, x_t: Tensor, t: Tensor, condition: TextCondition) -
             encoder_attention_mask=condition["prompt_attention_mask"],
             timestep=(1000 * t) * network.config.timestep_scale,
         ).sample
+    if isinstance(network, Lumina2Transformer2DModel):
+        given = x_t, 1 - t, condition["prompt_embeds"], condition["prompt_attention_mask"]
+        return -Lumina2Transformer2DModel.forward(network, *given).sample
     if type(network).__name__.startswith("ZImage"):
         lengths = condition["prompt_embeds_mask"].sum(1).tolist()
         captions = [each[:length] for each, length in zip(condition["prompt_embeds"], lengths, strict=True)]

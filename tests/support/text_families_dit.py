@@ -1,4 +1,4 @@
-"""Tiny pipelines of transformers with one large text encoder: PixArt, Sana, Qwen-Image, Z-Image and FLUX.2."""
+"""Tiny pipelines of transformers with one large text encoder: PixArt, Sana, Lumina 2, Qwen-Image, Z-Image, FLUX.2."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from support.text_families_flux2 import TEXT_FAMILIES_FLUX2
 __all__ = [
     "HAS_QWEN_IMAGE",
     "HAS_Z_IMAGE",
+    "LUMINA2_RESOLUTION",
     "SANA_RESOLUTION",
     "TEXT_FAMILIES_DIT",
     "deep_compression_vae",
@@ -37,6 +38,8 @@ HAS_Z_IMAGE = hasattr(diffusers, "ZImagePipeline")
 
 #: SanaPipeline takes multiples of 32.
 SANA_RESOLUTION = 32
+#: Lumina2Pipeline takes 8 pixels for a latent, whatever its autoencoder does.
+LUMINA2_RESOLUTION = 64
 
 
 def pixart(folder: Path) -> Path:
@@ -77,6 +80,12 @@ def z_image(folder: Path) -> Path:
     return folder
 
 
+def lumina2(folder: Path) -> Path:
+    """Lumina Image 2: flow whose time runs the other way; its pipeline takes 8 pixels a latent."""
+    tiny_pipeline("Lumina2Pipeline").save_pretrained(folder)
+    return folder
+
+
 def _call(resolution: int, **more: Any) -> dict[str, Any]:
     return {"num_inference_steps": 1, "height": resolution, "width": resolution, **more}
 
@@ -91,6 +100,7 @@ TEXT_FAMILIES_DIT: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]]
     "sana": (sana, "SanaPipeline", _call(SANA_RESOLUTION, **_UNGUIDED)),
     "sana-timestep-scale": (sana_timestep_scale, "SanaPipeline", _call(SANA_RESOLUTION, **_UNGUIDED)),
 }
+TEXT_FAMILIES_DIT["lumina2"] = (lumina2, "Lumina2Pipeline", _call(LUMINA2_RESOLUTION, guidance_scale=0.0))
 if HAS_QWEN_IMAGE:
     TEXT_FAMILIES_DIT["qwen-image"] = (qwen_image, "QwenImagePipeline", _call(RESOLUTION, true_cfg_scale=1.0))
 if HAS_Z_IMAGE:

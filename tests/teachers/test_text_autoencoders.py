@@ -40,7 +40,7 @@ def test_images_and_latents(name: str, folders: dict[str, Path]) -> None:
     denoiser = denoiser_of(pipeline)
     space = latent_space(folders[name], denoiser)
     vae: Any = pipeline.vae
-    factor = 4 if name == "sana" else 2
+    factor = {"sana": 4, "lumina2": 8}.get(name, 2)
     assert space.factor == factor == pipeline.vae_scale_factor * (2 if name == "flux2-klein" else 1)
     images = torch.rand(3, 3, 32, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
     mean, std = space.moments(images).chunk(2, dim=1)
@@ -65,7 +65,7 @@ def test_images_and_latents(name: str, folders: dict[str, Path]) -> None:
             mean = posterior.mode()
         else:
             torch.testing.assert_close(mean, vae.encode(images).latent_dist.mode())
-            seen = (mean - 0.06) * 1.5 if name == "z-image" else mean * 0.5
+            seen = (mean - 0.06) * 1.5 if name in ("z-image", "lumina2") else mean * 0.5
         again = vae.decode(mean.unsqueeze(2)).sample.squeeze(2) if name == "qwen-image" else vae.decode(mean).sample
     samples = space.scaling.to_samples(space.moments(images).chunk(2, dim=1)[0])
     assert denoiser.latent_scaling == space.scaling

@@ -40,6 +40,7 @@ MADE = {
     "flux": text_families.flux_dev,
     "pixart": text_families_dit.pixart,
     "sana": text_families_dit.sana,
+    "lumina2": text_families_dit.lumina2,
     **({"qwen-image": text_families_dit.qwen_image} if text_families_dit.HAS_QWEN_IMAGE else {}),
     **({"z-image": text_families_dit.z_image} if text_families_dit.HAS_Z_IMAGE else {}),
     **({"flux2": text_families_flux2.dev} if text_families_flux2.HAS_FLUX2 else {}),

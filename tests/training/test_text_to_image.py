@@ -25,7 +25,7 @@ from fdistill.formats.lora_file import LORA_FILE
 from fdistill.students.lora import has_adapters
 from fdistill.training import loop, sample_grids
 from support.text_families import RESOLUTION, TEXT_FAMILIES
-from support.text_families_dit import SANA_RESOLUTION, TEXT_FAMILIES_DIT
+from support.text_families_dit import TEXT_FAMILIES_DIT
 from support.text_runs import LORA, PROMPTS, SETTINGS
 
 FAMILIES = {**TEXT_FAMILIES, **TEXT_FAMILIES_DIT}
@@ -45,7 +45,8 @@ def features(name: str) -> list[str]:
 
 
 def resolution(name: str) -> int:
-    return SANA_RESOLUTION if name.startswith("sana") else RESOLUTION
+    size: int = FAMILIES[name][2].get("height", RESOLUTION)
+    return size
 
 
 @pytest.fixture(scope="module")

@@ -183,7 +183,9 @@ class FewStepGenerator(Student):
         for k, level in enumerate(rollout.levels):
             t = noise.new_full((len(noise),), level, dtype=wide(noise.dtype))
             eps = draws[k] if stochastic else eps
-            if x0 is None:  # there is only noise: the first argument is a placeholder, whose coefficient is 0
+            if k == 0 and rollout.x_t is not None:
+                x_t = rollout.x_t
+            elif x0 is None:  # there is only noise: the first argument is a placeholder, whose coefficient is 0
                 x_t, _ = renoise(eps, eps, torch.zeros_like(t), schedule.start(t))
             elif stochastic:
                 x_t, _ = renoise(x0, eps, schedule.alpha(t), schedule.sigma(t))

@@ -20,11 +20,14 @@ class Rollout:
         levels: that are passed, falling; not empty.
         x0: [B, C, H, W] data in [-1, 1] to noise to the first of these levels; None starts from noise alone, which is
             right only where the first level is the student's own first.
+        x_t: [B, C, H, W] the noisy input at the first of these levels, in place of noise or of noised data; the first
+            noise is then not read.
         trained: whether the "last" evaluation alone has a gradient, or "all" have one.
     """
 
     levels: tuple[float, ...]
     x0: Tensor | None = None
+    x_t: Tensor | None = None
     trained: Literal["last", "all"] = "last"
 
 

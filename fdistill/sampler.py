@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,16 +47,43 @@ def heun_sample(
         num_steps: number of grid points; costs 2 num_steps - 1 evaluations per sample.
         start_level: the level at which schedule.start(start_level) * noise is the noisy sample; t_max by default.
     """
-    schedule = denoiser.schedule
-    levels = sampling_levels(denoiser, num_steps, start_level=start_level).to(noise.device)
-    batch = len(noise)
+    levels = sampling_levels(denoiser, num_steps, start_level=start_level)
+    return _integrated(denoiser, noise, condition, levels)[0]
+
+
+@torch.no_grad()
+def heun_states(
+    denoiser: Denoiser, noise: Tensor, condition: Condition | None, num_steps: int, stops: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """(x0 [B, C, H, W], the noisy samples [B, K - 1, C, H, W] on the way to it at the stops after the first).
+
+    Arguments are those of `heun_sample`, whose grid the stops are added to; stops[0] is its start_level.
+
+    Args:
+        stops: K falling levels, above t_min.
+    """
+    grid = sampling_levels(denoiser, num_steps, start_level=stops[0])
+    passed = torch.tensor(stops[1:], dtype=grid.dtype)
+    levels = torch.cat([grid, passed]).unique().flip(0)
+    x0, states = _integrated(denoiser, noise, condition, levels)
+    places = torch.searchsorted(levels.flip(0), passed)
+    return x0, torch.stack([states[len(levels) - 1 - place] for place in places.tolist()], dim=1)
+
+
+def _integrated(
+    denoiser: Denoiser, noise: Tensor, condition: Condition | None, levels: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """x0, and the noisy samples at each of these falling levels."""
+    schedule, batch, states = denoiser.schedule, len(noise), []
+    levels = levels.to(noise.device)
     x = expand(schedule.start(levels[:1]), noise) * noise
-    for i in range(num_steps):
+    for i in range(len(levels)):
+        states.append(x)
         t = levels[i].expand(batch)
         alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
         x0, _ = denoiser.denoise_with_features(x, t, condition, ())
-        if i == num_steps - 1:
-            return x0
+        if i == len(levels) - 1:
+            return x0, states
         eps = (x - alpha * x0) / sigma
         t_next = levels[i + 1].expand(batch)
         alpha_next, sigma_next = expand(schedule.alpha(t_next), x), expand(schedule.sigma(t_next), x)

@@ -346,7 +346,6 @@ def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Pat
             "discriminator.r1_weight: got 1.0, but method=sid has no discriminator",
         ),
         ({"method": "regression", "condition_dropout": 0.1}, "condition_dropout: .*method=regression trains no fake"),
-        ({"method": "regression", "student_level": [2.5, 0.5]}, "got 2 steps, but method=regression learns from"),
         ({"method": "regression", "regression.weight": 0.0}, "regression.weight: method=regression needs it"),
         (
             {"method": "sid", "discriminator.r1": "approximate"},
@@ -370,11 +369,6 @@ def test_methods_that_read_no_images_need_none(tiny_teacher: Path, tmp_path: Pat
         ({"method": "sim", "generator.weighting": "vsd"}, "generator.weighting: got 'vsd', which method=sim does not"),
         ({"method": "diffratio", "generator.weighting": "normalised"}, "expected weighting=vsd or uniform"),
         ({"method": "diffratio", "generator.gan_weight": 1e-3}, "expected weighting=vsd or uniform, and gan_weight=0"),
-        (
-            {"method": "dmd", "student_level": [2.5, 0.5]},
-            "student_level: got 2 steps, but method=dmd learns from pairs",
-        ),
-        ({"method": "dmd", "student.steps": 4}, "student.steps: got 4 steps, but method=dmd learns from pairs"),
         ({"student_level": [9.0 - step for step in range(9)]}, "expected 1 to 8 falling levels"),
         ({"student.steps": 4, "student_level": [2.5, 0.5]}, "student.steps: got 4, but student_level lists 2 levels"),
         ({"student.steps": 4, "student.shift": 3.0}, "student.shift: got 3, but the teacher is no flow"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fdistill.noise import EDMSchedule, FlowSchedule, NoiseSchedule, noise_to_signal, vp_schedule_from_config
-from fdistill.sampler import evaluations, heun_sample, sampling_levels
+from fdistill.sampler import evaluations, heun_sample, heun_states, sampling_levels
 from support.denoisers import GaussianDenoiser
 
 SCHEDULES: dict[str, NoiseSchedule] = {
@@ -29,6 +29,33 @@ def test_samples_of_a_gaussian_are_that_gaussian(name: str) -> None:
     assert abs(samples.std().item() - 0.6) < 0.02
     correlation = torch.corrcoef(torch.stack([samples.flatten(), noise.flatten()]))[0, 1]
     assert correlation > 0.9999
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_states_on_the_way_are_those_of_the_ode(name: str) -> None:
+    """Of Gaussian data, x_t = alpha mean + sqrt(alpha^2 std^2 + sigma^2) noise where the start is pure noise; and with
+    the stops that the grid has anyway, nothing changes.
+    """
+    torch.manual_seed(0)
+    schedule = SCHEDULES[name]
+    denoiser = GaussianDenoiser(0.4, 0.6, schedule, size=2).double()
+    noise = torch.randn(200, 1, 1, 2, dtype=torch.float64)
+    stops = [
+        schedule.t_max,
+        *(schedule.t_min + share * (schedule.t_max - schedule.t_min) for share in (0.6, 0.1, 0.02)),
+    ]
+    x0, states = heun_states(denoiser, noise, None, 60, stops)
+    assert states.shape == (200, 3, 1, 1, 2)
+    for level, state in zip(stops[1:], states.unbind(1), strict=True):
+        t = torch.tensor(level, dtype=torch.float64)
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        wanted = alpha * 0.4 + (alpha**2 * 0.6**2 + sigma**2).sqrt() * noise
+        assert (state - wanted).abs().mean() < 0.02 * wanted.std()
+    torch.testing.assert_close(x0, heun_sample(denoiser, noise, None, 60), rtol=1e-2, atol=1e-2)
+    grid = sampling_levels(denoiser, 9)
+    own, on_grid = heun_states(denoiser, noise, None, 9, [schedule.t_max, *grid[[3, 6]].tolist()])
+    assert torch.equal(own, heun_sample(denoiser, noise, None, 9))
+    assert on_grid.shape[1] == 2
 
 
 def test_heun_is_second_order() -> None:

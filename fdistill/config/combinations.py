@@ -293,7 +293,7 @@ def check_student(
         )
     if regression.weight and not kind.pairs:
         raise ValueError(
-            f"regression.weight: teacher pairs are for students of one level; expected 0 with {student.generator}"
+            f"regression.weight: teacher pairs are of the whole network; expected 0 with generator={student.generator}"
         )
 
 
@@ -306,14 +306,7 @@ def _of_steps(student: StudentConfig) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def check_steps(
-    name: str,
-    level: float | Sequence[float] | None,
-    student: StudentConfig,
-    regression: RegressionConfig,
-    *,
-    data: bool,
-) -> None:
+def check_steps(level: float | Sequence[float] | None, student: StudentConfig, *, data: bool) -> None:
     """Checks how many steps the student takes, and the settings of students of several steps.
 
     Args:
@@ -343,12 +336,7 @@ def check_steps(
         )
     if student.shift is not None and student.steps is None:
         raise ValueError(f"student.shift: got {student.shift:g}, but student.steps is null, whose levels it shifts")
-    key, steps = ("student_level", len(levels)) if student.steps is None else ("student.steps", student.steps)
-    if steps > 1 and regression.weight:
-        raise ValueError(
-            f"{key}: got {steps} steps, but method={name} learns from pairs, which have one; expected one step, or "
-            "regression.weight=0 with a method that has no pairs"
-        )
+    steps = student.steps or len(levels)
     if steps == 1:
         for setting, value, unset in _of_steps(student):
             if value != unset:

@@ -215,7 +215,7 @@ class DistillConfig(Section):
             term_checks.check_few_step_term(name, term, getattr(self, term).weight, student, self.student_level)
         term_checks.check_reward(name, self.reward)
         term_checks.check_diversity(self.diversity.weight, self.segment.weight, student)
-        combinations.check_steps(name, self.student_level, student, self.regression, data=self.data is not None)
+        combinations.check_steps(self.student_level, student, data=self.data is not None)
         return self
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from fdistill.base.hashes import hashed_tensors, save_hashed
 from fdistill.base.rng import indexed_normal
 from fdistill.condition import Condition
 from fdistill.denoiser import Denoiser
-from fdistill.sampler import heun_sample
+from fdistill.sampler import heun_sample, heun_states
 
 TEACHER_SAMPLES = "teacher-samples"  #: data=teacher-samples
 
@@ -37,22 +37,27 @@ class SampleSet:
         count: how many, at least 1.
         num_steps: of Heun's method.
         start_level: where the sampler starts, with schedule.start(start_level) times standard normal noise.
+        stops: further levels, falling, at which the noisy samples are kept as well.
     """
 
     teacher: str
     count: int
     num_steps: int
     start_level: float
+    stops: tuple[float, ...] = ()
 
     @property
     def evaluations(self) -> int:
         """Of the teacher for each sample: two for each of Heun's steps but the last."""
-        return 2 * self.num_steps - 1
+        return 2 * (self.num_steps + len(self.stops)) - 1
 
     @property
     def key(self) -> dict[str, object]:
         """Of the cache."""
-        return {**asdict(self), "format": _FORMAT}
+        facts = asdict(self)
+        if not self.stops:
+            del facts["stops"]  # what was cached before there were any is still found
+        return {**facts, "format": _FORMAT}
 
     @property
     def is_cached(self) -> bool:
@@ -62,10 +67,13 @@ class SampleSet:
 
 @dataclass(frozen=True)
 class TeacherSamples:
-    """x0 float32 [N, C, H, W] on the CPU, and labels int64 [N], all classes in turn (zeros if there are none)."""
+    """x0 float32 [N, C, H, W] on the CPU, labels int64 [N], all classes in turn (zeros if there are none), and of a set
+    with K stops the noisy samples there, float32 [N, K, C, H, W].
+    """
 
     x0: Tensor
     labels: Tensor
+    states: Tensor | None = None
 
     def noise(self, rows: Tensor) -> Tensor:
         """[len(rows), C, H, W] float32: the noise that the sampler turned into these rows."""
@@ -79,8 +87,8 @@ def draw_samples(
     *,
     device: torch.device,
     progress: bool = True,
-) -> Tensor:
-    """x0 float32 [N, C, H, W] on the CPU, of samples number 0 to N - 1 = `wanted.count` - 1.
+) -> dict[str, Tensor]:
+    """ "x0", and with stops "states", as in `TeacherSamples`, of samples number 0 to N - 1 = `wanted.count` - 1.
 
     Args:
         teacher: on `device`.
@@ -88,19 +96,25 @@ def draw_samples(
         device: where to compute.
         progress: show a bar.
     """
-    parts = []
+    parts: list[tuple[Tensor, ...]] = []
     with tqdm(total=wanted.count, desc="teacher samples", unit="img", disable=not progress, mininterval=0.5) as bar:
         for first in range(0, wanted.count, _BATCH):
             rows = range(first, min(first + _BATCH, wanted.count))
             noise, asked = indexed_normal(_SEED, rows, teacher.sample_shape).to(device), conditions(rows)
             condition = None if asked is None else asked.to(device)
-            x0 = heun_sample(teacher, noise, condition, wanted.num_steps, start_level=wanted.start_level)
-            parts.append(x0.float().cpu())
+            found: tuple[Tensor, ...]
+            if wanted.stops:
+                found = heun_states(teacher, noise, condition, wanted.num_steps, (wanted.start_level, *wanted.stops))
+            else:
+                found = (heun_sample(teacher, noise, condition, wanted.num_steps, start_level=wanted.start_level),)
+            parts.append(tuple(each.float().cpu() for each in found))
             bar.update(len(rows))
-    return torch.cat(parts)
+    return {name: torch.cat(each) for name, each in zip(("x0", "states"), zip(*parts, strict=True), strict=False)}
 
 
-def teacher_samples(wanted: SampleSet, num_classes: int | None, draw: Callable[[], Tensor]) -> TeacherSamples:
+def teacher_samples(
+    wanted: SampleSet, num_classes: int | None, draw: Callable[[], dict[str, Tensor]]
+) -> TeacherSamples:
     """Reads samples from the cache, or puts into it what `draw` returns, as `draw_samples` does.
 
     Raises:
@@ -108,13 +122,16 @@ def teacher_samples(wanted: SampleSet, num_classes: int | None, draw: Callable[[
     """
 
     def fill(folder: Path) -> None:
-        save_hashed({"x0": draw()}, folder / _FILE)
+        save_hashed(draw(), folder / _FILE)
 
-    labels = torch.arange(wanted.count) % (num_classes or 1)
-    folder = made_once(TEACHER_SAMPLES, wanted.key, fill)
+    def read() -> TeacherSamples:
+        tensors = dict(hashed_tensors(made_once(TEACHER_SAMPLES, wanted.key, fill) / _FILE))
+        labels = torch.arange(wanted.count) % (num_classes or 1)
+        return TeacherSamples(tensors["x0"], labels, tensors["states"] if wanted.stops else None)
+
     try:
-        return TeacherSamples(dict(hashed_tensors(folder / _FILE))["x0"], labels)
+        return read()
     except (OSError, SafetensorError, KeyError, ValueError):
-        shutil.rmtree(folder, ignore_errors=True)  # cut short by a full disk, or damaged: drawn anew
-        folder = made_once(TEACHER_SAMPLES, wanted.key, fill)
-        return TeacherSamples(dict(hashed_tensors(folder / _FILE))["x0"], labels)
+        # Cut short by a full disk, or damaged: drawn anew.
+        shutil.rmtree(cached_folder(TEACHER_SAMPLES, wanted.key), ignore_errors=True)
+        return read()

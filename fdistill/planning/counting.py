@@ -121,7 +121,8 @@ def _arguments(run: Distillation, name: str, batch: int) -> dict[str, Any]:
         return {"real_x0": samples, "condition": condition, **drawn}
     given: dict[str, Any] = {"condition": condition if stage.critic_steps else None, "batch_size": batch}
     if stage.config.regression.weight:
-        given["pairs"] = Pairs(torch.zeros_like(samples), samples, condition)
+        level = run.student.levels[0] if len(run.student.levels) > 1 else None
+        given["pairs"] = Pairs(torch.zeros_like(samples), samples, condition, level)
     if stage.config.segment.weight:
         begin = run.student.levels[-1]
         given["segment"] = Segment(stage.config.segment.weight, begin, begin / 2, None)

@@ -52,7 +52,8 @@ def stored(config: DistillConfig, teacher: Teacher, checkpoint: int) -> list[Sto
     if config.data == TEACHER_SAMPLES:
         found.append(Stored("the teacher's samples", sample, config.teacher_samples.count))
     if any(stage.regression.weight for stage in config.stage_configs()):
-        found.append(Stored("the teacher's pairs", sample, config.regression.pairs))
+        steps = config.student.steps or len(config.student_levels or [0])
+        found.append(Stored("the teacher's pairs", steps * sample, config.regression.pairs))
     kept = config.log.keep_checkpoints + config.log.keep_best
     found.append(Stored("checkpoints that are kept (trained weights, optimisers, averages)", checkpoint, kept))
     return found

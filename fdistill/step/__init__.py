@@ -9,7 +9,8 @@ from fdistill.step.critic import critic_step
 from fdistill.step.diffratio import diffratio_step, ratio_critic_step
 from fdistill.step.diversity import Diversity
 from fdistill.step.implicit import sid_step, sim_step, uni_instruct_step
-from fdistill.step.matching import Pairs, generator_step
+from fdistill.step.matching import generator_step
+from fdistill.step.pairs import Pairs
 from fdistill.step.regression import regression_step
 from fdistill.step.roles import ROLES, LevelDraw, Networks, PerSample, StepResult, frozen
 from fdistill.step.segment import Segment

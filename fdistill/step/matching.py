@@ -29,16 +29,9 @@ from fdistill.rollout import Rollout
 from fdistill.step.augmentation import Augmentation, augmentation_loss
 from fdistill.step.diversity import Diversity, draw_supervised
 from fdistill.step.evaluated import Evaluated, evaluate
+from fdistill.step.pairs import Pairs, student_of_pairs
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence
 from fdistill.step.segment import Segment, segment_loss
-
-
-class Pairs(NamedTuple):
-    """Noise [B, C, H, W], the x0 that the teacher's deterministic sampler made from it, and the sampler's condition."""
-
-    noise: Tensor
-    x0: Tensor
-    condition: Condition | None
 
 
 def generator_step(
@@ -155,8 +148,8 @@ def generator_step(
     if image_loss is not None:
         total.add("image", image_weight, image_loss(x0), t)
     if pairs is not None:
-        regression = regression_loss(networks.generator(pairs.noise, pairs.condition), pairs.x0)
-        total.add("regression", regression_weight, regression, torch.full_like(regression, schedule.t_max))
+        regression = regression_loss(student_of_pairs(networks, pairs), pairs.x0)
+        total.add("regression", regression_weight, regression, torch.full_like(regression, pairs.entered(schedule)))
     return StepResult(total.loss, total.logs)
 
 

@@ -6,7 +6,8 @@ import torch
 
 from fdistill.condition import Condition
 from fdistill.losses import regression_loss
-from fdistill.step.matching import Pairs
+from fdistill.rollout import Rollout
+from fdistill.step.pairs import Pairs, student_of_pairs
 from fdistill.step.roles import Networks, PerSample, StepResult
 
 
@@ -17,20 +18,24 @@ def regression_step(
     *,
     batch_size: int,
     pairs: Pairs,
+    rollout: Rollout | None = None,
     regression_weight: float = 1.0,
 ) -> StepResult:
     """One update of the student towards what the teacher's ODE makes of the same noise.
 
     loss = regression_weight mean |student(z) - teacher's ODE(z)|^2
 
+    A step of a student of several gets the ODE's noisy sample at its level instead of z (CausVid, arXiv 2412.07772).
+
     The loss trains only the student, and evaluates nothing else.
 
     Args:
         networks: the roles.
-        condition, generator, batch_size: not read; the pairs have their own conditions, and nothing is drawn.
+        condition, generator, batch_size, rollout: not read; the pairs have their own conditions and level, and nothing
+            is drawn.
         pairs: noise, the teacher's samples and their conditions.
         regression_weight: weight of the loss.
     """
-    losses = regression_loss(networks.generator(pairs.noise, pairs.condition), pairs.x0)
-    t = torch.full_like(losses, networks.teacher.schedule.t_max)
+    losses = regression_loss(student_of_pairs(networks, pairs), pairs.x0)
+    t = torch.full_like(losses, pairs.entered(networks.teacher.schedule))
     return StepResult(regression_weight * losses.mean(), {"generator/regression": PerSample(losses.detach(), t)})

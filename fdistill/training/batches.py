@@ -157,7 +157,12 @@ class Batches:
             condition = text.rows(rows % len(text.index))
         uploaded = None if condition is None else upload_condition(condition, self._device)
         noise, x0 = upload(pairs.noise(rows), self._device), upload(pairs.x0[rows], self._device)
-        return {"pairs": Pairs(noise, x0, uploaded)}
+        levels = self._run.student.levels
+        if pairs.states is None:
+            return {"pairs": Pairs(noise, x0, uploaded)}
+        step = self._seed(rng.Stream.STUDENT_STEP, 0, 4) % len(levels)
+        x_t = upload(pairs.states[rows, step - 1], self._device) if step else None
+        return {"pairs": Pairs(noise, x0, uploaded, levels[step], x_t)}
 
     def _image_loss(self, rows: Tensor) -> dict[str, Any]:
         """The CLIP loss between the student's images and the prompts of these rows."""

@@ -310,13 +310,13 @@ def pairs_start(teacher: Denoiser, student: Student) -> float:
     Raises:
         ConfigError: the student's level means another noise to the teacher.
     """
-    level = torch.tensor(student.levels[0], dtype=torch.float64)
+    levels = torch.tensor(student.levels, dtype=torch.float64)
     own, others = student.denoiser.schedule, teacher.schedule
-    mine, theirs = (torch.stack([s.start(level), s.alpha(level), s.sigma(level)]) for s in (own, others))
-    if level > others.t_max or not torch.allclose(mine, theirs, rtol=1e-4):
+    mine, theirs = (torch.stack([s.start(levels), s.alpha(levels), s.sigma(levels)]) for s in (own, others))
+    if levels[0] > others.t_max or not torch.allclose(mine, theirs, rtol=1e-4):
         raise ConfigError(
             f"regression.weight: pairs start at the student's level {student.levels[0]:g}, which means another noise "
             "to the teacher; expected a student with the teacher's noise schedule, or a method without regression"
         )
-    start, sigma = theirs[0].item(), theirs[2].item()
+    start, sigma = theirs[0, 0].item(), theirs[2, 0].item()
     return student.levels[0] if abs(start - sigma) <= 0.05 * sigma else others.t_max

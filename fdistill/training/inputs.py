@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -98,7 +98,8 @@ def data_samples(run: Distillation) -> SampleSet | None:
 
 
 def pair_samples(run: Distillation) -> SampleSet | None:
-    """The teacher's samples that the student regresses on, each from its own noise; None if it does not.
+    """The teacher's samples that the student regresses on, each from its own noise, and for a student of several steps
+    what they were at its levels; None if it does not.
 
     Raises:
         ConfigError: the teacher's sampler cannot start where the student does.
@@ -106,7 +107,7 @@ def pair_samples(run: Distillation) -> SampleSet | None:
     if not any(stage.config.regression.weight for stage in run.stages):
         return None
     start = checks.pairs_start(run.networks.teacher, run.student)
-    return _sample_set(run, run.config.regression.pairs, start)
+    return replace(_sample_set(run, run.config.regression.pairs, start), stops=run.student.levels[1:])
 
 
 def training_data(run: Distillation) -> TrainingData:
@@ -128,8 +129,8 @@ def training_data(run: Distillation) -> TrainingData:
         progress = PartialState().is_main_process
         draw = partial(draw_samples, teacher, wanted, conditions, device=run.device, progress=progress)
         if run.sharded and not everywhere(wanted.is_cached):
-            x0 = draw()  # every process has a part of the teacher, so that none can sample alone
-            draw = partial(torch.clone, x0)
+            made = draw()  # every process has a part of the teacher, so that none can sample alone
+            draw = partial(dict, made)
         with first_process_of_machine_first():  # it draws them; the others find them in the cache
             return teacher_samples(wanted, teacher.num_classes, draw)
 

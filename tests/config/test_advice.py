@@ -192,18 +192,13 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
     ),
     (
         {"method": "regression", "student.generator": "tiue"},
-        "teacher pairs are for students of one level",
+        "teacher pairs are of the whole network",
         [{"student.generator": "denoiser"}],
     ),
     (
         {"student_level": [1.0, 2.0]},
         "expected 1 to 8 falling levels, as in [80.0, 2.5]",
         [{"student_level": levels} for levels in ([80.0, 2.5], [3.0], [4.0, 3.0, 2.0])],
-    ),
-    (
-        {"method": "dmd", "student_level": [80.0, 2.5]},
-        "expected one step, or regression.weight=0 with a method that has no pairs",
-        [{"student_level": [80.0]}, {"student_level": 80.0}, {"method": "f-distill"}, {"method": "sid"}],
     ),
     (
         {"student.any_step": True},

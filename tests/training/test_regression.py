@@ -16,7 +16,7 @@ from fdistill import distill
 from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
 from fdistill.methods import METHODS
-from fdistill.sampler import heun_sample
+from fdistill.sampler import heun_sample, heun_states
 from fdistill.step import Pairs, regression_step
 from fdistill.training.batches import Batches
 from fdistill.training.build import build
@@ -182,11 +182,44 @@ def test_pairs_are_samples_of_diffusers_own_ode(text_run: tuple[Distillation, Tr
     assert (x - fine).abs().mean() < 0.05 * fine.abs().mean()
 
 
+@pytest.mark.parametrize("sampler", ["stochastic", "deterministic"])
+def test_a_step_of_several_learns_the_end_of_the_ode_from_its_own_sample_there(
+    tiny_teacher: Path, sampler: str
+) -> None:
+    levels = [2.5, 0.9, 0.2]
+    made = built(tiny_teacher, method="regression", iterations=1, student_level=levels, **{"student.sampler": sampler})
+    data, teacher, seen = training_data(made), made.networks.teacher, set()
+    assert data.pairs is not None
+    for made.iteration in range(12):
+        given = Batches(made, data, iter(()))._pairs()["pairs"]
+        x0, states = heun_states(teacher, given.noise, given.condition, 3, levels)
+        torch.testing.assert_close(given.x0, x0, rtol=1e-3, atol=1e-4)
+        place = levels.index(given.level or 0.0)
+        seen.add(place)
+        x_t = levels[0] * given.noise if place == 0 else states[:, place - 1]
+        if place:
+            torch.testing.assert_close(given.x_t, x_t, rtol=1e-3, atol=1e-4)
+        expected = (made.student.denoiser(x_t, torch.full((8,), levels[place]), given.condition) - x0).square().mean()
+        found = made.student_update(None, torch.Generator(), batch_size=8, pairs=given)
+        torch.testing.assert_close(found.loss, expected, rtol=1e-3, atol=1e-5)
+        assert found.logs["generator/regression"].t.unique().tolist() == [pytest.approx(levels[place])]
+    assert seen == {0, 1, 2}
+
+
+def test_a_student_of_several_steps_is_warmed_up(tiny_teacher: Path, tmp_path: Path) -> None:
+    """All of its steps come nearer to the ODE, and the stage that follows goes on from there."""
+    few: dict[str, Any] = {**QUICK, "student_level": [2.5, 0.9], "log.checkpoint_every": 0}
+    warm = {"iterations": 80, "method": "regression", "generator.lr": 1e-2}
+    distill("digits", output=tmp_path / "run", teacher=str(tiny_teacher), stages=[warm, {"iterations": 1}], **few)
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    losses = [record["generator/regression"] for record in records[:80]]
+    assert sum(losses[-20:]) < 0.7 * sum(losses[:20])
+    assert "generator/matching" in records[80]
+
+
 def test_what_has_no_pairs_is_said(tiny_teacher: Path) -> None:
     warm = [{"iterations": 1, "method": "regression"}, {"iterations": 1}]
-    with pytest.raises(ConfigError, match="stage 1: student_level: got 2 steps, but method=regression learns"):
-        load_config("digits", {"stages": warm, "student_level": [2.5, 0.5]})
-    with pytest.raises(ConfigError, match=r"stage 1: regression\.weight: teacher pairs are for students of one level"):
+    with pytest.raises(ConfigError, match=r"stage 1: regression\.weight: teacher pairs are of the whole network"):
         load_config("digits", {"stages": warm, "student.generator": "tiue", "student_level": [2.5, 0.5]})
     with pytest.raises(ConfigError, match=r"stage 1: regression\.pairs: method=regression regresses"):
         load_config("digits", {"stages": warm, "regression.pairs": 0})

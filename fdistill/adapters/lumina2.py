@@ -25,6 +25,11 @@ from fdistill.condition import TextCondition
 
 _TOKENS = 256  # max_sequence_length of its pipeline
 _FACTOR = 8  # pixels of a latent, whatever the autoencoder's config says
+#: What its pipeline puts before each prompt, to its language model.
+INSTRUCTION = (
+    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
+    "on textual prompts or user prompts. <Prompt Start>"
+)
 
 
 class Lumina2Denoiser(TokenDenoiser):
@@ -219,7 +224,7 @@ def tiny_transformer(**changes: Any) -> Lumina2Transformer2DModel:
 def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor's arguments of an untrained tiny pipeline."""
     transformer = tiny_transformer(**changes)
-    tokenizer = tiny_language.gemma_tokenizer([_INSTRUCTION])
+    tokenizer = tiny_language.gemma_tokenizer([INSTRUCTION])
     return {
         "vae": tiny.wide_autoencoder(factor=_FACTOR),
         "text_encoder": tiny_language.gemma2_encoder(tokenizer, transformer.config.cap_feat_dim),
@@ -228,11 +233,6 @@ def tiny_arguments(changes: Mapping[str, Any]) -> dict[str, Any]:
         "scheduler": FlowMatchEulerDiscreteScheduler(shift=6.0),
     }
 
-
-_INSTRUCTION = (
-    "You are an assistant designed to generate superior images with the superior degree of image-text alignment based "
-    "on textual prompts or user prompts. <Prompt Start>"
-)
 
 FAMILY = Family(
     Lumina2Transformer2DModel,

@@ -299,6 +299,7 @@ def inspect(
     vae: Annotated[
         str | None, typer.Option(help="Folder or hub id of the autoencoder, if a latent checkpoint has none.")
     ] = None,
+    resolution: Resolution = None,
     device: Device = "auto",
 ) -> None:
     """Describe a checkpoint and what distill would do with it, check that its x0-predictions make sense, and with
@@ -311,7 +312,7 @@ def inspect(
         from fdistill.commands.inspect import describe
         from fdistill.commands.inspect import inspect as run
 
-    typer.echo(describe(*run(checkpoint, data=data, recipe=recipe, vae=vae, device=device)))
+    typer.echo(describe(*run(checkpoint, data=data, recipe=recipe, vae=vae, resolution=resolution, device=device)))
 
 
 @app.command()

@@ -17,7 +17,7 @@ from fdistill.adapters.checkpoint import Checkpoint
 from fdistill.adapters.parametrisation import read_scheduler_config, student_scheduler
 from fdistill.base import rng
 from fdistill.base.devices import autocast, start
-from fdistill.base.errors import CheckpointError, DataError
+from fdistill.base.errors import ArgumentError, CheckpointError, DataError
 from fdistill.base.images import to_unit
 from fdistill.commands.predictions import SEED, LevelCheck, at_once, check_predictions, describe_effect, rows
 from fdistill.commands.readings import PIXEL_RANGES, Subject, Verdict, judge, round_trip
@@ -65,6 +65,7 @@ def inspect(
     data: str | None = None,
     recipe: str = "center-box",
     vae: str | None = None,
+    resolution: int | None = None,
     num_images: int | None = None,
     device: str = "auto",
 ) -> Report:
@@ -76,19 +77,23 @@ def inspect(
             checkpoint's own samples, with which the check finds fewer mistakes, and other readings are not tried.
         recipe: how images are cropped and resized to the checkpoint's size.
         vae: the autoencoder, if a latent checkpoint has none.
+        resolution: side in pixels of a text-to-image teacher's images; its own by default.
         num_images: number of images to check on; by default 64, 16 or 4, by the size of the network.
         device: "auto", "cpu", "cuda" or "mps".
 
     Raises:
         CheckpointError, DataError: the checkpoint or the data cannot be read.
+        ArgumentError, ConfigError: the checkpoint makes no images of this resolution.
     """
     _, chosen = start(device)
     folder = find_student(checkpoint)
     if folder is not None:
+        if resolution is not None:
+            raise ArgumentError(f"resolution: {checkpoint} is a student, which has its own; leave it out")
         found, denoiser = Checkpoint(str(checkpoint), folder), load_student(folder).denoiser.to(chosen)
         latents = attach_latent_space(denoiser, found, vae)
     else:
-        teacher = open_teacher(TeacherSettings(str(checkpoint), vae=vae))
+        teacher = open_teacher(TeacherSettings(str(checkpoint), vae=vae, resolution=resolution))
         found, denoiser, latents = teacher.checkpoint, teacher.denoiser.to(chosen), teacher.latents
     size = sum(parameter.numel() for parameter in denoiser.parameters())
     amounts = _AMOUNTS_ON_CPU if chosen.type == "cpu" else _AMOUNTS

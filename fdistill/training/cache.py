@@ -139,11 +139,11 @@ def encode_data(source: Source, teacher: Teacher, folder: Path, encoding: Encodi
         raise ArgumentError(
             f"teacher {teacher.checkpoint.name!r}: makes pixels; pass the images to distill as they are"
         )
-    shaped = _buckets(source, teacher, encoding)
     index, write_text = None, None
     unreadable: list[str] = []
     account = account_of(source, captioned=teacher.denoiser.text_shapes is not None)
     say(f"data {source.name}", account.sentence())
+    shaped = _buckets(source, teacher, encoding)
     if teacher.denoiser.text_shapes is not None:
         prompts, index = distinct_captions(source, teacher)
         write_text = partial(write_prompts, prompts=prompts, teacher=teacher, encoding=encoding)

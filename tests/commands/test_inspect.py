@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from fdistill import distill
 from fdistill.assets import EMBEDDED_TEACHERS
-from fdistill.base.errors import CheckpointError, DataError
+from fdistill.base.errors import ArgumentError, CheckpointError, DataError
 from fdistill.commands.cli import app
 from fdistill.commands.inspect import describe, describe_features, inspect
 from fdistill.commands.predictions import LevelCheck, LinearDenoiser, check_predictions, relative_error
@@ -24,7 +24,11 @@ from fdistill.commands.readings import Subject, judge
 from fdistill.noise import EDMSchedule, FlowSchedule
 from support.denoisers import GaussianDenoiser
 from support.families import FAMILIES
+from support.text_families import RESOLUTION, TEXT_FAMILIES
+from support.text_families_dit import TEXT_FAMILIES_DIT
 from support.thorough import at_night
+
+TEXT = {**TEXT_FAMILIES, **TEXT_FAMILIES_DIT}
 
 
 def test_the_digits_teacher_makes_sense_on_digits_and_on_its_own_samples() -> None:
@@ -181,12 +185,24 @@ def test_every_family_is_recognised(name: str, tmp_path: Path) -> None:
         assert "latents of an autoencoder, 2 pixels each way" in result.output
 
 
+@pytest.mark.parametrize("name", at_night(TEXT, lambda name: name != "sdxl"))
+def test_every_text_family_is_recognised_at_the_size_that_is_asked_for(name: str, tmp_path: Path) -> None:
+    write, pipeline, call = TEXT[name]
+    size = call.get("height", RESOLUTION)
+    result = CliRunner().invoke(app, ["inspect", str(write(tmp_path / "teacher")), "--resolution", str(size)])
+    assert result.exit_code == 0, result.output
+    assert f"diffusers.{pipeline}\n" in result.output
+    assert "8, 8)" in result.output
+
+
 def test_students_and_runs_are_inspected_as_they_are(tiny_teacher: Path, tmp_path: Path) -> None:
     settings = {"teacher": str(tiny_teacher), "batch_size": 4, "iterations": 1, "null_class": 9, "data": None}
     distill("digits", output=tmp_path / "run", method="diff-instruct", **settings)
     for folder in (tmp_path / "run", tmp_path / "run" / "student"):
         facts, *_ = inspect(folder)
         assert facts["condition"] == "9 classes, `no class` is 9"
+    with pytest.raises(ArgumentError, match="is a student, which has its own; leave it out"):
+        inspect(tmp_path / "run", resolution=16)
 
 
 def test_data_of_other_classes_are_refused(tiny_teacher: Path, tmp_path: Path) -> None:

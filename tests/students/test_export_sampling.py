@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from fdistill.adapters import supported_pipelines
 from fdistill.adapters.parametrisation import DirectPrediction, student_scheduler
+from fdistill.commands.tiny_pipelines import tiny_pipeline
 from fdistill.formats.comfy.workflow import ComfySampling, workflow
 from fdistill.formats.lora_file import LORA_FILE
 from fdistill.noise import FlowSchedule, vp_schedule_from_config
@@ -167,6 +168,8 @@ def test_a_workflow_is_a_graph_that_comfyui_runs(pipeline: str, adapters: bool) 
     types = {node["class_type"] for node in made.values()}
     assert ("LoraLoaderModelOnly" in types) == adapters
     assert ("FluxGuidance" in types) == guided
+    if pipeline == "Lumina2Pipeline":
+        assert f"{tiny_pipeline(pipeline).system_prompt} <Prompt Start> a cat" in values
 
 
 def test_a_workflow_lies_beside_the_file(tmp_path: Path) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fdistill.adapters.lumina2 import INSTRUCTION
+
 Workflow = dict[str, dict[str, Any]]
 Output = tuple[str, int]
 
@@ -171,4 +173,6 @@ def _encoded(nodes: _Nodes, pipeline: str, encoders: Output, prompt: str, size: 
         return nodes.add("CLIPTextEncodeSDXL", clip=encoders, text_g=prompt, text_l=prompt, **sizes, **crop)
     if pipeline == "PixArtAlphaPipeline":
         return nodes.add("CLIPTextEncodePixArtAlpha", clip=encoders, text=prompt, width=size, height=size)
+    if pipeline == "Lumina2Pipeline":
+        prompt = f"{INSTRUCTION} {prompt}"
     return nodes.add("CLIPTextEncode", clip=encoders, text=prompt)

@@ -297,6 +297,16 @@ def check_student(
         )
 
 
+def check_shapes(buckets: int, data: str | None, prompts: str | None) -> None:
+    """Checks that a run whose batches have several shapes has prompts, and no data that have shapes of their own."""
+    if buckets and (data is not None or prompts is None):
+        given = f"data={data}" if data is not None else "prompts is null"
+        raise ValueError(
+            f"buckets: got {buckets}, but {given}, and shapes are chosen for runs from prompts alone; expected 0, or "
+            "data=null with prompts; images are sorted by fdistill cache with --buckets"
+        )
+
+
 def _of_steps(student: StudentConfig) -> list[tuple[str, Any, Any]]:
     """(setting, value, value that leaves it out), of the settings that only students of several steps read."""
     return [

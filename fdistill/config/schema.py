@@ -104,6 +104,11 @@ class DistillConfig(Section):
     prompts: str | None = Field(
         default=None, description="file with one prompt per line, for a text-to-image teacher without captioned images"
     )
+    buckets: CountOrZero = Field(
+        default=0,
+        description="without data: above 0, each batch has one of several shapes, whose sides are multiples of so many "
+        "pixels, with the area of a square of resolution; 0 makes squares",
+    )
     images: ImagesConfig = ImagesConfig()
     divergence: str | None = Field(
         default=None, description="name of a divergence, alpha(a), or module:function; null is the method's default"
@@ -215,6 +220,7 @@ class DistillConfig(Section):
             term_checks.check_few_step_term(name, term, getattr(self, term).weight, student, self.student_level)
         term_checks.check_reward(name, self.reward)
         term_checks.check_diversity(self.diversity.weight, self.segment.weight, student)
+        combinations.check_shapes(self.buckets, self.data, self.prompts)
         combinations.check_steps(self.student_level, student, data=self.data is not None)
         return self
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -84,6 +84,25 @@ def prompts_alone(embeddings: Embeddings, sample_shape: tuple[int, ...]) -> Fixe
     count = len(embeddings)
     x0 = torch.zeros(1, *sample_shape).expand(count, *sample_shape)
     return FixedSamples(x0, torch.zeros(count, dtype=torch.long), Captions(embeddings, torch.arange(count)))
+
+
+class PromptsInShapes:
+    """A row for each of N prompts in each of several shapes, for a run that reads no images; x0 are zeros.
+
+    Args:
+        shapes: height and width of images in pixels -> (C, h, w) of samples.
+    """
+
+    def __init__(self, embeddings: Embeddings, shapes: Mapping[tuple[int, int], tuple[int, int, int]]):
+        count = len(embeddings)
+        self.buckets = [LatentBucket(*pixels, count, shape) for pixels, shape in shapes.items()]
+        self.labels = torch.zeros(count * len(shapes), dtype=torch.long)
+        self.text = Captions(embeddings, torch.arange(count).repeat(len(shapes)))
+
+    def samples(self, rows: Tensor, draw: int) -> Tensor:
+        """float32 [len(rows), C, h, w]."""
+        bucket = self.buckets[int(rows[0]) // self.buckets[0].images]
+        return torch.zeros(1, *bucket.shape).expand(len(rows), *bucket.shape)
 
 
 class SampleLoader:

@@ -260,6 +260,8 @@ def check_buckets(config: DistillConfig, networks: Networks, buckets: Sequence[L
     if buckets is None:
         return
     several = f"data {config.data!r}: has latents of {len(buckets)} shapes, but"
+    if config.data is None:
+        several = f"buckets: got {config.buckets}, which makes samples of {len(buckets)} shapes, but"
     channels, *own = networks.teacher.sample_shape
     try:
         for bucket in buckets:
@@ -267,13 +269,13 @@ def check_buckets(config: DistillConfig, networks: Networks, buckets: Sequence[L
                 raise ArgumentError(f"latents of {bucket.shape[0]} channels; expected {channels}")
             networks.resize(*bucket.shape[1:])
     except ArgumentError as error:
-        raise ConfigError(f"data {config.data!r}: images of {bucket.width}x{bucket.height} pixels: {error}") from error
+        raise ConfigError(f"images of {bucket.width}x{bucket.height} pixels: {error}") from error
     finally:
         networks.resize(*own)
     if config.discriminator.head == "convolutional" and networks.discriminator is not None:
         raise ConfigError(
             f"{several} discriminator.head=convolutional is made for one; expected discriminator.head=pooled, or "
-            "latents made without --buckets"
+            "squares alone"
         )
     if config.reuse_samples:
         raise ConfigError(
@@ -282,11 +284,11 @@ def check_buckets(config: DistillConfig, networks: Networks, buckets: Sequence[L
         )
     if any(stage.regression.weight for stage in config.stage_configs()):
         raise ConfigError(
-            f"{several} the teacher's pairs have one; expected regression.weight=0 with another method, or latents "
-            "made without --buckets"
+            f"{several} the teacher's pairs have one; expected regression.weight=0 with another method, or "
+            "squares alone"
         )
     for bucket in buckets:
-        if bucket.images < config.batch_size:
+        if bucket.images < config.batch_size and config.data is not None:
             say(
                 f"data {config.data}",
                 f"only {bucket.images:,} of {bucket.width}x{bucket.height} pixels for a batch of {config.batch_size}, "

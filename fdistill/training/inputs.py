@@ -13,13 +13,22 @@ from accelerate import PartialState
 
 from fdistill.base import rng
 from fdistill.base.distributed import everywhere, first_process_of_machine_first
+from fdistill.base.errors import ArgumentError, ConfigError
 from fdistill.base.images import to_uint8
 from fdistill.condition import Condition
 from fdistill.config.schema import DistillConfig
 from fdistill.data import TEACHER_SAMPLES, Batching, ImageLoader, Source, open_source
-from fdistill.data.embeddings import Captions
+from fdistill.data.buckets import bucket_sizes
+from fdistill.data.embeddings import Captions, Embeddings
 from fdistill.data.latents import META_FILE, LatentSource, check_latents
-from fdistill.data.sample_loader import FixedSamples, SampleLoader, SampleSource, ScaledLatents, prompts_alone
+from fdistill.data.sample_loader import (
+    FixedSamples,
+    PromptsInShapes,
+    SampleLoader,
+    SampleSource,
+    ScaledLatents,
+    prompts_alone,
+)
 from fdistill.data.source import ArraySource
 from fdistill.data.teacher_samples import SampleSet, TeacherSamples, draw_samples, teacher_samples
 from fdistill.denoiser import Denoiser
@@ -65,7 +74,7 @@ def stored_data(run: Distillation) -> Data:
     """
     config, teacher, latents = run.config, run.networks.teacher, run.latents
     if config.data is None and run.text is not None:
-        return prompts_alone(run.text.embeddings, teacher.sample_shape)
+        return _prompts(run, run.text.embeddings)
     if config.data is None:
         # Nothing reads the images; the labels are the classes that the student is asked for, all equally often.
         classes = teacher.num_classes or 1
@@ -87,6 +96,28 @@ def stored_data(run: Distillation) -> Data:
     if isinstance(source, ArraySource) and config.images.recipe == "exact":
         shape = tuple(source.images.shape[1:])
     checks.check_data(config, teacher, source, shape)
+    return source
+
+
+def _prompts(run: Distillation, embeddings: Embeddings) -> SampleSource:
+    """The prompts of a run without data, in squares or in the shapes that its config asks for.
+
+    Raises:
+        ConfigError: the networks make no samples of these shapes.
+    """
+    (channels, *own), latents, multiple = run.networks.teacher.sample_shape, run.latents, run.config.buckets
+    if not multiple:
+        return prompts_alone(embeddings, (channels, *own))
+    factor = 1 if latents is None else latents.factor
+    if multiple % factor:
+        raise ConfigError(f"buckets: got {multiple}; expected a multiple of {factor}, the autoencoder's factor")
+    try:
+        sizes = bucket_sizes(run.image_size, multiple)
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from error
+    shapes = {(height, width): (channels, height // factor, width // factor) for height, width in sizes}
+    source = PromptsInShapes(embeddings, shapes)
+    checks.check_buckets(run.config, run.networks, source.buckets)
     return source
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from fdistill.base.errors import ArgumentError, ConfigError, DataError
 from fdistill.base.images import to_unit
 from fdistill.base.rng import indexed_normal
 from fdistill.commands.cli import app
+from fdistill.condition import TextCondition
+from fdistill.config.reading import load_config
 from fdistill.data.latents import LatentSource
 from fdistill.data.order import Batching
 from fdistill.data.recipes import RECIPES, pixels
-from fdistill.data.sample_loader import SampleLoader, ScaledLatents
+from fdistill.data.sample_loader import PromptsInShapes, SampleLoader, ScaledLatents
 from fdistill.denoiser import LatentScaling
 from fdistill.generation.generate import generate
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
@@ -193,7 +196,7 @@ def test_what_cannot_be_done_in_several_shapes_is_refused(
     photos: Path, teacher: Path, latents: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for wrong, message in (
-        ({"discriminator.head": "convolutional"}, "expected discriminator.head=pooled, or latents made without"),
+        ({"discriminator.head": "convolutional"}, "expected discriminator.head=pooled, or squares alone"),
         ({"reuse_samples": True, "critic_steps": 2}, "expected reuse_samples=false"),
         ({"method": "dmd", "discriminator.head": "convolutional"}, r"expected regression.weight=0 with another method"),
     ):
@@ -206,6 +209,52 @@ def test_what_cannot_be_done_in_several_shapes_is_refused(
         with pytest.raises(ArgumentError, match=message):
             cache(photos, teacher=teacher, output=tmp_path / "wrong", workers=1, buckets=buckets)
     assert not (tmp_path / "wrong").exists()
+
+
+def test_prompts_alone_are_drawn_in_every_shape(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each prompt in each shape, and each shape as often."""
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")
+    seen: Counter[tuple[int, int]] = Counter()
+    call = UNet2DConditionDenoiser._call
+
+    def recorded(self: UNet2DConditionDenoiser, network_input: Any, timestep: Any, condition: Any) -> Any:
+        height, width, *_ = condition["time_ids"][0].int().tolist()
+        assert network_input.shape[2:] == (height // 2, width // 2)
+        seen[height, width] += 1
+        return call(self, network_input, timestep, condition)
+
+    monkeypatch.setattr(UNet2DConditionDenoiser, "_call", recorded)
+    free: dict[str, Any] = {"data": None, "prompts": str(tmp_path / "prompts.txt"), "method": "diff-instruct"}
+    free |= {"discriminator.head": "convolutional", "condition_dropout": 0.0}
+    distill(
+        "digits", output=tmp_path / "run", **{**RUN, "teacher": str(teacher), **free, "buckets": 4, "iterations": 9}
+    )
+    assert seen.keys() == {WIDE, SQUARE, TALL}
+
+    class Encoded:
+        def __init__(self) -> None:
+            self.prompts = PROMPTS
+            self.null = TextCondition({"prompt_embeds": torch.zeros(4, 1, 1), "time_ids": torch.zeros(4, 6)})
+
+        def __len__(self) -> int:
+            return 4
+
+        def rows(self, index: torch.Tensor) -> TextCondition:
+            return self.null.rows(index)
+
+    source = PromptsInShapes(Encoded(), {WIDE: (4, 6, 10), SQUARE: (4, 8, 8)})
+    loader = SampleLoader(source, Batching(2, 0))
+    shown: Counter[tuple[Any, int]] = Counter()
+    for batch in itertools.islice(loader, 400):
+        shown.update((batch.pixels, int(row) % 4) for row in batch.rows)
+        assert batch.images.shape == (2, 4, *(side // 2 for side in batch.pixels or ()))
+    assert len(shown) == 8
+    assert min(shown.values()) > 80
+    for wrong, message in (({"data": "digits"}, "but data=digits, and shapes"), ({"prompts": None}, "prompts is null")):
+        with pytest.raises(ConfigError, match=message):
+            load_config("digits", {**free, "buckets": 4, **wrong})
+    with pytest.raises(ConfigError, match="a multiple of 2, the autoencoder's factor"):
+        distill("digits", output=tmp_path / "wrong", **{**RUN, "teacher": str(teacher), **free, "buckets": 3})
 
 
 def test_a_damaged_list_of_buckets_is_named(latents: Path, tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from fdistill.base.files import nothing_cached
 from fdistill.base.process import importing, set_up
 from fdistill.commands.cache import cache
 from fdistill.commands.ending import one_message, quiet_libraries
-from fdistill.commands.evaluation import compare, evaluate, reference
+from fdistill.commands.evaluation import compare, evaluate, protocols, reference
+from fdistill.commands.listings import START, configs, divergences, methods
 from fdistill.commands.options import (
     Device,
     Guidance,
@@ -36,8 +37,6 @@ from fdistill.commands.plan import plan
 app = typer.Typer(
     name="fdistill",
     help="Distil pretrained diffusion checkpoints into one-step generators.",
-    no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,13 +49,15 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(START, nl=False)
 
 
 @app.command()
@@ -201,6 +202,8 @@ app.command()(evaluate)
 app.command()(compare)
 app.command()(reference)
 app.command()(cache)
+for listing in (configs, methods, divergences, protocols):
+    app.command()(listing)
 
 
 @app.command()

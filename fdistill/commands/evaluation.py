@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fdistill.base.process import importing
+from fdistill.commands.listings import show
 from fdistill.commands.options import (
     AllowSkipped,
     BatchSize,
@@ -259,3 +260,19 @@ def reference(
     )
     if is_main_process():
         typer.echo(f"reference: {path}")
+
+
+def protocols() -> None:
+    """List the protocols of `fdistill evaluate`: samples, reference and scores of each.
+
+    \b
+    Example: fdistill protocols
+    """
+    from evaluation.protocols import PROTOCOLS
+
+    for name, protocol in PROTOCOLS.items():
+        count = "any number" if protocol.num_samples is None else f"{protocol.num_samples:,}"
+        facts = [("against", protocol.reference), ("scores", ", ".join(protocol.default))]
+        facts += [] if protocol.embedded or not protocol.reference_count else [("needs", "--reference, and weights")]
+        show(name, f"{count} samples", facts)
+    typer.echo("choose one with fdistill evaluate CHECKPOINT --protocol NAME")

@@ -42,11 +42,7 @@ def config_path(name_or_path: str | Path) -> Path:
     path = Path(name_or_path)
     if path.is_file():
         return path
-    # In an installed package configs/ lies inside it; in a checkout, beside it.
-    package = Path(__file__).parent.parent
-    packaged, checkout = package / "configs", package.parent / "configs"
-    folder = packaged if packaged.is_dir() else checkout
-    known = {found.stem: found for found in sorted(folder.glob("*.yaml"))}
+    known = {found.stem: found for found in embedded_configs()}
     name = str(name_or_path)
     if name in known:
         return known[name]
@@ -54,6 +50,15 @@ def config_path(name_or_path: str | Path) -> Path:
     if special:
         raise ConfigError(f"config {name!r}: {special}; expected a YAML file, or the name of a config such as digits")
     raise ConfigError(f"config {name!r}: no such file, and no config of that name; {did_you_mean(name, known)}")
+
+
+def embedded_configs() -> list[Path]:
+    """The configs that come with the package, sorted by name."""
+    # In an installed package configs/ lies inside it; in a checkout, beside it.
+    package = Path(__file__).parent.parent
+    packaged, checkout = package / "configs", package.parent / "configs"
+    found = (packaged if packaged.is_dir() else checkout).glob("*.yaml")
+    return sorted(found, key=lambda path: path.stem)
 
 
 def load_config(

@@ -27,6 +27,7 @@ from fdistill.teachers.text_encoders import open_prompt_encoder
 from support.families import FAMILIES
 from support.text_families import RESOLUTION, TEXT_FAMILIES, sd3, sd3_without_t5, sd15
 from support.text_families_dit import TEXT_FAMILIES_DIT
+from support.thorough import at_night
 
 TEXT = {**TEXT_FAMILIES, **TEXT_FAMILIES_DIT}
 WRITERS = {
@@ -86,10 +87,15 @@ def exported(name: str, base: Path) -> tuple[Path, Teacher]:
     return output, teacher
 
 
+#: Those that a day tries: each kind of pipeline and of card.
+BY_DAY = ("ddpm", "edm-ddpmpp", "dit", "sd15", "flux-dev", "sana", "sd3-without-t5", "sd3-few-steps", "sd15-tiue")
+
+
 @pytest.fixture(scope="module")
-def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def students(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> dict[str, Path]:
     base = tmp_path_factory.mktemp("cards")
-    return {name: exported(name, base)[0] for name in WRITERS}
+    by_day = request.config.getoption("markexpr") == "not thorough"
+    return {name: exported(name, base)[0] for name in (BY_DAY if by_day else WRITERS)}
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +122,7 @@ def drawn(students: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
     return {job["name"]: np.load(job["output"]) for job in jobs}
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", at_night(WRITERS, lambda name: name not in BY_DAY))
 def test_the_cards_call_draws_what_the_student_draws(
     name: str, students: dict[str, Path], drawn: dict[str, Any]
 ) -> None:

@@ -284,6 +284,7 @@ class Killed(BaseException):
     """What nothing in a run catches."""
 
 
+@pytest.mark.thorough
 def test_killed_and_resumed_is_the_uninterrupted_run(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

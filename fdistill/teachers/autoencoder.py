@@ -67,7 +67,7 @@ class LatentSpace:
     @torch.no_grad()
     def decode(self, samples: Tensor) -> Tensor:
         """Samples [B, C, h, w] -> images [B, 3, H, W], nominally in [-1, 1]; without gradient, a few at a time."""
-        parts = samples.split(_at_once(self.factor * samples.shape[-1]))
+        parts = samples.split(_at_once(self.factor**2 * samples[0, 0].numel()))
         with self._on(samples.device):
             return torch.cat([decode_samples(self.vae, self.scaling, part) for part in parts])
 
@@ -82,7 +82,7 @@ class LatentSpace:
         is 0 for an autoencoder without a posterior.
         """
         with self._on(images.device):
-            return torch.cat([self._encode(part) for part in images.split(_at_once(images.shape[-1]))])
+            return torch.cat([self._encode(part) for part in images.split(_at_once(images[0, 0].numel()))])
 
     def _encode(self, images: Tensor) -> Tensor:
         images = self.scaling.to_pixels(images)
@@ -146,9 +146,9 @@ def image_shape(denoiser: Denoiser, latents: LatentSpace | None) -> tuple[int, i
     return (denoiser.sample_shape[0] if latents is None else 3), size, size
 
 
-def _at_once(size: int) -> int:
-    """How many images with sides of `size` pixels the autoencoder sees at once."""
-    return max(1, _PIXELS // size**2)
+def _at_once(pixels: int) -> int:
+    """How many images of so many pixels the autoencoder sees at once."""
+    return max(1, _PIXELS // pixels)
 
 
 def _is_video(vae: ModelMixin) -> bool:

@@ -70,9 +70,20 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
             tensors = _comfy_lora(student, tensors)
     with atomic_file(output) as temporary:
         save_file(_written(tensors, dtype), temporary, metadata={"format": "pt"})
+    if format != "comfy" and "teacher_lora" in facts:
+        notes.append(_beside(facts, output))
     if format == "lora":
         return [*notes, *_in_diffusers(student, facts)]
     return [*notes, *_in_comfyui(student, facts, output, adapters=format == "comfy-lora")]
+
+
+def _beside(facts: Mapping[str, Any], output: Path) -> str:
+    """A sentence that says that adapters on a teacher with a LoRA in it need this LoRA as well."""
+    name, scale = facts["teacher_lora"], float(facts["teacher_lora_scale"])
+    return (
+        f"the adapters belong on the base model with {name} in it: load both, {name} with weight {scale:g} and "
+        f"{output.name} with weight 1"
+    )
 
 
 def _in_diffusers(student: Path, facts: Mapping[str, Any]) -> list[str]:
@@ -124,6 +135,7 @@ def _in_comfyui(student: Path, facts: Mapping[str, Any], output: Path, *, adapte
         sampling=sampling,
         size=int(facts.get("image_size", 8 * facts.get("size", 64))),  # earlier students have their latents' size
         prompt=next(iter(facts.get("prompts", ())), "a photograph"),
+        merged=(str(facts["teacher_lora"]), float(facts["teacher_lora_scale"])) if "teacher_lora" in facts else None,
     )
     if made is None:
         return [how]

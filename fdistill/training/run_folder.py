@@ -197,11 +197,19 @@ def _whole(run: Distillation, main: bool) -> Student:
 _NO_JUDGE = ": its score is in this student's loss, and is no independent measure of its images"
 
 
+def _merged_lora(config: DistillConfig) -> dict[str, Any]:
+    """The name and scale of the LoRA that is merged into the teacher, if there is one."""
+    if config.teacher_lora is None:
+        return {}
+    return {"teacher_lora": Path(config.teacher_lora).name, "teacher_lora_scale": config.teacher_lora_scale}
+
+
 def _card(run: Distillation, folder: Path) -> dict[str, Any]:
     """The values for the model card's tables, with the last record of training as "metrics"."""
     config, records = run.config, read_records(folder / "metrics.jsonl")
     return {
         "teacher": config.teacher,
+        **_merged_lora(config),
         "teacher_guidance": config.guidance_scale,
         **({} if config.guidance_teacher is None else {"guidance_teacher": config.guidance_teacher}),
         "started_from": run.origin.name,

@@ -118,6 +118,7 @@ INPUTS = {
     "DualCLIPLoader": {"clip_name1", "clip_name2", "type"},
     "TripleCLIPLoader": {"clip_name1", "clip_name2", "clip_name3"},
     "VAELoader": {"vae_name"},
+    "LoraLoader": {"model", "clip", "lora_name", "strength_model", "strength_clip"},
     "LoraLoaderModelOnly": {"model", "lora_name", "strength_model"},
     "CLIPTextEncode": {"clip", "text"},
     "CLIPTextEncodePixArtAlpha": {"clip", "text", "width", "height"},
@@ -137,17 +138,22 @@ INPUTS = {
     "SaveImage": {"images", "filename_prefix"},
 }
 #: Which of a node's outputs is what.
-OUTPUTS = {"CheckpointLoaderSimple": ("MODEL", "CLIP", "VAE")}
+OUTPUTS = {"CheckpointLoaderSimple": ("MODEL", "CLIP", "VAE"), "LoraLoader": ("MODEL", "CLIP")}
 #: What an input that is the output of another node has to be.
 KINDS = {"clip": "CLIP", "model": "MODEL", "vae": "VAE"}
 
 
+@pytest.mark.parametrize("merged", [None, ("my-style.safetensors", 0.8)], ids=["", "with a LoRA"])
 @pytest.mark.parametrize("adapters", [True, False])
 @pytest.mark.parametrize("pipeline", supported_pipelines())
-def test_a_workflow_is_a_graph_that_comfyui_runs(pipeline: str, adapters: bool) -> None:
+def test_a_workflow_is_a_graph_that_comfyui_runs(
+    pipeline: str, adapters: bool, merged: tuple[str, float] | None
+) -> None:
     guided = pipeline == "Flux2Pipeline" or (adapters and pipeline == "FluxPipeline")
     sampling = ComfySampling("lcm", [1.0, 0.9, 0.75, 0.5], 3.5 if guided else None)
-    made = workflow(pipeline, "four.safetensors", adapters=adapters, sampling=sampling, size=512, prompt="a cat")
+    made = workflow(
+        pipeline, "four.safetensors", adapters=adapters, sampling=sampling, size=512, prompt="a cat", merged=merged
+    )
     if made is None:
         assert pipeline in ("SanaPipeline",), "ComfyUI itself has no nodes for it"
         return
@@ -167,6 +173,12 @@ def test_a_workflow_is_a_graph_that_comfyui_runs(pipeline: str, adapters: bool) 
     assert "1, 0.9, 0.75, 0.5, 0" in values
     types = {node["class_type"] for node in made.values()}
     assert ("LoraLoaderModelOnly" in types) == adapters
+    # Without adapters, a whole checkpoint has the merged LoRA in it, and a network alone is without the encoders' part.
+    needed = merged is not None and (adapters or "UNETLoader" in types)
+    assert ("LoraLoader" in types) == needed
+    if needed:
+        (inputs,) = (node["inputs"] for node in made.values() if node["class_type"] == "LoraLoader")
+        assert (inputs["strength_model"], inputs["strength_clip"]) == (0.8 if adapters else 0.0, 0.8)
     assert ("FluxGuidance" in types) == guided
     if pipeline == "Lumina2Pipeline":
         assert f"{tiny_pipeline(pipeline).system_prompt} <Prompt Start> a cat" in values

@@ -109,7 +109,14 @@ class ComfySampling:
 
 
 def workflow(
-    pipeline: str, file: str, *, adapters: bool, sampling: ComfySampling, size: int, prompt: str
+    pipeline: str,
+    file: str,
+    *,
+    adapters: bool,
+    sampling: ComfySampling,
+    size: int,
+    prompt: str,
+    merged: tuple[str, float] | None = None,
 ) -> Workflow | None:
     """The workflow of an exported file; None for a pipeline that ComfyUI's own nodes do not load.
 
@@ -118,6 +125,8 @@ def workflow(
         file: the name of the exported file.
         adapters: whether the file is a LoRA for the base model, instead of weights.
         size: height and width of images in pixels.
+        merged: the file and the scale of a LoRA that was merged into the teacher. Adapters need it beside them; weights
+            of a network alone have it in them, but the text encoders do not.
     """
     nodes = _Nodes()
     if pipeline in _CHECKPOINTS:
@@ -130,6 +139,11 @@ def workflow(
         autoencoder, latent = nodes.add("VAELoader", vae_name=parts.autoencoder), parts.latent
     else:
         return None
+    if merged is not None and (adapters or pipeline in _PARTS):
+        name, scale = merged
+        strengths = {"strength_model": scale if adapters else 0.0, "strength_clip": scale}
+        model = nodes.add("LoraLoader", model=model, clip=encoders, lora_name=name, **strengths)
+        encoders = (model[0], 1)
     if adapters:
         model = nodes.add("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
     condition = _encoded(nodes, pipeline, encoders, prompt, size)

@@ -13,6 +13,7 @@ import math
 import shutil
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
@@ -106,7 +107,12 @@ def all_captions() -> list[list[str]]:
 
 
 def caption_words() -> Counter[str]:
-    return Counter(word for texts in all_captions() for text in texts for word in text.split())
+    return words_of(all_captions())
+
+
+def words_of(captions: Iterable[list[str]]) -> Counter[str]:
+    """How often each word stands in these captions."""
+    return Counter(word for texts in captions for text in texts for word in text.split())
 
 
 def learn_merges(words: Counter[str]) -> list[tuple[str, str]]:
@@ -276,11 +282,11 @@ def rewrite_weights(file: Path, prefix: str = "") -> None:
     file.chmod(0o644)
 
 
-def save(pipeline: Any, folder: Path) -> None:
-    """Writes the pipeline so that transformers 4 and 5 both read it."""
+def save(pipeline: Any, folder: Path, words: Counter[str]) -> None:
+    """Writes the pipeline so that transformers 4 and 5 both read it; its tokenizer knows these words."""
     pipeline.save_pretrained(folder)
     shutil.rmtree(folder / "tokenizer")
-    write_tokenizer(folder / "tokenizer", caption_words())
+    write_tokenizer(folder / "tokenizer", words)
     for part in ("unet", "vae"):
         rewrite_weights(folder / part / "diffusion_pytorch_model.safetensors")
     # transformers 5 leaves this prefix out; without it transformers 4 keeps the text encoder's random weights.
@@ -393,7 +399,7 @@ def main() -> None:
             feature_extractor=None,
             requires_safety_checker=False,
         )
-        save(trained, folder)
+        save(trained, folder, caption_words())
         pipeline = DiffusionPipeline.from_pretrained(folder)
         prompts = evaluation_prompts()
         samples = {scale: draw(pipeline, [p.text for p in prompts], scale) for scale in (1, 2)}

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from evaluation.extractors.clip import CLIP_MODELS, ClipModel, open_clip_model
-from evaluation.extractors.digits import open_captioned_digits, open_digits
+from evaluation.extractors.digits import open_captioned_digits, open_digit_pairs, open_digits
 from evaluation.extractors.dinov2 import open_dinov2
 from evaluation.extractors.extractor import Extractor, full_precision
 from evaluation.extractors.inception import open_inception, open_inception_clean
@@ -54,6 +54,7 @@ EXTRACTORS: dict[str, Callable[[torch.device, Weights], Extractor]] = {
     **{name: _image_side(name) for name in TEXT_IMAGE_MODELS},
     "digits": open_digits,
     "digits-captioned": open_captioned_digits,
+    "digit-pairs": open_digit_pairs,
 }
 
 

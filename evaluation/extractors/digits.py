@@ -10,6 +10,7 @@ from evaluation.extractors.extractor import Extractor, runner
 from evaluation.weights import Weights
 from fdistill.base.images import to_unit
 from fdistill.data.digit_captions import as_digits, digit_ink
+from fdistill.data.digit_pairs import halves
 
 _OUTPUTS = {"features": FEATURE_DIM, "logits": 10}
 
@@ -37,3 +38,17 @@ def open_captioned_digits(device: torch.device, weights: Weights) -> Extractor:
     preparation = "means of 2x2 pixels and three colours, rounded to 8x8 bytes; x / 127.5 - 1"
     run = runner(compute, device, (3, 16, 16))
     return Extractor("digits-captioned", {**_OUTPUTS, "ink": 1}, run, preparation, weights_sha256(), True)
+
+
+def open_digit_pairs(device: torch.device, weights: Weights) -> Extractor:
+    """The same of digit pairs [B, 3, 16, 16]: the features of both halves [B, 128], and the logits of each [B, 10]."""
+    network = load_digit_features().to(device)
+
+    def compute(images: Tensor) -> dict[str, Tensor]:
+        sides = [network(to_unit(half[:, None]).to(device)) for half in halves(images).unbind(1)]
+        features = torch.cat([found for found, _ in sides], dim=1)
+        return {"features": features, "left": sides[0][1], "right": sides[1][1]}
+
+    preparation = "the mean of three colours, cut into two digits of 8x8 bytes; x / 127.5 - 1"
+    outputs = {"features": 2 * FEATURE_DIM, "left": 10, "right": 10}
+    return Extractor("digit-pairs", outputs, runner(compute, device, (3, 16, 16)), preparation, weights_sha256(), True)

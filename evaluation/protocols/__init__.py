@@ -9,6 +9,7 @@ from evaluation.metrics.metric import Metric
 from evaluation.protocols.cifar10_fid50k import CIFAR10_FID50K
 from evaluation.protocols.coco10k_sdxl import COCO10K_SDXL
 from evaluation.protocols.coco30k_dmd2 import COCO30K_DMD2
+from evaluation.protocols.digit_pairs import DIGIT_PAIRS
 from evaluation.protocols.digits import DIGITS
 from evaluation.protocols.digits_t2i import DIGITS_T2I
 from evaluation.protocols.few_step_t2i import FEW_STEP_T2I
@@ -25,6 +26,7 @@ PROTOCOLS: dict[str, Protocol] = {
     for protocol in (
         DIGITS,
         DIGITS_T2I,
+        DIGIT_PAIRS,
         CIFAR10_FID50K,
         IMAGENET64_FID50K,
         IMAGENET64_EDM2,

@@ -66,7 +66,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
 Protocol = Annotated[
     str,
     typer.Option(
-        help="What is measured, on how many samples, prepared how, against what: digits, digits-t2i, cifar10-fid50k, "
+        help="What is measured, on how many samples, prepared how, against what: digits, digits-t2i, digit-pairs, "
+        "cifar10-fid50k, "
         "imagenet64-fid50k, imagenet64-edm2, imagenet256-adm, imagenet512-edm2, coco30k-dmd2, coco10k-sdxl, "
         "few-step-t2i or folder."
     ),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fdistill.base.errors import ConfigError, DataError, did_you_mean
 from fdistill.base.reading import not_here
-from fdistill.data import cifar10, digit_captions, digits, edm_zip, hugging_face, npz, webdataset
+from fdistill.data import cifar10, digit_captions, digit_pairs, digits, edm_zip, hugging_face, npz, webdataset
 from fdistill.data.loader import Batch, ImageLoader
 from fdistill.data.order import Batching, EpochOrder
 from fdistill.data.recipes import RECIPES
@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 #: Data sets that come with the package. Their names win over files that have the same name.
-EMBEDDED: list[Kind] = [digits.KIND, digit_captions.KIND]
+EMBEDDED: list[Kind] = [digits.KIND, digit_captions.KIND, digit_pairs.KIND]
 #: Everything else, in the order in which it is tried. A folder that two of them recognise is refused; a folder that
 #: none of them recognises is a folder of images.
 STORED: list[Kind] = [

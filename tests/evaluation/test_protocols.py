@@ -135,6 +135,15 @@ FACTS: dict[str, tuple[Any, ...]] = {
         },
         *(("clip-digits", ""), {}, False, "digit-captions"),
     ),
+    "digit-pairs": (
+        *(500, 16, 3, "exact", "exact", 5000, set()),
+        {
+            "pair_accuracy": ("digit-pairs.left", "digit-pairs.right"),
+            "exchanged": ("digit-pairs.left", "digit-pairs.right"),
+            "fd_pairs": "digit-pairs.features",
+        },
+        *(None, {}, False, "digit-pairs"),
+    ),
     "folder": (
         *(None, None, 3, "exact", "exact", None, set()),
         *({"fid": "inception.pool"}, ("clip-l14", ""), {}, False, None),
@@ -152,7 +161,7 @@ def test_protocols_are_those_of_the_papers(name: str) -> None:
     assert (protocol.recipe, protocol.reference_recipe) == (recipe, reference_recipe)
     assert (protocol.reference_count, set(protocol.reference_files), protocol.embedded) == (images, files, own)
     assert {key: protocol.names()[key].features for key in protocol.default} == {
-        key: (features,) for key, features in default.items()
+        key: features if isinstance(features, tuple) else (features,) for key, features in default.items()
     }
     others = {"folder": {("clip", "")}, "few-step-t2i": {("hps21", ""), ("pickscore", "")}}
     own_clip = others.get(name, set())

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel
+from diffusers import FluxTransformer2DModel
 from einops import rearrange
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,7 +22,6 @@ from torch import Tensor
 from fdistill import distill, generate, load_student
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError
 from fdistill.formats.lora_file import LORA_FILE
-from fdistill.students.export import export_student
 from fdistill.students.lora import has_adapters
 from fdistill.training import loop, sample_grids
 from support.text_families import RESOLUTION, TEXT_FAMILIES
@@ -197,44 +196,6 @@ def test_the_lora_file_beside_the_student_turns_the_teacher_into_it(
     assert changed == sum(
         key.endswith(("to_q.weight", "to_k.weight", "to_v.weight", "to_out.0.weight")) for key in before
     )
-
-
-def test_a_fast_lora_of_a_teacher_with_a_lora_is_loaded_beside_it(
-    teachers: dict[str, Path], prompts: Path, tmp_path: Path
-) -> None:
-    """The base, the user's own LoRA at its scale and the student's adapters are the student, in plain diffusers."""
-    layer, own = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", tmp_path / "my-style.safetensors"
-    draws = torch.Generator().manual_seed(0)
-    save_file(
-        {
-            f"unet.{layer}.lora_A.weight": torch.randn(2, 8, generator=draws),
-            f"unet.{layer}.lora_B.weight": torch.randn(8, 2, generator=draws),
-        },
-        own,
-    )
-    run: dict[str, Any] = {**SETTINGS, **LORA, "iterations": 2, "teacher_lora": str(own), "teacher_lora_scale": 0.5}
-    student = distill("digits", output=tmp_path / "run", teacher=str(teachers["sd15"]), prompts=str(prompts), **run)
-    note, *_ = export_student(student, "lora", tmp_path / "fast.safetensors")
-    assert "load both, my-style.safetensors with weight 0.5 and fast.safetensors with weight 1" in note
-    assert "| teacher_lora | my-style.safetensors |" in (student / "README.md").read_text()
-    pipeline: Any = DiffusionPipeline.from_pretrained(teachers["sd15"])
-    pipeline.load_lora_weights(tmp_path, weight_name=own.name, adapter_name="style")
-    pipeline.load_lora_weights(tmp_path, weight_name="fast.safetensors", adapter_name="fast")
-    pipeline.set_adapters(["style", "fast"], [0.5, 1.0])
-    given = (torch.randn(2, 4, 8, 8, generator=draws), 500, pipeline.encode_prompt(["a cat"] * 2, "cpu", 1, False)[0])
-    with torch.no_grad():
-        found = pipeline.unet(*given).sample
-        expected = DiffusionPipeline.from_pretrained(student).unet(*given).sample
-        pipeline.set_adapters(["fast"], [1.0])
-        alone = pipeline.unet(*given).sample
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert (alone - expected).abs().max() > 1e-2
-    export_student(student, "comfy-lora", tmp_path / "four.safetensors")
-    nodes = json.loads((tmp_path / "four.json").read_text())
-    loaders = {node["class_type"]: node["inputs"] for node in nodes.values() if "Lora" in node["class_type"]}
-    strengths = {"strength_model": 0.5, "strength_clip": 0.5}
-    assert loaders["LoraLoader"].items() >= {"lora_name": "my-style.safetensors", **strengths}.items()
-    assert nodes[loaders["LoraLoaderModelOnly"]["model"][0]]["class_type"] == "LoraLoader"
 
 
 def test_adapters_learn_apart(

@@ -350,7 +350,11 @@ def test_schedulers_and_sizes_that_do_not_fit_are_refused() -> None:
     for adapter, network in ((sd3, sd3_transformer()), (flux, flux_transformer())):
         with pytest.raises(CheckpointError, match="with DDPMScheduler: expected a flow-matching scheduler"):
             adapter.wrap(network, scheduler_config(DDPMScheduler()))
-    for name, size, message in (("sd3", 7, "multiple of 2 up to 16"), ("sd3", 18, "up to 16"), ("flux-dev", 7, "of 2")):
+    for name, size, message in (
+        ("sd3", 7, "multiples of 2 up to 16"),
+        ("sd3", 18, "up to 16"),
+        ("flux-dev", 7, "of 2"),
+    ):
         with pytest.raises(ArgumentError, match=message):
             mmdit(name).resize(size, size)
     with pytest.raises(ArgumentError, match="guidance_embeds"):

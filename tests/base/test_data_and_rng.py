@@ -86,5 +86,7 @@ def test_the_numbers_of_streams_stay() -> None:
         "LATENT": 6,
         "NO_CONDITION": 7,
         "EVALUATED_LABELS": 11,
+        "GROUP": 12,
+        "GROUP_ORDER": 13,
     }
     assert rng.derived_seed(3, rng.Stream.STEP, 5) == 8457714677105321250

@@ -360,9 +360,8 @@ def test_closing_ends_the_workers_at_once(source: Source) -> None:
 def test_settings_that_no_loader_has(source: Source) -> None:
     with pytest.raises(DataError, match="did you mean 'center-box'"):
         ImageLoader(source, (3, 8, 8), Batching(8, seed=0), recipe="centre-box")
-    for shape in ((4, 8, 8), (3, 8, 16)):
-        with pytest.raises(DataError, match="grey or RGB"):
-            ImageLoader(source, shape, Batching(8, seed=0))
+    with pytest.raises(DataError, match="grey or RGB"):
+        ImageLoader(source, (4, 8, 8), Batching(8, seed=0))
 
 
 META = {

@@ -466,5 +466,5 @@ def test_published_clip_models_are_open_clips() -> None:
 
 
 def test_every_extractor_has_a_way_in() -> None:
-    names = {"inception", "inception-clean", "dinov2", "digits", "digits-captioned"}
+    names = {"inception", "inception-clean", "dinov2", "digits", "digits-captioned", "digit-pairs"}
     assert names | set(clip_module.CLIP_MODELS) | {"hps21", "pickscore"} == EXTRACTORS.keys()

@@ -163,8 +163,8 @@ def test_every_kind_of_student_has_its_facts_and_its_functions() -> None:
 def test_what_a_denoiser_may_leave_out_is_refused_in_a_sentence() -> None:
     denoiser = GaussianDenoiser(0.0, 0.5, size=4)
     assert denoiser.network is None
-    denoiser.resize(4, 4)
-    with pytest.raises(ArgumentError, match="a GaussianDenoiser has one size; expected 4"):
+    denoiser.resize(1, 4)
+    with pytest.raises(ArgumentError, match="a GaussianDenoiser has one size; expected 1 x 4"):
         denoiser.resize(8, 8)
     with pytest.raises(ArgumentError, match="a GaussianDenoiser takes no other network"):
         denoiser.with_network(torch.nn.Identity())

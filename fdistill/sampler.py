@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def heun_sample(
         start_level: the level at which schedule.start(start_level) * noise is the noisy sample; t_max by default.
     """
     levels = sampling_levels(denoiser, num_steps, start_level=start_level)
-    return _integrated(denoiser, noise, condition, levels)[0]
+    return _integrated(denoiser, noise, condition, levels, ())[0]
 
 
 @torch.no_grad()
@@ -65,20 +65,22 @@ def heun_states(
     grid = sampling_levels(denoiser, num_steps, start_level=stops[0])
     passed = torch.tensor(stops[1:], dtype=grid.dtype)
     levels = torch.cat([grid, passed]).unique().flip(0)
-    x0, states = _integrated(denoiser, noise, condition, levels)
-    places = torch.searchsorted(levels.flip(0), passed)
-    return x0, torch.stack([states[len(levels) - 1 - place] for place in places.tolist()], dim=1)
+    places = len(levels) - 1 - torch.searchsorted(levels.flip(0), passed)
+    x0, states = _integrated(denoiser, noise, condition, levels, places.tolist())
+    return x0, torch.stack(states, dim=1)
 
 
 def _integrated(
-    denoiser: Denoiser, noise: Tensor, condition: Condition | None, levels: Tensor
+    denoiser: Denoiser, noise: Tensor, condition: Condition | None, levels: Tensor, kept: Collection[int]
 ) -> tuple[Tensor, list[Tensor]]:
-    """x0, and the noisy samples at each of these falling levels."""
-    schedule, batch, states = denoiser.schedule, len(noise), []
+    """x0 after these falling levels, and the noisy samples at those places among them that are kept."""
+    schedule, batch = denoiser.schedule, len(noise)
+    states: list[Tensor] = []
     levels = levels.to(noise.device)
     x = expand(schedule.start(levels[:1]), noise) * noise
     for i in range(len(levels)):
-        states.append(x)
+        if i in kept:
+            states.append(x)
         t = levels[i].expand(batch)
         alpha, sigma = expand(schedule.alpha(t), x), expand(schedule.sigma(t), x)
         x0, _ = denoiser.denoise_with_features(x, t, condition, ())

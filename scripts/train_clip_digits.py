@@ -24,9 +24,9 @@ from diffusers import DiffusionPipeline
 from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import save_file
+from small_stable_diffusion import draw, learning_rate, update
 from torch import Tensor, nn
 from tqdm import trange
-from train_digits_t2i import draw, learning_rate, update
 
 from fdistill.assets import CLIP_DIGITS, EMBEDDED_TEACHERS
 from fdistill.base.files import atomic_file, replaced_folder

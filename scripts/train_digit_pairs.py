@@ -3,8 +3,8 @@
     python scripts/train_digit_pairs.py [OUTPUT_DIR] [--iterations N]
 
 Two digits in an image, and captions that say which is left of which (`fdistill/data/digit_pairs.py`); the networks are
-those of train_digits_t2i.py. Ends by drawing 500 prompts with the folder it has written and prints how many of the
-images have both digits in their places, and how many have them exchanged.
+those of small_stable_diffusion.py. Ends by drawing 500 prompts with the folder it has written and prints how many of
+the images have both digits in their places, and how many have them exchanged.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import small_stable_diffusion as small
 import torch
-import train_digits_t2i as of_digits
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -87,16 +87,16 @@ def card(result: dict[str, Any]) -> str:
         plain=result["guidance_1"],
         guided=result["guidance_2"],
         parameters=sum(result["parameters"].values()) / 1e6,
-        seed=of_digits.SEED,
-        vae_iterations=of_digits.VAE_ITERATIONS,
+        seed=small.SEED,
+        vae_iterations=small.VAE_ITERATIONS,
         iterations=result["iterations"],
-        batch=of_digits.BATCH,
+        batch=small.BATCH,
         minutes=result["training_cpu_minutes"],
         today=date.today(),
-        decay=of_digits.EMA_DECAY,
+        decay=small.EMA_DECAY,
         samples=result["samples"],
         per_pair=result["samples"] // 100,
-        steps=of_digits.DDIM_STEPS,
+        steps=small.DDIM_STEPS,
     )
 
 
@@ -106,55 +106,43 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=4000)
     arguments = parser.parse_args()
 
-    torch.manual_seed(of_digits.SEED)
+    torch.manual_seed(small.SEED)
     start = time.process_time()
     images, pairs, _ = load_digit_pairs()
-    vae = of_digits.train_vae(to_unit(images))
+    vae = small.train_vae(to_unit(images))
     with torch.no_grad():
         posterior = vae.encode(to_unit(images)).latent_dist
     captions = [[p.text for p in true_pair_prompts(*pair)] for pair in product(range(10), repeat=2)]
-    words = of_digits.words_of(captions)
+    words = small.words_of(captions)
     with replaced_folder(arguments.output) as folder:
-        of_digits.write_tokenizer(folder / "tokenizer", words)
+        small.write_tokenizer(folder / "tokenizer", words)
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        text_encoder, unet, scheduler = of_digits.build(tokenizer)
+        text_encoder, unet, scheduler = small.build(tokenizer)
         models = nn.ModuleDict({"text_encoder": text_encoder, "unet": unet})
-        ids = torch.stack([of_digits.token_ids(tokenizer, texts) for texts in captions])
-        data = of_digits.Captioned(
+        ids = torch.stack([small.token_ids(tokenizer, texts) for texts in captions])
+        data = small.Captioned(
             mean=posterior.mean * vae.config.scaling_factor,
             std=posterior.std * vae.config.scaling_factor,
             captions=ids[10 * pairs[:, 0] + pairs[:, 1]],
-            empty=of_digits.token_ids(tokenizer, [""]),
+            empty=small.token_ids(tokenizer, [""]),
         )
-        ema = of_digits.train(models, scheduler, data, arguments.iterations)
+        ema = small.train(models, scheduler, data, arguments.iterations)
         minutes = (time.process_time() - start) / 60
-        models.load_state_dict(ema.shadows[of_digits.EMA_DECAY])
-        trained: Any = StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=text_encoder.eval(),
-            tokenizer=tokenizer,
-            unet=unet.eval(),
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        of_digits.save(trained, folder, words)
+        models.load_state_dict(ema.shadows[small.EMA_DECAY])
+        trained = small.assembled(vae, text_encoder, tokenizer, unet, scheduler)
+        small.save(trained, folder, words)
         pipeline = DiffusionPipeline.from_pretrained(folder)
         prompts = pair_evaluation_prompts()
-        samples = {scale: of_digits.draw(pipeline, [p.text for p in prompts], scale) for scale in (1, 2)}
+        samples = {scale: small.draw(pipeline, [p.text for p in prompts], scale) for scale in (1, 2)}
         result = {
             **{f"guidance_{scale}": measure(drawn, prompts, images) for scale, drawn in samples.items()},
             "samples": len(prompts),
-            "ddim_steps": of_digits.DDIM_STEPS,
+            "ddim_steps": small.DDIM_STEPS,
             "iterations": arguments.iterations,
-            "batch_size": of_digits.BATCH,
+            "batch_size": small.BATCH,
             "training_cpu_minutes": round(minutes, 1),
             "tokens": len(tokenizer),
-            "parameters": {
-                name: sum(p.numel() for p in getattr(trained, name).parameters())
-                for name in ("unet", "text_encoder", "vae")
-            },
+            "parameters": small.parameters(trained),
         }
         (folder / "training.json").write_text(json.dumps(result, indent=2) + "\n")
         (folder / "README.md").write_text(card(result))

@@ -66,6 +66,7 @@ NOT_THERE: dict[str, str] = {
     "Nothing was trained. Memory is counted.": "says which options stand for the rates that a plan assumes",
     "parallel: hybrid needs whole machines of ": "met in tests/planning/test_plan.py; any number that divides the GPUs",
     " reuse_samples would show the critic samples": "without it runs work in tests/training/test_bucket_runs.py",
+    ", but without buckets nothing reads it": "with buckets it works in tests/training/test_bucket_runs.py",
     "; leave ": "followed: the option stands in a variable part of the message",
 }
 _NAMES = re.compile(

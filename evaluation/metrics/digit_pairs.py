@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evaluation.metrics.metric import Measured, Metric
+from evaluation.metrics.own_prompts import prompts_of
 from evaluation.metrics.score import Score
 from evaluation.metrics.spreads import binomial_score
-from fdistill.base.errors import ArgumentError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,20 +57,8 @@ def _share(true: Tensor) -> Score:
     return binomial_score(true.double().mean().item(), len(true))
 
 
-def _prompts(measured: Measured) -> Sequence[PairPrompt]:
-    """The protocol's prompt of each image.
-
-    Raises:
-        ArgumentError: the images were generated from other prompts.
-    """
+def _prompts(measured: Measured) -> list[PairPrompt]:
+    """The protocol's prompt of each image; ArgumentError if the images were generated from others."""
     from fdistill.data.digit_pairs import pair_evaluation_prompts
 
-    images, listed = measured.images, pair_evaluation_prompts()
-    expected = [listed[i % len(listed)] for i in range(len(images))]
-    if images.prompts is None or list(images.prompts) != [prompt.text for prompt in expected]:
-        raise ArgumentError(
-            f"{images.name}: its images were not generated from the prompts of protocol 'digit-pairs' in their order; "
-            "evaluate the student or teacher itself (fdistill evaluate CHECKPOINT --protocol digit-pairs), which makes "
-            "them from these prompts"
-        )
-    return expected
+    return prompts_of(measured, "digit-pairs", pair_evaluation_prompts())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from evaluation.metrics.accuracy import accuracy
 from evaluation.metrics.metric import Measured, Metric
+from evaluation.metrics.own_prompts import prompts_of
 from evaluation.metrics.score import Score
-from fdistill.base.errors import ArgumentError
 
 if TYPE_CHECKING:
     from fdistill.data.digit_captions import DigitPrompt
@@ -59,20 +58,8 @@ def ink_metric(ink: str) -> Metric:
     )
 
 
-def _prompts(measured: Measured) -> Sequence[DigitPrompt]:
-    """The protocol's prompt of each image.
-
-    Raises:
-        ArgumentError: the images were generated from other prompts.
-    """
+def _prompts(measured: Measured) -> list[DigitPrompt]:
+    """The protocol's prompt of each image; ArgumentError if the images were generated from others."""
     from fdistill.data.digit_captions import evaluation_prompts
 
-    images, listed = measured.images, evaluation_prompts()
-    expected = [listed[i % len(listed)] for i in range(len(images))]
-    if images.prompts is None or list(images.prompts) != [prompt.text for prompt in expected]:
-        raise ArgumentError(
-            f"{images.name}: its images were not generated from the prompts of protocol 'digits-t2i' in their order; "
-            "evaluate the student or teacher itself (fdistill evaluate CHECKPOINT --protocol digits-t2i), which makes "
-            "them from these prompts"
-        )
-    return expected
+    return prompts_of(measured, "digits-t2i", evaluation_prompts())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -17,7 +16,7 @@ import fdistill.adapters.tiny_language as tiny_language
 import fdistill.adapters.tiny_parts as tiny
 from fdistill.adapters.blocks import run_block
 from fdistill.adapters.family import Family, TextToImage
-from fdistill.adapters.original_names import SELF_ATTENTION, Layout, Place, Table, fused, look_up, make_layout
+from fdistill.adapters.original_names import SELF_ATTENTION, Table, fused, lists_layout
 from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.base.errors import CheckpointError
@@ -188,20 +187,6 @@ _BLOCK_NAMES: Table = {
     **{name: name for name in ("ffn_norm1", "ffn_norm2")},
     **{f"feed_forward.linear_{i}": f"feed_forward.w{i}" for i in (1, 2, 3)},
 }
-_BLOCK = re.compile(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.+)")
-
-
-def original_layout(names: Collection[str], config: Mapping[str, Any]) -> Layout:
-    """The `Family.original_layout`."""
-
-    def place(name: str) -> Place | None:
-        match = _BLOCK.fullmatch(name)
-        if match is None:
-            return look_up(name, _NAMES)
-        found = look_up(match[2], _BLOCK_NAMES)
-        return (f"{match[1]}.{found[0]}", found[1]) if found else None
-
-    return make_layout(names, place)
 
 
 def tiny_transformer(**changes: Any) -> Lumina2Transformer2DModel:
@@ -246,5 +231,5 @@ FAMILY = Family(
         tokens_before=tokens_before,
         tiny={"Lumina2Pipeline": tiny_arguments},
     ),
-    original_layout=original_layout,
+    original_layout=lists_layout(("layers", "noise_refiner", "context_refiner"), _NAMES, _BLOCK_NAMES),
 )

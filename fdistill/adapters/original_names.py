@@ -95,6 +95,28 @@ def fused(target: str, attention: str, modules: Iterable[str], *more: str) -> di
     return {name: (target, i) for i, name in enumerate(names)}
 
 
+def lists_layout(
+    lists: Iterable[str], top: Table, block: Table
+) -> Callable[[Collection[str], Mapping[str, Any]], Layout]:
+    """The `Family.original_layout` of a network whose lists of blocks have the publisher's own names.
+
+    Args:
+        lists: names of the lists, such as "layers".
+        top: table of the tensors outside the blocks.
+        block: table of a block's tensors, for all lists.
+    """
+    in_block = re.compile(rf"((?:{'|'.join(lists)})\.\d+)\.(.+)")
+
+    def place(name: str) -> Place | None:
+        match = in_block.fullmatch(name)
+        if match is None:
+            return look_up(name, top)
+        found = look_up(match[2], block)
+        return (f"{match[1]}.{found[0]}", found[1]) if found else None
+
+    return lambda names, config: make_layout(names, place)
+
+
 _BLOCK = re.compile(r"((?:single_)?transformer_blocks)\.(\d+)\.(.+)")
 
 

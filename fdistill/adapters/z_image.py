@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 import fdistill.adapters.tiny_parts as tiny
 from fdistill.adapters.blocks import run_block
 from fdistill.adapters.family import Family, TextToImage, chat_tokens
-from fdistill.adapters.original_names import SELF_ATTENTION, Layout, Place, Table, fused, look_up, make_layout
+from fdistill.adapters.original_names import SELF_ATTENTION, Table, fused, lists_layout
 from fdistill.adapters.parametrisation import Parametrisation, flow_from_scheduler
 from fdistill.adapters.text_to_image import TokenDenoiser
 from fdistill.base.errors import CheckpointError
@@ -178,20 +177,6 @@ _BLOCK_NAMES: Table = {
     **{name: name for name in ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2", "adaLN_modulation.0")},
     **{name: name for name in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")},
 }
-_BLOCK = re.compile(r"((?:layers|noise_refiner|context_refiner)\.\d+)\.(.+)")
-
-
-def original_layout(names: Collection[str], config: Mapping[str, Any]) -> Layout:
-    """The `Family.original_layout`."""
-
-    def place(name: str) -> Place | None:
-        match = _BLOCK.fullmatch(name)
-        if match is None:
-            return look_up(name, _NAMES)
-        found = look_up(match[2], _BLOCK_NAMES)
-        return (f"{match[1]}.{found[0]}", found[1]) if found else None
-
-    return make_layout(names, place)
 
 
 def tiny_transformer(**changes: Any) -> ZImageTransformer2DModel:
@@ -233,6 +218,6 @@ FAMILY = Family(
         tokens_before=chat_tokens,
         tiny={"ZImagePipeline": tiny_arguments},
     ),
-    original_layout=original_layout,
+    original_layout=lists_layout(("layers", "noise_refiner", "context_refiner"), _NAMES, _BLOCK_NAMES),
     single_files={"Z-Image": lambda tensors: {"x_pad_token", "layers.0.attention.qkv.weight"} <= tensors.keys()},
 )

@@ -247,6 +247,10 @@ def generate(
         network=network,
         sampler=sampler,
     )
+    if size is not None and resolution is not None:
+        raise ArgumentError(
+            f"resolution: got {resolution} beside size {size}, which replaces it; leave one of them out"
+        )
     state, chosen_device = start(device)
     maker = open_maker(checkpoint, chosen_device, sampling)
     if size is not None:

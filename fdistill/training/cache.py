@@ -111,6 +111,8 @@ def cache(
     """
     if sampling not in SAMPLING:
         raise ArgumentError(f"sampling: got {sampling!r}; {did_you_mean(sampling, SAMPLING)}")
+    if bucket_images != 1 and not buckets:
+        raise ArgumentError(f"bucket_images: got {bucket_images}, but without buckets nothing reads it; set buckets=64")
     if batch_size < 1 or workers < 1:
         raise ArgumentError(f"batch_size, workers: expected at least 1, got {batch_size} and {workers}")
     settings = TeacherSettings(

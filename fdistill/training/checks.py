@@ -277,7 +277,7 @@ def check_buckets(config: DistillConfig, networks: Networks, buckets: Sequence[L
             f"{several} discriminator.head=convolutional is made for one; expected discriminator.head=pooled, or "
             "squares alone"
         )
-    if config.reuse_samples:
+    if any(stage.reuse_samples for stage in config.stage_configs()):
         raise ConfigError(
             f"{several} reuse_samples would show the critic samples of another shape than its data; expected "
             "reuse_samples=false"

@@ -18,9 +18,7 @@ from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.commands.tiny_pipelines import tiny_pipeline
 from fdistill.condition import TextCondition
-from fdistill.students.lora import lora_copy
-from fdistill.training.activation_checkpointing import checkpoint_activations
-from support.text_dits import own_output, tiny
+from support.text_dits import adapters_and_checkpointing, own_output, tiny
 from support.text_pipelines import condition_of, denoiser_of, encoders, load_pipeline, text_of
 
 FLOW = scheduler_config(FlowMatchEulerDiscreteScheduler())
@@ -71,25 +69,7 @@ def test_images_that_are_not_square_are_computed_as_the_class_does() -> None:
 
 
 def test_adapters_and_checkpointing_pass_through_the_networks_own_call() -> None:
-    frozen = tiny("lumina2").requires_grad_(False)
-    adapted: Any = lora_copy(frozen, 2)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    condition, t = captions([20, 33]), torch.tensor([0.9, 0.4])
-    x_t = torch.randn(2, *frozen.sample_shape, generator=torch.Generator().manual_seed(3))
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    found = []
-    for checkpointed in (False, True):
-        if checkpointed:
-            checkpoint_activations(adapted)
-        x0 = adapted(x_t, t, condition)
-        found.append((x0, *torch.autograd.grad(x0.square().sum(), trained)))
-    for plain, again in zip(*found, strict=True):
-        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(found[0][0], frozen(x_t, t, condition), atol=1e-2)
-    expected = own_output(copy.deepcopy(adapted).network, x_t, t, condition)
-    torch.testing.assert_close(adapted.predict(x_t, t, condition)[0].output, expected, rtol=1e-5, atol=1e-5)
+    adapters_and_checkpointing(tiny("lumina2"), captions([20, 33]))
 
 
 @pytest.mark.parametrize("negative", ["", "a blurry digit"])
@@ -125,7 +105,9 @@ def test_diffusers_own_converter_takes_the_publishers_names_back() -> None:
     with torch.device("meta"):
         network: Any = Lumina2Transformer2DModel(num_layers=1)
     state = network.state_dict()
-    made = assemble(lumina2.original_layout(state, network.config), state)
+    layout = lumina2.FAMILY.original_layout
+    assert layout is not None
+    made = assemble(layout(state, network.config), state)
     assert made["layers.0.attention.qkv.weight"].shape == (2304 + 2 * 768, 2304)
     back = single_file_utils.convert_lumina2_to_diffusers(dict(made))
     assert {name: value.shape for name, value in back.items()} == {name: value.shape for name, value in state.items()}

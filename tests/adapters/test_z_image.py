@@ -20,9 +20,7 @@ from fdistill.condition import TextCondition
 from fdistill.generation.generate import open_maker
 from fdistill.generation.sampling import Sampling
 from fdistill.guidance import GuidedDenoiser
-from fdistill.students.lora import lora_copy
-from fdistill.training.activation_checkpointing import checkpoint_activations
-from support.text_dits import own_output, tiny
+from support.text_dits import adapters_and_checkpointing, own_output, tiny
 from support.text_families_dit import HAS_Z_IMAGE
 from support.text_pipelines import SIZE, condition_of, denoiser_of, encoders, load_pipeline, text_of
 
@@ -85,30 +83,7 @@ def test_images_of_other_shapes_are_computed_as_lists_are() -> None:
 
 
 def test_adapters_and_checkpointing_pass_through_the_networks_own_call() -> None:
-    frozen = tiny("z-image").requires_grad_(False)
-    adapted: Any = lora_copy(frozen, 2)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter)
-    condition, t = captions([20, 33], 24), torch.tensor([0.9, 0.4])
-    x_t = torch.randn(2, *frozen.sample_shape, generator=torch.Generator().manual_seed(3))
-    calls: list[Any] = []
-    adapted.network.register_forward_pre_hook(lambda module, given: calls.append(module))
-    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    found = []
-    for checkpointed in (False, True):
-        if checkpointed:
-            checkpoint_activations(adapted)
-        x0 = adapted(x_t, t, condition)
-        found.append((x0, *torch.autograd.grad(x0.square().sum(), trained)))
-    assert len(calls) == 2
-    assert all(call is adapted.network for call in calls)
-    for plain, again in zip(*found, strict=True):
-        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(found[0][0], frozen(x_t, t, condition), atol=1e-2)
-    own = copy.deepcopy(adapted).network  # which a pipeline calls with lists
-    expected = own_output(own, x_t, t, condition)
-    torch.testing.assert_close(adapted.predict(x_t, t, condition)[0].output, expected, rtol=1e-5, atol=1e-5)
+    adapters_and_checkpointing(tiny("z-image"), captions([20, 33], 24))
 
 
 @pytest.mark.parametrize("negative", ["", "a blurry digit"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from fdistill.adapters import lumina2, pixart, wrap
 from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.adapters.text_to_image import TextDenoiser
 from fdistill.condition import TextCondition
+from fdistill.students.lora import lora_copy
+from fdistill.training.activation_checkpointing import checkpoint_activations
 from support.text_families_dit import (
     HAS_QWEN_IMAGE,
     HAS_Z_IMAGE,
@@ -126,3 +129,34 @@ def own_output(network: Any, x_t: Tensor, t: Tensor, condition: TextCondition) -
 def unpacked(tokens: Tensor) -> Tensor:
     latents: Tensor = QwenImagePipeline._unpack_latents(tokens, 2 * SIZE, 2 * SIZE, 2)
     return latents[:, :, 0]
+
+
+def adapters_and_checkpointing(frozen: TextDenoiser, condition: TextCondition) -> None:
+    """Asserts that both work through the call of a network whose `forward` the adapter replaces.
+
+    Args:
+        condition: two captions of different lengths.
+    """
+    frozen.requires_grad_(False)
+    adapted: Any = lora_copy(frozen, 2)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    t = torch.tensor([0.9, 0.4])
+    x_t = torch.randn(2, *frozen.sample_shape, generator=torch.Generator().manual_seed(3))
+    calls: list[Any] = []
+    adapted.network.register_forward_pre_hook(lambda module, given: calls.append(module))
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            checkpoint_activations(adapted)
+        x0 = adapted(x_t, t, condition)
+        found.append((x0, *torch.autograd.grad(x0.square().sum(), trained)))
+    assert len(calls) == 2
+    assert all(call is adapted.network for call in calls)
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(found[0][0], frozen(x_t, t, condition), atol=1e-2)
+    expected = own_output(copy.deepcopy(adapted).network, x_t, t, condition)
+    torch.testing.assert_close(adapted.predict(x_t, t, condition)[0].output, expected, rtol=1e-5, atol=1e-5)

@@ -188,7 +188,8 @@ def test_words_it_never_saw_are_written_in_bytes(pipeline: Any, text: str) -> No
 
 
 def test_the_script_writes_the_same_tokenizer(tmp_path: Path) -> None:
-    from train_digits_t2i import caption_words, write_tokenizer
+    from small_stable_diffusion import write_tokenizer
+    from train_digits_t2i import caption_words
 
     write_tokenizer(tmp_path / "tokenizer", caption_words())
     written = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}

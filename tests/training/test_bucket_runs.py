@@ -180,6 +180,8 @@ def test_images_that_are_not_square_are_drawn(teacher: Path, latents: Path, tmp_
     for wrong, message in (((11, 20), "got 20x11; expected multiples of 2"), ((0, 16), "got 16x0")):
         with pytest.raises(ArgumentError, match=message):
             generate(teacher, output=tmp_path / "wrong", size=wrong, **asked)
+    with pytest.raises(ArgumentError, match="resolution: got 16 beside size"):
+        generate(teacher, output=tmp_path / "wrong", size=WIDE, resolution=16, **asked)
     with pytest.raises(ArgumentError, match="makes images of one size; leave it out"):
         generate("digits", output=tmp_path / "wrong", size=WIDE, num_images=1, device="cpu")
     with pytest.raises(ArgumentError, match="a diffusers pipeline draws at its own size"):
@@ -198,6 +200,7 @@ def test_what_cannot_be_done_in_several_shapes_is_refused(
     for wrong, message in (
         ({"discriminator.head": "convolutional"}, "expected discriminator.head=pooled, or squares alone"),
         ({"reuse_samples": True, "critic_steps": 2}, "expected reuse_samples=false"),
+        ({"stages": [{"iterations": 5}, {"iterations": 1, "reuse_samples": True}]}, "expected reuse_samples=false"),
         ({"method": "dmd", "discriminator.head": "convolutional"}, r"expected regression.weight=0 with another method"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -208,6 +211,8 @@ def test_what_cannot_be_done_in_several_shapes_is_refused(
     for buckets, message in ((3, "a multiple of 2, the autoencoder's factor"), (6, "divides the resolution, 16")):
         with pytest.raises(ArgumentError, match=message):
             cache(photos, teacher=teacher, output=tmp_path / "wrong", workers=1, buckets=buckets)
+    with pytest.raises(ArgumentError, match="bucket_images: got 2, but without buckets nothing reads it"):
+        cache(photos, teacher=teacher, output=tmp_path / "wrong", workers=1, bucket_images=2)
     assert not (tmp_path / "wrong").exists()
 
 

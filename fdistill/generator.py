@@ -27,10 +27,14 @@ class Student(nn.Module, ABC):
     Attributes:
         denoiser: its network.
         levels: the levels at which noise enters, falling: one for each network evaluation of an image.
+        first_trained: the index of the first level that is trained; those before it are another network's.
+        end: the level at which another network goes on from its samples; 0 if they are finished.
     """
 
     denoiser: Denoiser
     levels: tuple[float, ...]
+    first_trained: int = 0
+    end: float = 0.0
 
     @abstractmethod
     def forward(self, noise: Tensor, condition: Condition | None = None) -> Tensor:
@@ -43,6 +47,16 @@ class Student(nn.Module, ABC):
             ArgumentError: this kind of student predicts no noise while sampling (`StudentKind.predicts_noise`).
         """
         raise ArgumentError(f"noise_kl_weight: {type(self).__name__} predicts no noise while sampling; expected 0")
+
+    @property
+    def denoisers(self) -> tuple[Denoiser, ...]:
+        """All networks that it evaluates; its own comes last."""
+        return (self.denoiser,)
+
+    def resize(self, height: int, width: int) -> None:
+        """Sets the height and width of its samples; raises what `Denoiser.resize` does."""
+        for denoiser in self.denoisers:
+            denoiser.resize(height, width)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -147,6 +161,10 @@ class FewStepGenerator(Student):
     def describe(self) -> str:
         return f"{super().describe()}; between two of them {self.between}"
 
+    def denoiser_at(self, level: float) -> Denoiser:
+        """The network that takes the step at a level."""
+        return self.denoiser
+
     def implied_noise(self, first_x0: Tensor, noise: Tensor) -> Tensor:
         """The noise that the first step, from `noise` to an x0, implies; both [B, C, H, W]."""
         schedule = self.denoiser.schedule
@@ -192,7 +210,7 @@ class FewStepGenerator(Student):
             else:  # the operator has no gradient in the noise, which depends on the step before
                 x_t = add_noise(schedule, x0, eps, t)
             with torch.set_grad_enabled(torch.is_grad_enabled() and (k == last or rollout.trained == "all")):
-                x0 = self.denoiser(x_t, t, condition)
+                x0 = self.denoiser_at(level)(x_t, t, condition)
             if not stochastic and k < last:
                 eps = implied_noise(schedule, x0, x_t, t)
         return cast(Tensor, x0), x_t

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fdistill.base.constants import constant
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.kernels.layout import expand
 
@@ -249,3 +250,15 @@ LEVEL_SAMPLERS: dict[str, Callable[..., Tensor]] = {
     "karras": karras_levels,
     "lognormal": lognormal_levels,
 }
+
+
+@lru_cache(maxsize=64)
+@constant
+def share_below(levels: Callable[[NoiseSchedule, Tensor], Tensor], schedule: NoiseSchedule, top: float) -> float:
+    """The largest u for which levels(schedule, u) is at most `top`, to 1e-15; levels rise with u in [0, 1]."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        below = float(levels(schedule, torch.tensor([middle], dtype=torch.float64))) <= top
+        low, high = (middle, high) if below else (low, middle)
+    return high

@@ -278,12 +278,13 @@ def export(
     \b
     Example: fdistill export runs/sd15 --format comfy --dtype fp16 --output sd15-one-step.safetensors
     """
-    from fdistill.students.export import export_student
+    from fdistill.students.export import export_student, exported_files
     from fdistill.students.folder import student_folder
 
-    for sentence in export_student(student_folder(student), format, output, dtype):
+    folder = student_folder(student)
+    for sentence in export_student(folder, format, output, dtype):
         typer.echo(sentence)
-    typer.echo(f"exported: {output}")
+    typer.echo(f"exported: {', '.join(str(path) for path in exported_files(folder, output))}")
 
 
 @app.command()

@@ -220,6 +220,9 @@ class DistillConfig(Section):
             term_checks.check_few_step_term(name, term, getattr(self, term).weight, student, self.student_level)
         term_checks.check_reward(name, self.reward)
         term_checks.check_diversity(self.diversity.weight, self.segment.weight, student)
+        term_checks.check_phases(
+            student, self.student_level, diversity=self.diversity.weight, regression=self.regression.weight
+        )
         combinations.check_shapes(self.buckets, self.data, self.prompts)
         combinations.check_steps(self.student_level, student, data=self.data is not None)
         return self

@@ -196,6 +196,14 @@ class StudentConfig(LoRAConfig):
     any_step: bool = Field(
         default=False, description="whether a student of several steps is trained to take fewer of them as well"
     )
+    phases: StudentSteps = Field(
+        default=1,
+        description="number of experts that share the steps, each an adapter for its interval of noise; a run trains "
+        "one (phased DMD)",
+    )
+    previous_phase: str | None = Field(
+        default=None, description="folder of the run that trained the phase before; null trains the first phase"
+    )
     noise_kl_weight: NonNegative = Field(
         default=0.0,
         description=f"weight of the KL divergence of {' and '.join(kinds_with('predicts_noise'))}'s predicted noise "

@@ -84,3 +84,37 @@ def check_diversity(weight: float, segment: float, student: StudentConfig) -> No
                 f"student.{setting}: got {value}, but with diversity.weight the student's updates take all steps, from "
                 f"noise; expected {unset}, or diversity.weight=0"
             )
+
+
+def check_phases(
+    student: StudentConfig, level: float | Sequence[float] | None, *, diversity: float, regression: float
+) -> None:
+    """Checks that experts by noise interval are adapters, that each has a step, and that no term needs them all."""
+    if student.phases == 1:
+        if student.previous_phase is not None:
+            raise ValueError(
+                f"student.previous_phase: got {student.previous_phase!r}, but student.phases=1; expected null, or the "
+                "number of phases of that run"
+            )
+        return
+    steps = student.steps or (len(level) if isinstance(level, Sequence) else 1)
+    if student.phases > steps:
+        raise ValueError(
+            f"student.phases: got {student.phases}, but the student takes {steps} steps; expected at most {steps}"
+        )
+    if not student.lora_rank:
+        raise ValueError(
+            f"student.phases: got {student.phases}, but student.lora_rank=0, and experts are adapters on one base; "
+            "expected a rank, such as student.lora_rank=32"
+        )
+    for setting, value, unset, why in (
+        ("student.sampler", student.sampler, "stochastic", "the phase's end needs new noise"),
+        ("student.any_step", student.any_step, False, "other numbers of steps skip the experts' first levels"),
+        ("diversity.weight", diversity, 0.0, "this term trains all steps at once"),
+        ("regression.weight", regression, 0.0, "pairs say what a whole student makes of noise"),
+    ):
+        if value != unset:
+            raise ValueError(
+                f"{setting}: got {value}, but with student.phases={student.phases} {why}; expected {unset}, or "
+                "student.phases=1"
+            )

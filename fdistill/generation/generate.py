@@ -31,6 +31,7 @@ from fdistill.generation.network_maker import NetworkMaker
 from fdistill.generation.pipeline_maker import open_pipeline
 from fdistill.generation.sampling import Sampling, check_unread
 from fdistill.guidance import GuidedDenoiser
+from fdistill.students.experts import experts_in
 from fdistill.students.folder import find_student, load_student
 from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
 from fdistill.teachers.guide import Guide, open_guide
@@ -63,6 +64,11 @@ def open_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling 
                 f"{checkpoint} is a student, whose pipeline is called with its own steps; sampler heun takes others",
                 sampling.given("steps"),
             )
+            if experts_in(folder):
+                raise ArgumentError(
+                    f"sampler: got 'pipeline', but {checkpoint} has experts that take one after another of the steps, "
+                    "which its pipeline alone does not change; expected heun, or the code in its README.md"
+                )
         return open_pipeline(checkpoint, device, sampling)
     if folder is not None:
         return _student_maker(checkpoint, folder, device, sampling)

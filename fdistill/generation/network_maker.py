@@ -90,7 +90,7 @@ class NetworkMaker:
         factor = self.latents.factor
         if height < factor or width < factor or height % factor or width % factor:
             raise ArgumentError(f"size: got {width}x{height}; expected multiples of {factor}, the autoencoder's factor")
-        self.denoiser.resize(height // factor, width // factor)
+        self.model.resize(height // factor, width // factor)
         return replace(self, pixels=(height, width))
 
     def on(self, device: torch.device) -> AbstractContextManager[None]:

@@ -32,6 +32,7 @@ _REWARD = "the preference model and the decoding before it are not counted"
 #: What is not read, as (setting, what is assumed in its place).
 _UNREAD = {
     "student.checkpoint": "the student has the teacher's size",
+    "student.previous_phase": "the plan is the first phase's; each earlier phase adds the size of its adapters",
     "fake_score.checkpoint": "the fake score has the teacher's size",
     "clip_loss.weight": "the CLIP loss, its network and the decoding before it are not counted",
     "reward.weight": _REWARD,
@@ -102,7 +103,7 @@ def _readable(config: DistillConfig) -> DistillConfig:
         "parallel": "ddp",
         "offload_frozen": False,
         "offload_optimizers": False,
-        "student": config.student.model_copy(update={"checkpoint": None}),
+        "student": config.student.model_copy(update={"checkpoint": None, "previous_phase": None}),
         "generator": config.generator.model_copy(update={"optimizer": "adamw"}),
         "fake_score": config.fake_score.model_copy(update={"checkpoint": None, "optimizer": "adamw"}),
         "discriminator": config.discriminator.model_copy(update={"checkpoint": None, "optimizer": "adamw"}),

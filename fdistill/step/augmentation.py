@@ -7,19 +7,17 @@ scale, F the fake score's. The second term makes an image out of few steps, the 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fdistill.base import rng
-from fdistill.base.constants import constant
 from fdistill.base.errors import ArgumentError
 from fdistill.condition import Condition
 from fdistill.guidance import GuidedDenoiser
 from fdistill.losses import NORMALISER_FLOOR, matching_loss, score_difference_loss, score_difference_weight
-from fdistill.noise import NoiseSchedule
+from fdistill.noise import share_below
 from fdistill.prediction import Prediction
 from fdistill.step.roles import LevelDraw, Networks, PerSample, frozen, renoise
 
@@ -67,7 +65,7 @@ def augmentation_loss(
     teacher, schedule = networks.teacher, networks.teacher.schedule
     if not isinstance(teacher, GuidedDenoiser):
         raise ArgumentError("augmentation: expected a guided teacher, got one without guidance")
-    share = _share_below(augmentation.levels, schedule, entered)
+    share = share_below(augmentation.levels, schedule, entered)
     t = augmentation.levels(schedule, share * rng.uniform(generator, len(x0))).clamp(max=entered)
     with frozen(teacher):
         x_t, (network_input,), (form,) = renoise([teacher], x0.detach(), t, generator, backend=backend)
@@ -82,15 +80,3 @@ def augmentation_loss(
         return PerSample(loss, t)
     weight = scale * score_difference_weight(augmentation.weighting, schedule.alpha(t), schedule.sigma(t))
     return PerSample(score_difference_loss(x0, conditional, none, weight, x_t=x_t, backend=backend), t)
-
-
-@lru_cache(maxsize=64)
-@constant
-def _share_below(levels: LevelDraw, schedule: NoiseSchedule, top: float) -> float:
-    """The largest u for which levels(u) is at most `top`; levels rise with u."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        middle = (low + high) / 2
-        below = float(levels(schedule, torch.tensor([middle], dtype=torch.float64))) <= top
-        low, high = (middle, high) if below else (low, middle)
-    return high

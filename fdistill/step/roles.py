@@ -66,7 +66,7 @@ class Networks:
 
     def resize(self, height: int, width: int) -> None:
         """Sets the height and width of all networks' samples, as `Denoiser.resize`; raises what it does."""
-        student = self.generator.denoiser if isinstance(self.generator, Student) else None
+        student = self.generator if isinstance(self.generator, Student) else None
         for network in (self.teacher, self.fake_score, self.compared, self.learning, student):
             if network is not None:
                 network.resize(height, width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fdistill.formats.original_lora import original_lora
 from fdistill.formats.pipeline_folder import read_config, read_tensors
 from fdistill.noise import FlowSchedule, noise_to_signal
 from fdistill.student_kinds import STUDENT_FILE
+from fdistill.students.experts import experts_in, phases_in
 from fdistill.students.folder import checked_facts
 
 FORMATS = ("lora", "comfy", "comfy-lora")
@@ -40,6 +41,8 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
         dtype: "fp16", "bf16" or "fp32" for all weights; "fp8", for format "comfy", for the network's matrices, with
             bf16 for everything else; None leaves them as they are.
 
+    A student of several phases becomes a file for each, "<output's name>-phase-1.safetensors" and so on.
+
     Returns:
         Notes that a user must read before using the file, one sentence each.
 
@@ -55,34 +58,61 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
         raise ArgumentError(f"dtype: got {dtype!r}; expected {', '.join(DTYPES)}, or none for the student's own")
     if output.suffix != ".safetensors":
         raise ArgumentError(f"output {output}: expected a file name that ends in .safetensors")
-    for written in (output, output.with_suffix(".json")):
+    phases = dict(zip(exported_files(student, output), experts_in(student), strict=False))
+    for written in (*(phases or [output]), output.with_suffix(".json")):
         check_file(written)
     if dtype == "fp8" and format != "comfy":
         raise ArgumentError(
             f"dtype: got 'fp8' for format {format}; adapters are small: expected fp16, bf16 or fp32, or format comfy"
         )
     facts = checked_facts(student) if (student / STUDENT_FILE).is_file() else {}
+    if format == "comfy" and phases:
+        raise ArgumentError(
+            f"format: got 'comfy', but {student} has {len(phases)} experts on one base, which are no one network; "
+            "expected lora or comfy-lora"
+        )
+    notes: list[str] = []
     if format == "comfy":
-        tensors, notes = single_file(student)
+        written_tensors, notes = single_file(student)
+        found = {output: written_tensors}
     else:
-        tensors, notes = _adapters(student), []
+        found = {made: read_tensors(path) for made, path in phases.items()} or {output: _adapters(student)}
         if format == "comfy-lora":
-            tensors = _comfy_lora(student, tensors)
-    with atomic_file(output) as temporary:
-        save_file(_written(tensors, dtype), temporary, metadata={"format": "pt"})
+            found = {made: _comfy_lora(student, tensors) for made, tensors in found.items()}
+    for made, tensors in found.items():
+        with atomic_file(made) as temporary:
+            save_file(_written(tensors, dtype), temporary, metadata={"format": "pt"})
     if format != "comfy" and "teacher_lora" in facts:
-        notes.append(_beside(facts, output))
+        notes.append(_beside(facts, " and ".join(made.name for made in found)))
+    if phases:
+        notes.append(_one_after_another(student, facts, list(found)))
     if format == "lora":
         return [*notes, *_in_diffusers(student, facts)]
-    return [*notes, *_in_comfyui(student, facts, output, adapters=format == "comfy-lora")]
+    return [*notes, *_in_comfyui(student, facts, output, adapters=format == "comfy-lora", phases=list(phases))]
 
 
-def _beside(facts: Mapping[str, Any], output: Path) -> str:
+def exported_files(student: Path, output: Path) -> list[Path]:
+    """The safetensors files that `export_student` writes: the output itself, or one beside it for each expert."""
+    return [output.with_name(f"{output.stem}-{path.name}") for path in experts_in(student)] or [output]
+
+
+def _one_after_another(student: Path, facts: Mapping[str, Any], files: Sequence[Path]) -> str:
+    """A sentence that says which file takes which steps."""
+    counts = phases_in(student, facts).counts()
+    taken, first = [], 1
+    for path, count in zip(files, counts, strict=False):
+        steps = f"step {first}" if count == 1 else f"steps {first} to {first + count - 1}"
+        taken.append(f"{path.name} for {steps}")
+        first += count
+    return f"load one file at a time, {', '.join(taken)}, as the code in {student / 'README.md'} does"
+
+
+def _beside(facts: Mapping[str, Any], files: str) -> str:
     """A sentence that says that adapters on a teacher with a LoRA in it need this LoRA as well."""
     name, scale = facts["teacher_lora"], float(facts["teacher_lora_scale"])
     return (
         f"the adapters belong on the base model with {name} in it: load both, {name} with weight {scale:g} and "
-        f"{output.name} with weight 1"
+        f"{files} with weight 1"
     )
 
 
@@ -103,7 +133,9 @@ def _in_diffusers(student: Path, facts: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _in_comfyui(student: Path, facts: Mapping[str, Any], output: Path, *, adapters: bool) -> list[str]:
+def _in_comfyui(
+    student: Path, facts: Mapping[str, Any], output: Path, *, adapters: bool, phases: Sequence[Path]
+) -> list[str]:
     """Writes a workflow beside the file; returns sentences with what it sets, since other nodes set something else.
 
     Whole weights have the guidance scale of a teacher that takes it as an input in them, unless the student's own
@@ -128,10 +160,12 @@ def _in_comfyui(student: Path, facts: Mapping[str, Any], output: Path, *, adapte
     sampling = ComfySampling("euler" if one_way else "lcm", sigmas, guidance)
     scale = "" if sampling.guidance is None else f", guidance {sampling.guidance:g}"
     how = f"sample with cfg 1{scale}, sampler {sampling.sampler} and the sigmas {sampling.listed()}"
+    counts = phases_in(student, facts).counts() if phases else ()
     made = workflow(
         str(facts.get("pipeline")),
         output.name,
         adapters=adapters,
+        phases=[(path.name, count) for path, count in zip(phases, counts, strict=False)],
         sampling=sampling,
         size=int(facts.get("image_size", 8 * facts.get("size", 64))),  # earlier students have their latents' size
         prompt=next(iter(facts.get("prompts", ())), "a photograph"),

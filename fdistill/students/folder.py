@@ -24,9 +24,11 @@ from fdistill.formats.lora_file import LORA_FILE, save_lora
 from fdistill.generator import Student, student_generator
 from fdistill.rollout import levels_for
 from fdistill.student_kinds import STUDENT_FILE
+from fdistill.students.experts import load_phased, save_experts
 from fdistill.students.kinds import kind_in, kind_of
-from fdistill.students.lora import has_adapters, merged
+from fdistill.students.lora import has_adapters, merged, without_adapters
 from fdistill.students.model_card import OWN_USAGE, model_card, usage
+from fdistill.students.phases import PhasedGenerator
 from fdistill.teachers.autoencoder import LatentSpace, image_size
 
 _OWN_NETWORK = "network.safetensors"
@@ -66,7 +68,10 @@ def save_student(
             facts["image_size"] = image_size(denoiser, latents)
         if denoiser.embedded_guidance is not None:
             facts["embedded_guidance"] = denoiser.embedded_guidance
-        if has_adapters(denoiser):
+        if isinstance(generator, PhasedGenerator):
+            save_experts(generator, temporary)
+            denoiser = without_adapters(denoiser)
+        elif has_adapters(denoiser):
             if origin.factory is None:
                 component = family_of(denoiser.network).component
                 save_lora(denoiser.network, temporary / LORA_FILE, component)
@@ -184,10 +189,14 @@ def load_student(
     sampler = facts.get("sampler", "stochastic")
     if steps is not None and not kind_in(facts).steps:
         raise ArgumentError(f"steps: got {steps}, but {path} is a student that takes one step; leave it out")
-    if steps is None or steps == len(levels):
+    others = None if steps is None or steps == len(levels) else _other_levels(path, facts, levels, steps)
+    generator: Student
+    if "phases" in facts:
+        generator = load_phased(denoiser, folder, facts, others)
+    elif others is None:
         generator = kind_in(facts).make(denoiser, levels, sampler)
     else:
-        generator = student_generator(denoiser, _other_levels(path, facts, levels, steps), sampler)
+        generator = student_generator(denoiser, others, sampler)
     return generator.eval().requires_grad_(False).to(device)
 
 

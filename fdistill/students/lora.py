@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -93,6 +93,16 @@ def merged(denoiser: Denoiser) -> Denoiser:
 
     W is what the adapters were trained on; of a base in 8 or 4 bits it is what those bits say.
     """
+    return _plain(denoiser, lambda layer: layer.merge())
+
+
+def without_adapters(denoiser: Denoiser) -> Denoiser:
+    """A copy on the CPU in float32 of what the adapters were added to."""
+    return _plain(denoiser, lambda layer: None)
+
+
+def _plain(denoiser: Denoiser, settle: Callable[[Any], None]) -> Denoiser:
+    """A copy on the CPU in float32, in which each layer with adapters is its base layer after `settle`."""
     from peft.tuners.lora import LoraLayer
 
     with torch.no_grad():
@@ -104,7 +114,7 @@ def merged(denoiser: Denoiser) -> Denoiser:
         for name, module in list(plain.named_modules()):
             if isinstance(module, LoraLayer):
                 layer: Any = module
-                layer.merge()
+                settle(layer)
                 parent, _, child = name.rpartition(".")
                 setattr(plain.get_submodule(parent), child, layer.get_base_layer())
     return plain

@@ -10,6 +10,7 @@ import diffusers
 
 from fdistill.formats.pipeline_folder import components
 from fdistill.generator import FewStepGenerator, Student
+from fdistill.students.phases import PhasedGenerator
 from fdistill.students.student_pipeline import StudentPipeline
 
 OWN_USAGE = """```python
@@ -41,11 +42,46 @@ def usage(generator: Student, folder: Path, pipeline: str, call: dict[str, Any])
         drawn = "images = pipeline(batch_size=16{arguments}).images"
     arguments = "".join(f", {key}={value}" for key, value in call.items())
     lacking = "".join(f", {name}=None" for name in _lacking(cls, folder))
+    if isinstance(generator, PhasedGenerator):
+        return _phased_usage(generator, cls, arguments, lacking)
     return f"""```python
 {header}from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{lacking})
 {drawn.format(arguments=arguments)}
+```"""
+
+
+def _phased_usage(generator: PhasedGenerator, cls: Any, arguments: str, lacking: str) -> str:
+    """The same for experts that take one after another of the steps."""
+    if not (hasattr(cls, "set_adapters") and "callback_on_step_end" in inspect.signature(cls.__call__).parameters):
+        return """```python
+from fdistill import load_student
+
+student = load_student("path/to/this/folder")  # diffusers' pipeline of this model cannot change its adapters on the way
+```"""
+    names = [f"phase-{number}" for number in range(1, 1 + len(generator.denoisers))]
+    later = dict(zip(generator.phases.starts[1:], names[1:], strict=False))
+    return f"""The pipeline holds the base; the adapters of each phase take their own steps.
+
+```python
+from diffusers import DiffusionPipeline
+
+folder = "path/to/this/folder"
+pipeline = DiffusionPipeline.from_pretrained(folder{lacking})
+for phase in {names}:
+    pipeline.load_lora_weights(folder, weight_name=f"{{phase}}.safetensors", adapter_name=phase)
+begins = {later}  # after so many steps
+
+
+def next_phase(pipeline, step, timestep, tensors):
+    if step + 1 in begins:
+        pipeline.set_adapters(begins[step + 1])
+    return tensors
+
+
+pipeline.set_adapters("phase-1")  # before each call
+image = pipeline(prompt="a prompt", callback_on_step_end=next_phase{arguments}).images[0]
 ```"""
 
 

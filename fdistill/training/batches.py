@@ -111,7 +111,8 @@ class Batches:
         trained, steps, begins = (self._seed(rng.Stream.STUDENT_STEP, number, *draw) for draw in ((), (1,), (2,)))
         if settings.any_step:
             levels = levels_for(levels, 1 + steps % len(levels))
-        last = trained % len(levels)
+        first = self._run.student.first_trained
+        last = first + trained % (len(levels) - first)
         if last and real_x0 is not None and begins % 10**6 >= settings.simulated * 10**6:
             return {"rollout": Rollout(levels[last : last + 1], real_x0)}
         return {"rollout": Rollout(levels[: last + 1])}
@@ -122,7 +123,7 @@ class Batches:
         if not settings.weight:
             return dict(drawn)
         begin = drawn["rollout"].levels[-1]
-        end = next((level for level in self._run.student.levels if level < begin), None)
+        end = next((level for level in self._run.student.levels if level < begin), self._run.student.end or None)
         share = self._seed(rng.Stream.STUDENT_STEP, 0, 3) % 10**6 / 10**6
         share = settings.margin + (1 - 2 * settings.margin) * share
         middle = begin + share * ((end or 0.0) - begin)

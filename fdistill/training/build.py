@@ -44,6 +44,7 @@ from fdistill.training.activation_checkpointing import checkpoint_activations
 from fdistill.training.alignment import check_alignment
 from fdistill.training.distillation import Distillation
 from fdistill.training.optimise import make_optimizers
+from fdistill.training.phases import phased_student
 from fdistill.training.prompts import Obtain, encode, open_inputs
 from fdistill.training.speed import check_speed, quicken
 from fdistill.training.stages import make_stages, trained_roles
@@ -146,9 +147,7 @@ def assemble(
     frozen_device = torch.device("cpu") if sharding.distributes_frozen(config, mesh) else device
     precision = "fp32" if sharding.narrows_frozen(config, mesh) else config.frozen_precision
     trained = _trained_networks(config, loaded.teacher, frozen_device, mesh, precision)
-    student = KINDS[config.student.generator].make(
-        trained.student, _student_levels(config, loaded.teacher), config.student.sampler
-    )
+    student = _student(config, loaded.teacher, trained.student, mesh)
     roles = {role for stage in stages for role in trained_roles(stage)}
     guide = _placed(loaded.guide, config, frozen_device, precision)
     has_heads = "discriminator" in roles
@@ -159,7 +158,7 @@ def assemble(
     start_roles(config, networks, denoiser)
     for stage in stages:
         check_alignment(stage, networks)
-    quicken(config, (denoiser, guide, trained.fake_score, trained.student, networks.discriminator))
+    quicken(config, (denoiser, guide, trained.fake_score, *student.denoisers, networks.discriminator))
     empty_student = None if mesh is None else sharding.blank(student)
     if mesh is not None:
         sharding.distribute(config, mesh, denoiser, guide, trained.fake_score, student, networks.discriminator)
@@ -224,6 +223,13 @@ def _trained_networks(
         for denoiser in (frozen, student, fake_score):
             checkpoint_activations(denoiser)
     return _Trained(student, fake_score, origin, changed)
+
+
+def _student(config: DistillConfig, teacher: Teacher, network: Denoiser, mesh: DeviceMesh | None) -> Student:
+    whole = KINDS[config.student.generator].make(network, _student_levels(config, teacher), config.student.sampler)
+    if config.student.phases == 1:
+        return whole
+    return phased_student(config.student, teacher.denoiser, whole, shared=sharding.distributes_frozen(config, mesh))
 
 
 def _student_levels(config: DistillConfig, teacher: Teacher) -> tuple[float, ...] | None:

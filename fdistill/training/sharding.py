@@ -151,7 +151,8 @@ def distribute(
             offload = config.offload_optimizers or (config.offload_frozen and adapters)
             shard(role, mesh, precision=config.precision, offload=offload, frozen=share)
             if share and adapters:
-                share_frozen(role.denoiser if isinstance(role, Student) else role, frozen)
+                for adapted in role.denoisers if isinstance(role, Student) else (role,):
+                    share_frozen(adapted, frozen)
                 role._apply(lambda value: value)  # FSDP2 takes the new shards, and gives up those of before
 
 

@@ -13,6 +13,7 @@ from fdistill.config.schema import DistillConfig
 from fdistill.denoiser import Denoiser
 from fdistill.ema import trained_state
 from fdistill.step import Networks
+from fdistill.students.experts import experts_in
 from fdistill.training import checks
 from fdistill.training.checkpoint import checkpoints, load_checkpoint, newest_intact
 
@@ -29,6 +30,11 @@ def open_start(
         CheckpointError: it cannot be read.
         ConfigError: it makes other samples than the teacher.
     """
+    if origin.folder is not None and experts_in(origin.folder):
+        raise ConfigError(
+            f"{setting}: {origin.name!r} has experts for phases, which are no one network; expected another "
+            "checkpoint, or the run's own teacher"
+        )
     start = load_denoiser(origin, null_class=config.null_class, memory_of_files=memory_of_files)
     if start.text_shapes is not None:
         start.resize(*teacher.sample_shape[1:])

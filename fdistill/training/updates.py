@@ -17,7 +17,7 @@ from fdistill.config.sections import LevelsConfig
 from fdistill.divergence import Divergence
 from fdistill.generator import Student
 from fdistill.methods import METHODS
-from fdistill.noise import LEVEL_SAMPLERS, NoiseSchedule
+from fdistill.noise import LEVEL_SAMPLERS, NoiseSchedule, share_below
 from fdistill.ratio import DensityRatio
 from fdistill.step import Augmentation, Diversity, LevelDraw, Networks, StepResult
 
@@ -34,7 +34,7 @@ def critic_update(config: DistillConfig, networks: Networks) -> Update | None:
         networks,
         _critic_arguments(config, networks),
         {
-            "levels": level_draw(config.critic_levels),
+            "levels": _in_phase("critic_levels", config.critic_levels, networks),
             "weighting": denoising_weighting(config, networks),
             "min_snr_gamma": config.fake_score.min_snr_gamma,
             "gan_weight": config.discriminator.gan_weight,
@@ -70,7 +70,7 @@ def student_update(
         networks,
         _student_arguments(config, networks, divergence),
         {
-            "levels": level_draw(config.matching_levels),
+            "levels": _in_phase("matching_levels", config.matching_levels, networks),
             "weighting": config.generator.weighting,
             "normaliser_floor": config.generator.normaliser_floor,
             "divergence": divergence,
@@ -92,7 +92,7 @@ def _augmentation(config: DistillConfig, networks: Networks) -> Augmentation | N
     term, student = config.augmentation, networks.generator
     if not term.weight:
         return None
-    levels = level_draw(term)
+    levels = _in_phase("augmentation", term, networks)
     least = _lowest(levels, networks.teacher.schedule)
     if isinstance(student, Student) and least >= student.levels[-1]:
         raise ConfigError(
@@ -100,6 +100,19 @@ def _augmentation(config: DistillConfig, networks: Networks) -> Augmentation | N
             f"{student.levels[-1]:g}; expected levels that begin below it"
         )
     return Augmentation(term.weight, levels, term.weighting, term.normaliser_floor)
+
+
+def _in_phase(section: str, config: LevelsConfig, networks: Networks) -> LevelDraw:
+    """The level sampler of a section; for a student whose samples another network finishes, above its phase's end."""
+    draw, student, schedule = level_draw(config), networks.generator, networks.teacher.schedule
+    if not isinstance(student, Student) or not student.end:
+        return draw
+    share = share_below(draw, schedule, student.end)
+    if share >= 1:
+        raise ConfigError(
+            f"{section}: its levels end below {student.end:g}, where this phase ends; expected levels above that"
+        )
+    return lambda schedule, u: draw(schedule, share + (1 - share) * u)
 
 
 @constant

@@ -14,6 +14,8 @@ from fdistill.config.reading import load_config
 LEFT_OUT = object()
 Settings = dict[str, Any]
 
+PHASED: Settings = {"student.steps": 4, "student.phases": 2, "student.lora_rank": 8}
+
 #: (settings, words of what is said to them, changes of the settings that these words advise)
 ADVICE: list[tuple[Settings, str, list[Settings]]] = [
     (
@@ -229,6 +231,26 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
         {"segment.weight": 0.5},
         "but the student takes one step; expected 0, or student.steps above 1",
         [{"segment.weight": 0.0}, {"student.steps": 2}],
+    ),
+    (
+        {"student.previous_phase": "runs/phase-1"},
+        "expected null, or the number of phases of that run",
+        [{"student.previous_phase": None}, {**PHASED, "student.previous_phase": "runs/phase-1"}],
+    ),
+    (
+        {**PHASED, "student.phases": 5},
+        "but the student takes 4 steps; expected at most 4",
+        [{"student.phases": 4}, {"student.steps": 5}],
+    ),
+    (
+        {**PHASED, "student.lora_rank": 0},
+        "expected a rank, such as student.lora_rank=32",
+        [{"student.lora_rank": 32}, {"student.phases": 1}],
+    ),
+    (
+        {**PHASED, "student.any_step": True},
+        "expected False, or student.phases=1",
+        [{"student.any_step": False}, {"student.phases": 1}],
     ),
     ({"student_level": -1}, "expected a level above 0", [{"student_level": value} for value in (1.0, [2.0], None)]),
     (

@@ -103,9 +103,10 @@ class ComfySampling:
     sigmas: Sequence[float]
     guidance: float | None = None
 
-    def listed(self) -> str:
-        """The sigmas as ManualSigmas reads them."""
-        return ", ".join([*(f"{sigma:.6g}" for sigma in self.sigmas), "0"])
+    def listed(self, first: int = 0, end: int | None = None) -> str:
+        """The sigmas of some of the steps, and the one that the last of them leads to, as ManualSigmas reads them."""
+        ends = [*(f"{sigma:.6g}" for sigma in self.sigmas), "0"]
+        return ", ".join(ends[first : len(ends) if end is None else end + 1])
 
 
 def workflow(
@@ -113,6 +114,7 @@ def workflow(
     file: str,
     *,
     adapters: bool,
+    phases: Sequence[tuple[str, int]] = (),
     sampling: ComfySampling,
     size: int,
     prompt: str,
@@ -124,6 +126,8 @@ def workflow(
         pipeline: class name of the student's pipeline.
         file: the name of the exported file.
         adapters: whether the file is a LoRA for the base model, instead of weights.
+        phases: the files of LoRAs that take one after another of the steps, and how many each takes; `file` is then
+            the name of the images alone.
         size: height and width of images in pixels.
         merged: the file and the scale of a LoRA that was merged into the teacher. Adapters need it beside them; weights
             of a network alone have it in them, but the text encoders do not.
@@ -144,23 +148,28 @@ def workflow(
         strengths = {"strength_model": scale if adapters else 0.0, "strength_clip": scale}
         model = nodes.add("LoraLoader", model=model, clip=encoders, lora_name=name, **strengths)
         encoders = (model[0], 1)
-    if adapters:
-        model = nodes.add("LoraLoaderModelOnly", model=model, lora_name=file, strength_model=1.0)
     condition = _encoded(nodes, pipeline, encoders, prompt, size)
     if sampling.guidance is not None:
         condition = nodes.add("FluxGuidance", conditioning=condition, guidance=sampling.guidance)
-    samples = nodes.add(
-        "SamplerCustom",
-        model=model,
-        add_noise=True,
-        noise_seed=0,
-        cfg=1.0,
-        positive=condition,
-        negative=condition,  # not evaluated with cfg 1
-        sampler=nodes.add("KSamplerSelect", sampler_name=sampling.sampler),
-        sigmas=nodes.add("ManualSigmas", sigmas=sampling.listed()),
-        latent_image=nodes.add(latent, width=size, height=size, batch_size=1),
-    )
+    samples = nodes.add(latent, width=size, height=size, batch_size=1)
+    first, sampler = 0, nodes.add("KSamplerSelect", sampler_name=sampling.sampler)
+    for number, (name, count) in enumerate(phases or [(file, len(sampling.sigmas))]):
+        expert = model
+        if adapters:
+            expert = nodes.add("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=1.0)
+        samples = nodes.add(
+            "SamplerCustom",
+            model=expert,
+            add_noise=not number,  # a later phase gets what the one before it has noised already
+            noise_seed=number,
+            cfg=1.0,
+            positive=condition,
+            negative=condition,  # not evaluated with cfg 1
+            sampler=sampler,
+            sigmas=nodes.add("ManualSigmas", sigmas=sampling.listed(first, first + count)),
+            latent_image=samples,
+        )
+        first += count
     images = nodes.add("VAEDecode", samples=samples, vae=autoencoder)
     nodes.add("SaveImage", images=images, filename_prefix=file.removesuffix(".safetensors"))
     return nodes.found

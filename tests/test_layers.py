@@ -33,8 +33,9 @@ MAY_IMPORT = {
     "generation": BELOW_TEACHERS | {"teachers", "students"},
     "training": BELOW_TEACHERS | {"preference", "teachers", "students", "generation", "config", "data", "step"},
     "planning": BELOW_TEACHERS | {"teachers", "students", "generation", "config", "data", "step", "training"},
+    "report": {"base", METHOD, "config", "training"},
     "commands": BELOW_TEACHERS
-    | {"teachers", "students", "generation", "config", "data", "step", "training", "planning"},
+    | {"teachers", "students", "generation", "config", "data", "step", "training", "planning", "report"},
     "evaluation": {"base", "assets", METHOD, "data", "adapters", "formats", "preference"}
     | {"teachers", "students", "generation"},
 }

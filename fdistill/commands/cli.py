@@ -33,6 +33,7 @@ from fdistill.commands.options import (
     width_and_height,
 )
 from fdistill.commands.plan import plan
+from fdistill.commands.report import report
 
 app = typer.Typer(
     name="fdistill",
@@ -201,6 +202,7 @@ app.command()(plan)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(reference)
+app.command()(report)
 app.command()(cache)
 for listing in (configs, methods, divergences, protocols):
     app.command()(listing)

@@ -25,6 +25,7 @@ from fdistill.training.breakdown import BrokenRunError, advice
 from fdistill.training.checkpoint import checkpoints, newest_intact, save_checkpoint
 from fdistill.training.curves import save_curves
 from fdistill.training.distillation import Distillation
+from fdistill.training.environment import peak_memory
 from fdistill.training.journal import Journal, append_record, read_records, scalars
 from fdistill.training.run_folder import export_student
 from fdistill.training.sample_grids import grid_groups, student_images, teacher_images
@@ -192,6 +193,7 @@ class Logbook:
             "iteration": iteration,
             "images_per_second": (iteration - self._first) * self._config.batch_size / seconds,
             "seconds": seconds,
+            "memory_gb": peak_memory(self._run.device),
             "data/skipped": skipped,
             **({"stage": stage_at(self._run.stages, iteration - 1).number} if self._config.stages else {}),
             **changing_rates(self._run.stages, iteration - 1, self._run.optimizers),

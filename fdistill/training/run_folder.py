@@ -213,7 +213,7 @@ def _card(run: Distillation, folder: Path) -> dict[str, Any]:
         "teacher_guidance": config.guidance_scale,
         **({} if config.guidance_teacher is None else {"guidance_teacher": config.guidance_teacher}),
         "started_from": run.origin.name,
-        "metrics": records[-1] if records else {},
+        "metrics": {k: v for k, v in records[-1].items() if not isinstance(v, list)} if records else {},
         "method": config.method,
         **({"stages": [stage.describe() for stage in run.stages]} if config.stages else {}),
         "divergence": config.divergence and run.divergence.name,

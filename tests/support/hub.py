@@ -47,18 +47,18 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.requests: list[str] = []
-        self.broken_uploads = 0  # so many uploads of large files end in an error of the server
+        self.broken_commits = 0  # so many commits end in an error of the server
 
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
-    def environment(self, home: Path, token: str = TOKEN) -> dict[str, str]:
+    def environment(self, home: Path) -> dict[str, str]:
         """The environment in which the client talks to this hub, and keeps its cache in `home`."""
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         added = {"HF_ENDPOINT": self.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
         quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "no_proxy": "127.0.0.1"}
-        return kept | added | quiet | ({"HF_TOKEN": token} if token else {})
+        return kept | added | quiet | {"HF_TOKEN": TOKEN}
 
 
 @contextmanager
@@ -145,10 +145,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_PUT(self) -> None:
         content = self._body()
-        if self.server.broken_uploads:
-            self.server.broken_uploads -= 1
-            self._answer(501)
-            return
         self.server.blobs[hashlib.sha256(content).hexdigest()] = content
         self._answer(200)
 
@@ -209,6 +205,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _commit(self, name: str, branch: str, body: bytes) -> None:
         repository = self.server.repositories[name]
+        if self.server.broken_commits:
+            self.server.broken_commits -= 1
+            self._answer(503)
+            return
         files = dict(repository.files(branch))
         for line in body.splitlines():
             value, key = json.loads(line)["value"], json.loads(line)["key"]

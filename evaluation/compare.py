@@ -108,11 +108,11 @@ def _options_read(where: str | Path, options: Mapping[str, Any]) -> dict[str, An
     from evaluation.evaluate import holds_images
     from fdistill.adapters.checkpoint import resolve_checkpoint
     from fdistill.generation.sampling import Sampling
-    from fdistill.students.folder import find_student
+    from fdistill.students.folder import fetch_student
 
     if holds_images(where):
         unread = ["seeds", *(field.name for field in fields(Sampling))]
-    elif find_student(where) is not None:
+    elif fetch_student(where) is not None:
         unread = ["num_steps", "guidance_scale", "guidance_teacher", "negative_prompt", "resolution"]
     else:
         resolve_checkpoint(where)

@@ -33,6 +33,7 @@ from fdistill.commands.options import (
     width_and_height,
 )
 from fdistill.commands.plan import plan
+from fdistill.commands.push import push
 from fdistill.commands.report import report
 
 app = typer.Typer(
@@ -121,7 +122,9 @@ def distill(
 def generate(
     student: Annotated[
         str,
-        typer.Argument(help="A student or run folder; or a teacher: an embedded name, a folder or a hub id."),
+        typer.Argument(
+            help="A student (its folder, run folder or hub id), or a teacher (an embedded name, a folder or hub id)."
+        ),
     ],
     num_images: Annotated[int, typer.Option(help="Number of images.")],
     output: Annotated[
@@ -204,6 +207,7 @@ app.command()(compare)
 app.command()(reference)
 app.command()(report)
 app.command()(cache)
+app.command()(push)
 for listing in (configs, methods, divergences, protocols):
     app.command()(listing)
 

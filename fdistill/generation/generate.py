@@ -32,7 +32,7 @@ from fdistill.generation.pipeline_maker import open_pipeline
 from fdistill.generation.sampling import Sampling, check_unread
 from fdistill.guidance import GuidedDenoiser
 from fdistill.students.experts import experts_in
-from fdistill.students.folder import find_student, load_student
+from fdistill.students.folder import fetch_student, load_student
 from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
 from fdistill.teachers.guide import Guide, open_guide
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
@@ -46,13 +46,14 @@ def open_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling 
     """Opens what makes images of a checkpoint: a `PipelineMaker` with sampler "pipeline", else a `NetworkMaker`.
 
     Args:
-        checkpoint: a student folder, a run folder, any teacher that `load_teacher` takes, or a diffusers pipeline.
+        checkpoint: a student's folder, run folder or hub id, any teacher that `load_teacher` takes, or a diffusers
+            pipeline.
 
     Raises:
         CheckpointError: it is none of these, or cannot be read.
         ArgumentError: an option that this checkpoint does not read, such as steps for a student.
     """
-    folder = find_student(checkpoint)
+    folder = fetch_student(checkpoint)
     if folder is not None:
         check_unread(
             f"{checkpoint} is a student; these were fixed in its training",

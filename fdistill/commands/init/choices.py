@@ -59,6 +59,11 @@ def _teacher(draft: Draft, recipe: Recipe, teacher: TeacherAnswer) -> None:
     level = draft.get("student_level")
     schedule = denoiser.schedule
     highest = level[0] if isinstance(level, list) else level
+    if recipe.levels != teacher.levels:
+        sampler = "karras" if teacher.levels == "sigma" else "uniform"
+        why = "The recipe's teacher has noise levels of another kind, so these are drawn over all of them."
+        draft.put("matching_levels", {"sampler": sampler, "low": 0.02, "high": 0.98}, why)
+        draft.put("critic_levels", {"sampler": sampler}, why)
     if recipe.levels != teacher.levels or not schedule.t_min < highest <= schedule.t_max:
         draft.put("student_level", None, "The student starts from the teacher's highest noise level (null).")
     resolution = draft.get("resolution")

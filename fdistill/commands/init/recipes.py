@@ -90,7 +90,7 @@ def nearest_recipe(teacher: TeacherAnswer, hardware: Hardware, goal: str) -> Rec
         differing, shared = _compared(recipe, teacher)
         return (
             recipe.values["teacher"] not in (teacher.name, teacher.base),
-            recipe.pipeline is not None and recipe.pipeline != teacher.pipeline,
+            recipe.levels != teacher.levels if recipe.pipeline is None else recipe.pipeline != teacher.pipeline,
             recipe.network != teacher.network,
             recipe.levels != teacher.levels,
             recipe.network != teacher.network and recipe.name != _GENERAL,

@@ -15,6 +15,7 @@ from fdistill.base.process import importing, set_up
 from fdistill.commands.cache import cache
 from fdistill.commands.ending import one_message, quiet_libraries
 from fdistill.commands.evaluation import compare, evaluate, protocols, reference
+from fdistill.commands.init.command import init
 from fdistill.commands.listings import START, configs, divergences, methods
 from fdistill.commands.options import (
     Device,
@@ -201,6 +202,7 @@ def generate(
         typer.echo(f"images: {folder}")
 
 
+app.command()(init)
 app.command()(plan)
 app.command()(evaluate)
 app.command()(compare)

@@ -69,6 +69,7 @@ NOT_THERE: dict[str, str] = {
     ", but without buckets nothing reads it": "with buckets it works in tests/training/test_bucket_runs.py",
     "Measured with `fdistill evaluate`, by its": "a sentence of a card, and no advice",
     " Without one nobody may use what is published": "--license is passed in tests/sharing/test_publication.py",
+    ": has no config.yaml and metrics.jsonl; expected the folder": "folders of runs are read in tests/report",
     ": holds no student; expected a folder that": "its folders are pushed in tests/sharing/test_push.py",
     "; evaluate this student, and pass that file": "a file of this student is passed in tests/sharing",
     "mend the card's head, or the --license": "other licences are passed in tests/sharing/test_push.py",

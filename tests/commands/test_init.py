@@ -55,9 +55,9 @@ ROWS = [
 #: (family, the recipe that it gets), of those that take no prompts.
 OTHER_ROWS = [
     ("ddpm", "ddpm-cifar10"),
-    ("consistency", "cifar10"),
+    ("consistency", "cifar10-cond"),
     ("flow", "ddpm-cifar10"),
-    ("edm-ddpmpp", "cifar10"),
+    ("edm-ddpmpp", "cifar10-cond"),
     ("edm-adm", "imagenet64"),
     ("edm2", "imagenet512"),
     ("dit", "imagenet256"),
@@ -288,6 +288,7 @@ def test_a_run_that_fits_is_counted() -> None:
     assert config.batch_size == 128
 
 
+@pytest.mark.thorough
 def test_settings_make_a_run_fit_and_say_so() -> None:
     config = written(options("digits", "digits", "0.05gb"))
     changed = config.gradient_checkpointing or config.generator.micro_batch or config.precision == "bf16"

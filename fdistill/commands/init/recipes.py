@@ -15,8 +15,8 @@ from fdistill.commands.recipe_heads import paragraphs
 from fdistill.config.plain_yaml import parse_yaml
 from fdistill.config.reading import config_path, embedded_configs
 
-#: For text-to-image flows of families without a recipe: its heads and levels fit any transformer.
-_GENERAL = "sd35-medium"
+#: For families without a recipe: pixels with EDM's levels, and text-to-image flows, as any transformer has these heads.
+_GENERAL = ("cifar10-cond", "sd35-medium")
 _SMALL = 32  # GB; up to here recipes for 24 GB are tried
 _HARDWARE = re.compile(r"(one|\d+) GPUs? of (\d+) GB")
 
@@ -93,7 +93,7 @@ def nearest_recipe(teacher: TeacherAnswer, hardware: Hardware, goal: str) -> Rec
             recipe.levels != teacher.levels if recipe.pipeline is None else recipe.pipeline != teacher.pipeline,
             recipe.network != teacher.network,
             recipe.levels != teacher.levels,
-            recipe.network != teacher.network and recipe.name != _GENERAL,
+            recipe.network != teacher.network and recipe.name not in _GENERAL,
             differing,
             -shared,
             goal == "lora" and not recipe.has_adapters,

@@ -143,7 +143,8 @@ def _diversity(draft: Draft, teacher: TeacherAnswer) -> None:
 
 def _add_heads(draft: Draft, teacher: TeacherAnswer) -> None:
     """f-distill's discriminator, as FastGen's config of Flux has it: a divergence needs its density ratio."""
-    draft.put("method", "f-distill", f"The recipe's {draft.method} has no choice of divergence, which diversity needs.")
+    why = f"The recipe's {draft.method} has no divergence to choose, or no heads for its ratio; diversity needs both."
+    draft.put("method", "f-distill", why)
     draft.leave_out("objective", "augmentation", "fake_score.guidance_scale", "fake_score.training_guidance_scale")
     pooled = "mid" not in teacher.denoiser.feature_shapes
     heads = {

@@ -67,6 +67,9 @@ NOT_THERE: dict[str, str] = {
     "parallel: hybrid needs whole machines of ": "met in tests/planning/test_plan.py; any number that divides the GPUs",
     " reuse_samples would show the critic samples": "without it runs work in tests/training/test_bucket_runs.py",
     ", but without buckets nothing reads it": "with buckets it works in tests/training/test_bucket_runs.py",
+    " cannot be had at ": "pages at another port are opened in tests/commands/test_demo.py",
+    " names code, which no student's folder may run": "followed in tests/commands/test_demo.py",
+    "the student's folder names none; name it with --teacher": "followed in tests/commands/test_demo.py",
     "; leave ": "followed: the option stands in a variable part of the message",
 }
 _NAMES = re.compile(

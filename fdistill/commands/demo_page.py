@@ -25,9 +25,12 @@ CSS = """
 .told { border-left: 3px solid #d97706; padding: 0.4rem 0.8rem; overflow-wrap: anywhere; }
 .cost { overflow-wrap: anywhere; }
 .cost h2 { margin: 0; font-size: 1.1rem; }
-.drawn .grid-wrap { height: auto !important; max-height: none !important; }
-.drawn .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)) !important; }
-.drawn .grid-container button { height: auto !important; min-height: 0 !important; }
+.drawn, .drawn :is(.gallery-container, .grid-wrap, .grid-container, .gallery-item, .gallery-item button) {
+  height: auto !important; min-height: 0 !important; max-height: none !important;
+}
+.drawn .grid-container {
+  grid-template: none / repeat(4, minmax(0, 1fr)) !important; grid-auto-rows: auto !important; align-content: start;
+}
 footer { display: none !important; }
 """
 

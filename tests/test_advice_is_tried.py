@@ -74,6 +74,9 @@ NOT_THERE: dict[str, str] = {
     "; evaluate this student, and pass that file": "a file of this student is passed in tests/sharing",
     "mend the card's head, or the --license": "other licences are passed in tests/sharing/test_push.py",
     "; pass --public if that is meant, or choose": "followed in tests/sharing/test_push.py",
+    " cannot be had at ": "pages at another port are opened in tests/commands/test_demo.py",
+    " names code, which no student's folder may run": "followed in tests/commands/test_demo.py",
+    "the student's folder names none; name it with --teacher": "followed in tests/commands/test_demo.py",
     "; leave ": "followed: the option stands in a variable part of the message",
 }
 _NAMES = re.compile(

@@ -13,6 +13,7 @@ from fdistill import __version__
 from fdistill.base.files import nothing_cached
 from fdistill.base.process import importing, set_up
 from fdistill.commands.cache import cache
+from fdistill.commands.demo import demo
 from fdistill.commands.ending import one_message, quiet_libraries
 from fdistill.commands.evaluation import compare, evaluate, protocols, reference
 from fdistill.commands.init.command import init
@@ -203,6 +204,7 @@ def generate(
 
 
 app.command()(init)
+app.command()(demo)
 app.command()(plan)
 app.command()(evaluate)
 app.command()(compare)

@@ -74,7 +74,7 @@ def open_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling 
     if folder is not None:
         return _student_maker(checkpoint, folder, device, sampling)
     check_unread("applies only to students of your own network", sampling.given("network"))
-    return _teacher_maker(checkpoint, device, sampling)
+    return teacher_maker(TeacherSettings(str(checkpoint), resolution=sampling.resolution), device, sampling)
 
 
 def _student_maker(checkpoint: str | Path, folder: Path, device: torch.device, sampling: Sampling) -> NetworkMaker:
@@ -85,9 +85,11 @@ def _student_maker(checkpoint: str | Path, folder: Path, device: torch.device, s
     return NetworkMaker(str(checkpoint), student, None, weights_sha256(folder), latents, text)
 
 
-def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling) -> NetworkMaker:
+def teacher_maker(settings: TeacherSettings, device: torch.device, sampling: Sampling) -> NetworkMaker:
+    """Opens a teacher with Heun's sampler; raises what `open_maker` does, and ConfigError as `open_teacher` says."""
+    checkpoint = settings.name
     try:
-        teacher = open_teacher(TeacherSettings(str(checkpoint), resolution=sampling.resolution))
+        teacher = open_teacher(settings)
     except CheckpointError as error:
         if only_diffusers_runs(checkpoint):
             raise CheckpointError(f"{error}; `--sampler pipeline` runs it with diffusers itself") from error
@@ -113,10 +115,10 @@ def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampl
                 null = text.null(sampling.negative_prompt)
         other = None if guide is None else guide.denoiser.to(device)
         denoiser = GuidedDenoiser(denoiser, sampling.scale, null=null, guide=other).to(device)
-    return NetworkMaker(str(checkpoint), denoiser, sampling.steps, sha256, latents, text, sampling.scale)
+    return NetworkMaker(checkpoint, denoiser, sampling.steps, sha256, latents, text, sampling.scale)
 
 
-def _guide(checkpoint: str | Path, denoiser: Denoiser, sampling: Sampling) -> Guide | None:
+def _guide(checkpoint: str, denoiser: Denoiser, sampling: Sampling) -> Guide | None:
     """The second network of guidance; ArgumentError if guidance is off, or leads away from a prompt as well."""
     if sampling.guidance_teacher is None:
         return None

@@ -35,6 +35,7 @@ from fdistill.training.distillation import Distillation
 from fdistill.training.environment import note_environment
 from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal
+from fdistill.training.live_view import LiveView
 from fdistill.training.logbook import Logbook
 from fdistill.training.optimise import Role
 from fdistill.training.parts import Split, backward, check_parts, count_of, draw_samples
@@ -168,14 +169,14 @@ def train(run: Distillation, data: TrainingData, logbook: Logbook) -> int:
         Stop(run.device) as stop,
         data.loader(config, run.networks.teacher, first_batch) as loader,
         logbook,
-        progress_bar(run) as bar,
+        LiveView(config.batch_size, run.iteration, config.iterations, main=rng.world()[0] == 0) as view,
     ):
         batches = Batches(run, data, loader)
         while run.iteration < config.iterations and not received:
             iterate(run, batches, roles, generator, logbook.journal)
-            bar.update(config.batch_size)
             received = stop.received()
-            logbook.after_iteration(loader.skipped, stopping=received != 0)
+            record = logbook.after_iteration(loader.skipped, stopping=received != 0)
+            view.after_iteration(run.iteration, record, logbook.alarms)
     logbook.save_curves()
     return received
 
@@ -269,16 +270,3 @@ def step(
     norms = {name: role.step() for name, role in roles.items()}
     journal.add(logs, norms, {name: role.weights for name, role in roles.items()}, place)
     return list(norms.values())
-
-
-def progress_bar(run: Distillation) -> Any:
-    """A progress bar that counts the student's samples, shown by the main process only."""
-    return tqdm(
-        total=run.config.iterations * run.config.batch_size,
-        initial=run.iteration * run.config.batch_size,
-        desc="distil",
-        unit="img",
-        unit_scale=True,
-        disable=rng.world()[0] != 0,
-        mininterval=1.0,
-    )

@@ -113,10 +113,10 @@ def test_type_checkers_see_the_types_of_an_installed_wheel(programs: Path, tmp_p
         sys.executable, "-m", "mypy", "--python-executable", programs / "python", "program.py", cwd=tmp_path, status=1
     ).splitlines()
     about = {line.split(":")[1]: line for line in said if line.startswith("program.py:")}
-    assert "output: str | pathlib.Path" in about["3"].replace("Union[", "").replace("builtins.", "")
-    assert "-> dict[str, Any]" in about["4"].replace("builtins.", "")
-    assert '"fdistill" has no attribute "distil"' in about["5"] or "no attribute" in about["5"]
-    assert "arg-type" in about["6"]
+    assert "resume: bool" in about["3"]
+    assert "seeds: typing.Sequence[" in about["4"]
+    assert 'has no attribute "distil"' in about["5"]
+    assert "[arg-type]" in about["6"]
     assert len(about) == 4, said
 
 

@@ -13,6 +13,8 @@ from evaluation.comparison.table import markdown_table, text_table
 from fdistill.base.errors import ArgumentError, OutputError
 from fdistill.base.files import atomic_folder, claimed_folder, read_json_object
 
+__all__ = ["compare"]
+
 
 def compare(
     inputs: Sequence[str | Path],

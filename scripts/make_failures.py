@@ -43,13 +43,13 @@ RUNS: dict[str, list[str]] = {
         "discriminator.lr=1e-2",
         "discriminator.features=[down0,down1,mid]",
     ],
-    "guidance": ["null_class=9", "guidance_scale=6"],
-    "collapse": ["null_class=9", "guidance_scale=6", "fake_score.lr=1e-7"],
+    "levels": ["matching_levels.low=0.55"],
+    "explosion": ["generator.lr=10"],
     "weighting": ["generator.weighting=uniform"],
     "ratio": ["ratio.lower=0.95", "ratio.upper=1.05"],
 }
-#: Of a grid in samples/: its rows and columns, how many rows are shown, and pixels of a sample in the picture.
-_ROWS, _COLUMNS, _SHOWN, _SIDE = 8, 10, 4, 33
+#: Of a grid in samples/: its rows, and how many of them are shown.
+_ROWS, _SHOWN = 8, 4
 
 
 def distil(folder: Path, overrides: list[str]) -> tuple[str, float]:
@@ -70,10 +70,9 @@ def newest_grid(folder: Path) -> Path:
 
 
 def shown(grid: Path, made: Path) -> Path:
-    """The first rows of a sample grid, small."""
+    """The first rows of a sample grid."""
     picture = Image.open(grid)
-    rows = picture.crop((0, 0, picture.width, picture.height * _SHOWN // _ROWS))
-    rows.resize((_COLUMNS * _SIDE, _SHOWN * _SIDE), Image.Resampling.NEAREST).save(made)
+    picture.crop((0, 0, picture.width, picture.height * _SHOWN // _ROWS)).save(made)
     return made
 
 
@@ -100,7 +99,10 @@ def make(output: Path, runs: Path, names: list[str]) -> dict[str, Any]:
         folder, note = runs / name, runs / f"{name}.json"
         if not note.is_file():
             error, seconds = distil(folder, RUNS[name])
-            note.write_text(json.dumps({"error": error, "processor_seconds": round(seconds)}), encoding="utf-8")
+            note.write_text(
+                json.dumps({"error": error.replace(str(folder), "RUN"), "processor_seconds": round(seconds)}),
+                encoding="utf-8",
+            )
         made[name] = {"settings": RUNS[name], **facts(folder), **json.loads(note.read_text(encoding="utf-8"))}
         panels = [
             (

@@ -17,6 +17,8 @@ from fdistill.base.files import atomic_file, writing
 from fdistill.step import PerSample
 from fdistill.training.breakdown import Applied, BrokenRunError, check_growth, first_leap
 
+__all__ = ["Journal", "append_record", "read_records", "scalars", "truncate_records"]
+
 #: The bounds of the cells in which a record counts the logarithms of density ratios; below and above lies one more.
 LOG_RATIO_EDGES = tuple(edge / 2 for edge in range(-6, 7))
 _LOG_RATIO = "generator/log_ratio"

@@ -3,7 +3,8 @@
 python scripts/make_failures.py OUTPUT_DIR [--only rate,gan] [--runs RUNS_DIR]
 
 OUTPUT_DIR gets NAME.png, with the healthy run's samples on the left and the failing run's on the right, of the same
-noise, and failures.json with the settings, the alarms and how the samples look. A run that is in RUNS_DIR already is
+noise, unless the run ended before it had a grid; curves.png of the healthy run; and failures.json with the settings,
+the alarms and how the samples look. A run that is in RUNS_DIR already is
 not repeated. docs/failures.md shows what comes out.
 """
 
@@ -43,10 +44,9 @@ RUNS: dict[str, list[str]] = {
         "discriminator.lr=1e-2",
         "discriminator.features=[down0,down1,mid]",
     ],
-    "levels": ["matching_levels.low=0.55"],
+    "slow-critic": ["generator.lr=4e-3", "fake_score.lr=2e-5", "critic_steps=1"],
     "explosion": ["generator.lr=10"],
     "weighting": ["generator.weighting=uniform"],
-    "ratio": ["ratio.lower=0.95", "ratio.upper=1.05"],
 }
 #: Of a grid in samples/: its rows, and how many of them are shown.
 _ROWS, _SHOWN = 8, 4
@@ -89,7 +89,8 @@ def facts(folder: Path) -> dict[str, Any]:
     names = ("brightness", "contrast", "diversity")
     look = {name: round(looks[-1][LOOK + name] / looks[-1][f"{LOOK}teacher_{name}"], 3) for name in names if looks}
     skipped = sum(record.get(f"{role}/skipped", 0) for record in records for role in ("generator", "fake_score"))
-    return {"iterations": records[-1]["iteration"], "alarms": raised, "beside_teacher": look, "skipped": skipped}
+    reached = records[-1]["iteration"] if records else 0
+    return {"recorded": reached, "alarms": raised, "beside_teacher": look, "skipped": skipped}
 
 
 def make(output: Path, runs: Path, names: list[str]) -> dict[str, Any]:
@@ -104,14 +105,13 @@ def make(output: Path, runs: Path, names: list[str]) -> dict[str, Any]:
                 encoding="utf-8",
             )
         made[name] = {"settings": RUNS[name], **facts(folder), **json.loads(note.read_text(encoding="utf-8"))}
-        panels = [
-            (
-                f"{who}, iteration {int(newest_grid(runs / who).stem)}",
-                shown(newest_grid(runs / who), runs / f"{who}.png"),
-            )
-            for who in (HEALTHY, name)
-        ]
-        if name != HEALTHY:
+        grid = newest_grid(folder)
+        if name != HEALTHY and int(grid.stem) > 0:
+            healthy = newest_grid(runs / HEALTHY)
+            panels = [
+                (f"{who}, iteration {int(found.stem)}", shown(found, runs / f"{who}.png"))
+                for who, found in ((HEALTHY, healthy), (name, grid))
+            ]
             save_side_by_side(panels, output / f"{name}.png")
         print(f"{name}: {made[name]}", flush=True)
     # With fewer colours, which a picture of lines does not miss, it is a third as large.

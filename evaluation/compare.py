@@ -13,6 +13,8 @@ from evaluation.comparison.table import markdown_table, text_table
 from fdistill.base.errors import ArgumentError, OutputError
 from fdistill.base.files import atomic_folder, claimed_folder, read_json_object
 
+__all__ = ["compare"]
+
 
 def compare(
     inputs: Sequence[str | Path],
@@ -108,11 +110,11 @@ def _options_read(where: str | Path, options: Mapping[str, Any]) -> dict[str, An
     from evaluation.evaluate import holds_images
     from fdistill.adapters.checkpoint import resolve_checkpoint
     from fdistill.generation.sampling import Sampling
-    from fdistill.students.folder import find_student
+    from fdistill.students.folder import fetch_student
 
     if holds_images(where):
         unread = ["seeds", *(field.name for field in fields(Sampling))]
-    elif find_student(where) is not None:
+    elif fetch_student(where) is not None:
         unread = ["num_steps", "guidance_scale", "guidance_teacher", "negative_prompt", "resolution"]
     else:
         resolve_checkpoint(where)

@@ -41,6 +41,8 @@ from fdistill.generation.maker import Maker, describe_maker
 from fdistill.generation.sampling import Sampling, check_unread
 from fdistill.students.folder import find_student, student_facts, student_folder
 
+__all__ = ["evaluate"]
+
 #: What provenance says about a student's training; "ema" says which average of the weights it is.
 _TRAINING = ("method", "divergence", "teacher", "teacher_guidance", "iterations", "ema", "seed")
 _CHECKPOINT_FILES = (".json", ".safetensors")

@@ -19,6 +19,8 @@ from fdistill.base.errors import ArgumentError
 from fdistill.base.files import check_file
 from fdistill.data.account import say
 
+__all__ = ["make_reference"]
+
 
 def make_reference(
     data: str | Path,

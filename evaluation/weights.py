@@ -16,6 +16,8 @@ from fdistill.base.errors import ArgumentError, CheckpointError, brief, did_you_
 from fdistill.base.reading import not_here
 from fdistill.preference.models import MODELS
 
+__all__ = ["parse_weights"]
+
 #: Weights that the user gave, {network: file or folder}; "" is a folder of files, or a file, under published names.
 Weights = Mapping[str, Path]
 

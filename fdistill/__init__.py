@@ -86,10 +86,12 @@ _WHERE = {
 __all__ = [*_WHERE, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'fdistill' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"fdistill.{_WHERE[name]}"), name)
+if not TYPE_CHECKING:  # a type checker would take every misspelt name for one that this finds
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module 'fdistill' has no attribute {name!r}")
+        return getattr(importlib.import_module(f"fdistill.{_WHERE[name]}"), name)
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,8 @@ from torch import Tensor
 from fdistill.base.devices import upload
 from fdistill.base.errors import ArgumentError
 
+__all__ = ["Condition", "TextCondition"]
+
 
 @dataclass(frozen=True)
 class TextCondition:

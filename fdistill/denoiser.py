@@ -16,6 +16,8 @@ from fdistill.kernels.layout import expand
 from fdistill.noise import NoiseSchedule
 from fdistill.prediction import Preconditioning, Prediction
 
+__all__ = ["Denoiser", "Features", "LatentScaling"]
+
 Features = dict[str, Tensor]
 
 

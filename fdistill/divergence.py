@@ -19,6 +19,8 @@ from fdistill.base.errors import ArgumentError, did_you_mean
 from fdistill.base.functions import import_function
 from fdistill.kernels.checks import widened
 
+__all__ = ["DIVERGENCES", "Divergence", "divergence_from", "get_divergence"]
+
 Function = Callable[[Tensor], Tensor]
 
 

@@ -35,6 +35,25 @@ from fdistill.kernels.implicit import implicit
 from fdistill.kernels.matching import matching
 from fdistill.prediction import Prediction, as_prediction
 
+__all__ = [
+    "ImplicitMeans",
+    "approximate_r1",
+    "denoising_loss",
+    "denoising_weight",
+    "gan_discriminator_loss",
+    "gan_generator_loss",
+    "implicit_means",
+    "matching_loss",
+    "noise_kl_loss",
+    "r1_penalty",
+    "regression_loss",
+    "score_difference_loss",
+    "score_difference_weight",
+    "sid_loss",
+    "sim_loss",
+    "uni_instruct_loss",
+]
+
 #: The normaliser of a sample, mean|x0 - T|, is at least this, so that a sample at the prediction has a finite push.
 NORMALISER_FLOOR = 1e-6
 

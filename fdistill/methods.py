@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+__all__ = ["METHODS", "Method", "Option"]
+
 
 @dataclass(frozen=True)
 class Option:

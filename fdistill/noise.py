@@ -18,6 +18,19 @@ from fdistill.base.constants import constant
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
 from fdistill.kernels.layout import expand
 
+__all__ = [
+    "LEVEL_SAMPLERS",
+    "EDMSchedule",
+    "FlowSchedule",
+    "NoiseSchedule",
+    "VPSchedule",
+    "add_noise",
+    "karras_levels",
+    "lognormal_levels",
+    "shifted_levels",
+    "uniform_levels",
+]
+
 
 class NoiseSchedule(Hashable, Protocol):
     """How a teacher's level t maps to signal and noise. All methods are elementwise on float tensors of any shape."""

@@ -12,6 +12,8 @@ from fdistill.kernels.checks import wide
 from fdistill.kernels.outputs import guided_output
 from fdistill.kernels.to_x0 import to_x0
 
+__all__ = ["Preconditioning", "Prediction", "PredictionKind"]
+
 
 class Preconditioning(NamedTuple):
     """How a network is wrapped at levels t: its input is input_scale x_t, and x0 = skip x_t + out output. All fields

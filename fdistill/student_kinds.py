@@ -12,6 +12,8 @@ from typing import Literal
 
 #: The file in a student's folder that says which kind it is and how it is made.
 STUDENT_FILE = "fdistill_student.json"
+#: The key in it with the sizes and hashes of the folder's other files.
+NOTED_FILES = "files"
 
 #: Values of the setting student.generator.
 KindName = Literal["denoiser", "tiue"]

@@ -67,6 +67,16 @@ NOT_THERE: dict[str, str] = {
     "parallel: hybrid needs whole machines of ": "met in tests/planning/test_plan.py; any number that divides the GPUs",
     " reuse_samples would show the critic samples": "without it runs work in tests/training/test_bucket_runs.py",
     ", but without buckets nothing reads it": "with buckets it works in tests/training/test_bucket_runs.py",
+    "Measured with `fdistill evaluate`, by its": "a sentence of a card, and no advice",
+    " Without one nobody may use what is published": "--license is passed in tests/sharing/test_publication.py",
+    ": has no config.yaml and metrics.jsonl; expected the folder": "folders of runs are read in tests/report",
+    ": holds no student; expected a folder that": "its folders are pushed in tests/sharing/test_push.py",
+    "; evaluate this student, and pass that file": "a file of this student is passed in tests/sharing",
+    "mend the card's head, or the --license": "other licences are passed in tests/sharing/test_push.py",
+    "; pass --public if that is meant, or choose": "followed in tests/sharing/test_push.py",
+    " cannot be had at ": "pages at another port are opened in tests/commands/test_demo.py",
+    " names code, which no student's folder may run": "followed in tests/commands/test_demo.py",
+    "the student's folder names none; name it with --teacher": "followed in tests/commands/test_demo.py",
     "; leave ": "followed: the option stands in a variable part of the message",
 }
 _NAMES = re.compile(

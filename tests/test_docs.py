@@ -19,7 +19,11 @@ from fdistill.config.schema import DistillConfig
 from fdistill.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("fdistill/assets/*/README.md"))]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    *sorted(ROOT.glob("fdistill/assets/*/README.md")),
+]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MENTIONING = [path.relative_to(ROOT) for path in (*PAGES, *CONFIGS)]
 # The last is of the method that docs/extending.md adds.

@@ -30,11 +30,14 @@ MAY_IMPORT = {
     "formats": {"base", "adapters"},
     "teachers": BELOW_TEACHERS,
     "students": BELOW_TEACHERS | {"teachers"},
+    # What is published of a student, and its scores and settings.
+    "sharing": BELOW_TEACHERS | {"students", "config"},
     "generation": BELOW_TEACHERS | {"teachers", "students"},
     "training": BELOW_TEACHERS | {"preference", "teachers", "students", "generation", "config", "data", "step"},
     "planning": BELOW_TEACHERS | {"teachers", "students", "generation", "config", "data", "step", "training"},
+    "report": {"base", METHOD, "config", "training"},
     "commands": BELOW_TEACHERS
-    | {"teachers", "students", "generation", "config", "data", "step", "training", "planning"},
+    | {"teachers", "students", "sharing", "generation", "config", "data", "step", "training", "planning", "report"},
     "evaluation": {"base", "assets", METHOD, "data", "adapters", "formats", "preference"}
     | {"teachers", "students", "generation"},
 }

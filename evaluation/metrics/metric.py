@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from evaluation.metrics.moments import Moments
     from evaluation.weights import Weights
 
+__all__ = ["Measured", "Metric"]
+
 
 @dataclass(frozen=True)
 class Measured:

@@ -13,6 +13,8 @@ from fdistill.base import rng
 from fdistill.base.distributed import sum_over_processes
 from fdistill.base.errors import ArgumentError
 
+__all__ = ["Moments"]
+
 _CHUNK = 4096  # rows in float64 at a time
 
 

@@ -9,6 +9,8 @@ from fdistill.base.errors import ArgumentError
 if TYPE_CHECKING:
     from torch import Tensor
 
+__all__ = ["check_rows"]
+
 _CHUNK = 8192  # rows checked at once, so that no copy of all of them is made
 
 

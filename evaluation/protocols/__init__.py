@@ -21,6 +21,8 @@ from evaluation.protocols.imagenet512_edm2 import IMAGENET512_EDM2
 from evaluation.protocols.protocol import Protocol
 from fdistill.base.errors import ArgumentError, did_you_mean
 
+__all__ = ["PROTOCOLS", "Protocol", "get_protocol", "higher_is_better"]
+
 PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (

@@ -14,6 +14,8 @@ from fdistill.adapters.original_names import Layout
 from fdistill.base.errors import CheckpointError
 from fdistill.denoiser import Denoiser
 
+__all__ = ["FAMILIES"]
+
 #: Network class, as named in a checkpoint's config.json -> its family.
 FAMILIES: dict[str, Family] = {
     "UNet2DModel": unet2d.FAMILY,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from fdistill.adapters import (
 )
 from fdistill.adapters.bin_weights import bins_instead, in_float32, variants_instead, with_plain_weights
 from fdistill.adapters.family import Family
+from fdistill.adapters.hub import hub_errors, is_hub_id
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.assets import EMBEDDED_TEACHERS
@@ -131,8 +131,7 @@ def _resolve(text: str, read: Callable[[Path], Path], download: Callable[[str], 
     module, separator, function = text.partition(":")
     if separator and module.replace(".", "").isidentifier() and function.isidentifier():
         return Checkpoint(text, factory=_factory(text))
-    looks_like_path = path.is_absolute() or text.startswith(".") or text.count("/") != 1
-    if looks_like_path:
+    if not is_hub_id(text):
         raise CheckpointError(f"checkpoint {text!r}: no such folder; {did_you_mean(text, EMBEDDED_TEACHERS)}")
     return Checkpoint(text, read(download(text)))
 
@@ -172,7 +171,7 @@ def _download(hub_id: str) -> Path:
     def fetch(patterns: list[str], ignored: list[str] = _NOT_DOWNLOADED) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=ignored, etag_timeout=5))
 
-    with _hub(hub_id):
+    with hub_errors(hub_id):
         folder = fetch(_DOWNLOADED)
         missing = bins_instead(folder)
         if missing:
@@ -186,27 +185,8 @@ def _download(hub_id: str) -> Path:
 def _download_configs(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _hub(hub_id):
+    with hub_errors(hub_id):
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*/*.json"], etag_timeout=5))
-
-
-@contextmanager
-def _hub(hub_id: str) -> Iterator[None]:
-    """Raises CheckpointError for what the hub's errors mean."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        yield
-    except GatedRepoError as error:
-        raise CheckpointError(
-            f"checkpoint {hub_id!r}: its owner gives access on request; accept the conditions on "
-            f"huggingface.co/{hub_id}, run `hf auth login`, and try again"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(
-            f"checkpoint {hub_id!r}: no such folder, and the hub gave no model of that id ({type(error).__name__}); "
-            "check the id, or download the folder elsewhere and pass its path"
-        ) from error
 
 
 def check_configs(folder: Path) -> None:

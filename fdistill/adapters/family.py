@@ -13,6 +13,8 @@ from fdistill.base.errors import ArgumentError
 from fdistill.condition import TextCondition
 from fdistill.denoiser import Denoiser
 
+__all__ = ["Family", "TextToImage"]
+
 #: Names of a network's tensors -> their shapes.
 Shapes = Mapping[str, tuple[int, ...]]
 #: A pipeline of diffusers that runs a student, and the arguments to call it with.

@@ -26,6 +26,8 @@ from fdistill.noise import EDMSchedule, FlowSchedule, NoiseSchedule, VPSchedule,
 from fdistill.prediction import Preconditioning, PredictionKind, x0_coefficients
 from fdistill.student_kinds import Sampler
 
+__all__ = ["Parametrisation", "parametrisation_from_scheduler"]
+
 
 class Parametrisation(Protocol):
     """The network's inputs at level t, and the meaning of its raw output."""

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from fdistill.denoiser import Features
 
+__all__ = ["run_tapped"]
+
 
 class _NothingMoreIsWanted(Exception):
     """Raised by the last hook to leave the network's forward."""

@@ -5,6 +5,18 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+__all__ = [
+    "ArgumentError",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "FDistillError",
+    "NonFiniteError",
+    "OutputError",
+    "ProcessError",
+    "StoppedError",
+]
+
 _FEW = 12  # names that a message lists
 
 

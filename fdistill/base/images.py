@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fdistill.base.files import atomic_file
 
+__all__ = ["grid", "to_pil", "to_uint8", "to_unit"]
+
 
 def to_unit(images: Tensor) -> Tensor:
     """uint8 [0, 255] -> float32 [-1, 1]."""

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+__all__ = ["indexed_normal", "normal", "uniform"]
+
 
 class Stream(IntEnum):
     """What a seed's random numbers are used for. Each use has a stream of its own, so that its draws do not depend on

@@ -13,8 +13,10 @@ from fdistill import __version__
 from fdistill.base.files import nothing_cached
 from fdistill.base.process import importing, set_up
 from fdistill.commands.cache import cache
+from fdistill.commands.demo import demo
 from fdistill.commands.ending import one_message, quiet_libraries
 from fdistill.commands.evaluation import compare, evaluate, protocols, reference
+from fdistill.commands.init.command import init
 from fdistill.commands.listings import START, configs, divergences, methods
 from fdistill.commands.options import (
     Device,
@@ -33,6 +35,8 @@ from fdistill.commands.options import (
     width_and_height,
 )
 from fdistill.commands.plan import plan
+from fdistill.commands.push import push
+from fdistill.commands.report import report
 
 app = typer.Typer(
     name="fdistill",
@@ -120,7 +124,9 @@ def distill(
 def generate(
     student: Annotated[
         str,
-        typer.Argument(help="A student or run folder; or a teacher: an embedded name, a folder or a hub id."),
+        typer.Argument(
+            help="A student (its folder, run folder or hub id), or a teacher (an embedded name, a folder or hub id)."
+        ),
     ],
     num_images: Annotated[int, typer.Option(help="Number of images.")],
     output: Annotated[
@@ -197,11 +203,15 @@ def generate(
         typer.echo(f"images: {folder}")
 
 
+app.command()(init)
+app.command()(demo)
 app.command()(plan)
 app.command()(evaluate)
 app.command()(compare)
 app.command()(reference)
+app.command()(report)
 app.command()(cache)
+app.command()(push)
 for listing in (configs, methods, divergences, protocols):
     app.command()(listing)
 

@@ -32,7 +32,7 @@ Samples = Annotated[
     typer.Argument(
         metavar="SAMPLES",
         help="Images in a file or folder, as data= of distill takes them, or a student, run folder, teacher or "
-        "diffusers pipeline that makes them.",
+        "diffusers pipeline that makes them, by its folder or hub id.",
     ),
 ]
 Reference = Annotated[

@@ -26,7 +26,7 @@ from fdistill.data import Batching, ImageLoader, open_source
 from fdistill.data.account import account_of, say
 from fdistill.denoiser import Denoiser
 from fdistill.sampler import heun_sample
-from fdistill.students.folder import find_student, load_student
+from fdistill.students.folder import fetch_student, load_student
 from fdistill.students.one_step_pipeline import OneStepPipeline
 from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_shape, image_size
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
@@ -86,7 +86,7 @@ def inspect(
         ArgumentError, ConfigError: the checkpoint makes no images of this resolution.
     """
     _, chosen = start(device)
-    folder = find_student(checkpoint)
+    folder = fetch_student(checkpoint)
     if folder is not None:
         if resolution is not None:
             raise ArgumentError(f"resolution: {checkpoint} is a student, which has its own; leave it out")

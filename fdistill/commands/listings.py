@@ -21,6 +21,7 @@ Try it, without a download and without a GPU, in about three minutes:
 
 Distil a checkpoint of your own:
     fdistill inspect CHECKPOINT                  # is it read rightly?
+    fdistill init                                # five questions make a config that gives reasons
     fdistill configs                             # presets: what they need, and what they reach
     fdistill distill CONFIG teacher=CHECKPOINT --smoke --output runs/try
     fdistill distill CONFIG teacher=CHECKPOINT --output runs/mine

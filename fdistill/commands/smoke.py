@@ -28,6 +28,8 @@ from fdistill.data import TEACHER_SAMPLES
 from fdistill.teachers.autoencoder import attach_latent_space, image_size
 from fdistill.training.cache import cache
 
+__all__ = ["smoke_config"]
+
 #: Settings of every smoke run. They replace the recipe's; those of its smoke section replace these.
 SETTINGS: dict[str, Any] = {
     "iterations": 3,

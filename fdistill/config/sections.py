@@ -342,7 +342,9 @@ class LogConfig(Section):
     checkpoint_every: CountOrZero = 100
     keep_checkpoints: Count = Field(default=2, description="how many of the newest checkpoints to keep")
     keep_best: bool = Field(default=False, description="keep the checkpoint of the best score in eval as well")
-    tracker: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    tracker: Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "swanlab", "trackio", "none"] = (
+        "tensorboard"
+    )
 
 
 class EvalConfig(Section):

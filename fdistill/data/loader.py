@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +193,23 @@ class ImageLoader:
                 f"decoded, more than 1 %; mend or remove them ({listed})"
             )
         return Batch(torch.from_numpy(images), self._plan.source.labels[rows], torch.tensor(rows))
+
+
+def decoded_rows(source: Source, rows: Sequence[int], sample_shape: tuple[int, int, int], recipe: str) -> Tensor:
+    """Some images of a data set as the loader gives them, without mirroring: uint8 [len(rows), C, H, W].
+
+    Raises:
+        DataError: one of them is unreadable, or the recipe refuses it.
+    """
+    channels, height, width = sample_shape
+    images = []
+    for row in rows:
+        try:
+            image = to_channels(open_image(source.encoded(row)), channels)
+            images.append(pixels(RECIPES[recipe](image, height, width)))
+        except Exception as error:  # PIL's decoders end in nearly any of them on damaged bytes
+            raise DataError(f"data {source.name}: {source.item_name(row)} cannot be shown ({error})") from error
+    return torch.from_numpy(np.stack(images))
 
 
 @contextmanager

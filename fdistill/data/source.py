@@ -14,6 +14,8 @@ from torch import Tensor
 
 from fdistill.base.errors import DataError
 
+__all__ = ["ArraySource", "Kind", "Source", "class_labels"]
+
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 
 Encoded = bytes | np.ndarray[Any, np.dtype[np.uint8]]

@@ -32,7 +32,7 @@ from fdistill.generation.pipeline_maker import open_pipeline
 from fdistill.generation.sampling import Sampling, check_unread
 from fdistill.guidance import GuidedDenoiser
 from fdistill.students.experts import experts_in
-from fdistill.students.folder import find_student, load_student
+from fdistill.students.folder import fetch_student, load_student
 from fdistill.teachers.autoencoder import LatentSpace, attach_latent_space, image_size
 from fdistill.teachers.guide import Guide, open_guide
 from fdistill.teachers.teacher import TeacherSettings, open_teacher
@@ -46,13 +46,14 @@ def open_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling 
     """Opens what makes images of a checkpoint: a `PipelineMaker` with sampler "pipeline", else a `NetworkMaker`.
 
     Args:
-        checkpoint: a student folder, a run folder, any teacher that `load_teacher` takes, or a diffusers pipeline.
+        checkpoint: a student's folder, run folder or hub id, any teacher that `load_teacher` takes, or a diffusers
+            pipeline.
 
     Raises:
         CheckpointError: it is none of these, or cannot be read.
         ArgumentError: an option that this checkpoint does not read, such as steps for a student.
     """
-    folder = find_student(checkpoint)
+    folder = fetch_student(checkpoint)
     if folder is not None:
         check_unread(
             f"{checkpoint} is a student; these were fixed in its training",
@@ -73,7 +74,7 @@ def open_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling 
     if folder is not None:
         return _student_maker(checkpoint, folder, device, sampling)
     check_unread("applies only to students of your own network", sampling.given("network"))
-    return _teacher_maker(checkpoint, device, sampling)
+    return teacher_maker(TeacherSettings(str(checkpoint), resolution=sampling.resolution), device, sampling)
 
 
 def _student_maker(checkpoint: str | Path, folder: Path, device: torch.device, sampling: Sampling) -> NetworkMaker:
@@ -84,9 +85,11 @@ def _student_maker(checkpoint: str | Path, folder: Path, device: torch.device, s
     return NetworkMaker(str(checkpoint), student, None, weights_sha256(folder), latents, text)
 
 
-def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampling) -> NetworkMaker:
+def teacher_maker(settings: TeacherSettings, device: torch.device, sampling: Sampling) -> NetworkMaker:
+    """Opens a teacher with Heun's sampler; raises what `open_maker` does, and ConfigError as `open_teacher` says."""
+    checkpoint = settings.name
     try:
-        teacher = open_teacher(TeacherSettings(str(checkpoint), resolution=sampling.resolution))
+        teacher = open_teacher(settings)
     except CheckpointError as error:
         if only_diffusers_runs(checkpoint):
             raise CheckpointError(f"{error}; `--sampler pipeline` runs it with diffusers itself") from error
@@ -112,10 +115,10 @@ def _teacher_maker(checkpoint: str | Path, device: torch.device, sampling: Sampl
                 null = text.null(sampling.negative_prompt)
         other = None if guide is None else guide.denoiser.to(device)
         denoiser = GuidedDenoiser(denoiser, sampling.scale, null=null, guide=other).to(device)
-    return NetworkMaker(str(checkpoint), denoiser, sampling.steps, sha256, latents, text, sampling.scale)
+    return NetworkMaker(checkpoint, denoiser, sampling.steps, sha256, latents, text, sampling.scale)
 
 
-def _guide(checkpoint: str | Path, denoiser: Denoiser, sampling: Sampling) -> Guide | None:
+def _guide(checkpoint: str, denoiser: Denoiser, sampling: Sampling) -> Guide | None:
     """The second network of guidance; ArgumentError if guidance is off, or leads away from a prompt as well."""
     if sampling.guidance_teacher is None:
         return None

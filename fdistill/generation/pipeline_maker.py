@@ -24,7 +24,7 @@ from fdistill.generation.diffusers_pipeline import (
 )
 from fdistill.generation.maker import Evaluations, LabelsOrPrompts, finite_uint8
 from fdistill.generation.sampling import Sampling
-from fdistill.students.folder import checked_facts, find_student
+from fdistill.students.folder import checked_facts, fetch_student
 from fdistill.students.student_pipeline import StudentPipeline
 from fdistill.teachers.text_encoders import PromptEncoder, describe_cut, quiet
 
@@ -216,7 +216,7 @@ def open_pipeline(checkpoint: str | Path, device: torch.device, sampling: Sampli
         CheckpointError: it is no pipeline, files cannot be read, or diffusers does not have its class.
         ArgumentError: the class does not take an option that was given.
     """
-    folder = find_student(checkpoint)
+    folder = fetch_student(checkpoint)
     if folder is not None:
         facts = checked_facts(folder)
         pipeline = load_pipeline(Checkpoint(str(checkpoint), folder)).to(device)

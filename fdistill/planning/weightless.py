@@ -51,7 +51,7 @@ def open_without_weights(config: DistillConfig) -> Teacher:
     denoiser = load_denoiser(checkpoint, null_class=config.null_class, load=_untrained).requires_grad_(False)
     _shorten_prompts(denoiser, checkpoint)
     if config.resolution is not None:
-        factor = _factor(config, checkpoint)
+        factor = latent_factor(config, checkpoint)
         if denoiser.text_shapes is None or factor is None or config.resolution % factor:
             raise ConfigError(
                 f"resolution: got {config.resolution}; expected null, or for a text-to-image teacher a multiple of "
@@ -164,7 +164,7 @@ def _shorten_prompts(denoiser: Denoiser, checkpoint: Checkpoint) -> None:
         }
 
 
-def _factor(config: DistillConfig, checkpoint: Checkpoint) -> int | None:
+def latent_factor(config: DistillConfig, checkpoint: Checkpoint) -> int | None:
     """How many times longer the side of an image is than that of its latents; None without an autoencoder."""
     import diffusers
 

@@ -124,11 +124,12 @@ def generator_step(
         output_grad=False,
         backend=backend,
     )
-    weight, logs = None, {}
+    weight, logs = None, {} if evaluated.logits is None else _logs(t, log_ratio=_mean_of_heads(evaluated.logits))
     if ratio is not None and evaluated.logits is not None and divergence.needs_ratio:
         level = ratio.bin_level(schedule, t)
         weighted = ratio.evaluate(evaluated.logits, level, divergence, ramp=ratio_ramp, backend=backend)
-        weight, logs = weighted.weight, _logs(t, h=weighted.h, weight=weighted.weight, clamped_ratios=weighted.clamped)
+        weight = weighted.weight
+        logs |= _logs(t, h=weighted.h, weight=weighted.weight, clamped_ratios=weighted.clamped)
     total = _Total(_matching(x0, evaluated, weight, (weighting, normaliser_floor), schedule, t, backend), t, logs)
     if augmentation is not None:
         student = networks.generator
@@ -240,6 +241,11 @@ class _Total:
             balanced_term, chosen = balanced(first, term.losses.mean(), x0, ratio)
             self.loss = self.loss + balanced_term
             self.logs |= _logs(term.t, **{term.name: term.losses, f"{term.name}_weight": chosen.expand(len(x0))})
+
+
+def _mean_of_heads(logits: Tensor) -> Tensor:
+    """log(p_teacher / p_student) [B] as the heads' logits [B, H] or [B] say it, before bounds and bins."""
+    return logits.float() if logits.ndim == 1 else logits.float().mean(1)
 
 
 def _logs(t: Tensor, **values: Tensor) -> dict[str, PerSample]:

@@ -24,6 +24,8 @@ from fdistill.prediction import Preconditioning
 from fdistill.ratio import DensityRatio
 from fdistill.rollout import Rollout
 
+__all__ = ["LevelDraw", "Networks", "PerSample", "StepResult", "frozen", "renoise"]
+
 #: The roles that are trained: attributes of `Networks`, sections of a config, and the first part of what steps log.
 ROLES = ("generator", "fake_score", "discriminator")
 

@@ -23,8 +23,9 @@ from fdistill.denoiser import Denoiser
 from fdistill.formats.lora_file import LORA_FILE, save_lora
 from fdistill.generator import Student, student_generator
 from fdistill.rollout import levels_for
-from fdistill.student_kinds import STUDENT_FILE
+from fdistill.student_kinds import NOTED_FILES, STUDENT_FILE
 from fdistill.students.experts import load_phased, save_experts
+from fdistill.students.hub import student_on_hub
 from fdistill.students.kinds import kind_in, kind_of
 from fdistill.students.lora import has_adapters, merged, without_adapters
 from fdistill.students.model_card import OWN_USAGE, model_card, usage
@@ -32,7 +33,6 @@ from fdistill.students.phases import PhasedGenerator
 from fdistill.teachers.autoencoder import LatentSpace, image_size
 
 _OWN_NETWORK = "network.safetensors"
-_FILES = "files"  # in STUDENT_FILE: sizes and hashes
 
 
 def save_student(
@@ -85,7 +85,7 @@ def save_student(
             facts |= {"pipeline": name, "call": call}
             how = usage(generator, temporary, name, call)
         found = [path for path in temporary.rglob("*") if path.suffix in KEPT_SUFFIXES and path.is_file()]
-        facts[_FILES] = noted_files(temporary, sorted(path.relative_to(temporary).as_posix() for path in found))
+        facts[NOTED_FILES] = noted_files(temporary, sorted(path.relative_to(temporary).as_posix() for path in found))
         (temporary / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         text = model_card(generator, how, card, config, samples is not None)
         (temporary / "README.md").write_text(text, encoding="utf-8")
@@ -101,17 +101,27 @@ def find_student(path: str | Path) -> Path | None:
     return next((folder for folder in places if (folder / STUDENT_FILE).is_file()), None)
 
 
-def student_folder(path: str | Path) -> Path:
-    """Like `find_student`, but raises an error if there is no student.
+def fetch_student(name: str | Path) -> Path | None:
+    """Like `find_student`, but a name that no path has may be a student's id on the hub, which is downloaded.
 
     Raises:
-        CheckpointError: the folder does not exist, or holds no student.
+        CheckpointError: the student on the hub cannot be downloaded.
     """
-    folder = find_student(path)
+    return find_student(name) or student_on_hub(str(name))
+
+
+def student_folder(path: str | Path) -> Path:
+    """Like `fetch_student`, but raises an error if there is no student.
+
+    Raises:
+        CheckpointError: the folder does not exist or holds no student, and the hub has none of that id.
+    """
+    folder = fetch_student(path)
     if folder is None:
         missing = f"no {STUDENT_FILE} in it" if Path(path).is_dir() else not_here(Path(path), "no such folder")
         raise CheckpointError(
-            f"student {str(path)!r}: {missing}; expected what `fdistill distill` wrote to OUTPUT/student"
+            f"student {str(path)!r}: {missing}; expected what `fdistill distill` wrote to OUTPUT/student, or a "
+            "student's hub id"
         )
     return folder
 
@@ -133,11 +143,11 @@ def checked_facts(folder: Path) -> dict[str, Any]:
     """
     facts = student_facts(folder)
     try:
-        check_files(folder, facts.get(_FILES, {}))
+        check_files(folder, facts.get(NOTED_FILES, {}))
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"student {folder}: {error}; copy the student's folder again, or, if the file was changed on purpose, "
-            f'remove its entry under "{_FILES}" in {STUDENT_FILE}'
+            f'remove its entry under "{NOTED_FILES}" in {STUDENT_FILE}'
         ) from error
     return facts
 
@@ -155,7 +165,7 @@ def load_student(
     of a latent student are latents.
 
     Args:
-        path: a student folder, or a run folder that has one.
+        path: a student folder, a run folder that has one, or a student's id on the hub.
         network: "module:function" that returns the network, for students of a user's own network. It is not read from
             the folder, so that no folder can choose which code runs.
         steps: how many steps the student takes, at least 1; None for those it was trained for. Fewer pass some of its

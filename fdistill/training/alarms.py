@@ -8,6 +8,14 @@ from typing import Any
 
 from fdistill.training.appearance import LOOK
 
+#: What an alarm says about a run, for people who read of it afterwards.
+MEANING = {
+    "discriminator saturated": "the discriminator told nearly all images right, and so said little about the student",
+    "ratio collapse": "nearly all density ratios were at a bound, so that samples were hardly weighted",
+    "critic exploding": "the critic's loss grew out of proportion: it could not follow the student",
+    "colours burnt": "contrast or saturation rose far above the teacher's",
+    "samples alike": "images of one class or prompt became much more alike than before",
+}
 #: How many records `alarms` looks at, and in how many in a row a sign must be: one may be chance.
 WINDOW, _LASTING = 10, 3
 #: At the highest noise levels nobody can tell data from samples, so that an accuracy over all levels near 1 means that

@@ -17,6 +17,11 @@ from fdistill.base.files import atomic_file, writing
 from fdistill.step import PerSample
 from fdistill.training.breakdown import Applied, BrokenRunError, check_growth, first_leap
 
+#: The bounds of the cells in which a record counts the logarithms of density ratios; below and above lies one more.
+LOG_RATIO_EDGES = tuple(edge / 2 for edge in range(-6, 7))
+_LOG_RATIO = "generator/log_ratio"
+LOG_RATIO_COUNTS = f"{_LOG_RATIO}_counts"
+
 #: Quantities whose spread matters as much as their mean.
 _SPREAD = ("generator/h", "generator/weight")
 
@@ -107,7 +112,7 @@ class Journal:
         for role in dict.fromkeys(role for norms in read for role in norms):
             finite = [norms[role] for norms in read if math.isfinite(norms.get(role, math.nan))]
             record.update({f"{role}/grad_norm": sum(finite) / len(finite)} if finite else {})
-        return {**record, **self._accuracy(samples), **skipped}
+        return {**record, **self._accuracy(samples), **self._log_ratios(samples), **skipped}
 
     def _skipped(self, updates: Sequence[_Update], read: Sequence[Mapping[str, float]]) -> dict[str, Any]:
         """What a record says of skipped updates; raises NonFiniteError if there were too many in a row."""
@@ -142,6 +147,16 @@ class Journal:
         count = torch.zeros(self._num_bins).index_add_(0, index, torch.ones_like(correct))
         per_bin = [h / n if n else None for h, n in zip(hits.tolist(), count.tolist(), strict=True)]
         return {"discriminator/accuracy": correct.mean().item(), "discriminator/accuracy_per_bin": per_bin}
+
+    def _log_ratios(self, samples: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """How many log ratios of each noise bin lie in each cell of `LOG_RATIO_EDGES`."""
+        if _LOG_RATIO not in samples:
+            return {}
+        value, t = samples[_LOG_RATIO]
+        cells = len(LOG_RATIO_EDGES) + 1
+        index = self._bin_index(t) * cells + torch.bucketize(value, torch.tensor(LOG_RATIO_EDGES))
+        counts = torch.bincount(index, minlength=self._num_bins * cells).reshape(self._num_bins, cells)
+        return {LOG_RATIO_COUNTS: counts.tolist()}
 
 
 def _applied_quantities(update: _Update, norms: Mapping[str, float]) -> list[Mapping[str, PerSample]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
+from accelerate.tracking import GeneralTracker
 from torch import Tensor
 
 from fdistill import __version__
@@ -25,6 +25,7 @@ from fdistill.training.breakdown import BrokenRunError, advice
 from fdistill.training.checkpoint import checkpoints, newest_intact, save_checkpoint
 from fdistill.training.curves import save_curves
 from fdistill.training.distillation import Distillation
+from fdistill.training.environment import peak_memory
 from fdistill.training.journal import Journal, append_record, read_records, scalars
 from fdistill.training.run_folder import export_student
 from fdistill.training.sample_grids import grid_groups, student_images, teacher_images
@@ -32,6 +33,7 @@ from fdistill.training.saving import Saver
 from fdistill.training.sharding import gathered
 from fdistill.training.snapshots import save_snapshot
 from fdistill.training.stages import changing_rates, stage_at
+from fdistill.training.trackers import start_tracker
 
 
 class Scorer(Protocol):
@@ -55,6 +57,9 @@ class Logbook:
     Args:
         watch: scores the student during training; None for no scores.
         main: whether this is the process that writes.
+
+    Attributes:
+        alarms: {name: sentence} that stand at the last record; those of how samples look until the next samples.
     """
 
     def __init__(self, run: Distillation, folder: Path, watch: Scorer | None, *, main: bool):
@@ -69,6 +74,8 @@ class Logbook:
         self._owed = False  # a checkpoint that was due while a role was stuck
         self._recent: list[dict[str, Any]] = []
         self._looks: list[dict[str, Any]] = []  # records with samples
+        self._drifting: dict[str, str] = {}
+        self.alarms: dict[str, str] = {}
         self._scored: list[dict[str, float]] = []
         self._best = 0  # the iteration with the best scores
         self._trackers: list[GeneralTracker] = []
@@ -78,15 +85,11 @@ class Logbook:
         self._saver = Saver()
 
     def __enter__(self) -> Logbook:
-        tracker, iteration = self._config.log.tracker, self._run.iteration
-        if self._main and tracker == "tensorboard":
-            # Also of a run that starts anew, because it was killed before its first checkpoint.
-            self._trackers.append(TensorBoardTracker("", self._folder / "tensorboard", purge_step=iteration + 1))
-        elif self._main and tracker == "wandb":
-            self._trackers.append(WandBTracker("fdistill", dir=str(self._folder)))
+        iteration = self._run.iteration
         self._stack.enter_context(writing(self._folder))
-        for started in self._trackers:
-            started.start()
+        started = start_tracker(self._config.log.tracker, self._folder, iteration) if self._main else None
+        if started is not None:
+            self._trackers.append(started)
             self._stack.callback(started.finish)
         earlier = read_records(self._folder / "metrics.jsonl")
         self._recent = earlier[-WINDOW:]
@@ -115,8 +118,8 @@ class Logbook:
         """Whether this process runs the student when images or weights are written: all must, if each has a part."""
         return self._main or self._run.sharded
 
-    def after_iteration(self, skipped: Sequence[object], *, stopping: bool) -> None:
-        """Writes whatever is due at this iteration.
+    def after_iteration(self, skipped: Sequence[object], *, stopping: bool) -> dict[str, Any] | None:
+        """Writes whatever is due at this iteration, and returns the record if one was.
 
         Args:
             skipped: the data's items that could not be read.
@@ -133,6 +136,7 @@ class Logbook:
         snapshot = snapshots > 0 and (last or self._due(snapshots))
         measured = self._watch is not None and (last or self._due(config.eval.every))
         sampled = config.log.samples_every > 0 and (last or self._due(config.log.samples_every))
+        written = None
         if stage_ends or checkpoint or snapshot or measured or sampled or self._due(config.log.every):
             try:
                 record = self.journal.record()
@@ -144,7 +148,7 @@ class Logbook:
             is_best = self._note_scores(scores, self._run.iteration)
             if sampled and self._takes_part:
                 record |= self._save_samples()
-            self._write_record(record, scores, len(skipped), is_best=is_best)
+            written = self._write_record(record, scores, len(skipped), is_best=is_best)
             checkpoint = checkpoint or (is_best and config.log.keep_best)
             # Where a role's losses are not finite any more, the checkpoint before is the better one to go on from.
             self._owed = checkpoint and self.journal.stuck and not must
@@ -157,6 +161,7 @@ class Logbook:
         if checkpoint:
             self._save_checkpoint()
         self._saver.check()
+        return written
 
     def save_curves(self) -> None:
         """Draws curves.png from all records."""
@@ -186,12 +191,16 @@ class Logbook:
         self._best = iteration if is_best else self._best
         return is_best
 
-    def _write_record(self, record: dict[str, Any], scores: dict[str, float], skipped: int, *, is_best: bool) -> None:
+    def _write_record(
+        self, record: dict[str, Any], scores: dict[str, float], skipped: int, *, is_best: bool
+    ) -> dict[str, Any]:
+        """Writes a record with its scores and returns it; exports the student if these are the best."""
         seconds, iteration = time.perf_counter() - self._started, self._run.iteration
         record = {
             "iteration": iteration,
             "images_per_second": (iteration - self._first) * self._config.batch_size / seconds,
             "seconds": seconds,
+            "memory_gb": peak_memory(self._run.device),
             "data/skipped": skipped,
             **({"stage": stage_at(self._run.stages, iteration - 1).number} if self._config.stages else {}),
             **changing_rates(self._run.stages, iteration - 1, self._run.optimizers),
@@ -211,6 +220,7 @@ class Logbook:
         if watch is not None and is_best and self._takes_part:
             reason = watch.reason(scores, iteration)
             export_student(self._run, self._folder, name="best", main=self._main, kept_for=reason)
+        return record
 
     def _raise_alarms(self, record: dict[str, Any]) -> None:
         """Adds to a record the alarms that it raises, and warns of those that the record before has not raised."""
@@ -220,7 +230,9 @@ class Logbook:
         if f"{LOOK}contrast" in record:
             before = [*before, *(self._looks[-1].get("alarms", ()) if self._looks else ())]
             self._looks.append(record)
-            found |= drifts(self._looks)
+            self._drifting = drifts(self._looks)
+            found |= self._drifting
+        self.alarms = found | self._drifting
         if found:
             record["alarms"] = list(found)
         for name, sentence in found.items():

@@ -18,6 +18,7 @@ from fdistill.base.devices import start
 from fdistill.base.distributed import from_main_process, wait_for_everyone
 from fdistill.base.errors import ConfigError, StoppedError
 from fdistill.base.heartbeat import telling_others
+from fdistill.base.images import save_grid
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
 from fdistill.data.account import say
@@ -31,13 +32,16 @@ from fdistill.training.batches import Batches
 from fdistill.training.build import build
 from fdistill.training.cache import Encoding
 from fdistill.training.distillation import Distillation
+from fdistill.training.environment import note_environment
 from fdistill.training.inputs import TrainingData, training_data
 from fdistill.training.journal import Journal
+from fdistill.training.live_view import LiveView
 from fdistill.training.logbook import Logbook
 from fdistill.training.optimise import Role
 from fdistill.training.parts import Split, backward, check_parts, count_of, draw_samples
 from fdistill.training.prompts import Obtain, encode, open_prompts
 from fdistill.training.run_folder import check_output, export_student, held_folder, prepare_folder, resume_from
+from fdistill.training.sample_grids import data_images
 from fdistill.training.stages import batches_before, settle_ratio
 from fdistill.training.stopping import Stop
 
@@ -57,8 +61,8 @@ def distill(
     Args:
         config: the name of an embedded config, the path of a YAML file, or a DistillConfig.
         output: the run folder, which must be empty or not exist, unless `resume` is True. The run writes config.yaml,
-            data.json, metrics.jsonl, samples/, checkpoints/, ema/ and student/ into it; with eval.every also best/, the
-            student with the best score.
+            data.json, environment.json, metrics.jsonl, samples/, checkpoints/, ema/ and student/ into it; with
+            eval.every also best/, the student with the best score.
         resume: continue from the newest checkpoint in `output`, or start anew if there is none.
         **overrides: settings that replace the config's, as divergence="forward-kl", or with dots as
             **{"generator.lr": 1e-5}.
@@ -92,6 +96,8 @@ def distill(
         from_main_process(lambda: prepare_folder(folder, run))
         if state.is_main_process:
             read_data.note(folder, run, data.source, {} if watch is None else watch.read)
+            note_environment(folder, device)
+            _save_data_grid(run, data, folder / "samples" / "data.png")
             _announce(run, folder, state.num_processes)
         received = train(run, data, Logbook(run, folder, watch, main=state.is_main_process))
         wait_for_everyone()  # a launcher ends all processes once one has ended
@@ -105,6 +111,15 @@ def distill(
             export_student(run, folder, name="student", main=state.is_main_process)
         wait_for_everyone()
     return folder / "student"
+
+
+def _save_data_grid(run: Distillation, data: TrainingData, path: Path) -> None:
+    """Saves images of the data beside the grids of teacher and student, of the same classes or prompts."""
+    if run.config.log.samples_every and not path.is_file() and not run.sharded:
+        images = data_images(run, data.source)
+        if images is not None:
+            path.parent.mkdir(exist_ok=True)
+            save_grid(images, path)
 
 
 def _announce(run: Distillation, folder: Path, processes: int) -> None:
@@ -154,14 +169,14 @@ def train(run: Distillation, data: TrainingData, logbook: Logbook) -> int:
         Stop(run.device) as stop,
         data.loader(config, run.networks.teacher, first_batch) as loader,
         logbook,
-        progress_bar(run) as bar,
+        LiveView(config.batch_size, run.iteration, config.iterations, main=rng.world()[0] == 0) as view,
     ):
         batches = Batches(run, data, loader)
         while run.iteration < config.iterations and not received:
             iterate(run, batches, roles, generator, logbook.journal)
-            bar.update(config.batch_size)
             received = stop.received()
-            logbook.after_iteration(loader.skipped, stopping=received != 0)
+            record = logbook.after_iteration(loader.skipped, stopping=received != 0)
+            view.after_iteration(run.iteration, record, logbook.alarms)
     logbook.save_curves()
     return received
 
@@ -255,16 +270,3 @@ def step(
     norms = {name: role.step() for name, role in roles.items()}
     journal.add(logs, norms, {name: role.weights for name, role in roles.items()}, place)
     return list(norms.values())
-
-
-def progress_bar(run: Distillation) -> Any:
-    """A progress bar that counts the student's samples, shown by the main process only."""
-    return tqdm(
-        total=run.config.iterations * run.config.batch_size,
-        initial=run.iteration * run.config.batch_size,
-        desc="distil",
-        unit="img",
-        unit_scale=True,
-        disable=rng.world()[0] != 0,
-        mininterval=1.0,
-    )

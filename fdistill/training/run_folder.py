@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from fdistill.training.journal import append_record, read_records, truncate_reco
 from fdistill.training.sample_grids import grid_prompts, student_images
 from fdistill.training.sharding import filled, gathered
 from fdistill.training.snapshots import truncate_snapshots
+from fdistill.training.trackers import check_tracker
 
 _LOCK = ".lock"
 
@@ -39,8 +39,7 @@ def check_output(folder: Path, config: DistillConfig, resume: bool) -> None:
             running: the message then names its process; or what the run has written is damaged or has been removed.
         ConfigError: the run in the folder has other settings, or the tracker is not installed.
     """
-    if config.log.tracker == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("log.tracker: 'wandb' needs `pip install wandb`; expected tensorboard or none without it")
+    check_tracker(config.log.tracker)
     with writing(folder):
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"output {folder}: is a file; expected a folder that is empty or does not exist")
@@ -213,7 +212,7 @@ def _card(run: Distillation, folder: Path) -> dict[str, Any]:
         "teacher_guidance": config.guidance_scale,
         **({} if config.guidance_teacher is None else {"guidance_teacher": config.guidance_teacher}),
         "started_from": run.origin.name,
-        "metrics": records[-1] if records else {},
+        "metrics": {k: v for k, v in records[-1].items() if not isinstance(v, list)} if records else {},
         "method": config.method,
         **({"stages": [stage.describe() for stage in run.stages]} if config.stages else {}),
         "divergence": config.divergence and run.divergence.name,

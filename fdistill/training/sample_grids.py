@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections import Counter
 
 import torch
 from torch import Tensor
 
 from fdistill.base import rng
+from fdistill.base.errors import DataError
 from fdistill.base.images import to_uint8
 from fdistill.condition import Condition
+from fdistill.data import TEACHER_SAMPLES, Source
+from fdistill.data.loader import decoded_rows
+from fdistill.data.sample_loader import SampleSource
 from fdistill.sampler import heun_sample
 from fdistill.training.distillation import Distillation
 
@@ -43,7 +47,7 @@ def _grid_inputs(run: Distillation) -> tuple[Tensor, Condition | None]:
     return noise, torch.arange(count, device=device) % teacher.num_classes if teacher.num_classes else None
 
 
-def grid_groups(run: Distillation) -> list[Hashable]:
+def grid_groups(run: Distillation) -> list[int]:
     """The class or prompt of each sample in a grid."""
     if run.text is not None:
         return list(run.text.index[_grid_rows(run)].tolist())
@@ -71,3 +75,26 @@ def student_images(run: Distillation) -> Tensor:
         images = _images(run, student.eval()(noise, condition))
     student.train()
     return images
+
+
+def data_images(run: Distillation, source: Source | SampleSource) -> Tensor | None:
+    """Images of the data of the grid's classes or prompts, uint8 [N, C, H, W]; None where the run reads no images, or
+    images of several shapes.
+    """
+    if run.config.data in (None, TEACHER_SAMPLES) or getattr(source, "buckets", None) is not None:
+        return None
+    groups = run.text.index if run.text is not None else source.labels
+    grouped = run.text is not None or run.networks.teacher.num_classes is not None
+    rows, taken = [], Counter[int]()
+    for group in grid_groups(run):
+        alike = torch.nonzero(groups == group)[:, 0] if grouped else torch.arange(len(groups))
+        if not len(alike):
+            return None
+        rows.append(int(alike[taken[group] % len(alike)]))
+        taken[group] += 1
+    if isinstance(source, SampleSource):
+        return _images(run, source.samples(torch.tensor(rows), 0).to(run.device))
+    try:
+        return decoded_rows(source, rows, run.networks.teacher.sample_shape, run.config.images.recipe)
+    except DataError:  # the loader counts it, and a run does not end for a picture
+        return None

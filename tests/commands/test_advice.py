@@ -18,6 +18,7 @@ from fdistill.base.errors import FDistillError
 from fdistill.commands.cli import app
 from fdistill.commands.tiny_pipelines import tiny_pipeline
 from support.advice import ADVICE, RUN, TEXT, Words, evaluate, make_files, text
+from support.thorough import at_night
 
 
 def ended(arguments: Words) -> tuple[str, str]:
@@ -42,7 +43,15 @@ def _placed(words: Words, made: Path, out: Path) -> Words:
     return [*found, "--output", str(out)] if writes else found
 
 
-@pytest.mark.parametrize(("wrong", "words", "advised"), ADVICE, ids=[words for _, words, _ in ADVICE])
+def _takes_long(row: tuple[Words, str, list[Words]]) -> bool:
+    """There is more than one way out, or images are scored, which tests below do as well."""
+    wrong, _, advised = row
+    return len(advised) > 1 or wrong[0] == "evaluate"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words", "advised"), at_night(ADVICE, _takes_long), ids=[words for _, words, _ in ADVICE]
+)
 def test_commands_work_once_advice_is_followed(
     wrong: Words, words: str, advised: list[Words], made: Path, tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """Damaged checkpoints, records and configs of a run, and damaged data: each ends in one line or goes on exactly, and no
 checkpoint that was whole is lost.
 
-FDISTILL_FUZZ=500 tries as many, from another seed each day, as a nightly run does; by default 15.
+FDISTILL_FUZZ=500 tries as many, from another seed each day, as a nightly run does; by default 8.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fdistill.training.distillation import Distillation
 from support.odd_files import SPECIMENS
 
 NIGHTLY = int(os.environ.get("FDISTILL_FUZZ", "0"))
-COUNT = NIGHTLY or 15
+COUNT = NIGHTLY or 8
 SEED = int(os.environ.get("FDISTILL_FUZZ_SEED", time.strftime("%Y%m%d") if NIGHTLY else "0"))
 
 tried = settings(

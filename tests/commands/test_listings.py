@@ -35,7 +35,7 @@ def test_alone_it_shows_the_three_uses_with_commands_that_exist() -> None:
     assert printed() == START
     known = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
     words = [line.split("#")[0].split() for line in START.splitlines() if line.startswith("    fdistill")]
-    assert len(words) == 9
+    assert len(words) == 10
     assert all(command[1] in known for command in words)
     assert {"distill", "generate", "evaluate", "inspect", "configs", "protocols"} <= {command[1] for command in words}
 

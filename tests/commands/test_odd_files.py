@@ -1,5 +1,5 @@
 """Odd files of every format at every command: each ends in one line or works, leaves nothing half-written and takes
-little memory. FDISTILL_FUZZ=500 throws 500 of them, from another seed each day, as a nightly run does; by default 60.
+little memory. FDISTILL_FUZZ=500 throws 500 of them, from another seed each day, as a nightly run does; by default 30.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fdistill.commands.tiny_pipelines import tiny_pipeline
 from support.odd_files import FIRST_LAYOUT, odd_file, odd_folder, odd_images
 
 NIGHTLY = int(os.environ.get("FDISTILL_FUZZ", "0"))
-COUNT = NIGHTLY or 60
+COUNT = NIGHTLY or 30
 SEED = int(os.environ.get("FDISTILL_FUZZ_SEED", time.strftime("%Y%m%d") if NIGHTLY else "0"))
 SECONDS, MEMORY = 30, 2**30
 

@@ -68,7 +68,7 @@ TEXT_RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 SMOKE_RECIPES = [path.stem for path in sorted(CONFIGS.glob("*.yaml")) if "\nsmoke:" in path.read_text()]
 
 #: Recipes whose smoke runs are tried by day; those of all are tried at night.
-SMOKED = ("cifar10-cond", "ddpm-cifar10", "sd15-lora-24gb", "sana")
+SMOKED = ("cifar10-cond", "sana")
 
 
 def test_every_recipe_with_a_smoke_section_is_tested_here() -> None:
@@ -101,9 +101,11 @@ LOSSES = {
     **dict.fromkeys(["sd35-medium", "sd35-medium-lora-24gb", "flux-dev", "flux-dev-lora-24gb"], "flow"),
     **dict.fromkeys(["flux2-klein-lora-24gb", "z-image", "qwen-image", "sana"], "flow"),
 }
+#: By day, one of each loss.
+OF_EACH_LOSS = ("cifar10-cond", "ddpm-cifar10", "sd21-v", "sana")
 
 
-@pytest.mark.parametrize("name", recipes([*RECIPES, *TEXT_RECIPES]))
+@pytest.mark.parametrize("name", at_night(recipes([*RECIPES, *TEXT_RECIPES]), lambda name: name not in OF_EACH_LOSS))
 def test_the_fake_score_of_a_recipe_learns_as_its_teacher_did(name: str) -> None:
     assert load_config(name).fake_score.weighting is None
     run = build(smoke_config(name), torch.device("cpu"))
@@ -199,7 +201,11 @@ def adapted_layers(denoiser: TextDenoiser, targets: list[str] | None) -> set[str
     return {target for target in targets or [] if any(name.endswith(f".{target}") for name in layers)}
 
 
-@pytest.mark.parametrize("name", recipes(TEXT_RECIPES))
+#: By day, UNets and transformers, all weights and adapters.
+OF_EACH_NETWORK = ("sd15-lora-24gb", "sd21-v", "sd35-medium-lora-24gb", "sana")
+
+
+@pytest.mark.parametrize("name", at_night(recipes(TEXT_RECIPES), lambda name: name not in OF_EACH_NETWORK))
 def test_published_and_tiny_network_have_what_a_text_recipe_names(name: str) -> None:
     config, tried = load_config(name), smoke_config(name)
     opened = open_teacher(TeacherSettings(tried.teacher, resolution=tried.resolution))

@@ -27,6 +27,7 @@ from fdistill.kernels.to_x0 import to_x0
 from fdistill.losses import denoising_loss, implicit_means, matching_loss, score_difference_loss
 from fdistill.prediction import Prediction
 from fdistill.ratio import DensityRatio
+from support.thorough import at_night
 
 pytest.importorskip("triton")
 
@@ -184,8 +185,11 @@ def test_to_x0(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("scaled", [True, False], ids=["scaled", "as it is"])
-@pytest.mark.parametrize("seeded", [True, False], ids=["seeded", "given"])
+@pytest.mark.parametrize(
+    ("seeded", "scaled"),
+    at_night([(True, True), (False, False), (True, False), (False, True)], lambda both: both[0] != both[1]),
+    ids=["seeded-scaled", "given-as it is", "seeded-as it is", "given-scaled"],
+)
 def test_renoise(shape: tuple[int, ...], dtype: torch.dtype, scaled: bool, seeded: bool) -> None:
     x0, noise = draw(*shape, seed=1), draw(*shape, seed=2)
     alpha, sigma, scale = (draw(shape[0], seed=k).abs() + 0.2 for k in (3, 4, 5))
@@ -741,7 +745,10 @@ CALLS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "index", "backend"), CALLS)
+# By day, each call with one of the backends, in turns.
+@pytest.mark.parametrize(
+    ("name", "index", "backend"), at_night(CALLS, lambda call: (call[1] % 2 == 0) != (call[2] == "triton"))
+)
 def test_operators_keep_torchs_rules(name: str, index: int, backend: str) -> None:
     """Schema, fake implementation and derivative, as torch examines them for torch.compile."""
     operator = getattr(torch.ops.fdistill, name).default

@@ -280,6 +280,7 @@ def test_parts_and_more_gpus() -> None:
     assert [row.samples for row in table] == [32, 16, 8, 4, 2, 1, None, None, None, None]
 
 
+@pytest.mark.thorough
 def test_advice_holds() -> None:
     """Every setting that is said to make a run fit does, and the run as it is does not."""
     plan = tight()

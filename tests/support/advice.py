@@ -77,6 +77,10 @@ def text(*settings: str) -> Words:
     return ["distill", "digits", *fixed, *settings, "--dry-run"]
 
 
+def init(*words: str) -> Words:
+    return ["init", *words, "--hardware", "cpu", "--steps", "1", "--goal", "quality", "--output", "OUT.yaml"]
+
+
 def evaluate(*words: str) -> Words:
     return ["evaluate", *words, "--replicates", "0", "--device", "cpu"]
 
@@ -319,6 +323,26 @@ ADVICE: list[tuple[Words, str, list[Words]]] = [
         text("data=null", "prompts=MADE/prompts.txt", "teacher=MADE/no-vae"),
         "or pass vae=FOLDER",
         [text("data=null", "prompts=MADE/prompts.txt", "teacher=MADE/no-vae", "vae=MADE/text")],
+    ),
+    (
+        ["init", "--teacher", "digits", "--output", "OUT.yaml"],
+        "missing; pass --teacher, --data, --hardware, --steps and --goal",
+        [init("--teacher", "digits", "--data", "digits")],
+    ),
+    (
+        [*init("--teacher", "digits", "--data", "digits")[:-1], "MADE/prompts.txt"],
+        "is not overwritten; choose another name with --output",
+        [init("--teacher", "digits", "--data", "digits")],
+    ),
+    (
+        init("--teacher", "MADE/unet.safetensors", "--data", "MADE/prompts.txt"),
+        "; pass --base with the folder or hub id of the pipeline",
+        [init("--teacher", "MADE/unet.safetensors", "--base", "MADE/text", "--data", "MADE/prompts.txt")],
+    ),
+    (
+        init("--teacher", "MADE/text", "--base", "MADE/text", "--data", "MADE/prompts.txt"),
+        "is no file of weights; leave --base out",
+        [init("--teacher", "MADE/text", "--data", "MADE/prompts.txt")],
     ),
     (
         ["ema", str(RUN), "--sigma-rel", "0.12", "--iteration", "9"],

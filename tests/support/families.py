@@ -203,8 +203,6 @@ def sit(folder: Path) -> Path:
 
 
 #: Name -> (what writes the checkpoint, the pipeline that its one-step student is exported as).
-#: Families that differ from another one in a prediction, a schedule or layers alone, not in what runs.
-ALIKE = ("ddpm-v", "ddpm-x0", "learned-variance", "edm-ncsnpp", "edm-adm", "edm2", "sit", "edm-scheduler")
 FAMILIES: dict[str, tuple[Callable[[Path], Path], str]] = {
     "ddpm": (ddpm, "DDPMPipeline"),
     "ddpm-v": (ddpm_v, "DDIMPipeline"),

@@ -4,30 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
+from fdistill.commands.recipe_heads import covers, ours, paragraphs, published
+
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
-_PARAGRAPH = re.compile(r"([A-Z][a-z]+(?: published)?)(?: \(([^()]*)\))?: (.*)", re.DOTALL)
-
-
-class Paragraph(NamedTuple):
-    """`# Heading (source): text`, on one line."""
-
-    heading: str
-    source: str | None
-    text: str
-
-
-def paragraphs(text: str) -> list[Paragraph]:
-    """The paragraphs of a config's head; continuation lines are indented. The first, without a heading, is left out."""
-    lines = text[: text.index("\nmethod:")].splitlines()
-    joined = re.sub(r"\n#   +(?=\S)", " ", "\n".join(lines))
-    found = (_PARAGRAPH.fullmatch(line.removeprefix("# ")) for line in joined.split("\n"))
-    return [Paragraph(match[1], match[2], match[3]) for match in found if match]
 
 
 def settings(values: Mapping[str, Any], prefix: str = "") -> set[str]:
@@ -39,55 +23,23 @@ def settings(values: Mapping[str, Any], prefix: str = "") -> set[str]:
     return names
 
 
-def listed(text: str) -> list[str]:
-    """The names of "a, b.c and d"."""
-    return [name for name in re.split(r",\s+(?:and\s+)?|\s+and\s+", text.strip()) if name]
-
-
-def _until_the_first_stop(text: str) -> str:
-    """Up to the first full stop outside parentheses."""
-    depth = 0
-    for place, character in enumerate(text):
-        depth += (character == "(") - (character == ")")
-        if character == "." and not depth and re.match(r"\.(\s|$)", text[place:]):
-            return text[:place]
-    return text
-
-
-def ours(text: str) -> list[tuple[list[str], str]]:
-    """Names and reason of each group of "a, b (why); c (why)." in what is this project's own."""
-    groups: list[tuple[list[str], str]] = []
-    for group in re.split(r";\s+(?=[^()]*(?:\(|$))", _until_the_first_stop(text)):
-        match = re.fullmatch(r"([^()]+?)\s*(?:\((.*)\))?", group)
-        assert match, group
-        groups.append((listed(match[1]), match[2] or ""))
-    return groups
-
-
-def _covers(name: str, setting: str) -> bool:
-    """Whether a name in a list is a setting, a section that holds it, or one of several sections ("*.lr")."""
-    return fnmatchcase(setting, name) or setting.startswith(f"{name}.")
-
-
 def problems(text: str) -> list[str]:
     """What is wrong with the lists of a config's head: nothing, if each setting is in one of them and in one alone."""
     written = settings(YAML(typ="safe", pure=True).load(text))
     found = paragraphs(text)
     names: list[str] = []
     wrong: list[str] = []
-    for paragraph in found:
-        if paragraph.heading == "As published":
-            wrong += [] if paragraph.source else [f"as published where? {paragraph.text[:40]}"]
-            names += listed(_until_the_first_stop(paragraph.text))
-        elif paragraph.heading == "Ours":
-            for group, why in ours(paragraph.text):
-                wrong += [] if why else [f"no reason: {', '.join(group)}"]
-                names += group
+    for source, published_there in published(found):
+        wrong += [] if source else [f"as published where? {', '.join(published_there)[:40]}"]
+        names += published_there
+    for group, why in ours(found):
+        wrong += [] if why else [f"no reason: {', '.join(group)}"]
+        names += group
     for setting in sorted(written):
-        by = [name for name in names if _covers(name, setting)]
+        by = [name for name in names if covers(name, setting)]
         if len(by) != 1:
             wrong.append(f"{setting}: {'in neither list' if not by else 'named twice'}")
-    wrong += [f"{name}: not in the config" for name in names if not any(_covers(name, s) for s in written)]
+    wrong += [f"{name}: not in the config" for name in names if not any(covers(name, s) for s in written)]
     return wrong + [f"{name}: named twice" for name in sorted(set(names)) if names.count(name) > 1]
 
 

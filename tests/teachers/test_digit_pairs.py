@@ -132,6 +132,7 @@ def test_it_draws_both_digits_in_their_places() -> None:
     assert facts["guidance_2"]["exchanged"] < 0.02
 
 
+@pytest.mark.thorough
 def test_a_student_is_trained_and_measured(tmp_path: Path) -> None:
     """Two iterations, and 140 images: whether the config, the data and the protocol fit each other."""
     quick: dict[str, Any] = {"iterations": 2, "batch_size": 4, "log.samples_every": 2, "log.tracker": "none"}

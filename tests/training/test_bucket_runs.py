@@ -137,6 +137,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(teacher: Path, latents: Path,
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.thorough
 def test_adapters_of_a_transformer_in_several_steps(photos: Path, tmp_path: Path) -> None:
     teacher = flux_dev(tmp_path / "flux")
     size = {"resolution": RESOLUTION}
@@ -216,6 +217,7 @@ def test_what_cannot_be_done_in_several_shapes_is_refused(
     assert not (tmp_path / "wrong").exists()
 
 
+@pytest.mark.thorough  # by day, batches of images are of one shape each
 def test_prompts_alone_are_drawn_in_every_shape(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each prompt in each shape, and each shape as often."""
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS), encoding="utf-8")

@@ -26,6 +26,7 @@ from support.text_families_flux2 import HAS_FLUX2, klein
 from support.text_runs import LORA, PROMPTS, SETTINGS
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not HAS_FLUX2, reason="this diffusers has no FLUX.2")
 def test_from_captioned_images_to_a_student_of_three_steps(tmp_path: Path) -> None:
     teacher, images = klein(tmp_path / "klein"), tmp_path / "images"

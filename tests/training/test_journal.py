@@ -4,12 +4,21 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fdistill.base.errors import NonFiniteError
 from fdistill.step import PerSample
-from fdistill.training.journal import Journal, append_record, read_records, scalars, truncate_records
+from fdistill.training.journal import (
+    LOG_RATIO_COUNTS,
+    LOG_RATIO_EDGES,
+    Journal,
+    append_record,
+    read_records,
+    scalars,
+    truncate_records,
+)
 
 
 def journal() -> Journal:
@@ -35,6 +44,18 @@ def test_means_spread_and_accuracy_per_bin() -> None:
     flat = scalars(record)
     assert flat["discriminator/accuracy_per_bin/2"] == 0.5
     assert "discriminator/accuracy_per_bin/1" not in flat
+
+
+def test_log_ratios_are_counted_by_bin_and_cell() -> None:
+    """numpy's histogram says the same."""
+    own, draws = journal(), torch.Generator().manual_seed(0)
+    t, values = torch.randint(0, 3, (400,), generator=draws).float(), 3 * torch.randn(400, generator=draws)
+    for half in (slice(0, 100), slice(100, 400)):
+        own.add([{"generator/log_ratio": PerSample(values[half], t[half])}], {"generator": torch.tensor(1.0)})
+    counts = own.record()[LOG_RATIO_COUNTS]
+    edges = [-np.inf, *LOG_RATIO_EDGES, np.inf]
+    assert counts == [np.histogram(values[t == number].numpy(), edges)[0].tolist() for number in range(3)]
+    assert sum(map(sum, counts)) == 400
 
 
 def test_skipped_updates_are_counted_and_left_out_of_the_means() -> None:

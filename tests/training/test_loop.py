@@ -58,6 +58,7 @@ def test_run_folder(tiny_teacher: Path, tmp_path: Path) -> None:
         "student",
         "tensorboard",
         "curves.png",
+        "environment.json",
     }
     resolved = load_config(str(folder / "config.yaml"))
     assert (resolved.batch_size, resolved.ema.decays, resolved.divergence) == (8, [0.5, 0.9], "jensen-shannon")
@@ -65,6 +66,7 @@ def test_run_folder(tiny_teacher: Path, tmp_path: Path) -> None:
         "000000.png",
         "000002.png",
         "000004.png",
+        "data.png",
         "teacher.png",
     ]
     assert [path.name for path in checkpoints(folder / "checkpoints")] == ["000002", "000004"]
@@ -73,6 +75,7 @@ def test_run_folder(tiny_teacher: Path, tmp_path: Path) -> None:
     assert [record["iteration"] for record in records] == [2, 4]
     for name in (
         "images_per_second",
+        "memory_gb",
         "fake_score/denoising",
         "fake_score/grad_norm",
         "discriminator/gan_real",

@@ -74,7 +74,7 @@ def scored(folder: Path, name: str = FD) -> dict[int, float]:
 
 
 def apart_from_time(folder: Path) -> list[dict[str, Any]]:
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "images_per_second", "memory_gb")
     return [{k: v for k, v in r.items() if k not in timed} for r in read_records(folder / "metrics.jsonl")]
 
 

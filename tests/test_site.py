@@ -110,12 +110,29 @@ def test_every_preset_is_shown() -> None:
     assert sorted(name for _, name in shown) == sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
 
 
-def rows_of_moving() -> Iterator[Any]:
+def rows_of_moving() -> list[Any]:
     text = (DOCS / "moving.md").read_text(encoding="utf-8")
-    for heading, section in re.findall(r"^## (.+)$(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL):
-        for row in re.findall(r"^\| .* \|$", section, re.MULTILINE)[1:]:
-            theirs, ours, _ = re.split(r"(?<!\\) ?\| ?", row.strip("|").strip() + " ", maxsplit=2)
-            yield pytest.param(METHODS[heading], ours, id=f"{heading.split()[-1]}-{theirs[:40]}")
+    found = []
+    for section in text.split("\n## ")[1:]:
+        heading, _, body = section.partition("\n")
+        rows = [line.strip("| ").split(" | ") for line in body.splitlines() if line.startswith("| ")]
+        for theirs, ours in (row[:2] for row in rows[1:]):
+            name = f"{heading.split()[-1]}-{re.sub(r'[^a-z0-9]+', '-', theirs.lower())[:40]}"
+            found.append(pytest.param(METHODS[heading], ours.rstrip(" |"), id=name))
+    return found
+
+
+def test_these_tests_find_what_they_look_for() -> None:
+    """A pattern that matches nothing would let everything pass."""
+    assert len(rows_of_moving()) > 45
+    assert sum(bool(arguments_of(inspect.getdoc(thing) or "")) for thing in documented()) > 25
+    assert arguments_of(
+        "One.\n\nArgs:\n    a, b: two\n        lines: of it\n    **c: more\n\nReturns:\n    d: e\n"
+    ) == [
+        "a",
+        "b",
+        "c",
+    ]
 
 
 @pytest.mark.parametrize(("method", "ours"), rows_of_moving())

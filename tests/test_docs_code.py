@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 BLOCK = re.compile(r"(?:<!-- ([^\n]*) -->\n+)?^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: Their blocks take longer than a daily run has for them.
-SLOW = {"reading-a-run.md", "recipes.md"}
+SLOW = {"reading-a-run.md", "recipes.md", "tutorial.md"}
 #: Languages of blocks that are not code for Python: what is typed, and what is printed.
 OTHERS = {"bash", ""}
 

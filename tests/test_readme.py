@@ -29,8 +29,8 @@ def test_there_are_examples() -> None:
     assert LONG in BLOCKS["distil"]
 
 
-# By day, tests/students/test_cards.py runs students without fdistill.
-@pytest.mark.parametrize("name", at_night(BLOCKS, lambda name: name == "without-fdistill"))
+# By day, tests/students/test_cards.py runs students without fdistill, and tests/step every update.
+@pytest.mark.parametrize("name", at_night(BLOCKS, lambda name: name != "distil"))
 def test_a_python_example_runs(name: str, folder: Path, request: pytest.FixtureRequest) -> None:
     by_day = request.config.getoption("markexpr") == "not thorough"
     block = BLOCKS[name].replace(LONG, "iterations=2") if by_day else BLOCKS[name]

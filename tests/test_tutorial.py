@@ -45,6 +45,7 @@ def test_it_is_committed_without_outputs_and_every_cell_is_explained() -> None:
     assert kinds.count("markdown") >= kinds.count("code") - 1
 
 
+@pytest.mark.thorough  # half a minute
 def test_it_runs_with_few_iterations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TUTORIAL_QUICK", "1")
     notebook = executed(tmp_path, monkeypatch)

@@ -30,7 +30,7 @@ def test_distil_generate_evaluate(tiny_teacher: Path, tmp_path: Path) -> None:
     done = fdistill("distill", "digits", *settings, "--output", str(run))
     assert done.returncode == 0, done.stderr
     assert str(run / "student") in done.stdout
-    assert "img/s" in done.stderr
+    assert "images/s" in done.stderr
     done = fdistill(
         "generate", str(run), "--num-images", "70", "--seed", "2", "--class-labels", "0,1", "--output", str(images)
     )

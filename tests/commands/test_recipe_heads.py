@@ -156,6 +156,7 @@ def test_the_hours_are_what_their_numbers_make(name: str) -> None:
         assert told == pytest.approx(exact, rel=0.03, abs=0.6), exact
 
 
+@pytest.mark.thorough  # it counts three large networks
 def test_the_rates_are_assumed_or_implied_by_published_runs() -> None:
     """A run: network, images in a batch, counted updates, GPUs and hours, as DMD2's pages have them."""
     rates = {}
@@ -177,7 +178,7 @@ def test_the_rates_are_assumed_or_implied_by_published_runs() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_page_has_the_hours_of_the_head(name: str) -> None:
-    (row,) = (line for line in PAGE.splitlines() if line.startswith(f"| [{name}](../configs/"))
+    (row,) = (line for line in PAGE.splitlines() if line.startswith(f"| [{name}](presets.md#{name})"))
     said = hours(head(name))
     machine = "8 H100" if said.gpus == 8 else "one RTX 4090" if "24gb" in name else "one H100"
     assert row.split("|")[-2].strip() == f"{said.assumed:.0f} to {said.implied:.0f} on {machine}"

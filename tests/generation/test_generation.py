@@ -115,6 +115,7 @@ def test_bfloat16_is_close_and_noted(student: Path, tmp_path: Path) -> None:
         generate(student, num_images=1, output=tmp_path / "half", precision="fp16")
 
 
+@pytest.mark.thorough  # compiling takes a quarter of a minute
 def test_compiled_networks_make_the_same_images(
     student: Path, tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,6 +208,7 @@ def test_a_refused_push_says_what_to_do(pushed: list[Ended], run: Path, hub: Hub
     assert b"license: creativeml-openrail-m" in seen.files("best")["README.md"]
 
 
+@pytest.mark.thorough  # the client's own work
 def test_a_push_that_broke_off_is_taken_up(run: Path, tmp_path: Path) -> None:
     with running_hub() as hub:
         hub.broken_commits = 1

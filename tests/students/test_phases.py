@@ -187,6 +187,7 @@ def test_a_resumed_phase_is_the_uninterrupted_one(phases: list[Path], tmp_path: 
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+@pytest.mark.thorough  # tests/training/test_sharding.py shares frozen weights by day
 def test_distributed_experts_are_trained_alike(phases: list[Path], tmp_path: Path) -> None:
     """Frozen weights that are shards, as with FSDP over processes; here of one process that offloads them."""
     settings = {**RUN, "student.previous_phase": str(phases[0].parent), "offload_frozen": True}

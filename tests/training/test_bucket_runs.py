@@ -94,6 +94,7 @@ def test_latents_are_those_of_the_images_in_their_shapes(photos: Path, teacher: 
     assert sorted(found) == list(range(len(SIZES)))
 
 
+@pytest.mark.thorough  # the resumed run has batches of several shapes as well
 def test_every_batch_is_of_one_shape_and_the_network_is_told_which(
     teacher: Path, latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

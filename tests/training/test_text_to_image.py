@@ -114,6 +114,7 @@ def pipeline_latents(name: str, noise: Tensor) -> Tensor:
     return noise
 
 
+@pytest.mark.thorough  # by day, test_text_runs.py and tests/students train and export
 def test_two_iterations_export_and_the_same_image_in_plain_diffusers(
     teachers: dict[str, Path], prompts: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

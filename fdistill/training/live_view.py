@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
-from statistics import fmean, pvariance
+from statistics import fmean
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -66,14 +66,17 @@ def sparkline(values: Sequence[float]) -> str:
 def trend(values: Sequence[float]) -> str:
     """ "falling", "rising" or "steady": the newer half of the values beside the older one; empty for fewer than 4.
 
-    A difference of the halves' means counts if it is twice what their scatter would make by chance.
+    A difference of the halves' means counts if it is twice what chance would make. Chance is what neighbours differ by
+    beyond a straight line (second differences), since a curve that falls all the time scatters widely about its mean.
     """
     half = len(values) // 2
     if half < 2 or not all(math.isfinite(value) for value in values):
         return ""
     old, new = values[:half], values[-half:]
     difference = fmean(new) - fmean(old)
-    by_chance = math.sqrt((pvariance(old) + pvariance(new)) / (half - 1))
+    bends = [a - 2 * b + c for a, b, c in zip(values, values[1:], values[2:], strict=False)]
+    variance = fmean(bend**2 for bend in bends) / 6  # of independent values, bends have six times theirs
+    by_chance = math.sqrt(2 * variance / half)
     if abs(difference) <= max(2 * by_chance, 1e-12 * abs(fmean(old))):
         return "steady"
     return "falling" if difference < 0 else "rising"

@@ -42,6 +42,7 @@ def test_a_sparkline_goes_from_the_least_to_the_greatest() -> None:
         (FALLING[::-1], "rising"),
         ([1.0, 2.0, 1.0, 2.0, 1.0, 2.0], "steady"),
         ([3.0] * 4, "steady"),
+        ([1.18, 0.76, 0.69, 0.72, 0.63], "falling"),  # a score that falls fast at first
         ([3.0, 2.0, 1.0], ""),
         ([3.0, 2.0, 1.0, float("nan")], ""),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fdistill import __version__
-from fdistill.base.errors import ConfigError
+from fdistill.base.errors import ArgumentError
 from fdistill.base.files import atomic_file
 from fdistill.config.nested import leaves
 from fdistill.report.panels import panels, spread
@@ -27,16 +27,16 @@ def write_report(runs: Sequence[Run], output: Path, teacher: Mapping[str, float]
         teacher: {metric: the teacher's score}.
 
     Raises:
-        ConfigError: Plotly or Jinja2 is not installed.
+        ArgumentError: no run was scored by any of the teacher's metrics.
         CheckpointError: a sample grid is no picture.
         OutputError: the file cannot be written.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ConfigError(f"report: needs plotly and jinja2 ({error}); run `pip install plotly jinja2`") from error
-    made = panels(runs, teacher or {})
+    from jinja2 import Environment, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    teacher = teacher or {}
+    _check_teacher(runs, teacher)
+    made = panels(runs, teacher)
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_TEMPLATE.read_text("utf-8"))
     text = template.render(
         title=" and ".join(run.name for run in runs),
@@ -49,6 +49,17 @@ def write_report(runs: Sequence[Run], output: Path, teacher: Mapping[str, float]
     )
     with atomic_file(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _check_teacher(runs: Sequence[Run], teacher: Mapping[str, float]) -> None:
+    measured = {
+        name.removeprefix("eval/"): None for run in runs for record in run.records for name in record if "eval/" in name
+    }
+    if teacher and not teacher.keys() & measured.keys():
+        raise ArgumentError(
+            f"teacher-scores: has {', '.join(teacher)}, and the runs' scores are {', '.join(measured) or 'none'}; "
+            "expected scores of the runs' own protocol and number of images (eval.protocol, eval.num_images)"
+        )
 
 
 def _shown(run: Run, budget: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fdistill.report.run import Run
 from fdistill.training.appearance import LOOK
+from fdistill.training.curves import STUDENT_LOSSES
 from fdistill.training.journal import LOG_RATIO_COUNTS, LOG_RATIO_EDGES
 
 if TYPE_CHECKING:
@@ -49,10 +50,7 @@ _CURVES = (
         "Student's losses",
         "They do not have to fall: matching is divided by its own size, so that it stays about as large from beginning "
         "to end, and the GAN term follows the discriminator. Look for leaps, and for a loss that grows without end.",
-        (
-            *("generator/matching", "generator/implicit", "generator/regression", "generator/gan"),
-            *("generator/augmentation", "generator/diversity", "generator/segment", "generator/reward_loss"),
-        ),
+        (*STUDENT_LOSSES, "generator/reward_loss"),
     ),
     _Curves(
         "Fake score's loss",

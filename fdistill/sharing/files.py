@@ -19,11 +19,11 @@ from fdistill.formats.pipeline_folder import pipeline_files
 from fdistill.sharing.private import private_texts, replaced
 from fdistill.student_kinds import NOTED_FILES, STUDENT_FILE
 from fdistill.students.experts import experts_in
+from fdistill.students.folder import OWN_NETWORK
 
 #: A file to publish: one on the disk as it is, or another content for it.
 Content = Path | bytes
 CONFIG, SAMPLES, CARD = "training_config.yaml", "samples.png", "README.md"
-_OWN_NETWORK = "network.safetensors"
 #: Where diffusers and transformers note the folder that something was loaded from; nothing reads it again.
 _ORIGINS = ("_name_or_path", "name_or_path")
 
@@ -40,7 +40,7 @@ def student_files(folder: Path, facts: Mapping[str, Any]) -> list[str]:
         if outside or any(Path(name).suffix not in KEPT_SUFFIXES for name in noted):
             raise CheckpointError(f"{folder / STUDENT_FILE}: lists files that no student has; copy the folder again")
         return sorted(noted)
-    single = [path for path in (folder / LORA_FILE, folder / _OWN_NETWORK, *experts_in(folder)) if path.is_file()]
+    single = [path for path in (folder / LORA_FILE, folder / OWN_NETWORK, *experts_in(folder)) if path.is_file()]
     piped = pipeline_files(folder) if (folder / "model_index.json").is_file() else []
     return sorted(path.relative_to(folder).as_posix() for path in (*piped, *single))
 

@@ -21,6 +21,13 @@ class Evaluated(NamedTuple):
     logits: Tensor | None
 
 
+def log_ratio(logits: Tensor) -> Tensor:
+    """log(p_teacher / p_student) [B] for the logs, as the mean of the heads' logits [B, H] or [B], before bounds and
+    bins.
+    """
+    return logits.detach().float().reshape(len(logits), -1).mean(1)
+
+
 def evaluate(
     networks: Networks,
     x0: Tensor,

@@ -28,7 +28,7 @@ from fdistill.losses import (
 from fdistill.noise import karras_levels
 from fdistill.ratio import DensityRatio
 from fdistill.rollout import Rollout
-from fdistill.step.evaluated import evaluate
+from fdistill.step.evaluated import evaluate, log_ratio
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence
 
 
@@ -70,6 +70,8 @@ def _result(
 ) -> StepResult:
     t = compared.t
     logs["generator/implicit"] = PerSample((scale * objective).detach(), t)
+    if compared.logits is not None:
+        logs["generator/log_ratio"] = PerSample(log_ratio(compared.logits), t)
     if gan_weight and compared.logits is not None:
         gan = gan_generator_loss(compared.logits)
         objective = objective + gan_weight * gan

@@ -28,7 +28,7 @@ from fdistill.ratio import DensityRatio
 from fdistill.rollout import Rollout
 from fdistill.step.augmentation import Augmentation, augmentation_loss
 from fdistill.step.diversity import Diversity, draw_supervised
-from fdistill.step.evaluated import Evaluated, evaluate
+from fdistill.step.evaluated import Evaluated, evaluate, log_ratio
 from fdistill.step.pairs import Pairs, student_of_pairs
 from fdistill.step.roles import LevelDraw, Networks, PerSample, StepResult, checked_divergence
 from fdistill.step.segment import Segment, segment_loss
@@ -124,7 +124,7 @@ def generator_step(
         output_grad=False,
         backend=backend,
     )
-    weight, logs = None, {} if evaluated.logits is None else _logs(t, log_ratio=_mean_of_heads(evaluated.logits))
+    weight, logs = None, {} if evaluated.logits is None else _logs(t, log_ratio=log_ratio(evaluated.logits))
     if ratio is not None and evaluated.logits is not None and divergence.needs_ratio:
         level = ratio.bin_level(schedule, t)
         weighted = ratio.evaluate(evaluated.logits, level, divergence, ramp=ratio_ramp, backend=backend)
@@ -241,11 +241,6 @@ class _Total:
             balanced_term, chosen = balanced(first, term.losses.mean(), x0, ratio)
             self.loss = self.loss + balanced_term
             self.logs |= _logs(term.t, **{term.name: term.losses, f"{term.name}_weight": chosen.expand(len(x0))})
-
-
-def _mean_of_heads(logits: Tensor) -> Tensor:
-    """log(p_teacher / p_student) [B] as the heads' logits [B, H] or [B] say it, before bounds and bins."""
-    return logits.float() if logits.ndim == 1 else logits.float().mean(1)
 
 
 def _logs(t: Tensor, **values: Tensor) -> dict[str, PerSample]:

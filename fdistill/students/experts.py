@@ -29,8 +29,7 @@ def save_experts(student: PhasedGenerator, folder: Path) -> None:
 
 def experts_in(folder: Path) -> list[Path]:
     """The files of a folder's experts, first phase first; none in a folder of another student."""
-    paths = (folder / EXPERT.format(number) for number in range(1, 1 + len(list(folder.glob(EXPERT.format("*"))))))
-    return [path for path in paths if path.is_file()]
+    return sorted(folder.glob(EXPERT.format("[1-9]")))
 
 
 def load_phased(

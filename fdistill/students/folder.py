@@ -32,7 +32,7 @@ from fdistill.students.model_card import OWN_USAGE, model_card, usage
 from fdistill.students.phases import PhasedGenerator
 from fdistill.teachers.autoencoder import LatentSpace, image_size
 
-_OWN_NETWORK = "network.safetensors"
+OWN_NETWORK = "network.safetensors"
 
 
 def save_student(
@@ -77,7 +77,7 @@ def save_student(
                 save_lora(denoiser.network, temporary / LORA_FILE, component)
             denoiser = merged(denoiser)
         if origin.factory is not None:
-            save_file(unshared(denoiser.state_dict()), temporary / _OWN_NETWORK)
+            save_file(unshared(denoiser.state_dict()), temporary / OWN_NETWORK)
             facts["network"] = origin.name
             how = OWN_USAGE.format(name=origin.name)
         else:
@@ -225,8 +225,8 @@ def _own_network(folder: Path, facts: dict[str, Any], network: str | None) -> De
         )
     denoiser = load_denoiser(resolve_checkpoint(network))
     try:
-        tensors = load_file(folder / _OWN_NETWORK)
+        tensors = load_file(folder / OWN_NETWORK)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / _OWN_NETWORK}: cannot be read ({error}); copy the folder again") from error
+        raise CheckpointError(f"{folder / OWN_NETWORK}: cannot be read ({error}); copy the folder again") from error
     load_exactly(denoiser, tensors, f"student {str(folder)!r}")
     return denoiser

@@ -16,8 +16,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
+#: The terms of the student's loss, by their names in records.
+STUDENT_LOSSES = (
+    *("generator/matching", "generator/implicit", "generator/regression", "generator/gan", "generator/augmentation"),
+    *("generator/diversity", "generator/segment"),
+)
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("student", ("generator/matching", "generator/implicit", "generator/regression", "generator/gan")),
+    ("student", STUDENT_LOSSES),
     ("critic", ("fake_score/denoising", "discriminator/gan_real", "discriminator/gan_fake")),
     ("minus the preference score", ("generator/reward_loss",)),
     ("gradient norms before clipping", ("generator/grad_norm", "fake_score/grad_norm", "discriminator/grad_norm")),

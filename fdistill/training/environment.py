@@ -15,6 +15,11 @@ from fdistill import __version__
 from fdistill.base import rng
 from fdistill.base.files import atomic_file
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 RECORD = "environment.json"
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "accelerate", "peft", "numpy")
 
@@ -41,12 +46,14 @@ def note_environment(folder: Path, device: torch.device) -> None:
         temporary.write_text(json.dumps(environment(device), indent=1) + "\n", encoding="utf-8")
 
 
-def peak_memory(device: torch.device) -> float:
-    """GB that were in use at most, of a GPU by torch, otherwise by the process. Waits for nothing."""
+def peak_memory(device: torch.device) -> float | None:
+    """GB that were in use at most, of a GPU by torch, otherwise by the process; None on Windows, which does not say it.
+    Waits for nothing.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    import resource  # not on Windows
-
+    if resource is None:
+        return None
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -200,7 +200,7 @@ class Logbook:
             "iteration": iteration,
             "images_per_second": (iteration - self._first) * self._config.batch_size / seconds,
             "seconds": seconds,
-            "memory_gb": peak_memory(self._run.device),
+            **({} if (memory := peak_memory(self._run.device)) is None else {"memory_gb": memory}),
             "data/skipped": skipped,
             **({"stage": stage_at(self._run.stages, iteration - 1).number} if self._config.stages else {}),
             **changing_rates(self._run.stages, iteration - 1, self._run.optimizers),

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fdistill import distill
-from fdistill.base.errors import CheckpointError
+from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.commands.cli import app
 from fdistill.report.page import write_report
 from fdistill.report.panels import panels, spread
@@ -135,6 +135,8 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"teacher\.png: is no picture"):
         write_report([read_run(broken)], tmp_path / "broken.html")
     assert not (tmp_path / "broken.html").exists()
+    with pytest.raises(ArgumentError, match=r"teacher-scores: has fid, and the runs' scores are fd_digits@128, "):
+        write_report([read_run(run)], tmp_path / "none.html", {"fid": 2.0})
     (tmp_path / "scores.json").write_text("{}")
     result = CliRunner().invoke(app, ["report", str(run), "--teacher-scores", str(tmp_path / "scores.json")])
     assert isinstance(result.exception, CheckpointError)

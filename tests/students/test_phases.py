@@ -17,6 +17,7 @@ from torch import Tensor
 from fdistill import distill, load_student
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError
 from fdistill.config.reading import load_config
+from fdistill.data.sample_loader import FixedSamples
 from fdistill.divergence import get_divergence
 from fdistill.formats.lora_file import read_lora
 from fdistill.generation.generate import open_maker
@@ -24,9 +25,13 @@ from fdistill.generation.sampling import Sampling
 from fdistill.generator import FewStepGenerator, Student
 from fdistill.noise import EDMSchedule, FlowSchedule, NoiseSchedule, noise_to_signal, vp_schedule_from_config
 from fdistill.ratio import DensityRatio
+from fdistill.rollout import Rollout
 from fdistill.step import Networks
 from fdistill.students.export import export_student
 from fdistill.students.phases import PhasedGenerator, Phases
+from fdistill.training.batches import Batches
+from fdistill.training.build import build
+from fdistill.training.inputs import TrainingData
 from fdistill.training.updates import critic_update, student_update
 from support.denoisers import GaussianDenoiser
 from support.testbed import F64, TEACHER_1D
@@ -153,6 +158,15 @@ RUN: dict[str, Any] = {
     "ema": {"decays": [0.5], "export": 0.5},
     "log": {"samples_every": 0, "checkpoint_every": 1, "tracker": "none"},
 }
+
+
+def test_a_segment_of_the_last_step_ends_where_the_next_phase_begins() -> None:
+    """Intra-segment guidance of the first phase's second step; of the last phase's last step the end is the image."""
+    run = build(load_config("digits-t2i", RUN), torch.device("cpu"))
+    batches: Any = Batches(run, TrainingData(FixedSamples(torch.zeros(4, 4, 2, 2), torch.zeros(4)), None), iter([]))
+    ends = [batches._with_segment({"rollout": Rollout((level,))})["segment"].end for level in (999.0, 749.0)]
+    assert ends == [749.0, 499.0]
+    assert PhasedGenerator(expert(2.0), Phases(LEVELS, (0, 2)), [expert(1.0)]).end == 0.0
 
 
 @pytest.fixture(scope="module")

@@ -2,10 +2,10 @@
 
 python scripts/make_failures.py OUTPUT_DIR [--only rate,gan] [--runs RUNS_DIR]
 
-OUTPUT_DIR gets NAME.png, with the healthy run's samples on the left and the failing run's on the right, of the same
-noise, unless the run ended before it had a grid; curves.png of the healthy run; and failures.json with the settings,
-the alarms and how the samples look. A run that is in RUNS_DIR already is
-not repeated. docs/failures.md shows what comes out.
+OUTPUT_DIR gets NAME.png, with the samples of a healthy run of the same preset on the left and the failing run's on the
+right, of the same noise, unless the run ended before it had a grid; curves.png of the healthy run; and failures.json
+with the settings, the alarms and how the samples look. A run that is in RUNS_DIR already is not repeated.
+docs/failures.md shows what comes out.
 """
 
 from __future__ import annotations
@@ -30,10 +30,14 @@ from fdistill.training.appearance import LOOK
 from fdistill.training.journal import read_records
 
 ITERATIONS = 60
-HEALTHY = "healthy"
-#: What each run changes of the preset `digits`.
+#: Preset -> its run without changes. `_OF_PROMPTS` are runs of digits-t2i, whose teacher can be guided.
+HEALTHY = {"digits": "healthy", "digits-t2i": "healthy-prompts"}
+_OF_PROMPTS = ("healthy-prompts", "guidance")
+#: What each run changes of its preset.
 RUNS: dict[str, list[str]] = {
-    HEALTHY: [],
+    "healthy": [],
+    "healthy-prompts": [],
+    "guidance": ["guidance_scale=12"],
     "rate": ["generator.lr=2e-2"],
     "lazy-critic": ["fake_score.lr=1e-7"],
     "critic-rate": ["fake_score.lr=3e-2"],
@@ -52,10 +56,15 @@ RUNS: dict[str, list[str]] = {
 _ROWS, _SHOWN = 8, 4
 
 
-def distil(folder: Path, overrides: list[str]) -> tuple[str, float]:
-    """Runs `fdistill distill digits`; the error that ended it, if any, and its seconds of a processor."""
+def preset(name: str) -> str:
+    """The preset of a run."""
+    return "digits-t2i" if name in _OF_PROMPTS else "digits"
+
+
+def distil(folder: Path, name: str) -> tuple[str, float]:
+    """Runs `fdistill distill`; the error that ended it, if any, and its seconds of a processor."""
     settings = [f"iterations={ITERATIONS}", "log.every=5", "log.samples_every=15", "log.checkpoint_every=0"]
-    command = [sys.executable, "-m", "fdistill", "distill", "digits", *settings, "log.tracker=none", *overrides]
+    command = [sys.executable, "-m", "fdistill", "distill", preset(name), *settings, "log.tracker=none", *RUNS[name]]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([*command, "--output", str(folder)], capture_output=True, text=True, check=False)
     lines = done.stderr.strip().splitlines()
@@ -96,26 +105,26 @@ def facts(folder: Path) -> dict[str, Any]:
 def make(output: Path, runs: Path, names: list[str]) -> dict[str, Any]:
     """Runs what is missing, and writes a picture of each run that fails."""
     made: dict[str, Any] = {}
-    for name in [HEALTHY, *(name for name in names if name != HEALTHY)]:
+    healthy = {HEALTHY[preset(name)] for name in names} | {HEALTHY["digits"]}
+    for name in [*sorted(healthy), *(name for name in names if name not in healthy)]:
         folder, note = runs / name, runs / f"{name}.json"
         if not note.is_file():
-            error, seconds = distil(folder, RUNS[name])
+            error, seconds = distil(folder, name)
             note.write_text(
                 json.dumps({"error": error.replace(str(folder), "RUN"), "processor_seconds": round(seconds)}),
                 encoding="utf-8",
             )
         made[name] = {"settings": RUNS[name], **facts(folder), **json.loads(note.read_text(encoding="utf-8"))}
         grid = newest_grid(folder)
-        if name != HEALTHY and int(grid.stem) > 0:
-            healthy = newest_grid(runs / HEALTHY)
+        if name not in healthy and int(grid.stem) > 0:
             panels = [
                 (f"{who}, iteration {int(found.stem)}", shown(found, runs / f"{who}.png"))
-                for who, found in ((HEALTHY, healthy), (name, grid))
+                for who, found in (("healthy", newest_grid(runs / HEALTHY[preset(name)])), (name, grid))
             ]
             save_side_by_side(panels, output / f"{name}.png")
         print(f"{name}: {made[name]}", flush=True)
     # With fewer colours, which a picture of lines does not miss, it is a third as large.
-    curves = Image.open(runs / HEALTHY / "curves.png").convert("RGB").quantize(48)
+    curves = Image.open(runs / HEALTHY["digits"] / "curves.png").convert("RGB").quantize(48)
     curves.save(output / "curves.png", optimize=True)
     return made
 

@@ -8,6 +8,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # a hundred processes would compile the package again, a second each
 echo "== ruff"
 ruff format --check .
 ruff check .

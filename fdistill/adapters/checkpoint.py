@@ -21,7 +21,7 @@ from fdistill.adapters import (
 )
 from fdistill.adapters.bin_weights import bins_instead, in_float32, variants_instead, with_plain_weights
 from fdistill.adapters.family import Family
-from fdistill.adapters.hub import hub_errors, is_hub_id
+from fdistill.adapters.hub import hub_errors, id_and_revision, is_hub_id
 from fdistill.adapters.parametrisation import read_scheduler_config
 from fdistill.adapters.pretrained import load_network
 from fdistill.assets import EMBEDDED_TEACHERS
@@ -96,7 +96,8 @@ class Checkpoint:
 
 
 def resolve_checkpoint(name: str | Path) -> Checkpoint:
-    """The checkpoint of an embedded teacher's name, a path, "module:function", or a hub id.
+    """The checkpoint of an embedded teacher's name, a path, "module:function", or a hub id, of a branch, tag or commit
+    as "user/name@revision".
 
     A hub id is downloaded, with weights in safetensors where it has them. Weights in .bin files are read by torch's
     restricted loader, and the folder becomes a copy with safetensors, see `with_plain_weights`.
@@ -165,13 +166,18 @@ def _factory(name: str) -> Callable[[], Denoiser]:
     return checked
 
 
-def _download(hub_id: str) -> Path:
+def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    def fetch(patterns: list[str], ignored: list[str] = _NOT_DOWNLOADED) -> Path:
-        return Path(snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=ignored, etag_timeout=5))
+    hub_id, revision = id_and_revision(name)
 
-    with hub_errors(hub_id):
+    def fetch(patterns: list[str], ignored: list[str] = _NOT_DOWNLOADED) -> Path:
+        folder = snapshot_download(
+            hub_id, revision=revision, allow_patterns=patterns, ignore_patterns=ignored, etag_timeout=5
+        )
+        return Path(folder)
+
+    with hub_errors(name):
         folder = fetch(_DOWNLOADED)
         missing = bins_instead(folder)
         if missing:
@@ -182,11 +188,13 @@ def _download(hub_id: str) -> Path:
         return folder
 
 
-def _download_configs(hub_id: str) -> Path:
+def _download_configs(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    with hub_errors(hub_id):
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*/*.json"], etag_timeout=5))
+    hub_id, revision = id_and_revision(name)
+    with hub_errors(name):
+        wanted = ["*.json", "*/*.json"]
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, etag_timeout=5))
 
 
 def check_configs(folder: Path) -> None:

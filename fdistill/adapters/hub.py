@@ -10,9 +10,18 @@ from fdistill.base.errors import CheckpointError
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name may be an id such as "user/name": nothing on the disk has it, and no path begins like it."""
+    """Whether a name may be an id such as "user/name", or "user/name@revision": nothing on the disk has it, and no path
+    begins like it.
+    """
     path = Path(name)
-    return not (path.exists() or path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1)
+    of_path = path.exists() or path.is_absolute() or name.startswith((".", "~"))
+    return not of_path and id_and_revision(name)[0].count("/") == 1
+
+
+def id_and_revision(name: str) -> tuple[str, str | None]:
+    """The two parts of "user/name@revision"; a revision is a branch, a tag or a commit, None for the main branch."""
+    hub_id, _, revision = name.partition("@")
+    return hub_id, revision or None
 
 
 def offline() -> bool:
@@ -32,7 +41,7 @@ def hub_errors(hub_id: str) -> Iterator[None]:
     except GatedRepoError as error:
         raise CheckpointError(
             f"checkpoint {hub_id!r}: its owner gives access on request; accept the conditions on "
-            f"huggingface.co/{hub_id}, run `hf auth login`, and try again"
+            f"huggingface.co/{id_and_revision(hub_id)[0]}, run `hf auth login`, and try again"
         ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         why = "HF_HUB_OFFLINE=1 and the cache has none" if offline() else type(error).__name__

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fdistill.adapters.hub import is_hub_id
+from fdistill.adapters.hub import id_and_revision, is_hub_id
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.errors import ArgumentError
 from fdistill.base.reading import read_bounded
@@ -78,7 +78,7 @@ def licence_of(name: str, near: Path) -> Licence | None:
     folder = EMBEDDED_TEACHERS.get(name) or located(name, near)
     if folder is not None:
         return _of_folder(folder) if folder.is_dir() else None
-    return _of_hub(name) if is_hub_id(name) else None
+    return _of_hub(id_and_revision(name)[0]) if is_hub_id(name) else None
 
 
 def _of_folder(folder: Path) -> Licence | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fdistill.adapters.hub import is_hub_id
+from fdistill.adapters.hub import id_and_revision, is_hub_id
 from fdistill.assets import EMBEDDED_TEACHERS
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import weights_sha256
@@ -77,7 +77,7 @@ def prepare(run: Path, repo_id: str, scores: Sequence[Path] = (), licence: str |
     # Of the folder, not of the files: configs may lose paths, weights stay as they are.
     measured = scores_of_files(scores, weights_sha256(folder), folder) if scores else own_scores(facts, config, folder)
     beside = _teacher_samples(folder) if SAMPLES in files else None
-    bases = [name for name in origins if _is_base_model(name, folder)]
+    bases = [id_and_revision(name)[0] for name in origins if _is_base_model(name, folder)]
     card = own_card(folder)
     if config:
         files[CONFIG] = (public_config := config_text(replaced(config, texts))).encode()

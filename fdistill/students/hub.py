@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fdistill.adapters.hub import hub_errors, is_hub_id
+from fdistill.adapters.hub import hub_errors, id_and_revision, is_hub_id
 from fdistill.base.errors import CheckpointError
 from fdistill.base.files import KEPT_SUFFIXES, read_json_object
 from fdistill.student_kinds import NOTED_FILES, STUDENT_FILE
 
 
 def student_on_hub(name: str) -> Path | None:
-    """The folder in the hub's cache of the student with this id, downloaded where the cache lacks it.
+    """The folder in the hub's cache of the student with this id, such as "user/name" or "user/name@revision", downloaded
+    where the cache lacks it.
 
     Nothing but configs, tokenizers and safetensors is downloaded. If the hub cannot be reached, the cache is taken.
 
@@ -26,9 +27,10 @@ def student_on_hub(name: str) -> Path | None:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 
+    hub_id, revision = id_and_revision(name)
     with hub_errors(name):
         try:
-            described = Path(hf_hub_download(name, STUDENT_FILE, etag_timeout=5))
+            described = Path(hf_hub_download(hub_id, STUDENT_FILE, revision=revision, etag_timeout=5))
         except GatedRepoError:
             raise
         except (EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
@@ -37,7 +39,7 @@ def student_on_hub(name: str) -> Path | None:
         wanted = [STUDENT_FILE, *(noted or [f"*{suffix}" for suffix in KEPT_SUFFIXES])]
         # Of the same commit: somebody may push while this downloads.
         commit = described.parent.name
-        folder = Path(snapshot_download(name, revision=commit, allow_patterns=wanted, etag_timeout=5))
+        folder = Path(snapshot_download(hub_id, revision=commit, allow_patterns=wanted, etag_timeout=5))
     missing = [file for file in noted if not (folder / file).is_file()]
     if missing:
         raise CheckpointError(

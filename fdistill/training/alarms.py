@@ -14,7 +14,7 @@ MEANING = {
     "ratio collapse": "nearly all density ratios were at a bound, so that samples were hardly weighted",
     "critic exploding": "the critic's loss grew out of proportion: it could not follow the student",
     "colours burnt": "contrast or saturation rose far above the teacher's",
-    "samples alike": "images of one class or prompt became much more alike than before",
+    "samples alike": "images of one class or prompt became much more alike than before, or than the teacher's",
 }
 #: How many records `alarms` looks at, and in how many in a row a sign must be: one may be chance.
 WINDOW, _LASTING = 10, 3
@@ -27,7 +27,7 @@ _CLAMPED = 0.9
 #: beyond 10 are cut off before they become ratios, and a mean loss of 10 is a mean logit of 10 on the wrong side.
 _GROWN, _WRONG = 10.0, 10.0
 #: Of how samples look, divided by the teacher's. Below 0.02 of 1 a quantity is the rounding of greyscale images.
-_BURNT, _COLLAPSED, _NOTHING = 1.5, 0.5, 0.02
+_BURNT, _COLLAPSED, _FALLING, _NOTHING = 1.5, 0.5, 0.9, 0.02
 
 
 def alarms(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -64,7 +64,7 @@ def alarms(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def drifts(looks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Like `alarms`, of how a run's samples look beside the teacher's: of all records with samples, oldest first.
 
-    A student begins with images that are alike, so that low diversity means something only after a higher one.
+    A student begins with images that are alike, so that low diversity means something only while it falls.
     """
     found: dict[str, str] = {}
     if len(looks) < 3:
@@ -76,9 +76,9 @@ def drifts(looks: Sequence[Mapping[str, Any]]) -> dict[str, str]:
                 f"the {name} of samples stays above {burnt:.3g} times the teacher's; lower guidance_scale or "
                 "augmentation.weight, or raise critic_steps"
             )
-    highest = max(_beside_teacher(look, "diversity") for look in looks[:-2])
-    now = max(_beside_teacher(look, "diversity") for look in looks[-2:])
-    if now < _COLLAPSED * min(highest, 1.0):
+    diversity = [_beside_teacher(look, "diversity") for look in looks]
+    highest, now, recent = max(diversity[:-2]), max(diversity[-2:]), diversity[-3:]
+    if now < _COLLAPSED * min(highest, 1.0) or (max(recent) < _COLLAPSED and 0 < recent[-1] < _FALLING * recent[0]):
         found["samples alike"] = (
             f"samples of one class or prompt differ {now:.2g} times as much as the teacher's, after {highest:.2g}; "
             "lower generator.lr, raise critic_steps, or take a divergence that covers modes, such as jensen-shannon"

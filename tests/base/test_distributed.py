@@ -140,7 +140,7 @@ AT_NIGHT = {
     *("f-distill-fsdp", "dmd2-in-parts-fsdp"),
     *("f-distill-lora", "f-distill-lora-fsdp", "sid", "sid-fsdp", "sid-lora", "uni-instruct-data-free", "dmd"),
     *("dmd2-in-parts", "regression", "regression-fsdp", "text-to-image-lora", "text-to-image-lora-offloaded"),
-    *("dmd2-two-steps", "sid-lora-fsdp", "chain", "chain-fsdp"),
+    *("dmd2-two-steps", "sid-lora-fsdp", "chain", "chain-fsdp", "text-to-image-lora-fsdp"),
 }
 #: Runs that go on after 2 iterations on one process: to 4 on two, and to 6 on one.
 CHAINS = {"chain": [], "chain-fsdp": FSDP, "chain-lora-fsdp": [*LORA, *FSDP]}
@@ -248,6 +248,7 @@ def test_two_processes_train_as_one(runs: Runs, variant: str) -> None:
             assert abs(second[-1][key] - value) <= 1e-4 * (1 + abs(value)), key
 
 
+@pytest.mark.thorough  # of the text-to-image runs
 def test_two_processes_encode_the_same_prompts(runs: Runs) -> None:
     """Each encodes a part of every batch, and one writes them in their order."""
     (one,), (two,) = ((runs.one.parent / cache / "text").iterdir() for cache in ("cache-one", "cache-two"))

@@ -115,7 +115,7 @@ def dry_run(output: str = "my.yaml") -> str:
     return done.output
 
 
-@pytest.mark.parametrize("teacher", EMBEDDED)
+@pytest.mark.parametrize("teacher", at_night(EMBEDDED, lambda teacher: teacher != "digits"))
 def test_the_config_for_an_embedded_teacher_trains(teacher: str) -> None:
     written(options(teacher, EMBEDDED[teacher]))
     small = ["iterations=1", "batch_size=4", "critic_steps=1", "images.workers=1", "log.samples_every=0"]
@@ -191,13 +191,14 @@ def images(folder: str, size: int, captions: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("size", "recipe"), [(8, "exact"), (11, "center-box")])
+@pytest.mark.parametrize(("size", "recipe"), at_night([(8, "exact"), (11, "center-box")], lambda row: row[0] == 8))
 def test_images_are_resized_if_they_have_to_be(tiny_teacher: Path, size: int, recipe: str) -> None:
     config = written(options(tiny_teacher, images("photos", size, captions=False)))
     assert config.images.recipe == recipe
     dry_run()
 
 
+@pytest.mark.thorough  # by day, the commands of tests/commands/test_advice.py
 def test_captioned_images_are_encoded_by_the_first_command(uncounted: None) -> None:
     teacher = TEXT["sd15"][0](Path("teacher"))
     done = run(options(teacher, images("photos", 20, captions=True), "24gb"))

@@ -11,12 +11,14 @@ import pytest
 from fdistill.planning.placement import Placement, on_a_device
 from support.planned import DIGITS
 from support.planned import digits as counted_digits
-from support.thorough import at_night
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 import measure_memory
 
-pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory as Linux counts it")
+pytestmark = [
+    pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory as Linux counts it"),
+    pytest.mark.thorough,  # by day, tests/planning/test_plan.py and tests/scripts/test_memory_table.py
+]
 
 #: Config -> settings with which activations are far more than what a process takes for other reasons.
 CASES: dict[str, dict[str, Any]] = {
@@ -26,18 +28,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-#: Tried at night: what is tried here takes a minute.
-AT_NIGHT = ("digits-regression", "digits-t2i")
-
-
 @pytest.fixture(scope="module")
-def measured(request: pytest.FixtureRequest) -> dict[str, int]:
+def measured() -> dict[str, int]:
     """Bytes at the peaks of real runs, all in one process of their own."""
-    left_out = AT_NIGHT if request.config.getoption("markexpr") == "not thorough" else ()
-    return measure_memory.measured({name: settings for name, settings in CASES.items() if name not in left_out})
+    return measure_memory.measured(CASES)
 
 
-@pytest.mark.parametrize("name", at_night(CASES, AT_NIGHT.__contains__))
+@pytest.mark.parametrize("name", CASES)
 def test_a_plan_is_within_15_per_cent_of_the_measured_peak(name: str, measured: dict[str, int]) -> None:
     if name == "digits":
         planned = on_a_device(counted_digits(), Placement(1)).total

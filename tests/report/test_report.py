@@ -143,6 +143,7 @@ def test_what_is_no_run_is_refused(run: Path, tmp_path: Path) -> None:
     assert "expected the file that `fdistill evaluate TEACHER --output FILE` writes" in str(result.exception)
 
 
+@pytest.mark.thorough  # by day, a report of the usual grids
 def test_large_grids_are_made_to_fit(tmp_path: Path) -> None:
     draws = np.random.default_rng(0)
     paths = []

@@ -34,6 +34,7 @@ def run(*command: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.thorough  # by day, tests/kernels compare the same kernels
 @without_gpu
 def test_without_a_gpu_the_benchmark_checks_and_exits_0(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     done = run(sys.executable, str(SCRIPTS / "bench_kernels.py"))

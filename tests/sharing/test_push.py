@@ -36,6 +36,21 @@ for token, *arguments in json.loads(sys.argv[1]):
 """
 
 
+#: Words of pushes behind the token that the client has.
+PUSHES = [
+    [TOKEN, "me/dry", "--dry-run"],
+    [TOKEN, "me/one", "--message", "First"],
+    [TOKEN, "others/one"],
+    ["", "me/new"],
+    ["hf_stale", "me/new"],
+    [TOKEN, "me/one", "--license", "none-such"],
+    [TOKEN, "me/seen", "--public"],
+    [TOKEN, "me/seen"],
+    [TOKEN, "me/seen", "--public", "--license", "mit"],
+    [TOKEN, "me/seen", "--public", "--revision", "best"],
+]
+
+
 @dataclass(frozen=True)
 class Ended:
     """What a command printed, and the message of the error that it ended with."""
@@ -85,10 +100,12 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def pushed(run: Path, hub: Hub, tmp_path_factory: pytest.TempPathFactory) -> list[Ended]:
-    """What a dry push to me/one, a push to it, and one to others' name ended with."""
-    command, home = [TOKEN, "push", run], tmp_path_factory.mktemp("pushing") / "home"
-    dry, done = [*command, "me/dry", "--dry-run"], [*command, "me/one", "--message", "First"]
-    return ended(hub, home, dry, done, [*command, "others/one"])
+    """What `PUSHES` ended with, and drawing with the students of two branches, of which one is there."""
+    home = tmp_path_factory.mktemp("pushing") / "home"
+    pushes = [[token, "push", run, *words] for token, *words in PUSHES]
+    drawn = ["--num-images", "3", "--device", "cpu", "--output"]
+    drawings = [[TOKEN, "generate", f"me/seen@{branch}", *drawn, home / branch] for branch in ("best", "none")]
+    return ended(hub, home, *pushes, *drawings)
 
 
 def pixels(folder: Path) -> Any:
@@ -96,7 +113,7 @@ def pixels(folder: Path) -> Any:
 
 
 def test_files_are_listed_and_those_of_the_student_alone_are_pushed(pushed: list[Ended], run: Path, hub: Hub) -> None:
-    dry, done, _ = pushed
+    dry, done, *_ = pushed
     assert (dry.error, done.error) == ("", "")
     assert "me/dry" not in hub.repositories
     repository = hub.repositories["me/one"]
@@ -180,32 +197,32 @@ def test_the_card_has_licence_scores_and_pictures(pushed: list[Ended], run: Path
     assert "creativeml-openrail-m (README.md of their-teacher)" in text
 
 
-def test_a_refused_push_says_what_to_do(pushed: list[Ended], run: Path, hub: Hub, tmp_path: Path) -> None:
-    assert "your token may not write to others; make one with write access" in pushed[2].error
+def test_a_refused_push_says_what_to_do(pushed: list[Ended], run: Path, hub: Hub) -> None:
     offline = CliRunner().invoke(app, ["push", str(run), "me/one"])  # as all tests are
     assert str(offline.exception).endswith("HF_HUB_OFFLINE is set, so nothing is uploaded; unset it, and push again")
-    push, before = ["push", run], set(hub.repositories)
-    unknown, stale, licence, first, private, public, branch = ended(
-        hub,
-        tmp_path / "home",
-        ["", *push, "me/new"],
-        ["hf_stale", *push, "me/new"],
-        [TOKEN, *push, "me/one", "--license", "none-such"],
-        [TOKEN, *push, "me/seen", "--public"],
-        [TOKEN, *push, "me/seen"],
-        [TOKEN, *push, "me/seen", "--public", "--license", "mit"],
-        [TOKEN, *push, "me/seen", "--public", "--revision", "best"],
-    )
+    others, unknown, stale, licence, first, private, public, branch = pushed[2:10]
+    assert "your token may not write to others; make one with write access" in others.error
     assert unknown.error.startswith("push me/new: no token says who you are; run `hf auth login`")
     assert "the hub does not accept your token; run `hf auth login` with a new one" in stale.error
     assert "the hub refuses the metadata of README.md" in licence.error
-    assert set(hub.repositories) == before | {"me/seen"}
+    assert set(hub.repositories) == {"me/one", "me/seen"}
     assert (first.error, public.error, branch.error) == ("", "", "")
     assert "everybody can see it; pass --public if that is meant, or choose another name" in private.error
     assert "their-teacher's licence is creativeml-openrail-m" in public.output
     seen = hub.repositories["me/seen"]
     assert b"license: mit" in seen.files()["README.md"]
     assert b"license: creativeml-openrail-m" in seen.files("best")["README.md"]
+
+
+def test_a_branch_comes_back_by_its_name(
+    pushed: list[Ended], hub: Hub, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    loaded, absent = pushed[10:]
+    assert loaded.error == ""
+    commits = [path.name for path in tmp_path_factory.getbasetemp().rglob("models--me--seen/snapshots/*")]
+    branches = hub.repositories["me/seen"].branches
+    assert commits == [branches["best"]] != [branches["main"]]
+    assert "'me/seen@none': no such folder, and the hub gave no model of that id (RevisionNotFound" in absent.error
 
 
 @pytest.mark.thorough  # the client's own work

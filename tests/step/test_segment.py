@@ -104,6 +104,7 @@ def test_the_term_is_added_with_its_weight() -> None:
     assert term.min() > 0
 
 
+@pytest.mark.thorough  # by day, its value and its gradient
 def test_a_run_lowers_the_term(tiny_teacher: Path, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "teacher": str(tiny_teacher),

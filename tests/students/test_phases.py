@@ -8,14 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fdistill import distill, load_student
+from fdistill import distill, generate, load_student
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError
+from fdistill.commands.side_by_side import Wish, draw, open_pair
 from fdistill.config.reading import load_config
 from fdistill.data.sample_loader import FixedSamples
 from fdistill.divergence import get_divergence
@@ -243,6 +246,22 @@ def test_other_numbers_of_steps_are_taken_by_the_experts_of_their_intervals(phas
 def _condition(folder: Path) -> Any:
     maker: Any = open_maker(folder, torch.device("cpu"))
     return maker.text.encode(["a thin one"])
+
+
+def test_the_demo_draws_it_beside_its_guided_teacher(phases: list[Path], tmp_path: Path) -> None:
+    """Each as `generate` does, enlarged; the teacher with the guidance that the student has learnt."""
+    pair = open_pair(str(phases[1]), None, torch.device("cpu"))
+    assert (pair.reason, list(pair.steps)) == ("", [4])
+    student, teacher = draw(pair, Wish(seed=5, images=2, prompt="a three", teacher_steps=2))
+    assert teacher is not None
+    assert (student.evaluations, teacher.evaluations) == (4, 2 * 3)
+    guided: dict[str, Any] = {"num_steps": 2, "guidance_scale": 2.0}
+    for drawn, checkpoint, options in ((student, phases[1], {}), (teacher, "digits-t2i", guided)):
+        folder = tmp_path / str(checkpoint).replace("/", "-")
+        generate(checkpoint, num_images=2, output=folder, seed=5, prompts=["a three"], device="cpu", **options)
+        for number, image in enumerate(drawn.images):
+            expected = np.array(Image.open(folder / f"{number:06d}.png"))
+            assert np.array_equal(np.array(image)[8::16, 8::16], expected)
 
 
 def test_the_experts_are_exported_one_file_each(phases: list[Path], tmp_path: Path) -> None:

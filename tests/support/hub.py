@@ -136,6 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
             )
         else:
             commit = repository.branches.get(match[2], match[2])
+            if commit not in repository.commits:
+                self._missing("RevisionNotFound")
+                return
             content = repository.commits.get(commit, {}).get(match[3])
             if content is None:
                 self._missing("EntryNotFound")

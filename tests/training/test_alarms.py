@@ -65,6 +65,18 @@ def test_samples_that_begin_alike_raise_none() -> None:
     assert drifts([grey] * 4) == {}
 
 
+def test_diversity_that_is_low_from_the_start_and_falls_is_collapse() -> None:
+    """As of the run of docs/failures.md whose fake score jumps: it never had half of the teacher's diversity."""
+
+    def alike(*beside_teacher: float) -> list[str]:
+        return list(drifts([look(diversity=0.25 * share) for share in beside_teacher]))
+
+    assert alike(0.36, 0.30, 0.25) == ["samples alike"]
+    assert alike(0.36, 0.30) == []
+    assert alike(0.6, 0.5, 0.45) == []
+    assert alike(0.2, 0.19, 0.19) == []
+
+
 def test_records_without_these_quantities_raise_none() -> None:
     assert alarms([{"iteration": i} for i in range(10)]) == {}
     assert alarms([{"fake_score/denoising": 1e-9 * 1.5**i} for i in range(10)]) == {}

@@ -128,6 +128,7 @@ def test_two_processes_read_the_halves_of_the_same_batches(latents: Path) -> Non
         assert batch.pixels == tuple(2 * side for side in batch.images.shape[2:])
 
 
+@pytest.mark.thorough  # by day, of images of one shape
 def test_a_resumed_run_equals_an_uninterrupted_one(teacher: Path, latents: Path, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", teacher, latents)
     distill_part = {**RUN, "teacher": str(teacher), "data": str(latents), "log.checkpoint_every": 3}

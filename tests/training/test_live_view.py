@@ -207,6 +207,7 @@ def test_a_terminal_keeps_what_others_print_and_one_picture(monkeypatch: pytest.
     assert last[3:] == ["saturated: lower discriminator.lr"]
 
 
+@pytest.mark.thorough  # by day, what it is made of
 def test_a_run_in_a_terminal_ends_with_its_picture_and_the_student(tiny_teacher: Path, tmp_path: Path) -> None:
     """The command itself, with standard output in a file: the student alone goes there."""
     main, other = pty.openpty()

@@ -312,6 +312,7 @@ main()
 """
 
 
+@pytest.mark.thorough  # by day, tests/base/test_files_and_checkpoints.py
 def test_a_full_disk_is_one_message(tiny_teacher: Path, tmp_path: Path) -> None:
     settings = [
         f"teacher={tiny_teacher}",

@@ -179,6 +179,7 @@ def lora_student(teachers: dict[str, Path], prompts: Path, tmp_path_factory: pyt
     return distill("digits", output=output, teacher=str(teachers["sd15"]), prompts=str(prompts), **{**SETTINGS, **LORA})
 
 
+@pytest.mark.thorough  # by day, tests/students/test_fast_lora.py
 def test_the_lora_file_beside_the_student_turns_the_teacher_into_it(
     lora_student: Path, teachers: dict[str, Path], tmp_path: Path
 ) -> None:

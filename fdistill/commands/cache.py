@@ -51,7 +51,7 @@ def cache(
     ] = 1,
     device: Device = "auto",
 ) -> None:
-    """Encode the images of a data set to a teacher's latents once. For a text-to-image teacher, encode captions too.
+    """Encode images to a teacher's latents, once for all runs. For a text-to-image teacher, encode captions too.
 
     `fdistill distill data=FOLDER` reads the result.
 

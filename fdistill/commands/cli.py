@@ -88,7 +88,10 @@ def distill(
         bool, typer.Option("--smoke", help="Try a recipe out: a few iterations of a tiny network on random images.")
     ] = False,
 ) -> None:
-    """Distil a teacher into a student that samples in one step or a few.
+    """Distil a teacher into a student of one step, or of a few.
+
+    CONFIG is a preset (`fdistill configs`) or a YAML file; KEY=VALUE changes one of its settings, for this run alone.
+    docs/api/settings.md has all settings, and --dry-run shows those of the run.
 
     \b
     Example: fdistill distill digits divergence=forward-kl generator.lr=1e-4 --output runs/forward-kl
@@ -163,7 +166,7 @@ def generate(
     ] = False,
     device: Device = "auto",
 ) -> None:
-    """Generate images from a student (in one network evaluation or a few), a teacher or a diffusers pipeline.
+    """Draw images with a student, a teacher or a diffusers pipeline.
 
     \b
     Example: fdistill generate runs/digits --num-images 100 --seed 0 --class-labels 3,7 --output images
@@ -248,8 +251,10 @@ def convert(
         int | None, typer.Option(help="Attention heads of a DiT or SiT of another width than the published ones.")
     ] = None,
 ) -> None:
-    """Turn a published file into a teacher or student folder with safetensors. The file is a pickle of EDM, EDM2 or
-    SiD, a state dict (DiT, SiT, FastGen, DMD2), or a single-file text-to-image checkpoint. No code in it is run.
+    """Turn a published file into a teacher or student folder.
+
+    The file is a pickle of EDM, EDM2 or SiD, a state dict (DiT, SiT, FastGen, DMD2), or a single-file text-to-image
+    checkpoint. No code in it is run. The folder holds safetensors.
 
     \b
     Example: fdistill convert edm-cifar10-32x32-cond-vp.pkl --output teachers/cifar10-cond
@@ -283,7 +288,9 @@ def export(
         ),
     ] = None,
 ) -> None:
-    """Write a student as one file for other programs: the adapters of a LoRA run, or weights under ComfyUI's names.
+    """Write a student as one file for diffusers or ComfyUI.
+
+    The file has the adapters of a LoRA run, or all weights under ComfyUI's names.
 
     \b
     Example: fdistill export runs/sd15 --format comfy --dtype fp16 --output sd15-one-step.safetensors
@@ -316,8 +323,10 @@ def inspect(
     resolution: Resolution = None,
     device: Device = "auto",
 ) -> None:
-    """Describe a checkpoint and what distill would do with it, check that its x0-predictions make sense, and with
-    --data say which other reading (pixel range, scale, schedule, prediction type) is likely if they do not.
+    """Describe a checkpoint, and check that it is read rightly.
+
+    It says what distill would do with the checkpoint, and whether its x0-predictions make sense. If they do not, --data
+    lets it say which other reading (pixel range, scale, schedule, prediction type) is likely.
 
     \b
     Example: fdistill inspect digits --data digits
@@ -343,7 +352,9 @@ def ema(
     network: Network = None,
     device: Device = "auto",
 ) -> None:
-    """Make a student with another average of a run's weights, from the snapshots written with ema.snapshot_every.
+    """Make a student with another average of a run's weights.
+
+    The average is made from the snapshots that a run with ema.snapshot_every has written.
 
     \b
     Example: fdistill ema runs/digits --sigma-rel 0.08 --output students/digits-0.08

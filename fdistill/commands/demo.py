@@ -35,7 +35,9 @@ def demo(
     ] = False,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = True,
 ) -> None:
-    """Draw with a student in the browser, beside its teacher, with what each image takes.
+    """Draw with a student in the browser, beside its teacher.
+
+    The page says what each image took.
 
     \b
     Example: fdistill demo runs/digits

@@ -141,7 +141,7 @@ def evaluate(
     allow_skipped: AllowSkipped = False,
     device: Device = "auto",
 ) -> None:
-    """Score generated images, or a checkpoint that generates them, by a named protocol.
+    """Score images, or what generates them, by a named protocol.
 
     \b
     Example: fdistill evaluate runs/digits --output scores.json
@@ -195,9 +195,10 @@ def compare(
     allow_skipped: AllowSkipped = False,
     device: DeviceIfGiven = None,
 ) -> None:
-    """Compare results in one table, and in a figure of quality over network evaluations and seconds for each image.
+    """Compare several results in one table and one figure.
 
-    Options from --reference on are for inputs that must be measured first; JSON files of evaluate need none of them.
+    The figure draws quality over network evaluations and over seconds for each image. Options from --reference on are
+    for inputs that must be measured first; JSON files of evaluate need none of them.
 
     \b
     Example: fdistill compare student.json teacher.json runs/digits --output comparison
@@ -240,7 +241,9 @@ def reference(
     allow_skipped: AllowSkipped = False,
     device: Device = "auto",
 ) -> None:
-    """Make a statistics file of images, which evaluate takes as --reference in place of the images.
+    """Make a statistics file that stands for a reference.
+
+    `fdistill evaluate` takes it as --reference in place of the images.
 
     \b
     Example: fdistill reference data/cifar10.zip --protocol cifar10-fid50k --output cifar10.npz
@@ -263,7 +266,9 @@ def reference(
 
 
 def protocols() -> None:
-    """List the protocols of `fdistill evaluate`: samples, reference and scores of each.
+    """List the protocols of `fdistill evaluate`.
+
+    Of each: how many samples it takes, what they are compared with, its scores, and what it needs.
 
     \b
     Example: fdistill protocols

@@ -21,9 +21,10 @@ Try it, without a download and without a GPU, in about three minutes:
 
 Distil a checkpoint of your own:
     fdistill inspect CHECKPOINT                  # is it read rightly?
-    fdistill init                                # five questions make a config that gives reasons
+    fdistill init                                # five questions; writes a config with its reasons
     fdistill configs                             # presets: what they need, and what they reach
-    fdistill distill CONFIG teacher=CHECKPOINT --smoke --output runs/try
+    fdistill distill CONFIG --smoke --output runs/try     # three iterations of a tiny network, not of yours
+    fdistill distill CONFIG teacher=CHECKPOINT --dry-run --output runs/mine      # one iteration of yours
     fdistill distill CONFIG teacher=CHECKPOINT --output runs/mine
 
 Measure images, of whatever model:
@@ -33,10 +34,14 @@ Measure images, of whatever model:
 All commands: fdistill --help. All options of one: fdistill distill --help.
 """
 _WIDEST = 100
+#: The last sentence of "Reach" in the header of a preset that is written after published runs.
+_NOT_RUN = "This recipe has not been run here yet."
 
 
 def configs() -> None:
-    """List the presets of `fdistill distill`: what each distils, reaches and needs.
+    """List the presets of `fdistill distill`.
+
+    Of each: what it trains on, what it needs, and what it reached here or elsewhere.
 
     \b
     Example: fdistill configs
@@ -46,13 +51,19 @@ def configs() -> None:
     found = embedded_configs()
     for path in found:
         header = _header(path)
-        facts = [("reaches", _sentence(header["Reach"])), ("needs", _sentence(header["Hardware"]))]
+        reach = " ".join(header["Reach"].split())
+        tried = reach.removesuffix(_NOT_RUN)
+        facts = [("trains on", _trains_on(path, header)), ("needs", _sentence(header["Hardware"]))]
+        facts += [("reached", reach)] if tried == reach else [("published", tried.strip()), ("run here", "not yet")]
         show(path.stem, _sentence(header[""]), facts)
-    typer.echo(f"{len(found)} presets; start one with fdistill distill NAME --output FOLDER")
+    typer.echo(
+        f"{len(found)} presets; start one with fdistill distill NAME --output FOLDER. What GPUs need is counted, not "
+        "measured; fdistill plan NAME counts it for yours"
+    )
 
 
 def methods() -> None:
-    """List the methods, the values of the setting `method`.
+    """List the methods: the values of the setting `method`.
 
     \b
     Example: fdistill methods
@@ -63,16 +74,17 @@ def methods() -> None:
         facts = []
         if method.divergence is not None:
             facts.append(("divergence", f"any of fdistill divergences; {method.divergence} by default"))
-        learns = {"a discriminator": method.discriminator, "the teacher's pairs": method.pairs}
-        if any(learns.values()):
-            facts.append(("learns from", " and ".join(what for what, used in learns.items() if used)))
+        images = "the data's, or the teacher's own (data=teacher-samples)" if method.discriminator else "none needed"
+        facts.append(("images", f"{images}; draws pairs with the teacher" if method.pairs else images))
         facts.append(("about it", f"docs/methods/{name}.md"))
         show(name, method.summary, facts)
     typer.echo("choose one with method=NAME, as in fdistill distill digits method=sid --output FOLDER")
 
 
 def divergences() -> None:
-    """List the f-divergences, the values of the setting `divergence`, with the weight h(r) of the score difference.
+    """List the f-divergences: the values of `divergence`.
+
+    Each with h(r), its weight of the score difference.
 
     \b
     Example: fdistill divergences
@@ -109,9 +121,23 @@ def _header(path: Path) -> dict[str, str]:
     return {"": first, **dict(zip(rest[::2], rest[1::2], strict=True))}
 
 
+def _trains_on(path: Path, header: dict[str, str]) -> str:
+    """What a config asks for beside the teacher."""
+    settings = dict(re.findall(r"^(data|prompts): (.*)", path.read_text(encoding="utf-8"), re.MULTILINE))
+    data = settings["data"]
+    if "prompts" in settings:
+        return f"prompts, one a line in {settings['prompts']}"
+    if data == "null":
+        return "the teacher's own pairs of noise and sample"
+    captioned = "captioned images" if "captioned" in header.get("Data", "") else "images"
+    if data.endswith("latents"):
+        return f"{captioned}, encoded once by fdistill cache"
+    return f"images: {data}" if "/" in data else f"the embedded {data}"
+
+
 def _sentence(text: str) -> str:
     """The first sentence, on one line."""
-    return re.split(r"(?<=[.;])\s+(?=[A-Z])", " ".join(text.split()))[0]
+    return re.split(r"(?<=\.)\s+(?=[A-Z])", " ".join(text.split()))[0]
 
 
 def show(name: str, text: str, facts: Sequence[tuple[str, str]]) -> None:

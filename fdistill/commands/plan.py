@@ -44,8 +44,10 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in bytes and seconds.")] = False,
     output: Annotated[Path | None, typer.Option(help="A file for the same JSON.")] = None,
 ) -> None:
-    """Say what memory, disk and time a run would take, and which settings make it fit. Nothing is trained: one
-    iteration is counted on tensors without values, and of a hub id configs alone are downloaded.
+    """Predict memory, disk and time of a run.
+
+    It also says which settings make a run fit. Nothing is trained: one iteration is counted on tensors without values,
+    and of a hub id only config files are downloaded.
 
     \b
     Example: fdistill plan sd15 --gpus 8 --memory 80

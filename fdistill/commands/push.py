@@ -33,7 +33,9 @@ def push(
         bool, typer.Option("--dry-run", help="Show which files would go there, and their sizes; upload nothing.")
     ] = False,
 ) -> None:
-    """Upload a student to the Hugging Face hub, with a model card that says its licence, scores and pictures.
+    """Upload a student to the Hugging Face hub.
+
+    Its model card gets the teacher's licence, scores and pictures.
 
     \b
     Example: fdistill push runs/digits me/one-step-digits --dry-run

@@ -21,7 +21,9 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Write one HTML page on a run: samples with a slider, curves with how to read them, and how to repeat it.
+    """Write one HTML page about a run, or about several.
+
+    It has samples with a slider over training, curves with how to read them, and how to repeat the run.
 
     \b
     Example: fdistill report runs/digits

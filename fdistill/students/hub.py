@@ -11,8 +11,8 @@ from fdistill.student_kinds import NOTED_FILES, STUDENT_FILE
 
 
 def student_on_hub(name: str) -> Path | None:
-    """The folder in the hub's cache of the student with this id, such as "user/name" or "user/name@revision", downloaded
-    where the cache lacks it.
+    """The folder in the hub's cache of the student with this id, such as "user/name" or "user/name@revision". What the
+    cache lacks is downloaded.
 
     Nothing but configs, tokenizers and safetensors is downloaded. If the hub cannot be reached, the cache is taken.
 

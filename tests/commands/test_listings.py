@@ -35,7 +35,7 @@ def test_alone_it_shows_the_three_uses_with_commands_that_exist() -> None:
     assert printed() == START
     known = {command.name or command.callback.__name__ for command in app.registered_commands}  # type: ignore[union-attr]
     words = [line.split("#")[0].split() for line in START.splitlines() if line.startswith("    fdistill")]
-    assert len(words) == 10
+    assert len(words) == 11
     assert all(command[1] in known for command in words)
     assert {"distill", "generate", "evaluate", "inspect", "configs", "protocols"} <= {command[1] for command in words}
 
@@ -47,7 +47,10 @@ def test_configs_are_all_there_with_what_they_reach_and_need() -> None:
         == [path.stem for path in embedded_configs()]
         == sorted(path.stem for path in ROOT.glob("configs/*.yaml"))
     )
-    assert output.count("    reaches ") == output.count("    needs ") == len(embedded_configs())
+    count, recipes = len(embedded_configs()), output.count("    run here    not yet")
+    assert output.count("    trains on ") == output.count("    needs ") == count
+    assert output.count("    published ") == recipes == len([p for p in embedded_configs() if "smoke:" in p.read_text()])
+    assert output.count("    reached ") == count - recipes
     assert all(len(line) <= 90 for line in output.splitlines())
     assert "2 CPU cores without a GPU" in output
     load_config(names(output)[0])

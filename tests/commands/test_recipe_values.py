@@ -93,7 +93,7 @@ def test_flux_follows_fastgens_config() -> None:
 def gpus(config: DistillConfig, head: str) -> tuple[int, float]:
     """Samples per GPU and the peak in GB, as the head says them."""
     (text,) = (paragraph.text for paragraph in paragraphs(head) if paragraph.heading == "Hardware")
-    each: Any = re.search(r"with (\d+) (?:images|latents)", text)
+    each: Any = re.search(r"a batch of (\d+) (?:images|latents)", text)
     peak: Any = re.search(r"needs ([\d.]+) GB at its peak", text)
     count = 8 if text.startswith("8 GPUs") else 1
     assert int(each[1]) * count == config.batch_size

@@ -54,8 +54,11 @@ def init(
     goal: Annotated[str | None, typer.Option(help="quality, diversity, speed or lora.")] = None,
     output: Annotated[Path, typer.Option(help="The YAML file to write; one that exists is kept.")] = Path("my.yaml"),
 ) -> None:
-    """Ask five questions and write a config in which a comment says of each setting why it has its value. Answers that
-    are options are not asked for; without a terminal nothing is. Of the teacher, configs alone are read.
+    """Write a config for your teacher, data and hardware.
+
+    It asks five questions, and a comment in the config says of each setting why it has its value. An answer may be
+    given as an option, and is then not asked for. Without a terminal, as in a script, all must be given. Only the
+    teacher's config files are read, not its weights.
 
     \b
     Example: fdistill init

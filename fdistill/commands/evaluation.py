@@ -276,8 +276,9 @@ def protocols() -> None:
     from evaluation.protocols import PROTOCOLS
 
     for name, protocol in PROTOCOLS.items():
-        count = "any number" if protocol.num_samples is None else f"{protocol.num_samples:,}"
+        count = "any number of" if protocol.num_samples is None else f"{protocol.num_samples:,}"
         facts = [("against", protocol.reference), ("scores", ", ".join(protocol.default))]
-        facts += [] if protocol.embedded or not protocol.reference_count else [("needs", "--reference, and weights")]
+        if protocol.embedded is None:
+            facts.append(("needs", "--reference, and weights of feature networks: --weights, or they are downloaded"))
         show(name, f"{count} samples", facts)
     typer.echo("choose one with fdistill evaluate CHECKPOINT --protocol NAME")

@@ -22,7 +22,7 @@ Try it, without a download and without a GPU, in about three minutes:
 Distil a checkpoint of your own:
     fdistill inspect CHECKPOINT                  # is it read rightly?
     fdistill init                                # five questions; writes a config with its reasons
-    fdistill configs                             # presets: what they need, and what they reach
+    fdistill configs                             # presets: what they need, cost and reach
     fdistill distill CONFIG --smoke --output runs/try     # three iterations of a tiny network, not of yours
     fdistill distill CONFIG teacher=CHECKPOINT --dry-run --output runs/mine      # one iteration of yours
     fdistill distill CONFIG teacher=CHECKPOINT --output runs/mine
@@ -32,6 +32,7 @@ Measure images, of whatever model:
     fdistill evaluate FOLDER_OR_CHECKPOINT --protocol PROTOCOL
 
 All commands: fdistill --help. All options of one: fdistill distill --help.
+Completion by the Tab key: fdistill --install-completion.
 """
 _WIDEST = 100
 #: The last sentence of "Reach" in the header of a preset that is written after published runs.
@@ -41,7 +42,7 @@ _NOT_RUN = "This recipe has not been run here yet."
 def configs() -> None:
     """List the presets of `fdistill distill`.
 
-    Of each: what it trains on, what it needs, and what it reached here or elsewhere.
+    Of each: what it trains on, what it needs and costs, and what it reached here or elsewhere.
 
     \b
     Example: fdistill configs
@@ -54,6 +55,8 @@ def configs() -> None:
         reach = " ".join(header["Reach"].split())
         tried = reach.removesuffix(_NOT_RUN)
         facts = [("trains on", _trains_on(path, header)), ("needs", _sentence(header["Hardware"]))]
+        if "Hours" in header:
+            facts.append(("hours", _sentence(header["Hours"])))
         facts += [("reached", reach)] if tried == reach else [("published", tried.strip()), ("run here", "not yet")]
         show(path.stem, _sentence(header[""]), facts)
     typer.echo(

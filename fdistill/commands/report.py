@@ -29,20 +29,10 @@ def report(
     Example: fdistill report runs/digits
     Example: fdistill report runs/forward-kl runs/jensen-shannon --output compared.html
     """
-    from fdistill.base.errors import CheckpointError
-    from fdistill.base.files import read_json_object
     from fdistill.report.page import write_report
-    from fdistill.report.run import named_runs
+    from fdistill.report.run import named_runs, read_scores
 
-    teacher = {}
-    if teacher_scores is not None:
-        try:
-            teacher = {name: float(value) for name, value in read_json_object(teacher_scores)["metrics"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"teacher-scores {teacher_scores}: cannot be read ({error!r}); expected the file that `fdistill "
-                "evaluate TEACHER --output FILE` writes"
-            ) from error
+    teacher = None if teacher_scores is None else read_scores(teacher_scores)
     path = output or runs[0] / "report.html"
     write_report(named_runs(runs), path, teacher)
     typer.echo(f"report: {path}")

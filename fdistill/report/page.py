@@ -24,7 +24,7 @@ def write_report(runs: Sequence[Run], output: Path, teacher: Mapping[str, float]
     """Writes the page of one run, or of several beside one another.
 
     Args:
-        teacher: {metric: the teacher's score}.
+        teacher: {metric: the teacher's score}; by default those that the runs' folders have.
 
     Raises:
         ArgumentError: no run was scored by any of the teacher's metrics.
@@ -34,8 +34,10 @@ def write_report(runs: Sequence[Run], output: Path, teacher: Mapping[str, float]
     from jinja2 import Environment, StrictUndefined
     from plotly.offline import get_plotlyjs
 
-    teacher = teacher or {}
-    _check_teacher(runs, teacher)
+    if teacher is not None:
+        _check_teacher(runs, teacher)
+    else:
+        teacher = {name: score for run in runs for name, score in run.teacher_scores.items()}
     made = panels(runs, teacher)
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_TEMPLATE.read_text("utf-8"))
     text = template.render(
@@ -55,7 +57,7 @@ def _check_teacher(runs: Sequence[Run], teacher: Mapping[str, float]) -> None:
     measured = {
         name.removeprefix("eval/"): None for run in runs for record in run.records for name in record if "eval/" in name
     }
-    if teacher and not teacher.keys() & measured.keys():
+    if not teacher.keys() & measured.keys():
         raise ArgumentError(
             f"teacher-scores: has {', '.join(teacher)}, and the runs' scores are {', '.join(measured) or 'none'}; "
             "expected scores of the runs' own protocol and number of images (eval.protocol, eval.num_images)"

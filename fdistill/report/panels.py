@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from fdistill.report.run import Run
+from fdistill.report.run import TEACHER_SCORES, Run
 from fdistill.training.appearance import LOOK
 from fdistill.training.curves import STUDENT_LOSSES
 from fdistill.training.journal import LOG_RATIO_COUNTS, LOG_RATIO_EDGES
@@ -178,8 +179,29 @@ def _scores(runs: Sequence[Run], teacher: Mapping[str, float]) -> list[Panel]:
         if metric in teacher:
             figure.add_hline(teacher[metric], line={"color": "#7F7F7F", "dash": "dash"}, annotation_text="teacher")
             reading += " The dashed line is the teacher."
+        else:
+            command = _teacher_command(next(run for run in runs if any(name in record for record in run.records)))
+            reading += f" For the teacher's line, make this page again after: {command}"
         made.append(Panel(f"Score: {metric}", reading, figure))
     return made
+
+
+def _teacher_command(run: Run) -> str:
+    """What measures a run's teacher as the run measured its student, and puts the scores where a report looks."""
+    config = run.config
+    given = {
+        "protocol": config.eval.protocol,
+        "num-images": config.eval.num_images,
+        "metrics": None if config.eval.metrics is None else ",".join(config.eval.metrics),
+        "reference": config.eval.reference,
+        "prompts": config.eval.prompts,
+        "guidance-scale": None if config.guidance_scale == 1 else config.guidance_scale,
+        "guidance-teacher": config.guidance_teacher,
+        "negative-prompt": config.negative_prompt or None,
+        "output": f"{run.folder}/{TEACHER_SCORES}",
+    }
+    options = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    return shlex.join(["fdistill", "evaluate", config.teacher, *options])
 
 
 def _mark_best(figure: Figure, run: Run, name: str) -> None:

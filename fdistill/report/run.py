@@ -16,6 +16,9 @@ from fdistill.training.environment import RECORD as ENVIRONMENT
 from fdistill.training.journal import read_records
 from fdistill.training.read_data import RECORD as DATA
 
+#: Of a run's folder: what `fdistill evaluate TEACHER --output FILE` wrote.
+TEACHER_SCORES = "teacher.json"
+
 
 @dataclass(frozen=True)
 class Run:
@@ -23,23 +26,27 @@ class Run:
 
     Attributes:
         name: what tells it from the other runs of a report.
+        folder: as it was named.
         config: its settings.
         records: of training, oldest first.
         samples: {iteration: the file with the student's grid}, rising.
         beside: {"teacher", "data": the file with their grid}, those that are there.
         student: the student's file fdistill_student.json; {} before the run has ended.
         best: the same of the best student by score; {} without one.
+        teacher_scores: {metric: the teacher's score} of a file `TEACHER_SCORES` in the folder; {} without one.
         data: what was read, as data.json says.
         environment: versions and hardware; {} of runs before 2026-11-30.
     """
 
     name: str
+    folder: Path
     config: DistillConfig
     records: list[dict[str, Any]]
     samples: dict[int, Path]
     beside: dict[str, Path]
     student: Mapping[str, Any]
     best: Mapping[str, Any]
+    teacher_scores: Mapping[str, float]
     data: Mapping[str, Any]
     environment: Mapping[str, Any]
 
@@ -52,6 +59,17 @@ class Run:
     def settings(self) -> str:
         """All settings, as YAML."""
         return dump_config(self.config)
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """{metric: score} of a file of `fdistill evaluate`; raises CheckpointError if it is none."""
+    try:
+        return {name: float(value) for name, value in read_json_object(path)["metrics"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"scores {path}: cannot be read ({error!r}); expected the file that `fdistill evaluate TEACHER --output "
+            "FILE` writes"
+        ) from error
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
@@ -69,12 +87,14 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     grids = {path.stem: path for path in sorted((folder / "samples").glob("*.png"))}
     return Run(
         name or folder.resolve().name,
+        folder,
         load_config(str(folder / "config.yaml")),
         read_records(folder / "metrics.jsonl"),
         {int(stem): path for stem, path in grids.items() if stem.isdecimal()},
         {stem: grids[stem] for stem in ("teacher", "data") if stem in grids},
         _facts(folder / "student" / STUDENT_FILE),
         _facts(folder / "best" / STUDENT_FILE),
+        read_scores(folder / TEACHER_SCORES) if (folder / TEACHER_SCORES).is_file() else {},
         _facts(folder / DATA),
         _facts(folder / ENVIRONMENT),
     )

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 #: The terms of the student's loss, by their names in records.
 STUDENT_LOSSES = (
     *("generator/matching", "generator/implicit", "generator/regression", "generator/gan", "generator/augmentation"),
-    *("generator/diversity", "generator/segment"),
+    *("generator/diversity", "generator/segment", "generator/image", "generator/noise_kl"),
 )
 _PANELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("student", STUDENT_LOSSES),

@@ -49,7 +49,9 @@ def test_configs_are_all_there_with_what_they_reach_and_need() -> None:
     )
     count, recipes = len(embedded_configs()), output.count("    run here    not yet")
     assert output.count("    trains on ") == output.count("    needs ") == count
-    assert output.count("    published ") == recipes == len([p for p in embedded_configs() if "smoke:" in p.read_text()])
+    assert recipes == sum("smoke:" in path.read_text() for path in embedded_configs())
+    assert output.count("    published ") == output.count("    hours ") == recipes
+    assert not any(line.endswith(";") for line in output.splitlines())
     assert output.count("    reached ") == count - recipes
     assert all(len(line) <= 90 for line in output.splitlines())
     assert "2 CPU cores without a GPU" in output
@@ -84,6 +86,7 @@ def test_protocols_are_all_there() -> None:
     assert names(output) == list(PROTOCOLS)
     assert "1,797 samples" in output
     assert output.count("    against ") == len(PROTOCOLS)
+    assert output.count("    needs ") == sum(protocol.embedded is None for protocol in PROTOCOLS.values())
 
 
 @pytest.mark.parametrize("command", ["configs", "methods"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,6 +63,7 @@ def test_one_file_has_everything_and_asks_no_other_host(page: Path, run: Path) -
     assert "the best fd_digits" in own
     assert str(escape(MARKUP)) in own
     assert MARKUP not in own
+    assert [f'alt="{whose}"' in own for whose in ("Teacher", "Data")] == [True, True]
     for words in ("jensen-shannon", "torch", "1,797 images in 10 classes", "gan_weight:", "again.yaml"):
         assert words in own, words
 
@@ -98,6 +100,29 @@ def test_every_quantity_is_the_records(run: Path) -> None:
     np.testing.assert_allclose(shares, counts / np.maximum(1, counts.sum(1, keepdims=True)))
     assert [step.label for step in ratios.layout.sliders[0].steps] == ["1", "2", "3", "4"]
     assert all(panel.reading for panel in made.values())
+    assert made.keys() >= {
+        "Student's losses",
+        "Fake score's loss",
+        "Discriminator's losses",
+        "Discriminator's accuracy and clamped ratios",
+        "Discriminator's accuracy per noise bin",
+        "The divergence's weight h(r)",
+        "How samples look, divided by the teacher's",
+        "Images per second",
+        "Memory in use at most, GB",
+    }
+
+
+def test_the_command_on_the_page_draws_the_teachers_line(run: Path, tmp_path: Path) -> None:
+    scored = shutil.copytree(run, tmp_path / "scored")
+    readings = [panel.reading for panel in panels([read_run(scored)], {}) if panel.title.startswith("Score: ")]
+    command = readings[0].partition("make this page again after: ")[2]
+    done = CliRunner().invoke(app, shlex.split(command)[1:])
+    assert done.exit_code == 0, done.output
+    assert str(scored / "teacher.json") in command
+    page = tmp_path / "page.html"
+    assert CliRunner().invoke(app, ["report", str(scored), "--output", str(page)]).exit_code == 0
+    assert page.read_text(encoding="utf-8").count("The dashed line is the teacher.") == len(readings)
 
 
 def test_several_runs_are_compared(run: Path, tmp_path: Path) -> None:

@@ -59,10 +59,8 @@ def configs() -> None:
             facts.append(("hours", _sentence(header["Hours"])))
         facts += [("reached", reach)] if tried == reach else [("published", tried.strip()), ("run here", "not yet")]
         show(path.stem, _sentence(header[""]), facts)
-    typer.echo(
-        f"{len(found)} presets; start one with fdistill distill NAME --output FOLDER. What GPUs need is counted, not "
-        "measured; fdistill plan NAME counts it for yours"
-    )
+    typer.echo(f"{len(found)} presets; start one with fdistill distill NAME --output FOLDER")
+    typer.echo("What GPUs need is counted, not measured; fdistill plan NAME counts it for yours.")
 
 
 def methods() -> None:
@@ -134,7 +132,7 @@ def _trains_on(path: Path, header: dict[str, str]) -> str:
         return "the teacher's own pairs of noise and sample"
     captioned = "captioned images" if "captioned" in header.get("Data", "") else "images"
     if data.endswith("latents"):
-        return f"{captioned}, encoded once by fdistill cache"
+        return f"{captioned}, encoded once to latents"
     return f"images: {data}" if "/" in data else f"the embedded {data}"
 
 

@@ -29,14 +29,13 @@ from fdistill.commands.cli import app
 from fdistill.commands.side_by_side import Pair, Wish, draw, open_pair
 from fdistill.generation.generate import generate
 from fdistill.student_kinds import STUDENT_FILE
+from support.browser import REQUIRED, running_browser
 from support.odd_files import FIRST_LAYOUT
 
 CPU = torch.device("cpu")
 TEACHER, FEW, ONE, TEXT = (FIRST_LAYOUT / name for name in ("teacher", "few-step/student", "run", "lora/student"))
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 needs_gradio = pytest.mark.skipif(
-    importlib.util.find_spec("gradio") is None, reason="needs `pip install 'fdistill[demo]'`"
+    importlib.util.find_spec("gradio") is None and not REQUIRED, reason="needs `pip install 'fdistill[demo]'`"
 )
 
 
@@ -184,13 +183,8 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
-    if BROWSER is None:
-        pytest.skip("needs chromium")
-    with playwright.sync_playwright() as running:
-        opened = running.chromium.launch(executable_path=BROWSER, args=ARGUMENTS)
+    with running_browser() as opened:
         yield opened
-        opened.close()
 
 
 @needs_gradio

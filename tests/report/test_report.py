@@ -25,6 +25,7 @@ from fdistill.report.panels import panels, spread
 from fdistill.report.pictures import encoded
 from fdistill.report.run import named_runs, read_run
 from fdistill.training.alarms import MEANING, alarms, drifts
+from support.browser import running_browser
 
 MARKUP = "</script><img src=x onerror=\"document.title='broken'\">"
 
@@ -199,16 +200,8 @@ def test_every_alarm_has_its_meaning() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A real one: Debian's chromium, driven by playwright."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    if found is None:
-        pytest.skip("no browser is installed")
-    with playwright.sync_playwright() as driver:
-        arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-        opened = driver.chromium.launch(executable_path=found, args=arguments)
+    with running_browser() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])

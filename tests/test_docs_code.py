@@ -1,5 +1,8 @@
 """Code blocks of the docs: Python runs as it stands there, YAML loads, and what does neither says why.
 
+What is typed into a shell is parsed by the commands' own parser (tests/test_docs.py); `SHELL` says who runs it, or why
+nobody does.
+
 A Python block follows `<!-- not run: REASON -->`, or `<!-- run by tests/FILE.py -->` if another test takes it from the
 page. All others run here, those of one page one after the other in one process: later ones read what earlier ones
 write.
@@ -23,6 +26,20 @@ BLOCK = re.compile(r"(?:<!-- ([^\n]*) -->\n+)?^```(\w*)[^\n]*\n(.*?)^```$", re.M
 SLOW = {"reading-a-run.md", "recipes.md", "tutorial.md"}
 #: Languages of blocks that are not code for Python: what is typed, and what is printed.
 OTHERS = {"bash", ""}
+#: Pages with commands for a shell: the script that runs them, or why they are not run.
+SHELL = {
+    "scripts/newcomer.sh": ["first-hour.md"],
+    "scripts/quickstart.sh, or the same with other names": ["index.md", "tutorial.md", "reading-a-run.md"],
+    "minutes to hours each; what they printed stands on the page": [
+        *("choosing-a-divergence.md", "failures.md", "fields.md", "few-step.md", "methods/README.md"),
+        *("methods/regression.md", "modes.md", "results.md", "rounding.md", "scaling.md", "speed.md"),
+    ],
+    "needs a published checkpoint, or images and prompts of a reader's own": [
+        *("data.md", "evaluation.md", "fast-lora.md", "memory.md", "own-checkpoint.md", "recipes.md", "runs.md"),
+        *("sharing.md", "stages.md", "teachers.md", "text-to-image.md"),
+    ],
+    "needs a GPU, several machines or a night": ["cifar10.md", "cluster.md", "kernels.md", "reliability.md"],
+}
 
 
 def blocks(path: Path, language: str) -> list[tuple[str, str]]:
@@ -51,6 +68,11 @@ def test_there_are_examples() -> None:
 def test_languages_are_known() -> None:
     found = {language for path in PAGES for _, language, _ in BLOCK.findall(path.read_text(encoding="utf-8"))}
     assert found == {"python", "yaml", *OTHERS}
+
+
+def test_of_every_command_it_is_said_who_runs_it_or_why_nobody_does() -> None:
+    typed = [path.relative_to(ROOT / "docs").as_posix() for path in PAGES if blocks(path, "bash")]
+    assert sorted(page for pages in SHELL.values() for page in pages) == sorted(typed)
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "docs")))

@@ -87,7 +87,7 @@ class Logbook:
     def __enter__(self) -> Logbook:
         iteration = self._run.iteration
         self._stack.enter_context(writing(self._folder))
-        started = start_tracker(self._config.log.tracker, self._folder, iteration) if self._main else None
+        started = start_tracker(self._config, self._folder, iteration) if self._main else None
         if started is not None:
             self._trackers.append(started)
             self._stack.callback(started.finish)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker, WandBTracker
 
 from fdistill.base.errors import ConfigError, brief
+from fdistill.config.schema import DistillConfig
 
 _PROJECT = "fdistill"
 
@@ -24,14 +27,17 @@ def check_tracker(name: str) -> None:
         raise ConfigError(f"log.tracker: {name!r} needs `pip install {name}`; expected tensorboard or none without it")
 
 
-def start_tracker(name: str, folder: Path, iteration: int) -> GeneralTracker | None:
+def start_tracker(config: DistillConfig, folder: Path, iteration: int) -> GeneralTracker | None:
     """Starts the tracker of a run that goes on from an iteration; None for "none".
+
+    It is told the run's settings, but for TensorBoard, which would show them as a run of their own.
 
     What a tracker writes on this machine is in the run's folder, where its class lets one choose.
 
     Raises:
         ConfigError: it does not start, as where nobody has logged in.
     """
+    name = config.log.tracker
     if name == "none":
         return None
     tracker: GeneralTracker
@@ -45,8 +51,19 @@ def start_tracker(name: str, folder: Path, iteration: int) -> GeneralTracker | N
         tracker = kind(_PROJECT, folder) if kind.requires_logging_directory else kind(_PROJECT)
     try:
         tracker.start()
+        if name != "tensorboard":
+            tracker.store_init_configuration(dict(_dotted(config.model_dump(mode="json"))))
     except OSError:
         raise
     except Exception as error:  # other programs raise what they like
         raise ConfigError(f"log.tracker: {name} does not start: {brief(error)}") from error
     return tracker
+
+
+def _dotted(settings: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings under their names on the command line; lists as text, since not every tracker takes them."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _dotted(value, f"{section}{name}.")
+        else:
+            yield f"{section}{name}", value if isinstance(value, (bool, int, float, str)) else str(value)

@@ -12,6 +12,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 
 from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
+from fdistill.config.schema import DistillConfig
 from fdistill.config.sections import LogConfig
 from fdistill.training.build import build
 from fdistill.training.logbook import Logbook
@@ -39,6 +40,9 @@ class Noted(GeneralTracker):  # type: ignore[misc]
     def start(self) -> None:
         self.told.append("start")
 
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.told.append({name: values[name] for name in ("generator.lr", "ema.decays", "method")})
+
     def log(self, values: dict[str, float], step: int | None = None, **_: Any) -> None:
         self.told.append((step, values["generator/matching"]))
 
@@ -53,12 +57,17 @@ class Refusing(Noted):
         raise ValueError("no key\nwas found")
 
 
+def tracked(name: str) -> DistillConfig:
+    return load_config("digits", {"log.tracker": name})
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_tracker_needs_a_name_alone(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate's own class is made as a run makes it, and started only by name: its package may not be here."""
     kind = LOGGER_TYPE_TO_CLASS[name]
     monkeypatch.setattr(kind, "start", lambda self: None)
-    assert type(start_tracker(name, tmp_path, 0)) is kind
+    monkeypatch.setattr(kind, "store_init_configuration", lambda self, values: None)
+    assert type(start_tracker(tracked(name), tmp_path, 0)) is kind
 
 
 def test_a_run_tells_its_tracker_every_record(
@@ -73,7 +82,8 @@ def test_a_run_tells_its_tracker_every_record(
             value = {"generator/matching": run.iteration / 10}
             logbook.journal.record = lambda value=value: dict(value)  # type: ignore[method-assign]
             logbook.after_iteration([], stopping=False)
-    assert Noted.told == ["fdistill", "start", (2, 0.2), (4, 0.4), "finish"]
+    settings = {"generator.lr": 4e-4, "ema.decays": "[0.95]", "method": "f-distill"}
+    assert Noted.told == ["fdistill", "start", settings, (2, 0.2), (4, 0.4), "finish"]
     Noted.told.clear()
     with Logbook(run, tmp_path, None, main=False):
         assert Noted.told == [], "the main process alone tells it"
@@ -94,4 +104,4 @@ def test_what_is_missing_is_said_with_what_to_install(monkeypatch: pytest.Monkey
 def test_a_tracker_that_does_not_start_ends_in_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "mlflow", Refusing)
     with pytest.raises(ConfigError, match=r"^log\.tracker: mlflow does not start: no key was found$"):
-        start_tracker("mlflow", tmp_path, 0)
+        start_tracker(tracked("mlflow"), tmp_path, 0)

@@ -23,8 +23,8 @@ Distil a checkpoint of your own:
     fdistill inspect CHECKPOINT                  # is it read rightly?
     fdistill init                                # five questions; writes a config with its reasons
     fdistill configs                             # presets: what they need, cost and reach
-    fdistill distill CONFIG --smoke --output runs/try     # three iterations of a tiny network, not of yours
-    fdistill distill CONFIG teacher=CHECKPOINT --dry-run --output runs/mine      # one iteration of yours
+    fdistill distill CONFIG --smoke --output runs/try    # on a tiny network, in a minute
+    fdistill distill CONFIG teacher=CHECKPOINT --dry-run --output runs/mine
     fdistill distill CONFIG teacher=CHECKPOINT --output runs/mine
 
 Measure images, of whatever model:

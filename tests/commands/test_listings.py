@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -98,5 +99,12 @@ def test_what_needs_no_torch_imports_none(command: str) -> None:
     assert result.stdout.splitlines()[-1] == "False"
 
 
-def test_completion_can_be_installed() -> None:
+def test_the_tab_key_completes_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bash asks, once `--install-completion` has told it whom."""
     assert "--install-completion" in printed("--help")
+    for name, value in {"_FDISTILL_COMPLETE": "complete_bash", "COMP_WORDS": "fdistill di", "COMP_CWORD": "1"}.items():
+        monkeypatch.setenv(name, value)
+    program = shutil.which("fdistill", path=str(Path(sys.executable).parent))
+    assert program is not None
+    found = subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    assert found.split() == ["distill", "divergences"]

@@ -44,7 +44,7 @@ BY_DAY: dict[str, dict[str, dict[str, Any]]] = {"sd15": {"full": {}}, "flux-dev"
 
 
 def features(name: str) -> list[str]:
-    return ["mid"] if name.startswith("sd") and name != "sd3" else ["depth50", "depth75", "depth99"]
+    return ["mid"] if name.startswith("sd") and name not in ("sd3", "sd35-large") else ["depth50", "depth75", "depth99"]
 
 
 def resolution(name: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 
@@ -130,7 +130,8 @@ class Family:
         single_files: what people call the checkpoints of one file that hold such a network, as "Stable Diffusion 3" ->
             a function that recognises one by its tensors, under the publisher's names. These are the files that
             `from_single_file` of the network's class reads.
-        comfy_lora: whether ComfyUI knows the layers of a LoRA by their publisher's names alone, not by diffusers' too.
+        comfy_lora: whose names ComfyUI reads in a LoRA file: "diffusers", "kohya" or "publisher", which are those of
+            `original_layout`. None if it is not known to read any.
         original_variances: whether the publisher's network has twice as many output as input channels, all of which
             ComfyUI expects.
         comfy_checkpoint: "module:function", for families that ComfyUI reads as a whole checkpoint. The function takes
@@ -152,7 +153,7 @@ class Family:
     text: TextToImage | None = None
     original_layout: Callable[[Collection[str], Mapping[str, Any]], Layout] | None = None
     single_files: Mapping[str, Callable[[Shapes], bool]] = field(default_factory=dict)
-    comfy_lora: bool = False
+    comfy_lora: Literal["diffusers", "publisher", "kohya"] | None = None
     original_variances: bool = False
     comfy_checkpoint: str | None = None
     earlier_config: Callable[[Mapping[str, Any]], bool] | None = None

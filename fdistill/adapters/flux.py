@@ -217,6 +217,7 @@ FAMILY = Family(
         fold_guidance=fold_guidance,
         tiny={"FluxPipeline": tiny_arguments},
     ),
+    comfy_lora="diffusers",
     original_layout=transformer_layout(
         _NAMES,
         {

@@ -216,7 +216,7 @@ FAMILY = Family(
         student_index={"is_distilled": True},  # klein's then leaves guidance out, whatever the scale
         tiny={"Flux2KleinPipeline": tiny_arguments},
     ),
-    comfy_lora=True,
+    comfy_lora="publisher",
     original_layout=transformer_layout(
         _NAMES,
         {

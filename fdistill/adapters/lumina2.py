@@ -231,5 +231,6 @@ FAMILY = Family(
         tokens_before=tokens_before,
         tiny={"Lumina2Pipeline": tiny_arguments},
     ),
+    comfy_lora="publisher",  # its map of diffusers' names is Z-Image's
     original_layout=lists_layout(("layers", "noise_refiner", "context_refiner"), _NAMES, _BLOCK_NAMES),
 )

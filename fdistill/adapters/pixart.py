@@ -156,6 +156,7 @@ FAMILY = Family(
         unguided={"guidance_scale": 0.0, "use_resolution_binning": False},
         tiny={"PixArtAlphaPipeline": tiny_arguments, "PixArtSigmaPipeline": tiny_arguments},
     ),
+    comfy_lora="diffusers",
     original_layout=transformer_layout(_NAMES, {"transformer_blocks": ("blocks", _BLOCK_NAMES)}),
     original_variances=True,
     earlier_config=earlier_config,

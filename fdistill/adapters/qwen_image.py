@@ -153,6 +153,7 @@ FAMILY = Family(
         unguided={"true_cfg_scale": 1.0},
         tiny={"QwenImagePipeline": tiny_arguments},
     ),
+    comfy_lora="diffusers",
     # The publisher's names are those of diffusers.
     original_layout=lambda names, config: make_layout(names, lambda name: (name, 0)),
 )

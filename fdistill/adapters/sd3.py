@@ -161,6 +161,7 @@ FAMILY = Family(
         encode_prompts=encode_prompts,
         tiny={"StableDiffusion3Pipeline": tiny_arguments},
     ),
+    comfy_lora="diffusers",
     original_layout=transformer_layout(_NAMES, {"transformer_blocks": ("joint_blocks", _BLOCK_NAMES)}),
     single_files={"Stable Diffusion 3": lambda tensors: "joint_blocks.0.x_block.attn.qkv.weight" in tensors},
 )

@@ -220,6 +220,7 @@ FAMILY = Family(
         encoding_pipeline=encoding_pipeline,
         tiny=dict(zip(_PIPELINES, (tiny_arguments, tiny_xl_arguments), strict=True)),
     ),
+    comfy_lora="kohya",
     original_layout=unet_layout,
     comfy_checkpoint="fdistill.formats.comfy.stable_diffusion:whole_checkpoint",
     single_files={

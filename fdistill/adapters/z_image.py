@@ -218,6 +218,7 @@ FAMILY = Family(
         tokens_before=chat_tokens,
         tiny={"ZImagePipeline": tiny_arguments},
     ),
+    comfy_lora="diffusers",
     original_layout=lists_layout(("layers", "noise_refiner", "context_refiner"), _NAMES, _BLOCK_NAMES),
     single_files={"Z-Image": lambda tensors: {"x_pad_token", "layers.0.attention.qkv.weight"} <= tensors.keys()},
 )

@@ -49,7 +49,7 @@ def export_student(student: Path, format: str, output: Path, dtype: str | None =
     Raises:
         ArgumentError: the format or dtype is unknown, or the output's name does not end in .safetensors.
         CheckpointError: the student is not a pipeline folder, a LoRA format is chosen but the student has no adapters,
-            or the format has no names for this network.
+            or the format has no names for this network, or none that ComfyUI is known to read.
         OutputError: the file cannot be written.
     """
     if format not in FORMATS:
@@ -190,11 +190,15 @@ def _adapters(student: Path) -> dict[str, Tensor]:
 
 
 def _comfy_lora(student: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """ComfyUI reads diffusers' LoRA names for most transformers, but only kohya's names for UNets."""
-    if any(name.startswith("unet.") for name in tensors):
-        return kohya_names(tensors)
     family, place = find_network(student)
-    if not family.comfy_lora:
+    if family.comfy_lora is None:
+        raise CheckpointError(
+            f"{student}: it is not known under which names ComfyUI reads a LoRA of {family.network.__name__}, if it "
+            "does; export with --format lora for diffusers"
+        )
+    if family.comfy_lora == "kohya":
+        return kohya_names(tensors)
+    if family.comfy_lora == "diffusers":
         return tensors
     config = read_config(place / "config.json")
     with torch.device("meta"):

@@ -155,6 +155,7 @@ SD3: dict[str, Any] = {
     "pos_embed_max_size": 4,
 }
 SD35 = SD3 | {"dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
+SD35_LARGE_TINY = SD3 | {"qk_norm": "rms_norm"}
 SD35_MEDIUM = {
     "sample_size": 128,
     "in_channels": 16,
@@ -169,6 +170,8 @@ SD35_MEDIUM = {
     "dual_attention_layers": tuple(range(13)),
     "qk_norm": "rms_norm",
 }
+SD35_LARGE = SD35_MEDIUM | {"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432}
+SD35_LARGE |= {"pos_embed_max_size": 192, "dual_attention_layers": ()}
 FLUX = {"num_layers": 2, "num_single_layers": 2, "guidance_embeds": True}
 
 
@@ -178,7 +181,7 @@ def original(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return assemble(layout, state)
 
 
-@pytest.mark.parametrize("config", [SD3, SD35], ids=["sd3", "sd35"])
+@pytest.mark.parametrize("config", [SD3, SD35, SD35_LARGE_TINY], ids=["sd3", "sd35-medium", "sd35-large"])
 def test_diffusers_own_converter_takes_an_sd3_transformer_back(config: dict[str, Any]) -> None:
     model = SD3Transformer2DModel(**config)
     state = model.state_dict()
@@ -215,13 +218,14 @@ def test_diffusers_own_converter_takes_a_flux_2_transformer_back() -> None:
     ("cls", "config", "back"),
     [
         (SD3Transformer2DModel, SD35_MEDIUM, published.convert_sd3_transformer_checkpoint_to_diffusers),
+        (SD3Transformer2DModel, SD35_LARGE, published.convert_sd3_transformer_checkpoint_to_diffusers),
         (
             FluxTransformer2DModel,
             {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True},
             published.convert_flux_transformer_checkpoint_to_diffusers,
         ),
     ],
-    ids=["sd35-medium", "flux-dev"],
+    ids=["sd35-medium", "sd35-large", "flux-dev"],
 )
 def test_transformers_of_the_published_sizes_have_the_published_names(
     cls: Any, config: dict[str, Any], back: Callable[..., dict[str, Tensor]]

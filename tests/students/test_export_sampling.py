@@ -32,12 +32,15 @@ def student(folder: Path, form: DirectPrediction, levels: list[float], sampler: 
     A folder that is there already keeps its network.
     """
     folder.mkdir(exist_ok=True)
-    prefix = "transformer.blocks.0.proj" if form is FLOW else "unet.mid_block.attentions.0.proj_in"
-    tensors = {f"{prefix}.lora_{matrix}.weight": torch.ones(2, 2) for matrix in "AB"}
+    layer, network = "transformer.transformer_blocks.0.attn.to_q", "SD3Transformer2DModel"
+    if form is VP:
+        layer, network = "unet.mid_block.attentions.0.proj_in", "UNet2DConditionModel"
+    tensors = {f"{layer}.lora_{matrix}.weight": torch.ones(2, 2) for matrix in "AB"}
     save_file(tensors, folder / LORA_FILE)
-    if not (folder / "transformer").is_dir():
-        (folder / "transformer").mkdir()
-        (folder / "transformer" / "config.json").write_text(json.dumps({"_class_name": "SD3Transformer2DModel"}))
+    place = folder / layer.partition(".")[0]
+    if not place.is_dir():
+        place.mkdir()
+        (place / "config.json").write_text(json.dumps({"_class_name": network}))
     found = student_scheduler(form, levels, sampler)
     assert found is not None
     scheduler, call = found

@@ -60,6 +60,11 @@ def sd3(folder: Path) -> Path:
     return _saved(folder, "StableDiffusion3Pipeline")
 
 
+def sd35_large(folder: Path) -> Path:
+    """Stable Diffusion 3.5 large: queries and keys are normalised, and no block attends to the image twice."""
+    return _saved(folder, "StableDiffusion3Pipeline", network={"dual_attention_layers": ()})
+
+
 def sd3_without_t5(folder: Path) -> Path:
     """The largest encoder left out, as on small machines; zeros stand for its output. diffusers loads such a folder
     only with `text_encoder_3=None, tokenizer_3=None`.
@@ -91,4 +96,5 @@ TEXT_FAMILIES: dict[str, tuple[Callable[[Path], Path], str, dict[str, Any]]] = {
     "sd3": (sd3, "StableDiffusion3Pipeline", _CALL),
     "flux-dev": (flux_dev, "FluxPipeline", _FLUX_CALL),
     "flux-schnell": (flux_schnell, "FluxPipeline", _FLUX_CALL),
+    "sd35-large": (sd35_large, "StableDiffusion3Pipeline", _CALL),
 }

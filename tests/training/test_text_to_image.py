@@ -23,7 +23,8 @@ from fdistill import distill, generate, load_student
 from fdistill.base.errors import ArgumentError, CheckpointError, ConfigError
 from fdistill.formats.lora_file import LORA_FILE
 from fdistill.students.lora import has_adapters
-from fdistill.training import loop, sample_grids
+from fdistill.training import loop
+from support.drawn import Drawn
 from support.text_families import RESOLUTION, TEXT_FAMILIES
 from support.text_families_dit import TEXT_FAMILIES_DIT
 from support.text_runs import LORA, PROMPTS, SETTINGS
@@ -43,7 +44,7 @@ BY_DAY: dict[str, dict[str, dict[str, Any]]] = {"sd15": {"full": {}}, "flux-dev"
 
 
 def features(name: str) -> list[str]:
-    return ["mid"] if name.startswith("sd") and name != "sd3" else ["depth50", "depth75", "depth99"]
+    return ["mid"] if name.startswith("sd") and name not in ("sd3", "sd35-large") else ["depth50", "depth75", "depth99"]
 
 
 def resolution(name: str) -> int:
@@ -62,33 +63,6 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
     path.write_text("\n".join(PROMPTS), encoding="utf-8")
     return path
-
-
-class Drawn:
-    """What a run's student drew last, and of what: noise, prompts, images in [0, 1]."""
-
-    def __init__(self) -> None:
-        self.noise = self.images = torch.empty(0)
-        self.prompts: list[str] = []
-        self.trained: dict[str, int] = {}
-        self.weights: dict[str, set[int]] = {}
-
-    def record(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        decode, inputs = sample_grids._images, sample_grids._grid_inputs
-
-        def grid_inputs(run: Any) -> Any:
-            noise, condition = inputs(run)
-            self.noise, self.prompts = noise, sample_grids.grid_prompts(run)
-            roles = {"teacher": run.networks.teacher, "fake": run.networks.fake_score, "student": run.student}
-            self.weights = {role: {p.data_ptr() for p in module.parameters()} for role, module in roles.items()}
-            return noise, condition
-
-        def images(run: Any, x0: Tensor) -> Tensor:
-            self.images = (run.latents.decode(x0) / 2 + 0.5).clamp(0, 1)
-            return decode(run, x0)
-
-        monkeypatch.setattr(sample_grids, "_grid_inputs", grid_inputs)
-        monkeypatch.setattr(sample_grids, "_images", images)
 
 
 _DRAW = """

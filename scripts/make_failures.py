@@ -37,7 +37,7 @@ _OF_PROMPTS = ("healthy-prompts", "guidance")
 RUNS: dict[str, list[str]] = {
     "healthy": [],
     "healthy-prompts": [],
-    "guidance": ["guidance_scale=12"],
+    "guidance": ["guidance_scale=60"],
     "rate": ["generator.lr=2e-2"],
     "lazy-critic": ["fake_score.lr=1e-7"],
     "critic-rate": ["fake_score.lr=3e-2"],

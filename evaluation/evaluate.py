@@ -18,12 +18,13 @@ from evaluation.classifier import with_classifier
 from evaluation.extractors import Extractor
 from evaluation.generated import GeneratedImages
 from evaluation.images import Images, open_views
-from evaluation.measure import Measurement, Setting, measure
+from evaluation.measure import Measurement, measure
 from evaluation.metrics.score import Score
 from evaluation.pairing import in_turn, prompts_of
 from evaluation.protocols import get_protocol
 from evaluation.protocols.protocol import Protocol
 from evaluation.reference import open_reference
+from evaluation.setting import Setting
 from evaluation.weights import Weights
 from fdistill import __version__
 from fdistill.base import rng

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from evaluation.extractors import Extractor, open_extractor
 from evaluation.images import Images, open_views
-from evaluation.measure import Setting
 from evaluation.metrics.metric import Metric
 from evaluation.protocols import get_protocol
 from evaluation.reference import Reference
+from evaluation.setting import Setting
 from evaluation.statistics_files import Origin, write_statistics
 from evaluation.weights import Weights
 from fdistill.base import rng

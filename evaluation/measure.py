@@ -8,17 +8,16 @@ import hashlib
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL.Image import Image as PILImage
 
-from evaluation.extractors import Extractor, open_extractor, open_text_image_model
-from evaluation.extractors.clip import ClipModel
-from evaluation.features import Extraction, Reading, Rows, cached_rows, extract_texts
+from evaluation.choice import Networks, choose
+from evaluation.extractors import Extractor
+from evaluation.features import Reading, Rows, cached_rows, extract_texts
 from evaluation.generated import GeneratedImages
 from evaluation.images import Images
 from evaluation.metrics.metric import Measured, Metric
@@ -26,54 +25,13 @@ from evaluation.metrics.moments import Moments
 from evaluation.metrics.score import Score
 from evaluation.protocols.protocol import Protocol
 from evaluation.reference import Reference
-from evaluation.weights import PUBLISHED, Weights, find_weights, is_published
+from evaluation.setting import Setting
+from evaluation.weights import PUBLISHED, is_published
 from fdistill.base.distributed import from_main_process
-from fdistill.base.errors import ArgumentError, did_you_mean
+from fdistill.base.errors import ArgumentError
 from fdistill.base.files import sha256_of_files
 
 _PER_CLASS = 20  # of 1,000 classes drawn at random, this many samples a class leave one out once in 500,000 sets
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How samples are measured.
-
-    Attributes:
-        protocol: what is measured, and how images are prepared.
-        device: where networks run.
-        metrics: names that the protocol knows; None for its default metrics, as far as samples and reference allow.
-        batch_size: images at a time.
-        weights: weights files that the user gave.
-        replicates: bootstrap replicates behind the spread of Frechet distances; 0 for no spread.
-        own: extractors of the user's own, by name.
-        progress: whether progress bars are shown.
-        pictures: whether metrics draw their pictures.
-
-    Raises:
-        ArgumentError: the protocol does not know a metric.
-    """
-
-    protocol: Protocol
-    device: torch.device
-    metrics: Sequence[str] | None = None
-    batch_size: int = 64
-    weights: Weights = field(default_factory=dict)
-    replicates: int = 20
-    own: Mapping[str, Extractor] = field(default_factory=dict)
-    progress: bool = True
-    pictures: bool = False
-
-    def __post_init__(self) -> None:
-        known = self.protocol.names()
-        for name in self.metrics or ():
-            if name not in known:
-                raise ArgumentError(
-                    f"metrics: protocol {self.protocol.name!r} has no {name!r}; {did_you_mean(name, known)}"
-                )
-
-    def extraction(self, describe: str) -> Extraction:
-        """How images pass through extractors; `describe` is what the progress bar says."""
-        return Extraction(self.batch_size, self.device, describe if self.progress else "")
 
 
 @dataclass(frozen=True)
@@ -91,21 +49,6 @@ class Measurement:
     pictures: dict[str, PILImage]
 
 
-@dataclass(frozen=True)
-class _Networks:
-    """Networks that the chosen metrics need.
-
-    Attributes:
-        extractors: by label, the extractor's name and "@view" for a view other than the protocol's own.
-        clips: CLIP models whose text encoders are needed, by label.
-        prefixes: what they put before each prompt, by label.
-    """
-
-    extractors: dict[str, Extractor]
-    clips: dict[str, ClipModel]
-    prefixes: dict[str, str]
-
-
 def measure(views: Mapping[str, Images], reference: Reference | None, setting: Setting) -> Measurement:
     """Scores of samples. All processes extract features, the main process computes, and each returns the same scores.
 
@@ -114,16 +57,12 @@ def measure(views: Mapping[str, Images], reference: Reference | None, setting: S
         reference: None if there is none; then metrics that need one cannot be computed.
 
     Raises:
-        ArgumentError: metrics that these samples or this reference do not allow.
+        ArgumentError, CheckpointError: as `choose`.
     """
     protocol, images = setting.protocol, views[""]
-    chosen = _chosen(images, reference, setting)
+    chosen, networks = choose(images, reference, setting)
     metrics = list(dict.fromkeys(protocol.names()[name] for name in chosen))
-    networks = _open_networks(metrics, setting)
-    _check_counts(metrics, networks.extractors, len(images), reference)
-    # All processes find files together, as one of them may have to download; only the main process will load them.
-    files = {name: find_weights(name, PUBLISHED[name], setting.weights) for m in metrics for name in m.files}
-    facts = _facts_of_networks(networks.extractors, files)
+    facts = _facts_of_networks(networks)
     _warn_of_count(images, protocol)
     _check_resolution(images, reference, protocol)
     # The reference first: it may turn out to be of other features, and samples take hours.
@@ -139,7 +78,7 @@ def measure(views: Mapping[str, Images], reference: Reference | None, setting: S
             images=images,
             reference_images=None if reference is None else reference.views.get(""),
             device=setting.device,
-            weights={**setting.weights, **files},
+            weights={**setting.weights, **networks.files},
             replicates=setting.replicates,
             strata=None if protocol.random_labels else images.labels,
         )
@@ -168,25 +107,7 @@ def _computed(
     return from_main_process(compute), pictures
 
 
-def _open_networks(metrics: Sequence[Metric], setting: Setting) -> _Networks:
-    prefixes = {metric.clip[0]: metric.clip[1] for metric in metrics if metric.clip is not None}
-    labels = dict.fromkeys(key.split(".")[0] for metric in metrics for key in metric.features)
-    clips = {label: open_text_image_model(_extractor_of(label), setting.device, setting.weights) for label in prefixes}
-    extractors = {label: clips[label].extractor if label in clips else _open(label, setting) for label in labels}
-    return _Networks(extractors, clips, prefixes)
-
-
-def _open(label: str, setting: Setting) -> Extractor:
-    name = _extractor_of(label)
-    return setting.own[name] if name in setting.own else open_extractor(name, setting.device, setting.weights)
-
-
-def _extractor_of(label: str) -> str:
-    """inception-clean of "inception-clean@patch"."""
-    return label.partition("@")[0]
-
-
-def _features_of_prompts(networks: _Networks, prompts: Sequence[str], setting: Setting) -> Rows:
+def _features_of_prompts(networks: Networks, prompts: Sequence[str], setting: Setting) -> Rows:
     """{"label.text": features of the prompts, each behind the metric's prefix}."""
     describe = "prompts" if setting.progress else ""
     return {
@@ -217,13 +138,13 @@ def _features_of_reference(
     return reference.moments(wanted["moments"], extraction) if wanted["moments"] else {}, rows
 
 
-def _facts_of_networks(extractors: Mapping[str, Extractor], files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+def _facts_of_networks(networks: Networks) -> dict[str, dict[str, Any]]:
     """What provenance says about each network, by label, and about each weights file that a metric loads itself."""
     facts: dict[str, dict[str, Any]] = {
         label: {"sha256": e.sha256, "published": e.published, "preparation": e.preparation}
-        for label, e in extractors.items()
+        for label, e in networks.extractors.items()
     }
-    for name, path in files.items():
+    for name, path in networks.files.items():
         sha256 = sha256_of_files([path])
         facts[name] = {"sha256": sha256, "published": is_published(path, sha256, PUBLISHED[name])}
     return facts
@@ -275,70 +196,6 @@ def _warn_of_some(images: Images) -> None:
     for fact, said in _WARNED_OF.items():
         if count := images.facts.get(fact, 0):
             warnings.warn(f"{images.name}: {count} of {len(images)} {said}", stacklevel=3)
-
-
-def _chosen(images: Images, reference: Reference | None, setting: Setting) -> list[str]:
-    """Names of the metrics to compute: those that the user named, or the protocol's default ones that are possible.
-
-    Raises:
-        ArgumentError: a metric that the user named is not possible, or no default one is.
-    """
-    known, chosen, left_out = setting.protocol.names(), [], {}
-    for name in setting.metrics or setting.protocol.default:
-        metric = known[name]
-        problem = _problem(metric, images, reference, setting.protocol)
-        if problem is None:
-            chosen.append(name)
-        elif setting.metrics:
-            raise ArgumentError(f"metrics: {name} {problem}")
-        else:
-            left_out[name] = problem
-    if not chosen:
-        name = setting.protocol.default[0]
-        raise ArgumentError(f"metrics: {name} {_problem(known[name], images, reference, setting.protocol)}")
-    for name, problem in left_out.items():
-        warnings.warn(f"left out: {name} {problem}", stacklevel=3)
-    return chosen
-
-
-def _problem(metric: Metric, images: Images, reference: Reference | None, protocol: Protocol) -> str | None:
-    """Why a metric cannot be computed, as the end of a sentence that begins with its name; None if it can."""
-    if metric.against is not None and reference is None:
-        return f"needs a reference (--reference): {protocol.reference}"
-    if metric.against == "rows" and reference is not None and not reference.has_rows:
-        return f"needs the reference's images, and {reference.name} holds statistics alone; pass the images"
-    if metric.needs == "labels" and images.labels is None:
-        return f"needs class labels, and {images.name} has none in a manifest.json, in folder names or in an array"
-    if metric.needs == "prompts" and images.prompts is None:
-        if protocol.prompts is not None:
-            return (
-                f"needs images of this protocol's prompts, and {images.name} has no prompts; evaluate the student or "
-                f"teacher itself (fdistill evaluate CHECKPOINT --protocol {protocol.name}), which makes them"
-            )
-        return f"needs prompts, and {images.name} has none; pass a file with one for each image (--prompts)"
-    return None
-
-
-def _check_counts(
-    metrics: Sequence[Metric], extractors: Mapping[str, Extractor], count: int, reference: Reference | None
-) -> None:
-    """Raises ArgumentError if there are too few samples or images of the reference, before features are extracted."""
-    for metric in metrics:
-        for key in metric.features:
-            extractor, output = key.split(".")
-            width = extractors[extractor].outputs[output]
-            have = {"samples": count}
-            if metric.against is not None and reference is not None and reference.count is not None:
-                have["reference images"] = reference.count
-            for what, number in have.items():
-                moments = what == "reference images" and metric.against == "moments"
-                least = width + 1 if moments else metric.min_samples(width)
-                if number < least:
-                    why = f", as the covariance of {width} features is singular" if least == width + 1 else ""
-                    raise ArgumentError(
-                        f"metrics: {metric.name} of {number} {what} is refused{why}; expected at least {least}, or "
-                        "other metrics"
-                    )
 
 
 def _check_resolution(images: Images, reference: Reference | None, protocol: Protocol) -> None:

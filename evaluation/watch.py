@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from evaluation.generated import GeneratedImages
-from evaluation.measure import Setting, measure
+from evaluation.measure import measure
 from evaluation.protocols import get_protocol
 from evaluation.protocols.protocol import Protocol
 from evaluation.reference import open_reference
+from evaluation.setting import Setting
 from evaluation.weights import parse_weights
 from fdistill.base.errors import ArgumentError, ConfigError, DataError
 from fdistill.base.rng import world
@@ -157,7 +158,10 @@ class Watch:
             self._reference = open_reference(protocol, settings.reference, allow_skipped=settings.allow_skipped)
             self._prompts = _prompts(settings.prompts, student, protocol, count)
             self._maker = _with_prompts(student, self._prompts)
-            self._decides = self._deciding(settings.metric, self._measured(self._images(_Noise)))
+            tried = self._measured(self._images(_Noise))
+            # What is left out is said once, and weights that are not here are not looked for again.
+            self._setting = replace(self._setting, metrics=[_plain(name) for name in tried])
+            self._decides = self._deciding(settings.metric, tried)
         except (ArgumentError, DataError) as error:
             raise ConfigError(f"eval: {error}") from error
 

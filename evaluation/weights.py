@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub
 import torch
 
-from fdistill.base.distributed import first_process_of_machine_first
+from fdistill.base.distributed import everywhere, first_process_of_machine_first
 from fdistill.base.errors import ArgumentError, CheckpointError, brief, did_you_mean
 from fdistill.base.reading import not_here
 from fdistill.preference.models import MODELS
@@ -22,6 +22,10 @@ __all__ = ["parse_weights"]
 Weights = Mapping[str, Path]
 
 _TIMEOUT = 5  # seconds to wait for a server's first answer
+
+
+class MissingWeightsError(CheckpointError):
+    """Weights of a published network are nowhere, and cannot be downloaded."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,9 @@ def find_weights(network: str, file: PublishedFile, given: Weights) -> Path:
     downloads.
 
     Raises:
-        CheckpointError: given[network] is no file, or there is no file anywhere. Without a connection, or with
-            HF_HUB_OFFLINE set, this is raised at once.
+        CheckpointError: given[network] is no file.
+        MissingWeightsError: a process finds no file anywhere. Without a connection, or with HF_HUB_OFFLINE set, this is
+            raised at once.
     """
     if network in given:
         place = given[network]
@@ -142,9 +147,11 @@ def find_weights(network: str, file: PublishedFile, given: Weights) -> Path:
         if path is None:
             problem = _download(file)
             path = _in_caches(file)
-    if path is None:
-        raise CheckpointError(
-            f"{network}: its weights {Path(file.name).name} are not here and cannot be downloaded ({problem}); fetch "
+    # All processes must go on to the same networks, and only some of their machines may have the file.
+    if not everywhere(path is not None) or path is None:
+        why = problem or "on another machine of this run"
+        raise MissingWeightsError(
+            f"{network}: its weights {Path(file.name).name} are not here and cannot be downloaded ({why}); fetch "
             f"{file.url} on another machine and put it at {_hub_path(file)}, or pass --weights {network}=PATH"
         )
     return path

@@ -15,6 +15,8 @@ from fdistill.base.errors import ArgumentError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from evaluation.images import Images
+
 _PAIRS = 10  # image pairs for each class or prompt
 _GROUPS = 100  # classes or prompts at most, evenly chosen
 _AT_ONCE = 32  # pairs in one pass of LPIPS
@@ -98,6 +100,7 @@ def lpips_diversity_metric() -> Metric:
         outputs=("lpips_diversity",),
         higher_is_better=True,
         compute=compute,
+        needs="pairs",
         files=("vgg16", "lpips"),
     )
 
@@ -110,22 +113,24 @@ def feature_diversity_metric(name: str, features: str) -> Metric:
         first, second = (measured.samples[features][[pair[side] for pair in pairs]].double() for side in (0, 1))
         return {name: mean_of_groups((first - second).norm(dim=1), groups)}
 
-    return Metric(name=name, outputs=(name,), higher_is_better=True, compute=compute, features=(features,))
+    return Metric(
+        name=name, outputs=(name,), higher_is_better=True, compute=compute, features=(features,), needs="pairs"
+    )
+
+
+def groups_of(images: Images) -> Sequence[Hashable]:
+    """The class of each image, else its prompt; without either all are of one group."""
+    if images.labels is not None:
+        labels: list[int] = images.labels.tolist()
+        return labels
+    return ["all"] * len(images) if images.prompts is None else images.prompts
 
 
 def _chosen_pairs(measured: Measured) -> tuple[list[tuple[int, int]], list[Hashable]]:
     """(pairs of images, the class or prompt of each pair)."""
-    images = measured.images
-    groups: Sequence[Hashable] = ["all"] * len(images) if images.prompts is None else images.prompts
-    if images.labels is not None:
-        groups = images.labels.tolist()
+    groups = groups_of(measured.images)
     pairs = pairs_within_groups(groups, pairs_per_group=_PAIRS, seed=0)
     found = list(dict.fromkeys(groups[i] for i, _ in pairs))
-    if not found:
-        raise ArgumentError(
-            f"diversity: no two images of {images.name} have the same class or prompt; expected several images for "
-            "each prompt, such as 100 images of 10 prompts"
-        )
     chosen = set(found[:: -(-len(found) // _GROUPS)])
     pairs = [pair for pair in pairs if groups[pair[0]] in chosen]
     return pairs, [groups[i] for i, _ in pairs]

@@ -90,7 +90,8 @@ def authenticity_metric(features: str) -> Metric:
         closest = distances.argsort()[:_SHOWN]
         samples = measured.images.read(closest.tolist())
         training = measured.reference_images.read(neighbours[closest].tolist())
-        return grid(torch.cat([samples, training]), columns=len(closest))
+        pairs = torch.cat([samples, training], dim=2)  # in one cell, however many of them fit in a row
+        return grid(pairs, columns=len(closest))
 
     return Metric(
         name="authenticity",

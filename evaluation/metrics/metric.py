@@ -70,7 +70,7 @@ class Metric:
             reads those.
         against: what it reads of the reference: "moments" (mean and covariance), "rows" (features of every image), or
             None.
-        needs: "labels" or "prompts", if the samples must have them.
+        needs: "labels" or "prompts", if the samples must have them; "pairs", if two of them must have the same.
         clip: (CLIP model, prefix of each prompt), if it compares images with their prompts.
         picture: draws what can be looked at beside the number; returns None if there is nothing to draw.
         files: weights that it loads itself, as keys of `evaluation.weights.PUBLISHED`.
@@ -83,7 +83,7 @@ class Metric:
     features: tuple[str, ...] = ()
     min_samples: Callable[[int], int] = lambda width: 1
     against: Literal["moments", "rows"] | None = None
-    needs: Literal["labels", "prompts"] | None = None
+    needs: Literal["labels", "prompts", "pairs"] | None = None
     clip: tuple[str, str] | None = None
     picture: Callable[[Measured], PILImage | None] | None = None
     files: tuple[str, ...] = ()

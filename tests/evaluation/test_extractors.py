@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -28,6 +27,7 @@ from fdistill.base.files import sha256_of_files
 from fdistill.base.images import to_unit
 from fdistill.data.digit_captions import load_digit_images
 from fdistill.data.digits import load_digits
+from support.dinov2 import published_dinov2
 from support.inception import images
 
 CPU = torch.device("cpu")
@@ -202,16 +202,6 @@ def test_captioned_digits_are_read_by_the_same_network() -> None:
 
 
 # --- DINOv2
-
-
-def published_dinov2(width: int = 128, depth: int = 2, side: int = 37) -> dict[str, Tensor]:
-    """Seeded random weights under the names, and in the shapes, of the published state dicts."""
-    torch.manual_seed(0)
-    network = VisionTransformer(
-        img_size=14 * side, patch_size=14, embed_dim=width, depth=depth, num_heads=2, init_values=1.0, num_classes=0
-    )
-    state = {name: value + 0.05 * torch.randn_like(value) for name, value in network.state_dict().items()}
-    return state | {"mask_token": torch.zeros(1, width)}
 
 
 def as_transformers(state: dict[str, Tensor], position: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch_fidelity import sample_similarity_lpips
 from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
@@ -13,28 +12,19 @@ from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
 from evaluation.extractors import LPIPS, open_lpips
 from evaluation.weights import PUBLISHED
 from fdistill.base.errors import ArgumentError, CheckpointError
+from support.lpips import WIDTHS, vgg_layers, write_lpips
 
 CPU = torch.device("cpu")
-WIDTHS = (64, 128, 256, 512, 512)
 
 
 @pytest.fixture(scope="module")
 def vgg() -> nn.Module:
-    """torchvision's own VGG16 layers with seeded random weights; its classifier of 120 million is left out."""
-    torch.manual_seed(0)
-    return torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    return vgg_layers()
 
 
 @pytest.fixture(scope="module")
-def files(vgg: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with both weights files under their published names."""
-    folder = tmp_path_factory.mktemp("lpips")
-    vgg_state = {f"features.{name}": value for name, value in vgg.state_dict().items()}
-    torch.save(vgg_state | {"classifier.6.bias": torch.zeros(1000)}, folder / PUBLISHED["vgg16"].name)
-    torch.manual_seed(1)
-    linear = {f"lin{i}.model.1.weight": torch.rand(1, width, 1, 1) for i, width in enumerate(WIDTHS)}
-    torch.save(linear, folder / PUBLISHED["lpips"].name)
-    return folder
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lpips(tmp_path_factory.mktemp("lpips"))
 
 
 @pytest.fixture(scope="module")

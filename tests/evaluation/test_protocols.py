@@ -111,7 +111,16 @@ FACTS: dict[str, tuple[Any, ...]] = {
     ),
     "few-step-t2i": (
         *(None, None, 3, "exact", "exact", None, set()),
-        {"hpsv2.1": "hps21.image", "pickscore": "pickscore.image", "clip_x100": "clip-l14.image"},
+        {
+            "hpsv2.1": "hps21.image",
+            "pickscore": "pickscore.image",
+            "imagereward": (),
+            "clip_x100": "clip-l14.image",
+            "fid_t": "inception-clean.pool",
+            "patch_fid_t": "inception-clean@patch.pool",
+            "diversity_dinov2": "dinov2.cls",
+            "lpips_diversity": (),
+        },
         *(("clip-l14", ""), {"patch": ("center-patch", 299)}, False, None),
     ),
     "digits": (

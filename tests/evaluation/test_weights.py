@@ -43,12 +43,18 @@ def download(url, path, hash_prefix):
     fetch(url, path, hash_prefix)
 
 fetch, torch.hub.download_url_to_file = torch.hub.download_url_to_file, download
+def find(file):
+    try:
+        say(find_weights("net", file, {}).name)
+    except Exception as error:
+        say(type(error).__name__)
+
 start("cpu")
-say(find_weights("net", PublishedFile("net.pth", (folder / "served.pth").as_uri(), ""), {}).name)
-try:
-    find_weights("net", PublishedFile("other.pth", (folder / "served.pth").as_uri(), "0123abcd"), {})
-except Exception as error:
-    say(type(error).__name__)
+find(PublishedFile("net.pth", (folder / "served.pth").as_uri(), ""))
+find(PublishedFile("other.pth", (folder / "served.pth").as_uri(), "0123abcd"))
+os.environ["HF_HUB_OFFLINE"] = "1"
+torch.hub.set_dir(str(folder / os.environ["RANK"]))
+find(PublishedFile("alone.pth", "", ""))
 torch.distributed.destroy_process_group()
 """
 
@@ -178,6 +184,7 @@ def test_the_first_process_downloads_and_all_get_the_file_or_the_error(tmp_path:
     """Two real processes: none may wait for one that has failed."""
     script = written(tmp_path / "script.py", TWO_PROCESSES)
     written(tmp_path / "served.pth", "weights")
+    written(tmp_path / "0" / "checkpoints" / "alone.pth", "weights")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -198,9 +205,10 @@ def test_the_first_process_downloads_and_all_get_the_file_or_the_error(tmp_path:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert (tmp_path / "0.txt").read_text().split() == ["fetches", "net.pth", "fetches", "CheckpointError"]
-    # Of the second file the first process could not leave any.
-    assert (tmp_path / "1.txt").read_text().split() == ["net.pth", "fetches", "CheckpointError"]
+    # Of the second file the first process could not leave any; the third is on its machine alone.
+    missing = ["fetches", "MissingWeightsError", "MissingWeightsError"]
+    assert (tmp_path / "0.txt").read_text().split() == ["fetches", "net.pth", *missing]
+    assert (tmp_path / "1.txt").read_text().split() == ["net.pth", *missing]
 
 
 def test_state_dicts_of_all_forms_are_the_same(tmp_path: Path) -> None:

@@ -14,12 +14,16 @@ import torch
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 
+from evaluation import choice
 from evaluation.evaluate import evaluate
 from evaluation.generated import GeneratedImages
-from evaluation.measure import Setting, measure
+from evaluation.measure import measure
+from evaluation.metrics.diversity import lpips_diversity_metric
 from evaluation.protocols import PROTOCOLS, get_protocol
 from evaluation.reference import open_reference
+from evaluation.setting import Setting
 from evaluation.watch import Watch
+from evaluation.weights import MissingWeightsError
 from fdistill import distill, load_student
 from fdistill.base.errors import ConfigError, FDistillError, NonFiniteError
 from fdistill.commands.dry_run import describe
@@ -140,6 +144,30 @@ def test_the_checkpoint_of_the_best_score_is_kept(tiny_teacher: Path, tmp_path: 
     assert kept == {best, 4}
     with pytest.raises(ConfigError, match=r"log\.keep_best: got true, but eval\.every is 0"):
         run(tiny_teacher, tmp_path / "none", **changes | {"eval.every": 0})
+
+
+def test_weights_that_are_not_here_are_looked_for_once(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Of a default metric: the run goes on with the others."""
+    asked: list[str] = []
+
+    def nowhere(name: str, *_: Any) -> Path:
+        asked.append(name)
+        raise MissingWeightsError(f"{name}: nowhere")
+
+    monkeypatch.setattr(choice, "find_weights", nowhere)
+    digits = PROTOCOLS["digits"]
+    more: dict[str, Any] = {
+        "metrics": (*digits.metrics, lpips_diversity_metric()),
+        "default": ("lpips_diversity", "fd_digits"),
+    }
+    monkeypatch.setitem(PROTOCOLS, "digits", replace(digits, **more))
+    folder = run(tiny_teacher, tmp_path / "run", **{"eval.metrics": None})
+    assert len(scored(folder)) > 1
+    assert asked == ["vgg16"]
+    said = [str(warning.message) for warning in recwarn if "left out" in str(warning.message)]
+    assert said == ["left out: lpips_diversity (vgg16: nowhere)"]
 
 
 def best_of(folder: Path, name: str, higher: bool) -> int:

@@ -76,12 +76,14 @@ def test_the_containers_commands_are_shell(word: str, rest: str) -> None:
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     jobs = read(".github/workflows/ci.yml")["jobs"]
     commands = {job: [step["run"] for step in facts["steps"] if "run" in step] for job, facts in jobs.items()}
-    assert commands["day"] == ["bash scripts/test.sh"]
+    assert commands["day"][0] == "bash scripts/test.sh"
+    assert "tests/report tests/commands/test_demo.py" in commands["day"][1]
+    assert jobs["day"]["steps"][-1]["env"] == {"FDISTILL_BROWSER": "1"}
     assert commands["night"][0] == 'bash scripts/test.sh -m ""'
     assert commands["packages"] == ["bash scripts/check_packages.sh"]
     for command in (command for listed in commands.values() for command in listed):
-        (script,) = re.findall(r"scripts/[\w.]+", command)
-        assert (ROOT / script).is_file()
+        for path in re.findall(r"(?:scripts|tests)/[\w./]+", command):
+            assert (ROOT / path).exists()
 
 
 @pytest.mark.parametrize("name", ["bug_report", "feature_request"])

@@ -96,18 +96,21 @@ def _refusal(
     """The error with which a metric is refused; None if it is possible, and its networks are then opened.
 
     Raises:
-        ArgumentError: there are too few images, by a protocol that says how many are needed.
+        ArgumentError, CheckpointError: there are too few images, or weights are missing, by a protocol that says how
+            many images there are: a half of its scores would pass for the whole.
     """
-    metric = setting.protocol.names()[name]
+    metric, strict = setting.protocol.names()[name], setting.protocol.num_samples is not None
     said = _problem(metric, images, reference, setting.protocol)
     if said is None:
         try:
             opened.open(metric, setting)
         except MissingWeightsError as error:
+            if strict:
+                raise
             return error
         said = _too_few(metric, opened.extractors, len(images), reference)
-        if said is not None and setting.protocol.num_samples is not None:
-            raise ArgumentError(f"metrics: {name} {said}")  # fewer than the protocol says are a mistake
+        if said is not None and strict:
+            raise ArgumentError(f"metrics: {name} {said}")
     return None if said is None else ArgumentError(f"metrics: {name} {said}")
 
 

@@ -149,7 +149,7 @@ def test_the_checkpoint_of_the_best_score_is_kept(tiny_teacher: Path, tmp_path: 
 def test_weights_that_are_not_here_are_looked_for_once(
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """Of a default metric: the run goes on with the others."""
+    """Of a default metric of a protocol for any number of images: the run goes on with the others."""
     asked: list[str] = []
 
     def nowhere(name: str, *_: Any) -> Path:
@@ -161,6 +161,7 @@ def test_weights_that_are_not_here_are_looked_for_once(
     more: dict[str, Any] = {
         "metrics": (*digits.metrics, lpips_diversity_metric()),
         "default": ("lpips_diversity", "fd_digits"),
+        "num_samples": None,
     }
     monkeypatch.setitem(PROTOCOLS, "digits", replace(digits, **more))
     folder = run(tiny_teacher, tmp_path / "run", **{"eval.metrics": None})

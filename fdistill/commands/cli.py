@@ -85,7 +85,12 @@ def distill(
         ),
     ] = False,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Try a recipe out: a few iterations of a tiny network on random images.")
+        bool,
+        typer.Option(
+            "--smoke",
+            help="Try a recipe out: a few iterations of a tiny network on random images. A teacher= given as well is used "
+            "in place of the tiny one.",
+        ),
     ] = False,
 ) -> None:
     """Distil a teacher into a student of one step, or of a few.

@@ -56,6 +56,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.thorough  # by day, whole runs of two processes equal those of one
 def test_collectives_draws_and_ratio(tmp_path: Path) -> None:
     from fdistill.base import rng
     from fdistill.ratio import DensityRatio

@@ -171,6 +171,7 @@ def test_other_families_dry_run_on_the_teachers_own_samples(name: str, recipe: s
     dry_run()
 
 
+@pytest.mark.thorough  # by day, tests/commands/test_recipes.py
 def test_what_the_recipe_is_tried_out_with_still_runs() -> None:
     teacher = TEXT["sd15"][0](Path("teacher"))
     written(options(teacher, "prompts.txt", "cpu", 4, "lora"))

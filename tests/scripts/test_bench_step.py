@@ -32,6 +32,7 @@ def bench(tiny_teacher: Path) -> bench_step.Bench:
     return bench_step.opened("digits", [f"teacher={tiny_teacher}", "batch_size=4", "device=cpu"])
 
 
+@pytest.mark.thorough  # by day, its parts
 def test_a_report_adds_up(bench: bench_step.Bench) -> None:
     times = {CRITIC: [0.1, 0.3, 0.2], STUDENT: [0.4]}
     found = bench_step.report(bench, times, peak=1e9, repeats=1, trace=None)

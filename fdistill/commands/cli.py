@@ -88,8 +88,8 @@ def distill(
         bool,
         typer.Option(
             "--smoke",
-            help="Try a recipe out: a few iterations of a tiny network on random images. A teacher= given as well takes "
-            "the tiny one's place.",
+            help="Try a recipe out: a few iterations of a tiny network on random images. A teacher= given as well is "
+            "tried in place of the tiny one.",
         ),
     ] = False,
 ) -> None:

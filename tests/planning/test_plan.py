@@ -181,7 +181,7 @@ def test_shards_and_the_cpus_memory() -> None:
     assert whole.held - stored.held == pytest.approx(digits.storable["teacher"] * (4 - 0.5 - 4 / 64), abs=1)
 
 
-@pytest.mark.thorough  # by day, what the plan advises
+@pytest.mark.thorough  # by day, tests/training/test_small_gpus.py
 def test_offloading_the_frozen_weights_takes_adapters_along() -> None:
     """As `training.sharding.distribute` does; heads stay."""
     digits = counted_digits()

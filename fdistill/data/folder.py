@@ -66,7 +66,12 @@ class FolderSource:
         """{kind: names} of what is not read; a text is a caption if an image has its name."""
         keys = {_key(file) for file in self.files}
         strays = [text for text in self._texts if _key(text) not in keys]
-        strays += [other for other in self._others if other not in (LABEL_FILE, MANIFEST, *_LISTS)]
+        # A class of images that `fdistill generate` drew has a manifest of its own.
+        strays += [
+            other
+            for other in self._others
+            if other not in (LABEL_FILE, *_LISTS) and PurePosixPath(other).name != MANIFEST
+        ]
         return self._left_out | ({NO_IMAGE: sorted(strays)} if strays else {})
 
     @cached_property

@@ -266,3 +266,10 @@ def test_a_hundred_thousand_files_take_seconds(tmp_path: Path) -> None:
     seconds = time.process_time() - before
     assert sentence == "5,000 images in 20 classes (0 -> 0 ... 19 -> 19)"
     assert seconds < 0.5  # so that 100,000 take less than ten
+
+
+def test_manifests_of_generated_images_are_left_out_without_a_word(tmp_path: Path) -> None:
+    for name in ("0", "1"):
+        put(tmp_path / "photos" / name / "000000.png", png())
+        put(tmp_path / "photos" / name / "manifest.json", "{}")
+    assert account_of(open_source(str(tmp_path / "photos"))).sentence() == "2 images in 2 classes (0 -> 0, 1 -> 1)"

@@ -101,3 +101,17 @@ def test_a_run_of_phases_hands_the_earlier_one_on(tmp_path: Path, monkeypatch: p
     ]
     study_few_step.distil(tmp_path, row, ["seed=1"])
     assert len(commands) == 2
+
+
+def test_the_page_has_the_measured_scores() -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    found = json.loads((docs / "few-step.json").read_text(encoding="utf-8"))
+    teacher = found["teacher"]["fd_digits"]
+    expected = [
+        f"| `{row}` | {each['prompt_accuracy']:.3f} | {each['fd_digits']:.2f} ± {each['fd_digits_spread']:.2f} "
+        f"| {each['fd_digits'] / teacher:.2f} | {each['diversity_digits']:.2f} |"
+        for row, each in found.items()
+    ]
+    lines = (docs / "few-step.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if line.startswith("| `") and " ± " in line] == expected
+    assert {row.partition(", ")[0] for row in found} <= {"teacher", *ROWS}

@@ -272,4 +272,4 @@ def test_manifests_of_generated_images_are_left_out_without_a_word(tmp_path: Pat
     for name in ("0", "1"):
         put(tmp_path / "photos" / name / "000000.png", png())
         put(tmp_path / "photos" / name / "manifest.json", "{}")
-    assert account_of(open_source(str(tmp_path / "photos"))).sentence() == "2 images in 2 classes (0 -> 0, 1 -> 1)"
+    assert account_of(open_source(str(tmp_path / "photos"))).sentence() == "2 images in 2 classes (0 -> 0 ... 1 -> 1)"

@@ -24,7 +24,7 @@ def write_report(runs: Sequence[Run], output: Path, teacher: Mapping[str, float]
     """Writes the page of one run, or of several beside one another.
 
     Args:
-        teacher: {metric: the teacher's score}; by default those that the runs' folders have.
+        teacher: {metric: the teacher's score}; by default those in the runs' folders, as far as they agree.
 
     Raises:
         ArgumentError: no run was scored by any of the teacher's metrics.
@@ -37,7 +37,10 @@ def write_report(runs: Sequence[Run], output: Path, teacher: Mapping[str, float]
     if teacher is not None:
         _check_teacher(runs, teacher)
     else:
-        teacher = {name: score for run in runs for name, score in run.teacher_scores.items()}
+        found = [run.teacher_scores for run in runs]
+        teacher = {name: score for scores in found for name, score in scores.items()}
+        # Runs of several teachers have no one line.
+        teacher = {n: score for n, score in teacher.items() if all(each.get(n, score) == score for each in found)}
     made = panels(runs, teacher)
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_TEMPLATE.read_text("utf-8"))
     text = template.render(

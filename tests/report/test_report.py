@@ -125,6 +125,14 @@ def test_the_command_on_the_page_draws_the_teachers_line(run: Path, tmp_path: Pa
     assert CliRunner().invoke(app, ["report", str(scored), "--output", str(page)]).exit_code == 0
     assert page.read_text(encoding="utf-8").count("The dashed line is the teacher.") == len(readings)
 
+    other = shutil.copytree(scored, tmp_path / "other")  # of another teacher, worse by one metric
+    facts = json.loads((other / "teacher.json").read_text())
+    (name,) = (name for name in facts["metrics"] if name.startswith("fd_digits"))
+    facts["metrics"][name] += 1
+    (other / "teacher.json").write_text(json.dumps(facts))
+    write_report(named_runs([scored, other]), page)
+    assert page.read_text(encoding="utf-8").count("The dashed line is the teacher.") == len(readings) - 1
+
 
 def test_several_runs_are_compared(run: Path, tmp_path: Path) -> None:
     other = shutil.copytree(run, tmp_path / "elsewhere" / "first")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoardTracker, WandBTracker
 
 from fdistill.base.errors import ConfigError, brief
+from fdistill.config.nested import leaves
 from fdistill.config.schema import DistillConfig
 
 _PROJECT = "fdistill"
@@ -52,18 +51,12 @@ def start_tracker(config: DistillConfig, folder: Path, iteration: int) -> Genera
     try:
         tracker.start()
         if name != "tensorboard":
-            tracker.store_init_configuration(dict(_dotted(config.model_dump(mode="json"))))
+            settings = leaves(config.model_dump(mode="json"))
+            # Not every tracker takes lists.
+            plain = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in settings}
+            tracker.store_init_configuration(plain)
     except OSError:
         raise
     except Exception as error:  # other programs raise what they like
         raise ConfigError(f"log.tracker: {name} does not start: {brief(error)}") from error
     return tracker
-
-
-def _dotted(settings: Mapping[str, Any], section: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings under their names on the command line; lists as text, since not every tracker takes them."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _dotted(value, f"{section}{name}.")
-        else:
-            yield f"{section}{name}", value if isinstance(value, (bool, int, float, str)) else str(value)

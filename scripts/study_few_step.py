@@ -50,7 +50,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "f-distill": {"divergence": "jensen-shannon", **_BALANCED},
     "dmd2": _BALANCED,
     "decoupled-dmd": {**_BALANCED, "augmentation": {"weight": 1.0, "sampler": "uniform"}},
-    "sid": {},
+    # As SiD-DiT (arXiv 2509.25127): the fake score is guided like the teacher, in its own training too.
+    "sid": {
+        "objective": {"alpha": 1.0},
+        "fake_score": {"guidance_scale": GUIDANCE, "training_guidance_scale": GUIDANCE},
+    },
 }
 #: Adapters of rank 32 on teacher and fake score, with ten times the rate, as is usual for them.
 _LORA: dict[str, Any] = {

@@ -132,8 +132,8 @@ class Family:
             `from_single_file` of the network's class reads.
         comfy_lora: whose names ComfyUI reads in a LoRA file: "diffusers", "kohya" or "publisher", which are those of
             `original_layout`. None if it is not known to read any.
-        original_variances: whether the publisher's network has twice as many output as input channels, all of which
-            ComfyUI expects.
+        original_variances: the last layer, where the publisher's network has learned variances behind the means.
+            ComfyUI expects them in its files, and ignores them: an exported student has zeros there.
         comfy_checkpoint: "module:function", for families that ComfyUI reads as a whole checkpoint. The function takes
             the pipeline's folder and the network's tensors under their names in ComfyUI; it returns the tensors of the
             whole checkpoint, and notes that a user must read before loading it. It is named as text because
@@ -154,7 +154,7 @@ class Family:
     original_layout: Callable[[Collection[str], Mapping[str, Any]], Layout] | None = None
     single_files: Mapping[str, Callable[[Shapes], bool]] = field(default_factory=dict)
     comfy_lora: Literal["diffusers", "publisher", "kohya"] | None = None
-    original_variances: bool = False
+    original_variances: str | None = None
     comfy_checkpoint: str | None = None
     earlier_config: Callable[[Mapping[str, Any]], bool] | None = None
     guidance_labels: Mapping[str, int] = field(default_factory=dict)

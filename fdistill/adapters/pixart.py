@@ -158,6 +158,6 @@ FAMILY = Family(
     ),
     comfy_lora="diffusers",
     original_layout=transformer_layout(_NAMES, {"transformer_blocks": ("blocks", _BLOCK_NAMES)}),
-    original_variances=True,
+    original_variances="proj_out",
     earlier_config=earlier_config,
 )

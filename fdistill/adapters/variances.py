@@ -4,10 +4,11 @@ variances (Nichol & Dhariwal 2021, arXiv 2102.09672), which only an ancestral sa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fdistill.base.errors import CheckpointError
 
@@ -63,3 +64,22 @@ def _means(layer: nn.Linear | nn.Conv2d, channels: int) -> nn.Linear | nn.Conv2d
         both = value.unflatten(0, (-1, 2 * channels))
         kept.get_parameter(name).copy_(both[:, :channels].flatten(0, 1))
     return kept
+
+
+def with_variances(tensors: Mapping[str, Tensor], last: str, channels: int) -> dict[str, Tensor]:
+    """The tensors of a network, or of adapters, for the whole network that `without_variances` has cut.
+
+    Args:
+        tensors: by name. The last layer's are weight, bias and lora_B.weight.
+        last: the last layer's path, with whatever precedes it in the names.
+        channels: the network's output channels, which are all means.
+
+    Returns:
+        The same tensors, where the last layer's have zeros as the rows of the variances.
+    """
+    made = dict(tensors)
+    for name in (f"{last}.weight", f"{last}.bias", f"{last}.lora_B.weight"):
+        if name in made:
+            means = made[name].unflatten(0, (-1, channels))
+            made[name] = torch.cat([means, torch.zeros_like(means)], dim=1).flatten(0, 1)
+    return made

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fdistill.adapters.checkpoint import find_network
 from fdistill.adapters.parametrisation import parametrisation_from_scheduler, read_scheduler_config
+from fdistill.adapters.variances import with_variances
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.base.files import atomic_file, check_file
 from fdistill.formats.comfy import NETWORK, single_file
@@ -196,11 +197,14 @@ def _comfy_lora(student: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             f"{student}: it is not known under which names ComfyUI reads a LoRA of {family.network.__name__}, if it "
             "does; export with --format lora for diffusers"
         )
+    config = read_config(place / "config.json")
+    if family.original_variances:
+        last = f"{family.component}.{family.original_variances}"
+        tensors = with_variances(tensors, last, config["in_channels"])
     if family.comfy_lora == "kohya":
         return kohya_names(tensors)
     if family.comfy_lora == "diffusers":
         return tensors
-    config = read_config(place / "config.json")
     with torch.device("meta"):
         network: Any = family.network.from_config(config)
     shapes = network.state_dict()

@@ -6,14 +6,13 @@ The names are those of each model's publisher.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from fdistill.adapters import FAMILIES, network_components, original_layout
 from fdistill.adapters.original_names import assemble
+from fdistill.adapters.variances import with_variances
 from fdistill.base.errors import CheckpointError
 from fdistill.formats.pipeline_folder import components, read_config, read_weights
 
@@ -29,7 +28,7 @@ def single_file(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 
     Raises:
         CheckpointError: the folder is not a pipeline folder, its weights cannot be read, the network's original names
-            are not known, or ComfyUI does not support the prediction type or the number of output channels.
+            are not known, or ComfyUI does not support the prediction type.
     """
     parts = components(folder)
     place = next((name for name in network_components() if name in parts), None)
@@ -42,20 +41,13 @@ def single_file(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
             f"{folder}: ComfyUI's tensor names of a {parts[place]} are not known to this version; use the folder with "
             "diffusers"
         )
+    family = FAMILIES[parts[place]]
+    if family.original_variances and config["out_channels"] != 2 * config["in_channels"]:
+        weights = with_variances(weights, family.original_variances, config["in_channels"])
     network = {NETWORK + name: value for name, value in assemble(layout, weights).items()}
-    whole = FAMILIES[parts[place]].comfy_checkpoint
+    whole = family.comfy_checkpoint
     if whole is not None:
         module, _, function = whole.partition(":")
         made: tuple[dict[str, Tensor], list[str]] = getattr(importlib.import_module(module), function)(folder, network)
         return made
-    _check_outputs(folder, parts[place], config)
     return network, ["the file holds the network alone: load it with ComfyUI's Load Diffusion Model (UNETLoader)"]
-
-
-def _check_outputs(folder: Path, class_name: str, config: Mapping[str, Any]) -> None:
-    outputs = config.get("out_channels")
-    if FAMILIES[class_name].original_variances and outputs != 2 * config["in_channels"]:
-        raise CheckpointError(
-            f"{folder}: ComfyUI's {class_name.removesuffix('Transformer2DModel')} has twice as many output as input "
-            f"channels, but this student has {outputs}; use the folder with diffusers"
-        )

@@ -12,7 +12,7 @@ import pytest
 sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 
 import study_few_step
-from study_few_step import METHODS, ROWS, TERMS, config
+from study_few_step import HALF_RATE, METHODS, ROWS, TERMS, config
 
 from fdistill.config.reading import load_config
 from fdistill.config.schema import DistillConfig
@@ -26,7 +26,7 @@ def loaded(row: str, folder: Path) -> DistillConfig:
 
 
 def test_rows_are_all_methods_and_terms() -> None:
-    assert len(set(ROWS)) == len(ROWS) == 4 * 2 * len(METHODS) + len(TERMS)
+    assert len(set(ROWS)) == len(ROWS) == 4 * 2 * len(METHODS) + len(TERMS) + 2
     assert {row.partition("+")[2] for row in ROWS} == {"", *TERMS}
 
 
@@ -39,6 +39,7 @@ def test_the_config_of_a_row_is_what_its_name_says(row: str, tmp_path: Path) -> 
     assert found.method == method
     assert (found.student.steps, found.student_level) == ((None, 999.0) if steps == "1" else (int(steps), None))
     assert (found.student.lora_rank, found.fake_score.lora_rank) == ((32, 32) if lora else (0, 0))
+    assert found.fake_score.lr == (1e-3 if name in HALF_RATE else 2e-3 if lora else 2e-4)
     assert found.teacher == "digits-t2i"
     if term:
         assert found != loaded(name, tmp_path)
@@ -59,7 +60,13 @@ def test_the_table_is_made_of_kept_scores(
 ) -> None:
     for name in ("evaluate", "_run"):
         monkeypatch.setattr(study_few_step, name, lambda *_, **__: pytest.fail("measured or trained anew"))
-    numbers = {"prompt_accuracy": 0.98, "fd_digits": 3.0, "diversity_digits": 4.5, "milliseconds": 12.345}
+    numbers = {
+        "prompt_accuracy": 0.98,
+        "fd_digits": 3.0,
+        "fd_digits_spread": 0.1,
+        "diversity_digits": 4.5,
+        "milliseconds": 12.345,
+    }
     kept(tmp_path, "teacher.json", **{**numbers, "prompt_accuracy": 1.0, "fd_digits": 2.0})
     for row in ("dmd2-4+any-step", "sid-2"):
         kept(tmp_path / row, "scores.json", **numbers)
@@ -69,13 +76,13 @@ def test_the_table_is_made_of_kept_scores(
     monkeypatch.setattr(sys, "argv", ["study", str(tmp_path), "--only", "sid-2,*+any-step"])
     study_few_step.main()
     assert capsys.readouterr().out.splitlines() == [
-        "|  | prompt accuracy | fd_digits | x teacher | diversity | ms an image | minutes |",
+        "| row | prompt accuracy | fd_digits | times the teacher's | diversity | ms an image | minutes |",
         "|---|---|---|---|---|---|---|",
-        "| teacher | 1.000 | 2.00 | 1.00 | 4.500 | 12.35 |  |",
-        "| sid-2 | 0.980 | 3.00 | 1.50 | 4.500 | 12.35 | 7.2 |",
-        "| dmd2-4+any-step | 0.980 | 3.00 | 1.50 | 4.500 | 12.35 | 7.2 |",
-        "| dmd2-4+any-step, 1 of its steps | 0.980 | 5.00 | 2.50 | 4.500 | 12.35 | 7.2 |",
-        "| dmd2-4+any-step, 2 of its steps | 0.980 | 6.00 | 3.00 | 4.500 | 12.35 | 7.2 |",
+        "| `teacher` | 1.000 | 2.00 ± 0.10 | 1.00 | 4.50 | 12.3 |  |",
+        "| `sid-2` | 0.980 | 3.00 ± 0.10 | 1.50 | 4.50 | 12.3 | 7.2 |",
+        "| `dmd2-4+any-step` | 0.980 | 3.00 ± 0.10 | 1.50 | 4.50 | 12.3 | 7.2 |",
+        "| `dmd2-4+any-step, 1 of its steps` | 0.980 | 5.00 ± 0.10 | 2.50 | 4.50 | 12.3 | 7.2 |",
+        "| `dmd2-4+any-step, 2 of its steps` | 0.980 | 6.00 ± 0.10 | 3.00 | 4.50 | 12.3 | 7.2 |",
     ]
     written = json.loads((tmp_path / "few-step.json").read_text())
     assert written["sid-2"] == {**numbers, "minutes": 7.25}
@@ -106,12 +113,6 @@ def test_a_run_of_phases_hands_the_earlier_one_on(tmp_path: Path, monkeypatch: p
 def test_the_page_has_the_measured_scores() -> None:
     docs = Path(__file__).parents[2] / "docs"
     found = json.loads((docs / "few-step.json").read_text(encoding="utf-8"))
-    teacher = found["teacher"]["fd_digits"]
-    expected = [
-        f"| `{row}` | {each['prompt_accuracy']:.3f} | {each['fd_digits']:.2f} ± {each['fd_digits_spread']:.2f} "
-        f"| {each['fd_digits'] / teacher:.2f} | {each['diversity_digits']:.2f} |"
-        for row, each in found.items()
-    ]
-    lines = (docs / "few-step.md").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if line.startswith("| `") and " ± " in line] == expected
-    assert {row.partition(", ")[0] for row in found} <= {"teacher", *ROWS}
+    page = (docs / "few-step.md").read_text(encoding="utf-8")
+    assert "\n".join(study_few_step.table(found)) in page
+    assert {row.partition(", ")[0] for row in found} == {"teacher", *ROWS}

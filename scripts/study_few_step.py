@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     parser.add_argument("--only", default="*", help="rows whose name fits one of these, with commas between them")
     parser.add_argument("--jobs", type=int, default=2)
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()  # KEY=VALUE after the options as well
     output: Path = arguments.output.resolve()
     output.mkdir(parents=True, exist_ok=True)
     rows = [row for row in ROWS if any(fnmatch(row, pattern) for pattern in arguments.only.split(","))]

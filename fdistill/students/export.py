@@ -198,7 +198,7 @@ def _comfy_lora(student: Path, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             "does; export with --format lora for diffusers"
         )
     config = read_config(place / "config.json")
-    if family.original_variances:
+    if family.original_variances:  # adapters are always those of a network whose variances were cut
         last = f"{family.component}.{family.original_variances}"
         tensors = with_variances(tensors, last, config["in_channels"])
     if family.comfy_lora == "kohya":

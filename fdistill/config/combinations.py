@@ -20,7 +20,7 @@ from fdistill.config.sections import (
     OptimizerConfig,
     StudentConfig,
 )
-from fdistill.config.terms import CLIPLossConfig, RegressionConfig
+from fdistill.config.terms import RegressionConfig
 from fdistill.methods import METHODS, methods_with
 from fdistill.student_kinds import MAX_STUDENT_STEPS, STUDENT_KINDS, fall, kinds_with
 
@@ -259,9 +259,7 @@ def check_parallel(parallel: str, frozen_precision: str, roles: Mapping[str, Opt
             )
 
 
-def check_student(
-    name: str, student: StudentConfig, regression: RegressionConfig, clip_loss: CLIPLossConfig, snapshot_every: int
-) -> None:
+def check_student(name: str, student: StudentConfig, regression: RegressionConfig, snapshot_every: int) -> None:
     """Checks the settings of the student's network and the extra terms of its loss."""
     if student.lora_rank and (student.checkpoint or student.network):
         raise ValueError(
@@ -278,18 +276,10 @@ def check_student(
             f"student.noise_kl_weight: got {student.noise_kl_weight}, but generator={student.generator} predicts no "
             f"noise while sampling; expected 0, or generator={' or '.join(kinds_with('predicts_noise'))}"
         )
-    for key, value in {
-        "student.noise_kl_weight": student.noise_kl_weight,
-        "clip_loss.weight": clip_loss.weight,
-    }.items():
-        if value and not METHODS[name].extra_terms:
-            raise ValueError(
-                f"{key}: got {value}, but method={name} does not add this term; expected 0, or method=f-distill"
-            )
-    if clip_loss.weight and clip_loss.weights is None:
+    if student.noise_kl_weight and not METHODS[name].extra_terms:
         raise ValueError(
-            f"clip_loss.weight: got {clip_loss.weight}, but clip_loss.weights is null; expected 0, or a safetensors "
-            "file of the model's weights"
+            f"student.noise_kl_weight: got {student.noise_kl_weight}, but method={name} does not add this term; "
+            "expected 0, or method=f-distill"
         )
     if regression.weight and not kind.pairs:
         raise ValueError(

@@ -214,11 +214,12 @@ class DistillConfig(Section):
         combinations.check_keep_best(self.log, self.eval)
         combinations.check_precision(self.precision, self.frozen_precision)
         combinations.check_parallel(self.parallel, self.frozen_precision, self.roles)
-        combinations.check_student(name, student, self.regression, self.clip_loss, self.ema.snapshot_every)
+        combinations.check_student(name, student, self.regression, self.ema.snapshot_every)
         term_checks.check_augmentation(name, self.augmentation, self.guidance_scale, self.guidance_rescale)
         for term in ("diversity", "segment"):
             term_checks.check_few_step_term(name, term, getattr(self, term).weight, student, self.student_level)
-        term_checks.check_reward(name, self.reward)
+        term_checks.check_image_term(name, "clip_loss", self.clip_loss)
+        term_checks.check_image_term(name, "reward", self.reward)
         term_checks.check_diversity(self.diversity.weight, self.segment.weight, student)
         term_checks.check_phases(
             student, self.student_level, diversity=self.diversity.weight, regression=self.regression.weight

@@ -40,7 +40,7 @@ CHANGEABLE: dict[str, set[str] | None] = {
     "augmentation": set(AugmentationConfig.model_fields),
     "diversity": {"weight"},
     "segment": {"weight"},
-    "clip_loss": {"weight"},
+    "clip_loss": {"weight", "gradient_ratio"},
     "reward": {"weight", "gradient_ratio"},
     "student": {"noise_kl_weight"},
     "matching_levels": set(LevelsConfig.model_fields),
@@ -188,9 +188,9 @@ def _turned_off(before: Method, method: Method) -> dict[str, Any]:
         found["regression"] = {"weight": 0.0}
     if not method.extra_terms:
         found["generator"] |= {"gan_gradient_ratio": 0.0, "normaliser_floor": generator.normaliser_floor}
-        found |= {"student": {"noise_kl_weight": 0.0}, "clip_loss": {"weight": 0.0}, "augmentation": {"weight": 0.0}}
+        found |= {"student": {"noise_kl_weight": 0.0}, "augmentation": {"weight": 0.0}}
         found |= {"diversity": {"weight": 0.0}, "segment": {"weight": 0.0}}
-        found["reward"] = {"weight": 0.0, "gradient_ratio": 0.0}
+        found |= {term: {"weight": 0.0, "gradient_ratio": 0.0} for term in ("clip_loss", "reward")}
     if "augmentation" in before.settings and "augmentation" not in method.settings:
         found["augmentation"] = {"weight": 0.0}
     if method.critic is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fdistill.config.sections import StudentConfig
-from fdistill.config.terms import AugmentationConfig, RewardConfig
+from fdistill.config.terms import AugmentationConfig, CLIPLossConfig, RewardConfig
 from fdistill.methods import METHODS
 from fdistill.student_kinds import STUDENT_KINDS
 
@@ -31,24 +31,24 @@ def check_augmentation(name: str, augmentation: AugmentationConfig, scale: float
         )
 
 
-def check_reward(name: str, reward: RewardConfig) -> None:
+def check_image_term(name: str, section: str, term: CLIPLossConfig | RewardConfig) -> None:
     """Checks that one setting says the weight, that there is a model, and a method that adds the term."""
-    if not reward.used:
+    if not term.used:
         return
-    key, value = ("weight", reward.weight) if reward.weight else ("gradient_ratio", reward.gradient_ratio)
+    key, value = ("weight", term.weight) if term.weight else ("gradient_ratio", term.gradient_ratio)
     if not METHODS[name].extra_terms:
         raise ValueError(
-            f"reward.{key}: got {value}, but method={name} does not add this term; expected 0, or method=f-distill"
+            f"{section}.{key}: got {value}, but method={name} does not add this term; expected 0, or method=f-distill"
         )
-    if reward.weight and reward.gradient_ratio:
+    if term.weight and term.gradient_ratio:
         raise ValueError(
-            f"reward.weight: got {reward.weight}, but reward.gradient_ratio={reward.gradient_ratio} sets that weight "
-            "in every update; expected one of them: set reward.weight=0 or reward.gradient_ratio=0"
+            f"{section}.weight: got {term.weight}, but {section}.gradient_ratio={term.gradient_ratio} sets that weight "
+            f"in every update; expected one of them: set {section}.weight=0 or {section}.gradient_ratio=0"
         )
-    if reward.weights is None:
+    if term.weights is None:
         raise ValueError(
-            f"reward.{key}: got {value}, but reward.weights is null; expected 0, or the file of the weights of "
-            f"reward.model={reward.model}"
+            f"{section}.{key}: got {value}, but {section}.weights is null; expected 0, or the file of the weights of "
+            f"{section}.model={term.model}"
         )
 
 

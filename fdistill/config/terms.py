@@ -25,23 +25,10 @@ class RegressionConfig(Section):
     pairs: CountOrZero = 2000
 
 
-class CLIPLossConfig(Section):
-    """A hinge on the CLIP similarity of the student's images and their prompts; a latent student's samples are decoded
-    in every step."""
+class ImageTermConfig(Section):
+    """A loss on the student's images, decoded in every step, and their prompts."""
 
-    weight: NonNegative = Field(default=0.0, description="weight of the loss; 0 turns it off")
-    margin: Fraction = Field(default=0.35, description="cosine similarity above which the loss is 0")
-    model: str = Field(default="ViT-B-32", description="name of a model in open_clip")
-    weights: str | None = Field(default=None, description="safetensors file of the model's weights")
-
-
-class RewardConfig(Section):
-    """Minus a preference model's score of the student's images for their prompts; a latent student's samples are
-    decoded in every step. That score is then no independent measure of the student."""
-
-    model: Literal["hps21", "pickscore"] = "hps21"
-    weights: str | None = Field(default=None, description="file of the model's weights, as published or as safetensors")
-    weight: NonNegative = Field(default=0.0, description="weight of minus the score; 0 turns it off")
+    weight: NonNegative = Field(default=0.0, description="weight of the term; 0 turns it off")
     gradient_ratio: NonNegative = Field(
         default=0.0,
         description="if above 0, weight is set in every update: the norm of the term's gradient on the student's "
@@ -52,6 +39,23 @@ class RewardConfig(Section):
     def used(self) -> bool:
         """Whether the student's loss has this term."""
         return self.weight > 0 or self.gradient_ratio > 0
+
+
+class CLIPLossConfig(ImageTermConfig):
+    """A hinge on the CLIP similarity of the student's images and their prompts; a latent student's samples are decoded
+    in every step."""
+
+    margin: Fraction = Field(default=0.35, description="cosine similarity above which the loss is 0")
+    model: str = Field(default="ViT-B-32", description="name of a model in open_clip")
+    weights: str | None = Field(default=None, description="safetensors file of the model's weights")
+
+
+class RewardConfig(ImageTermConfig):
+    """Minus a preference model's score of the student's images for their prompts; a latent student's samples are
+    decoded in every step. That score is then no independent measure of the student."""
+
+    model: Literal["hps21", "pickscore"] = "hps21"
+    weights: str | None = Field(default=None, description="file of the model's weights, as published or as safetensors")
 
 
 class AugmentationConfig(LevelsConfig):

@@ -28,13 +28,15 @@ from fdistill.training.distillation import Distillation
 
 CPU = torch.device("cpu")
 
+_CLIP_LOSS = "the CLIP loss, its network and the decoding before it are not counted"
 _REWARD = "the preference model and the decoding before it are not counted"
 #: What is not read, as (setting, what is assumed in its place).
 _UNREAD = {
     "student.checkpoint": "the student has the teacher's size",
     "student.previous_phase": "the plan is the first phase's; each earlier phase adds the size of its adapters",
     "fake_score.checkpoint": "the fake score has the teacher's size",
-    "clip_loss.weight": "the CLIP loss, its network and the decoding before it are not counted",
+    "clip_loss.weight": _CLIP_LOSS,
+    "clip_loss.gradient_ratio": _CLIP_LOSS,
     "reward.weight": _REWARD,
     "reward.gradient_ratio": _REWARD,
 }
@@ -107,7 +109,7 @@ def _readable(config: DistillConfig) -> DistillConfig:
         "generator": config.generator.model_copy(update={"optimizer": "adamw"}),
         "fake_score": config.fake_score.model_copy(update={"checkpoint": None, "optimizer": "adamw"}),
         "discriminator": config.discriminator.model_copy(update={"checkpoint": None, "optimizer": "adamw"}),
-        "clip_loss": config.clip_loss.model_copy(update={"weight": 0.0}),
+        "clip_loss": config.clip_loss.model_copy(update={"weight": 0.0, "gradient_ratio": 0.0}),
         "reward": config.reward.model_copy(update={"weight": 0.0, "gradient_ratio": 0.0}),
     }
     return config.model_copy(update=changes)

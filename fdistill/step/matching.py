@@ -54,6 +54,7 @@ def generator_step(
     noise_kl_weight: float = 0.0,
     image_loss: Callable[[Tensor], Tensor] | None = None,
     image_weight: float = 0.0,
+    image_gradient_ratio: float = 0.0,
     reward_loss: Callable[[Tensor], Tensor] | None = None,
     reward_weight: float = 0.0,
     reward_gradient_ratio: float = 0.0,
@@ -99,7 +100,7 @@ def generator_step(
         noise_kl_weight: weight of the KL term on the noise that `Student.sample_with_predictions` predicts
             (One-Way Ticket, arXiv 2505.21960); 0 leaves the term out.
         image_loss: x0 [B, C, H, W] -> [B], such as a `ClipHinge`; None leaves the term out.
-        image_weight: weight of that term.
+        image_weight, image_gradient_ratio: as those of the GAN term.
         reward_loss: x0 [B, C, H, W] -> [B], such as a `RewardLoss`; None leaves the term out.
         reward_weight, reward_gradient_ratio: as those of the GAN term.
         pairs: for the regression term (DMD, arXiv 2311.18828); None leaves it out.
@@ -141,13 +142,13 @@ def generator_step(
     if gan_weight and evaluated.logits is not None:
         gan = _Term("gan", gan_weight, gan_generator_loss(evaluated.logits), t)
         beside.append((gan, gan_gradient_ratio))
+    if image_loss is not None:
+        beside.append((_Term("image", image_weight, image_loss(x0), t), image_gradient_ratio))
     if reward_loss is not None:
         beside.append((_Term("reward_loss", reward_weight, reward_loss(x0), t), reward_gradient_ratio))
     total.add_beside(beside, x0)
     for term in terms:
         total.add(*term)
-    if image_loss is not None:
-        total.add("image", image_weight, image_loss(x0), t)
     if pairs is not None:
         regression = regression_loss(student_of_pairs(networks, pairs), pairs.x0)
         total.add("regression", regression_weight, regression, torch.full_like(regression, pairs.entered(schedule)))

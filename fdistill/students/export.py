@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ from fdistill.formats.lora_file import LORA_FILE, kohya_names
 from fdistill.formats.original_lora import original_lora
 from fdistill.formats.pipeline_folder import read_config, read_tensors
 from fdistill.noise import FlowSchedule, noise_to_signal
+from fdistill.rollout import levels_for
 from fdistill.student_kinds import STUDENT_FILE
 from fdistill.students.experts import experts_in, phases_in
+from fdistill.students.fewer_steps import fewer_steps, said_in_diffusers
 from fdistill.students.folder import checked_facts
 
 FORMATS = ("lora", "comfy", "comfy-lora")
@@ -128,9 +131,11 @@ def _in_diffusers(student: Path, facts: Mapping[str, Any]) -> list[str]:
     guidance = facts.get("embedded_guidance")
     call = {**call, **({} if guidance is None else {"guidance_scale": guidance})}
     arguments = ", ".join(f"{key}={value}" for key, value in call.items())
+    fewer = said_in_diffusers(facts)
     return [
         f"sample with {config['_class_name']}, whose config is in {student / 'scheduler'}, and call the pipeline "
-        f"with {arguments}"
+        f"with {arguments}",
+        *([f"for fewer steps change the call: {fewer}"] if fewer else []),
     ]
 
 
@@ -172,12 +177,16 @@ def _in_comfyui(
         prompt=next(iter(facts.get("prompts", ())), "a photograph"),
         merged=(str(facts["teacher_lora"]), float(facts["teacher_lora_scale"])) if "teacher_lora" in facts else None,
     )
+    fewer = [
+        f"for {steps} of its steps take the sigmas {replace(sampling, sigmas=levels_for(sigmas, steps)).listed()}"
+        for steps in fewer_steps(facts)
+    ]
     if made is None:
-        return [how]
+        return [how, *fewer]
     path = output.with_suffix(".json")
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-    return [f"{how}, as the workflow {path} does: open it in ComfyUI and choose your own files in its loaders"]
+    return [f"{how}, as the workflow {path} does: open it in ComfyUI and choose your own files in its loaders", *fewer]
 
 
 def _adapters(student: Path) -> dict[str, Tensor]:

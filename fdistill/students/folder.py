@@ -28,7 +28,7 @@ from fdistill.students.experts import load_phased, save_experts
 from fdistill.students.hub import student_on_hub
 from fdistill.students.kinds import kind_in, kind_of
 from fdistill.students.lora import has_adapters, merged, without_adapters
-from fdistill.students.model_card import OWN_USAGE, model_card, usage
+from fdistill.students.model_card import OWN_USAGE, model_card, usage, usage_of_fewer_steps
 from fdistill.students.phases import PhasedGenerator
 from fdistill.teachers.autoencoder import LatentSpace, image_size
 
@@ -83,7 +83,7 @@ def save_student(
         else:
             name, call = kind_of(generator).save_pipeline(temporary, generator, denoiser, origin, latents)
             facts |= {"pipeline": name, "call": call}
-            how = usage(generator, temporary, name, call)
+            how = usage(generator, temporary, name, call) + usage_of_fewer_steps(facts)
         found = [path for path in temporary.rglob("*") if path.suffix in KEPT_SUFFIXES and path.is_file()]
         facts[NOTED_FILES] = noted_files(temporary, sorted(path.relative_to(temporary).as_posix() for path in found))
         (temporary / STUDENT_FILE).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import diffusers
 
 from fdistill.formats.pipeline_folder import components
 from fdistill.generator import FewStepGenerator, Student
+from fdistill.students.fewer_steps import said_in_diffusers
 from fdistill.students.phases import PhasedGenerator
 from fdistill.students.student_pipeline import StudentPipeline
 
@@ -50,6 +52,15 @@ def usage(generator: Student, folder: Path, pipeline: str, call: dict[str, Any])
 pipeline = DiffusionPipeline.from_pretrained("path/to/this/folder"{lacking})
 {drawn.format(arguments=arguments)}
 ```"""
+
+
+def usage_of_fewer_steps(facts: Mapping[str, Any]) -> str:
+    """A paragraph that says how to call the pipeline for fewer steps, if the student has learnt that."""
+    if not facts.get("any_step"):
+        return ""
+    said = said_in_diffusers(facts)
+    how = f"call the pipeline with {said}" if said else "`fdistill generate --steps` takes them"
+    return f"\n\nThe student has learnt to take fewer steps as well: {how}."
 
 
 def _phased_usage(generator: PhasedGenerator, cls: Any, arguments: str, lacking: str) -> str:
@@ -108,7 +119,7 @@ def model_card(
     samples = "![Samples](samples.png)\n\n" if has_samples else ""
     return f"""---
 library_name: diffusers
-tags: [one-step, distillation, fdistill]
+tags: [{"one-step" if steps == 1 else "few-step"}, distillation, fdistill]
 ---
 # {steps}-step student of `{card.get("teacher")}`
 

@@ -165,13 +165,12 @@ class Batches:
         x_t = upload(pairs.states[rows, step - 1], self._device) if step else None
         return {"pairs": Pairs(noise, x0, uploaded, levels[step], x_t)}
 
-    def _image_loss(self, rows: Tensor) -> dict[str, Any]:
+    def _image_loss(self, rows: Tensor) -> dict[str, ImageLoss]:
         """The CLIP loss between the student's images and the prompts of these rows."""
-        clip, text, weight = self._run.clip, self._data.text, self._run.stage.config.clip_loss.weight
-        if clip is None or text is None or not weight:
+        clip, text = self._run.clip, self._data.text
+        if clip is None or text is None or not self._run.stage.config.clip_loss.used:
             return {}
-        features = clip.encode_prompts(text.prompts(rows))
-        return {"image_loss": ImageLoss(clip, features), "image_weight": weight}
+        return {"image_loss": ImageLoss(clip, clip.encode_prompts(text.prompts(rows)))}
 
     def _reward_loss(self, rows: Tensor) -> dict[str, ImageLoss]:
         """Minus the preference score of the student's images for the prompts of these rows."""

@@ -176,7 +176,7 @@ def assemble(
         latents_folder=loaded.latents_folder,
         text=text,
         none=denoiser.null_class if text is None else null,
-        clip=_clip_hinge(config, latents, device) if any(stage.clip_loss.weight for stage in stages) else None,
+        clip=_clip_hinge(config, latents, device) if any(stage.clip_loss.used for stage in stages) else None,
         reward=_reward_loss(config, latents, device) if any(stage.reward.used for stage in stages) else None,
         networks=networks,
         student=student,

@@ -70,6 +70,7 @@ def check_teacher(config: DistillConfig, teacher: Denoiser) -> None:
     reward = config.reward
     for term, value in (
         ("clip_loss.weight", config.clip_loss.weight),
+        ("clip_loss.gradient_ratio", config.clip_loss.gradient_ratio),
         ("reward.weight", reward.weight),
         ("reward.gradient_ratio", reward.gradient_ratio),
     ):

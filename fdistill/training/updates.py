@@ -77,6 +77,8 @@ def student_update(
             "ratio": ratio,
             "gan_weight": config.generator.gan_weight,
             "gan_gradient_ratio": config.generator.gan_gradient_ratio,
+            "image_weight": config.clip_loss.weight,
+            "image_gradient_ratio": config.clip_loss.gradient_ratio,
             "reward_weight": config.reward.weight,
             "reward_gradient_ratio": config.reward.gradient_ratio,
             "augmentation": _augmentation(config, networks),
@@ -166,9 +168,8 @@ def _student_arguments(config: DistillConfig, networks: Networks, divergence: Di
         arguments["ratio_ramp"] = "the factor of the ratio's warmup; without it, ratio.warmup must be 0"
     if config.regression.weight:
         arguments["pairs"] = "the teacher's samples of the regression term; without it, regression.weight must be 0"
-    if config.clip_loss.weight:
-        arguments["image_loss"] = "the CLIP loss; without it, clip_loss.weight must be 0"
-        arguments["image_weight"] = "the weight of the CLIP loss; without it, clip_loss.weight must be 0"
+    if config.clip_loss.used:
+        arguments["image_loss"] = "the CLIP loss; without it, clip_loss must have no weight and no ratio"
     if config.reward.used:
         arguments["reward_loss"] = "minus the preference score; without it, reward must have no weight and no ratio"
     return arguments

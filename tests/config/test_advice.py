@@ -174,7 +174,7 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
     ),
     (
         {"clip_loss.weight": 0.1},
-        "expected 0, or a safetensors file of the model's weights",
+        "expected 0, or the file of the weights of clip_loss.model=ViT-B-32",
         [{"clip_loss.weight": 0}, {"clip_loss.weights": "a.safetensors"}],
     ),
     (
@@ -186,6 +186,11 @@ ADVICE: list[tuple[Settings, str, list[Settings]]] = [
         {"reward.weight": 0.1},
         "expected 0, or the file of the weights of reward.model=hps21",
         [{"reward.weight": 0}, {"reward.weights": "a.pt"}],
+    ),
+    (
+        {"clip_loss": {"weight": 0.1, "gradient_ratio": 0.2, "weights": "a.safetensors"}},
+        "expected one of them: set clip_loss.weight=0 or clip_loss.gradient_ratio=0",
+        [{"clip_loss.weight": 0}, {"clip_loss.gradient_ratio": 0}],
     ),
     (
         {"reward": {"weight": 0.1, "gradient_ratio": 0.2, "weights": "a.pt"}},

@@ -190,28 +190,32 @@ def test_terms_of_the_student_are_weighted_and_reach_it() -> None:
 
 
 @pytest.mark.parametrize("gan", [{"gan_weight": 0.0}, {"gan_weight": 0.3}, {"gan_gradient_ratio": 0.4}])
-def test_a_balanced_reward_is_weighed_against_matching_alone(gan: dict[str, float]) -> None:
+@pytest.mark.parametrize(("term", "other"), [("reward", "image"), ("image", "reward")])
+def test_a_balanced_term_on_images_is_weighed_against_matching_alone(
+    term: str, other: str, gan: dict[str, float]
+) -> None:
     """Whatever weight the GAN term beside it has, fixed or balanced too."""
     networks, x0, ratio = gaussian_networks(), [], 0.5
 
-    def reward_loss(images: Tensor) -> Tensor:
+    def loss(images: Tensor) -> Tensor:
         x0.append(images)
         return -images.sin().mean((1, 2, 3))
 
     def gradient(**terms: Any) -> Tensor:
-        options: dict[str, Any] = {"batch_size": 16, "gan_weight": 0.0, "image_loss": reward_loss}
+        options: dict[str, Any] = {"batch_size": 16, "gan_weight": 0.0, f"{other}_loss": loss}
         result = generator_step(networks, None, torch.Generator().manual_seed(3), **{**options, **terms})
         found.append(result)
         return torch.autograd.grad(result.loss, x0[-1])[0]
 
     found: list[Any] = []
     matching = gradient()
-    reward = gradient(image_weight=1.0) - matching
+    own = gradient(**{f"{other}_weight": 1.0}) - matching
     given = {"gan_weight": 1.0, **gan} if gan else gan
-    added = gradient(**given, reward_loss=reward_loss, reward_gradient_ratio=ratio) - gradient(**given)
-    torch.testing.assert_close(added, ratio * matching.norm() / reward.norm() * reward, rtol=1e-4, atol=1e-7)
-    weight = found[2].logs["generator/reward_loss_weight"].value[0]
-    torch.testing.assert_close(weight, ratio * matching.norm() / reward.norm(), rtol=1e-4, atol=0)
+    added = gradient(**given, **{f"{term}_loss": loss, f"{term}_gradient_ratio": ratio}) - gradient(**given)
+    torch.testing.assert_close(added, ratio * matching.norm() / own.norm() * own, rtol=1e-4, atol=1e-7)
+    name = "reward_loss" if term == "reward" else term
+    weight = found[2].logs[f"generator/{name}_weight"].value[0]
+    torch.testing.assert_close(weight, ratio * matching.norm() / own.norm(), rtol=1e-4, atol=0)
 
 
 def test_the_kl_of_predicted_noise_is_weighted_and_reaches_the_student() -> None:

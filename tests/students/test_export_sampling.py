@@ -62,6 +62,23 @@ def test_a_flows_sigmas_are_its_levels(tmp_path: Path, sampler: Sampler) -> None
     assert told.endswith("with sigmas=[1.0, 0.9, 0.75, 0.5], guidance_scale=0.0")
 
 
+def test_a_student_of_fewer_steps_as_well_says_how(tmp_path: Path) -> None:
+    folder = student(tmp_path / "student", FLOW, [1.0, 0.9, 0.75, 0.5], "stochastic")
+    facts = json.loads((folder / STUDENT_FILE).read_text())
+    (folder / STUDENT_FILE).write_text(json.dumps({**facts, "any_step": True}))
+    _, *fewer = export_student(folder, "comfy-lora", tmp_path / "lora.safetensors")
+    assert fewer == [
+        "for 3 of its steps take the sigmas 1, 0.9, 0.75, 0",
+        "for 2 of its steps take the sigmas 1, 0.75, 0",
+        "for 1 of its steps take the sigmas 1, 0",
+    ]
+    _, *fewer = export_student(folder, "lora", tmp_path / "lora.safetensors")
+    assert fewer == [
+        "for fewer steps change the call: sigmas=[1.0, 0.9, 0.75] for 3 steps, sigmas=[1.0, 0.75] for 2 steps, "
+        "sigmas=[1.0] for 1 step"
+    ]
+
+
 def test_adapters_of_a_network_that_takes_guidance_need_it(tmp_path: Path) -> None:
     """FLUX.1-dev's: the student's folder has the scale in its weights, the network that adapters go on has not."""
     folder = student(tmp_path / "student", FLOW, [1.0, 0.5], "stochastic")

@@ -139,9 +139,9 @@ ADVICE: list[tuple[Words, str, list[Words]]] = [
         [dry("batch_size=8", f"generator.micro_batch={size}") for size in ("4", "null")],
     ),
     (
-        dry("clip_loss.weight=0.1", "clip_loss.weights=a.safetensors"),
+        dry("clip_loss.gradient_ratio=0.1", "clip_loss.weights=a.safetensors"),
         "expected 0, or a text-to-image teacher",
-        [dry("clip_loss.weight=0")],
+        [dry("clip_loss.gradient_ratio=0")],
     ),
     (
         dry("reward.gradient_ratio=0.1", "reward.weights=a.pt"),

@@ -144,7 +144,6 @@ def test_everything_with_a_row_for_each_sample_is_divided() -> None:
         "real_x0": torch.arange(6.0),
         "pairs": Pairs(torch.arange(6.0), torch.arange(6.0) + 10, text),
         "image_loss": image_loss,
-        "image_weight": 0.5,
         "ratio_ramp": 0.3,
         "rollout": Rollout((2.5, 0.5), torch.arange(6)),
         "batch_size": 6,
@@ -155,7 +154,7 @@ def test_everything_with_a_row_for_each_sample_is_divided() -> None:
     assert found["pairs"].x0.tolist() == [12, 13]
     assert found["pairs"].condition["prompt_embeds"].flatten().tolist() == [2, 3]
     assert found["image_loss"](torch.zeros(2, 1)).tolist() == [2, 3]
-    assert (found["image_weight"], found["ratio_ramp"], found["batch_size"]) == (0.5, 0.3, 2)
+    assert (found["ratio_ramp"], found["batch_size"]) == (0.3, 2)
     assert (found["rollout"].levels, found["rollout"].x0.tolist()) == ((2.5, 0.5), [2, 3])
     assert part_of({"pairs": Pairs(torch.arange(2.0), torch.arange(2.0), None)}, 0, 2)["pairs"].condition is None
 

@@ -180,8 +180,9 @@ def test_a_stage_of_another_method_leaves_out_what_the_method_before_had_of_its_
     assert stage_of({"method": "dmd2"}, **own).augmentation.weight == 0.5  # the run's
     warmed = stage_of({"method": "regression"}, method="dmd2", reuse_samples=True)
     assert not warmed.reuse_samples
-    rewarded = stage_of({"method": "sid"}, **{"reward.weights": "a.pt", "reward.gradient_ratio": 0.1})
-    assert not rewarded.reward.used
+    for term, kind in (("reward", "pt"), ("clip_loss", "safetensors")):
+        found = stage_of({"method": "sid"}, **{f"{term}.weights": f"a.{kind}", f"{term}.gradient_ratio": 0.1})
+        assert not getattr(found, term).used
 
 
 def test_a_stage_changes_what_it_names_alone() -> None:

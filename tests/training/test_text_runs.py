@@ -227,13 +227,14 @@ def test_clip_loss_pulls_images_towards_prompts(teacher: Path, prompts: Path, tm
     weights = tiny_clip_file(tmp_path)
     settings = {
         "prompts": str(prompts),
-        "clip_loss.weight": 0.1,
+        "clip_loss.gradient_ratio": 0.1,
         "clip_loss.model": "tiny-fdistill",
         "clip_loss.margin": 1.0,
     }
     run(tmp_path / "run", teacher, **settings, **{"clip_loss.weights": str(weights)})
     record = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert 0 < record["generator/image"] <= 2
+    assert record["generator/image_weight"] > 0
     with pytest.raises(ConfigError, match=r"clip_loss.weights is null"):
         run(tmp_path / "other", teacher, **settings)
 

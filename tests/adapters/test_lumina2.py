@@ -18,6 +18,7 @@ from fdistill.adapters.parametrisation import scheduler_config
 from fdistill.base.errors import ArgumentError, CheckpointError
 from fdistill.commands.tiny_pipelines import tiny_pipeline
 from fdistill.condition import TextCondition
+from fdistill.guidance import GuidedDenoiser
 from support.text_dits import adapters_and_checkpointing, own_output, tiny
 from support.text_pipelines import condition_of, denoiser_of, encoders, load_pipeline, text_of
 
@@ -90,6 +91,31 @@ def test_the_network_is_told_what_its_pipeline_tells_it(negative: str, tmp_path:
             torch.testing.assert_close(condition[name], given[argument], rtol=1e-5, atol=1e-5)
     lengths = told["prompt_attention_mask"].sum(1).tolist()
     assert min(lengths) > 25 > int(null["prompt_attention_mask"].sum())
+
+
+@torch.no_grad()
+def test_a_guided_step_is_the_pipelines(tmp_path: Path) -> None:
+    """Which brings the norm of each row back to the conditional one's: guidance_rescale=1."""
+    tiny_pipeline("Lumina2Pipeline").save_pretrained(tmp_path)
+    pipeline = load_pipeline(tmp_path)
+    stepped: list[Tensor] = []
+    x_t = torch.randn(2, 16, 8, 8, generator=torch.Generator().manual_seed(4))
+    pipeline(
+        PROMPTS,
+        guidance_scale=3.0,
+        latents=x_t,
+        callback_on_step_end=lambda _pipeline, _step, _time, now: stepped.append(now["latents"]) or {},
+        **{"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"},
+    )
+    sigma, following = pipeline.scheduler.sigmas[:2]
+    null, told = text_of(pipeline).encode_null(encoders(pipeline), "", 64), condition_of(pipeline, PROMPTS, 64)
+    found = []
+    for rescale in (1.0, 0.0):
+        guided = GuidedDenoiser(denoiser_of(pipeline), 3.0, null=null, rescale=rescale)
+        velocity = (x_t - guided(x_t, sigma.expand(2), told)) / sigma
+        found.append(x_t + (following - sigma) * velocity)
+    torch.testing.assert_close(stepped[0], found[0], rtol=1e-4, atol=1e-4)
+    assert (stepped[0] - found[1]).abs().max() > 1e-2
 
 
 def test_no_value_is_read_from_the_device() -> None:

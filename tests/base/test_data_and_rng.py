@@ -46,6 +46,8 @@ def test_indexed_noise_depends_on_seed_and_index_alone() -> None:
     together = rng.indexed_normal(7, range(20), (2, 3))
     assert torch.equal(rng.indexed_normal(7, [13], (2, 3))[0], together[13])
     assert torch.equal(rng.indexed_normal(7, [19, 4], (2, 3)), together[[19, 4]])
+    # Image 13 of a student of four steps begins with the noise of any other model's image 13.
+    assert torch.equal(rng.indexed_normal(7, [13], (4, 2, 3))[0, 0], together[13])
     # Large seeds keep all their bits.
     draws = [rng.indexed_normal(seed, [0], (4,)) for seed in (0, 1, 2**63, 2**63 + 1, 2**64 - 1)]
     assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 5

@@ -25,6 +25,7 @@ from torch import Tensor
 from fdistill.adapters import original_layout
 from fdistill.adapters.original_names import assemble
 from fdistill.base.errors import ArgumentError, CheckpointError
+from fdistill.commands import tiny_pipelines
 from fdistill.formats.comfy import NETWORK, single_file
 from fdistill.formats.comfy.autoencoder import original_autoencoder
 from fdistill.formats.comfy.text_encoders import original_clip, original_open_clip
@@ -326,18 +327,26 @@ def test_latents_that_comfyui_would_decode_otherwise_are_spoken_of(tmp_path: Pat
 
 def test_weights_keep_their_type_unless_asked(tmp_path: Path) -> None:
     folder = tiny_pipeline("sd1", tmp_path / "student")
-    StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16).save_pretrained(folder)
-    for dtype, expected in ((None, torch.float16), ("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        export_student(folder, "comfy", tmp_path / "a.safetensors", dtype)
-        assert {value.dtype for value in load_file(tmp_path / "a.safetensors").values()} == {expected}
+    types = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+    for own in (torch.float16, torch.float32):
+        StableDiffusionPipeline.from_pretrained(folder, torch_dtype=own).save_pretrained(folder)
+        for dtype, expected in {None: own, **types}.items():
+            export_student(folder, "comfy", tmp_path / "a.safetensors", dtype)
+            found = load_file(tmp_path / "a.safetensors").values()
+            assert {value.dtype for value in found if value.is_floating_point()} == {expected}
 
 
-def test_eight_bits_are_for_the_networks_matrices(tmp_path: Path) -> None:
-    folder = tiny_pipeline("sd1", tmp_path / "student")
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+@pytest.mark.parametrize(("kind", "matrix"), [("unet", "conv_out.weight"), ("transformer", "proj_out.weight")])
+def test_eight_bits_are_for_the_networks_matrices(kind: str, matrix: str, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    if kind == "unet":
+        tiny_pipeline("sd1", folder)
+    else:
+        tiny_pipelines.tiny_pipeline("StableDiffusion3Pipeline").save_pretrained(folder)
+    network = getattr(DiffusionPipeline.from_pretrained(folder), kind)
     with torch.no_grad():
-        pipeline.unet.conv_out.weight[0, 0, 0, 0] = 1000.0  # beyond what eight bits hold
-    pipeline.unet.save_pretrained(folder / "unet")
+        network.get_parameter(matrix).view(-1)[0] = 1000.0  # beyond what eight bits hold
+    network.save_pretrained(folder / kind)
     for dtype in ("fp32", "fp8"):
         export_student(folder, "comfy", tmp_path / f"{dtype}.safetensors", dtype)
     whole, small = (load_file(tmp_path / f"{dtype}.safetensors") for dtype in ("fp32", "fp8"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ from safetensors.torch import save_file
 
 from fdistill.adapters import supported_pipelines
 from fdistill.adapters.parametrisation import DirectPrediction, student_scheduler
+from fdistill.base.errors import ConfigError
 from fdistill.commands.tiny_pipelines import tiny_pipeline
 from fdistill.formats.comfy.workflow import ComfySampling, workflow
 from fdistill.formats.lora_file import LORA_FILE
 from fdistill.noise import FlowSchedule, vp_schedule_from_config
 from fdistill.student_kinds import STUDENT_FILE, Sampler
 from fdistill.students.export import export_student
+from fdistill.students.text_to_image import check_exportable
 from support.text_families_flux2 import HAS_FLUX2, dev
 
 SD = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -105,6 +108,19 @@ def test_weights_that_keep_their_input_of_guidance_need_it(
     nodes = {node["class_type"]: node["inputs"] for node in json.loads((tmp_path / "two.json").read_text()).values()}
     assert nodes.get("FluxGuidance", {}).get("guidance") == (4.0 if guided else None)
     assert nodes["UNETLoader"]["unet_name"] == "two.safetensors"
+
+
+def test_what_eulers_scheduler_cannot_express_is_refused() -> None:
+    """A prediction of x0, which it does not read, and a first level without an image, where it divides by alpha = 0."""
+    no_image = vp_schedule_from_config({"beta_schedule": "scaled_linear", "rescale_betas_zero_snr": True})
+    for form in (DirectPrediction(VP.schedule, "x0"), DirectPrediction(no_image, "v")):
+        denoiser: Any = SimpleNamespace(parametrisation=form)
+        check_exportable(denoiser, [999.0, 499.0], "stochastic")
+        with pytest.raises(ConfigError, match=r"got deterministic, but Euler's .*; expected stochastic"):
+            check_exportable(denoiser, [999.0, 499.0], "deterministic")
+    denoiser = SimpleNamespace(parametrisation=VP)
+    with pytest.raises(ConfigError, match="expected whole timesteps"):
+        check_exportable(denoiser, [999.0, 499.5], "deterministic")
 
 
 @pytest.mark.parametrize("sampler", ["stochastic", "deterministic"])

@@ -37,8 +37,6 @@ FAMILIES = {**TEXT_FAMILIES, **TEXT_FAMILIES_DIT}
 LEVELS = {"sdxl": 399.0, "pixart": 399.0, "pixart-alpha": 399.0}
 
 
-#: FLUX.2's two pipelines share their network, so each is trained in one mode.
-MODES: dict[str, dict[str, dict[str, Any]]] = {"flux2-klein": {"lora": LORA}, "flux2-dev": {"full": {}}}
 #: Tried by day: a UNet and a transformer, whose pipeline packs its latents.
 BY_DAY: dict[str, dict[str, dict[str, Any]]] = {"sd15": {"full": {}}, "flux-dev": {"lora": LORA}}
 
@@ -96,7 +94,7 @@ def test_two_iterations_export_and_the_same_image_in_plain_diffusers(
     jobs, expected = [], {}
     by_day = request.config.getoption("markexpr") == "not thorough"
     for name in BY_DAY if by_day else FAMILIES:
-        modes = BY_DAY[name] if by_day else MODES.get(name, {"full": {}, "lora": LORA})
+        modes = BY_DAY[name] if by_day else {"full": {}, "lora": LORA}
         for mode, changes in modes.items():
             output = tmp_path / f"{name}-{mode}"
             with pytest.MonkeyPatch.context() as patch:

@@ -31,6 +31,7 @@ from fdistill.config.reading import load_config
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.teachers.text_encoders import PromptEncoder
 from fdistill.training import logbook, loop
+from fdistill.training.appearance import LOOK
 from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints
 from fdistill.training.curves import save_curves
@@ -463,7 +464,9 @@ def test_images_that_are_not_finite_stop_the_run(
     assert not (tmp_path / "run" / "best").exists()
 
 
-def test_the_curve_is_drawn(watched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved from now on."""
     drawn: list[Figure] = []
     save = Figure.savefig
 
@@ -472,17 +475,33 @@ def test_the_curve_is_drawn(watched: Path, tmp_path: Path, monkeypatch: pytest.M
         save(self, *arguments, **options)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
+    return drawn
+
+
+def test_the_curve_is_drawn(watched: Path, tmp_path: Path, figures: list[Figure]) -> None:
     records = read_records(watched / "metrics.jsonl")
     save_curves(records, tmp_path / "curves.png")
     far = [{**r, FD: 500.0 / r["iteration"] ** 3} if FD in r else r for r in records]
     save_curves(far, tmp_path / "far.png")
-    axes, of_far = ({a.get_title(): a for a in figure.axes} for figure in drawn)
+    axes, of_far = ({a.get_title(): a for a in figure.axes} for figure in figures)
     titles = [f"{name}@{COUNT}" for name in ("fd_digits", "precision", "recall", "class_accuracy")]
     assert [title for title in axes if "@" in title] == titles
     (line,) = axes[titles[0]].lines
     assert dict(zip(*line.get_data(), strict=True)) == scored(watched)
     assert (axes[titles[0]].get_yscale(), of_far[titles[0]].get_yscale()) == ("linear", "log")
     assert (watched / "curves.png").stat().st_size == pytest.approx((tmp_path / "curves.png").stat().st_size, rel=0.05)
+
+
+def test_the_curve_of_how_samples_look_is_beside_the_teachers(tmp_path: Path, figures: list[Figure]) -> None:
+    looks = {"brightness": (0.5, 0.4), "contrast": (0.3, 0.2), "saturation": (0.9, 0.3), "diversity": (1.0, 4.0)}
+    at = {f"{LOOK}{name}": own for name, (own, _) in looks.items()}
+    at |= {f"{LOOK}teacher_{name}": teacher for name, (_, teacher) in looks.items()}
+    save_curves([{"iteration": 1, **at}, {"iteration": 2}, {"iteration": 3, **at}], tmp_path / "curves.png")
+    (panel,) = (axes for axes in figures[0].axes if axes.get_title() == "samples, divided by the teacher's")
+    found = {str(line.get_label()): line for line in panel.lines}
+    for name, (own, teacher) in looks.items():
+        iterations, ratios = found[name].get_data()
+        assert (list(iterations), list(ratios)) == ([1, 3], [own / teacher] * 2)
 
 
 def test_dry_run_says_when_it_measures(tiny_teacher: Path) -> None:

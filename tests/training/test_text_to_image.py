@@ -37,8 +37,7 @@ FAMILIES = {**TEXT_FAMILIES, **TEXT_FAMILIES_DIT}
 LEVELS = {"sdxl": 399.0, "pixart": 399.0, "pixart-alpha": 399.0}
 
 
-#: Tried by day: a UNet and a transformer, whose pipeline packs its latents.
-BY_DAY: dict[str, dict[str, dict[str, Any]]] = {"sd15": {"full": {}}, "flux-dev": {"lora": LORA}}
+MODES: dict[str, dict[str, Any]] = {"full": {}, "lora": LORA}
 
 
 def features(name: str) -> list[str]:
@@ -87,62 +86,59 @@ def pipeline_latents(name: str, noise: Tensor) -> Tensor:
 
 
 @pytest.mark.thorough  # by day, test_text_runs.py and tests/students train and export
+@pytest.mark.parametrize("name", FAMILIES)
 def test_two_iterations_export_and_the_same_image_in_plain_diffusers(
-    teachers: dict[str, Path], prompts: Path, tmp_path: Path, request: pytest.FixtureRequest
+    name: str, teachers: dict[str, Path], prompts: Path, tmp_path: Path
 ) -> None:
-    """At night every family with all weights and with LoRA, by day one family with each."""
     jobs, expected = [], {}
-    by_day = request.config.getoption("markexpr") == "not thorough"
-    for name in BY_DAY if by_day else FAMILIES:
-        modes = BY_DAY[name] if by_day else {"full": {}, "lora": LORA}
-        for mode, changes in modes.items():
-            output = tmp_path / f"{name}-{mode}"
-            with pytest.MonkeyPatch.context() as patch:
-                drawn = Drawn()
-                drawn.record(patch)
-                student = distill(
-                    "digits",
-                    output=output,
-                    teacher=str(teachers[name]),
-                    prompts=str(prompts),
-                    resolution=resolution(name),
-                    **{
-                        **SETTINGS,
-                        **changes,
-                        "iterations": 2,
-                        "discriminator.features": features(name),
-                        "student_level": LEVELS.get(name),
-                    },
-                )
-            facts = json.loads((student / "fdistill_student.json").read_text())
-            assert facts["pipeline"] == FAMILIES[name][1]
-            base = drawn.weights["teacher"]
-            shared = [base & drawn.weights[role] for role in ("fake", "student")]
-            assert shared == ([base, base] if mode == "lora" else [set(), set()]), name
-            assert (student / LORA_FILE).is_file() == (mode == "lora")
-            latents = tmp_path / f"{output.name}.npy"
-            # One of each prompt, as they were encoded: encoders round differently in batches of another size, by 1e-5,
-            # of which these networks, untrained, make more than 1e-4.
-            rows = [drawn.prompts.index(prompt) for prompt in PROMPTS]
-            np.save(latents, pipeline_latents(name, drawn.noise[rows]).numpy())
-            images = tmp_path / f"{output.name}-images.npy"
-            expected[f"{name} {mode}"] = (drawn.images[rows], images)
-            jobs.append(
-                {
-                    "student": str(student),
-                    "pipeline": FAMILIES[name][1],
-                    "prompts": PROMPTS,
-                    "latents": str(latents),
-                    "images": str(images),
-                    "call": facts["call"],
-                }
+    for mode, changes in MODES.items():
+        output = tmp_path / mode
+        with pytest.MonkeyPatch.context() as patch:
+            drawn = Drawn()
+            drawn.record(patch)
+            student = distill(
+                "digits",
+                output=output,
+                teacher=str(teachers[name]),
+                prompts=str(prompts),
+                resolution=resolution(name),
+                **{
+                    **SETTINGS,
+                    **changes,
+                    "iterations": 2,
+                    "discriminator.features": features(name),
+                    "student_level": LEVELS.get(name),
+                },
             )
+        facts = json.loads((student / "fdistill_student.json").read_text())
+        assert facts["pipeline"] == FAMILIES[name][1]
+        base = drawn.weights["teacher"]
+        shared = [base & drawn.weights[role] for role in ("fake", "student")]
+        assert shared == ([base, base] if mode == "lora" else [set(), set()])
+        assert (student / LORA_FILE).is_file() == (mode == "lora")
+        latents = tmp_path / f"{mode}.npy"
+        # One of each prompt, as they were encoded: encoders round differently in batches of another size, by 1e-5,
+        # of which these networks, untrained, make more than 1e-4.
+        rows = [drawn.prompts.index(prompt) for prompt in PROMPTS]
+        np.save(latents, pipeline_latents(name, drawn.noise[rows]).numpy())
+        images = tmp_path / f"{mode}-images.npy"
+        expected[mode] = (drawn.images[rows], images)
+        jobs.append(
+            {
+                "student": str(student),
+                "pipeline": FAMILIES[name][1],
+                "prompts": PROMPTS,
+                "latents": str(latents),
+                "images": str(images),
+                "call": facts["call"],
+            }
+        )
     (tmp_path / "jobs.json").write_text(json.dumps(jobs))
     subprocess.run([sys.executable, "-c", _DRAW, str(tmp_path / "jobs.json")], check=True, cwd=tmp_path)
-    for what, (own, path) in expected.items():
+    for mode, (own, path) in expected.items():
         theirs = torch.from_numpy(np.load(path)).movedim(-1, 1)
-        assert own.std() > 0.01, what
-        torch.testing.assert_close(theirs, own, rtol=0, atol=1e-4, msg=lambda m, what=what: f"{what}: {m}")
+        assert own.std() > 0.01, mode
+        torch.testing.assert_close(theirs, own, rtol=0, atol=1e-4, msg=lambda m, mode=mode: f"{mode}: {m}")
 
 
 @pytest.fixture(scope="module")

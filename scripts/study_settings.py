@@ -64,7 +64,7 @@ class Setting:
 
     rate: float = 1.0
     batch: float = 1.0
-    decay: float = 0.98
+    average: str = "0.98"  # a decay, or sigma_rel=WIDTH
     schedule: str = "constant"
     gan_ratio: float = 0.0  # 0 has the weight that was the default, 1e-3
     critic_steps: int = 2
@@ -78,11 +78,16 @@ class Setting:
             "generator.lr_hold=50",
             f"generator.gan_gradient_ratio={self.gan_ratio}",
             f"batch_size={round(self.batch * teacher.batch)}",
-            f"ema.decays=[{self.decay}]",
-            f"ema.export={self.decay}",
+            *self.averages(),
             f"critic_steps={self.critic_steps}",
             f"iterations={self.iterations(teacher)}",
         ]
+
+    def averages(self) -> list[str]:
+        """The one that is kept and exported."""
+        kind, _, width = self.average.rpartition("=")
+        kept = [f"ema.decays=[{'' if kind else width}]", f"ema.sigma_rel=[{width if kind else ''}]"]
+        return [*kept, f"ema.export={self.average}"]
 
     def iterations(self, teacher: Teacher) -> int:
         """How many take the arithmetic of the teacher's number with all of its batch and two critic updates."""
@@ -101,14 +106,15 @@ TEACHERS = {
 }
 SETTINGS = {
     "before": Setting(),
-    "now": Setting(2, 0.5, 0.95, "inverse-sqrt", 0.3),
-    "now, one critic update": Setting(2, 0.5, 0.95, "inverse-sqrt", 0.3, critic_steps=1),
-    "now, whole batch": Setting(2, 1.0, 0.95, "inverse-sqrt", 0.3),
-    "now, cosine": Setting(2, 0.5, 0.95, "cosine", 0.3),
-    "now, average 0.98": Setting(2, 0.5, 0.98, "inverse-sqrt", 0.3),
-    "now, GAN 1e-3": Setting(2, 0.5, 0.95, "inverse-sqrt"),
-    "now, GAN x 0.1": Setting(2, 0.5, 0.95, "inverse-sqrt", 0.1),
-    "now, GAN x 1": Setting(2, 0.5, 0.95, "inverse-sqrt", 1.0),
+    "now": Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt", 0.3),
+    "now, one critic update": Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt", 0.3, critic_steps=1),
+    "now, whole batch": Setting(2, 1.0, "sigma_rel=0.1", "inverse-sqrt", 0.3),
+    "now, cosine": Setting(2, 0.5, "sigma_rel=0.1", "cosine", 0.3),
+    "now, average 0.95": Setting(2, 0.5, "0.95", "inverse-sqrt", 0.3),
+    "now, average 0.98": Setting(2, 0.5, "0.98", "inverse-sqrt", 0.3),
+    "now, GAN 1e-3": Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt"),
+    "now, GAN x 0.1": Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt", 0.1),
+    "now, GAN x 1": Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt", 1.0),
 }
 
 

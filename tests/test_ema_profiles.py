@@ -237,7 +237,7 @@ def test_coefficients_are_the_nearest_combination() -> None:
 )
 def test_settings_that_do_not_fit(setting: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        load_config("digits", ["ema.decays=[0.98]", "ema.export=0.98", setting])
+        load_config("digits", ["ema={decays: [0.98], sigma_rel: [], export: 0.98}", setting])
 
 
 def test_settings_that_fit() -> None:

@@ -114,9 +114,10 @@ def _averages(run: Mapping[str, Any], stage: Mapping[str, Any]) -> dict[str, Any
     if stage["decays"] == run["decays"]:
         return dict(stage)
     if not isinstance(stage["decays"], list) or len(stage["decays"]) != len(run["decays"]):
-        raise ValueError(
-            f"ema.decays: got {stage['decays']!r}; expected a decay for each of the run's averages {run['decays']}"
-        )
+        expected = f"a decay for each of the run's averages {run['decays']}"
+        if not run["decays"]:
+            expected = "none: the run's averages have widths (ema.sigma_rel), which no stage changes"
+        raise ValueError(f"ema.decays: got {stage['decays']!r}; expected {expected}")
     decays = dict(zip(run["decays"], stage["decays"], strict=True))
     return {**stage, "export": decays.get(run["export"], run["export"])}
 

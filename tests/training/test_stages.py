@@ -215,8 +215,12 @@ def test_a_stage_changes_what_it_names_alone() -> None:
             "stage 1: generator.lr_warmup: got 2 of 2 iterations",
         ),
         (
-            {"stages": [{"iterations": 2, "ema.decays": [0.5, 0.6]}]},
+            {"stages": [{"iterations": 2, "ema.decays": [0.5, 0.6]}], "ema": {"decays": [0.95], "export": 0.95}},
             r"stage 1: ema.decays: got \[0.5, 0.6\]; expected a decay for each of the run's averages \[0.95\]",
+        ),
+        (
+            {"stages": [{"iterations": 2, "ema.decays": [0.5]}]},
+            r"stage 1: ema.decays: got \[0.5\]; expected none: the run's averages have widths \(ema.sigma_rel\), which",
         ),
         (
             {"stages": [{"iterations": 2, "method": "diffratio"}, {"iterations": 1}]},

@@ -568,7 +568,7 @@ def test_provenance_says_how_to_repeat_it(tiny_teacher: Path, tmp_path: Path) ->
         "teacher": str(tiny_teacher),
         "teacher_guidance": 1.0,
         "iterations": 1,
-        "ema": 0.95,
+        "ema": "sigma_rel=0.1",
         "seed": 3,
     }
     assert provenance["resolution"] == "8x8"

@@ -82,7 +82,7 @@ def test_a_run_tells_its_tracker_every_record(
             value = {"generator/matching": run.iteration / 10}
             logbook.journal.record = lambda value=value: dict(value)  # type: ignore[method-assign]
             logbook.after_iteration([], stopping=False)
-    settings = {"generator.lr": 4e-4, "ema.decays": "[0.95]", "method": "f-distill"}
+    settings = {"generator.lr": 4e-4, "ema.decays": "[]", "method": "f-distill"}
     assert Noted.told == ["fdistill", "start", settings, (2, 0.2), (4, 0.4), "finish"]
     Noted.told.clear()
     with Logbook(run, tmp_path, None, main=False):

@@ -115,4 +115,4 @@ def test_the_page_has_the_measured_scores() -> None:
     found = json.loads((docs / "few-step.json").read_text(encoding="utf-8"))
     page = (docs / "few-step.md").read_text(encoding="utf-8")
     assert "\n".join(study_few_step.table(found)) in page
-    assert {row.partition(", ")[0] for row in found} <= {"teacher", *ROWS}
+    assert {row.partition(", ")[0] for row in found} == {"teacher", *ROWS}

@@ -468,7 +468,8 @@ def test_few_steps_are_the_pipelines(teacher: Path, prompts: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("generator", ["denoiser", "tiue"])
 def test_another_average_of_a_text_student(teacher: Path, prompts: Path, tmp_path: Path, generator: str) -> None:
-    settings = {"ema.sigma_rel": [0.05, 0.1], "ema.snapshot_every": 1, "student.generator": generator}
+    averages = {"ema.sigma_rel": [0.05, 0.1], "ema.decays": [0.98], "ema.export": 0.98}
+    settings = {**averages, "ema.snapshot_every": 1, "student.generator": generator}
     student = run(tmp_path / "run", teacher, prompts=str(prompts), **settings)
     other = reconstruct_student(tmp_path / "run", sigma_rel=0.1, output=tmp_path / "other")
     assert PROMPTS[0] in (student / "README.md").read_text()

@@ -137,6 +137,7 @@ def test_scores_are_of_the_average_that_is_exported(watched: Path) -> None:
 def test_the_checkpoint_of_the_best_score_is_kept(tiny_teacher: Path, tmp_path: Path) -> None:
     """Whenever it was, and also by the run that resumes it."""
     changes = {"log.keep_best": True, "log.keep_checkpoints": 1, "eval.every": 1, "generator.lr": 0.3}
+    changes |= {"ema.decays": [0.95], "ema.export": 0.95}
     for iterations in (2, 4):
         folder = run(tiny_teacher, tmp_path / "run", resume=True, iterations=iterations, **changes)
     kept = {int(path.name) for path in checkpoints(folder / "checkpoints")}

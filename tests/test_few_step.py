@@ -146,6 +146,8 @@ def test_a_student_takes_other_numbers_of_steps(tiny_teacher: Path, tmp_path: Pa
         assert load_student(learnt, steps=2).levels == (2.5, 0.6)
         assert load_student(four, steps=4).levels == (2.5, 1.2, 0.6, 0.3)
         assert isinstance(load_student(learnt, steps=1), OneStepGenerator)
+    said = "The student has learnt to take fewer steps as well: `"
+    assert [said in (folder / "README.md").read_text() for folder in (learnt, four)] == [True, False]
     with pytest.warns(UserWarning, match="takes 2 steps, but has learnt to take 4$"):
         student = load_student(four, steps=2)
     with pytest.warns(UserWarning, match="takes 5 steps, but has learnt to take 1 to 4$"):

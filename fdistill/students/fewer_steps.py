@@ -21,8 +21,14 @@ def fewer_steps(facts: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
     lists = {key: value for key, value in facts.get("call", {}).items() if isinstance(value, list)}
     if not facts.get("any_step") or not lists:
         return {}
+    # The list of a consistency model's pipeline begins with the last step.
+    order = -1 if facts.get("pipeline") == "ConsistencyModelPipeline" else 1
+
+    def some_of(entries: list[float], steps: int) -> list[float]:
+        return list(levels_for(entries[::order], steps))[::order]
+
     most = len(facts["levels"]) - 1
-    return {steps: {key: list(levels_for(each, steps)) for key, each in lists.items()} for steps in range(most, 0, -1)}
+    return {steps: {key: some_of(each, steps) for key, each in lists.items()} for steps in range(most, 0, -1)}
 
 
 def said_in_diffusers(facts: Mapping[str, Any]) -> str:

@@ -2,11 +2,15 @@
 
     python scripts/bench_step.py CONFIG [key=value ...] [--against key=value,key=value] [--repeats 7] [--profile TRACE]
     python scripts/bench_step.py edm-w32       # random weights: EDM's CIFAR-10 network of width 32; or edm-w128, sd15
+    python scripts/bench_step.py edm-w128 backend=reference --against backend=auto,speed.compile=true
+
+`backend` is no setting of a config: with backend=reference plain torch does what fused kernels do elsewhere.
 
 Both updates run as in training, on random samples of the teacher's shape. Everything runs twice before it is timed;
 times are medians. With --against a second run has the further settings, and the two take turns; the difference of their
-gradients, from the same weights and random numbers, is divided by the norm of the first one's. Operations are those of
-matrix products and convolutions; their share of the peak is of a large matrix product, timed in between.
+gradients, from the same weights and random numbers, is divided by the norm of the first one's. Memory is then that of
+both runs, which are there at once. Operations are those of matrix products and convolutions; their share of the peak is
+of a large matrix product, timed in between. With --output the times are written before the rest is measured.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -28,6 +32,7 @@ from typing import Any
 import torch
 from bench_teachers import WORK
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,6 +54,7 @@ from fdistill.training.optimise import Role
 
 SAMPLES, CRITIC, STUDENT = "samples", "critic", "student"
 _WARM_UP = 2
+_BACKEND = "backend="
 
 
 class Bench:
@@ -135,11 +141,12 @@ class Bench:
 
 
 def opened(name: str, overrides: list[str]) -> Bench:
-    """The run of a config, or of one of WORK, with further settings."""
+    """The run of a config, or of one of WORK, with further settings; `backend=...` is that of the kernels."""
     sys.path.insert(0, str(Path(__file__).parent))  # of the teachers in WORK
     config, *settings = WORK.get(name, [name])
-    loaded = load_config(config, [*settings, *overrides])
-    return Bench(loaded, start(loaded.device)[1])
+    backends = [text.removeprefix(_BACKEND) for text in overrides if text.startswith(_BACKEND)]
+    loaded = load_config(config, [*settings, *(text for text in overrides if not text.startswith(_BACKEND))])
+    return Bench(loaded, start(loaded.device)[1], *backends[-1:])
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -204,13 +211,26 @@ def profiled(update: Callable[[], None], device: torch.device, trace: Path | Non
         found.export_chrome_trace(str(trace))
     names = Counter(event.name for event in found.events())
     launches = sum(count for name, count in names.items() if "LaunchKernel" in name)
-    busy = sum(event.self_device_time_total for event in found.key_averages()) / 1e6
     operations = sum(count for name, count in names.items() if name.startswith("aten::"))
     return {
         "launches": launches if device.type == "cuda" else operations,
         "host_reads": names["aten::_local_scalar_dense"],
-        **({"gpu_seconds": busy} if device.type == "cuda" else {}),
+        **({"gpu_seconds": busy_seconds(found.events())} if device.type == "cuda" else {}),
     }
+
+
+def busy_seconds(events: Iterable[Any]) -> float:
+    """How long a GPU works on at least one event of a profile; those of the CPU, and annotations, do not count."""
+    own = [
+        each
+        for each in events
+        if each.device_type == DeviceType.CUDA and not getattr(each, "is_user_annotation", False)
+    ]
+    total, until = 0.0, float("-inf")
+    for begin, end in sorted((each.time_range.start, each.time_range.end) for each in own):
+        total += max(0.0, end - max(begin, until))
+        until = max(until, end)
+    return total / 1e6
 
 
 @contextmanager
@@ -302,6 +322,13 @@ def gradient_difference(a: Bench, b: Bench) -> dict[str, float]:
     return found
 
 
+def write(found: dict[str, Any], output: Path | None) -> None:
+    """As JSON, if there is a file for it."""
+    if output is not None:
+        with atomic_file(output) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="a config, or one of " + ", ".join(WORK))
@@ -333,6 +360,7 @@ def main() -> None:
         "repeats": arguments.repeats,
         **machine(device),
     }
+    write(found | {"seconds": times}, arguments.output)
     for key, bench in benches.items():
         peak = matrix_peak(device, bench.run.config.precision)
         trace = arguments.profile and arguments.profile.with_stem(f"{arguments.profile.stem}-{key}")
@@ -340,11 +368,8 @@ def main() -> None:
     if "b" in found:
         found["gradient_difference"] = gradient_difference(benches["a"], benches["b"])
         found["b_over_a"] = found["b"]["iteration_seconds"] / found["a"]["iteration_seconds"]
-    text = json.dumps(found, indent=1)
-    print(text)
-    if arguments.output is not None:
-        with atomic_file(arguments.output) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+    write(found, arguments.output)
+    print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,6 @@ digits() { # ITERATIONS
 export -f digits
 part parity 180 "$python" -m pytest -q --maxfail=20 tests/kernels/test_kernels.py
 part step 50 "$python" scripts/gpu_step.py --output "$out/step.json"
-part digits 90 bash -c 'digits 420'
-part benchmark 270 "$python" scripts/bench_kernels.py --output "$out/kernels.json"
+part digits 80 bash -c 'digits 420'
+part benchmark 260 "$python" scripts/bench_kernels.py --output "$out/kernels.json"
 finished

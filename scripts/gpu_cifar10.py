@@ -52,10 +52,10 @@ STAGES = ("data", "features", "teacher", "students", "report")
 class Scale:
     """How large a run is; the second one is --quick."""
 
-    teacher_minutes: float = 3.5
+    teacher_minutes: float = 3.0
     teacher_channels: int = 64
     teacher_batch: int = 512
-    student_minutes: float = 1.0
+    student_minutes: float = 0.8
     student_batch: int = 128
     calibration: int = 40  # iterations
     feature_width: int = 64

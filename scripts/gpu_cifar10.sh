@@ -5,7 +5,8 @@
 # CIFAR10 names the JPEG copy's training file (the test file lies beside it), WORK the folder for what is made on the way:
 # where a call may not last ten minutes, call `data features teacher`, `students` and `report` one after another, with the same
 # WORK. Uses the python3 on PATH (PYTHON=... picks another) with torch; WHEELS=DIR installs other dependencies from wheels in
-# DIR into a temporary folder, as for scripts/gpu_check.sh.
+# DIR into a temporary folder, as for scripts/gpu_check.sh. A call ends after LIMIT seconds, 590 unless it is set; the
+# stages that were done by then stay in WORK, and the next call goes on with the others.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ $# -gt 0 ] || { echo "usage: bash scripts/gpu_cifar10.sh OUTPUT_DIR [STAGE ...] [--quick]" >&2; exit 2; }
@@ -29,4 +30,8 @@ case " $* " in
     [ -f "$cifar10" ] || { echo "$cifar10: no such file; set CIFAR10 to the JPEG copy's training file" >&2; exit 1; }
     ;;
 esac
-"$python" scripts/gpu_cifar10.py "$@" --output "$out" --work "$work" --cifar10 "$cifar10" 2>&1 | tee -a "$out/log.txt"
+limit="${LIMIT:-590}"
+status=0
+timeout "$limit" "$python" scripts/gpu_cifar10.py "$@" --output "$out" --work "$work" --cifar10 "$cifar10" 2>&1 | tee -a "$out/log.txt" || status=$?
+[ "$status" -ne 124 ] || echo "stopped after $limit s; the same command, with the same WORK, goes on with the stages that are left" >&2
+exit "$status"

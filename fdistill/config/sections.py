@@ -324,7 +324,10 @@ class EMAConfig(Section):
 
 
 class SpeedConfig(Section):
-    """How networks are run. Each setting changes results by rounding alone; all off is torch as it comes."""
+    """How networks are run. Each setting changes results by rounding alone; all off is torch as it comes.
+
+    `speed=off` turns off whatever the config turns on.
+    """
 
     channels_last: bool = Field(
         default=False, description="the weights and activations of convolutions have their channels last in memory"
@@ -332,6 +335,11 @@ class SpeedConfig(Section):
     compile: bool = Field(
         default=False, description="torch.compile for each block of the networks; the first iterations take minutes"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_off(cls, given: Any) -> Any:
+        return {} if given in ("off", False) else given
 
 
 class LogConfig(Section):

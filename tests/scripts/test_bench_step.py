@@ -6,12 +6,15 @@ import io
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.autograd import DeviceType
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 
@@ -23,8 +26,10 @@ import study_settings
 from bench_step import CRITIC, SAMPLES, STUDENT
 
 from fdistill import load_teacher
+from fdistill.base.errors import ArgumentError
 from fdistill.config.reading import load_config
 from fdistill.data.npz import open_npz
+from fdistill.kernels import interpreted
 
 
 @pytest.fixture
@@ -72,6 +77,26 @@ def test_gradients_of_two_settings_are_compared_from_the_same_weights(tiny_teach
     assert all(1e-4 < value < 0.5 for value in found.values()), found
     for mine, before in zip(half.run.role("generator").state_dict().values(), weights, strict=True):
         assert torch.equal(mine, before)
+
+
+def test_a_gpu_is_busy_while_one_of_its_kernels_runs() -> None:
+    def event(start: float, end: float, device: DeviceType = DeviceType.CUDA, annotation: bool = False) -> Any:
+        times = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(time_range=times, device_type=device, is_user_annotation=annotation)
+
+    kernels = [event(50e3, 60e3), event(0, 10e3), event(5e3, 20e3), event(6e3, 7e3)]  # 0 to 20 ms and 50 to 60 ms
+    others = [event(0, 100e3, DeviceType.CPU), event(0, 100e3, annotation=True)]
+    assert bench_step.busy_seconds([*kernels, *others]) == pytest.approx(0.03)
+    assert bench_step.busy_seconds(others) == 0
+
+
+def test_a_plain_backend_is_named_beside_the_settings(tiny_teacher: Path) -> None:
+    settings = [f"teacher={tiny_teacher}", "batch_size=4", "device=cpu"]
+    plain = bench_step.opened("digits", [*settings, "backend=triton", "backend=reference"])
+    plain.critic()
+    if not interpreted():
+        with pytest.raises(ArgumentError, match="'triton' needs CUDA"):
+            bench_step.opened("digits", [*settings, "backend=triton"]).critic()
 
 
 def test_operations_are_counted_forward_and_backward() -> None:

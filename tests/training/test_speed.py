@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from fdistill import distill
 from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
+from fdistill.config.sections import SpeedConfig
 from fdistill.training import speed
 from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints, load_checkpoint
@@ -41,19 +42,27 @@ def compile_without_inductor(self: nn.Module, **options: Any) -> None:
 compiles = pytest.mark.skipif(not COMPILES, reason="this torch's compiled blocks are refused")
 
 
-@pytest.mark.parametrize("setting", ["speed.channels_last", pytest.param("speed.compile", marks=compiles)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["speed.channels_last"],
+        pytest.param(["speed.compile"], marks=compiles),
+        pytest.param(["speed.channels_last", "speed.compile"], marks=compiles),
+    ],
+    ids="+".join,
+)
 @pytest.mark.thorough
 def test_after_twelve_updates_weights_are_the_same(
     plain: dict[str, torch.Tensor],
     tiny_teacher: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    setting: str,
+    settings: list[str],
 ) -> None:
     monkeypatch.setattr(nn.Module, "compile", compile_without_inductor)
     counters.clear()
-    quick = trained(tmp_path / "quick", tiny_teacher, **{setting: True})
-    assert (counters["stats"]["unique_graphs"] > 0) == (setting == "speed.compile")
+    quick = trained(tmp_path / "quick", tiny_teacher, **dict.fromkeys(settings, True))
+    assert (counters["stats"]["unique_graphs"] > 0) == ("speed.compile" in settings)
     assert not counters["graph_break"]
     assert quick.keys() == plain.keys()
     for name, value in plain.items():
@@ -78,6 +87,16 @@ def test_a_run_with_channels_last_goes_on_as_if_it_had_not_stopped(tiny_teacher:
     parts = load_checkpoint(checkpoints(tmp_path / "parts" / "checkpoints")[-1])[0]
     for name, value in whole.items():
         assert torch.equal(parts[name], value), name
+
+
+def test_off_turns_off_what_a_config_turns_on(tmp_path: Path) -> None:
+    (tmp_path / "fast.yaml").write_text("teacher: digits\nspeed: {channels_last: true, compile: true}\n")
+    assert load_config(tmp_path / "fast.yaml").speed.compile
+    for text in ("speed=off", "speed=false"):
+        assert load_config(tmp_path / "fast.yaml", [text]).speed == SpeedConfig(channels_last=False, compile=False)
+    for text in ("speed=on", "speed=true", "speed=1"):
+        with pytest.raises(ConfigError, match="speed"):
+            load_config("digits", [text])
 
 
 def test_all_networks_have_their_channels_last(tiny_teacher: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,19 @@ def test_doubling_ends_where_it_brings_nothing_or_memory_ends(monkeypatch: pytes
     assert batch_size.fastest(make, 8) == 8
     limit = 5
     assert batch_size.fastest(make, 256) == 4
+
+
+def test_a_batch_that_waits_for_another_program_does_not_end_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, calls = [0.0], Counter[int]()
+    monkeypatch.setattr(batch_size.time, "perf_counter", lambda: clock[0])
+
+    def make(size: int) -> None:
+        calls[size] += 1
+        clock[0] += 0.1 + 0.001 * size
+        if (size, calls[size]) in {(2, 2), (8, 3)} or size == 16:  # 16 is slow at all times
+            clock[0] += 0.3
+
+    assert batch_size.fastest(make, 64) == 64
 
 
 #: Of a GPU nothing is needed here but its name.

@@ -78,7 +78,7 @@ METHODS: dict[str, Method] = {
         "score difference weighted by h(r) of any f-divergence, with a GAN term",
         divergence="jensen-shannon",
         discriminator=True,
-        settings={"generator": {"gan_gradient_ratio": 0.3}},  # this project's (docs/speed.md); the paper fixes a weight
+        settings={"generator": {"gan_gradient_ratio": 0.3}},  # docs/convergence.md; the paper fixes a weight
     ),
     "dmd2": _matching(
         "reverse KL with a GAN head on the fake score's bottleneck, critic updated more often",

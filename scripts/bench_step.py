@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from bench_teachers import WORK
 from torch import Tensor, nn
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -96,12 +96,12 @@ class Setting:
 
 _EDM = ["digits", "teacher=OUT/edm-teacher"]
 TEACHERS = {
-    "digits": Teacher(["digits"], 250),
+    "digits": Teacher(["digits"], 210),
     "edm": Teacher(_EDM, 490),
     "edm-80": Teacher([*_EDM, "student_level=80", "matching_levels.high=0.98", "critic_levels.high=1.0"], 490),
-    "t2i": Teacher(["digits-t2i"], 250, batch=64, rate=1e-4),
+    "t2i": Teacher(["digits-t2i"], 150, batch=64, rate=1e-4),
     "colour": Teacher(
-        ["digits", "teacher=OUT/colour/teacher", "data=OUT/colour/train.npz", "matching_levels.high=0.8"], 300, batch=64
+        ["digits", "teacher=OUT/colour/teacher", "data=OUT/colour/train.npz", "matching_levels.high=0.8"], 160, batch=64
     ),
 }
 SETTINGS = {

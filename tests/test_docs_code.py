@@ -31,7 +31,7 @@ SHELL = {
     "scripts/newcomer.sh": ["first-hour.md"],
     "scripts/quickstart.sh, or the same with other names": ["index.md", "tutorial.md", "reading-a-run.md"],
     "minutes to hours each; what they printed stands on the page": [
-        *("choosing-a-divergence.md", "failures.md", "fields.md", "few-step.md", "methods/README.md"),
+        *("choosing-a-divergence.md", "convergence.md", "failures.md", "fields.md", "few-step.md", "methods/README.md"),
         *("methods/regression.md", "modes.md", "results.md", "rounding.md", "scaling.md", "speed.md"),
     ],
     "needs a published checkpoint, or images and prompts of a reader's own": [

@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.autograd import DeviceType
+from torch._C._autograd import DeviceType
 
 sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 

@@ -3,8 +3,8 @@
     python scripts/study_discriminator.py [STUDENT] [--features down0,down1,mid] [--updates 600] [--images 1797]
 
 STUDENT is a student's folder or a run; without one, the student is what training begins with, the embedded teacher used
-once at sigma 2.5. Heads on the teacher's features learn as in `configs/digits.yaml`, on three quarters of both sets of
-images, and are tried on the rest. A half is chance. One minute on one core.
+once at sigma 2.5. Heads on the teacher's features learn with the optimiser of `configs/digits.yaml`, mostly at little
+noise, on three quarters of both sets of images, and are tried on the rest. A half is chance. One minute on one core.
 """
 
 from __future__ import annotations

@@ -339,7 +339,7 @@ class SpeedConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _all_off(cls, given: Any) -> Any:
-        return {} if given in ("off", False) else given
+        return {} if given is False or given == "off" else given
 
 
 class LogConfig(Section):

@@ -94,7 +94,7 @@ def test_off_turns_off_what_a_config_turns_on(tmp_path: Path) -> None:
     assert load_config(tmp_path / "fast.yaml").speed.compile
     for text in ("speed=off", "speed=false"):
         assert load_config(tmp_path / "fast.yaml", [text]).speed == SpeedConfig(channels_last=False, compile=False)
-    for text in ("speed=on", "speed=true", "speed=1"):
+    for text in ("speed=on", "speed=true", "speed=0"):
         with pytest.raises(ConfigError, match="speed"):
             load_config("digits", [text])
 

@@ -11,7 +11,7 @@ import typer
 
 from fdistill import __version__
 from fdistill.base.files import nothing_cached
-from fdistill.base.process import importing, set_up
+from fdistill.base.process import importing
 from fdistill.commands.cache import cache
 from fdistill.commands.demo import demo
 from fdistill.commands.ending import one_message, quiet_libraries
@@ -379,7 +379,6 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def main() -> None:
     """Runs the command; see `one_message` for how it ends."""
-    set_up()  # before torch is imported
     warnings.showwarning = _show_warning
     quiet_libraries()
     sys.path.append(str(Path.cwd()))  # so that module:function is also found in the current folder

@@ -324,10 +324,7 @@ class EMAConfig(Section):
 
 
 class SpeedConfig(Section):
-    """How networks are run. Each setting changes results by rounding alone; all off is torch as it comes.
-
-    `speed=off` turns off whatever the config turns on.
-    """
+    """How networks are run. Each setting changes results by rounding alone; `speed=off` is torch as it comes."""
 
     channels_last: bool = Field(
         default=False, description="the weights and activations of convolutions have their channels last in memory"
@@ -335,11 +332,15 @@ class SpeedConfig(Section):
     compile: bool = Field(
         default=False, description="torch.compile for each block of the networks; the first iterations take minutes"
     )
+    share_cores: bool = Field(
+        default=True,
+        description="on a CPU, one thread fewer for each core that others use, unless OMP_NUM_THREADS is set",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _all_off(cls, given: Any) -> Any:
-        return {} if given is False or given == "off" else given
+        return {"share_cores": False} if given is False or given == "off" else given
 
 
 class LogConfig(Section):

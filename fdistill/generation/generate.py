@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from fdistill import __version__
 from fdistill.adapters.blocks import compile_blocks
 from fdistill.adapters.checkpoint import Checkpoint
+from fdistill.base.cores import shared_cores
 from fdistill.base.devices import autocast, start
 from fdistill.base.distributed import from_main_process, wait_for_everyone
 from fdistill.base.errors import ArgumentError, CheckpointError, did_you_mean
@@ -270,7 +271,7 @@ def generate(
     if compiled:
         for evaluated in maker.networks:
             compile_blocks(evaluated)
-    order = _Order(maker, condition, num_images, seed, batch_size or 0, precision, chosen_device)
+    order = _Order(maker, condition, num_images, seed, batch_size or 0, precision, compiled, chosen_device)
     if batch_size is None:
         order = replace(order, batch_size=from_main_process(lambda: _fastest_batch(order)))
     main, processes = state.is_main_process, state.num_processes
@@ -318,6 +319,7 @@ class _Order:
     seed: int
     batch_size: int
     precision: str
+    compiled: bool
     device: torch.device
 
     def make(self, part: range) -> Tensor:
@@ -348,13 +350,18 @@ def _save_images(order: _Order, indices: range, folder: Path, counted: Evaluatio
 def _batches(order: _Order, indices: range, *, progress: bool) -> Iterator[tuple[range, Tensor]]:
     """Yields (indices, images) of one batch after another, under a progress bar."""
     size = order.batch_size
+    # torch.compile compiles everything again for another number of threads.
+    cores: AbstractContextManager[Callable[[], None]]
+    cores = nullcontext(lambda: None) if order.compiled else shared_cores(order.device)
     with (
+        cores as follow,
         order.maker.on(order.device),
         tqdm(total=len(indices), desc="generate", unit="img", disable=not progress, mininterval=0.5) as bar,
     ):
         for first in range(0, len(indices), size):
             part = indices[first : first + size]
             yield part, order.make(part)
+            follow()
             bar.update(len(part))
 
 

@@ -42,6 +42,7 @@ from fdistill.training.parts import Split, backward, check_parts, count_of, draw
 from fdistill.training.prompts import Obtain, encode, open_prompts
 from fdistill.training.run_folder import check_output, export_student, held_folder, prepare_folder, resume_from
 from fdistill.training.sample_grids import data_images
+from fdistill.training.speed import follow_others
 from fdistill.training.stages import batches_before, settle_ratio
 from fdistill.training.stopping import Stop
 
@@ -170,10 +171,12 @@ def train(run: Distillation, data: TrainingData, logbook: Logbook) -> int:
         data.loader(config, run.networks.teacher, first_batch) as loader,
         logbook,
         LiveView(config.batch_size, run.iteration, config.iterations, main=rng.world()[0] == 0) as view,
+        follow_others(config, run.device) as follow,
     ):
         batches = Batches(run, data, loader)
         while run.iteration < config.iterations and not received:
             iterate(run, batches, roles, generator, logbook.journal)
+            follow()
             received = stop.received()
             record = logbook.after_iteration(loader.skipped, stopping=received != 0)
             view.after_iteration(run.iteration, record, logbook.alarms)

@@ -1,13 +1,15 @@
-"""How a run's networks are run faster: by the order of their memory, and by compiled blocks."""
+"""How a run's networks are run faster: by the order of their memory, compiled blocks, and cores that are free."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from fdistill.adapters.blocks import compile_blocks
+from fdistill.base.cores import shared_cores
 from fdistill.base.errors import ConfigError
 from fdistill.config.schema import DistillConfig
 
@@ -46,3 +48,12 @@ def quicken(config: DistillConfig, modules: Iterable[nn.Module | None]) -> None:
             module.to(memory_format=torch.channels_last)
         if config.speed.compile:
             compile_blocks(module)
+
+
+def follow_others(config: DistillConfig, device: torch.device) -> AbstractContextManager[Callable[[], None]]:
+    """`shared_cores` with speed.share_cores, otherwise a function that does nothing.
+
+    torch.compile compiles everything again for another number of threads, so compiled blocks keep theirs.
+    """
+    shares = config.speed.share_cores and not config.speed.compile
+    return shared_cores(device) if shares else nullcontext(lambda: None)

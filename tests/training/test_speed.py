@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from fdistill.config.sections import SpeedConfig
 from fdistill.training import speed
 from fdistill.training.build import build
 from fdistill.training.checkpoint import checkpoints, load_checkpoint
-from fdistill.training.speed import COMPILES, check_speed
+from fdistill.training.speed import COMPILES, check_speed, follow_others
 
 QUICK = {"batch_size": 8, "iterations": 4, "log.samples_every": 0, "log.tracker": "none", "ratio.warmup": 0}
 #: Adam divides a gradient by its own size, and with a large eps only where it is more than rounding.
@@ -93,10 +94,24 @@ def test_off_turns_off_what_a_config_turns_on(tmp_path: Path) -> None:
     (tmp_path / "fast.yaml").write_text("teacher: digits\nspeed: {channels_last: true, compile: true}\n")
     assert load_config(tmp_path / "fast.yaml").speed.compile
     for text in ("speed=off", "speed=false"):
-        assert load_config(tmp_path / "fast.yaml", [text]).speed == SpeedConfig(channels_last=False, compile=False)
+        speed = load_config(tmp_path / "fast.yaml", [text]).speed
+        assert speed == SpeedConfig(channels_last=False, compile=False, share_cores=False)
     for text in ("speed=on", "speed=true", "speed=0"):
         with pytest.raises(ConfigError, match="speed"):
             load_config("digits", [text])
+
+
+def test_a_run_takes_free_cores_in_every_iteration_unless_compiled_or_told_otherwise(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed: list[None] = []
+    monkeypatch.setattr(speed, "shared_cores", lambda device: nullcontext(lambda: followed.append(None)))
+    trained(tmp_path / "run", tiny_teacher, iterations=3)
+    assert len(followed) == 3
+    for settings in (["speed.compile=true"], ["speed.share_cores=false"], ["speed=off"]):
+        with follow_others(load_config("digits", settings), torch.device("cpu")) as follow:
+            follow()
+    assert len(followed) == 3
 
 
 def test_all_networks_have_their_channels_last(tiny_teacher: Path) -> None:

@@ -32,7 +32,8 @@ def class_means(x0: Tensor, labels: Tensor) -> Tensor:
     """The mean [B, C, H, W] of the x0 that have the same label, for each."""
     _, places, counts = labels.unique(return_inverse=True, return_counts=True)
     sums = torch.zeros(len(counts), *x0.shape[1:]).index_add_(0, places, x0)
-    return (sums / counts.view(-1, 1, 1, 1))[places]
+    means: Tensor = sums / counts.view(-1, 1, 1, 1)
+    return means[places]
 
 
 @torch.no_grad()
@@ -86,9 +87,10 @@ def main() -> None:
     teacher = run.networks.teacher
     if run.text is not None:
         raise SystemExit(f"{config.teacher}: takes prompts, and hardly two images have the same; expected classes")
-    images, labels = [], []
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
     with training_data(run).loader(config, teacher, 0) as loader:
-        while sum(map(len, images)) < arguments.images:
+        while sum(len(each) for each in images) < arguments.images:
             batch = next(loader)
             images.append(batch.images if batch.images.is_floating_point() else to_unit(batch.images))
             labels.append(batch.labels if teacher.num_classes else torch.zeros_like(batch.labels))

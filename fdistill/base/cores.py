@@ -69,7 +69,7 @@ def reading() -> Reading | None:
     """How long the cores that this process may use have worked so far; None where the system does not say."""
     try:
         every = psutil.cpu_times(percpu=True)
-    except OSError:  # a container without /proc/stat
+    except (OSError, RuntimeError):  # a container without /proc/stat; macOS refused
         return None
     cores = [every[number] for number in _cores() if number < len(every)]
     worked = sum(core.user + core.system + getattr(core, "nice", 0.0) for core in cores)

@@ -26,7 +26,6 @@ from evaluation.extractors import Extractor, full_precision
 from evaluation.images import Images
 from evaluation.metrics.moments import Moments
 from fdistill.base import rng
-from fdistill.base.cores import shared_cores
 from fdistill.base.distributed import exchanging
 from fdistill.base.errors import OutputError
 from fdistill.base.files import atomic_file, cache_path
@@ -220,7 +219,6 @@ def _stream(readings: Sequence[Reading], share: range, extraction: Extraction) -
     # Precision is a setting of the whole process, so it is set for both threads at once, before either starts.
     with (
         full_precision(extraction.device),
-        shared_cores(extraction.device) as follow,
         tqdm(total=len(share), desc=describe, unit="img", disable=quiet, mininterval=0.5) as bar,
     ):
         for part, seen in ahead(batches):
@@ -230,7 +228,6 @@ def _stream(readings: Sequence[Reading], share: range, extraction: Extraction) -
                 for name, rows in reading.extractor.run(seen[id(reading.images)]).items()
             }
             yield part, found
-            follow()
             bar.update(len(part))
 
 

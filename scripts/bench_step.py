@@ -9,8 +9,9 @@
 Both updates run as in training, on random samples of the teacher's shape. Everything runs twice before it is timed;
 times are medians. With --against a second run has the further settings, and the two take turns; the difference of their
 gradients, from the same weights and random numbers, is divided by the norm of the first one's. Memory is then that of
-both runs, which are there at once. Operations are those of matrix products and convolutions; their share of the peak is
-of a large matrix product, timed in between. With --output the times are written before the rest is measured.
+both runs, which are there at once. Beside other programs both have as many threads as the first run's
+speed.share_cores says. Operations are those of matrix products and convolutions; their share of the peak is of a large
+matrix product, timed in between. With --output the times are written before the rest is measured.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from fdistill.training.distillation import Distillation
 from fdistill.training.journal import Journal
 from fdistill.training.loop import draw_critic_samples, settle, update_critic, update_student
 from fdistill.training.optimise import Role
+from fdistill.training.speed import follow_others
 
 SAMPLES, CRITIC, STUDENT = "samples", "critic", "student"
 _WARM_UP = 2
@@ -347,19 +349,21 @@ def main() -> None:
     times: dict[str, dict[str, list[float]]] = {
         key: {update: [] for update in bench.updates} for key, bench in benches.items()
     }
-    for repeat in range(_WARM_UP + arguments.repeats):
-        for key, bench in benches.items():
-            for update, call in bench.updates.items():
-                spent = seconds(call, device)
-                if repeat >= _WARM_UP:
-                    times[key][update].append(spent)
-    found: dict[str, Any] = {
-        "config": arguments.config,
-        "overrides": arguments.overrides,
-        "against": arguments.against,
-        "repeats": arguments.repeats,
-        **machine(device),
-    }
+    with follow_others(benches["a"].run.config, device) as follow:
+        for repeat in range(_WARM_UP + arguments.repeats):
+            for key, bench in benches.items():
+                for update, call in bench.updates.items():
+                    spent = seconds(call, device)
+                    follow()
+                    if repeat >= _WARM_UP:
+                        times[key][update].append(spent)
+        found: dict[str, Any] = {
+            "config": arguments.config,
+            "overrides": arguments.overrides,
+            "against": arguments.against,
+            "repeats": arguments.repeats,
+            **machine(device),
+        }
     write(found | {"seconds": times}, arguments.output)
     for key, bench in benches.items():
         peak = matrix_peak(device, bench.run.config.precision)

@@ -28,12 +28,19 @@ FRACTIONS = [step / 20 for step in range(1, 21)]
 _AT_ONCE = 256
 
 
-def class_means(x0: Tensor, labels: Tensor) -> Tensor:
-    """The mean [B, C, H, W] of the x0 that have the same label, for each."""
+def class_variance(x0: Tensor, labels: Tensor) -> float:
+    """The mean squared error of x0 [B, C, H, W] that the true mean of each class would have; unbiased.
+
+    Raises:
+        SystemExit: a class has one image, which says nothing of its variance.
+    """
     _, places, counts = labels.unique(return_inverse=True, return_counts=True)
+    if int(counts.min()) == 1:
+        raise SystemExit(f"{len(x0)} images: a class has one of them alone; expected two or more: set --images higher")
     sums = torch.zeros(len(counts), *x0.shape[1:]).index_add_(0, places, x0)
-    means: Tensor = sums / counts.view(-1, 1, 1, 1)
-    return means[places]
+    means = sums / counts.view(-1, 1, 1, 1)
+    squares = (x0 - means[places]).square().mean(dim=(1, 2, 3))
+    return float((squares * (counts / (counts - 1))[places]).mean())
 
 
 @torch.no_grad()
@@ -45,7 +52,7 @@ def shares(teacher: Denoiser, x0: Tensor, labels: Tensor, levels: Sequence[Tenso
         labels: [B]; of a teacher without classes all are equal.
         levels: each of shape [].
     """
-    blind = (x0 - class_means(x0, labels)).square().mean()
+    blind = class_variance(x0, labels)
     found = []
     for level in levels:
         error = 0.0
@@ -55,14 +62,13 @@ def shares(teacher: Denoiser, x0: Tensor, labels: Tensor, levels: Sequence[Tenso
             guess = teacher.denoise(add_noise(teacher.schedule, real, torch.randn_like(real), t), t, condition)
             assert isinstance(guess, Tensor)
             error += float((guess - real).square().mean(dim=(1, 2, 3)).sum())
-        found.append(error / len(x0) / float(blind))
+        found.append(error / len(x0) / blind)
     return found
 
 
-def cut(found: Sequence[float], share: float) -> float:
-    """The largest of FRACTIONS up to which the teacher has less than this share of the error of means."""
-    below = [fraction for fraction, each in zip(FRACTIONS, found, strict=True) if each < share]
-    return max(below, default=FRACTIONS[0])
+def cut(found: Sequence[float], share: float) -> float | None:
+    """The largest of FRACTIONS at which the teacher has less than this share of the error of means; None: nowhere."""
+    return max((fraction for fraction, each in zip(FRACTIONS, found, strict=True) if each < share), default=None)
 
 
 def levels_of(config: DistillConfig, teacher: Denoiser) -> list[Tensor]:
@@ -101,7 +107,8 @@ def main() -> None:
     print("| fraction of the levels | noise to signal | share of the error |\n|---|---|---|")
     for fraction, level, each in zip(FRACTIONS, levels, found, strict=True):
         print(f"| {fraction:.2f} | {float(noise_to_signal(teacher.schedule, level)):.4g} | {each:.3f} |")
-    print(f"\nmatching_levels.high={cut(found, arguments.share):g}")
+    high = cut(found, arguments.share)
+    print(f"\nmatching_levels.high={high:g}" if high else "\nno cut: the teacher is nowhere better than the mean image")
 
 
 if __name__ == "__main__":

@@ -30,18 +30,24 @@ class Reading(NamedTuple):
 
 
 @contextmanager
-def shared_cores(device: torch.device) -> Iterator[Callable[[], None]]:
+def shared_cores(device: torch.device, *, compiled: bool = False) -> Iterator[Callable[[], None]]:
     """Gives a function to call between two steps: torch then has one thread fewer for each core that others use.
 
     The threads of an operation wait for its last one. Where another program has a core, that is the thread which
-    shares it, and all of them are slower together than those on free cores alone. In the end torch has the threads
-    that it had.
+    shares it, and all of them are slower together than those on free cores alone. Others are all other processes, those
+    that decode a run's own images too. In the end torch has the threads that it had.
 
     Nothing changes on other devices than CPUs, where OMP_NUM_THREADS or MKL_NUM_THREADS is set, and where the system
-    does not say what its cores do. The number of threads changes results by rounding.
+    does not say what its cores do. A container's limit on processor time is not seen. The number of threads changes
+    results by rounding.
+
+    Args:
+        compiled: networks are run through torch.compile, which would compile again for another number of threads; so
+            nothing changes.
     """
     most = torch.get_num_threads()
-    last = reading() if device.type == "cpu" and most > 1 and not _FIXED & os.environ.keys() else None
+    follows = device.type == "cpu" and most > 1 and not compiled and not _FIXED & os.environ.keys()
+    last = reading() if follows else None
 
     def follow() -> None:
         nonlocal last
@@ -71,8 +77,12 @@ def reading() -> Reading | None:
         every = psutil.cpu_times(percpu=True)
     except (OSError, RuntimeError):  # a container without /proc/stat; macOS refused
         return None
-    cores = [every[number] for number in _cores() if number < len(every)]
-    worked = sum(core.user + core.system + getattr(core, "nice", 0.0) for core in cores)
+    own = _cores()
+    if len(own) < len(every):
+        if max(own) >= len(every):  # some cores are off, and numbers are no places in the list
+            return None
+        every = [every[number] for number in own]
+    worked = sum(core.user + core.system + getattr(core, "nice", 0.0) for core in every)
     return Reading(time.monotonic(), worked, time.process_time())
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -350,11 +350,8 @@ def _save_images(order: _Order, indices: range, folder: Path, counted: Evaluatio
 def _batches(order: _Order, indices: range, *, progress: bool) -> Iterator[tuple[range, Tensor]]:
     """Yields (indices, images) of one batch after another, under a progress bar."""
     size = order.batch_size
-    # torch.compile compiles everything again for another number of threads.
-    cores: AbstractContextManager[Callable[[], None]]
-    cores = nullcontext(lambda: None) if order.compiled else shared_cores(order.device)
     with (
-        cores as follow,
+        shared_cores(order.device, compiled=order.compiled) as follow,
         order.maker.on(order.device),
         tqdm(total=len(indices), desc="generate", unit="img", disable=not progress, mininterval=0.5) as bar,
     ):

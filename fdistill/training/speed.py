@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fdistill.adapters.blocks import compile_blocks
+from fdistill.base import rng
 from fdistill.base.cores import shared_cores
 from fdistill.base.errors import ConfigError
 from fdistill.config.schema import DistillConfig
@@ -53,7 +54,7 @@ def quicken(config: DistillConfig, modules: Iterable[nn.Module | None]) -> None:
 def follow_others(config: DistillConfig, device: torch.device) -> AbstractContextManager[Callable[[], None]]:
     """`shared_cores` with speed.share_cores, otherwise a function that does nothing.
 
-    torch.compile compiles everything again for another number of threads, so compiled blocks keep theirs.
+    Several processes keep their threads: they are one another's other programs, and must round alike.
     """
-    shares = config.speed.share_cores and not config.speed.compile
-    return shared_cores(device) if shares else nullcontext(lambda: None)
+    shares = config.speed.share_cores and rng.world()[1] == 1
+    return shared_cores(device, compiled=config.speed.compile) if shares else nullcontext(lambda: None)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -82,7 +83,22 @@ def test_own_work_is_not_that_of_others(two_threads: None) -> None:
     assert now.everyone - before.everyone > 0.9 * (now.own - before.own) - 0.03  # its ticks are of 10 ms
 
 
-@pytest.mark.parametrize("reason", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "device", "system"])
+@pytest.mark.parametrize(
+    ("own", "listed", "expected"),
+    [({1, 2}, 4, 30.0), ({0, 1}, 2, 10.0), ({12, 13}, 2, 10.0), ({0, 2, 4}, 3, 30.0), ({2, 6}, 4, None)],
+    ids=["some", "all", "numbered anew", "every second is off", "which is which is unknown"],
+)
+def test_only_cores_that_the_process_may_use_count(
+    own: set[int], listed: int, expected: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = [SimpleNamespace(user=10.0 * core, system=0.0, idle=7.0) for core in range(listed)]
+    monkeypatch.setattr(psutil, "cpu_times", lambda percpu: times)
+    monkeypatch.setattr(cores, "_cores", lambda: own)
+    found = reading()
+    assert (found and found.everyone) == expected
+
+
+@pytest.mark.parametrize("reason", ["OMP_NUM_THREADS", "MKL_NUM_THREADS", "device", "system", "compiled"])
 def test_threads_stay_where_the_user_says_how_many_and_elsewhere_than_on_cpus(
     reason: str, two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,9 +111,9 @@ def test_threads_stay_where_the_user_says_how_many_and_elsewhere_than_on_cpus(
             raise PermissionError("/proc/stat")
 
         monkeypatch.setattr(psutil, "cpu_times", unreadable)
-    elif reason != "device":
+    elif reason.endswith("THREADS"):
         monkeypatch.setenv(reason, "2")
-    with shared_cores(device) as follow:
+    with shared_cores(device, compiled=reason == "compiled") as follow:
         follow()
         assert torch.get_num_threads() == 2
 

@@ -15,11 +15,12 @@ sys.path.append(str(Path(__file__).parent.parent.parent / "scripts"))
 import study_levels as study
 
 
-def test_means_are_those_of_images_of_the_same_class() -> None:
-    x0, labels = torch.randn(30, 2, 3, 4), torch.randint(0, 4, (30,)) * 7
-    found = study.class_means(x0, labels)
-    for row in range(30):
-        torch.testing.assert_close(found[row], x0[labels == labels[row]].mean(0))
+def test_the_variance_is_that_within_classes() -> None:
+    x0, labels = torch.randn(30, 2, 3, 4) + torch.arange(30).view(-1, 1, 1, 1) % 3, torch.arange(30) % 3 * 7
+    expected = torch.stack([x0[labels == label].var(0) for label in (0, 7, 14)]).mean()
+    assert study.class_variance(x0, labels) == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(SystemExit, match="a class has one"):
+        study.class_variance(x0, torch.arange(30))
 
 
 def test_the_error_of_the_exact_posterior_mean_is_its_variance() -> None:
@@ -44,7 +45,7 @@ def test_where_a_teacher_is_wrong_it_knows_less_than_the_mean_and_levels_end_bef
 def test_the_cut_is_the_last_level_below_the_share() -> None:
     found = [0.0] * 12 + [0.98, 0.995] + [1.2] * 6
     assert study.cut(found, 0.99) == study.FRACTIONS[12] == 0.65
-    assert study.cut([2.0] * 20, 0.99) == study.FRACTIONS[0]
+    assert study.cut([2.0] * 20, 0.99) is None
 
 
 def test_the_script_prints_the_cut_of_the_digits_and_refuses_prompts(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from fdistill import distill
+from fdistill.base import rng
 from fdistill.base.errors import ConfigError
 from fdistill.config.reading import load_config
 from fdistill.config.sections import SpeedConfig
@@ -105,13 +107,22 @@ def test_a_run_takes_free_cores_in_every_iteration_unless_compiled_or_told_other
     tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     followed: list[None] = []
-    monkeypatch.setattr(speed, "shared_cores", lambda device: nullcontext(lambda: followed.append(None)))
+    seen: list[bool] = []
+
+    def shared(device: torch.device, *, compiled: bool) -> AbstractContextManager[Callable[[], None]]:
+        seen.append(compiled)
+        return nullcontext(lambda: followed.append(None))
+
+    monkeypatch.setattr(speed, "shared_cores", shared)
     trained(tmp_path / "run", tiny_teacher, iterations=3)
     assert len(followed) == 3
-    for settings in (["speed.compile=true"], ["speed.share_cores=false"], ["speed=off"]):
-        with follow_others(load_config("digits", settings), torch.device("cpu")) as follow:
-            follow()
-    assert len(followed) == 3
+    follow_others(load_config("digits", ["speed.compile=true"]), torch.device("cpu"))
+    assert seen == [False, True]
+    for settings in (["speed.share_cores=false"], ["speed=off"]):
+        follow_others(load_config("digits", settings), torch.device("cpu"))
+    monkeypatch.setattr(rng, "world", lambda: (0, 2))
+    follow_others(load_config("digits"), torch.device("cpu"))
+    assert seen == [False, True]
 
 
 def test_all_networks_have_their_channels_last(tiny_teacher: Path) -> None:

@@ -17,6 +17,7 @@ matrix product, timed in between. With --output the times are written before the
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import platform
 import resource
@@ -49,6 +50,7 @@ from fdistill.guidance import GuidedDenoiser
 from fdistill.training.batches import Batches
 from fdistill.training.build import build
 from fdistill.training.distillation import Distillation
+from fdistill.training.inputs import training_data
 from fdistill.training.journal import Journal
 from fdistill.training.loop import draw_critic_samples, settle, update_critic, update_student
 from fdistill.training.optimise import Role
@@ -65,7 +67,7 @@ class Bench:
     def __init__(self, config: DistillConfig, device: torch.device, backend: str = "auto"):
         self.run: Distillation = build(config, device)
         self.device = device
-        self._backend = {"backend": backend}
+        self._backend = backend
         self._roles = {name: Role(self.run.role(name), optimizer) for name, optimizer in self.run.optimizers.items()}
         ratio = self.run.ratio
         schedule = self.run.networks.teacher.schedule
@@ -73,8 +75,7 @@ class Bench:
             lambda t: ratio.bin_index(ratio.bin_level(schedule, t)), ratio.num_bins, config.max_skipped
         )
         self._generator = torch.Generator(device)
-        nothing: Any = SimpleNamespace(pairs=None, text=None)
-        self._batches = Batches(self.run, nothing, self._samples())
+        self._batches = Batches(self.run, terms_data(self.run), self._samples())
         self._drawn: dict[str, Tensor] = {}
         settle(self.run, self._roles, self._generator)
 
@@ -98,15 +99,18 @@ class Bench:
         """One update of the critic; with reuse_samples without the student's samples, which `samples` draws."""
         if self.run.stage.config.reuse_samples and not self._drawn:
             self.samples()
-        arguments = {**self._batches.critic(0), **self._drawn, **self._backend}
+        arguments = {**self._batches.critic(0), **self._drawn, **self._kernels(self.run.critic_update)}
         update_critic(self.run, 0, arguments, self._roles, self._generator, self._journal)
 
     def student(self) -> None:
         """One update of the student, and of its averages."""
-        update_student(
-            self.run, {**self._batches.student(), **self._backend}, self._roles, self._generator, self._journal
-        )
+        arguments = {**self._batches.student(), **self._kernels(self.run.student_update)}
+        update_student(self.run, arguments, self._roles, self._generator, self._journal)
         self.run.ema.update(self.run.stage.config.ema.decays)
+
+    def _kernels(self, update: Callable[..., Any]) -> dict[str, str]:
+        """The backend, for an update that has fused kernels."""
+        return {"backend": self._backend} if "backend" in inspect.signature(update).parameters else {}
 
     def gradient(self, update: str) -> Tensor:
         """All gradients of an update in one vector, always from the same random numbers; weights stay as they are."""
@@ -139,7 +143,18 @@ class Bench:
     def updates(self) -> dict[str, Callable[[], None]]:
         """Update -> how to run it once."""
         shared = {SAMPLES: self.samples} if self.run.stage.config.reuse_samples else {}
-        return {**shared, CRITIC: self.critic, STUDENT: self.student}
+        critic = {CRITIC: self.critic} if self.run.stage.critic_steps else {}
+        return {**shared, **critic, STUDENT: self.student}
+
+
+def terms_data(run: Distillation) -> Any:
+    """What terms of the loss read beside samples: the teacher's own for regression, prompts for CLIP and rewards. Only
+    for these terms the config's data are opened.
+    """
+    config = run.config
+    if config.regression.weight or config.clip_loss.used or config.reward.used:
+        return training_data(run)
+    return SimpleNamespace(pairs=None, text=None)
 
 
 def opened(name: str, overrides: list[str]) -> Bench:
@@ -318,7 +333,7 @@ def gradient_difference(a: Bench, b: Bench) -> dict[str, float]:
     """Of each update, from the weights of `a`: the norm of the difference, divided by that of the gradient of `a`."""
     b.take_weights(a)
     found = {}
-    for update in (CRITIC, STUDENT):
+    for update in [name for name in a.updates if name != SAMPLES]:
         plain, other = a.gradient(update), b.gradient(update)
         found[update] = float((other - plain).norm() / plain.norm())
     return found

@@ -65,6 +65,23 @@ def test_reused_samples_are_timed_apart(tiny_teacher: Path) -> None:
     assert bench_step.gradient_difference(plain, reusing)[CRITIC] == 0  # the same samples, drawn before
 
 
+def test_a_regression_term_has_the_teachers_samples(
+    tiny_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FDISTILL_CACHE", str(tmp_path))
+    settings = [f"teacher={tiny_teacher}", "batch_size=4", "device=cpu", "regression.pairs=8", "student_level=2.5"]
+    alone = bench_step.opened("digits-regression", settings)
+    assert list(alone.updates) == [STUDENT]
+    found = bench_step.report(alone, {STUDENT: [0.1]}, peak=1e9, repeats=1, trace=None)
+    plain = bench_step.opened("digits-vsd", [*settings, "fake_score.lora_rank=0"])
+    both = bench_step.opened("digits-dmd", settings)
+    assert list(both.updates) == [CRITIC, STUDENT]
+    for bench in (plain, both):
+        bench.critic()  # whose conditions the student's update takes
+    more = bench_step.counted(both.student) - bench_step.counted(plain.student)
+    assert more / 1e9 == pytest.approx(found["updates"][STUDENT]["gflop"])
+
+
 def test_gradients_of_two_settings_are_compared_from_the_same_weights(tiny_teacher: Path) -> None:
     settings = [f"teacher={tiny_teacher}", "batch_size=4", "device=cpu"]
     plain, half = (bench_step.opened("digits", [*settings, f"precision={name}"]) for name in ("fp32", "bf16"))

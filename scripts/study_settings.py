@@ -68,6 +68,7 @@ class Setting:
     schedule: str = "constant"
     gan_ratio: float = 0.0  # 0 has the weight that was the default, 1e-3
     critic_steps: int = 2
+    warmup: int = 0
 
     def overrides(self, teacher: Teacher) -> list[str]:
         """For `fdistill distill`."""
@@ -76,6 +77,8 @@ class Setting:
             f"fake_score.lr={self.rate * teacher.rate}",
             f"generator.lr_schedule={self.schedule}",
             "generator.lr_hold=50",
+            f"generator.lr_warmup={self.warmup}",
+            f"fake_score.lr_warmup={self.warmup}",
             f"generator.gan_gradient_ratio={self.gan_ratio}",
             f"batch_size={round(self.batch * teacher.batch)}",
             *self.averages(),
@@ -101,20 +104,27 @@ TEACHERS = {
     "edm-80": Teacher([*_EDM, "student_level=80", "matching_levels.high=0.98", "critic_levels.high=1.0"], 490),
     "t2i": Teacher(["digits-t2i"], 150, batch=64, rate=1e-4),
     "colour": Teacher(
-        ["digits", "teacher=OUT/colour/teacher", "data=OUT/colour/train.npz", "matching_levels.high=0.8"], 160, batch=64
+        [
+            *("digits", "teacher=OUT/colour/teacher", "data=OUT/colour/train.npz"),
+            *("matching_levels.high=0.75", "critic_levels.high=0.8"),  # study_levels.py
+        ],
+        160,
+        batch=64,
     ),
 }
+_NOW = Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt", 0.3, warmup=50)
 SETTINGS = {
     "before": Setting(),
-    "now": Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt", 0.3),
-    "now, one critic update": Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt", 0.3, critic_steps=1),
-    "now, whole batch": Setting(2, 1.0, "sigma_rel=0.1", "inverse-sqrt", 0.3),
-    "now, cosine": Setting(2, 0.5, "sigma_rel=0.1", "cosine", 0.3),
-    "now, average 0.95": Setting(2, 0.5, "0.95", "inverse-sqrt", 0.3),
-    "now, average 0.98": Setting(2, 0.5, "0.98", "inverse-sqrt", 0.3),
-    "now, GAN 1e-3": Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt"),
-    "now, GAN x 0.1": Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt", 0.1),
-    "now, GAN x 1": Setting(2, 0.5, "sigma_rel=0.1", "inverse-sqrt", 1.0),
+    "now": _NOW,
+    "now, no warm-up": replace(_NOW, warmup=0),
+    "now, one critic update": replace(_NOW, critic_steps=1),
+    "now, whole batch": replace(_NOW, batch=1.0),
+    "now, cosine": replace(_NOW, schedule="cosine"),
+    "now, average 0.95": replace(_NOW, average="0.95"),
+    "now, average 0.98": replace(_NOW, average="0.98"),
+    "now, GAN 1e-3": replace(_NOW, gan_ratio=0.0),
+    "now, GAN x 0.1": replace(_NOW, gan_ratio=0.1),
+    "now, GAN x 1": replace(_NOW, gan_ratio=1.0),
 }
 
 

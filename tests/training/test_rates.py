@@ -26,6 +26,8 @@ QUICK: dict[str, Any] = {
     "log.samples_every": 0,
     "log.checkpoint_every": 0,
     "log.tracker": "none",
+    "generator.lr_warmup": 0,
+    "fake_score.lr_warmup": 0,
 }
 
 

@@ -29,6 +29,8 @@ QUICK: dict[str, Any] = {
     "log.keep_checkpoints": 9,
     "log.tracker": "none",
     "ratio.momentum": 0.5,
+    "generator.lr_warmup": 0,
+    "fake_score.lr_warmup": 0,
 }
 
 
@@ -140,7 +142,7 @@ def test_changes_are_recorded(tiny_teacher: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_lists_them(tiny_teacher: Path) -> None:
-    text = describe(load_config("digits", {"teacher": str(tiny_teacher), "stages": STAGES}))
+    text = describe(load_config("digits", {"teacher": str(tiny_teacher), "stages": STAGES, "generator.lr_warmup": 0}))
     assert "stage 1        2 iterations: method=diff-instruct, fake_score.lr_warmup=2\n" in text
     assert "stage 3        2 iterations: method=sid, generator.lr=3e-05\n" in text
     assert "iterations     7, each" in text

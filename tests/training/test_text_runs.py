@@ -167,9 +167,9 @@ def test_a_resumed_run_of_adapters_is_the_uninterrupted_one(teacher: Path, promp
     assert all(torch.equal(first[name], second[name]) for name in first)
     # The checkpoint has adapters and heads alone: no copy of the base.
     state = next((tmp_path / "whole" / "checkpoints").glob("*/state.safetensors"))
-    names = [name for name in load_file(state) if name.startswith(("generator.", "fake_score.", "ema."))]
-    assert names
-    assert all(".lora_" in name for name in names)
+    names = {name for name in load_file(state) if name.startswith(("generator.", "fake_score.", "ema."))}
+    assert len(names) > 10
+    assert all(".lora_" in name for name in names - {"ema.updates"})
 
 
 _RELOAD = """

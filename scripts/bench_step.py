@@ -59,6 +59,8 @@ from fdistill.training.speed import follow_others
 SAMPLES, CRITIC, STUDENT = "samples", "critic", "student"
 _WARM_UP = 2
 _BACKEND = "backend="
+#: Every update is one of the first iteration, in which a warm-up would leave weights, and so gradients, as they begin.
+_WHOLE_RATES = ("generator.lr_warmup=0", "fake_score.lr_warmup=0")
 
 
 class Bench:
@@ -162,7 +164,8 @@ def opened(name: str, overrides: list[str]) -> Bench:
     sys.path.insert(0, str(Path(__file__).parent))  # of the teachers in WORK
     config, *settings = WORK.get(name, [name])
     backends = [text.removeprefix(_BACKEND) for text in overrides if text.startswith(_BACKEND)]
-    loaded = load_config(config, [*settings, *(text for text in overrides if not text.startswith(_BACKEND))])
+    own = (text for text in overrides if not text.startswith(_BACKEND))
+    loaded = load_config(config, [*settings, *_WHOLE_RATES, *own])
     return Bench(loaded, start(loaded.device)[1], *backends[-1:])
 
 

@@ -41,6 +41,8 @@ SETTINGS: dict[str, Any] = {
     "ratio.momentum": 0.5,
     "discriminator.gan_weight": 0.5,
     "generator.gan_weight": 0.2,
+    "generator.lr_warmup": 0,
+    "fake_score.lr_warmup": 0,
     "ema.decays": [0.5, 0.8],
     "ema.export": 0.8,
     "log.every": 2,

@@ -49,6 +49,7 @@ SETTINGS: dict[str, Any] = {
     "iterations": 5,
     "critic_steps": 1,
     "generator.lr": 1e-2,  # so that scores differ from one iteration to the next
+    "generator.lr_warmup": 0,
     "log.every": 3,
     "log.samples_every": 0,
     "log.checkpoint_every": 0,

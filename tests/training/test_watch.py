@@ -321,6 +321,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(
 ) -> None:
     """Ended as iteration 6 was measured, before and after best/ was written; the only checkpoint is of iteration 4."""
     settings = {"iterations": 6, "log.every": 1, "log.checkpoint_every": 4}
+    settings |= {"generator.lr": 1e-3}  # so that the last score is the best
     whole = run(tiny_teacher, tmp_path / "whole", **settings)
     assert chosen_at(whole / "best")[0] == 6
     save = logbook.export_student

@@ -145,9 +145,9 @@ def _contents(folder: Path) -> dict[str, str]:
 
 
 def _records(folder: Path) -> list[str]:
-    timed = {"seconds", "images_per_second"}
+    measured = {"seconds", "images_per_second", "memory_gb"}
     records = read_records(folder / "metrics.jsonl")
-    return [json.dumps({key: value for key, value in record.items() if key not in timed}) for record in records]
+    return [json.dumps({key: value for key, value in record.items() if key not in measured}) for record in records]
 
 
 def save_teacher(folder: Path) -> None:

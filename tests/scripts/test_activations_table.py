@@ -64,7 +64,7 @@ def test_a_network_of_another_size_is_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_recipe_has_a_network() -> None:
-    recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("digits")}
+    recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml") if not path.stem.startswith("digit")}
     assert recipes == activations_table.NETWORKS.keys()
 
 

@@ -30,22 +30,24 @@ from fdistill.base.devices import autocast, start
 from fdistill.base.files import atomic_file
 from fdistill.denoiser import Denoiser
 from fdistill.generation.generate import generate, open_maker
-from fdistill.generation.maker import Maker
 from fdistill.generation.network_maker import NetworkMaker
 from fdistill.generation.sampling import Sampling
+from fdistill.generator import Student
 
 _WARM_UP = 2
 
 
 def evaluated(checkpoint: str, arguments: argparse.Namespace, device: torch.device) -> tuple[Denoiser, int]:
     """The network, and how often an image needs it."""
-    maker: Maker = open_maker(checkpoint, device, Sampling(num_steps=arguments.steps))
+    maker = open_maker(checkpoint, device, Sampling(num_steps=arguments.steps))
     if not isinstance(maker, NetworkMaker) or maker.takes_prompts:
         raise SystemExit(f"{checkpoint}: needs prompts; expected a model of classes, or of none")
     if arguments.compile:
         compile_blocks(maker.denoiser)
-    steps = maker.num_steps
-    return maker.denoiser, len(getattr(maker.model, "levels", [])) if steps is None else 2 * steps - 1
+    if isinstance(maker.model, Student):
+        return maker.denoiser, len(maker.model.levels)
+    assert maker.num_steps is not None
+    return maker.denoiser, 2 * maker.num_steps - 1
 
 
 @torch.no_grad()

@@ -60,9 +60,13 @@ def test_after_twelve_updates_weights_are_the_same(
     tiny_teacher: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
     settings: list[str],
 ) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS")  # with which no run would follow others
+    monkeypatch.delenv("OMP_NUM_THREADS")  # with which no run would follow others; nor would it with one thread
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     monkeypatch.setattr(nn.Module, "compile", compile_without_inductor)
     counters.clear()
     quick = trained(tmp_path / "quick", tiny_teacher, **dict.fromkeys(settings, True))
